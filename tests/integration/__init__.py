@@ -1,0 +1,1 @@
+"""Promises of several parts together, over real sockets, TLS and mounts."""

@@ -1,0 +1,1 @@
+"""Promises shown to programs of others."""

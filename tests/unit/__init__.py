@@ -1,0 +1,1 @@
+"""Promises that hold without a socket, a mount or another process."""
