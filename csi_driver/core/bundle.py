@@ -1,0 +1,156 @@
+"""Judges an issuer's answer before a byte of it is written: a wrong certificate is worse than a late one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+
+from csi_driver.core.csr import names_of
+from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.keys import PublicKey, key_type_of, public_bytes
+from csi_driver.core.names import NameProblem, Names
+
+_MAX_CERTIFICATES = 10
+_MAX_CERTIFICATE_BYTES = 32 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A certificate that fits its request: ``chain`` is the leaf, then its intermediates; it ends at one of ``roots``."""
+
+    chain: tuple[x509.Certificate, ...]
+    roots: tuple[x509.Certificate, ...]
+
+    @property
+    def leaf(self) -> x509.Certificate:
+        """The pod's own certificate."""
+        return self.chain[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What the answer must fit: the request's key and names, and whose SPIFFE ID it must hold."""
+
+    public_key: PublicKey
+    names: Names
+    namespace: str
+    service_account: str
+
+
+def check_answer(chain: Sequence[bytes], roots: Sequence[bytes], expected: Expected, now: datetime) -> Bundle:
+    """Parses the answer (X.509 DER) and checks it against the request.
+
+    Raises:
+        CertmountError: AnswerInvalid, with every way in which the answer does not fit.
+    """
+    bundle = Bundle(parse_certificates(chain, "chain"), parse_certificates(roots, "roots"))
+    faults = [*_key_faults(bundle.leaf, expected), *_name_faults(bundle.leaf, expected), *_chain_faults(bundle, now)]
+    if faults:
+        raise CertmountError(
+            Reason.ANSWER_INVALID, *(Fault("certificate from the authority", fault) for fault in faults)
+        )
+    return bundle
+
+
+def parse_certificates(ders: Sequence[bytes], field: str) -> tuple[x509.Certificate, ...]:
+    """Parses 1 to 10 DER certificates; raises CertmountError AnswerInvalid."""
+    if not 1 <= len(ders) <= _MAX_CERTIFICATES:
+        raise _invalid(f"{field} holds {len(ders)} certificates; expected were 1 to {_MAX_CERTIFICATES}")
+    if any(len(der) > _MAX_CERTIFICATE_BYTES for der in ders):
+        raise _invalid(f"{field} holds a certificate of more than {_MAX_CERTIFICATE_BYTES} bytes")
+    try:
+        return tuple(x509.load_der_x509_certificate(der) for der in ders)
+    except ValueError:
+        raise _invalid(f"{field} does not parse as X.509 in DER") from None
+
+
+def _key_faults(leaf: x509.Certificate, expected: Expected) -> list[str]:
+    try:
+        key = leaf.public_key()
+    except (ValueError, UnsupportedAlgorithm):
+        return ["its key cannot be read"]
+    if key_type_of(key) is None or public_bytes(key) != public_bytes(expected.public_key):  # type: ignore[arg-type]  # key_type_of admits PublicKey only
+        return ["it is for another key than the one made for this volume"]
+    return []
+
+
+def _name_faults(leaf: x509.Certificate, expected: Expected) -> list[str]:
+    try:
+        names = names_of(leaf.extensions)
+    except (NameProblem, ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+        return ["its names cannot be read"]
+    path = f"/ns/{expected.namespace}/sa/{expected.service_account}"
+    # Among the URIs one is the pod's SPIFFE ID, which the authority adds; its trust domain is the authority's to know.
+    spiffe = {
+        uri
+        for uri in names.uris
+        if uri.text.startswith("spiffe://") and uri.text.removeprefix("spiffe://").partition("/")[2] == path[1:]
+    }
+    faults = [] if spiffe else [f"it lacks the SPIFFE ID that ends in {path}"]
+    if missing := ({*expected.names.dns, *expected.names.uris} - {*names.dns, *names.uris}):
+        faults.append("it lacks " + ", ".join(sorted(str(name) for name in missing)))
+    if extra := ({*names.dns, *names.uris} - {*expected.names.dns, *expected.names.uris} - spiffe):
+        faults.append("it also holds " + ", ".join(sorted(str(name) for name in extra)) + ", which was not asked for")
+    return faults
+
+
+def _chain_faults(bundle: Bundle, now: datetime) -> list[str]:
+    faults = [
+        fault
+        for position, certificate in enumerate(bundle.chain)
+        for fault in _validity_faults(certificate, position, now)
+    ]
+    if _is_ca(bundle.leaf) is not None:
+        faults.append("the leaf is a certificate authority")
+    for position, (subject, issuer) in enumerate(zip(bundle.chain, bundle.chain[1:], strict=False)):
+        if not _issued_by(subject, issuer, below=position):
+            faults.append(f"certificate {position} of the chain is not issued by certificate {position + 1}")
+    last = bundle.chain[-1]
+    ending = [root for root in bundle.roots if root == last or _issued_by(last, root, below=len(bundle.chain) - 1)]
+    if not ending:
+        faults.append("its chain does not end at a trusted root")
+    elif all(not root.not_valid_before_utc <= now <= root.not_valid_after_utc for root in ending):
+        faults.append("the root of its chain is not valid now")
+    return faults
+
+
+def _validity_faults(certificate: x509.Certificate, position: int, now: datetime) -> list[str]:
+    which = "it" if position == 0 else f"certificate {position} of its chain"
+    if now < certificate.not_valid_before_utc:
+        return [
+            f"{which} is not valid before {certificate.not_valid_before_utc:%Y-%m-%dT%H:%M:%SZ}; compare the clocks of node and authority"
+        ]
+    if now >= certificate.not_valid_after_utc:
+        return [f"{which} expired at {certificate.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}"]
+    return []
+
+
+def _is_ca(certificate: x509.Certificate) -> int | None:
+    """How many intermediates a CA may have below it (RFC 5280 section 4.2.1.9); None for a certificate that is no CA."""
+    try:
+        constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+        return None
+    if not constraints.ca:
+        return None
+    return _MAX_CERTIFICATES if constraints.path_length is None else constraints.path_length
+
+
+def _issued_by(subject: x509.Certificate, issuer: x509.Certificate, *, below: int) -> bool:
+    """True when the issuer's key signed the subject and the issuer may have ``below`` intermediates under it."""
+    room = _is_ca(issuer)
+    if room is None or below > room:
+        return False
+    try:
+        subject.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+        return False
+    return True
+
+
+def _invalid(problem: str) -> CertmountError:
+    return CertmountError(Reason.ANSWER_INVALID, Fault("certificate from the authority", problem))

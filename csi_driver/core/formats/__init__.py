@@ -1,0 +1,1 @@
+"""The files of a volume, as bytes."""

@@ -1,0 +1,46 @@
+"""PEM (RFC 7468): what autocert's and every TLS library's users expect to find."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from csi_driver.core.keys import PrivateKey, encode_key
+from csi_driver.core.secret import Secret
+
+ROOTS, CHAIN, KEY, BUNDLE = "root.crt", "site.crt", "site.key", "site.pem"
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedFile:
+    """One file of a volume. ``private`` decides who may read it."""
+
+    name: str
+    content: Secret[bytes]
+    private: bool
+
+
+def render_files(
+    key: PrivateKey, chain: Sequence[x509.Certificate], roots: Sequence[x509.Certificate]
+) -> tuple[RenderedFile, ...]:
+    """``root.crt``, ``site.crt`` (leaf, then intermediates), ``site.key`` (PKCS#8) and ``site.pem`` (key, then chain: one atomic read)."""
+    key_pem, chain_pem = encode_key(key).reveal(), encode_certificates(chain)
+    return (
+        RenderedFile(ROOTS, Secret(encode_certificates(roots)), private=False),
+        RenderedFile(CHAIN, Secret(chain_pem), private=False),
+        RenderedFile(KEY, Secret(key_pem), private=True),
+        RenderedFile(BUNDLE, Secret(key_pem + chain_pem), private=True),
+    )
+
+
+def encode_certificates(certificates: Sequence[x509.Certificate]) -> bytes:
+    """The certificates in PEM, one after another."""
+    return b"".join(certificate.public_bytes(Encoding.PEM) for certificate in certificates)
+
+
+def decode_certificates(pem: bytes) -> list[x509.Certificate]:
+    """Reads PEM certificates; raises ValueError where there is none or one is broken."""
+    return x509.load_pem_x509_certificates(pem)

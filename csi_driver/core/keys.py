@@ -1,0 +1,64 @@
+"""Key pairs: made on the pod's node, encoded for the pod's files, and nowhere else."""
+
+from __future__ import annotations
+
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+
+from csi_driver.core.secret import Secret
+from csi_driver.core.spec import KeyType
+
+PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey
+PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey | ed25519.Ed25519PublicKey
+
+_RSA_BITS = {KeyType.RSA_2048: 2048, KeyType.RSA_3072: 3072, KeyType.RSA_4096: 4096}
+_CURVES: dict[KeyType, ec.EllipticCurve] = {KeyType.EC_P256: ec.SECP256R1(), KeyType.EC_P384: ec.SECP384R1()}
+
+
+def generate_key(key_type: KeyType) -> PrivateKey:
+    """Makes a key; RSA takes tens to hundreds of milliseconds, so never on the event loop."""
+    if key_type is KeyType.ED25519:
+        return ed25519.Ed25519PrivateKey.generate()
+    if key_type in _RSA_BITS:
+        return rsa.generate_private_key(public_exponent=65537, key_size=_RSA_BITS[key_type])
+    return ec.generate_private_key(_CURVES[key_type])
+
+
+def key_type_of(key: object) -> KeyType | None:
+    """The key type of a public key, or None for one that certmount doesn't sign."""
+    if isinstance(key, ed25519.Ed25519PublicKey):
+        return KeyType.ED25519
+    if isinstance(key, rsa.RSAPublicKey):
+        return next(
+            (kind for kind, bits in _RSA_BITS.items() if bits == key.key_size and key.public_numbers().e == 65537), None
+        )
+    if isinstance(key, ec.EllipticCurvePublicKey):
+        return next((kind for kind, curve in _CURVES.items() if curve.name == key.curve.name), None)
+    return None
+
+
+def encode_key(key: PrivateKey) -> Secret[bytes]:
+    """PKCS#8 PEM (RFC 5958), unencrypted."""
+    return Secret(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+
+
+def load_key(pem: Secret[bytes]) -> PrivateKey:
+    """Reads what :func:`encode_key` wrote; raises ValueError for anything else, without showing it."""
+    try:
+        key = load_pem_private_key(pem.reveal(), password=None)
+    except (ValueError, TypeError):
+        raise ValueError("not an unencrypted private key in PEM") from None
+    if not isinstance(key, PrivateKey):
+        raise ValueError("a private key of an algorithm that certmount does not use")
+    return key
+
+
+def public_bytes(key: PublicKey) -> bytes:
+    """SubjectPublicKeyInfo DER (RFC 5280 section 4.1.2.7): equal for equal keys."""
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)

@@ -1,0 +1,130 @@
+"""The names a certificate may carry. A value of these types is valid by construction: ``parse`` is the only way in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+# RFC 1123 section 2.1 and RFC 1035 section 2.3.4: letters, digits, hyphens; 63 octets a label, 253 a name.
+_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
+_MAX_DNS_LENGTH = 253
+# RFC 3986 section 2: what may stand in a URI; fragments, user information and brackets are left out on purpose.
+_URI = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[a-z0-9._-]+)(?P<path>(?:/[A-Za-z0-9._~!$&'()*+,;=:@%-]*)*)", re.ASCII
+)
+_MAX_URI_LENGTH = 2048
+# SPIFFE-ID, section 2.2: the characters of a path segment.
+_SPIFFE_SEGMENT = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
+_TRUST_DOMAIN = re.compile(r"[a-z0-9._-]{1,255}", re.ASCII)
+
+
+class NameProblem(ValueError):
+    """Why a text is not a name of the wanted kind, in words for whoever wrote it."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class DNSName:
+    """A fully qualified DNS name as a certificate holds it: lower case, ASCII, no trailing dot; it may start with ``*.``."""
+
+    text: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Takes a DNS name, or raises :class:`NameProblem` (RFC 1123 section 2.1, RFC 6125 section 6.4.3)."""
+        lowered = text.lower()
+        if not text:
+            raise NameProblem("is empty")
+        if not text.isascii():
+            raise NameProblem("has characters outside ASCII; write an internationalised name in its xn-- form")
+        if lowered.endswith("."):
+            raise NameProblem("ends with a dot; leave the dot away")
+        if len(lowered) > _MAX_DNS_LENGTH:
+            raise NameProblem(f"is {len(lowered)} characters long; a DNS name has at most {_MAX_DNS_LENGTH}")
+        labels = lowered.split(".")
+        if labels[0] == "*":
+            labels = labels[1:]
+            if len(labels) < 2:
+                raise NameProblem("is a wildcard over a whole top-level domain; write at least *.example.com")
+        for label in labels:
+            if "*" in label:
+                raise NameProblem("has a * that is not the whole first label")
+            if not _LABEL.fullmatch(label):
+                raise NameProblem(f"has the label {_shown(label)}; a label is 1-63 letters, digits or inner hyphens")
+        if labels[-1].isdigit():
+            raise NameProblem("is a number or an IP address, not a DNS name")
+        return cls(lowered)
+
+    @property
+    def is_wildcard(self) -> bool:
+        """True for ``*.example.com``."""
+        return self.text.startswith("*.")
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class URI:
+    """A URI with a scheme, a host and a path; for ``spiffe:`` the stricter rules of SPIFFE-ID hold."""
+
+    text: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Takes a URI, or raises :class:`NameProblem` (RFC 3986; SPIFFE-ID section 2)."""
+        if not text:
+            raise NameProblem("is empty")
+        if len(text) > _MAX_URI_LENGTH:
+            raise NameProblem(f"is {len(text)} characters long; a URI has at most {_MAX_URI_LENGTH}")
+        match = _URI.fullmatch(text)
+        if match is None:
+            raise NameProblem(
+                "is not a URI of the form scheme://host/path in ASCII, lower-case scheme and host, without query, fragment, user or port"
+            )
+        if match["scheme"] == "spiffe":
+            segments = match["path"].split("/")[1:]
+            if any(not _SPIFFE_SEGMENT.fullmatch(segment) or segment in (".", "..") for segment in segments):
+                raise NameProblem(
+                    "is not a SPIFFE ID: path segments are letters, digits, '.', '-', '_', never empty, '.' or '..'"
+                )
+        return cls(text)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Subject alternative names, each once, in the order they were asked for."""
+
+    dns: tuple[DNSName, ...] = ()
+    uris: tuple[URI, ...] = ()
+
+    @classmethod
+    def of(cls, dns: Iterable[DNSName] = (), uris: Iterable[URI] = ()) -> Self:
+        """Drops repetitions, keeps the order."""
+        return cls(tuple(dict.fromkeys(dns)), tuple(dict.fromkeys(uris)))
+
+    def __len__(self) -> int:
+        return len(self.dns) + len(self.uris)
+
+    def __str__(self) -> str:
+        return ", ".join(str(name) for name in (*self.dns, *self.uris))
+
+
+def parse_trust_domain(text: str) -> str:
+    """Takes a SPIFFE trust domain (SPIFFE-ID section 2.1), or raises :class:`NameProblem`."""
+    if not _TRUST_DOMAIN.fullmatch(text):
+        raise NameProblem("is not a trust domain: 1-255 lower-case letters, digits, '.', '-', '_'")
+    return text
+
+
+def spiffe_id(trust_domain: str, namespace: str, service_account: str) -> URI:
+    """The SPIFFE ID of a service account, in the form that the field has settled on."""
+    return URI.parse(f"spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}")
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 70 else text[:67] + "...")

@@ -1,0 +1,39 @@
+"""When to renew, and when to try again: formulas only. Times are unix seconds, randomness is a number from 0 to 1."""
+
+from __future__ import annotations
+
+from csi_driver.core.errors import Kind
+
+RENEWAL_FRACTION = 2 / 3
+"""Of a certificate's life, counted from when it was issued; leaves a third of it to outlast an outage."""
+JITTER = 0.1
+"""Share of the shorter side (before or after the planned moment) that chance may move a renewal by, either way."""
+_FIRST_RETRY_S = 1.0
+_RETRY_CAP_S = 30.0
+"""So that a volume heals within a minute of the authority's return."""
+_REFUSED_CAP_S = 300.0
+"""Policies get fixed, but by people: asking more often helps no one."""
+
+
+def plan_renewal(
+    *, issued_at: float, not_after: float, renew_before_s: float | None, renew_after_s: float | None, chance: float
+) -> float:
+    """The moment to renew: the issuer's hint if it is sooner, else the user's ``renew-before``, else two thirds of the life; jittered.
+
+    Always from ``issued_at`` to ``not_after``, and before ``not_after`` wherever the life is longer than zero.
+    """
+    life = max(not_after - issued_at, 0.0)
+    planned = life * RENEWAL_FRACTION if renew_before_s is None else life - renew_before_s
+    if renew_after_s is not None:
+        planned = min(planned, renew_after_s)
+    # A renew-before as long as the life (the issuer gave less than was asked) would renew without end.
+    planned = planned if 0 < planned < life else life * RENEWAL_FRACTION
+    room = min(planned, life - planned)
+    return issued_at + planned + (2 * chance - 1) * JITTER * room
+
+
+def retry_delay_s(*, attempt: int, kind: Kind, chance: float) -> float:
+    """Seconds until the next try after ``attempt`` failures in a row (1 or more): doubling from one second, jittered by a quarter."""
+    cap = _RETRY_CAP_S if kind.retryable else _REFUSED_CAP_S
+    delay = min(_FIRST_RETRY_S * 2.0 ** min(attempt - 1, 30), cap)
+    return delay * (0.75 + 0.5 * chance)

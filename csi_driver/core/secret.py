@@ -1,0 +1,34 @@
+"""A value that can be used but not shown."""
+
+from __future__ import annotations
+
+from typing import Final, Generic, NoReturn, TypeVar
+
+T = TypeVar("T", str, bytes)
+
+
+class Secret(Generic[T]):
+    """Holds a token or a key. ``reveal()`` is the only way to it: repr, str and format are redacted, pickling is refused."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: T) -> None:
+        self._value: Final[T] = value
+
+    def reveal(self) -> T:
+        """The value itself; for the wire or the file it was made for, and nothing else."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return "<redacted>"
+
+    __str__ = __repr__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other._value == self._value
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a secret is not serialised")
