@@ -24,6 +24,8 @@ RUN /tmp/pip/bin/pip wheel --no-cache-dir --quiet --no-deps --no-build-isolation
  && /opt/certmount/bin/python -I -c 'import csi_driver.kube; from kubernetes.aio import client; client.CoreV1Api, client.AuthenticationV1Api'
 
 FROM ${BASE}
+# Nothing is installed in a container, so the base's own pip goes too.
+RUN rm -rf /usr/local/bin/pip* /usr/local/lib/python3*/site-packages/pip* /usr/local/lib/python3*/ensurepip /usr/lib/python3/dist-packages/pip* /usr/bin/pip*
 COPY --from=build /opt/certmount /opt/certmount
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 USER 65532:65532
