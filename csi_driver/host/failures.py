@@ -1,0 +1,36 @@
+"""One place where an errno becomes a reason."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from csi_driver.core.errors import CertmountError, Fault, Reason
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_HINTS = {
+    errno.EPERM: "the driver's container must be privileged",
+    errno.EACCES: "the driver must run as root",
+    errno.EROFS: "the host's kubelet directory must be mounted writable into the driver's container",
+}
+
+
+def host_failure(error: OSError, field: str, action: str, path: Path | str, full_hint: str = "") -> CertmountError:
+    """The failure of ``action`` on ``path``: NO_SPACE when something is full, MOUNT_FAILED for all else."""
+    number = error.errno or 0
+    problem = f"could not {action} {path}: {os.strerror(number) if number else error}"
+    if number in _FULL:
+        return CertmountError(Reason.NO_SPACE, Fault(field, problem, full_hint))
+    return CertmountError(Reason.MOUNT_FAILED, Fault(field, problem, _HINTS.get(number, "")))
+
+
+@contextmanager
+def reported(field: str, action: str, path: Path | str, full_hint: str = "") -> Iterator[None]:
+    """Turns an OSError of the block into :func:`host_failure`."""
+    try:
+        yield
+    except OSError as error:
+        raise host_failure(error, field, action, path, full_hint) from error

@@ -1,0 +1,118 @@
+"""What the driver must know of a volume after a restart: everything but tokens and keys, as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final, NoReturn, TypeVar
+
+VERSION: Final = 1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeRecord:
+    """One published volume. Times are unix seconds; ``attributes`` are those that the pod's author wrote, no others."""
+
+    version: int = VERSION
+    volume_id: str
+    pod_namespace: str
+    pod_name: str
+    pod_uid: str
+    service_account: str
+    attributes: Mapping[str, str]
+    mount_group: int | None
+    targets: tuple[str, ...]
+    issued_at: float
+    renew_at: float
+    not_after: float
+
+    def to_json(self) -> bytes:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["attributes"] = dict(self.attributes)
+        return json.dumps(values, allow_nan=False, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> VolumeRecord:
+        """The record, or ValueError naming the field that is missing, unknown or of a wrong type; nothing is guessed."""
+        try:
+            values = json.loads(text.decode(), parse_constant=_no_number)
+        except RecursionError as error:
+            raise ValueError("record: nested too deeply") from error
+        if not isinstance(values, dict):
+            raise ValueError("record: is no JSON object")
+        version = _required(values, "version", _integer)
+        if version != VERSION:
+            raise ValueError(f"version: {version} is not {VERSION}, the only one this driver knows")
+        unknown = values.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"{min(unknown)}: is no field of a record")
+        return cls(
+            volume_id=_required(values, "volume_id", _string),
+            pod_namespace=_required(values, "pod_namespace", _string),
+            pod_name=_required(values, "pod_name", _string),
+            pod_uid=_required(values, "pod_uid", _string),
+            service_account=_required(values, "service_account", _string),
+            attributes=_required(values, "attributes", _string_map),
+            mount_group=_required(values, "mount_group", _optional_integer),
+            targets=_required(values, "targets", _strings),
+            issued_at=_required(values, "issued_at", _seconds),
+            renew_at=_required(values, "renew_at", _seconds),
+            not_after=_required(values, "not_after", _seconds),
+        )
+
+
+def _required(values: dict[str, Any], name: str, parse: Callable[[Any], T]) -> T:
+    if name not in values:
+        raise ValueError(f"{name}: is missing")
+    try:
+        return parse(values[name])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _string(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("is no string")
+    return value
+
+
+def _integer(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError("is no integer")
+    return value
+
+
+def _optional_integer(value: Any) -> int | None:
+    return None if value is None else _integer(value)
+
+
+def _seconds(value: Any) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise ValueError("is no number of seconds")
+    try:
+        seconds = float(value)
+    except OverflowError:
+        seconds = math.inf
+    if not math.isfinite(seconds):
+        raise ValueError("is no finite number of seconds")
+    return seconds
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError("is no list of strings")
+    return tuple(_string(item) for item in value)
+
+
+def _string_map(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise ValueError("is no object of strings")
+    return {name: _string(text) for name, text in value.items()}
+
+
+def _no_number(constant: str) -> NoReturn:
+    raise ValueError(f"record: {constant} is no number")

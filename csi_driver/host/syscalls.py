@@ -1,0 +1,97 @@
+"""The mount system calls that Python has no names for. Each raises OSError with its errno.
+
+The numbers of the newer three are the same on every architecture that Kubernetes runs on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Final
+
+MS_RDONLY: Final = 0x1
+MS_NOSUID: Final = 0x2
+MS_NODEV: Final = 0x4
+MS_NOEXEC: Final = 0x8
+MS_REMOUNT: Final = 0x20
+MS_BIND: Final = 0x1000
+
+MNT_DETACH: Final = 0x2
+UMOUNT_NOFOLLOW: Final = 0x8
+
+MOUNT_ATTR_RDONLY: Final = 0x1
+MOUNT_ATTR_NOSUID: Final = 0x2
+MOUNT_ATTR_NODEV: Final = 0x4
+MOUNT_ATTR_NOEXEC: Final = 0x8
+
+_OPEN_TREE: Final = 428
+_MOVE_MOUNT: Final = 429
+_MOUNT_SETATTR: Final = 442
+
+_AT_FDCWD: Final = -100
+_AT_SYMLINK_NOFOLLOW: Final = 0x100
+_AT_EMPTY_PATH: Final = 0x1000
+_OPEN_TREE_CLONE: Final = 0x1
+_MOVE_MOUNT_F_EMPTY_PATH: Final = 0x04
+_MOVE_MOUNT_T_EMPTY_PATH: Final = 0x40
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
+_libc.mount.restype = ctypes.c_int
+_libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
+_libc.umount2.restype = ctypes.c_int
+_libc.syscall.restype = ctypes.c_long
+
+
+class _MountAttributes(ctypes.Structure):
+    _fields_ = (
+        ("attr_set", ctypes.c_uint64),
+        ("attr_clr", ctypes.c_uint64),
+        ("propagation", ctypes.c_uint64),
+        ("userns_fd", ctypes.c_uint64),
+    )
+
+
+def mount(source: str | None, target: str, fs_type: str | None, flags: int, data: str | None = None) -> None:
+    """Mounts, or changes what is mounted; the manual's page is mount in section 2."""
+    _checked(_libc.mount(_bytes(source), _bytes(target), _bytes(fs_type), flags, _bytes(data)))
+
+
+def unmount(target: str, flags: int) -> None:
+    """Takes off the topmost mount: umount2(2)."""
+    _checked(_libc.umount2(_bytes(target), flags))
+
+
+def clone_tree(path: str) -> int:
+    """A descriptor of a detached copy of the mount at ``path``: open_tree(2), Linux 5.2. Closing it drops the copy."""
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_SYMLINK_NOFOLLOW
+    return _call(_OPEN_TREE, ctypes.c_int(_AT_FDCWD), ctypes.c_char_p(_bytes(path)), ctypes.c_uint(flags))
+
+
+def set_mount_attributes(tree: int, attributes: int) -> None:
+    """Sets MOUNT_ATTR_* on a detached tree: mount_setattr(2), Linux 5.12."""
+    wanted = _MountAttributes(attr_set=attributes)
+    flags, size = ctypes.c_uint(_AT_EMPTY_PATH), ctypes.c_size_t(ctypes.sizeof(wanted))
+    _call(_MOUNT_SETATTR, ctypes.c_int(tree), ctypes.c_char_p(b""), flags, ctypes.byref(wanted), size)
+
+
+def attach_tree(tree: int, target: int) -> None:
+    """Attaches a detached tree to the folder that is open as ``target``: move_mount(2), Linux 5.2."""
+    flags = ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH)
+    empty = ctypes.c_char_p(b"")
+    _call(_MOVE_MOUNT, ctypes.c_int(tree), empty, ctypes.c_int(target), empty, flags)
+
+
+def _bytes(text: str | None) -> bytes | None:
+    return None if text is None else os.fsencode(text)
+
+
+def _call(number: int, *arguments: object) -> int:
+    return _checked(_libc.syscall(ctypes.c_long(number), *arguments))
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
