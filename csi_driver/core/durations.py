@@ -25,8 +25,10 @@ def parse_duration(text: str) -> timedelta:
 
 
 def format_duration(duration: timedelta) -> str:
-    """Writes a duration as Go does, whole milliseconds at the finest: ``1h30m``, ``45s``, ``0s``."""
+    """Writes a duration in Go's syntax, whole milliseconds at the finest: ``1h30m``, ``45s``, ``0s``, ``-5m``."""
     milliseconds = round(duration.total_seconds() * 1000)
+    if milliseconds < 0:
+        return "-" + format_duration(-duration)
     hours, rest = divmod(milliseconds, 3_600_000)
     minutes, rest = divmod(rest, 60_000)
     seconds = f"{rest / 1000:.3f}".rstrip("0").rstrip(".")
