@@ -128,7 +128,7 @@ class VolumeStore:
         Raises CertmountError: TARGET_UNUSABLE, MOUNT_FAILED, NO_SPACE; INTERNAL for a volume without files.
         """
         files = self.files_dir(volume_id)
-        if not (files / DATA).is_dir():
+        if not self.has_files(volume_id):
             raise CertmountError(Reason.INTERNAL, Fault("volume", "is mounted before it has files"))
         if self._mounts.is_bound(files, target):
             return
@@ -143,8 +143,11 @@ class VolumeStore:
 
     def is_healthy(self, volume_id: str, target: Path) -> bool:
         """True when ``target`` shows the volume's files read-only. A few stat calls: for every republish."""
-        files = self.files_dir(volume_id)
-        return self._mounts.is_bound(files, target) and (files / DATA).is_dir()
+        return self._mounts.is_bound(self.files_dir(volume_id), target) and self.has_files(volume_id)
+
+    def has_files(self, volume_id: str) -> bool:
+        """True when a generation of files lies in the volume, wherever it is shown."""
+        return (self.files_dir(volume_id) / DATA).is_dir()
 
     def unbind(self, target: Path) -> None:
         """Unmounts ``target`` and removes its folder; nothing there is no error, and what is not ours stays.

@@ -1,0 +1,32 @@
+"""The ``certmount`` command. Each subcommand is imported when it is called, so the node driver never loads the authority's world."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+from csi_driver import __version__
+
+_COMMANDS = {
+    "node": "csi_driver.cli.node",
+    "authority": "csi_driver.cli.authority",
+    "demo": "csi_driver.cli.demo",
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's signature
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002  # click's signature
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = import_module(_COMMANDS[cmd_name]).command
+        return command
+
+
+@click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="certmount")
+def main() -> None:
+    """A TLS certificate for every Kubernetes pod, as files, rotated in place."""

@@ -1,0 +1,215 @@
+"""``certmount node``: the driver of one node, wired together."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import grpc
+import structlog
+from prometheus_client import CollectorRegistry
+
+from csi_driver import DRIVER_NAME, __version__
+from csi_driver._proto import csi_pb2_grpc
+from csi_driver.core.errors import CertmountError
+from csi_driver.host.folder_mounts import FolderMounts
+from csi_driver.host.mounts import KernelMounts
+from csi_driver.host.targets import check_kubelet_dir
+from csi_driver.host.volumes import VolumeStore
+from csi_driver.node.authority_client import AuthorityClient
+from csi_driver.node.enrolment import Enrolment
+from csi_driver.node.publisher import Publisher
+from csi_driver.node.registration import Registration
+from csi_driver.node.service import IdentityService, NodeService, describe_call
+from csi_driver.node.trust import follow_trust
+from csi_driver.rpc.server import Handled, Interceptor
+from csi_driver.telemetry.http import HealthServer
+from csi_driver.telemetry.logging import LEVELS, configure_logging
+from csi_driver.telemetry.node_metrics import NodeMetrics
+
+log = structlog.get_logger(__name__)
+
+_GRACE_S = 10.0
+_HEARTBEAT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The options of ``certmount node``."""
+
+    kubelet_dir: Path
+    node_name: str
+    authority: str
+    authority_root: Path
+    token: Path
+    http: str
+    mounts: str
+
+    @property
+    def plugin_dir(self) -> Path:
+        """Where the driver's socket and volumes lie."""
+        return self.kubelet_dir / "plugins" / DRIVER_NAME
+
+
+@click.command(name="node")
+@click.option(
+    "--kubelet-dir",
+    type=click.Path(path_type=Path),
+    default="/var/lib/kubelet",
+    show_default=True,
+    help="The kubelet's root directory on this node.",
+)
+@click.option("--node-name", required=True, help="This node's name in Kubernetes.")
+@click.option(
+    "--authority",
+    default="certmount-authority.certmount.svc:443",
+    show_default=True,
+    help="HOST:PORT of the authority.",
+)
+@click.option(
+    "--authority-root",
+    type=click.Path(path_type=Path),
+    default="/etc/certmount/root/root.crt",
+    show_default=True,
+    help="PEM file with the root that the authority's certificate must lead to; it may appear later.",
+)
+@click.option(
+    "--token",
+    type=click.Path(path_type=Path),
+    default="/var/run/secrets/certmount/token",
+    show_default=True,
+    help="File with the driver's own service-account token, audience certmount-node.",
+)
+@click.option("--http", default="0.0.0.0:9440", show_default=True, help="HOST:PORT for /healthz, /readyz and /metrics.")
+@click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True)
+@click.option(
+    "--mounts",
+    type=click.Choice(["kernel", "folder"]),
+    default="kernel",
+    show_default=True,
+    help="folder: plain folders in place of mounts, for a machine without root; pods need kernel.",
+)
+def command(log_level: str, **options: object) -> None:
+    """Run the CSI driver of one node."""
+    configure_logging(log_level)
+    asyncio.run(run(Settings(**options)))  # type: ignore[arg-type]  # click gives each option its type
+
+
+async def run(settings: Settings) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    registry = CollectorRegistry()
+    metrics = NodeMetrics(registry)
+    client = AuthorityClient(settings.authority, settings.authority_root, settings.token)
+    with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="keys") as keys:
+        publisher = _publisher(settings, client, keys, metrics)
+        registration = Registration(settings.kubelet_dir, settings.plugin_dir / "csi.sock")
+        health = HealthServer(settings.http, registry, _readiness(settings, client, registration), _liveness())
+        health.start()
+        try:
+            await _serve(settings, publisher, client, registration, metrics, stop)
+        finally:
+            await client.close()
+            health.stop()
+    log.info("stopped")
+
+
+async def _serve(
+    settings: Settings,
+    publisher: Publisher,
+    client: AuthorityClient,
+    registration: Registration,
+    metrics: NodeMetrics,
+    stop: asyncio.Event,
+) -> None:
+    log.info(
+        "starting",
+        version=__version__,
+        node=settings.node_name,
+        kubelet_dir=str(settings.kubelet_dir),
+        authority=settings.authority,
+    )
+    for problem in _kubelet_faults(settings):
+        log.error("this does not look like the kubelet's root directory", error=problem)
+    settings.plugin_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
+    await publisher.restore()
+    server = await _serve_csi(settings, publisher, metrics)
+    async with asyncio.TaskGroup() as tasks:
+        running = [
+            tasks.create_task(publisher.rotation.run(), name="rotation"),
+            tasks.create_task(follow_trust(client, publisher.replace_roots, random.random), name="trust"),
+        ]
+        await registration.start()
+        await stop.wait()
+        log.info("stopping")
+        await registration.stop()
+        await server.stop(_GRACE_S)
+        for task in running:
+            task.cancel()
+
+
+async def _serve_csi(settings: Settings, publisher: Publisher, metrics: NodeMetrics) -> grpc.aio.Server:
+    def observe(call: Handled) -> None:
+        metrics.called(call.method, call.reason, call.seconds)
+
+    server = grpc.aio.server(interceptors=[Interceptor(observe, describe_call)])
+    csi_pb2_grpc.add_IdentityServicer_to_server(IdentityService(), server)
+    csi_pb2_grpc.add_NodeServicer_to_server(NodeService(settings.node_name, publisher), server)
+    socket = settings.plugin_dir / "csi.sock"
+    socket.unlink(missing_ok=True)
+    server.add_insecure_port(f"unix:{socket}")
+    await server.start()
+    return server
+
+
+def _publisher(
+    settings: Settings, client: AuthorityClient, keys: ThreadPoolExecutor, metrics: NodeMetrics
+) -> Publisher:
+    mounts = KernelMounts() if settings.mounts == "kernel" else FolderMounts()
+    store = VolumeStore(settings.plugin_dir / "volumes", settings.kubelet_dir, mounts)
+    enrolment = Enrolment(client, keys, time.time, random.random)
+    return Publisher(settings.kubelet_dir, store, enrolment, metrics, time.time, random.random)
+
+
+def _kubelet_faults(settings: Settings) -> list[str]:
+    try:
+        check_kubelet_dir(settings.kubelet_dir, shared=settings.mounts == "kernel")
+    except CertmountError as error:
+        return [str(error)]
+    return []
+
+
+def _readiness(settings: Settings, client: AuthorityClient, registration: Registration) -> Callable[[], Sequence[str]]:
+    def reasons() -> Sequence[str]:
+        trust = client.trust_fault()
+        return [
+            *_kubelet_faults(settings),
+            *([trust] if trust else []),
+            *([registration.problem] if registration.problem else []),
+        ]
+
+    return reasons
+
+
+def _liveness() -> Callable[[], Sequence[str]]:
+    loop = asyncio.get_running_loop()
+
+    def reasons() -> Sequence[str]:
+        """Asks the event loop for a sign of life; called from the health server's thread."""
+        try:
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(_HEARTBEAT_S)
+        except (TimeoutError, RuntimeError):
+            return [f"the event loop has not answered for {_HEARTBEAT_S:.0f} s"]
+        return []
+
+    return reasons

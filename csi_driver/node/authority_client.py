@@ -1,0 +1,162 @@
+"""The node's side of the wire to the authority: one TLS channel that trusts exactly the root file, the node's own token on every call."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import grpc
+
+from csi_driver._proto import authority_pb2, authority_pb2_grpc
+from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.formats.pem import decode_certificates
+from csi_driver.core.secret import Secret
+from csi_driver.rpc.errors import from_rpc
+
+ISSUE_TIMEOUT_S = 90.0
+"""Shorter than kubelet's two minutes, so that it hears the reason and not just a timeout."""
+_MAX_FILE_BYTES = 1024 * 1024
+_OPTIONS = (
+    ("grpc.initial_reconnect_backoff_ms", 250),
+    ("grpc.min_reconnect_backoff_ms", 250),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+    # The trust stream is silent for days; without this a vanished authority would go unnoticed.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.max_receive_message_length", 1024 * 1024),
+    (
+        # A replica that ends in mid-call costs one retry at another one, not a failed mount (gRFC A6).
+        "grpc.service_config",
+        json.dumps(
+            {
+                "methodConfig": [
+                    {
+                        "name": [{"service": "certmount.authority.v1.Authority", "method": "Issue"}],
+                        "retryPolicy": {
+                            "maxAttempts": 4,
+                            "initialBackoff": "0.1s",
+                            "maxBackoff": "1s",
+                            "backoffMultiplier": 3,
+                            "retryableStatusCodes": ["UNAVAILABLE"],
+                        },
+                    }
+                ]
+            }
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the authority answered, unchecked (X.509 DER)."""
+
+    chain: Sequence[bytes]
+    roots: Sequence[bytes]
+    renew_after: timedelta | None
+
+
+class AuthorityClient:
+    """Speaks to one authority address. Belongs to one event loop.
+
+    ``root_file`` (PEM) may appear or change later: the channel is made from its present content. ``token_file`` is read
+    for every call, as kubelet renews it in place.
+    """
+
+    def __init__(self, address: str, root_file: Path, token_file: Path) -> None:
+        self._address = address
+        self._root_file = root_file
+        self._token_file = token_file
+        self._roots = b""
+        self._channel: grpc.aio.Channel | None = None
+
+    async def issue(self, csr: bytes, token: Secret[str], duration: timedelta | None) -> Answer:
+        """Asks for a certificate; the names are in the CSR (DER).
+
+        Raises:
+            CertmountError: the authority's reason, TrustMissing while there is no root file, AuthorityUnavailable.
+        """
+        request = authority_pb2.IssueRequest(csr=csr, pod_token=token.reveal())
+        if duration is not None:
+            request.duration.FromTimedelta(duration)
+        stub = await self._stub()
+        try:
+            response = await stub.Issue(request, timeout=ISSUE_TIMEOUT_S, metadata=self._bearer())
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error) from None
+        renew_after = response.renew_after.ToTimedelta() if response.HasField("renew_after") else None
+        return Answer(response.chain, response.roots, renew_after)
+
+    async def watch_trust(self) -> AsyncIterator[Sequence[bytes]]:
+        """Yields the trusted roots (X.509 DER) now and at each change; ends when the authority ends the stream.
+
+        Raises:
+            CertmountError: as :meth:`issue`.
+        """
+        stub = await self._stub()
+        call = stub.WatchTrust(authority_pb2.WatchTrustRequest(), metadata=self._bearer())
+        try:
+            async for bundle in call:
+                yield bundle.roots
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error) from None
+        finally:
+            call.cancel()
+
+    def trust_fault(self) -> str | None:
+        """Why the authority can't be trusted yet, for people; None when it can."""
+        try:
+            self._read_roots()
+        except CertmountError as error:
+            return str(error)
+        return None
+
+    async def close(self) -> None:
+        """Ends the channel and what is under way on it."""
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = None
+
+    async def _stub(self) -> authority_pb2_grpc.AuthorityAsyncStub:
+        roots = self._read_roots()
+        if self._channel is None or roots != self._roots:
+            previous, self._roots = self._channel, roots
+            credentials = grpc.ssl_channel_credentials(root_certificates=roots)
+            self._channel = grpc.aio.secure_channel(self._address, credentials, options=_OPTIONS)
+            if previous is not None:
+                await previous.close(grace=ISSUE_TIMEOUT_S)
+        return authority_pb2_grpc.AuthorityStub(self._channel)
+
+    def _read_roots(self) -> bytes:
+        content = _read(self._root_file)
+        try:
+            if content and decode_certificates(content):
+                return content
+        except ValueError:
+            raise CertmountError(
+                Reason.TRUST_MISSING, Fault(str(self._root_file), "holds no certificate in PEM")
+            ) from None
+        hint = "the authority publishes it to the ConfigMap certmount-root when it first starts; is it running?"
+        raise CertmountError(
+            Reason.TRUST_MISSING, Fault(str(self._root_file), "the authority's root is not there yet", hint)
+        )
+
+    def _bearer(self) -> tuple[tuple[str, str], ...]:
+        token = _read(self._token_file).strip()
+        if not token:
+            problem = "the node driver's own token is not there"
+            hint = "the DaemonSet must mount a projected token with audience certmount-node"
+            raise CertmountError(Reason.TOKEN_MISSING, Fault(str(self._token_file), problem, hint))
+        return (("authorization", f"Bearer {token.decode('ascii', errors='replace')}"),)
+
+
+def _read(path: Path) -> bytes:
+    """The file's content; empty where it can't be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(_MAX_FILE_BYTES)
+    except OSError:
+        return b""

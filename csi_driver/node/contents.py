@@ -1,0 +1,84 @@
+"""What lies in a volume: written as one generation, read back, its roots exchanged. Blocking; runs in threads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from csi_driver.core.bundle import Bundle, Expected, check_answer
+from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.formats.pem import (
+    BUNDLE,
+    CHAIN,
+    KEY,
+    ROOTS,
+    decode_certificates,
+    encode_certificates,
+    render_files,
+)
+from csi_driver.core.keys import PrivateKey, load_key
+from csi_driver.core.names import Names
+from csi_driver.core.secret import Secret
+from csi_driver.host.generations import VolumeFile, read_generation, write_generation
+from csi_driver.node.request import Pod
+
+_PRIVATE = frozenset({KEY, BUNDLE})
+
+
+@dataclass(frozen=True, slots=True)
+class Readers:
+    """Who may read the key: a group (then root and that group only), or with None every user of the pod."""
+
+    group: int | None
+
+    def file(self, name: str, content: Secret[bytes]) -> VolumeFile:
+        """The file with its mode and group."""
+        if name not in _PRIVATE or self.group is None:
+            return VolumeFile(name, content, 0o444, None)
+        return VolumeFile(name, content, 0o440, self.group)
+
+
+def write_certificate(files_dir: Path, key: PrivateKey, bundle: Bundle, readers: Readers, now: float) -> None:
+    """Writes a new generation with key, chain and roots; the old one stays whole if that fails."""
+    rendered = render_files(key, bundle.chain, bundle.roots)
+    write_generation(files_dir, [readers.file(file.name, file.content) for file in rendered], _stamp(now))
+
+
+def replace_roots(files_dir: Path, roots: Sequence[x509.Certificate], readers: Readers, now: float) -> bool:
+    """Writes the present key and certificate again with other roots; False where the roots are the same already."""
+    files, wanted = read_generation(files_dir), encode_certificates(roots)
+    if files.get(ROOTS) == wanted:
+        return False
+    files[ROOTS] = wanted
+    write_generation(files_dir, [readers.file(name, Secret(content)) for name, content in files.items()], _stamp(now))
+    return True
+
+
+def read_certificate(files_dir: Path, names: Names, pod: Pod, now: float) -> Bundle:
+    """Reads the present generation and judges it as if the authority had just sent it.
+
+    Raises:
+        CertmountError: AnswerInvalid where it is not a certificate that fits; or the volume can't be read.
+    """
+    files = read_generation(files_dir)
+    try:
+        key = load_key(Secret(files[KEY]))
+        chain, roots = (
+            [certificate.public_bytes(Encoding.DER) for certificate in decode_certificates(files[name])]
+            for name in (CHAIN, ROOTS)
+        )
+    except (KeyError, ValueError):
+        raise CertmountError(
+            Reason.ANSWER_INVALID, Fault("volume", "its files are not a key, a chain and roots")
+        ) from None
+    expected = Expected(key.public_key(), names, pod.namespace, pod.service_account)
+    return check_answer(chain, roots, expected, datetime.fromtimestamp(now, UTC))
+
+
+def _stamp(now: float) -> str:
+    return datetime.fromtimestamp(now, UTC).strftime("%Y_%m_%d_%H_%M_%S.%f")
