@@ -10,14 +10,16 @@ from typing import Self
 # RFC 1123 section 2.1 and RFC 1035 section 2.3.4: letters, digits, hyphens; 63 octets a label, 253 a name.
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
 _MAX_DNS_LENGTH = 253
-# RFC 3986 section 2: what may stand in a URI; fragments, user information and brackets are left out on purpose.
+# RFC 3986 section 2: what may stand in a URI. Left out on purpose: fragments, user information, brackets, and "%", by
+# which one path can be written in two ways.
 _URI = re.compile(
-    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[a-z0-9._-]+)(?P<path>(?:/[A-Za-z0-9._~!$&'()*+,;=:@%-]*)*)", re.ASCII
+    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[a-z0-9._-]+)(?P<path>(?:/[A-Za-z0-9._~!$&'()*+,;=:@-]*)*)", re.ASCII
 )
 _MAX_URI_LENGTH = 2048
 # SPIFFE-ID, section 2.2: the characters of a path segment.
 _SPIFFE_SEGMENT = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
 _TRUST_DOMAIN = re.compile(r"[a-z0-9._-]{1,255}", re.ASCII)
+_DOT_SEGMENTS = (".", "..")
 
 
 class NameProblem(ValueError):
@@ -81,14 +83,16 @@ class URI:
         match = _URI.fullmatch(text)
         if match is None:
             raise NameProblem(
-                "is not a URI of the form scheme://host/path in ASCII, lower-case scheme and host, without query, fragment, user or port"
+                "is not a URI of the form scheme://host/path in ASCII, lower-case scheme and host, without query, fragment, user, port or %"
             )
+        segments = match["path"].split("/")[1:]
+        if any(segment in _DOT_SEGMENTS for segment in segments):
+            raise NameProblem("has a path segment '.' or '..', which leads elsewhere (RFC 3986 section 5.2.4)")
         if match["scheme"] == "spiffe":
-            segments = match["path"].split("/")[1:]
-            if any(not _SPIFFE_SEGMENT.fullmatch(segment) or segment in (".", "..") for segment in segments):
-                raise NameProblem(
-                    "is not a SPIFFE ID: path segments are letters, digits, '.', '-', '_', never empty, '.' or '..'"
-                )
+            if not _TRUST_DOMAIN.fullmatch(match["host"]):
+                raise NameProblem("is not a SPIFFE ID: its trust domain is longer than 255 characters")
+            if any(not _SPIFFE_SEGMENT.fullmatch(segment) for segment in segments):
+                raise NameProblem("is not a SPIFFE ID: path segments are letters, digits, '.', '-', '_', never empty")
         return cls(text)
 
     def __str__(self) -> str:

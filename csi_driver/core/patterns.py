@@ -17,7 +17,7 @@ _DOMAIN_PLACEHOLDERS = ("trust_domain", "cluster_domain")
 """The administrator's own values, known when the policy is read; they may span several labels."""
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _DNS_TEXT = re.compile(r"[a-z0-9*._-]+", re.ASCII)
-_URI_TEXT = re.compile(r"[A-Za-z0-9*._~!$&'()+,;=:@%/-]+", re.ASCII)
+_URI_TEXT = re.compile(r"[A-Za-z0-9*._~!$&'()+,;=:@/-]+", re.ASCII)
 _VALUE = re.compile(r"[a-z0-9.-]+", re.ASCII)
 
 
