@@ -1,0 +1,110 @@
+"""Runs the real ``certmount node`` as a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from tests.support.kubelet import Kubelet
+
+_START_S = 30.0
+
+
+class Driver:
+    """One driver process on a kubelet root directory; ``log`` keeps every line of all its lives."""
+
+    def __init__(self, kubelet: Kubelet, authority: str, root_file: Path, token_file: Path, log: Path) -> None:
+        self._kubelet = kubelet
+        self._log = log
+        self.http = f"127.0.0.1:{free_port()}"
+        self._arguments = [
+            f"--kubelet-dir={kubelet.root}",
+            "--node-name=node1",
+            f"--authority={authority}",
+            f"--authority-root={root_file}",
+            f"--token={token_file}",
+            f"--http={self.http}",
+            "--log-level=debug",
+            f"--mounts={'kernel' if os.geteuid() == 0 else 'folder'}",
+        ]
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def __aenter__(self) -> Driver:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    async def start(self) -> None:
+        """Starts it and waits until it serves CSI."""
+        with self._log.open("ab") as log:
+            command = [sys.executable, "-m", "csi_driver.cli.main", "node", *self._arguments]
+            self._process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
+        deadline = time.monotonic() + _START_S
+        while time.monotonic() < deadline:
+            if self._process.returncode is not None:
+                raise AssertionError(f"the driver ended with {self._process.returncode}:\n{self._log.read_text()}")
+            async with self._kubelet.channel() as channel:
+                try:
+                    await asyncio.wait_for(channel.channel_ready(), 0.5)
+                except (TimeoutError, grpc.aio.AioRpcError):
+                    continue
+                return
+        raise AssertionError(f"the driver does not serve:\n{self._log.read_text()}")
+
+    async def stop(self) -> int:
+        """Asks it to end, as the kubelet does; gives its exit status."""
+        return await self._end(signal.SIGTERM)
+
+    async def kill(self) -> None:
+        """Ends it without a chance to tidy up."""
+        await self._end(signal.SIGKILL)
+
+    async def _end(self, number: signal.Signals) -> int:
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        if process.returncode is None:
+            process.send_signal(number)
+        return await process.wait()
+
+    def log_text(self) -> str:
+        return self._log.read_text()
+
+    def events(self, event: str) -> list[dict[str, Any]]:
+        """The log lines with this text."""
+        lines = (json.loads(line) for line in self.log_text().splitlines() if line.startswith("{"))
+        return [line for line in lines if line.get("event") == event]
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and body of the driver's own HTTP port."""
+        try:
+            with urllib.request.urlopen(f"http://{self.http}{path}", timeout=10) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,114 @@
+"""Plays the kubelet to a running driver: pod folders, tokens, calls over the real unix socket."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import jwt
+
+from csi_driver import DRIVER_NAME, POD_AUDIENCE
+from csi_driver._proto import csi_pb2, csi_pb2_grpc
+
+_TOKEN_KEY = secrets.token_bytes(32)
+"""Signs tokens that only a scripted authority believes."""
+
+
+@dataclass(frozen=True)
+class FakePod:
+    """A pod on this node."""
+
+    namespace: str = "web"
+    name: str = "shop"
+    service_account: str = "shop"
+    uid: str = field(default_factory=lambda: str(uuid.uuid4()))
+
+    def claims(self, **changes: object) -> dict[str, object]:
+        now = int(time.time())
+        return {
+            "iss": "https://kubernetes.default.svc.cluster.local",
+            "aud": [POD_AUDIENCE],
+            "sub": f"system:serviceaccount:{self.namespace}:{self.service_account}",
+            "exp": now + 3600,
+            "iat": now,
+            "jti": str(uuid.uuid4()),
+            "kubernetes.io": {
+                "namespace": self.namespace,
+                "node": {"name": "node1", "uid": "node1-uid"},
+                "pod": {"name": self.name, "uid": self.uid},
+                "serviceaccount": {"name": self.service_account, "uid": f"{self.service_account}-uid"},
+            },
+        } | changes
+
+    def token(self, **changes: object) -> str:
+        return jwt.encode(self.claims(**changes), _TOKEN_KEY, algorithm="HS256")
+
+
+class Kubelet:
+    """Makes a kubelet root directory, then speaks to the driver that runs on it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name in ("pods", "plugins", "plugins_registry"):
+            (root / name).mkdir(parents=True, exist_ok=True)
+        self.socket = root / "plugins" / DRIVER_NAME / "csi.sock"
+
+    def channel(self) -> grpc.aio.Channel:
+        return grpc.aio.insecure_channel(f"unix:{self.socket}", options=[("grpc.use_local_subchannel_pool", 1)])
+
+    def target(self, pod: FakePod, volume: str = "tls") -> Path:
+        """Where the volume is to appear; its parent is made, as the kubelet does."""
+        target = self.root / "pods" / pod.uid / "volumes" / "kubernetes.io~csi" / volume / "mount"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target
+
+    def publish_request(
+        self,
+        pod: FakePod,
+        attributes: Mapping[str, str] | None = None,
+        *,
+        volume_id: str | None = None,
+        token: str | None = "",
+        tokens_in_secrets: bool = False,
+        fs_group: str = "",
+        read_only: bool = True,
+    ) -> csi_pb2.NodePublishVolumeRequest:
+        """A request as the kubelet sends it; ``token`` None leaves it out, empty makes a fresh one."""
+        tokens = {}
+        if token is not None:
+            entry = {"token": token or pod.token(), "expirationTimestamp": "2030-01-01T00:00:00Z"}
+            tokens = {"csi.storage.k8s.io/serviceAccount.tokens": json.dumps({POD_AUDIENCE: entry})}
+        context = {
+            **(attributes or {}),
+            "csi.storage.k8s.io/pod.name": pod.name,
+            "csi.storage.k8s.io/pod.namespace": pod.namespace,
+            "csi.storage.k8s.io/pod.uid": pod.uid,
+            "csi.storage.k8s.io/serviceAccount.name": pod.service_account,
+            "csi.storage.k8s.io/ephemeral": "true",
+            **({} if tokens_in_secrets else tokens),
+        }
+        mode = csi_pb2.VolumeCapability.AccessMode(mode=csi_pb2.VolumeCapability.AccessMode.SINGLE_NODE_WRITER)
+        mount = csi_pb2.VolumeCapability.MountVolume(volume_mount_group=fs_group)
+        return csi_pb2.NodePublishVolumeRequest(
+            volume_id=volume_id or f"csi-{pod.uid.replace('-', '')}",
+            target_path=str(self.target(pod)),
+            volume_capability=csi_pb2.VolumeCapability(mount=mount, access_mode=mode),
+            readonly=read_only,
+            secrets=tokens if tokens_in_secrets else {},
+            volume_context=context,
+        )
+
+    @staticmethod
+    def unpublish_request(published: csi_pb2.NodePublishVolumeRequest) -> csi_pb2.NodeUnpublishVolumeRequest:
+        return csi_pb2.NodeUnpublishVolumeRequest(volume_id=published.volume_id, target_path=published.target_path)
+
+
+def node_stub(channel: grpc.aio.Channel) -> csi_pb2_grpc.NodeAsyncStub:
+    """The driver's Node service."""
+    return csi_pb2_grpc.NodeStub(channel)

@@ -1,0 +1,178 @@
+"""An authority for tests of the node: a real TLS gRPC server and a real CA, whose behaviour a test scripts.
+
+It believes every token, so it proves nothing about admission; that is tested against the real authority.
+Run as a program (for benchmarks, so that its work is not the driver's):
+
+    python -m tests.support.scripted_authority DIR [--delay-ms 20]
+
+writes DIR/root.crt and DIR/address, and serves until standard input closes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import jwt
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from csi_driver._proto import authority_pb2, authority_pb2_grpc
+from csi_driver.core.csr import parse_csr, san_extension
+from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.keys import PublicKey
+from csi_driver.core.names import DNSName, Names, spiffe_id
+from csi_driver.rpc.server import Interceptor
+
+TRUST_DOMAIN = "cluster.local"
+
+
+class TestCA:
+    """A root that signs leaves directly."""
+
+    __test__ = False
+
+    def __init__(self, name: str = "test root", life: timedelta = timedelta(days=1)) -> None:
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+        now = datetime.now(UTC)
+        self.certificate = (
+            x509.CertificateBuilder(subject, subject, self.key.public_key(), x509.random_serial_number())
+            .not_valid_before(now - timedelta(minutes=1))
+            .not_valid_after(now + life)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+            .sign(self.key, SHA256())
+        )
+
+    @property
+    def pem(self) -> bytes:
+        return self.certificate.public_bytes(Encoding.PEM)
+
+    @property
+    def der(self) -> bytes:
+        return self.certificate.public_bytes(Encoding.DER)
+
+    def sign(self, key: PublicKey, names: Names, life: timedelta, *, ca: bool = False) -> x509.Certificate:
+        now = datetime.now(UTC)
+        return (
+            x509.CertificateBuilder(self.certificate.subject, x509.Name([]), key, x509.random_serial_number())
+            .not_valid_before(now - timedelta(minutes=1))
+            .not_valid_after(now + life)
+            .add_extension(san_extension(names), critical=True)
+            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+            .sign(self.key, SHA256())
+        )
+
+
+Response = authority_pb2.IssueResponse
+
+
+@dataclass
+class Script:
+    """What the authority does next; a test changes it at any time."""
+
+    delay_s: float = 0.0
+    life: timedelta = timedelta(hours=1)
+    """For requests that name none."""
+    failure: CertmountError | None = None
+    tamper: Callable[[Response], Response] = lambda response: response
+    issued: list[Names] = field(default_factory=list)
+    """The names of every certificate that was signed."""
+
+
+class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
+    """Serves on a free port of loopback; ``address``, ``root_file`` and ``token_file`` are what the node needs to call it."""
+
+    def __init__(self, folder: Path, script: Script | None = None) -> None:
+        self.ca = TestCA()
+        self.script = script or Script()
+        self.root_file = folder / "root.crt"
+        self.token_file = folder / "node-token"
+        self.address = ""
+        self._roots: list[bytes] = [self.ca.der]
+        self._changed = asyncio.Condition()
+        self._server: grpc.aio.Server | None = None
+
+    async def __aenter__(self) -> ScriptedAuthority:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        self.root_file.write_bytes(self.ca.pem)
+        self.token_file.write_text("test-node-token")
+        key = ec.generate_private_key(ec.SECP256R1())
+        certificate = self.ca.sign(key.public_key(), Names.of([DNSName.parse("localhost")]), timedelta(hours=12))
+        pem_key = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        credentials = grpc.ssl_server_credentials([(pem_key, certificate.public_bytes(Encoding.PEM))])
+        self._server = grpc.aio.server(interceptors=[Interceptor(lambda _: None)])
+        authority_pb2_grpc.add_AuthorityServicer_to_server(self, self._server)
+        port = int(self.address.rpartition(":")[2] or 0)
+        bound = self._server.add_secure_port(f"127.0.0.1:{port}", credentials)
+        self.address = f"localhost:{bound}"
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Ends at once; ``start`` serves again at the same port with the same CA."""
+        if self._server is not None:
+            await self._server.stop(None)
+            self._server = None
+
+    async def trust(self, *roots: bytes) -> None:
+        """Sends other roots (DER) to everyone who watches."""
+        async with self._changed:
+            self._roots = list(roots)
+            self._changed.notify_all()
+
+    async def Issue(self, request: authority_pb2.IssueRequest, _context: Any) -> Response:  # noqa: N802
+        script = self.script
+        if script.delay_s:
+            await asyncio.sleep(script.delay_s)  # the issuer's own time, by the test's script
+        if script.failure is not None:
+            raise script.failure
+        csr = parse_csr(request.csr)
+        claims = jwt.decode(request.pod_token, options={"verify_signature": False})["kubernetes.io"]
+        own = spiffe_id(TRUST_DOMAIN, claims["namespace"], claims["serviceaccount"]["name"])
+        names = Names.of(csr.names.dns, (own, *csr.names.uris))
+        life = request.duration.ToTimedelta() if request.HasField("duration") else script.life
+        leaf = self.ca.sign(csr.public_key, names, life)
+        script.issued.append(names)
+        return script.tamper(Response(chain=[leaf.public_bytes(Encoding.DER)], roots=self._roots))
+
+    async def WatchTrust(self, _request: object, _context: Any) -> AsyncIterator[authority_pb2.TrustBundle]:  # noqa: N802
+        sent: Sequence[bytes] = ()
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(lambda sent=sent: self._roots != list(sent))  # type: ignore[misc]
+                sent = list(self._roots)
+            yield authority_pb2.TrustBundle(roots=sent)
+
+
+def refused(name: str) -> CertmountError:
+    """What the real authority answers for a name that no rule allows."""
+    return CertmountError(Reason.NAME_REFUSED, f"{name}: no policy rule allows this name")
+
+
+async def _serve(folder: Path, delay_ms: float) -> None:
+    async with ScriptedAuthority(folder, Script(delay_s=delay_ms / 1000)) as authority:
+        (folder / "address").write_text(authority.address)
+        await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--delay-ms", type=float, default=0.0)
+    arguments = parser.parse_args()
+    asyncio.run(_serve(arguments.folder, arguments.delay_ms))
