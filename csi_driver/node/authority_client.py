@@ -26,6 +26,7 @@ _OPTIONS = (
     # The trust stream is silent for days; without this a vanished authority would go unnoticed.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", 1024 * 1024),
     (
         # A replica that ends in mid-call costs one retry at another one, not a failed mount (gRFC A6).
@@ -72,6 +73,8 @@ class AuthorityClient:
         self._token_file = token_file
         self._roots = b""
         self._channel: grpc.aio.Channel | None = None
+        # Channels of earlier roots: what is under way on them ends in peace. Roots change once in years.
+        self._retired: list[grpc.aio.Channel] = []
 
     async def issue(self, csr: bytes, token: Secret[str], duration: timedelta | None) -> Answer:
         """Asks for a certificate; the names are in the CSR (DER).
@@ -82,7 +85,7 @@ class AuthorityClient:
         request = authority_pb2.IssueRequest(csr=csr, pod_token=token.reveal())
         if duration is not None:
             request.duration.FromTimedelta(duration)
-        stub = await self._stub()
+        stub = self._stub()
         try:
             response = await stub.Issue(request, timeout=ISSUE_TIMEOUT_S, metadata=self._bearer())
         except grpc.aio.AioRpcError as error:
@@ -96,7 +99,7 @@ class AuthorityClient:
         Raises:
             CertmountError: as :meth:`issue`.
         """
-        stub = await self._stub()
+        stub = self._stub()
         call = stub.WatchTrust(authority_pb2.WatchTrustRequest(), metadata=self._bearer())
         try:
             async for bundle in call:
@@ -116,18 +119,18 @@ class AuthorityClient:
 
     async def close(self) -> None:
         """Ends the channel and what is under way on it."""
-        if self._channel is not None:
-            await self._channel.close()
-            self._channel = None
+        for channel in (*self._retired, *([self._channel] if self._channel else [])):
+            await channel.close()
+        self._retired, self._channel = [], None
 
-    async def _stub(self) -> authority_pb2_grpc.AuthorityAsyncStub:
+    def _stub(self) -> authority_pb2_grpc.AuthorityAsyncStub:
         roots = self._read_roots()
         if self._channel is None or roots != self._roots:
-            previous, self._roots = self._channel, roots
+            if self._channel is not None:
+                self._retired.append(self._channel)
+            self._roots = roots
             credentials = grpc.ssl_channel_credentials(root_certificates=roots)
             self._channel = grpc.aio.secure_channel(self._address, credentials, options=_OPTIONS)
-            if previous is not None:
-                await previous.close(grace=ISSUE_TIMEOUT_S)
         return authority_pb2_grpc.AuthorityStub(self._channel)
 
     def _read_roots(self) -> bytes:

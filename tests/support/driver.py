@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import grpc
 
@@ -40,7 +40,7 @@ class Driver:
         ]
         self._process: asyncio.subprocess.Process | None = None
 
-    async def __aenter__(self) -> Driver:
+    async def __aenter__(self) -> Self:
         await self.start()
         return self
 

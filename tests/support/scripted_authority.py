@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import jwt
@@ -102,7 +102,7 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         self._changed = asyncio.Condition()
         self._server: grpc.aio.Server | None = None
 
-    async def __aenter__(self) -> ScriptedAuthority:
+    async def __aenter__(self) -> Self:
         await self.start()
         return self
 
