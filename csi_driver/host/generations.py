@@ -10,6 +10,7 @@ The layout is the one that Kubernetes uses for its own Secret and ConfigMap volu
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -190,7 +191,11 @@ def _current(root: int) -> str | None:
 def _readlink(root: int, name: str) -> str | None:
     try:
         return os.readlink(name, dir_fd=root)
-    except OSError:  # missing, or no link
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # only that says that it is no link; a guess here would delete live files
+            raise
         return None
 
 

@@ -66,7 +66,7 @@ class KernelMounts:
     def make_tmpfs(self, point: Path, size_bytes: int, inodes: int) -> None:
         """See :class:`Mounts`. Without swap where the kernel knows ``noswap`` (Linux 6.4): found out once, by trying."""
         options = f"mode=0700,size={size_bytes},nr_inodes={inodes}"
-        with reported("volume", "mount a tmpfs at", point, _MOUNT_LIMIT), _vacant(point) as folder:
+        with reported("volume", "mount a tmpfs at", point, _MOUNT_LIMIT), _vacant("volume", point) as folder:
             place = f"/proc/self/fd/{folder}"
             if self._noswap:
                 try:
@@ -81,7 +81,10 @@ class KernelMounts:
 
     def bind_read_only(self, source: Path, target: Path) -> None:
         """See :class:`Mounts`. It is read-only from its first moment, and in every mount namespace it spreads to."""
-        with reported("target_path", f"bind {source} at", target, _MOUNT_LIMIT), _vacant(target) as folder:
+        with (
+            reported("target_path", f"bind {source} at", target, _MOUNT_LIMIT),
+            _vacant("target_path", target) as folder,
+        ):
             if self._detached:
                 try:
                     _bind_detached(source, folder)
@@ -179,12 +182,12 @@ def _place(path: Path, flags: int = 0) -> Iterator[int]:
 
 
 @contextmanager
-def _vacant(point: Path) -> Iterator[int]:
+def _vacant(field: str, point: Path) -> Iterator[int]:
     """An existing folder that nothing is mounted on: this is what makes stacked mounts impossible."""
     with _place(point, os.O_DIRECTORY) as here, _place(point.parent) as above:
         if mount_id(here) != mount_id(above):
             problem = f"{point} is a mount point already"
-            raise CertmountError(Reason.TARGET_UNUSABLE, Fault("target_path", problem, f"run: umount {point}"))
+            raise CertmountError(Reason.TARGET_UNUSABLE, Fault(field, problem, f"run: umount {point}"))
         yield here
 
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, TypeVar
 
 VERSION: Final = 1
 
@@ -39,7 +39,7 @@ class VolumeRecord:
     def from_json(cls, text: bytes) -> VolumeRecord:
         """The record, or ValueError naming the field that is missing, unknown or of a wrong type; nothing is guessed."""
         try:
-            values = json.loads(text.decode(), parse_constant=_no_number)
+            values = json.loads(text.decode())
         except RecursionError as error:
             raise ValueError("record: nested too deeply") from error
         if not isinstance(values, dict):
@@ -112,7 +112,3 @@ def _string_map(value: Any) -> dict[str, str]:
     if not isinstance(value, dict):
         raise ValueError("is no object of strings")
     return {name: _string(text) for name, text in value.items()}
-
-
-def _no_number(constant: str) -> NoReturn:
-    raise ValueError(f"record: {constant} is no number")

@@ -1,0 +1,213 @@
+"""The life of a volume where the process may not mount: links and folders stand in for mounts."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import stat
+from pathlib import Path
+
+import pytest
+
+from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.host.failures import host_failure
+from csi_driver.host.generations import read_generation, write_generation
+from csi_driver.host.mounts import FolderMounts
+from csi_driver.host.volumes import VolumeStore
+from tests.unit.host.samples import POD_UID, VOLUME_ID, pair, record
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    path = tmp_path / "pods" / POD_UID / "volumes" / "kubernetes.io~csi" / "tls" / "mount"
+    path.parent.mkdir(parents=True)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "plugins" / "csi.certmount.dev" / "volumes"
+
+
+@pytest.fixture
+def store(root: Path, tmp_path: Path) -> VolumeStore:
+    return VolumeStore(root, tmp_path, FolderMounts())
+
+
+@pytest.fixture
+def published(store: VolumeStore, target: Path) -> Path:
+    store.create(VOLUME_ID)
+    write_generation(store.files_dir(VOLUME_ID), pair(1), "1")
+    store.write_record(record(str(target)))
+    store.bind(VOLUME_ID, target)
+    return target
+
+
+def test_a_whole_life_leaves_nothing(store: VolumeStore, root: Path, published: Path) -> None:
+    """Published, healthy, rotated, published again, unpublished twice: the pod sees it all, and nothing stays behind."""
+    assert store.is_healthy(VOLUME_ID, published)
+    assert (published / "site.crt").read_text() == "1 "
+    write_generation(store.files_dir(VOLUME_ID), pair(2), "2")
+    assert (published / "site.key").read_text() == "2 "
+    store.create(VOLUME_ID)
+    store.bind(VOLUME_ID, published)
+    assert read_generation(published)["site.crt"] == b"2 "
+    for _ in range(2):
+        store.unbind(published)
+        store.remove(VOLUME_ID)
+        assert list(root.iterdir()) == []
+        assert list(published.parent.iterdir()) == []
+    assert not store.is_healthy(VOLUME_ID, published)
+
+
+def test_folders_and_records_are_the_drivers_own(store: VolumeStore, root: Path, published: Path) -> None:
+    """Others can't enter the folder of volumes; the files folder inside is open, as pods see that one."""
+    assert published.is_symlink()
+    modes = {path: stat.S_IMODE((root / path).stat().st_mode) for path in (".", VOLUME_ID, f"{VOLUME_ID}/record.json")}
+    assert modes == {".": 0o700, VOLUME_ID: 0o700, f"{VOLUME_ID}/record.json": 0o600}
+    assert stat.S_IMODE(store.files_dir(VOLUME_ID).stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize(
+    "volume_id", ["../../etc", "/etc", ".", "..", ".hidden", "a/b", "", "x" * 129, "ü", "a\n", "a b"]
+)
+def test_an_id_that_is_a_path_becomes_a_hash(store: VolumeStore, root: Path, volume_id: str) -> None:
+    """The folder of any id lies in the folder of volumes, under a name that is safe."""
+    assert store.key(volume_id) == hashlib.sha256(volume_id.encode()).hexdigest()
+    assert store.files_dir(volume_id).parent.parent == root
+
+
+def test_the_kubelets_ids_are_kept(store: VolumeStore) -> None:
+    """A person finds a volume's folder by the id that the kubelet logs."""
+    assert store.key(VOLUME_ID) == VOLUME_ID
+    assert store.key("x" * 128) == "x" * 128
+
+
+def test_nothing_is_shown_empty(store: VolumeStore, target: Path) -> None:
+    """A volume without files is not bound, and the target stays as it was."""
+    store.create(VOLUME_ID)
+    with pytest.raises(CertmountError) as caught:
+        store.bind(VOLUME_ID, target)
+    assert caught.value.reason is Reason.INTERNAL
+    assert not target.exists()
+
+
+def test_a_failed_bind_removes_the_folder_it_made(store: VolumeStore, target: Path) -> None:
+    """The kubelet finds its own folder as it made it; a target that was there before stays."""
+
+    class Broken(FolderMounts):
+        def bind_read_only(self, source: Path, target: Path) -> None:
+            raise host_failure(OSError(errno.EIO, "broken"), "target_path", f"bind {source} at", target)
+
+    store.create(VOLUME_ID)
+    write_generation(store.files_dir(VOLUME_ID), pair(1), "1")
+    broken = VolumeStore(store.files_dir(VOLUME_ID).parent.parent, target.parent, Broken())
+    for made_before in (False, True):
+        if made_before:
+            target.mkdir()
+        with pytest.raises(CertmountError, match="Input/output error"):
+            broken.bind(VOLUME_ID, target)
+        assert target.exists() == made_before
+
+
+def test_a_strangers_file_at_the_target_stays(store: VolumeStore, published: Path, target: Path) -> None:
+    """Unpublishing takes what is ours, or empty; a file, a full folder and another's link are left alone."""
+    store.unbind(published)
+    target.write_text("mine")
+    store.unbind(target)
+    with pytest.raises(CertmountError) as caught:
+        store.bind(VOLUME_ID, target)
+    assert caught.value.reason is Reason.TARGET_UNUSABLE
+    assert target.read_text() == "mine"
+    target.unlink()
+    target.mkdir()
+    (target / "file").write_text("mine")
+    store.unbind(target)
+    assert (target / "file").read_text() == "mine"
+    (target / "file").unlink()
+    store.unbind(target)
+    assert not target.exists()
+    target.symlink_to("/etc")
+    store.unbind(target)
+    assert target.is_symlink()
+
+
+def test_a_link_whose_folder_is_gone_is_replaced(store: VolumeStore, published: Path) -> None:
+    """A target of a volume that was lost shows the new one after the next publish."""
+    store.remove(VOLUME_ID)
+    assert not store.is_healthy(VOLUME_ID, published)
+    store.create(VOLUME_ID)
+    write_generation(store.files_dir(VOLUME_ID), pair(2), "2")
+    store.bind(VOLUME_ID, published)
+    assert (published / "site.crt").read_text() == "2 "
+
+
+def test_leftovers_in_the_way_are_removed(store: VolumeStore, root: Path) -> None:
+    """A plain folder of another time, with files in it, makes room for the volume."""
+    (root / VOLUME_ID / "files" / "..1").mkdir(parents=True)
+    (root / VOLUME_ID / "files" / "..1" / "site.key").write_text("old")
+    store.create(VOLUME_ID)
+    assert list(store.files_dir(VOLUME_ID).iterdir()) == []
+
+
+def test_a_record_is_read_back(store: VolumeStore, published: Path) -> None:
+    """What was written is known after a restart; a missing or damaged record says which of the two."""
+    assert store.read_record(VOLUME_ID) == record(str(published))
+    path = store.files_dir(VOLUME_ID).parent / "record.json"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="Expecting"):
+        store.read_record(VOLUME_ID)
+    path.unlink()
+    for volume_id in (VOLUME_ID, "unknown"):
+        with pytest.raises(CertmountError) as caught:
+            store.read_record(volume_id)
+        assert caught.value.reason is Reason.VOLUME_NOT_FOUND
+
+
+def test_a_start_sorts_what_it_finds(store: VolumeStore, root: Path, published: Path, tmp_path: Path) -> None:
+    """Healthy, orphaned, damaged, missing, foreign and lost volumes are told apart, and one never hides another."""
+    assert VolumeStore(tmp_path / "new", tmp_path, FolderMounts()).scan().records == ()
+    orphan = record(volume_id="orphan", pod_uid="gone")
+    for volume_id in ("orphan", "corrupt", "nothing", "swapped"):
+        store.create(volume_id)
+    store.write_record(orphan)
+    (root / "corrupt" / "record.json").write_bytes(record().to_json()[:40])
+    (root / "swapped" / "record.json").write_bytes(record().to_json())
+    (root / "lost" / "files").mkdir(parents=True)
+    (root / "stray").write_text("no folder")
+    scan = store.scan()
+    assert scan.records == (record(str(published)),)
+    assert scan.orphans == (orphan,)
+    assert {entry.key: entry.reason for entry in scan.quarantined} == {
+        "corrupt": "record.json: Unterminated string starting at: line 1 column 26 (char 25)",
+        "nothing": "there is no record.json",
+        "swapped": f"record.json: volume_id: {VOLUME_ID!r} is another volume's",
+    }
+    assert scan.dropped == ("lost",)
+    assert (root / "corrupt" / "record.json.corrupt").exists()
+    assert (published / "site.crt").read_text() == "1 "
+    again = store.scan()
+    assert (again.records, again.dropped) == (scan.records, ())
+    assert {entry.reason for entry in again.quarantined} == {"there is no record.json"}
+
+
+def test_in_doubt_a_pod_lives(store: VolumeStore, published: Path, tmp_path: Path) -> None:
+    """A pod is gone only when the kubelet's folder of pods is there without it: a lost mount orphans nobody."""
+    assert store.pod_exists(POD_UID)
+    assert not store.pod_exists("gone")
+    (tmp_path / "pods").rename(tmp_path / "moved")
+    assert published.parent.exists() is False
+    assert store.pod_exists(POD_UID)
+    assert len(store.scan().records) == 1
+
+
+def test_usage_is_that_of_the_file_system(store: VolumeStore, published: Path) -> None:
+    """Figures add up; a volume that is not there has none."""
+    assert published.exists()
+    usage = store.usage(VOLUME_ID)
+    assert 0 < usage.used_bytes <= usage.total_bytes
+    assert usage.available_bytes <= usage.total_bytes
+    assert usage.used_inodes + usage.available_inodes <= usage.total_inodes
+    with pytest.raises(CertmountError) as caught:
+        store.usage("unknown")
+    assert caught.value.reason is Reason.VOLUME_NOT_FOUND
