@@ -12,7 +12,7 @@ from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.names import URI, DNSName, NameProblem, Names
 from csi_driver.core.spec import LEAST_DURATION, MOST_NAMES, CertificateSpec, KeyType
 
-_KNOWN = ("name", "dns-names", "uri-sans", "duration", "renew-before", "key-type", "fs-group")
+KNOWN = ("name", "dns-names", "uri-sans", "duration", "renew-before", "key-type", "fs-group")
 _MAX_VALUE_LENGTH = 32 * 1024
 _MAX_GROUP_ID = 2**31 - 1
 _MAX_FAULTS = 20
@@ -38,7 +38,8 @@ def parse_attributes(attributes: Mapping[str, str]) -> CertificateSpec:
     reader.check_times(duration, renew_before)
     names = Names.of(dns=(name, *dns) if name else dns, uris=uris)
     if len(names) > MOST_NAMES:
-        reader.fault("dns-names", f"{len(names)} names asked for in all", f"a certificate has at most {MOST_NAMES}")
+        longer = "dns-names" if len(dns) >= len(uris) else "uri-sans"
+        reader.fault(longer, f"{len(names)} names asked for in all", f"a certificate has at most {MOST_NAMES}")
     reader.finish()
     return CertificateSpec(
         names=names,
@@ -108,9 +109,10 @@ class _Reader:
             return None
 
     def check_unknown(self) -> None:
-        for key in sorted(self._attributes.keys() - set(_KNOWN)):
-            near = difflib.get_close_matches(key, _KNOWN, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "known are " + ", ".join(_KNOWN)
+        for key in sorted(self._attributes.keys() - set(KNOWN)):
+            # Other drivers prefix theirs with a domain; a prefix must not hide the slip.
+            near = difflib.get_close_matches(key.rpartition("/")[2].lower(), KNOWN, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "known are " + ", ".join(KNOWN)
             self._faults.append(Fault(f"volumeAttributes.{_shown(key)[1:-1]}", "is not known", hint))
 
     def check_times(self, duration: timedelta | None, renew_before: timedelta | None) -> None:

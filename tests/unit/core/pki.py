@@ -1,0 +1,124 @@
+"""A certificate authority for tests that can also do everything wrong."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
+
+from csi_driver.core.csr import san_extension
+from csi_driver.core.keys import PrivateKey, generate_key
+from csi_driver.core.names import URI, DNSName, Names
+from csi_driver.core.spec import KeyType
+
+NOW = datetime(2026, 11, 22, 10, 0, 0, tzinfo=UTC)
+HOUR = timedelta(hours=1)
+SPIFFE = "spiffe://cluster.local/ns/web/sa/edge"
+CA_USAGE = x509.KeyUsage(
+    digital_signature=False,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    key_cert_sign=True,
+    crl_sign=True,
+    encipher_only=False,
+    decipher_only=False,
+)
+
+
+@functools.cache
+def key_of(kind: KeyType, number: int = 0) -> PrivateKey:
+    """The same key for the same number: RSA keys are slow to make."""
+    del number
+    return generate_key(kind)
+
+
+def names(*texts: str) -> Names:
+    """Names from texts: what holds ``://`` is a URI."""
+    return Names.of(
+        [DNSName.parse(text) for text in texts if "://" not in text],
+        [URI.parse(text) for text in texts if "://" in text],
+    )
+
+
+def der(*certificates: x509.Certificate) -> list[bytes]:
+    """The certificates as they travel."""
+    return [certificate.public_bytes(Encoding.DER) for certificate in certificates]
+
+
+@dataclass(frozen=True, slots=True)
+class Validity:
+    """From when until when, seen from :data:`NOW`."""
+
+    start: timedelta = -HOUR
+    end: timedelta = HOUR
+
+
+@dataclass(frozen=True, slots=True)
+class Signer:
+    """A certificate and its key."""
+
+    certificate: x509.Certificate
+    key: PrivateKey
+
+
+def authority(
+    name: str,
+    parent: Signer | None = None,
+    *,
+    key: PrivateKey | None = None,
+    path_length: int | None = None,
+    ca: bool = True,
+    validity: Validity = Validity(),
+    extensions: Sequence[x509.ExtensionType] = (CA_USAGE,),
+) -> Signer:
+    """A root (without a parent) or an intermediate."""
+    key = key or generate_key(KeyType.EC_P256)
+    constraints = x509.BasicConstraints(ca=ca, path_length=path_length)
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    builder = (
+        _builder(key, validity).subject_name(subject).issuer_name(parent.certificate.subject if parent else subject)
+    )
+    for extension in (constraints, *extensions):
+        builder = builder.add_extension(extension, critical=True)
+    return Signer(sign(builder, parent.key if parent else key), key)
+
+
+def leaf(
+    parent: Signer,
+    key: PrivateKey,
+    wanted: Names,
+    *,
+    validity: Validity = Validity(),
+    extensions: Sequence[x509.ExtensionType] = (),
+) -> x509.Certificate:
+    """A pod's certificate."""
+    builder = _builder(key, validity).subject_name(x509.Name([])).issuer_name(parent.certificate.subject)
+    if wanted:
+        builder = builder.add_extension(san_extension(wanted), critical=True)
+    for extension in extensions:
+        builder = builder.add_extension(extension, critical=True)
+    return sign(builder, parent.key)
+
+
+def sign(builder: x509.CertificateBuilder, key: PrivateKey) -> x509.Certificate:
+    """Signs with the digest that fits the key."""
+    return builder.sign(key, None if isinstance(key, ed25519.Ed25519PrivateKey) else SHA256())
+
+
+def _builder(key: PrivateKey, validity: Validity) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(NOW + validity.start)
+        .not_valid_after(NOW + validity.end)
+    )

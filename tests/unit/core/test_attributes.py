@@ -1,0 +1,231 @@
+"""The attributes of a volume: one specification, or one error that tells everything that is wrong with them."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+from datetime import timedelta
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from csi_driver.core.attributes import parse_attributes
+from csi_driver.core.csr import build_csr, parse_csr
+from csi_driver.core.durations import parse_duration
+from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.keys import key_type_of
+from csi_driver.core.names import Names
+from csi_driver.core.spec import LEAST_DURATION, MOST_NAMES, CertificateSpec, KeyType
+from tests.support.requirements import require_program
+from tests.unit.core import strategies
+from tests.unit.core.outcomes import outcome
+from tests.unit.core.pki import key_of
+
+KNOWN = ("name", "dns-names", "uri-sans", "duration", "renew-before", "key-type", "fs-group")
+
+good = st.fixed_dictionaries(
+    {},
+    optional={
+        "name": strategies.dns_texts,
+        "dns-names": strategies.fields(strategies.dns_texts),
+        "uri-sans": strategies.fields(strategies.uri_texts),
+        "duration": st.integers(10, 5000).map("{}s".format),
+        "renew-before": st.integers(1, 9).map("{}s".format),
+        "key-type": st.sampled_from([kind.value for kind in KeyType] + ["ec-p256", "rsa-2048"]),
+        "fs-group": st.integers(0, 2**31 - 1).map(str),
+    },
+)
+values = st.one_of(
+    strategies.hostile_texts,
+    strategies.fields(strategies.hostile_texts, strategies.dns_texts, strategies.uri_texts),
+    strategies.duration_texts,
+)
+any_attributes = st.one_of(
+    st.dictionaries(st.sampled_from(KNOWN), values),
+    st.dictionaries(st.one_of(st.sampled_from([*KNOWN, "Name", "dnsNames", "sans"]), strategies.hostile_texts), values),
+    st.builds(lambda one, other: {**one, **other}, good, st.dictionaries(st.sampled_from(KNOWN), values, max_size=2)),
+)
+
+
+def faults_of(attributes: dict[str, str]) -> dict[str, str]:
+    """The problem and hint of each faulty field."""
+    with pytest.raises(CertmountError) as raised:
+        parse_attributes(attributes)
+    assert raised.value.reason is Reason.INVALID_ATTRIBUTES
+    faults = [fault for fault in raised.value.faults if isinstance(fault, Fault)]
+    return {fault.field.removeprefix("volumeAttributes."): f"{fault.problem}; {fault.hint}" for fault in faults}
+
+
+def test_no_attribute_at_all_is_a_specification() -> None:
+    """A pod that writes nothing gets its SPIFFE ID, a P-256 key, and the defaults of the authority and the pod."""
+    assert parse_attributes({}) == CertificateSpec()
+    assert CertificateSpec().key_type is KeyType.EC_P256
+
+
+@given(good)
+def test_good_attributes_mean_what_they_say(attributes: dict[str, str]) -> None:
+    """Each attribute lands in its field; the name comes first, the lists follow in order, each once."""
+    spec = parse_attributes(attributes)
+    dns = [attributes[key].split(",") for key in ("name", "dns-names") if key in attributes]
+    assert [name.text for name in spec.names.dns] == list(dict.fromkeys(itertools.chain(*dns)))
+    uris = attributes["uri-sans"].split(",") if "uri-sans" in attributes else []
+    assert [uri.text for uri in spec.names.uris] == list(dict.fromkeys(uris))
+    for key, value in (("duration", spec.duration), ("renew-before", spec.renew_before)):
+        assert value == (parse_duration(attributes[key]) if key in attributes else None)
+    assert spec.key_type.value.lower() == attributes.get("key-type", "EC-P256").lower()
+    assert spec.fs_group == (int(attributes["fs-group"]) if "fs-group" in attributes else None)
+
+
+@given(any_attributes)
+@example({"name": "\ud800", "\ud800": "", "fs-group": "²", "duration": "٣h"})
+def test_any_attributes_are_a_specification_or_one_clear_error(attributes: dict[str, str]) -> None:
+    """Whatever a pod writes: a specification within the limits, or InvalidAttributes in one printable line, and nothing else."""
+    spec = outcome(lambda: parse_attributes(attributes), CertmountError)
+    if isinstance(spec, CertmountError):
+        assert spec.reason is Reason.INVALID_ATTRIBUTES
+        assert not spec.retryable
+        assert spec.faults
+        assert str(spec).isascii()
+        assert str(spec).isprintable()
+        assert len(str(spec)) < 10_000
+    else:
+        assert set(attributes) <= set(KNOWN)
+        assert len(spec.names) <= MOST_NAMES
+        assert spec.duration is None or spec.duration >= LEAST_DURATION
+        assert spec.renew_before is None or spec.renew_before > timedelta()
+        assert (spec.renew_before or timedelta()) < (spec.duration or timedelta.max)
+
+
+@given(
+    good,
+    st.dictionaries(
+        st.sampled_from(["name", "dns-names", "uri-sans", "duration", "renew-before", "key-type", "fs-group", "nmae"]),
+        st.sampled_from(["", " ", "\x00", "-1", "a b", "ü"]),
+        min_size=1,
+    ),
+)
+def test_every_fault_is_told_at_once(attributes: dict[str, str], wrong: dict[str, str]) -> None:
+    """Each wrong field is named, as the user wrote it, and no right one is blamed."""
+    assert set(faults_of({**attributes, **wrong})) == set(wrong)
+
+
+@pytest.mark.parametrize(
+    "attributes, field, words",
+    [
+        ({"nmae": "a.example"}, "nmae", "did you mean name?"),
+        ({"Name": "a.example"}, "Name", "did you mean name?"),
+        ({"dnsNames": "a.example"}, "dnsNames", "did you mean dns-names?"),
+        ({"DNS_NAMES": "a.example"}, "DNS_NAMES", "did you mean dns-names?"),
+        ({"uri_sans": "x"}, "uri_sans", "did you mean uri-sans?"),
+        ({"durations": "1h"}, "durations", "did you mean duration?"),
+        ({"renewBefore": "1h"}, "renewBefore", "did you mean renew-before?"),
+        ({"keyType": "RSA-2048"}, "keyType", "did you mean key-type?"),
+        ({"fsGroup": "1"}, "fsGroup", "did you mean fs-group?"),
+        ({"csi.cert-manager.io/dns-names": "x"}, "csi.cert-manager.io/dns-names", "did you mean dns-names?"),
+        ({"zzzz": "1"}, "zzzz", "known are name, dns-names, uri-sans, duration, renew-before, key-type, fs-group"),
+        ({"": "1"}, "", "known are"),
+        ({"a\nb": "1"}, r"a\nb", "known are"),
+        ({"name": ""}, "name", "is empty; give it a value or leave it away"),
+        ({"name": "\t"}, "name", "is empty"),
+        ({"name": "bücher.example"}, "name", r"'b\xfccher.example' has characters outside ASCII; write"),
+        ({"name": "a\x1b[31m.example"}, "name", r"'a\x1b[31m.example' has the label"),
+        ({"name": "*.com"}, "name", "'*.com' is a wildcard over a whole top-level domain"),
+        ({"name": "a" * 5000}, "name", "5000 characters long"),
+        ({"name": "a" * 40_000}, "name", "40000 characters long; at most"),
+        ({"dns-names": "a.example,"}, "dns-names", "'' is empty"),
+        (
+            {"dns-names": ",".join(f"n{n}.example" for n in range(1000))},
+            "dns-names",
+            "1000 names; a certificate has at",
+        ),
+        ({"uri-sans": "a.example"}, "uri-sans", "'a.example' is not a URI"),
+        ({"duration": "-5m"}, "duration", "'-5m' is negative; write how long, such as 1h30m"),
+        ({"duration": "0s"}, "duration", "is 0s; the least is 10s"),
+        ({"duration": "1d"}, "duration", "'1d' is not a duration; write numbers with units h, m or s"),
+        ({"duration": "999999999h"}, "duration", "longer than a hundred years"),
+        ({"renew-before": "0s"}, "renew-before", "is zero"),
+        ({"renew-before": "-1h"}, "renew-before", "'-1h' is negative"),
+        (
+            {"duration": "1h", "renew-before": "1h"},
+            "renew-before",
+            "1h is not shorter than the certificate's life of 1h",
+        ),
+        (
+            {"duration": "1h", "renew-before": "2h"},
+            "renew-before",
+            "2h is not shorter than the certificate's life of 1h",
+        ),
+        ({"key-type": "RSA-1024"}, "key-type", "choose one of EC-P256, EC-P384, RSA-2048, RSA-3072, RSA-4096, Ed25519"),
+        ({"fs-group": "staff"}, "fs-group", "write a whole number from 0 to 2147483647"),
+        ({"fs-group": "2147483648"}, "fs-group", "is not a group id"),
+        ({"fs-group": "+1"}, "fs-group", "is not a group id"),
+        ({"fs-group": "١"}, "fs-group", "is not a group id"),
+    ],
+)
+def test_what_is_wrong_and_what_to_do_is_said(attributes: dict[str, str], field: str, words: str) -> None:
+    """Each slip is told in the field where it stands, with the way out."""
+    faults = faults_of(attributes)
+    assert list(faults) == [field]
+    assert words in faults[field]
+
+
+def test_names_of_all_fields_together_have_a_limit() -> None:
+    """The limit is on the certificate; the fault stands at the longer list."""
+    hosts = ",".join(f"n{number}.example" for number in range(60))
+    uris = ",".join(f"https://n{number}.example" for number in range(MOST_NAMES))
+    assert "160 names asked for in all" in faults_of({"dns-names": hosts, "uri-sans": uris})["uri-sans"]
+    hosts = ",".join(f"n{number}.example" for number in range(MOST_NAMES))
+    assert "101 names asked for in all" in faults_of({"name": "a.example", "dns-names": hosts})["dns-names"]
+    assert "101 names asked for in all" in faults_of({"name": "a.example", "uri-sans": uris})["uri-sans"]
+
+
+def test_a_flood_of_faults_ends_in_a_count() -> None:
+    """A thousand unknown attributes make an event that can still be read, and that says how many there were."""
+    with pytest.raises(CertmountError) as raised:
+        parse_attributes({f"unknown{number}": "" for number in range(1000)})
+    assert str(raised.value).endswith("and 980 more faults")
+    assert len(str(raised.value)) < 4000
+
+
+def subject_alternative_names(names: Names) -> str:
+    """How OpenSSL prints them."""
+    return ", ".join([*(f"DNS:{name}" for name in names.dns), *(f"URI:{uri}" for uri in names.uris)])
+
+
+@settings(max_examples=30)
+@given(good.map(lambda attributes: {**attributes, "key-type": "EC-P256"}))
+@example({"name": "*.example.com", "dns-names": "xn--bcher-kva.example, b.example", "key-type": "RSA-2048"})
+@example({"uri-sans": "https://example.com/~a!$&'()*+;=:@", "key-type": "Ed25519"})
+@example({"name": "a.example", "key-type": "EC-P384"})
+@example({"name": "a.example", "key-type": "RSA-3072"})
+def test_what_is_accepted_makes_a_request_that_openssl_accepts(attributes: dict[str, str]) -> None:
+    """Names and key survive the way into a request and back, and OpenSSL reads the same names and a right signature."""
+    openssl = require_program("openssl")
+    spec = parse_attributes(attributes)
+    der = build_csr(key_of(spec.key_type), spec.names)
+    request = parse_csr(der)
+    assert request.names == spec.names
+    assert key_type_of(request.public_key) is spec.key_type
+    command = [openssl, "req", "-inform", "DER", "-verify", "-noout", "-text", "-nameopt", "utf8"]
+    printed = subprocess.run(command, input=der, capture_output=True, check=True)
+    assert b"verify OK" in printed.stderr
+    lines = [line.strip() for line in printed.stdout.decode().splitlines()]
+    if spec.names:
+        assert lines[lines.index("X509v3 Subject Alternative Name: critical") + 1] == subject_alternative_names(
+            spec.names
+        )
+    else:
+        assert not any("Alternative" in line for line in lines)
+
+
+def test_the_largest_request_that_attributes_can_make_is_read() -> None:
+    """No limit further down the way is narrower than that of the attributes."""
+    longest = ".".join(["a" * 63] * 3)
+    hosts = [f"{number:03}.{longest}.{'b' * 50}" for number in range(49)]
+    uris = ["https://example.com/" + f"{number:03}" + "a" * 620 for number in range(50)]
+    spec = parse_attributes(
+        {"name": "a.example", "dns-names": ",".join(hosts), "uri-sans": ",".join(uris), "key-type": "RSA-4096"}
+    )
+    assert len(spec.names) == MOST_NAMES
+    assert parse_csr(build_csr(key_of(spec.key_type), spec.names)).names == spec.names
