@@ -12,7 +12,7 @@ RUN /tmp/pip/bin/pip install --no-cache-dir --quiet --require-hashes -r requirem
  # The blocking half of the kubernetes client (23 MB) is never loaded: the authority uses kubernetes.aio.
  && rm -rf /opt/certmount/lib/python3*/site-packages/kubernetes/client/api \
  && find /opt/certmount/lib -type d -name tests -prune -exec rm -rf {} +
-COPY pyproject.toml LICENSE ./
+COPY pyproject.toml README.md LICENSE ./
 COPY csi_driver csi_driver
 RUN /tmp/pip/bin/pip wheel --no-cache-dir --quiet --no-deps --no-build-isolation --wheel-dir /tmp/wheel . \
  && /tmp/pip/bin/pip --python /opt/certmount/bin/python install --no-cache-dir --no-compile --quiet --no-deps --no-index /tmp/wheel/*.whl \

@@ -30,3 +30,7 @@ class _LazyGroup(click.Group):
 @click.version_option(__version__, prog_name="certmount")
 def main() -> None:
     """A TLS certificate for every Kubernetes pod, as files, rotated in place."""
+
+
+if __name__ == "__main__":
+    main()
