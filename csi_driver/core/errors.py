@@ -42,6 +42,7 @@ class Reason(Enum):
     KUBELET_DIRECTORY_WRONG = ("KubeletDirectoryWrong", Kind.FAILED)
     TARGET_UNUSABLE = ("TargetUnusable", Kind.FAILED)
     CLUSTER_UNSUPPORTED = ("ClusterUnsupported", Kind.FAILED)
+    INVALID_CA = ("InvalidCA", Kind.FAILED)
     VOLUME_NOT_FOUND = ("VolumeNotFound", Kind.NOT_FOUND)
     TOKEN_MISSING = ("TokenMissing", Kind.UNAVAILABLE)
     TOKEN_EXPIRED = ("TokenExpired", Kind.UNAVAILABLE)

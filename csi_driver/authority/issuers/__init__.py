@@ -1,4 +1,38 @@
-"""Issuers behind one protocol, one module or package each.
+"""Issuers sign what admission and policy have let pass: one module each, behind one protocol.
 
-An issuer signs what admission has decided; it may not decide on names itself.
+They may not decide on names, and never see a token.
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol
+
+from csi_driver.core.csr import SigningRequest
+from csi_driver.core.policy import Grant
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What to sign: the key of a checked request, with the names and the life that policy granted."""
+
+    request: SigningRequest
+    grant: Grant
+
+
+@dataclass(frozen=True, slots=True)
+class Issued:
+    """X.509 DER: ``chain`` is the leaf, then its intermediates; ``roots`` are what the pod is to trust."""
+
+    chain: tuple[bytes, ...]
+    roots: tuple[bytes, ...]
+    renew_after: timedelta | None = None
+    """When the issuer wants it renewed, counted from now; None leaves it to the node."""
+
+
+class Issuer(Protocol):
+    """Signs orders."""
+
+    async def issue(self, order: Order) -> Issued:
+        """Signs; raises CertmountError IssuerUnavailable for what may pass, NameRefused for what the issuer won't sign."""

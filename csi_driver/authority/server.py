@@ -1,0 +1,169 @@
+"""The authority's life: load the CA, publish its root, serve, follow changes, stop gracefully."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import grpc
+import structlog
+
+from csi_driver._proto import authority_pb2_grpc
+from csi_driver.authority.admission import Admission
+from csi_driver.authority.ca import CertificateAuthority
+from csi_driver.authority.issuers.internal import InternalIssuer
+from csi_driver.authority.keyring import Keyring
+from csi_driver.authority.policy_file import PolicyFile
+from csi_driver.authority.proofs import Proofs
+from csi_driver.authority.service import MAX_MESSAGE_BYTES, AuthorityService, Desk
+from csi_driver.authority.serving import ServingCertificate
+from csi_driver.authority.surroundings import Surroundings
+from csi_driver.authority.token_keys import TokenKeys
+from csi_driver.authority.tokens import TokenVerifier
+from csi_driver.authority.trust import Trust
+from csi_driver.core.errors import CertmountError
+from csi_driver.core.identity import MAX_TOKEN_BYTES, ServiceAccount
+from csi_driver.core.names import Names
+from csi_driver.rpc.server import Handled, Interceptor
+from csi_driver.telemetry.authority_metrics import AuthorityMetrics
+
+log = structlog.get_logger(__name__)
+
+_GRACE_S = 10.0
+_FIRST_RETRY_S, _RETRY_CAP_S = 1.0, 15.0
+_METADATA_BYTES = MAX_TOKEN_BYTES + 8 * 1024
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # So that an over-long token is refused in our words, and not cut off by the transport.
+    ("grpc.max_metadata_size", _METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", _METADATA_BYTES),
+    # A second authority on the same port would otherwise start, and get half of the calls.
+    ("grpc.so_reuseport", 0),
+    # A node that vanished holds no trust stream for more than a minute or so; nodes may ask as often as we do.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    # Nodes find new replicas, as a connection would else last as long as its node; calls under way are let end.
+    ("grpc.max_connection_age_ms", int(timedelta(hours=1) / timedelta(milliseconds=1))),
+    ("grpc.max_connection_age_grace_ms", int(timedelta(minutes=2) / timedelta(milliseconds=1))),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What an administrator decides, whatever the surroundings."""
+
+    listen: str
+    trust_domain: str
+    cluster_domain: str
+    policy: Path
+    serving_names: Names
+    node_account: ServiceAccount
+
+
+class AuthorityServer:
+    """Owns all parts of one replica."""
+
+    def __init__(self, settings: Settings, surroundings: Surroundings, metrics: AuthorityMetrics) -> None:
+        self._settings = settings
+        self._surroundings = surroundings
+        self._metrics = metrics
+        self._ca = CertificateAuthority(surroundings.store, metrics)
+        self._policy = PolicyFile(
+            settings.policy, metrics, trust_domain=settings.trust_domain, cluster_domain=settings.cluster_domain
+        )
+        self._keys = TokenKeys(surroundings.fetch_keys, metrics)
+        self._serving = ServingCertificate(settings.serving_names, metrics)
+        self._trust = Trust(metrics)
+        self._server: grpc.aio.Server | None = None
+        self._port = 0
+        self._stopping = False
+
+    @property
+    def port(self) -> int:
+        """The port it serves on; 0 while it doesn't."""
+        return self._port
+
+    def unready(self) -> Sequence[str]:
+        """Why it can't issue now, in words; may be called from any thread."""
+        checks = (
+            (self._stopping, "stopping"),
+            (not self._policy.loaded, "no policy is loaded"),
+            (not self._ca.usable, "there is no internal CA with a valid intermediate"),
+            (not self._keys.known, "the keys that the cluster signs tokens with are not known"),
+            (not self._port, "not serving yet"),
+        )
+        return [reason for failed, reason in checks if failed]
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serves until ``stop`` is set, then lets calls under way end.
+
+        Raises:
+            ExceptionGroup: of CertmountError or OSError, where it can't begin to serve and time won't help.
+        """
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                life = tasks.create_task(self._live(), name="authority")
+                await stop.wait()
+                self._stopping = True
+                log.info("stopping")
+                self._trust.close()
+                if self._server is not None:
+                    await self._server.stop(_GRACE_S)
+                life.cancel()
+        finally:
+            if self._server is not None:
+                await self._server.stop(None)
+        log.info("stopped")
+
+    async def _live(self) -> None:
+        await self._policy.load()
+        await _until_done(self._load_ca, "certificate authority not ready")
+        await _until_done(self._keys.load, "token keys not ready")
+        self._server = self._bound()
+        await self._server.start()
+        log.info("serving", address=self._settings.listen, names=str(self._settings.serving_names))
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._ca.run(self._adopt), name="ca")
+            tasks.create_task(self._policy.run(), name="policy")
+            tasks.create_task(self._keys.run(), name="token keys")
+
+    async def _load_ca(self) -> None:
+        await self._adopt(await self._ca.refresh())
+
+    async def _adopt(self, keyring: Keyring) -> None:
+        """Makes everything follow the keyring. Each time, as a root that someone removed is so published again."""
+        self._serving.refresh(keyring)
+        self._trust.set((keyring.root_der,))
+        await self._surroundings.publisher.publish(keyring.root_pem)
+
+    def _bound(self) -> grpc.aio.Server:
+        def observe(call: Handled) -> None:
+            self._metrics.call_ended(call.method, call.seconds, call.reason)
+
+        server = grpc.aio.server(interceptors=[Interceptor(observe)], options=_OPTIONS)
+        proofs = Proofs(TokenVerifier(self._keys), self._surroundings.reviewer, self._metrics)
+        desk = Desk(Admission(proofs, self._settings.node_account), self._policy, InternalIssuer(self._ca))
+        authority_pb2_grpc.add_AuthorityServicer_to_server(AuthorityService(desk, self._trust, self._metrics), server)
+        try:
+            self._port = server.add_secure_port(self._settings.listen, self._serving.credentials(self._ca.current))
+        except RuntimeError:
+            raise OSError(f"--listen {self._settings.listen}: cannot be listened on; is the port in use?") from None
+        return server
+
+
+async def _until_done(step: Callable[[], Awaitable[None]], otherwise: str) -> None:
+    """Repeats a step that fails for a reason that may pass."""
+    delay = _FIRST_RETRY_S
+    while True:
+        try:
+            return await step()
+        except CertmountError as error:
+            if not error.retryable:
+                raise
+            log.warning(otherwise, reason=error.reason.word, error=str(error), retry_in_s=delay)
+        await asyncio.sleep(delay)
+        delay = min(delay * 2, _RETRY_CAP_S)

@@ -1,0 +1,43 @@
+"""Where an authority stands: what keeps its CA, where its root is published, and who vouches for tokens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from csi_driver.authority.ca_store import FolderStore, Store
+from csi_driver.authority.proofs import OfflineOnly, TokenReviewer
+from csi_driver.authority.trust import FolderPublisher, RootPublisher
+from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.proof import PublishedKeys
+
+_MAX_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What differs between a cluster and a folder; nothing else of the authority does."""
+
+    store: Store
+    publisher: RootPublisher
+    fetch_keys: Callable[[], Awaitable[PublishedKeys]]
+    reviewer: TokenReviewer
+
+
+def outside_a_cluster(ca_dir: Path, jwks: Path, token_issuer: str) -> Surroundings:
+    """The CA and its root in ``ca_dir``; tokens by the key set in the file ``jwks`` only."""
+
+    def read() -> PublishedKeys:
+        try:
+            with jwks.open("rb") as file:
+                return PublishedKeys(token_issuer, file.read(_MAX_BYTES))
+        except OSError as error:
+            problem = f"cannot be read: {error.strerror}"
+            raise CertmountError(Reason.PROOF_UNAVAILABLE, Fault(str(jwks), problem, "see --jwks")) from None
+
+    async def fetch() -> PublishedKeys:
+        return await asyncio.to_thread(read)
+
+    return Surroundings(FolderStore(ca_dir), FolderPublisher(ca_dir), fetch, OfflineOnly())

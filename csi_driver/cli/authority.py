@@ -1,0 +1,182 @@
+"""``certmount authority``: its options, read into values, and its start."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import structlog
+from prometheus_client import CollectorRegistry
+
+from csi_driver import __version__
+from csi_driver.authority.server import AuthorityServer, Settings
+from csi_driver.authority.surroundings import Surroundings, outside_a_cluster
+from csi_driver.cli.liveness import loop_liveness
+from csi_driver.core.errors import CertmountError
+from csi_driver.core.identity import ServiceAccount
+from csi_driver.core.names import DNSName, Names, parse_trust_domain
+from csi_driver.telemetry.authority_metrics import AuthorityMetrics
+from csi_driver.telemetry.http import HealthServer
+from csi_driver.telemetry.logging import LEVELS, configure_logging
+
+log = structlog.get_logger(__name__)
+
+_T = TypeVar("_T")
+_Command = TypeVar("_Command", bound=Callable[..., Any] | click.Command)
+_FILE = click.Path(path_type=Path)
+
+
+def _option(name: str, **settings: Any) -> Callable[[_Command], _Command]:
+    """An option that is also read from CERTMOUNT_<OPTION>."""
+    variable = "CERTMOUNT_" + name.removeprefix("--").replace("-", "_").upper()
+    return click.option(name, envvar=variable, show_default=True, **settings)
+
+
+def _parsed(parse: Callable[[str], _T]) -> Callable[..., Any]:
+    """A click callback: what ``parse`` says of a wrong value is said of the option."""
+
+    def callback(_context: click.Context, _option: click.Parameter, value: Any) -> Any:
+        try:
+            if isinstance(value, tuple):
+                return tuple(parse(item) for item in value)
+            return None if value is None else parse(value)
+        except ValueError as problem:
+            raise click.BadParameter(f"{value!r} {problem}") from None
+
+    return callback
+
+
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError("is not HOST:PORT")
+    return text
+
+
+def _namespaced(text: str) -> ServiceAccount:
+    namespace, _, name = text.partition("/")
+    if not namespace or not name or "/" in name:
+        raise ValueError("is not NAMESPACE/NAME")
+    return ServiceAccount(namespace, name)
+
+
+@click.command(name="authority")
+@_option("--listen", default="0.0.0.0:8443", callback=_parsed(_address), help="HOST:PORT for gRPC over TLS.")
+@_option(
+    "--http", default="0.0.0.0:9441", callback=_parsed(_address), help="HOST:PORT for /healthz, /readyz and /metrics."
+)
+@_option(
+    "--trust-domain", default="cluster.local", callback=_parsed(parse_trust_domain), help="Of the SPIFFE IDs it issues."
+)
+@_option(
+    "--cluster-domain",
+    default="cluster.local",
+    callback=_parsed(lambda text: DNSName.parse(text).text),
+    help="The cluster's DNS domain; {cluster_domain} in the policy.",
+)
+@_option("--policy", required=True, type=_FILE, help="YAML file that says who may have which names.")
+@_option(
+    "--serving-name",
+    multiple=True,
+    required=True,
+    callback=_parsed(DNSName.parse),
+    help="A DNS name by which nodes call this authority; repeatable.",
+)
+@_option(
+    "--node-service-account",
+    default="certmount/certmount-node",
+    callback=_parsed(_namespaced),
+    help="NAMESPACE/NAME of the service account that node drivers run as.",
+)
+@_option(
+    "--ca-secret", callback=_parsed(_namespaced), help="In a cluster: NAMESPACE/NAME of the Secret that keeps the CA."
+)
+@_option(
+    "--root-configmap",
+    callback=_parsed(_namespaced),
+    help="In a cluster: NAMESPACE/NAME of the ConfigMap that gets the root.",
+)
+@_option("--ca-dir", type=_FILE, help="Outside of one: folder that keeps the CA and gets root.crt.")
+@_option("--jwks", type=_FILE, help="Outside of one: file with the JSON Web Key Set that tokens are signed by.")
+@_option("--token-issuer", help="Outside of one: the issuer that tokens must name.")
+@_option("--log-level", type=click.Choice(LEVELS), default="info")
+def command(log_level: str, http: str, **options: Any) -> None:
+    """Run the registration authority: it proves who pods are and has their certificates signed."""
+    configure_logging(log_level)
+    surroundings = _surroundings(options)
+    settings = Settings(
+        listen=options["listen"],
+        trust_domain=options["trust_domain"],
+        cluster_domain=options["cluster_domain"],
+        policy=options["policy"],
+        serving_names=Names.of(dns=options["serving_name"]),
+        node_account=options["node_service_account"],
+    )
+    try:
+        asyncio.run(_run(settings, http, surroundings))
+    except ExceptionGroup as group:
+        expected, defects = group.split((CertmountError, OSError))
+        if expected is None or defects is not None:
+            raise
+        raise click.ClickException(_first_text(expected)) from None
+
+
+async def _run(
+    settings: Settings, http: str, surroundings: contextlib.AbstractAsyncContextManager[Surroundings]
+) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    registry = CollectorRegistry()
+    async with surroundings as around:
+        server = AuthorityServer(settings, around, AuthorityMetrics(registry))
+        try:
+            health = HealthServer(http, registry, server.unready, loop_liveness())
+        except OSError as error:
+            raise click.ClickException(f"--http {http}: {error.strerror}") from None
+        log.info("starting", version=__version__, trust_domain=settings.trust_domain, policy=str(settings.policy))
+        health.start()
+        try:
+            await server.run(stop)
+        finally:
+            health.stop()
+
+
+def _surroundings(options: dict[str, Any]) -> contextlib.AbstractAsyncContextManager[Surroundings]:
+    """Either all options of a cluster are given, or all of the outside."""
+    inside = {name: options[name] for name in ("ca_secret", "root_configmap")}
+    outside = {name: options[name] for name in ("ca_dir", "jwks", "token_issuer")}
+    if any(inside.values()) and any(outside.values()):
+        raise click.UsageError(
+            f"{_flags(inside)} are for a cluster, {_flags(outside)} for the outside of one; give one or the other"
+        )
+    chosen = outside if any(outside.values()) else inside
+    if missing := [name for name, value in chosen.items() if not value]:
+        given = [name for name, value in chosen.items() if value]
+        problem = f"needed beside {_flags(given)}" if given else f"needed, or else {_flags(outside)} outside a cluster"
+        raise click.UsageError(f"{_flags(missing)}: {problem}")
+    if chosen is inside:
+        from csi_driver.authority.cluster import in_a_cluster
+
+        return in_a_cluster(inside["ca_secret"], inside["root_configmap"])
+    log.warning(
+        "no cluster to ask: a token counts until it expires, even if its pod is gone",
+        token_issuer=outside["token_issuer"],
+    )
+    return contextlib.nullcontext(outside_a_cluster(outside["ca_dir"], outside["jwks"], outside["token_issuer"]))
+
+
+def _flags(names: Any) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)
+
+
+def _first_text(group: BaseExceptionGroup[BaseException]) -> str:
+    first: BaseException = group
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    return str(first)
