@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csi_driver.core.errors import CertmountError, Reason
@@ -282,6 +282,7 @@ def test_a_volume_is_always_its_newest_set(history: list[dict[str, bytes]]) -> N
             assert listing(folder) == complete(str(number), *contents)
 
 
+@settings(max_examples=15)  # each example is dozens of swaps
 @given(swaps=st.integers(20, 60), size=st.integers(1, 3000))
 def test_a_reader_never_sees_a_torn_pair(swaps: int, size: int) -> None:
     """Two threads read while a third swaps: certificate and key are always of the same generation, and never old again."""

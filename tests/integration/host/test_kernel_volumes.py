@@ -1,0 +1,282 @@
+"""The life of a volume on real mounts, and what goes wrong in it."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
+from pathlib import Path
+
+import pytest
+
+from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.secret import Secret
+from csi_driver.host import syscalls
+from csi_driver.host.generations import VolumeFile, read_generation, write_generation
+from csi_driver.host.mounts import KernelMounts
+from csi_driver.host.volumes import VolumeStore
+from tests.integration.host.conftest import mount_stranger, mounts_at, mounts_below
+from tests.unit.host.samples import POD_UID, VOLUME_ID, pair, record
+
+pytestmark = pytest.mark.root
+
+
+def publish(store: VolumeStore, target: Path, volume_id: str = VOLUME_ID) -> None:
+    store.create(volume_id)
+    write_generation(store.files_dir(volume_id), pair(1), "1")
+    store.write_record(record(str(target), volume_id=volume_id))
+    store.bind(volume_id, target)
+
+
+def fill(folder: Path) -> Path:
+    """Leaves no byte free."""
+    filler = folder / "filler"
+    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        deque(map(file.write, repeat(b"x" * 4096)), maxlen=0)
+    return filler
+
+
+def test_a_whole_life_leaves_nothing(store: VolumeStore, root: Path, target: Path, kubelet: Path) -> None:
+    """Published thrice there is one mount of each kind; unpublished twice there is no mount, folder or record."""
+    for _ in range(3):
+        publish(store, target)
+    assert store.is_healthy(VOLUME_ID, target)
+    assert [len(mounts_at(point)) for point in (target, root / VOLUME_ID)] == [1, 1]
+    assert stat.S_IMODE(os.stat(root).st_mode) == 0o700  # noqa: PTH116 - beside statvfs
+    write_generation(store.files_dir(VOLUME_ID), pair(2), "2")
+    assert read_generation(target)["site.key"] == b"2 "
+    for _ in range(2):
+        store.unbind(target)
+        store.remove(VOLUME_ID)
+        assert mounts_below(kubelet) == []
+        assert list(root.iterdir()) == list(target.parent.iterdir()) == []
+
+
+def test_the_target_is_made_as_the_kubelet_makes_folders(store: VolumeStore, target: Path) -> None:
+    """The folder below the mount is 0750, whatever the umask."""
+    before = os.umask(0o077)
+    try:
+        publish(store, target)
+    finally:
+        os.umask(before)
+    syscalls.unmount(str(target), 0)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o750
+
+
+def test_a_full_volume_keeps_its_files(store: VolumeStore, root: Path, target: Path) -> None:
+    """With no byte free a rotation fails with NoSpace, the pod's files stay whole, and the next one works."""
+    publish(store, target)
+    big = pair(2, size=20_000)
+    filler = fill(root / VOLUME_ID)
+    with pytest.raises(CertmountError, match="No space left on device") as caught:
+        write_generation(store.files_dir(VOLUME_ID), big, "2")
+    assert caught.value.reason is Reason.NO_SPACE
+    assert read_generation(target) == {"site.crt": b"1 ", "site.key": b"1 "}
+    assert sorted(path.name for path in target.iterdir()) == ["..1", "..data", "site.crt", "site.key"]
+    with pytest.raises(CertmountError) as caught:
+        store.write_record(record(str(target), pod_name="other"))
+    assert caught.value.reason is Reason.NO_SPACE
+    assert store.read_record(VOLUME_ID).pod_name == "hello-0"
+    filler.unlink()
+    write_generation(store.files_dir(VOLUME_ID), big, "2")
+    assert read_generation(target)["site.key"] == big[1].content.reveal()
+
+
+def test_a_volume_out_of_inodes_keeps_its_files(store: VolumeStore, root: Path, target: Path) -> None:
+    """Likewise when only the number of files is exhausted, however far the new generation got."""
+    publish(store, target)
+    hoard = root / VOLUME_ID / "hoard"
+    hoard.mkdir()
+    free = store.usage(VOLUME_ID).available_inodes
+    for number in range(free):
+        (hoard / str(number)).touch()
+    for spare in range(4):
+        with pytest.raises(CertmountError) as caught:
+            write_generation(store.files_dir(VOLUME_ID), [*pair(2), VolumeFile("new", Secret(b""), 0o644, None)], "2")
+        assert caught.value.reason is Reason.NO_SPACE
+        assert read_generation(target) == {"site.crt": b"1 ", "site.key": b"1 "}
+        assert sorted(path.name for path in target.iterdir()) == ["..1", "..data", "site.crt", "site.key"]
+        (hoard / str(spare)).unlink()
+
+
+@pytest.mark.parametrize("group, readable", [(2000, True), (3000, False)])
+def test_a_key_is_for_its_group(store: VolumeStore, target: Path, group: int, readable: bool) -> None:
+    """0440 and owned by root: a process in the pod's group reads it, one of another group does not."""
+    store.create(VOLUME_ID)
+    write_generation(store.files_dir(VOLUME_ID), [VolumeFile("site.key", Secret(b"key"), 0o440, 2000)], "1")
+    store.bind(VOLUME_ID, target)
+    found = (target / "site.key").stat()
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (0, 2000, 0o440)
+    folder = os.open(target, os.O_PATH)  # as in a pod, where no closed folder is above the volume
+    try:
+        done = subprocess.run(
+            [
+                "setpriv",
+                "--reuid=1000",
+                f"--regid={group}",
+                "--clear-groups",
+                "cat",
+                f"/proc/self/fd/{folder}/site.key",
+            ],
+            pass_fds=[folder],
+            capture_output=True,
+            check=False,
+        )
+    finally:
+        os.close(folder)
+    assert done.stdout == (b"key" if readable else b""), done.stderr
+
+
+def test_a_leftover_mount_is_used_again(store: VolumeStore, root: Path, target: Path) -> None:
+    """A second create after a crash finds the tmpfs of the first, and nothing is mounted over it."""
+    publish(store, target)
+    store.create(VOLUME_ID)
+    assert len(mounts_at(root / VOLUME_ID)) == 1
+    assert (target / "site.crt").read_text() == "1 "
+
+
+def test_a_dead_bind_is_replaced(store: VolumeStore, root: Path, target: Path) -> None:
+    """When the volume's tmpfs was unmounted behind our back, the target is bound anew, not twice."""
+    publish(store, target)
+    syscalls.unmount(str(root / VOLUME_ID), syscalls.MNT_DETACH)
+    assert not store.is_healthy(VOLUME_ID, target)
+    store.create(VOLUME_ID)
+    write_generation(store.files_dir(VOLUME_ID), pair(2), "2")
+    store.bind(VOLUME_ID, target)
+    assert store.is_healthy(VOLUME_ID, target)
+    assert len(mounts_at(target)) == 1
+    assert (target / "site.crt").read_text() == "2 "
+
+
+def test_a_target_that_was_unmounted_is_bound_again(store: VolumeStore, target: Path) -> None:
+    """A kubelet that unmounts a target after an error gets it back with the next publish, with the same files."""
+    publish(store, target)
+    syscalls.unmount(str(target), 0)
+    target.rmdir()
+    assert not store.is_healthy(VOLUME_ID, target)
+    store.bind(VOLUME_ID, target)
+    assert store.is_healthy(VOLUME_ID, target)
+
+
+def test_a_strangers_mount_at_the_target_stays(store: VolumeStore, target: Path) -> None:
+    """It is not covered, not unmounted and not emptied; the error says what to run."""
+    target.mkdir()
+    mount_stranger(target)
+    (target / "file").write_text("mine")
+    with pytest.raises(CertmountError, match="umount") as caught:
+        publish(store, target)
+    assert caught.value.reason is Reason.TARGET_UNUSABLE
+    store.unbind(target)
+    assert len(mounts_at(target)) == 1
+    assert (target / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("inside", ["", "inside"])
+def test_a_strangers_mount_in_our_folder_is_not_emptied(store: VolumeStore, root: Path, inside: str) -> None:
+    """Neither a start, nor a publish, nor an unpublish deletes what another has mounted in the folder of a volume."""
+    point = root / VOLUME_ID / inside
+    point.mkdir(parents=True)
+    mount_stranger(point)
+    (point / "file").write_text("mine")
+    (quarantined,) = store.scan().quarantined
+    assert quarantined.key == VOLUME_ID
+    assert "Device or resource busy" in quarantined.reason
+    for act in (store.create, store.remove):
+        with pytest.raises(CertmountError, match="Device or resource busy"):
+            act(VOLUME_ID)
+    assert (point / "file").read_text() == "mine"
+
+
+def test_a_link_at_the_target_is_refused(store: VolumeStore, target: Path, tmp_path: Path) -> None:
+    """Not followed, not replaced; and the volume itself is untouched."""
+    target.symlink_to(tmp_path)
+    with pytest.raises(CertmountError) as caught:
+        publish(store, target)
+    assert caught.value.reason is Reason.TARGET_UNUSABLE
+    assert target.is_symlink()
+    assert store.read_record(VOLUME_ID).volume_id == VOLUME_ID
+
+
+def test_no_forgotten_mount_keeps_a_key(store: VolumeStore, target: Path, kubelet: Path) -> None:
+    """A copy of the volume that leaked to where nobody unmounts it is empty once the volume is removed."""
+    publish(store, target)
+    leak = kubelet / "leak"
+    leak.mkdir()
+    syscalls.mount(str(target), str(leak), None, syscalls.MS_BIND)
+    store.unbind(target)
+    assert (leak / "site.key").read_text() == "1 "
+    store.remove(VOLUME_ID)
+    assert len(mounts_at(leak)) == 1
+    assert list(leak.iterdir()) == []
+
+
+def test_a_start_sorts_what_it_finds(store: VolumeStore, root: Path, target: Path, kubelet: Path) -> None:
+    """A pod with a damaged record keeps its files; a volume that no pod can see and nobody knows goes; a reboot's too."""
+    publish(store, target)
+    damaged = target.parent.with_name("damaged") / "mount"
+    damaged.parent.mkdir()
+    publish(store, damaged, "damaged")
+    (root / "damaged" / "record.json").write_bytes(b'{"version":1,')
+    store.create("orphan")
+    orphan = record(volume_id="orphan", pod_uid="gone")
+    store.write_record(orphan)
+    store.create("half-made")
+    (root / "rebooted").mkdir()
+    scan = store.scan()
+    assert scan.records == (record(str(target)),)
+    assert scan.orphans == (orphan,)
+    assert [entry.key for entry in scan.quarantined] == ["damaged"]
+    assert "record.json: " in scan.quarantined[0].reason
+    assert sorted(scan.dropped) == ["half-made", "rebooted"]
+    assert sorted(path.name for path in root.iterdir()) == sorted([VOLUME_ID, "damaged", "orphan"])
+    assert (damaged / "site.crt").read_text() == "1 "
+    assert (root / "damaged" / "record.json.corrupt").read_bytes() == b'{"version":1,'
+    publish(store, damaged, "damaged")
+    assert store.scan().quarantined == ()
+    assert len(mounts_below(kubelet)) == 5
+
+
+def test_usage_is_the_volumes_own(store: VolumeStore, target: Path) -> None:
+    """Totals are the limits of one volume, and what is written is counted."""
+    publish(store, target)
+    before = store.usage(VOLUME_ID)
+    assert (before.total_bytes, before.total_inodes) == (1 << 20, 128)
+    write_generation(store.files_dir(VOLUME_ID), pair(2, size=20_000), "2")
+    after = store.usage(VOLUME_ID)
+    pages = -(-len("2 " * 20_000) // 4096)
+    assert after.used_bytes - before.used_bytes == 2 * (pages - 1) * 4096
+    assert after.used_bytes + after.available_bytes == after.total_bytes
+    assert after.used_inodes == before.used_inodes
+
+
+def test_many_volumes_side_by_side(kubelet: Path, mounts: KernelMounts, root: Path) -> None:
+    """110 pods at once, from many threads: each gets its own files, all are found by a start, and all go again."""
+    store = VolumeStore(root, kubelet, mounts)
+    ids = [f"csi-{number:064x}" for number in range(110)]
+    targets = {volume_id: kubelet / "pods" / POD_UID / volume_id / "mount" for volume_id in ids}
+
+    def live(volume_id: str) -> None:
+        target = targets[volume_id]
+        target.parent.mkdir(parents=True)
+        store.create(volume_id)
+        write_generation(store.files_dir(volume_id), pair(int(volume_id[4:], 16)), "1")
+        store.write_record(record(str(target), volume_id=volume_id))
+        store.bind(volume_id, target)
+
+    def die(volume_id: str) -> None:
+        store.unbind(targets[volume_id])
+        store.remove(volume_id)
+
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(live, ids))
+        assert all(store.is_healthy(volume_id, target) for volume_id, target in targets.items())
+        shown = [(target / "site.key").read_text() for target in targets.values()]
+        assert shown == [f"{number} " for number in range(110)]
+        assert {found.volume_id for found in store.scan().records} == set(ids)
+        assert len(mounts_below(kubelet)) == 220
+        list(threads.map(die, ids))
+    assert mounts_below(kubelet) == []
+    assert list(root.iterdir()) == []
