@@ -48,7 +48,9 @@ class ServingCertificate:
         self._issuer, self._renew_at = signer.certificate, now + _RENEW_AFTER
         self._metrics.serving_expiry.set(certificate.not_valid_after_utc.timestamp())
         log.info(
-            "serving certificate issued", names=str(self._names), not_after=f"{certificate.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}"
+            "serving certificate issued",
+            names=str(self._names),
+            not_after=f"{certificate.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}",
         )
         return self._configuration
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,11 +58,11 @@ def _address(text: str) -> str:
     return text
 
 
-def _namespaced(text: str) -> ServiceAccount:
+def _namespaced(text: str) -> tuple[str, str]:
     namespace, _, name = text.partition("/")
     if not namespace or not name or "/" in name:
         raise ValueError("is not NAMESPACE/NAME")
-    return ServiceAccount(namespace, name)
+    return namespace, name
 
 
 @click.command(name="authority")
@@ -115,10 +115,12 @@ def command(log_level: str, http: str, **options: Any) -> None:
         cluster_domain=options["cluster_domain"],
         policy=options["policy"],
         serving_names=Names.of(dns=options["serving_name"]),
-        node_account=options["node_service_account"],
+        node_account=ServiceAccount(*options["node_service_account"]),
     )
     try:
         asyncio.run(_run(settings, http, surroundings))
+    except CertmountError as error:
+        raise click.ClickException(str(error)) from None
     except ExceptionGroup as group:
         expected, defects = group.split((CertmountError, OSError))
         if expected is None or defects is not None:
@@ -171,7 +173,7 @@ def _surroundings(options: dict[str, Any]) -> contextlib.AbstractAsyncContextMan
     return contextlib.nullcontext(outside_a_cluster(outside["ca_dir"], outside["jwks"], outside["token_issuer"]))
 
 
-def _flags(names: Any) -> str:
+def _flags(names: Iterable[str]) -> str:
     return ", ".join("--" + name.replace("_", "-") for name in names)
 
 
