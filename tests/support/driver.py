@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import socket
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import grpc
 
 from tests.support.kubelet import Kubelet
+from tests.support.requirements import may_mount
 
 _START_S = 30.0
 
@@ -24,9 +25,20 @@ _START_S = 30.0
 class Driver:
     """One driver process on a kubelet root directory; ``log`` keeps every line of all its lives."""
 
-    def __init__(self, kubelet: Kubelet, authority: str, root_file: Path, token_file: Path, log: Path) -> None:
+    def __init__(
+        self,
+        kubelet: Kubelet,
+        authority: str,
+        root_file: Path,
+        token_file: Path,
+        log: Path,
+        *,
+        within: Sequence[str] = (),
+    ) -> None:
+        """``within`` is a command that runs the driver's own, such as ``unshare --mount``."""
         self._kubelet = kubelet
         self._log = log
+        self._within = within
         self.http = f"127.0.0.1:{free_port()}"
         self._arguments = [
             f"--kubelet-dir={kubelet.root}",
@@ -36,7 +48,7 @@ class Driver:
             f"--token={token_file}",
             f"--http={self.http}",
             "--log-level=debug",
-            f"--mounts={'kernel' if os.geteuid() == 0 else 'folder'}",
+            f"--mounts={'kernel' if may_mount() else 'folder'}",
         ]
         self._process: asyncio.subprocess.Process | None = None
 
@@ -55,7 +67,7 @@ class Driver:
     async def start(self) -> None:
         """Starts it and waits until it serves CSI."""
         with self._log.open("ab") as log:
-            command = [sys.executable, "-m", "csi_driver.cli.main", "node", *self._arguments]
+            command = [*self._within, sys.executable, "-m", "csi_driver.cli.main", "node", *self._arguments]
             self._process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
         deadline = time.monotonic() + _START_S
         while time.monotonic() < deadline:

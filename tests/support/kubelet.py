@@ -14,8 +14,10 @@ import grpc
 import jwt
 
 from csi_driver import DRIVER_NAME, POD_AUDIENCE
-from csi_driver._proto import csi_pb2, csi_pb2_grpc
+from csi_driver._proto import csi_pb2, csi_pb2_grpc, registration_pb2, registration_pb2_grpc
 
+_OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
+_REGISTRATION_S = 20.0
 _TOKEN_KEY = secrets.token_bytes(32)
 """Signs tokens that only a scripted authority believes."""
 
@@ -58,9 +60,19 @@ class Kubelet:
         for name in ("pods", "plugins", "plugins_registry"):
             (root / name).mkdir(parents=True, exist_ok=True)
         self.socket = root / "plugins" / DRIVER_NAME / "csi.sock"
+        self.registration_socket = root / "plugins_registry" / f"{DRIVER_NAME}-reg.sock"
 
     def channel(self) -> grpc.aio.Channel:
-        return grpc.aio.insecure_channel(f"unix:{self.socket}", options=[("grpc.use_local_subchannel_pool", 1)])
+        return grpc.aio.insecure_channel(f"unix:{self.socket}", options=_OWN_CONNECTION)
+
+    async def register(self, error: str = "") -> registration_pb2.PluginInfo:
+        """What the kubelet's plugin watcher does with a new socket: asks who it is, then says how it went."""
+        async with grpc.aio.insecure_channel(f"unix:{self.registration_socket}", options=_OWN_CONNECTION) as channel:
+            stub: registration_pb2_grpc.RegistrationAsyncStub = registration_pb2_grpc.RegistrationStub(channel)
+            info = await stub.GetInfo(registration_pb2.InfoRequest(), wait_for_ready=True, timeout=_REGISTRATION_S)
+            status = registration_pb2.RegistrationStatus(plugin_registered=not error, error=error)
+            await stub.NotifyRegistrationStatus(status, timeout=_REGISTRATION_S)
+        return info
 
     def target(self, pod: FakePod, volume: str = "tls") -> Path:
         """Where the volume is to appear; its parent is made, as the kubelet does."""

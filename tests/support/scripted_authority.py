@@ -84,7 +84,13 @@ class Script:
     life: timedelta = timedelta(hours=1)
     """For requests that name none."""
     failure: CertmountError | None = None
+    renew_after: timedelta | None = None
+    """The hint to renew; short ones let a test see rotations soon."""
     tamper: Callable[[Response], Response] = lambda response: response
+    calls: int = 0
+    """Requests to issue that arrived, whatever became of them."""
+    tokens: list[str] = field(default_factory=list)
+    """The pod token of each of them."""
     issued: list[Names] = field(default_factory=list)
     """The names of every certificate that was signed."""
 
@@ -137,6 +143,8 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
 
     async def Issue(self, request: authority_pb2.IssueRequest, _context: Any) -> Response:  # noqa: N802
         script = self.script
+        script.calls += 1
+        script.tokens.append(request.pod_token)
         if script.delay_s:
             await asyncio.sleep(script.delay_s)  # the issuer's own time, by the test's script
         if script.failure is not None:
@@ -148,7 +156,10 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         life = request.duration.ToTimedelta() if request.HasField("duration") else script.life
         leaf = self.ca.sign(csr.public_key, names, life)
         script.issued.append(names)
-        return script.tamper(Response(chain=[leaf.public_bytes(Encoding.DER)], roots=self._roots))
+        response = Response(chain=[leaf.public_bytes(Encoding.DER)], roots=self._roots)
+        if script.renew_after is not None:
+            response.renew_after.FromTimedelta(script.renew_after)
+        return script.tamper(response)
 
     async def WatchTrust(self, _request: object, _context: Any) -> AsyncIterator[authority_pb2.TrustBundle]:  # noqa: N802
         sent: Sequence[bytes] = ()
