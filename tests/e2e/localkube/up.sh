@@ -81,7 +81,7 @@ imageGCHighThresholdPercent: 100
 imageGCLowThresholdPercent: 99
 evictionHard: {memory.available: 100Mi}
 serializeImagePulls: false
-syncFrequency: 30s
+syncFrequency: ${LOCALKUBE_SYNC_FREQUENCY:-30s}
 enforceNodeAllocatable: []
 ${LOCALKUBE_KUBELET_CONFIG:-}
 X
