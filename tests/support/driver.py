@@ -20,6 +20,7 @@ from tests.support.kubelet import Kubelet
 from tests.support.requirements import may_mount
 
 _START_S = 30.0
+_END_S = 30.0
 
 
 class Driver:
@@ -64,6 +65,10 @@ class Driver:
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.returncode is None
+
     async def start(self) -> None:
         """Starts it and waits until it serves CSI."""
         with self._log.open("ab") as log:
@@ -95,7 +100,12 @@ class Driver:
             return 0
         if process.returncode is None:
             process.send_signal(number)
-        return await process.wait()
+        try:
+            return await asyncio.wait_for(process.wait(), _END_S)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+            raise AssertionError(f"the driver did not end within {_END_S:.0f} s of {number.name}") from None
 
     def log_text(self) -> str:
         return self._log.read_text()

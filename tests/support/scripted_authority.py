@@ -135,6 +135,10 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
             await self._server.stop(None)
             self._server = None
 
+    @property
+    def serving(self) -> bool:
+        return self._server is not None
+
     async def trust(self, *roots: bytes) -> None:
         """Sends other roots (DER) to everyone who watches."""
         async with self._changed:

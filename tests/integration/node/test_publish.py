@@ -1,0 +1,293 @@
+"""The first publish makes a whole volume or nothing; every later one looks after it and costs nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import stat
+from datetime import UTC, datetime, timedelta
+
+import grpc
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+
+from csi_driver import POD_AUDIENCE
+from csi_driver._proto import csi_pb2, csi_pb2_grpc
+from tests.integration.node.world import FILES, Node, failure_of, until
+from tests.support.kubelet import FakePod
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+_TOKENS = "csi.storage.k8s.io/serviceAccount.tokens"
+
+
+async def test_a_published_volume_is_whole(node: Node) -> None:
+    """When the call returns, the pod has matching files for the names it asked for, and its own SPIFFE ID."""
+    attributes = {
+        "name": "shop.web.svc",
+        "dns-names": "a.example.com,*.b.example.com",
+        "uri-sans": "https://shop.example/1",
+    }
+    request = await node.published(FakePod("web", "shop-0", "shop"), attributes)
+    shown = node.shown(request)
+    names = {
+        "shop.web.svc",
+        "a.example.com",
+        "*.b.example.com",
+        "https://shop.example/1",
+        "spiffe://cluster.local/ns/web/sa/shop",
+    }
+    assert set(shown.names) == names
+    assert [root.subject for root in shown.roots] == [node.authority.ca.certificate.subject]
+    shown.leaf.verify_directly_issued_by(shown.roots[0])
+    assert len(node.script.issued) == 1
+
+
+async def test_the_life_asked_for_is_the_life_given(node: Node) -> None:
+    """``duration`` reaches the authority; without it the authority decides."""
+    node.script.life = timedelta(hours=3)
+    for attributes, hours in (({"duration": "1h30m"}, 1.5), ({}, 3.0)):
+        leaf = node.shown(await node.published(attributes=attributes)).leaf
+        left = leaf.not_valid_after_utc - datetime.now(UTC)
+        assert abs(left - timedelta(hours=hours)) < timedelta(minutes=1)
+
+
+@pytest.mark.parametrize(
+    "key_type, kind, bits",
+    [
+        ("EC-P256", ec.EllipticCurvePublicKey, 256),
+        ("EC-P384", ec.EllipticCurvePublicKey, 384),
+        ("RSA-2048", rsa.RSAPublicKey, 2048),
+        ("RSA-3072", rsa.RSAPublicKey, 3072),
+        ("RSA-4096", rsa.RSAPublicKey, 4096),
+        ("Ed25519", ed25519.Ed25519PublicKey, None),
+    ],
+)
+async def test_every_key_type_is_given_as_asked(node: Node, key_type: str, kind: type, bits: int | None) -> None:
+    """``key-type`` decides algorithm and size of the key."""
+    key = node.shown(await node.published(attributes={"key-type": key_type})).leaf.public_key()
+    assert isinstance(key, kind)
+    assert getattr(key, "key_size", None) == bits
+
+
+async def test_without_a_group_every_user_of_the_pod_reads_the_key(node: Node) -> None:
+    """No fsGroup and no attribute: all files are 0444."""
+    request = await node.published()
+    modes = {name: stat.S_IMODE(node.target(request, name).stat().st_mode) for name in FILES}
+    assert modes == dict.fromkeys(FILES, 0o444)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    "attribute, fs_group, expected",
+    [("", "2000", 2000), ("3000", "", 3000), ("3000", "2000", 3000)],
+    ids=["fsGroup", "attribute", "attribute-wins"],
+)
+async def test_a_group_alone_reads_the_key(node: Node, attribute: str, fs_group: str, expected: int) -> None:
+    """Key and bundle are 0440 root:group, also after a restart and a rotation; certificates stay readable by all."""
+    node.script.renew_after = timedelta(seconds=0.1)
+    request = await node.published(attributes={"fs-group": attribute} if attribute else {}, fs_group=fs_group)
+    node.script.renew_after = None
+    first = node.shown(request).serial
+
+    def rights() -> dict[str, tuple[int, int, int]]:
+        found = {name: node.target(request, name).stat() for name in FILES}
+        return {name: (stat.S_IMODE(each.st_mode), each.st_uid, each.st_gid) for name, each in found.items()}
+
+    private, public = (0o440, 0, expected), (0o444, 0, 0)
+    wanted = {"site.key": private, "site.pem": private, "site.crt": public, "root.crt": public}
+    assert rights() == wanted
+    await node.restart()
+    await node.publish(request)
+    await until(lambda: node.shown(request).serial != first, "a rotation")
+    assert rights() == wanted
+
+
+@pytest.mark.root
+async def test_the_pod_reads_only(node: Node) -> None:
+    """Not even root writes through the target, and the volume is a small tmpfs that only root can enter from outside."""
+    request = await node.published()
+    target = node.target(request)
+    with pytest.raises(OSError, match="Read-only"):
+        (target / "new").touch()
+    with pytest.raises(OSError, match="Read-only"):
+        (target / "site.crt").unlink()
+    (bind,) = node.mounts(target)
+    assert {"ro", "nosuid", "nodev", "noexec"} <= bind.options
+    (own,) = node.mounts(node.volume_dir(request))
+    assert own.fs_type == "tmpfs"
+    assert stat.S_IMODE(node.volume_dir(request).stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("in_secrets", [False, True], ids=["volume_context", "secrets"])
+async def test_the_token_is_taken_from_where_kubelet_puts_it(node: Node, in_secrets: bool) -> None:
+    """Kubelets send it in volume_context, or in secrets where the CSIDriver object asks so (KEP-5538)."""
+    pod = FakePod()
+    token = pod.token()
+    await node.published(pod, token=token, tokens_in_secrets=in_secrets)
+    assert node.script.tokens == [token]
+
+
+async def test_a_token_in_secrets_wins(node: Node) -> None:
+    """What stands in volume_context could be an attribute of the pod's author; secrets come from the kubelet alone."""
+    pod = FakePod()
+    real, other = pod.token(), pod.token(jti="other")
+    request = node.request(pod, token=real, tokens_in_secrets=True)
+    request.volume_context[_TOKENS] = json.dumps({POD_AUDIENCE: {"token": other}})
+    await node.publish(request)
+    assert node.script.tokens == [real]
+
+
+async def test_a_republish_costs_no_network_and_no_write(node: Node) -> None:
+    """The kubelet repeats the call for ever, with ever new tokens: a healthy volume is left as it is."""
+    pod = FakePod()
+    request = await node.published(pod)
+    before, calls = node.state(request), node.script.calls
+    for _ in range(5):
+        await node.publish(node.kubelet.publish_request(pod))
+    await node.authority.stop()
+    await node.publish(node.kubelet.publish_request(pod))
+    assert node.state(request) == before
+    assert node.script.calls == calls == 1
+
+
+@pytest.mark.root
+async def test_mounts_do_not_stack(node: Node) -> None:
+    """However often a volume is published, also by many calls at once and after restarts, it has one mount."""
+    request = await node.published()
+    for _ in range(3):
+        await asyncio.gather(*(node.publish(request) for _ in range(5)))
+        await node.restart()
+    await node.publish(request)
+    assert len(node.mounts(request.target_path)) == 1
+    assert len(node.mounts(node.volume_dir(request))) == 1
+    assert node.script.calls == 1
+
+
+@pytest.mark.root
+async def test_a_mount_that_was_taken_away_is_put_back(node: Node) -> None:
+    """Somebody unmounts the target: the next republish shows the same certificate again."""
+    request = await node.published()
+    before = node.shown(request)
+    for remove in (False, True):
+        node.unmount(request)
+        if remove:
+            node.target(request).rmdir()
+        await node.publish(request)
+        assert node.shown(request) == before
+    assert node.script.calls == 1
+
+
+async def test_a_second_target_shows_the_same_certificate(node: Node) -> None:
+    """One volume at two targets has one certificate, which lives until the last target is unpublished."""
+    pod = FakePod()
+    first = await node.published(pod)
+    second = node.request(pod)
+    second.target_path = str(node.kubelet.target(pod, "again"))
+    await node.publish(second)
+    assert node.shown(second) == node.shown(first)
+    await node.unpublish(first)
+    assert not node.target(first).exists()
+    assert node.shown(second).names
+    await node.restart()
+    assert node.shown(second).names
+    await node.unpublish(second)
+    node.assert_nothing_of(second)
+    assert node.script.calls == 1
+
+
+async def test_many_volumes_at_once(node: Node) -> None:
+    """Seventy pods start together: each gets its own certificate."""
+    requests = [node.request(FakePod(name=f"shop-{number}")) for number in range(70)]
+    await asyncio.gather(*(node.publish(request, timeout=60.0) for request in requests))
+    assert len({node.shown(request).serial for request in requests}) == 70
+    assert len({node.shown(request).key for request in requests}) == 70
+    assert node.script.calls == 70
+
+
+async def test_a_call_cancelled_while_the_authority_thinks_leaves_nothing(node: Node) -> None:
+    """The kubelet gives up: nothing is half mounted, and the next call succeeds."""
+    node.script.delay_s = 5.0
+    request = node.request()
+    failure = await failure_of(node.publish(request, timeout=0.5))
+    assert failure.code is grpc.StatusCode.DEADLINE_EXCEEDED
+    node.assert_nothing_of(request)
+    node.script.delay_s = 0.0
+    await node.publish(request)
+    assert node.shown(request).names
+
+
+async def test_a_call_cancelled_at_any_moment_leaves_all_or_nothing(node: Node) -> None:
+    """Wherever the kubelet's patience ends, the next call finds a whole volume or makes one."""
+    cut = 0
+    for milliseconds in range(1, 41):
+        request = node.request()
+        try:
+            await node.publish(request, timeout=milliseconds / 1000)
+        except grpc.aio.AioRpcError as error:
+            assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            cut += 1
+        await node.publish(request)
+        assert node.shown(request).names
+        await node.unpublish(request)
+        node.assert_nothing_of(request)
+    assert cut, "no call was cut, so nothing was shown"
+
+
+async def test_a_cancelled_call_that_is_unpublished_leaves_nothing(node: Node) -> None:
+    """The pod is deleted while its volume is being made: what was made of it goes."""
+    for milliseconds in range(1, 41, 2):
+        request = node.request()
+        call = asyncio.ensure_future(node.publish(request, timeout=milliseconds / 1000))
+        await asyncio.wait([call])
+        call.exception()
+        await node.unpublish(request)
+        node.assert_nothing_of(request)
+
+
+async def test_stats_are_those_of_the_volume(node: Node) -> None:
+    """Space and inodes of the volume's own file system, for its target and no other path."""
+    request = await node.published()
+    question = csi_pb2.NodeGetVolumeStatsRequest(volume_id=request.volume_id, volume_path=request.target_path)
+    answer = await node.stub.NodeGetVolumeStats(question)
+    usage = {entry.unit: entry for entry in answer.usage}
+    assert set(usage) == {csi_pb2.VolumeUsage.BYTES, csi_pb2.VolumeUsage.INODES}
+    for entry in usage.values():
+        assert 0 < entry.used < entry.total
+        assert 0 < entry.available <= entry.total - entry.used
+    if node.real_mounts:
+        assert usage[csi_pb2.VolumeUsage.BYTES].total == 1 << 20
+    question.volume_path = str(node.target(request).parent)
+    assert (await failure_of(node.stub.NodeGetVolumeStats(question))).code is grpc.StatusCode.NOT_FOUND
+
+
+async def test_the_driver_says_who_it_is(node: Node) -> None:
+    """Name, node and exactly the capabilities that are served; staging and expansion are not."""
+    identity: csi_pb2_grpc.IdentityAsyncStub = csi_pb2_grpc.IdentityStub(node.channel)
+    info = await identity.GetPluginInfo(csi_pb2.GetPluginInfoRequest(), wait_for_ready=True)
+    assert info.name == "csi.certmount.dev"
+    assert info.vendor_version
+    assert (await identity.Probe(csi_pb2.ProbeRequest())).ready.value
+    assert (await node.stub.NodeGetInfo(csi_pb2.NodeGetInfoRequest())).node_id == "node1"
+    capabilities = (await node.stub.NodeGetCapabilities(csi_pb2.NodeGetCapabilitiesRequest())).capabilities
+    rpc = csi_pb2.NodeServiceCapability.RPC
+    assert {each.rpc.type for each in capabilities} == {
+        rpc.VOLUME_MOUNT_GROUP,
+        rpc.GET_VOLUME_STATS,
+        rpc.GET_VOLUME_HEALTH,
+    }
+    stage: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = node.channel.unary_unary("/csi.v1.Node/NodeStageVolume")
+    assert (await failure_of(stage(b""))).code is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_two_volumes_of_one_pod_are_two_certificates(node: Node) -> None:
+    """Each volume has its own key, names and life."""
+    pod = FakePod()
+    first = await node.published(pod, {"name": "first.example.com"})
+    second = node.request(pod, {"name": "second.example.com"}, volume_id="csi-second")
+    second.target_path = str(node.kubelet.target(pod, "second"))
+    await node.publish(second)
+    shown = [node.shown(request) for request in (first, second)]
+    assert ["first.example.com" in each.names for each in shown] == [True, False]
+    await node.unpublish(first)
+    assert node.shown(second).key == shown[1].key
