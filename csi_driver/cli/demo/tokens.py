@@ -1,0 +1,78 @@
+"""Plays the API server as far as service-account tokens go: a key, a published key set, tokens that are bound to a pod."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import uuid
+from dataclasses import dataclass
+from datetime import timedelta
+
+import jwt
+from cryptography.hazmat.primitives.asymmetric import ec
+from jwt.algorithms import ECAlgorithm
+
+from csi_driver.core.identity import ServiceAccount
+from csi_driver.core.keys import public_bytes
+from csi_driver.core.secret import Secret
+
+ISSUER = "https://demo.certmount.invalid"
+_LIFE = timedelta(hours=1)
+_ALGORITHM = "ES256"
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """A pod of the demo's one node."""
+
+    account: ServiceAccount
+    name: str
+    uid: str
+    node: str
+
+    @classmethod
+    def make(cls, account: ServiceAccount, name: str, node: str) -> Pod:
+        """With a UID of its own."""
+        return cls(account, name, str(uuid.uuid4()), node)
+
+    def __str__(self) -> str:
+        return f"{self.account.namespace}/{self.name}"
+
+
+class TokenIssuer:
+    """Signs with a key that lives in memory only."""
+
+    def __init__(self) -> None:
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._key_id = hashlib.sha256(public_bytes(self._key.public_key())).hexdigest()[:16]
+
+    def key_set(self) -> str:
+        """The public key as a JSON Web Key Set (RFC 7517)."""
+        key = ECAlgorithm.to_jwk(self._key.public_key(), as_dict=True)
+        return json.dumps({"keys": [{**key, "kid": self._key_id, "alg": _ALGORITHM, "use": "sig"}]})
+
+    def issue(self, pod: Pod, audience: str) -> Secret[str]:
+        """A token for one audience, with the claims that Kubernetes 1.32 and newer writes (KEP-4193)."""
+        now = int(time.time())
+        claims = {
+            "iss": ISSUER,
+            "aud": [audience],
+            "sub": pod.account.username,
+            "iat": now,
+            "nbf": now,
+            "exp": now + int(_LIFE.total_seconds()),
+            "jti": str(uuid.uuid4()),
+            "kubernetes.io": {
+                "namespace": pod.account.namespace,
+                "node": {"name": pod.node, "uid": _uid(pod.node)},
+                "pod": {"name": pod.name, "uid": pod.uid},
+                "serviceaccount": {"name": pod.account.name, "uid": _uid(str(pod.account))},
+            },
+        }
+        return Secret(jwt.encode(claims, self._key, algorithm=_ALGORITHM, headers={"kid": self._key_id}))
+
+
+def _uid(name: str) -> str:
+    """The same for the same name: a node and a service account have one UID in all tokens."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{ISSUER}/{name}"))
