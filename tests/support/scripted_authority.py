@@ -104,6 +104,8 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         self.root_file = folder / "root.crt"
         self.token_file = folder / "node-token"
         self.address = ""
+        self.watchers = 0
+        """Nodes that watch the roots now."""
         self._roots: list[bytes] = [self.ca.der]
         self._changed = asyncio.Condition()
         self._server: grpc.aio.Server | None = None
@@ -167,11 +169,15 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
 
     async def WatchTrust(self, _request: object, _context: Any) -> AsyncIterator[authority_pb2.TrustBundle]:  # noqa: N802
         sent: Sequence[bytes] = ()
-        while True:
-            async with self._changed:
-                await self._changed.wait_for(lambda sent=sent: self._roots != list(sent))  # type: ignore[misc]
-                sent = list(self._roots)
-            yield authority_pb2.TrustBundle(roots=sent)
+        self.watchers += 1
+        try:
+            while True:
+                async with self._changed:
+                    await self._changed.wait_for(lambda sent=sent: self._roots != list(sent))  # type: ignore[misc]
+                    sent = list(self._roots)
+                yield authority_pb2.TrustBundle(roots=sent)
+        finally:
+            self.watchers -= 1
 
 
 def refused(name: str) -> CertmountError:

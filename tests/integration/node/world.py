@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import tempfile
@@ -199,6 +200,11 @@ class Node:
 
     def volume_dir(self, request: Request) -> Path:
         return self.volumes / request.volume_id
+
+    def record(self, request: Request) -> dict[str, Any]:
+        """The volume's record."""
+        record: dict[str, Any] = json.loads((self.volume_dir(request) / "record.json").read_text())
+        return record
 
     def state(self, request: Request) -> dict[str, tuple[int, int, int]]:
         """Inode and times of everything in the volume: equal before and after means that nothing was written."""

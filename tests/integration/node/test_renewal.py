@@ -1,0 +1,259 @@
+"""A live volume is renewed in place, keeps what it has while that fails, and heals by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime, timedelta
+from functools import partial
+
+import pytest
+
+from csi_driver._proto.csi_pb2 import DEGRADED
+from csi_driver.core.errors import CertmountError, Reason
+from tests.integration.node.world import Node, Request, until
+from tests.support.kubelet import FakePod
+from tests.support.scripted_authority import Response, TestCA, refused
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+SOON = timedelta(seconds=0.3)
+
+
+def _has_root(node: Node, request: Request, ca: TestCA) -> bool:
+    return ca.certificate in node.shown(request).roots
+
+
+async def test_rotation_in_place(node: Node) -> None:
+    """Key and certificate are exchanged, again and again, in the mount that the pod has had all the time."""
+    node.script.renew_after = SOON
+    request = await node.published()
+    mounts = node.mounts(node.kubelet.root)
+    seen = {node.shown(request).key: node.shown(request).serial}
+    for _ in range(3):
+        await until(lambda: node.shown(request).key not in seen, "another key")
+        shown = node.shown(request)
+        seen[shown.key] = shown.serial
+    assert len(set(seen.values())) == 4
+    assert node.mounts(node.kubelet.root) == mounts
+    assert await node.health(request) == []
+
+
+async def test_a_reader_never_sees_a_torn_generation(node: Node) -> None:
+    """While it rotates, whatever is read through one generation's folder fits together (``Shown.at`` checks it)."""
+    node.script.renew_after = timedelta(seconds=0.05)
+    request = await node.published()
+    generations: set[str] = set()
+    deadline = time.monotonic() + 20
+    while len(generations) < 6 and time.monotonic() < deadline:
+        try:
+            generations.add(node.shown(request).generation)
+        except FileNotFoundError:  # the generation was exchanged between two of its files: a reader opens it again
+            continue
+        await asyncio.sleep(0)
+    assert len(generations) == 6
+
+
+async def test_the_issuers_hint_and_renew_before_set_the_moment(node: Node) -> None:
+    """``renew-before`` counts from the end, an issuer's hint from now; the record holds what was decided."""
+    for attributes, hint, expected in (
+        ({"duration": "10h", "renew-before": "4h"}, None, 6.0),
+        ({"duration": "9h"}, None, 6.0),
+        ({"duration": "9h"}, timedelta(hours=2), 2.0),
+    ):
+        node.script.renew_after = hint
+        record = node.record(await node.published(attributes=attributes))
+        hours = (record["renew_at"] - record["issued_at"]) / 3600
+        assert abs(hours - expected) <= 0.1 * expected + 0.1
+
+
+async def test_the_newest_token_is_used(node: Node) -> None:
+    """Each republish brings a token; a renewal shows the last one, never one that an earlier call brought."""
+    pod = FakePod()
+    node.script.renew_after = timedelta(seconds=1)
+    request = await node.published(pod)
+    newest = pod.token(exp=int(time.time()) + 7200)
+    await node.publish(node.kubelet.publish_request(pod, token=newest))
+    await until(lambda: node.script.calls > 1, "a renewal")
+    assert node.script.tokens[1] == newest
+    # Kubelet passes the old one again where it could not renew it: the newer one stays in use.
+    await node.publish(node.kubelet.publish_request(pod, token=pod.token(exp=int(time.time()) + 60)))
+    calls = node.script.calls
+    await until(lambda: node.script.calls > calls, "another renewal")
+    assert node.script.tokens[-1] == newest
+    assert node.shown(request).names
+
+
+async def test_failed_renewals_are_tried_again_and_heal(node: Node) -> None:
+    """The authority is away past a renewal: the pod is untouched, tries grow apart, and its return heals within seconds."""
+    node.script.renew_after = SOON
+    request = await node.published()
+    await node.authority.stop()
+    log_before = len(node.driver.events("not renewed"))
+    before = node.shown(request)
+    await until(lambda: len(node.driver.events("not renewed")) >= log_before + 2, "two failed renewals")
+    tries = node.driver.events("not renewed")[log_before:]
+    assert [line["attempt"] for line in tries[:2]] == [1, 2]
+    assert {line["reason"] for line in tries} == {"AuthorityUnavailable"}
+    for line, seconds in zip(tries, (1, 2), strict=False):
+        assert 0.7 * seconds <= line["retry_in_s"] <= 1.3 * seconds
+    assert node.shown(request) == before
+    ((status, reason, message),) = await node.health(request)
+    assert (status, reason) == (DEGRADED, "AuthorityUnavailable")
+    assert "web/shop" in message
+    assert node.metric("certmount_node_volumes_unhealthy", reason="AuthorityUnavailable") == 1
+    node.script.renew_after = None
+    await node.authority.start()
+    await until(lambda: node.shown(request).serial != before.serial, "healed")
+    assert await node.health(request) == []
+    assert node.metric("certmount_node_volumes_unhealthy", reason="AuthorityUnavailable") == 0
+
+
+async def test_a_refused_renewal_heals_when_the_policy_is_fixed(node: Node) -> None:
+    """A refusal is tried again too; until then the old files stay, and health says which name and why."""
+    node.script.renew_after = SOON
+    request = await node.published(attributes={"name": "shop.example.com"})
+    before = node.shown(request)
+    node.script.failure = refused("shop.example.com")
+    await until(lambda: node.script.calls > 2, "refused twice")
+    ((status, reason, message),) = await node.health(request)
+    assert (status, reason) == (DEGRADED, "NameRefused")
+    assert "shop.example.com: no policy rule allows this name" in message
+    assert node.shown(request) == before
+    node.script.failure = node.script.renew_after = None
+    await until(lambda: node.shown(request).serial != before.serial, "renewed")
+    assert await node.health(request) == []
+
+
+async def test_an_expired_certificate_stays_and_is_reported(node: Node) -> None:
+    """Nothing is taken away from a pod; an expired certificate is an unhealthy volume that says so and is tried on."""
+    node.script.life = timedelta(seconds=2)
+    request = await node.published()
+    before = node.shown(request)
+    node.script.failure = CertmountError(Reason.ISSUER_UNAVAILABLE, "the issuer is away")
+    await until(lambda: datetime.now(UTC) > before.leaf.not_valid_after_utc, "expiry")
+    await node.publish(request)
+    assert node.shown(request) == before
+    ((status, reason, message),) = await node.health(request)
+    assert (status, reason) == (DEGRADED, "CertificateExpired")
+    assert "the issuer is away" in message
+    node.script.failure, node.script.life = None, timedelta(hours=1)
+    await until(lambda: node.shown(request).serial != before.serial, "healed")
+    assert await node.health(request) == []
+
+
+async def test_an_expired_token_waits_for_the_next_one(node: Node) -> None:
+    """A token that has run out is not sent; the republish that brings a new one brings the renewal at once."""
+    pod = FakePod()
+    node.script.renew_after = timedelta(seconds=2.5)
+    request = await node.published(pod, token=pod.token(exp=int(time.time()) + 2))
+    before = node.shown(request)
+    node.script.renew_after = None
+    await until(lambda: node.metric("certmount_node_volumes_unhealthy", reason="TokenExpired"), "a failed renewal")
+    ((_, reason, _),) = await node.health(request)
+    assert reason == "TokenExpired"
+    assert node.script.calls == 1
+    await node.publish(node.kubelet.publish_request(pod))
+    await until(lambda: node.shown(request).serial != before.serial, "renewed")
+
+
+async def test_new_roots_reach_every_volume_without_new_certificates(node: Node) -> None:
+    """The authority's roots change: each root.crt follows within seconds, key and certificate stay."""
+    requests = [await node.published() for _ in range(3)]
+    before = [node.shown(request) for request in requests]
+    other = TestCA("another root")
+    await node.authority.trust(node.authority.ca.der, other.der)
+    try:
+        for request in requests:
+            await until(partial(_has_root, node, request, other), "the other root")
+        after = [node.shown(request) for request in requests]
+        assert [(each.key, each.chain) for each in after] == [(each.key, each.chain) for each in before]
+        assert node.script.calls == len(requests)
+    finally:
+        await node.authority.trust(node.authority.ca.der)
+    await until(lambda: all(len(node.shown(request).roots) == 1 for request in requests), "back again")
+    states = [node.state(request) for request in requests]
+    await node.authority.stop()
+    await node.authority.start()
+    await until(lambda: node.authority.watchers, "the driver watches again")
+    await node.published()
+    assert [node.state(request) for request in requests] == states, "the same roots again are no reason to write"
+
+
+async def test_roots_that_make_no_sense_change_nothing(node: Node) -> None:
+    """What is no certificate is not handed to a pod, and later roots are taken again."""
+    request = await node.published()
+    state = node.state(request)
+    await node.authority.trust(b"not a certificate")
+    await until(
+        lambda: any(line["reason"] == "AnswerInvalid" for line in node.driver.events("roots not followed")), "seen"
+    )
+    assert node.state(request) == state
+    other = TestCA("another root")
+    await node.authority.trust(node.authority.ca.der, other.der)
+    await until(lambda: other.certificate in node.shown(request).roots, "good roots after bad ones")
+    await node.authority.trust(node.authority.ca.der)
+
+
+async def test_another_root_file_is_used_at_once(node: Node) -> None:
+    """The authority's CA is renewed, so the ConfigMap's file changes: the next call trusts it and waits for no other
+    call; calls under way end well, their volumes rotate on, and roots are still followed.
+    """
+    await until(lambda: node.authority.watchers, "the driver watches")
+    node.script.renew_after = timedelta(seconds=0.1)
+    renewed = await node.published()
+    before = node.shown(renewed)
+    node.script.delay_s = 1.5
+    await until(lambda: node.script.calls > 1, "a renewal under way")
+    pem, other = node.authority.root_file.read_bytes(), TestCA("another root")
+    node.authority.root_file.write_bytes(other.pem + pem)
+    try:
+        node.script.delay_s = 0.0
+        began = time.monotonic()
+        await node.published()
+        assert time.monotonic() - began < 5.0
+        await until(lambda: node.shown(renewed).serial != before.serial, "the renewal that was under way")
+        await node.authority.trust(node.authority.ca.der, other.der)
+        await until(lambda: other.certificate in node.shown(renewed).roots, "roots")
+        calls = node.script.calls
+        await until(lambda: node.script.calls > calls + 1, "further renewals")
+    finally:
+        node.authority.root_file.write_bytes(pem)
+        await node.authority.trust(node.authority.ca.der)
+
+
+async def test_a_pod_that_is_gone_is_not_renewed(node: Node) -> None:
+    """When its moment comes and the pod's folder is gone, the volume is dropped instead of renewed for ever."""
+    node.script.renew_after = timedelta(seconds=1)
+    request = await node.published()
+    node.forget_pod(request)
+    await until(lambda: not node.volume_dir(request).exists(), "dropped")
+    node.assert_nothing_of(request)
+    assert node.script.calls == 1
+
+
+async def test_an_unpublished_volume_is_not_renewed(node: Node) -> None:
+    """Unpublish ends the renewals, also one that is under way: what it brings is not written anywhere."""
+    node.script.renew_after = timedelta(seconds=0.2)
+    request = await node.published()
+    node.script.delay_s = 0.3
+    await until(lambda: node.script.calls > 1, "a renewal under way")
+    await node.unpublish(request)
+    node.assert_nothing_of(request)
+    calls = node.script.calls
+    other = await node.published()  # whose renewals show that the clock went on
+    await until(lambda: node.script.calls >= calls + 3, "renewals of the other volume")
+    node.assert_nothing_of(request)
+    assert node.shown(other).names
+
+
+async def test_a_wrong_answer_is_not_written(node: Node) -> None:
+    """A renewal answered with another's certificate keeps the good one, and the next right answer is taken."""
+    node.script.renew_after = SOON
+    request = await node.published()
+    before = node.shown(request)
+    node.script.tamper = lambda answer: Response(chain=answer.roots, roots=answer.roots)
+    await until(lambda: node.metric("certmount_node_volumes_unhealthy", reason="AnswerInvalid"), "a failed renewal")
+    assert node.shown(request) == before
+    node.script.tamper, node.script.renew_after = (lambda answer: answer), None
+    await until(lambda: node.shown(request).serial != before.serial, "healed")
