@@ -52,8 +52,11 @@ def parse_keys(published: PublishedKeys) -> KeySet:
     return KeySet(published.issuer, keys)
 
 
-def _parse_key(entry: dict[str, Any]) -> jwt.PyJWK | None:
-    if not isinstance(entry.get("kid"), str) or entry.get("use", "sig") != "sig":
+def _parse_key(entry: Any) -> jwt.PyJWK | None:
+    """The key of one entry, or None for one that is not to verify tokens with."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("kid"), str):
+        return None
+    if entry.get("use", "sig") != "sig" or entry.get("alg", ALGORITHMS[0]) not in ALGORITHMS:
         return None
     try:
         key = jwt.PyJWK.from_dict(entry)

@@ -1,0 +1,1 @@
+"""Tests of the authority over the real wire."""

@@ -1,0 +1,39 @@
+"""A token issuer and metrics for every test."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from csi_driver.authority.token_keys import TokenKeys
+from csi_driver.core.proof import PublishedKeys
+from csi_driver.telemetry.authority_metrics import AuthorityMetrics
+from tests.support.tokens import TokenIssuer
+
+
+@pytest.fixture(scope="session")
+def issuer() -> TokenIssuer:
+    """The cluster's own."""
+    return TokenIssuer()
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def metrics(registry: CollectorRegistry) -> AuthorityMetrics:
+    return AuthorityMetrics(registry)
+
+
+@pytest.fixture
+async def keys(issuer: TokenIssuer, metrics: AuthorityMetrics) -> TokenKeys:
+    """The issuer's keys, fetched."""
+
+    async def fetch() -> PublishedKeys:
+        return issuer.published
+
+    keys = TokenKeys(fetch, metrics)
+    await keys.load()
+    return keys

@@ -1,0 +1,1 @@
+"""Tests of the Kubernetes client against a fake API server on loopback."""
