@@ -143,7 +143,7 @@ class KernelMounts:
         for mount in read_mounts():
             if not _is_ours(mount):
                 continue
-            if mount.root == "/" and mount.point in wanted:
+            if mount.point in wanted:
                 devices[wanted[mount.point]] = mount.device
             else:
                 bound.add(mount.device)

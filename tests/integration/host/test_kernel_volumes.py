@@ -56,12 +56,13 @@ def test_a_whole_life_leaves_nothing(store: VolumeStore, root: Path, target: Pat
 
 
 def test_the_target_is_made_as_the_kubelet_makes_folders(store: VolumeStore, target: Path) -> None:
-    """The folder below the mount is 0750, whatever the umask."""
+    """The folder below the mount is 0750 and what it shows can be entered by all, whatever the umask."""
     before = os.umask(0o077)
     try:
         publish(store, target)
     finally:
         os.umask(before)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o755
     syscalls.unmount(str(target), 0)
     assert stat.S_IMODE(target.stat().st_mode) == 0o750
 
@@ -83,6 +84,23 @@ def test_a_full_volume_keeps_its_files(store: VolumeStore, root: Path, target: P
     filler.unlink()
     write_generation(store.files_dir(VOLUME_ID), big, "2")
     assert read_generation(target)["site.key"] == big[1].content.reveal()
+
+
+def test_a_volume_with_too_little_room_is_never_cut_short(store: VolumeStore, root: Path, target: Path) -> None:
+    """Page after page of room is given: the kernel then takes a part of a write, and half a file is no file."""
+    publish(store, target)
+    big = pair(2, size=10_000)
+    filler, refused = fill(root / VOLUME_ID), 0
+    while read_generation(target)["site.crt"] == b"1 ":
+        os.truncate(filler, filler.stat().st_size - 4096)
+        try:
+            write_generation(store.files_dir(VOLUME_ID), big, "2")
+        except CertmountError as error:
+            assert error.reason is Reason.NO_SPACE
+            refused += 1
+            assert read_generation(target) == {"site.crt": b"1 ", "site.key": b"1 "}
+    assert refused > 5
+    assert read_generation(target) == {file.name: file.content.reveal() for file in big}
 
 
 def test_a_volume_out_of_inodes_keeps_its_files(store: VolumeStore, root: Path, target: Path) -> None:

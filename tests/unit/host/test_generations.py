@@ -7,7 +7,7 @@ import os
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,23 +41,28 @@ def complete(stamp: str, *names: str) -> dict[str, list[str]]:
 
 
 class FaultyOs:
-    """The os module, until call number ``at`` of those that change something: then ``fail`` decides."""
+    """The os module, until call number ``at`` of those in ``names``: then ``fail`` decides, ``late`` after it was done."""
 
-    def __init__(self, at: int, fail: Callable[[int], None]) -> None:
+    def __init__(self, at: int, fail: Callable[[int], None], names: Sequence[str], *, late: bool) -> None:
         self.calls = 0
         self._at = at
         self._fail = fail
+        self._names = names
+        self._late = late
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(os, name)
-        return self._faulty(real) if name in CALLS else real
+        return self._faulty(real) if name in self._names else real
 
     def _faulty(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
             self.calls += 1
+            late, result = self._late, None
+            if late:
+                result = real(*arguments, **named)
             if self.calls >= self._at:
                 self._fail(self.calls - self._at)
-            return real(*arguments, **named)
+            return result if late else real(*arguments, **named)
 
         return call
 
@@ -67,8 +72,10 @@ class Killed(BaseException):
 
 
 @contextmanager
-def faulty(at: int, fail: Callable[[int], None]) -> Iterator[FaultyOs]:
-    replaced = FaultyOs(at, fail)
+def faulty(
+    at: int, fail: Callable[[int], None], names: Sequence[str] = CALLS, *, late: bool = False
+) -> Iterator[FaultyOs]:
+    replaced = FaultyOs(at, fail, names, late=late)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generations, "os", replaced)
         yield replaced
@@ -81,6 +88,10 @@ def full_once(later: int) -> None:
 
 def full_for_good(later: int) -> None:  # noqa: ARG001 - any later call fails likewise
     raise OSError(errno.ENOSPC, "full")
+
+
+def full_then_broken(later: int) -> None:
+    raise OSError(errno.EIO if later else errno.ENOSPC, "broken")
 
 
 def killed(later: int) -> None:  # noqa: ARG001 - as above
@@ -204,7 +215,7 @@ def test_a_volume_that_fills_up_anywhere_keeps_its_files(folder: Path) -> None:
     assert kept > 10
 
 
-@pytest.mark.parametrize("fail", [full_for_good, killed])
+@pytest.mark.parametrize("fail", [full_for_good, full_then_broken, killed])
 def test_a_crash_anywhere_leaves_a_whole_set_and_is_repaired(folder: Path, fail: Callable[[int], None]) -> None:
     """Killed at each call in turn: readers see the old or the new set, and the next write leaves no trace of it."""
     at, untouched, seen = 0, False, set()
@@ -214,7 +225,9 @@ def test_a_crash_anywhere_leaves_a_whole_set_and_is_repaired(folder: Path, fail:
         with faulty(at, fail) as replaced:
             try:
                 write_generation(folder, named(NEW), "new")
-            except (Killed, CertmountError):
+            except CertmountError as error:
+                assert error.reason is Reason.NO_SPACE
+            except Killed:
                 pass
             else:
                 untouched = replaced.calls < at
@@ -226,6 +239,24 @@ def test_a_crash_anywhere_leaves_a_whole_set_and_is_repaired(folder: Path, fail:
         write_generation(folder, named(OLD), "repaired")
         assert listing(folder) == complete("repaired", *OLD), at
     assert seen == {True, False}
+
+
+def test_live_files_that_cannot_be_told_apart_are_left_alone(folder: Path) -> None:
+    """When the kernel will not say which generation is current, none is removed."""
+    write_generation(folder, named(OLD), "1")
+    with faulty(1, full_once, ["readlink"]), pytest.raises(CertmountError):
+        write_generation(folder, named(NEW), "2")
+    assert listing(folder) == complete("1", *OLD)
+
+
+def test_an_interruption_after_the_swap_keeps_the_new_files(folder: Path) -> None:
+    """Once readers see the new generation it is not taken back, whatever comes between."""
+    write_generation(folder, named(OLD), "1")
+    links_and_swap = len(NEW.keys() - OLD.keys()) + 1
+    with faulty(links_and_swap, killed, ["rename"], late=True), pytest.raises(Killed):
+        write_generation(folder, named(NEW), "2")
+    assert read_generation(folder) == NEW
+    assert {name: (folder / name).read_bytes() for name in NEW} == NEW
 
 
 def test_leftovers_of_a_crash_are_removed(folder: Path) -> None:
