@@ -167,7 +167,11 @@ class Node:
 
     def unmount(self, request: Request) -> None:
         """Takes the mount from the pod, behind the driver's back; needs root."""
-        syscalls.unmount(request.target_path, syscalls.MNT_DETACH)
+        self.unmount_path(request.target_path)
+
+    @staticmethod
+    def unmount_path(path: str) -> None:
+        syscalls.unmount(path, syscalls.MNT_DETACH)
 
     def forget_pod(self, request: Request) -> None:
         """The pod ends without an unpublish call: its mount and its folder go."""
