@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,12 @@ from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret
 
 MAX_TOKEN_BYTES = 16 * 1024
+# What the API server lets a namespace and any other object be called (RFC 1123): names become parts of URIs, paths, logs.
+_NAMESPACE = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
+_NAME = re.compile(r"(?!.{254})[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*", re.ASCII)
+_UID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
+_END_OF_TIME = 1e12
+"""Unix seconds, some 30,000 years on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +64,12 @@ def identity_from_claims(claims: Mapping[str, Any], *, token: str) -> PodIdentit
     """
     bound = claims.get("kubernetes.io")
     bound = bound if isinstance(bound, Mapping) else {}
-    namespace = bound.get("namespace")
+    namespace = _text(bound.get("namespace"), _NAMESPACE)
     account = _named(bound.get("serviceaccount"))
     pod = _named(bound.get("pod"))
     node = _named(bound.get("node"))
-    expires_at = claims.get("exp")
-    if not (isinstance(namespace, str) and namespace and account and pod and isinstance(expires_at, int | float)):
+    expires_at = _moment(claims.get("exp"))
+    if not (namespace and account and pod and expires_at):
         problem = "is not a projected service-account token that is bound to a pod"
         raise CertmountError(Reason.IDENTITY_REFUSED, Fault(token, problem))
     service_account = ServiceAccount(namespace, account[0])
@@ -75,7 +82,7 @@ def identity_from_claims(claims: Mapping[str, Any], *, token: str) -> PodIdentit
         raise CertmountError(
             Reason.CLUSTER_UNSUPPORTED, Fault(token, problem, "certmount needs Kubernetes 1.30 or newer")
         )
-    return PodIdentity(service_account, account[1], pod[0], pod[1], node[0], node[1], float(expires_at))
+    return PodIdentity(service_account, account[1], pod[0], pod[1], node[0], node[1], expires_at)
 
 
 def unverified_identity(token: Secret[str]) -> PodIdentity:
@@ -97,8 +104,19 @@ def unverified_identity(token: Secret[str]) -> PodIdentity:
 
 
 def _named(value: object) -> tuple[str, str] | None:
-    """The (name, uid) pair of a claim, both non-empty strings."""
+    """The (name, uid) pair of a claim, both as the API server writes them."""
     if not isinstance(value, Mapping):
         return None
-    name, uid = value.get("name"), value.get("uid")
-    return (name, uid) if isinstance(name, str) and isinstance(uid, str) and name and uid else None
+    name, uid = _text(value.get("name"), _NAME), _text(value.get("uid"), _UID)
+    return (name, uid) if name and uid else None
+
+
+def _moment(value: object) -> float | None:
+    """Unix seconds; JSON in Python also knows NaN, infinity and integers that no float holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _END_OF_TIME:
+        return None
+    return float(value)
+
+
+def _text(value: object, pattern: re.Pattern[str]) -> str | None:
+    return value if isinstance(value, str) and pattern.fullmatch(value) else None
