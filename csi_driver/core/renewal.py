@@ -8,6 +8,9 @@ RENEWAL_FRACTION = 2 / 3
 """Of a certificate's life, counted from when it was issued; leaves a third of it to outlast an outage."""
 JITTER = 0.1
 """Share of the shorter side (before or after the planned moment) that chance may move a renewal by, either way."""
+_MARGIN_S = 1.0
+"""Least time from issuance to renewal and from there to the end, where the life has room for it (a third, else): a pod
+can't make its node ask without a pause, nor plan a renewal for a moment at which any delay is an outage."""
 _FIRST_RETRY_S = 1.0
 _RETRY_CAP_S = 30.0
 """So that a volume heals within a minute of the authority's return."""
@@ -20,14 +23,18 @@ def plan_renewal(
 ) -> float:
     """The moment to renew: the issuer's hint if it is sooner, else the user's ``renew-before``, else two thirds of the life; jittered.
 
-    Always from ``issued_at`` to ``not_after``, and before ``not_after`` wherever the life is longer than zero.
+    What lies outside the life is passed over, and a margin is kept on both sides: so whatever user and issuer say, the
+    moment lies between ``issued_at`` and ``not_after``, and renewals never follow one another without a pause.
     """
     life = max(not_after - issued_at, 0.0)
-    planned = life * RENEWAL_FRACTION if renew_before_s is None else life - renew_before_s
-    if renew_after_s is not None:
-        planned = min(planned, renew_after_s)
+    margin = min(_MARGIN_S, life * (1 - RENEWAL_FRACTION))
     # A renew-before as long as the life (the issuer gave less than was asked) would renew without end.
-    planned = planned if 0 < planned < life else life * RENEWAL_FRACTION
+    planned = life * RENEWAL_FRACTION
+    if renew_before_s is not None and 0 < renew_before_s < life:
+        planned = life - renew_before_s
+    if renew_after_s is not None and 0 < renew_after_s < planned:
+        planned = renew_after_s
+    planned = min(max(planned, margin), life - margin)
     room = min(planned, life - planned)
     return issued_at + planned + (2 * chance - 1) * JITTER * room
 
