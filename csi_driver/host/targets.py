@@ -18,6 +18,8 @@ from csi_driver.host.mountinfo import Mount, find_mount, mount_id
 _FIELD: Final = "target_path"
 _OPTION: Final = "--kubelet-dir"
 _POD_UID: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}")
+_LONGEST_PATH: Final = 4095  # PATH_MAX and NAME_MAX of limits.h, without the final NUL
+_LONGEST_NAME: Final = 255
 _MADE_BY_KUBELET: Final = ("plugins_registry", "pods")
 _KINDS: Final = ((stat.S_ISLNK, "a symbolic link"), (stat.S_ISREG, "a file"))
 
@@ -42,6 +44,13 @@ def check_target(kubelet_dir: Path, target: str, pod_uid: str) -> Path:
     path = Path(target)
     _check_place(kubelet_dir, path)
     return path
+
+
+def may_be_target(kubelet_dir: Path, text: str) -> bool:
+    """False for text that :func:`check_target` never lets a volume be mounted at, so nothing of ours can be there."""
+    name = os.fsencode(text)
+    fits = len(name) <= _LONGEST_PATH and all(len(part) <= _LONGEST_NAME for part in name.split(b"/"))
+    return fits and b"\0" not in name and text.startswith(f"{kubelet_dir}/pods/") and os.path.normpath(text) == text
 
 
 def check_kubelet_dir(path: Path, *, shared: bool = True) -> None:

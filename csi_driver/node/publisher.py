@@ -15,7 +15,7 @@ from csi_driver.core.attributes import parse_attributes
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.renewal import plan_renewal, retry_delay_s
 from csi_driver.core.spec import CertificateSpec
-from csi_driver.host.targets import check_target
+from csi_driver.host.targets import check_target, may_be_target
 from csi_driver.host.volumes import Usage, VolumeRecord, VolumeStore
 from csi_driver.node.contents import Readers, read_certificate, replace_roots, write_certificate
 from csi_driver.node.enrolment import Enrolled, Enrolment
@@ -86,19 +86,20 @@ class Publisher:
         """
         async with self._lock(request.volume_id):
             volume = self._volumes.get(request.volume_id)
-            if volume is None and self._store.is_healthy(request.volume_id, Path(request.target)):
+            if volume is None and self.is_live(request.volume_id, request.target):
                 volume = await self._adopt(request)
             if volume is None or not self._store.has_files(request.volume_id):
                 await self._publish_first(request)
             else:
                 await self._look_after(volume, request)
 
-    async def unpublish(self, volume_id: str, target: Path) -> None:
+    async def unpublish(self, volume_id: str, target: str) -> None:
         """Takes the volume away from its target, and its key from the node with the last target. Anything unknown is fine."""
         async with self._lock(volume_id):
-            await in_thread(None, self._store.unbind, target)
+            if may_be_target(self._kubelet_dir, target):
+                await in_thread(None, self._store.unbind, Path(target))
             volume = self._volumes.get(volume_id)
-            remaining = tuple(other for other in volume.record.targets if other != str(target)) if volume else ()
+            remaining = tuple(other for other in volume.record.targets if other != target) if volume else ()
             if volume is not None and remaining:
                 volume.record = replace(volume.record, targets=remaining)
                 await in_thread(None, self._store.write_record, volume.record)
@@ -109,7 +110,8 @@ class Publisher:
 
     def is_live(self, volume_id: str, target: str) -> bool:
         """True when a pod has the volume's files before it at the target, whatever else is wrong."""
-        return bool(volume_id and target) and self._store.is_healthy(volume_id, Path(target))
+        there = bool(volume_id) and may_be_target(self._kubelet_dir, target)
+        return there and self._store.is_healthy(volume_id, Path(target))
 
     def find(self, volume_id: str, path: str = "") -> Volume:
         """The volume, where a path is given published there; raises CertmountError VolumeNotFound."""

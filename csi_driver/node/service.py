@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import grpc
@@ -83,7 +82,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
     ) -> csi_pb2.NodeUnpublishVolumeResponse:
         """Removes the volume; anything unknown is removed already."""
         _require(request, "volume_id", "target_path")
-        await self._publisher.unpublish(request.volume_id, Path(request.target_path))
+        await self._publisher.unpublish(request.volume_id, request.target_path)
         return csi_pb2.NodeUnpublishVolumeResponse()
 
     async def NodeGetVolumeStats(
