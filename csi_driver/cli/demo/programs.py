@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -38,7 +39,7 @@ class Program:
         self._last_lines: Sequence[str] = ()
 
     async def run(self) -> None:
-        """Starts it, and ends it when cancelled. Raises DemoFailed when it ends by itself."""
+        """Starts it, and ends it when cancelled. Raises DemoFailed when it ends by itself, or otherwise than asked."""
         # A group of its own: Ctrl-C is for the demo, which then ends its programs in order.
         with self._log.open("wb") as log:
             process = await asyncio.create_subprocess_exec(
@@ -51,12 +52,17 @@ class Program:
                 process_group=0,
             )
         try:
-            status = await process.wait()
-        finally:
+            await process.wait()
+        except asyncio.CancelledError:
             await _end(process)
+            # Before Python has set up its own handler, the signal itself ends it.
+            if process.returncode in (0, -signal.SIGTERM):
+                raise
+        finally:
             self._last_lines = self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
+        status = process.returncode or 0
         how = f"status {status}" if status >= 0 else f"signal {-status}"
-        raise DemoFailed(f"certmount {self.name} ended by itself with {how}", self.last_log())
+        raise DemoFailed(f"certmount {self.name} has ended with {how}", self.last_log())
 
     async def ready(self) -> None:
         """Waits until it says so; raises DemoFailed with what it says instead."""
