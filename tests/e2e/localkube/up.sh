@@ -77,6 +77,7 @@ containerRuntimeEndpoint: unix://$SOCK
 tlsCertFile: $RUN/pki/kubelet.crt
 tlsPrivateKeyFile: $RUN/pki/kubelet.key
 maxPods: 250
+podLogsDir: $RUN/pod-logs
 imageGCHighThresholdPercent: 100
 imageGCLowThresholdPercent: 99
 evictionHard: {memory.available: 100Mi}

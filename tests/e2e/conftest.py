@@ -1,0 +1,35 @@
+"""Needs the cluster that ``tests/e2e/run`` starts. One module after the other: the later ones disturb the whole node."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.logs import LogKeeper
+from tests.support.requirements import missing, require_root
+
+_ORDER = ("test_first_start", "test_volumes", "test_access", "test_interruptions", "test_secrecy")
+"""Logs are searched for secrets last, when everything has been logged that ever will be."""
+_FOLDER = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _FOLDER in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+    items.sort(key=lambda item: _ORDER.index(item.path.stem) if item.path.stem in _ORDER else -1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def logs() -> Iterator[LogKeeper]:
+    """Everything that certmount logs during the tests."""
+    require_root()
+    if not os.environ.get("CERTMOUNT_E2E_OVERLAY") or shutil.which("kubectl") is None:
+        missing("needs a cluster: tests/e2e/run starts one")
+    keeper = LogKeeper()
+    yield keeper
+    keeper.close()

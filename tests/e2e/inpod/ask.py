@@ -1,0 +1,57 @@
+"""A hostile pod: it has minted tokens for both audiences of certmount itself, and asks the authority without a node driver.
+
+Prints for each way of asking the reason of the answer, or OK.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from csi_driver._proto import authority_pb2, authority_pb2_grpc
+
+Metadata = tuple[tuple[str, str], ...]
+
+
+def read(path: str) -> str:
+    return Path(path).read_text(encoding="ascii").strip()
+
+
+def ask_to_issue(stub: Any, metadata: Metadata) -> None:
+    request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
+    csr = request.sign(ec.generate_private_key(ec.SECP256R1()), SHA256()).public_bytes(Encoding.DER)
+    stub.Issue(authority_pb2.IssueRequest(csr=csr, pod_token=read("/tokens/pod")), metadata=metadata, timeout=20)
+
+
+def ask_for_trust(stub: Any, metadata: Metadata) -> None:
+    next(stub.WatchTrust(authority_pb2.WatchTrustRequest(), metadata=metadata, timeout=20))
+
+
+def outcome_of(method: Any, stub: Any, metadata: Metadata) -> str:
+    try:
+        method(stub, metadata)
+    except grpc.RpcError as error:
+        reasons = [item.value for item in error.trailing_metadata() or () if item.key == "certmount-reason"]
+        return str(reasons[0]) if reasons else error.code().name
+    return "OK"
+
+
+credentials = grpc.ssl_channel_credentials(read("/var/run/tls/root.crt").encode())
+ways: dict[str, Metadata] = {
+    "no token": (),
+    "pod token": (("authorization", f"Bearer {read('/tokens/pod')}"),),
+    "own node token": (("authorization", f"Bearer {read('/tokens/node')}"),),
+}
+with grpc.secure_channel("certmount-authority.certmount.svc:443", credentials) as channel:
+    authority = authority_pb2_grpc.AuthorityStub(channel)
+    outcomes = {
+        f"{method.__name__} with {way}": outcome_of(method, authority, metadata)
+        for way, metadata in ways.items()
+        for method in (ask_to_issue, ask_for_trust)
+    }
+print(json.dumps(outcomes))

@@ -1,0 +1,160 @@
+"""Everything that may fail fails: no pod loses its certificate, and nothing is issued that nobody asked for."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.e2e import host
+from tests.e2e.host import metric, mounts_at, restart_kubelet, target_of, traces_of, volume_folder
+from tests.e2e.kubectl import CERTMOUNT, apply, find, kubectl, make_namespace, roll_out, wait_for, wait_until
+from tests.e2e.logs import LogKeeper
+from tests.e2e.pods import Pod, manifest
+
+NAMESPACE = "e2e-interruptions"
+STEADY = [Pod(NAMESPACE, f"steady-{number}") for number in range(4)]
+"""Their certificates last for a day: whatever is issued for them after the first one is a mistake."""
+BRISK = Pod(NAMESPACE, "brisk")
+"""Its certificate is renewed about every 26 seconds."""
+MANY = 40
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scene() -> None:
+    """The pods that live through everything."""
+    make_namespace(NAMESPACE)
+    apply(manifest(BRISK, {"duration": "40s"}), *(manifest(pod, {}) for pod in STEADY))
+    wait_for("Ready", "pod", "--all", namespace=NAMESPACE)
+
+
+def _state() -> dict[str, tuple[str, str, int]]:
+    """Of each steady pod: its certificate and key, and how often it was started again."""
+    return {pod.name: (pod.read("site.crt"), pod.read("site.key"), pod.restarts()) for pod in STEADY}
+
+
+def _next_rotation(seconds: float) -> None:
+    """Waits until the brisk pod, unharmed, sees another certificate than now."""
+    before = BRISK.read("site.crt")
+    wait_until(lambda: BRISK.read("site.crt") != before, seconds=seconds, what="the running pod sees the next rotation")
+    assert BRISK.restarts() == 0
+
+
+def _registrations(logs: LogKeeper) -> int:
+    return sum(event["event"] == "registered with the kubelet" for event in logs.events("certmount-node"))
+
+
+def _look_after(logs: LogKeeper, what: str, begin: int) -> None:
+    """Waits until the driver is registered once more and the kubelet has looked at all volumes."""
+    wait_until(lambda: _registrations(logs) > begin, seconds=60, what=f"registered again after {what}")
+    driver = host.driver()
+    calls = host.republished(driver)
+    wait_until(
+        lambda: host.republished(driver) >= calls + len(STEADY) + 1, seconds=60, what=f"all published after {what}"
+    )
+
+
+def _one_mount_each() -> None:
+    for pod in (*STEADY, BRISK):
+        assert len(mounts_at(target_of(pod.uid))) == 1, pod.name
+        assert len(mounts_at(volume_folder(pod.uid))) == 1, pod.name
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("what", ["killed by SIGKILL", "pod deleted"])
+def test_driver_restarts_and_nothing_is_issued_again(what: str, logs: LogKeeper) -> None:
+    """Whether its process is killed or its pod is replaced: 0 certificates re-issued, and a running pod sees the next rotation."""
+    before, uids, begin = _state(), [pod.uid for pod in STEADY], _registrations(logs)
+    pod = host.driver()
+    if what == "pod deleted":
+        kubectl("-n", CERTMOUNT, "delete", "pod", pod["metadata"]["name"])
+    else:
+        host.kill_container(pod)
+    _look_after(logs, what, begin)
+    _next_rotation(seconds=60)
+    assert _state() == before
+    assert [logs.issued(uid) for uid in uids] == [1] * len(uids)
+    _one_mount_each()
+
+
+@pytest.mark.timeout(240)
+def test_kubelet_restarts_three_times(logs: LogKeeper) -> None:
+    """All volumes are published again at once each time: still one mount each, and 0 certificates re-issued."""
+    before, uids = _state(), [pod.uid for pod in STEADY]
+    for number in range(3):
+        begin = _registrations(logs)
+        restart_kubelet()
+        _look_after(logs, f"restart {number + 1} of the kubelet", begin)
+    _one_mount_each()
+    assert _state() == before
+    assert [logs.issued(uid) for uid in uids] == [1] * len(uids)
+
+
+@pytest.mark.timeout(300)
+def test_authority_is_away_past_a_renewal() -> None:
+    """While no replica runs a pod keeps its files, though they could not be renewed; within a minute of the return they are."""
+    steady = _state()
+    kubectl("-n", CERTMOUNT, "scale", "deployment/certmount-authority", "--replicas=0")
+    wait_for("delete", "pod", "-l", "app.kubernetes.io/name=certmount-authority")
+    files = BRISK.read("site.pem")
+    driver = host.driver()
+    missed = metric(driver, "certmount_node_renewal_failures_total")
+    wait_until(
+        lambda: metric(driver, "certmount_node_renewal_failures_total") > missed, seconds=60, what="a missed renewal"
+    )
+    calls = host.republished(driver)
+    wait_until(
+        lambda: host.republished(driver) >= calls + 5, seconds=60, what="a republish of a volume that is overdue"
+    )
+    assert metric(driver, "certmount_node_volumes_unhealthy") == 1
+    assert BRISK.read("site.pem") == files
+    assert len(mounts_at(target_of(BRISK.uid))) == 1
+
+    kubectl("-n", CERTMOUNT, "scale", "deployment/certmount-authority", "--replicas=2")
+    roll_out("deployment/certmount-authority")
+    wait_until(lambda: BRISK.read("site.pem") != files, seconds=60, what="healed within a minute of the return")
+    assert BRISK.restarts() == 0
+    assert _state() == steady
+    assert metric(driver, "certmount_node_volumes_unhealthy") == 0
+
+
+@pytest.mark.timeout(300)
+def test_replica_dies_while_forty_pods_start_and_they_end_without_a_trace(logs: LogKeeper) -> None:
+    """The death of the replica that issues costs none of forty starting pods a failure; deleted at once, they leave nothing."""
+    names = [f"many-{number}" for number in range(MANY)]
+    apply(*(manifest(Pod(NAMESPACE, name), {}, labels={"app": "many"}) for name in names))
+    wait_until(lambda: len(_issued_to_many(logs)) >= 5, seconds=60, what="the first certificates")
+    busy = _issued_to_many(logs)[-1]
+    (victim,) = [pod for pod in host.pods_of("certmount-authority") if pod["metadata"]["name"] in busy]
+    host.kill_container(victim)
+    killed_after = len(_issued_to_many(logs))
+    wait_for("Ready", "pod", "-l", "app=many", namespace=NAMESPACE, seconds=120)
+    assert killed_after < MANY, "the replica died too late to matter"
+    failed = [
+        event["message"]
+        for event in find("events", "--field-selector", "reason=FailedMount", namespace=NAMESPACE)
+        if event["involvedObject"]["name"] in names
+    ]
+    assert failed == []
+
+    pods = find("pods", "-l", "app=many", namespace=NAMESPACE)
+    left = {uid: volume_folder(uid) for uid in (pod["metadata"]["uid"] for pod in pods)}
+    assert len(left) == MANY
+    begin = time.monotonic()
+    kubectl("-n", NAMESPACE, "delete", "pods", "-l", "app=many", "--wait=false")
+    wait_for("delete", "pod", "-l", "app=many", namespace=NAMESPACE, seconds=90)
+    wait_until(
+        lambda: not [trace for uid, folder in left.items() for trace in traces_of(uid, folder)],
+        seconds=60,
+        what="nothing is left of forty pods",
+    )
+    print(f"{MANY} pods were gone without a trace after {time.monotonic() - begin:.1f} s")
+
+
+def _issued_to_many(logs: LogKeeper) -> list[str]:
+    """The log file of the replica that issued, for each certificate of the many pods."""
+    return [
+        event["file"]
+        for event in logs.events("certmount-authority")
+        if event.get("decision") == "issued" and str(event.get("pod")).startswith("many-")
+    ]
