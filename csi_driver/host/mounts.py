@@ -31,6 +31,8 @@ _BIND_REMOUNT: Final = syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_RDON
 _DETACH: Final = syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW
 _MOUNT_LIMIT: Final = "the limit fs.mount-max of this node is reached"
 _STAGING: Final = ".staging"
+# Only root can set or see it, xattr(7). It tells our folders without the mount table, which is long on a busy node.
+_MARK: Final = "trusted.certmount"
 _DEEPEST_STACK: Final = 1000
 
 
@@ -67,17 +69,20 @@ class KernelMounts:
         """See :class:`Mounts`. Without swap where the kernel knows ``noswap`` (Linux 6.4): found out once, by trying."""
         options = f"mode=0700,size={size_bytes},nr_inodes={inodes}"
         with reported("volume", "mount a tmpfs at", point, _MOUNT_LIMIT), _vacant("volume", point) as folder:
-            place = f"/proc/self/fd/{folder}"
-            if self._noswap:
-                try:
-                    syscalls.mount(SOURCE, place, "tmpfs", _TMPFS_FLAGS, f"{options},noswap")
-                except OSError as error:
-                    if error.errno != errno.EINVAL:
-                        raise
-                else:
-                    return
-            syscalls.mount(SOURCE, place, "tmpfs", _TMPFS_FLAGS, options)
-            self._noswap = False  # only now is it sure that the option was at fault
+            self._mount_tmpfs(f"/proc/self/fd/{folder}", options)
+            _mark(point)
+
+    def _mount_tmpfs(self, place: str, options: str) -> None:
+        if self._noswap:
+            try:
+                syscalls.mount(SOURCE, place, "tmpfs", _TMPFS_FLAGS, f"{options},noswap")
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+            else:
+                return
+        syscalls.mount(SOURCE, place, "tmpfs", _TMPFS_FLAGS, options)
+        self._noswap = False  # only now is it sure that the option was at fault
 
     def bind_read_only(self, source: Path, target: Path) -> None:
         """See :class:`Mounts`. It is read-only from its first moment, and in every mount namespace it spreads to."""
@@ -85,6 +90,7 @@ class KernelMounts:
             reported("target_path", f"bind {source} at", target, _MOUNT_LIMIT),
             _vacant("target_path", target) as folder,
         ):
+            _mark(source)
             if self._detached:
                 try:
                     _bind_detached(source, folder)
@@ -126,12 +132,13 @@ class KernelMounts:
                 top = _mount_at(point)
                 if top is None:
                     return
-                mount = find_mount(top)
-                if mount is None:  # it went away in between
-                    continue
-                if not _is_ours(mount):
-                    _refuse_covered(point, mount)
-                    return
+                if not _is_marked(point):
+                    mount = find_mount(top)
+                    if mount is None:  # it went away in between
+                        continue
+                    if not _is_ours(mount):
+                        _refuse_covered(point, mount)
+                        return
                 syscalls.unmount(str(point), _DETACH)
 
     def survey(self, points: Collection[Path]) -> Mapping[Path, bool]:
@@ -157,6 +164,19 @@ def _bind_detached(source: Path, folder: int) -> None:
         syscalls.attach_tree(tree, folder)
     finally:
         os.close(tree)
+
+
+def _mark(folder: Path) -> None:
+    with suppress(OSError):  # where that is not possible, unmounting reads the mount table
+        os.setxattr(folder, _MARK, b"", follow_symlinks=False)
+
+
+def _is_marked(folder: Path) -> bool:
+    try:
+        os.getxattr(folder, _MARK, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
 
 
 def _is_ours(mount: Mount) -> bool:

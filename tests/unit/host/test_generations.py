@@ -126,7 +126,7 @@ def test_a_new_generation_replaces_the_old_one(folder: Path) -> None:
 
 def test_modes_are_exact(folder: Path) -> None:
     """A file has the mode it was given, whatever the process's umask is; its generation can be entered by all."""
-    before = os.umask(0o777)
+    before = os.umask(0o077)
     try:
         write_generation(
             folder, [VolumeFile("a", Secret(b""), 0o440, os.getgid()), VolumeFile("b", Secret(b""), 0o666, None)], "1"
