@@ -1,0 +1,92 @@
+"""The building blocks of a publish, each for itself, in this process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from statistics import median
+
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from csi_driver.core.bundle import Expected, check_answer
+from csi_driver.core.csr import build_csr
+from csi_driver.core.formats.pem import render_files
+from csi_driver.core.keys import generate_key
+from csi_driver.core.names import DNSName, Names, spiffe_id
+from csi_driver.core.spec import KeyType
+from csi_driver.host.generations import VolumeFile, write_generation
+from csi_driver.host.mounts import KernelMounts
+from tests.bench.table import Figure
+from tests.bench.world import MOUNTS
+from tests.support.scripted_authority import TRUST_DOMAIN, TestCA
+
+_ROUNDS = 9
+
+
+def measure_blocks(folder: Path) -> list[Figure]:
+    """Microseconds of each; the mounts only where the process may mount."""
+    ca, names = TestCA(), Names.of([DNSName.parse("shop.web.svc.cluster.local")])
+    key = generate_key(KeyType.EC_P256)
+    signed = Names.of(names.dns, [spiffe_id(TRUST_DOMAIN, "web", "shop")])
+    leaf = ca.sign(key.public_key(), signed, timedelta(hours=1)).public_bytes(Encoding.DER)
+    expected = Expected(key.public_key(), names, "web", "shop")
+
+    def check() -> None:
+        check_answer([leaf], [ca.der], expected, datetime.now(UTC))
+
+    bundle = check_answer([leaf], [ca.der], expected, datetime.now(UTC))
+    files = [
+        VolumeFile(file.name, file.content, 0o440, 1000 if MOUNTS == "kernel" else None)
+        for file in render_files(key, bundle.chain, bundle.roots)
+    ]
+    stamps = iter(range(10**9))
+
+    def write(where: Path) -> Callable[[], None]:
+        return lambda: write_generation(where, files, f"2026_{next(stamps)}")
+
+    blocks = [
+        ("key EC-P256", _us(lambda: generate_key(KeyType.EC_P256), 100), "13 us"),
+        ("key RSA-2048", _us(lambda: generate_key(KeyType.RSA_2048), 3), "49 ms"),
+        ("key RSA-3072", _us(lambda: generate_key(KeyType.RSA_3072), 1), "-"),
+        ("request (CSR)", _us(lambda: build_csr(key, names), 50), "-"),
+        ("check of the answer", _us(check, 50), "-"),
+        ("files rendered", _us(lambda: render_files(key, bundle.chain, bundle.roots), 50), "-"),
+    ]
+    if MOUNTS == "kernel":
+        mounts, tmpfs, target = KernelMounts(), folder / "tmpfs", folder / "target"
+        tmpfs.mkdir()
+        target.mkdir()
+        mounts.make_tmpfs(tmpfs, 1 << 20, 128)
+        try:
+            blocks.append(("generation written (tmpfs)", _us(write(tmpfs), 50), "-"))
+        finally:
+            mounts.unmount(tmpfs)
+
+        def cycle() -> None:
+            mounts.make_tmpfs(tmpfs, 1 << 20, 128)
+            mounts.bind_read_only(tmpfs, target)
+            mounts.unmount(target)
+            mounts.unmount(tmpfs)
+
+        blocks.append(("tmpfs + bind + unmount", _us(cycle, 50), "247 us"))
+    return [
+        Figure(f"building block: {name}", _text(time_us), reference=reference) for name, time_us, reference in blocks
+    ]
+
+
+def _us(call: Callable[[], object], count: int) -> float:
+    """The median over rounds of the mean time of a call."""
+    call()
+    means = []
+    for _ in range(_ROUNDS):
+        started = time.perf_counter()
+        for _ in range(count):
+            call()
+        means.append((time.perf_counter() - started) / count * 1e6)
+    return median(means)
+
+
+def _text(microseconds: float) -> str:
+    return f"{microseconds:.0f} us" if microseconds < 10_000 else f"{microseconds / 1000:.0f} ms"

@@ -1,0 +1,115 @@
+"""The time of publishes: one after another, many at once, and again for what is there already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+
+from tests.bench.table import Figure, percentile, spread
+from tests.bench.world import ISSUER_DELAY_MS, MOUNTS, PublishRequest, World, WrongResult
+
+_ROUNDS, _VOLUMES = 4, 100
+_AT_ONCE, _BURSTS = 70, 7
+_BATCHES, _BATCH = 60, 20
+
+
+async def measure_publish(world: World) -> list[Figure]:
+    """Fresh volumes one after another: the kubelet's time less the authority's own, call by call."""
+    beyond: list[float] = []
+    seen: list[float] = []
+    before = world.node.call_seconds("NodePublishVolume")
+    for _ in range(_ROUNDS):
+        await world.issuer.handled()
+        client = [await world.publish(world.request()) for _ in range(_VOLUMES)]
+        issuer = await world.issuer.handled()
+        if len(issuer) != _VOLUMES:
+            raise WrongResult(f"{_VOLUMES} publishes made {len(issuer)} calls of Issue")
+        for request in world.published.values():
+            world.check_files(request)
+        await world.unpublish_all()
+        seen += client
+        beyond += [(whole - its) * 1000 for whole, its in zip(client, issuer, strict=True)]
+    after = world.node.call_seconds("NodePublishVolume")
+    own = (after[1] - before[1]) / (after[0] - before[0]) * 1000
+    p50, p99 = percentile(beyond, 0.5), percentile(beyond, 0.99)
+    count = _ROUNDS * _VOLUMES
+    return [
+        Figure(
+            f"publish, issuer answering in {ISSUER_DELAY_MS} ms: beyond the issuer's time",
+            f"p50 {p50:.2f} ms, p99 {p99:.2f} ms",
+            "p50 6 ms, p99 15 ms",
+            p50 <= 6 and p99 <= 15,
+            "cert-manager csi-driver 60-274 ms in all",
+            f"{count} publishes of new volumes (EC-P256) one after another, {_VOLUMES} on the node at a time, {MOUNTS} mounts; the "
+            f"client's time on an open connection less the authority's own time for the same call. In all p50 "
+            f"{percentile(seen, 0.5) * 1000:.2f} ms; the driver's histogram says {own:.2f} ms on average, with the wait for the issuer",
+        )
+    ]
+
+
+async def measure_burst(world: World) -> list[Figure]:
+    """Many volumes at the same moment, as after a node's restart."""
+    walls = []
+    for _ in range(_BURSTS):
+        requests = [world.request() for _ in range(_AT_ONCE)]
+        await world.issuer.handled()
+        walls.append(await world.publish_at_once(requests))
+        if len(await world.issuer.handled()) != _AT_ONCE:
+            raise WrongResult("a burst issued more or less than one certificate for each volume")
+        for request in requests:
+            world.check_files(request)
+        await world.unpublish_all()
+    return [
+        Figure(
+            f"{_AT_ONCE} volumes published at once",
+            f"{spread(walls, 3)} s",
+            "0.5 s",
+            median(walls) < 0.5,
+            "cert-manager csi-driver, default settings: 12.07 s",
+            f"{_BURSTS} rounds, EC-P256, default settings, the issuer answering in {ISSUER_DELAY_MS} ms; until the last answer. "
+            "Client and authority run on the same processors",
+        )
+    ]
+
+
+async def measure_republish(world: World) -> list[Figure]:
+    """A volume that is healthy, published again: the kubelet does it every 60 to 90 s."""
+    request = world.request()
+    await world.publish(request)
+    await world.publish(request)
+    await world.issuer.handled()
+    before, log_before = _trace(world, request), world.node.log.stat().st_size
+    own: list[float] = []
+    seen: list[float] = []
+    calls, total = world.node.call_seconds("NodePublishVolume")
+    for _ in range(_BATCHES):
+        seen += [await world.publish(request) * 1000 for _ in range(_BATCH)]
+        now_calls, now_total = world.node.call_seconds("NodePublishVolume")
+        if now_calls - calls != _BATCH:
+            raise WrongResult(f"{now_calls - calls} publishes were counted in place of {_BATCH}")
+        own.append((now_total - total) / _BATCH * 1000)
+        calls, total = now_calls, now_total
+    issued = len(await world.issuer.handled())
+    if issued or _trace(world, request) != before or world.node.log.stat().st_size != log_before:
+        raise WrongResult(f"republishing was not free: {issued} certificates issued, or something was written")
+    await world.unpublish_all()
+    return [
+        Figure(
+            "republish of a healthy volume: driver's time",
+            f"p50 {median(own):.3f} ms",
+            "1 ms",
+            median(own) < 1,
+            "-",
+            f"median of {_BATCHES} batches of {_BATCH}, by the sum and count of certmount_node_call_seconds. The client sees p50 "
+            f"{percentile(seen, 0.5):.2f} ms, p99 {percentile(seen, 0.99):.2f} ms. Checked: 0 calls of Issue; no inode, time or link of "
+            "the volume and no byte of the log changed",
+        )
+    ]
+
+
+def _trace(world: World, request: PublishRequest) -> list[tuple[str, int, int, int]]:
+    """What any write in the driver's folder would change."""
+    volume = world.node.kubelet.socket.parent / "volumes" / request.volume_id
+    paths = sorted([volume, volume.parent, *volume.rglob("*"), Path(request.target_path).parent])
+    stats = [(str(path), path.lstat()) for path in paths]
+    return [(name, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats]
