@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -52,10 +53,10 @@ def load_key(pem: Secret[bytes]) -> PrivateKey:
     """Reads what :func:`encode_key` wrote; raises ValueError for anything else, without showing it."""
     try:
         key = load_pem_private_key(pem.reveal(), password=None)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         raise ValueError("not an unencrypted private key in PEM") from None
-    if not isinstance(key, PrivateKey):
-        raise ValueError("a private key of an algorithm that certmount does not use")
+    if not isinstance(key, PrivateKey) or key_type_of(key.public_key()) is None:
+        raise ValueError("a private key of a type that certmount does not use")
     return key
 
 
