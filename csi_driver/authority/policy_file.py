@@ -19,6 +19,7 @@ from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 log = structlog.get_logger(__name__)
 
 _MAX_BYTES = 1024 * 1024
+_MOST_NESTING = 20
 _CHECK_S = 2.0
 """A ConfigMap reaches its volume within a minute or so; next to that, two seconds are nothing."""
 # libyaml where PyYAML was built with it: a megabyte takes the pure parser many seconds.
@@ -51,9 +52,7 @@ def read_policy(content: bytes, *, trust_domain: str, cluster_domain: str) -> Po
         raise _invalid(f"is longer than {_MAX_BYTES} bytes")
     try:
         text = content.decode("utf-8")
-        # An alias lets a few bytes stand for gigabytes, and no policy needs one.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_Loader)):
-            raise _invalid("has an alias (*name)", "write the value out")
+        _check_shape(text)
         document = yaml.load(text, Loader=_Loader)  # noqa: S506  # _Loader is a safe loader
     except UnicodeDecodeError:
         raise _invalid("is not UTF-8 text") from None
@@ -64,6 +63,20 @@ def read_policy(content: bytes, *, trust_domain: str, cluster_domain: str) -> Po
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _invalid(f"is not YAML that can be read ({type(error).__name__})") from None
     return parse_policy(document, trust_domain=trust_domain, cluster_domain=cluster_domain)
+
+
+def _check_shape(text: str) -> None:
+    """Refuses, before anything is built, what a few bytes can make huge or slow, and what no policy needs."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.AliasEvent):
+            raise _invalid("has an alias (*name)", "write the value out")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > _MOST_NESTING:
+            raise _invalid(f"is nested more than {_MOST_NESTING} deep")
 
 
 def _invalid(problem: str, hint: str = "") -> CertmountError:

@@ -1,0 +1,184 @@
+"""The CA's certificates, and what is not taken for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.verification import PolicyBuilder, Store
+
+from csi_driver.authority.keyring import INTERMEDIATE_LIFE, ROOT_LIFE, Keyring, dump_keyring, make_keyring
+from csi_driver.authority.keyring_check import load_keyring
+from csi_driver.authority.leaf import SERVER, Leaf, sign_leaf
+from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.names import DNSName, Names
+from csi_driver.core.secret import Secret
+from tests.unit.authority.clock import Clock
+
+NOW = Clock().utc()
+Values = dict[str, Secret[bytes]]
+
+
+@pytest.fixture(scope="module")
+def keyring() -> Keyring:
+    return make_keyring(NOW)
+
+
+def extensions(certificate: x509.Certificate) -> dict[str, bool]:
+    return {type(extension.value).__name__: extension.critical for extension in certificate.extensions}
+
+
+def test_a_new_ca_is_what_it_says(keyring: Keyring) -> None:
+    """A P-384 root of ten years over a P-256 intermediate of one, which may sign leaves only."""
+    root, intermediate = keyring.root.certificate, keyring.intermediate.certificate
+    assert isinstance(keyring.root.key, ec.EllipticCurvePrivateKey)
+    assert isinstance(keyring.intermediate.key, ec.EllipticCurvePrivateKey)
+    assert (keyring.root.key.curve.name, keyring.intermediate.key.curve.name) == ("secp384r1", "secp256r1")
+    assert root.not_valid_after_utc == NOW + ROOT_LIFE
+    assert intermediate.not_valid_after_utc == NOW + INTERMEDIATE_LIFE
+    assert extensions(root) == {"BasicConstraints": True, "KeyUsage": True, "SubjectKeyIdentifier": False}
+    assert extensions(intermediate) == {**extensions(root), "AuthorityKeyIdentifier": False}
+    lengths = [
+        certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length
+        for certificate in (root, intermediate)
+    ]
+    assert lengths == [1, 0]
+    root.verify_directly_issued_by(root)
+    intermediate.verify_directly_issued_by(root)
+
+
+def test_two_cas_are_told_apart_by_name() -> None:
+    """So that no path is built through the wrong one of two certificates with the same name."""
+    subjects = {make_keyring(NOW).root.certificate.subject for _ in range(2)}
+    assert len(subjects) == 2
+
+
+def test_what_is_saved_is_what_is_loaded(keyring: Keyring) -> None:
+    """Certificates and keys survive the store."""
+    loaded = load_keyring(dump_keyring(keyring), NOW, where="here")
+    assert loaded.root.certificate == keyring.root.certificate
+    assert loaded.intermediate.certificate == keyring.intermediate.certificate
+    assert dump_keyring(loaded) == dump_keyring(keyring)
+
+
+def test_a_keyring_does_not_show_its_keys(keyring: Keyring) -> None:
+    """Neither itself nor what goes to the store can be printed by mistake."""
+    for name, value in dump_keyring(keyring).items():
+        if name.endswith(".key"):
+            assert "PRIVATE KEY" in value.reveal().decode()
+    assert "PRIVATE" not in repr(keyring) + repr(dump_keyring(keyring))
+
+
+def test_the_intermediate_is_renewed_at_two_thirds_of_its_life(keyring: Keyring) -> None:
+    """Not before, and from then on."""
+    due = INTERMEDIATE_LIFE * 2 / 3
+    assert not keyring.wants_intermediate(NOW + due - timedelta(hours=1))
+    assert keyring.wants_intermediate(NOW + due + timedelta(hours=1))
+
+
+def test_leaves_of_a_former_intermediate_stay_valid(keyring: Keyring) -> None:
+    """The root is the same, and each leaf travels with its own chain."""
+    later = NOW + INTERMEDIATE_LIFE * 0.7
+    names = Names.of(dns=[DNSName.parse("hello.test")])
+    key = ec.generate_private_key(ec.SECP256R1()).public_key()
+    old = sign_leaf(Leaf(key, names, timedelta(hours=1), (SERVER,)), keyring.intermediate, later)
+    renewed = keyring.with_new_intermediate(later)
+    new = sign_leaf(Leaf(key, names, timedelta(hours=1), (SERVER,)), renewed.intermediate, later)
+    assert renewed.root is keyring.root
+    assert renewed.intermediate.certificate.subject != keyring.intermediate.certificate.subject
+    verifier = PolicyBuilder().store(Store([keyring.root.certificate])).time(later)
+    for leaf, signer in ((old, keyring.intermediate), (new, renewed.intermediate)):
+        verifier.build_server_verifier(x509.DNSName("hello.test")).verify(leaf, [signer.certificate])
+
+
+def test_an_intermediate_does_not_outlive_its_root(keyring: Keyring) -> None:
+    """In the root's last year the intermediates get shorter."""
+    renewed = keyring.with_new_intermediate(NOW + ROOT_LIFE - timedelta(days=30))
+    assert renewed.intermediate.certificate.not_valid_after_utc == keyring.root.certificate.not_valid_after_utc
+
+
+def without(name: str) -> Callable[[Values], Values]:
+    return lambda values: {key: value for key, value in values.items() if key != name}
+
+
+def with_value(name: str, content: bytes) -> Callable[[Values], Values]:
+    return lambda values: {**values, name: Secret(content)}
+
+
+def from_other(*names: str) -> Callable[[Values], Values]:
+    other = dump_keyring(make_keyring(NOW))
+    return lambda values: {**values, **{name: other[name] for name in names}}
+
+
+def leaf_as_intermediate(values: Values) -> Values:
+    keyring = load_keyring(values, NOW, where="here")
+    key = ec.generate_private_key(ec.SECP256R1())
+    leaf = sign_leaf(
+        Leaf(key.public_key(), Names.of([DNSName.parse("a.test")]), timedelta(1), (SERVER,)), keyring.root, NOW
+    )
+    values = {**values, **dump_keyring(Keyring(keyring.root, type(keyring.root)(leaf, key)))}
+    return {**values, "root.crt": Secret(keyring.root_pem)}
+
+
+def twice(values: Values) -> Values:
+    return {**values, "root.crt": Secret(values["root.crt"].reveal() * 2)}
+
+
+DAMAGES: dict[str, tuple[Callable[[Values], Values], str]] = {
+    "no root": (without("root.crt"), "here root.crt: is missing"),
+    "no root key": (without("root.key"), "here root.key: is missing"),
+    "no intermediate": (without("intermediate.crt"), "here intermediate.crt: is missing"),
+    "empty": (with_value("intermediate.key", b"\n"), "here intermediate.key: is missing"),
+    "no certificate": (with_value("root.crt", b"hello"), "here root.crt: is not an X.509 certificate in PEM"),
+    "a key for a certificate": (lambda v: {**v, "root.crt": v["root.key"]}, "here root.crt: is not an X.509"),
+    "no key": (with_value("root.key", b"hello"), "here root.key: is not an unencrypted private key in PEM"),
+    "two roots": (twice, "here root.crt: holds 2 certificates"),
+    "other root key": (from_other("root.key"), "here root.key: is not the key of root.crt"),
+    "other intermediate key": (from_other("intermediate.key"), "is not the key of intermediate.crt"),
+    "other root": (from_other("root.crt", "root.key"), "here intermediate.crt: is not issued by root.crt"),
+    "leaf as intermediate": (
+        leaf_as_intermediate,
+        "intermediate.crt: is not the certificate of a certificate authority",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_ca_is_refused_with_what_is_wrong(damage: str, keyring: Keyring) -> None:
+    """Found when it is loaded, not by the first pod's handshake; the message names the value and never shows it."""
+    change, words = DAMAGES[damage]
+    values = change(dict(dump_keyring(keyring)))
+    with pytest.raises(CertmountError) as refusal:
+        load_keyring(values, NOW, where="here")
+    assert refusal.value.reason is Reason.INVALID_CA
+    assert words in str(refusal.value)
+    assert "PRIVATE KEY" not in str(refusal.value)
+
+
+def test_all_faults_of_a_ca_are_said_at_once(keyring: Keyring) -> None:
+    """Whoever repairs it hears of everything."""
+    values = without("root.key")(with_value("intermediate.crt", b"x")(dict(dump_keyring(keyring))))
+    with pytest.raises(CertmountError, match=r"\(1\).*root\.key.*\(2\).*intermediate\.crt"):
+        load_keyring(values, NOW, where="here")
+
+
+@pytest.mark.parametrize("moment", [NOW + ROOT_LIFE, NOW - timedelta(days=1)])
+def test_a_root_that_is_not_valid_now_is_refused(moment: object, keyring: Keyring) -> None:
+    """Nothing it signs would be believed."""
+    with pytest.raises(CertmountError, match=r"root\.crt: (expired at|is not valid before)"):
+        load_keyring(dump_keyring(keyring), moment, where="here")  # type: ignore[arg-type]  # both are datetimes
+
+
+def test_an_expired_intermediate_is_taken_for_renewal(keyring: Keyring) -> None:
+    """After a year's sleep the root makes a new one."""
+    later = NOW + INTERMEDIATE_LIFE * 2
+    assert load_keyring(dump_keyring(keyring), later, where="here").wants_intermediate(later)
+
+
+def test_the_root_in_pem_and_der_is_the_same(keyring: Keyring) -> None:
+    """What is published and what is streamed is one certificate."""
+    assert x509.load_pem_x509_certificate(keyring.root_pem).public_bytes(Encoding.DER) == keyring.root_der
