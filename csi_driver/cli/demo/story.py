@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import shlex
+import shutil
+import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -74,9 +76,9 @@ async def _on_stage(folder: Path) -> AsyncIterator[Stage]:
 
 def _take_leave(page: Page, keep: Path | None) -> None:
     if keep is None:
-        page.plain("\nTo look at the files yourself: certmount demo --keep DIR")
+        page.plain(f"\nTo look at the files yourself: {_program()} demo --keep DIR")
         return
-    page.plain(f"\nThe last root.crt, site.crt and site.key are in {keep}, and valid for another hour. Try")
+    page.plain(f"\nThe last root.crt, site.crt and site.key are in {keep}, the certificate valid for an hour. Try")
     root, chain, key = (shlex.quote(str(keep / name)) for name in ("root.crt", "site.crt", "site.key"))
     page.code(
         [
@@ -85,3 +87,9 @@ def _take_leave(page: Page, keep: Path | None) -> None:
             f"openssl pkey -in {key} -noout -text_pub",
         ]
     )
+
+
+def _program() -> str:
+    """How to call certmount again: by its name, or as it was called where PATH does not lead to it."""
+    called = Path(sys.argv[0])
+    return shlex.quote(str(called)) if called.name == "certmount" and not shutil.which("certmount") else "certmount"
