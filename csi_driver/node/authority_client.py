@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +20,8 @@ from csi_driver.rpc.errors import from_rpc
 ISSUE_TIMEOUT_S = 90.0
 """Shorter than kubelet's two minutes, so that it hears the reason and not just a timeout."""
 _MAX_FILE_BYTES = 1024 * 1024
+# RFC 6750 section 2.1. gRPC refuses other characters in metadata, and servers refuse more than 8 KiB of it.
+_TOKEN = re.compile(rb"[A-Za-z0-9._~+/-]{1,7168}=*")
 _OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 250),
     ("grpc.min_reconnect_backoff_ms", 250),
@@ -149,11 +152,11 @@ class AuthorityClient:
 
     def _bearer(self) -> tuple[tuple[str, str], ...]:
         token = _read(self._token_file).strip()
-        if not token:
-            problem = "the node driver's own token is not there"
+        if not _TOKEN.fullmatch(token):
+            problem = "holds no token" if token else "the node driver's own token is not there"
             hint = "the DaemonSet must mount a projected token with audience certmount-node"
             raise CertmountError(Reason.TOKEN_MISSING, Fault(str(self._token_file), problem, hint))
-        return (("authorization", f"Bearer {token.decode('ascii', errors='replace')}"),)
+        return (("authorization", f"Bearer {token.decode('ascii')}"),)
 
 
 def _read(path: Path) -> bytes:

@@ -21,6 +21,8 @@ _TOKENS = f"{_PREFIX}serviceAccount.tokens"
 _KUBELET_KEYS = frozenset({_POD_NAME, _POD_NAMESPACE, _POD_UID, _SERVICE_ACCOUNT, _EPHEMERAL, _TOKENS})
 _MAX_TOKENS_LENGTH = 256 * 1024
 _MAX_ID_LENGTH = 256
+_MAX_PATH_LENGTH = 1024
+"""Events, where the kubelet shows our words, hold no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +91,8 @@ def _shape_faults(request: csi_pb2.NodePublishVolumeRequest) -> list[Fault]:
     faults = []
     if not request.volume_id or len(request.volume_id) > _MAX_ID_LENGTH:
         faults.append(Fault("volume_id", f"is empty or longer than {_MAX_ID_LENGTH} characters"))
-    if not request.target_path:
-        faults.append(Fault("target_path", "is empty"))
+    if not request.target_path or len(request.target_path) > _MAX_PATH_LENGTH:
+        faults.append(Fault("target_path", f"is empty or longer than {_MAX_PATH_LENGTH} characters"))
     if not request.HasField("volume_capability"):
         faults.append(Fault("volume_capability", "is missing"))
     elif request.volume_capability.HasField("block"):
@@ -135,6 +137,8 @@ def _own_token(tokens: str, pod: Pod) -> PodToken | None:
         raise CertmountError(Reason.IDENTITY_REFUSED, Fault("pod token", "is not in what kubelet sent", hint)) from None
     if not isinstance(text, str) or not text:
         return None
+    if not text.isascii():
+        raise CertmountError(Reason.IDENTITY_REFUSED, Fault("pod token", "is not a JSON Web Token"))
     token = PodToken(Secret(text), unverified_identity(Secret(text)))
     claimed = token.claims
     if (claimed.service_account.namespace, claimed.pod_name, claimed.pod_uid, claimed.service_account.name) != (
