@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TypeVar
@@ -12,6 +13,7 @@ from csi_driver.core.patterns import NamePattern
 from csi_driver.core.policy import DEFAULT_DURATION, Policy, Rule
 from csi_driver.core.spec import LEAST_DURATION
 
+_GLOB = re.compile(r"[a-z0-9*.-]+", re.ASCII)
 _T = TypeVar("_T")
 
 
@@ -23,8 +25,10 @@ def parse_policy(document: object, *, trust_domain: str, cluster_domain: str) ->
     """
     reader = _Reader({"trust_domain": trust_domain, "cluster_domain": cluster_domain})
     top = reader.mapping("policy file", {} if document is None else document, allowed=("policy",))
-    entries = top.get("policy") or []
-    if not isinstance(entries, list):
+    entries = top.get("policy")
+    if entries is None:
+        entries = []
+    elif not isinstance(entries, list):
         reader.fault("policy", "is not a list of rules")
         entries = []
     rules = tuple(reader.rule(f"policy[{index}]", entry) for index, entry in enumerate(entries))
@@ -43,13 +47,11 @@ class _Reader:
 
     def rule(self, path: str, entry: object) -> Rule:
         rule = self.mapping(path, entry, allowed=("match", "allow"), required=("match", "allow"))
-        match = self.mapping(
-            f"{path}.match",
-            rule.get("match", {}),
-            allowed=("namespaces", "serviceAccounts"),
-            required=("namespaces", "serviceAccounts"),
-        )
-        allow = self.mapping(f"{path}.allow", rule.get("allow", {}), allowed=("dns", "uris", "max_duration"))
+        globs, grants = ("namespaces", "serviceAccounts"), ("dns", "uris", "max_duration")
+        match, allow = rule.get("match"), rule.get("allow")
+        # What is missing as a whole has been said; its parts go without saying.
+        match = {} if match is None else self.mapping(f"{path}.match", match, allowed=globs, required=globs)
+        allow = {} if allow is None else self.mapping(f"{path}.allow", allow, allowed=grants)
         return Rule(
             namespaces=self.each(f"{path}.match.namespaces", match.get("namespaces"), _glob),
             service_accounts=self.each(f"{path}.match.serviceAccounts", match.get("serviceAccounts"), _glob),
@@ -106,6 +108,6 @@ class _Reader:
 
 
 def _glob(text: str) -> str:
-    if not text or not all(character.isascii() and (character.isalnum() or character in "*.-") for character in text):
+    if not _GLOB.fullmatch(text):
         raise ValueError("is not a name or a glob: lower-case letters, digits, '-', '.', and * for any characters")
     return text
