@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -14,6 +13,7 @@ from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.keys import PrivateKey, PublicKey, key_type_of
 from csi_driver.core.names import URI, DNSName, NameProblem, Names
 from csi_driver.core.spec import MOST_NAMES, KeyType
+from csi_driver.core.unreadable import UNREADABLE
 
 MAX_CSR_BYTES = 64 * 1024
 
@@ -48,7 +48,7 @@ def parse_csr(der: bytes) -> SigningRequest:
         csr = x509.load_der_x509_csr(der)
         key = csr.public_key()
         signed = csr.is_signature_valid
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except UNREADABLE:
         raise _invalid("is not a PKCS#10 request in DER with a key and a signature of known algorithms") from None
     if not signed:
         raise _invalid("is not signed by the key it names")
@@ -91,7 +91,7 @@ def _requested_names(csr: x509.CertificateSigningRequest) -> Names:
         names = names_of(csr.extensions)
     except NameProblem as problem:
         raise _invalid(f"names something that {problem}") from None
-    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+    except UNREADABLE as error:
         raise _invalid(f"has extensions that cannot be read ({type(error).__name__})") from None
     if len(names) > MOST_NAMES:
         raise _invalid(f"names {len(names)} names; a certificate has at most {MOST_NAMES}")
