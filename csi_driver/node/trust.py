@@ -10,7 +10,7 @@ import structlog
 from cryptography import x509
 
 from csi_driver.core.bundle import parse_certificates
-from csi_driver.core.errors import CertmountError, Kind
+from csi_driver.core.errors import CertmountError, Kind, Reason
 from csi_driver.core.renewal import retry_delay_s
 
 log = structlog.get_logger(__name__)
@@ -38,5 +38,7 @@ async def follow_trust(
         except CertmountError as error:
             if attempt == 0:
                 log.warning("roots not followed", reason=error.reason.word, error=str(error))
+        except Exception as error:  # noqa: BLE001  # renewals must outlive a defect here; its text may quote a token
+            log.error("roots not followed", reason=Reason.INTERNAL.word, error=type(error).__name__)  # noqa: TRY400  # likewise
         attempt += 1
         await asyncio.sleep(retry_delay_s(attempt=attempt, kind=Kind.UNAVAILABLE, chance=chance()))
