@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
@@ -42,6 +43,7 @@ async def measure_memory(world: World) -> list[Figure]:
     empty = look(world)
     await fill(world)
     full = look(world)
+    floor = await _libraries(world)
     return [
         Figure(
             f"node RSS with 0 / {VOLUMES} volumes",
@@ -51,8 +53,24 @@ async def measure_memory(world: World) -> list[Figure]:
             "cert-manager csi-driver 40 / 50; secrets-store 51-54 MiB",
             f"VmRSS in 10^6 bytes after /healthz, /readyz and /metrics were asked for; volumes published {_SIDE_BY_SIDE} at a time, "
             f"EC-P256. PSS {empty[1]:.1f} / {full[1]:.1f} MB",
-        )
+        ),
+        Figure(
+            "RSS of the same libraries alone",
+            f"{floor:.1f} MB",
+            method="a process that imports what the driver imports of others, serves gRPC on a unix socket and has made one call over TLS",
+        ),
     ]
+
+
+async def _libraries(world: World) -> float:
+    """The resident memory of :mod:`tests.bench.floor` in MB, at its second start."""
+    arguments = [world.issuer.address, str(world.issuer.folder / "root.crt"), str(world.folder / "floor.sock")]
+    command, output = [sys.executable, "-m", "tests.bench.floor", *arguments], b""
+    for _ in range(2):
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(*command, stdout=pipe, env=world.issuer.environment)
+        output, _ = await process.communicate()
+    return float(output)
 
 
 async def measure_idle(world: World) -> list[Figure]:

@@ -44,6 +44,9 @@ class Issuer:
     def __init__(self, folder: Path, process: asyncio.subprocess.Process) -> None:
         self.folder = folder
         self.address = (folder / "address").read_text()
+        # Bytecode is made at a program's first start and found by the later ones, as in an image, where it is made once.
+        self.environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(folder / "bytecode")}
+        self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
         self._process = process
 
     @classmethod
@@ -86,9 +89,7 @@ class Node:
             f"--http={self._http}",
             f"--mounts={MOUNTS}",
         ]
-        # Bytecode is made at the first start and found by the later ones, as in an image, where it is made once.
-        self._environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(issuer.folder / "bytecode")}
-        self._environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        self._environment = issuer.environment
         self._process: asyncio.subprocess.Process | None = None
 
     @property

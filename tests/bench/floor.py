@@ -1,0 +1,42 @@
+"""The driver's libraries with nothing of the driver in them: what is left if all of certmount's own code cost nothing.
+
+    python -m tests.bench.floor ADDRESS ROOT_FILE SOCKET
+
+serves gRPC on SOCKET, makes one call over TLS to ADDRESS, prints its resident memory in MB and ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+sys.modules["rich"] = None  # type: ignore[assignment]  # as tests.bench.world starts the driver
+
+import click  # noqa: E402
+import cryptography.x509  # noqa: E402
+import google.protobuf.descriptor_pool  # noqa: E402
+import grpc  # noqa: E402
+import prometheus_client  # noqa: E402
+import structlog  # noqa: E402
+
+from tests.bench.process import rss_mb  # noqa: E402
+
+LIBRARIES = (click, cryptography.x509, google.protobuf.descriptor_pool, prometheus_client, structlog)
+
+
+async def serve(address: str, root: bytes, socket: str) -> None:
+    server = grpc.aio.server()
+    server.add_insecure_port(f"unix:{socket}")
+    await server.start()
+    async with grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(root)) as channel:
+        with suppress(grpc.aio.AioRpcError):  # there is no such method; the way to it is what counts
+            await channel.unary_unary("/none", bytes, bytes)(b"")
+        print(rss_mb(os.getpid()), flush=True)
+    await server.stop(None)
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(sys.argv[1], Path(sys.argv[2]).read_bytes(), sys.argv[3]))
