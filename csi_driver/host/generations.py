@@ -60,6 +60,9 @@ def write_generation(files_dir: Path, files: Sequence[VolumeFile], stamp: str) -
 
     A failure leaves what was there before, whole, and raises CertmountError: NO_SPACE when the volume is full, else
     MOUNT_FAILED. What a crash left behind is removed by the next call. One caller per volume at a time.
+
+    The generation before stays until the next call: whoever has just followed ``..data``, or reads certificate and key one
+    after the other in the folder it led to, still finds them.
     """
     names = {file.name for file in files}
     if not files or len(names) != len(files):
@@ -83,7 +86,6 @@ def write_generation(files_dir: Path, files: Sequence[VolumeFile], stamp: str) -
             raise
         with suppress(OSError):  # the new files are live: that old ones could not be removed is not a failure
             _remove_links(root, keep=names)
-            _remove_hidden(root, keep=generation)
 
 
 def read_generation(files_dir: Path) -> dict[str, bytes]:
