@@ -107,8 +107,10 @@ def _namespaced(text: str) -> tuple[str, str]:
 @_option("--log-level", type=click.Choice(LEVELS), default="info")
 def command(log_level: str, http: str, **options: Any) -> None:
     """Run the registration authority: it proves who pods are and has their certificates signed."""
-    configure_logging(log_level)
     surroundings = _surroundings(options)
+    configure_logging(log_level)
+    if options["ca_dir"]:
+        log.warning("no cluster to ask: a token counts until it expires, even if its pod is gone")
     settings = Settings(
         listen=options["listen"],
         trust_domain=options["trust_domain"],
@@ -166,10 +168,6 @@ def _surroundings(options: dict[str, Any]) -> contextlib.AbstractAsyncContextMan
         from csi_driver.authority.cluster import in_a_cluster
 
         return in_a_cluster(inside["ca_secret"], inside["root_configmap"])
-    log.warning(
-        "no cluster to ask: a token counts until it expires, even if its pod is gone",
-        token_issuer=outside["token_issuer"],
-    )
     return contextlib.nullcontext(outside_a_cluster(outside["ca_dir"], outside["jwks"], outside["token_issuer"]))
 
 

@@ -1,0 +1,35 @@
+"""A running authority and one who calls it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.authority.world import Caller, Cluster, World
+from tests.support.tokens import TokenIssuer
+
+
+@pytest.fixture(scope="session")
+def issuer() -> TokenIssuer:
+    """The cluster's own."""
+    return TokenIssuer()
+
+
+@pytest.fixture
+async def idle_world(tmp_path: Path, issuer: TokenIssuer) -> World:
+    """An authority that a test starts itself."""
+    return World(tmp_path, issuer, Cluster(issuer))
+
+
+@pytest.fixture
+async def world(idle_world: World) -> AsyncIterator[World]:
+    async with idle_world.running():
+        yield idle_world
+
+
+@pytest.fixture
+async def caller(world: World) -> AsyncIterator[Caller]:
+    async with world.channel() as channel:
+        yield Caller(world, channel)
