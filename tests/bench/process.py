@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,6 +24,17 @@ def cpu_s(pid: int) -> float:
         with suppress(FileNotFoundError, ProcessLookupError):  # a thread may end meanwhile
             total += int((task / "schedstat").read_text().split()[0])
     return total / 1e9
+
+
+async def settle(pid: int) -> None:
+    """Waits until the process has nothing to do any more: less than 2 ms of processor time in 0.2 s."""
+    before = cpu_s(pid)
+    while True:
+        await asyncio.sleep(0.2)  # the time is part of the condition
+        now = cpu_s(pid)
+        if now - before < 0.002:
+            return
+        before = now
 
 
 def _kb(path: Path, field: str) -> int:
