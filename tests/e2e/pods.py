@@ -26,6 +26,9 @@ class Pod:
     namespace: str
     name: str
 
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
     def get(self) -> Any:
         return get("pod", self.name, self.namespace)
 

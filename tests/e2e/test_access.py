@@ -13,7 +13,17 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from tests.e2e import authority, host
-from tests.e2e.kubectl import CERTMOUNT, KubectlError, apply, find, kubectl, make_namespace, wait_for, wait_until
+from tests.e2e.kubectl import (
+    CERTMOUNT,
+    KubectlError,
+    Manifest,
+    apply,
+    find,
+    kubectl,
+    make_namespace,
+    wait_for,
+    wait_until,
+)
 from tests.e2e.pods import Pod, manifest, with_script
 
 NAMESPACE = "e2e-access"
@@ -21,6 +31,13 @@ OTHER_NODE = "node2"
 SUBJECT = Pod(NAMESPACE, "subject")
 HOSTILE = Pod(NAMESPACE, "hostile")
 FOREIGN = Pod(NAMESPACE, "foreign")
+
+
+def _other_node() -> Manifest:
+    """A node without a kubelet; only what tolerates everything is bound to it."""
+    metadata = {"name": OTHER_NODE, "labels": {"kubernetes.io/os": "linux"}}
+    taints = [{"key": "certmount.dev/e2e", "effect": "NoSchedule"}]
+    return {"apiVersion": "v1", "kind": "Node", "metadata": metadata, "spec": {"taints": taints}}
 
 
 def _on_the_other_node(pod: Pod) -> dict[str, Any]:
@@ -48,11 +65,13 @@ def scene() -> Iterator[None]:
     make_namespace(NAMESPACE)
     kubectl("create", "serviceaccount", "fresh", "-n", NAMESPACE)
     apply(
-        {"apiVersion": "v1", "kind": "Node", "metadata": {"name": OTHER_NODE}},
+        _other_node(),
         manifest(SUBJECT, {}),
         *_hostile(),
         _on_the_other_node(FOREIGN),
     )
+    capacity = json.dumps({"status": {"capacity": {"cpu": "1", "memory": "1Gi", "pods": "10"}}})
+    kubectl("patch", "node", OTHER_NODE, "--subresource=status", "-p", capacity)
     wait_for("Ready", f"pod/{SUBJECT.name}", namespace=NAMESPACE)
     yield
     kubectl("delete", "node", OTHER_NODE)

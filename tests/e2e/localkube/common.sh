@@ -15,7 +15,8 @@ export PATH=$BIN:$PATH
 ctrk() { ctr -a "$SOCK" -n k8s.io "$@"; }
 
 # A process is ours only while it also has the start time that was noted: its number may be someone else's by now.
-started_at() { cut -d ' ' -f 22 "/proc/$1/stat" 2>/dev/null; }
+# One that has ended and is only not collected yet has none.
+started_at() { awk '$3 != "Z" { print $22 }' "/proc/$1/stat" 2>/dev/null; }
 running() {
   [ -f "$RUN/$1.pid" ] && kill -0 "$(cat "$RUN/$1.pid")" 2>/dev/null &&
     [ "$(started_at "$(cat "$RUN/$1.pid")")" = "$(cat "$RUN/$1.started" 2>/dev/null)" ]
