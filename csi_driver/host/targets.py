@@ -25,7 +25,7 @@ _KINDS: Final = ((stat.S_ISLNK, "a symbolic link"), (stat.S_ISREG, "a file"))
 
 
 def check_target(kubelet_dir: Path, target: str, pod_uid: str) -> Path:
-    """The target as a path, which may not exist yet. Raises CertmountError:
+    """The target as a path, which may not exist yet; costs two stat calls. Raises CertmountError:
 
     INVALID_REQUEST for text that is no absolute, normalised path or no pod UID, KUBELET_DIRECTORY_WRONG for a path below
     another kubelet's root, TARGET_UNUSABLE for another pod's folder, a missing parent, or anything there but a folder.

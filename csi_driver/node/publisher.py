@@ -196,7 +196,7 @@ class Publisher:
 
     async def _publish_first(self, request: PublishRequest) -> None:
         spec = parse_attributes(request.attributes)
-        target = await in_thread(None, check_target, self._kubelet_dir, request.target, request.pod.uid)
+        target = check_target(self._kubelet_dir, request.target, request.pod.uid)
         enrolled = await self._enrolment.obtain(request.pod, spec, request.token)
         record = _record(request, str(target), enrolled.issued_at, enrolled.renew_at, enrolled.not_after)
         volume = Volume(record, spec, request.token)
@@ -230,7 +230,7 @@ class Publisher:
         target = Path(request.target)
         if str(target) in volume.record.targets and self._store.is_healthy(volume.record.volume_id, target):
             return
-        target = await in_thread(None, check_target, self._kubelet_dir, request.target, request.pod.uid)
+        target = check_target(self._kubelet_dir, request.target, request.pod.uid)
         await in_thread(None, self._store.bind, volume.record.volume_id, target)
         if str(target) not in volume.record.targets:
             volume.record = replace(volume.record, targets=(*volume.record.targets, str(target)))
