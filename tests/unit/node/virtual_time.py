@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_TURN_S = 1e-9
+"""Even a turn of the loop that waits for nothing takes time; without it, one that asks again too soon would do so for ever."""
+
 
 class _Jumping(selectors.DefaultSelector):
     """Where the loop would sleep, it moves the clock instead."""
@@ -22,7 +25,7 @@ class _Jumping(selectors.DefaultSelector):
         if not ready:
             if timeout is None:
                 raise AssertionError("everything waits, and nothing can come")
-            self.now += max(timeout, 0)
+            self.now += max(timeout, _TURN_S)
         return ready
 
 
