@@ -150,15 +150,18 @@ def test_a_wall_clock_set_forward_is_noticed() -> None:
 
 
 def test_rescheduling_for_ever_does_not_grow() -> None:
-    """A volume that is scheduled again and again leaves no trail behind."""
+    """A volume that is scheduled again and again leaves no trail, and it and its neighbours still run in their moments."""
     world = World()
 
     async def story() -> None:
+        world.schedule("b", 50)
         for number in range(10_000):
-            world.schedule("a", number)
+            world.schedule("a", 100 + number / 1000)
         assert len(world.rotation._heap) < 100
+        await world.run(Wait(200))
 
     run_virtually(story())
+    assert [(volume, round(began)) for volume, began in world.began] == [("b", 50), ("a", 110)]
 
 
 def test_one_that_schedules_itself_goes_on() -> None:
