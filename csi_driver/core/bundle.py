@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TypeVar
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 
-from csi_driver.core.csr import names_of
+from csi_driver.core.csr import MAX_CSR_BYTES, names_of
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.keys import PublicKey, key_type_of, public_bytes
-from csi_driver.core.names import NameProblem, Names
+from csi_driver.core.names import Names
+from csi_driver.core.unreadable import UNREADABLE
 
+_Extension = TypeVar("_Extension", bound=x509.ExtensionType)
 _MAX_CERTIFICATES = 10
-_MAX_CERTIFICATE_BYTES = 32 * 1024
+_MAX_CERTIFICATE_BYTES = MAX_CSR_BYTES
+"""The names fill both, so what may be asked for must not be too large to be answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +68,14 @@ def parse_certificates(ders: Sequence[bytes], field: str) -> tuple[x509.Certific
         raise _invalid(f"{field} holds a certificate of more than {_MAX_CERTIFICATE_BYTES} bytes")
     try:
         return tuple(x509.load_der_x509_certificate(der) for der in ders)
-    except ValueError:
+    except UNREADABLE:
         raise _invalid(f"{field} does not parse as X.509 in DER") from None
 
 
 def _key_faults(leaf: x509.Certificate, expected: Expected) -> list[str]:
     try:
         key = leaf.public_key()
-    except (ValueError, UnsupportedAlgorithm):
+    except UNREADABLE:
         return ["its key cannot be read"]
     if key_type_of(key) is None or public_bytes(key) != public_bytes(expected.public_key):  # type: ignore[arg-type]  # key_type_of admits PublicKey only
         return ["it is for another key than the one made for this volume"]
@@ -81,7 +85,7 @@ def _key_faults(leaf: x509.Certificate, expected: Expected) -> list[str]:
 def _name_faults(leaf: x509.Certificate, expected: Expected) -> list[str]:
     try:
         names = names_of(leaf.extensions)
-    except (NameProblem, ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+    except UNREADABLE:
         return ["its names cannot be read"]
     path = f"/ns/{expected.namespace}/sa/{expected.service_account}"
     # Among the URIs one is the pod's SPIFFE ID, which the authority adds; its trust domain is the authority's to know.
@@ -90,10 +94,13 @@ def _name_faults(leaf: x509.Certificate, expected: Expected) -> list[str]:
         for uri in names.uris
         if uri.text.startswith("spiffe://") and uri.text.removeprefix("spiffe://").partition("/")[2] == path[1:]
     }
+    asked, held = {*expected.names.dns, *expected.names.uris}, {*names.dns, *names.uris}
     faults = [] if spiffe else [f"it lacks the SPIFFE ID that ends in {path}"]
-    if missing := ({*expected.names.dns, *expected.names.uris} - {*names.dns, *names.uris}):
+    if len(spiffe - asked) > 1:
+        faults.append("it holds more than one SPIFFE ID: " + ", ".join(sorted(str(uri) for uri in spiffe)))
+    if missing := asked - held:
         faults.append("it lacks " + ", ".join(sorted(str(name) for name in missing)))
-    if extra := ({*names.dns, *names.uris} - {*expected.names.dns, *expected.names.uris} - spiffe):
+    if extra := held - asked - spiffe:
         faults.append("it also holds " + ", ".join(sorted(str(name) for name in extra)) + ", which was not asked for")
     return faults
 
@@ -104,8 +111,11 @@ def _chain_faults(bundle: Bundle, now: datetime) -> list[str]:
         for position, certificate in enumerate(bundle.chain)
         for fault in _validity_faults(certificate, position, now)
     ]
-    if _is_ca(bundle.leaf) is not None:
+    constraints = _extension(bundle.leaf, x509.BasicConstraints)
+    if constraints is not None and constraints.ca:
         faults.append("the leaf is a certificate authority")
+    if unknown := _not_understood(bundle.leaf):
+        faults.append("the leaf has a critical extension that is not known: " + ", ".join(unknown))
     for position, (subject, issuer) in enumerate(zip(bundle.chain, bundle.chain[1:], strict=False)):
         if not _issued_by(subject, issuer, below=position):
             faults.append(f"certificate {position} of the chain is not issued by certificate {position + 1}")
@@ -129,27 +139,50 @@ def _validity_faults(certificate: x509.Certificate, position: int, now: datetime
     return []
 
 
-def _is_ca(certificate: x509.Certificate) -> int | None:
-    """How many intermediates a CA may have below it (RFC 5280 section 4.2.1.9); None for a certificate that is no CA."""
-    try:
-        constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
-        return None
-    if not constraints.ca:
+def _room_below(issuer: x509.Certificate) -> int | None:
+    """How many intermediates a CA may have below it (RFC 5280 section 4.2.1.9); None for a certificate that may issue none.
+
+    It may when it is a CA, for signing certificates (section 4.2.1.3), and all that is critical about it is understood.
+    """
+    constraints, usage = _extension(issuer, x509.BasicConstraints), _extension(issuer, x509.KeyUsage)
+    if constraints is None or not constraints.ca or (usage and not usage.key_cert_sign) or _not_understood(issuer):
         return None
     return _MAX_CERTIFICATES if constraints.path_length is None else constraints.path_length
 
 
 def _issued_by(subject: x509.Certificate, issuer: x509.Certificate, *, below: int) -> bool:
     """True when the issuer's key signed the subject and the issuer may have ``below`` intermediates under it."""
-    room = _is_ca(issuer)
+    room = _room_below(issuer)
     if room is None or below > room:
         return False
+    named, own = _extension(subject, x509.AuthorityKeyIdentifier), _extension(issuer, x509.SubjectKeyIdentifier)
+    if named and own and named.key_identifier not in (None, own.digest):
+        return False  # OpenSSL finds its way by these (RFC 5280 section 4.2.1.1), and would find none
     try:
         subject.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+    except (InvalidSignature, *UNREADABLE):
         return False
     return True
+
+
+def _extension(certificate: x509.Certificate, kind: type[_Extension]) -> _Extension | None:
+    """The certificate's extension of a kind; None where there is none or its extensions cannot be read."""
+    try:
+        return certificate.extensions.get_extension_for_class(kind).value
+    except (x509.ExtensionNotFound, *UNREADABLE):
+        return None
+
+
+def _not_understood(certificate: x509.Certificate) -> list[str]:
+    """Critical extensions of unknown meaning: whoever meets one must refuse the certificate (RFC 5280 section 4.2)."""
+    try:
+        return [
+            extension.oid.dotted_string
+            for extension in certificate.extensions
+            if extension.critical and isinstance(extension.value, x509.UnrecognizedExtension)
+        ]
+    except UNREADABLE:
+        return []
 
 
 def _invalid(problem: str) -> CertmountError:

@@ -34,6 +34,11 @@ CA_USAGE = x509.KeyUsage(
 )
 
 
+LARGEST_DNS = [f"{number:03}.{'.'.join(['a' * 63] * 3)}.{'b' * 57}" for number in range(84)]
+LARGEST_URIS = [f"https://example.com/{number:03}{'a' * 2020}" for number in range(16)]
+"""The longest names, and as many of them, as attributes let a pod write."""
+
+
 @functools.cache
 def key_of(kind: KeyType, number: int = 0) -> PrivateKey:
     """The same key for the same number: RSA keys are slow to make."""
@@ -84,11 +89,12 @@ def authority(
     key = key or generate_key(KeyType.EC_P256)
     constraints = x509.BasicConstraints(ca=ca, path_length=path_length)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    builder = (
-        _builder(key, validity).subject_name(subject).issuer_name(parent.certificate.subject if parent else subject)
-    )
+    builder = _builder(key, validity).subject_name(subject)
+    builder = _issuer(builder, parent) if parent else builder.issuer_name(subject)
     for extension in (constraints, *extensions):
         builder = builder.add_extension(extension, critical=True)
+    if not any(isinstance(extension, x509.SubjectKeyIdentifier) for extension in extensions):
+        builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     return Signer(sign(builder, parent.key if parent else key), key)
 
 
@@ -101,7 +107,7 @@ def leaf(
     extensions: Sequence[x509.ExtensionType] = (),
 ) -> x509.Certificate:
     """A pod's certificate."""
-    builder = _builder(key, validity).subject_name(x509.Name([])).issuer_name(parent.certificate.subject)
+    builder = _issuer(_builder(key, validity), parent).subject_name(x509.Name([]))
     if wanted:
         builder = builder.add_extension(san_extension(wanted), critical=True)
     for extension in extensions:
@@ -122,3 +128,8 @@ def _builder(key: PrivateKey, validity: Validity) -> x509.CertificateBuilder:
         .not_valid_before(NOW + validity.start)
         .not_valid_after(NOW + validity.end)
     )
+
+
+def _issuer(builder: x509.CertificateBuilder, parent: Signer) -> x509.CertificateBuilder:
+    identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(parent.key.public_key())
+    return builder.issuer_name(parent.certificate.subject).add_extension(identifier, critical=False)

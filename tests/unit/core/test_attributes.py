@@ -20,7 +20,7 @@ from csi_driver.core.spec import LEAST_DURATION, MOST_NAMES, CertificateSpec, Ke
 from tests.support.requirements import require_program
 from tests.unit.core import strategies
 from tests.unit.core.outcomes import outcome
-from tests.unit.core.pki import key_of
+from tests.unit.core.pki import LARGEST_DNS, LARGEST_URIS, key_of
 
 KNOWN = ("name", "dns-names", "uri-sans", "duration", "renew-before", "key-type", "fs-group")
 
@@ -221,11 +221,7 @@ def test_what_is_accepted_makes_a_request_that_openssl_accepts(attributes: dict[
 
 def test_the_largest_request_that_attributes_can_make_is_read() -> None:
     """No limit further down the way is narrower than that of the attributes."""
-    longest = ".".join(["a" * 63] * 3)
-    hosts = [f"{number:03}.{longest}.{'b' * 50}" for number in range(49)]
-    uris = ["https://example.com/" + f"{number:03}" + "a" * 620 for number in range(50)]
-    spec = parse_attributes(
-        {"name": "a.example", "dns-names": ",".join(hosts), "uri-sans": ",".join(uris), "key-type": "RSA-4096"}
-    )
+    lists = {"dns-names": ",".join(LARGEST_DNS), "uri-sans": ",".join(LARGEST_URIS)}
+    spec = parse_attributes({**lists, "key-type": "RSA-4096"})
     assert len(spec.names) == MOST_NAMES
     assert parse_csr(build_csr(key_of(spec.key_type), spec.names)).names == spec.names
