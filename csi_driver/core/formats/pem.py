@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.core.keys import PrivateKey, encode_key
 from csi_driver.core.secret import Secret
+from csi_driver.core.unreadable import UNREADABLE
 
 ROOTS, CHAIN, KEY, BUNDLE = "root.crt", "site.crt", "site.key", "site.pem"
 
@@ -43,4 +44,7 @@ def encode_certificates(certificates: Sequence[x509.Certificate]) -> bytes:
 
 def decode_certificates(pem: bytes) -> list[x509.Certificate]:
     """Reads PEM certificates; raises ValueError where there is none or one is broken."""
-    return x509.load_pem_x509_certificates(pem)
+    try:
+        return x509.load_pem_x509_certificates(pem)
+    except UNREADABLE as error:
+        raise ValueError("not certificates in PEM") from error
