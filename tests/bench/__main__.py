@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.bench.blocks import measure_blocks
 from tests.bench.footprint import fill, measure_idle, measure_memory, measure_restart
-from tests.bench.machine import describe
+from tests.bench.machine import describe, load
 from tests.bench.publishing import measure_burst, measure_publish, measure_republish
 from tests.bench.table import Figure, print_table
 from tests.bench.world import MOUNTS, WrongResult, driving, issuing, unmount_left
@@ -73,7 +73,7 @@ def main() -> None:
             unmount_left(folder)
     print()
     print_table(figures)
-    print(f"The run took {time.monotonic() - started:.0f} s.")
+    print(f"The run took {time.monotonic() - started:.0f} s; load after it {load()}.")
 
 
 if __name__ == "__main__":

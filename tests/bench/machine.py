@@ -13,11 +13,15 @@ _PACKAGES = ("grpcio", "cryptography", "protobuf", "prometheus-client", "structl
 def describe() -> str:
     """Processors, memory, kernel, Python, the packages that matter, and what else the machine has to do."""
     packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
-    load = " ".join(f"{value:.2f}" for value in os.getloadavg())
     return (
         f"{os.cpu_count()} x {_field('/proc/cpuinfo', 'model name')}, {_memory_gb():.0f} GB, Linux {platform.release()}, "
-        f"{platform.python_implementation()} {platform.python_version()}; {packages}; load before the run {load}"
+        f"{platform.python_implementation()} {platform.python_version()}; {packages}; load before the run {load()}"
     )
+
+
+def load() -> str:
+    """How many threads ran or wanted to, on average over the last 1, 5 and 15 minutes: getloadavg(3)."""
+    return " ".join(f"{value:.2f}" for value in os.getloadavg())
 
 
 def _field(path: str, name: str) -> str:
