@@ -46,6 +46,7 @@ state = "/run/localkube-containerd"
 [plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "docker.io/local/busybox:1"
   restrict_oom_score_adj = true
+  netns_mounts_under_state_dir = true
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "/usr/lib/cni"
     conf_dir = "$RUN/cni"
