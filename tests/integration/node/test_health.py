@@ -9,7 +9,8 @@ import grpc
 import pytest
 
 from csi_driver._proto import csi_pb2
-from tests.integration.node.world import Node, failure_of, until
+from tests.integration.node.world import Node, failure_of
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

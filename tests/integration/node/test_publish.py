@@ -13,8 +13,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from csi_driver import POD_AUDIENCE
 from csi_driver._proto import csi_pb2, csi_pb2_grpc
-from tests.integration.node.world import FILES, Node, failure_of, until
+from tests.integration.node.world import FILES, Node, failure_of
 from tests.support.kubelet import FakePod
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

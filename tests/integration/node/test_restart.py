@@ -8,8 +8,9 @@ from datetime import timedelta
 import pytest
 
 from csi_driver._proto.csi_pb2 import DEGRADED
-from tests.integration.node.world import Node, until
+from tests.integration.node.world import Node
 from tests.support.kubelet import FakePod
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +28,6 @@ from tests.support.scripted_authority import Script, ScriptedAuthority
 
 FILES = {"root.crt", "site.crt", "site.key", "site.pem"}
 _MS_SHARED = 1 << 20
-_PATIENCE_S = 30.0
-"""For conditions that come within a second on an idle machine."""
 
 Request = csi_pb2.NodePublishVolumeRequest
 
@@ -53,15 +49,6 @@ async def failure_of(call: Awaitable[object]) -> Failure:
         metadata = {str(key): str(value) for key, value in error.trailing_metadata() or ()}
         return Failure(error.code(), metadata.get(REASON_KEY, ""), error.details() or "")
     raise AssertionError("the call succeeded")
-
-
-async def until(condition: Callable[[], Any], what: str, patience_s: float = _PATIENCE_S) -> None:
-    """Waits for a condition; fails with ``what`` was expected when it does not come."""
-    deadline = time.monotonic() + patience_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"did not happen in {patience_s:.0f} s: {what}")
-        await asyncio.sleep(0.02)
 
 
 @dataclass(frozen=True)
