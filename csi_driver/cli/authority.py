@@ -40,13 +40,16 @@ def _option(name: str, **settings: Any) -> Callable[[_Command], _Command]:
 def _parsed(parse: Callable[[str], _T]) -> Callable[..., Any]:
     """A click callback: what ``parse`` says of a wrong value is said of the option."""
 
-    def callback(_context: click.Context, _option: click.Parameter, value: Any) -> Any:
+    def one(text: str) -> _T:
         try:
-            if isinstance(value, tuple):
-                return tuple(parse(item) for item in value)
-            return None if value is None else parse(value)
+            return parse(text)
         except ValueError as problem:
-            raise click.BadParameter(f"{value!r} {problem}") from None
+            raise click.BadParameter(f"{text!r} {problem}") from None
+
+    def callback(_context: click.Context, _option: click.Parameter, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(one(text) for text in value)
+        return None if value is None else one(value)
 
     return callback
 

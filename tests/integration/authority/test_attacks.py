@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from structlog.testing import capture_logs
 
 from csi_driver._proto import authority_pb2
 from csi_driver.core.csr import MAX_CSR_BYTES
@@ -138,6 +139,35 @@ async def test_a_deleted_pods_token_is_refused(world: World, caller: Caller) -> 
     )
     refusal = await caller.refused()
     assert (refusal.code, refusal.reason) == (DENIED, "IdentityRefused")
+
+
+async def test_no_log_field_holds_a_token_before_redaction(world: World, caller: Caller) -> None:
+    """The processor that cuts tokens out of the log is a second belt; here it is not worn."""
+    sent = [world.issuer.pod_token(POD, jti=str(number)) for number in range(3)]
+    node = world.issuer.node_token()
+    with capture_logs() as logs:
+        await caller.issue(pod=sent[0], node=node)
+        await caller.refused(pod=sent[1], node=node, csr=b"")
+        await caller.refused(pod=Secret(sent[2].reveal() + "x"), node=node)
+    assert len(logs) >= 3
+    for token in (*sent, node):
+        for part in token.reveal().split(".")[1:]:
+            assert part not in str(logs)
+
+
+async def test_a_defect_shows_neither_its_text_nor_the_token(world: World, caller: Caller) -> None:
+    """Whatever an exception of some library quotes, the caller and the log get its type only; the next call works."""
+    token = world.issuer.pod_token(POD)
+
+    world.reviewer.pod = RuntimeError(f"cannot parse {token.reveal()}")
+    with capture_logs() as logs:
+        refusal = await caller.refused(pod=token)
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "InternalError")
+    assert "RuntimeError" in refusal.text
+    for part in token.reveal().split(".")[1:]:
+        assert part not in refusal.text + str(logs)
+    world.reviewer.pod = POD.reviewed
+    await caller.issue(pod=token)
 
 
 async def test_nothing_is_issued_while_the_cluster_cannot_be_asked(world: World, caller: Caller) -> None:

@@ -46,8 +46,8 @@ class Reviewer:
     """The live cluster: knows the driver and one pod; a test may let it say something else, or nothing."""
 
     def __init__(self) -> None:
-        self.pod: Reviewed | CertmountError = POD.reviewed
-        self.node: Reviewed | CertmountError = DRIVER.reviewed
+        self.pod: Reviewed | Exception = POD.reviewed
+        self.node: Reviewed | Exception = DRIVER.reviewed
         self.asked = 0
         self.gate = asyncio.Event()
         self.gate.set()
@@ -56,7 +56,7 @@ class Reviewer:
         self.asked += 1
         await self.gate.wait()
         answer = self.node if audience == NODE_AUDIENCE else self.pod
-        if isinstance(answer, CertmountError):
+        if isinstance(answer, Exception):
             raise answer
         return answer
 

@@ -1,0 +1,226 @@
+"""``certmount authority`` as a process: its options, its signals, and what it never writes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+from click.testing import CliRunner
+
+from csi_driver.cli.authority import command
+from csi_driver.core.secret import Secret
+from tests.integration.authority.test_attacks import CSRS, NODE_TOKENS, POD_TOKENS
+from tests.integration.authority.world import POD, SERVING_NAME, Caller, World
+from tests.support.tokens import TokenIssuer
+from tests.support.waiting import until
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Process:
+    """One authority process outside a cluster."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.port, self.http = free_port(), free_port()
+        self.log = world.folder / "log"
+        jwks = world.folder / "jwks.json"
+        jwks.write_bytes(world.issuer.published.jwks)
+        self.arguments = [
+            f"--listen=127.0.0.1:{self.port}",
+            f"--http=127.0.0.1:{self.http}",
+            f"--policy={world.policy}",
+            f"--serving-name={SERVING_NAME}",
+            f"--ca-dir={world.ca}",
+            f"--jwks={jwks}",
+            f"--token-issuer={world.issuer.name}",
+            "--log-level=debug",
+        ]
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[subprocess.Popen[bytes]]:
+        process = self.start()
+        try:
+            await until(lambda: self.get("/readyz") == (200, "ok\n") or process.poll() is not None, "the authority")
+            assert process.poll() is None, self.log.read_text()
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+    def start(self) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            main = [sys.executable, "-m", "csi_driver.cli.main", "authority"]
+            return subprocess.Popen([*main, *self.arguments], stderr=log, stdout=log)
+
+    def get(self, path: str) -> tuple[int, str]:
+        """An HTTP answer; (0, "") where there is none."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.http}{path}", timeout=10) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+        except OSError:
+            return 0, ""
+
+
+@pytest.fixture
+def process(idle_world: World) -> Process:
+    return Process(idle_world)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_it_serves_until_it_is_told_to_stop(number: signal.Signals, process: Process) -> None:
+    """Ready, healthy, measured; then a clean end within the grace, with a stream still open."""
+    async with process.running() as running, process.world.channel(port=process.port) as channel:
+        caller = Caller(process.world, channel)
+        assert len((await caller.issue()).chain) == 2
+        stream = caller.watch()
+        await stream.read()
+        assert process.get("/healthz") == (200, "ok\n")
+        metrics = process.get("/metrics")[1]
+        assert 'certmount_authority_calls_total{method="Issue",reason="Ok"} 1.0' in metrics
+        assert "certmount_policy_valid 1.0" in metrics
+        running.send_signal(number)
+        assert await stream.read() == grpc.aio.EOF
+        assert await asyncio.to_thread(running.wait, 10) == 0
+    events = [json.loads(line)["event"] for line in process.log.read_text().splitlines()]
+    assert events[0].startswith("no cluster to ask: a token counts until it expires")
+    assert events[-2:] == ["stopping", "stopped"]
+
+
+async def test_a_restart_keeps_the_ca(process: Process) -> None:
+    """Nodes that know the root go on to trust it."""
+    async with process.running():
+        root = (process.world.ca / "root.crt").read_bytes()
+    async with process.running():
+        assert (process.world.ca / "root.crt").read_bytes() == root
+
+
+async def test_no_token_and_no_key_is_ever_written(process: Process, issuer: TokenIssuer) -> None:
+    """Whatever is sent, good or bad, and at debug level: not into the log, the metrics, or an answer."""
+    good_pod, good_node = issuer.pod_token(POD), issuer.node_token()
+    pods = [make(issuer) for make, _ in POD_TOKENS.values()]
+    nodes = [make(issuer) for make, _ in NODE_TOKENS.values()]
+    answers = []
+    async with process.running() as running, process.world.channel(port=process.port) as channel:
+        caller = Caller(process.world, channel)
+        await caller.issue(pod=good_pod, node=good_node)
+        answers += [str(await caller.refused(pod=token)) for token in pods]
+        answers += [str(await caller.refused(node=token)) for token in nodes]
+        answers += [str(await caller.refused(csr=make(process.world))) for make, _ in CSRS.values()]
+        answers.append(process.get("/metrics")[1])
+        running.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(running.wait, 20)
+    written = process.log.read_text() + "".join(answers)
+    assert '"decision": "issued"' in written
+    for token in (good_pod, good_node, *pods, *nodes):
+        for part in parts(token):
+            assert part not in written
+    assert "PRIVATE KEY" not in written
+    for value in json.loads((process.world.ca / "ca.json").read_text()).values():
+        assert value[40:80] not in written
+
+
+def parts(token: Secret[str]) -> list[str]:
+    """The pieces that would give a token away; its header is everyone's."""
+    pieces = token.reveal().split(".")[1:] or [token.reveal()]
+    return [piece[:40] for piece in pieces if len(piece) > 16]
+
+
+OUTSIDE = ["--ca-dir=ca", "--jwks=jwks", "--token-issuer=https://issuer.test"]
+INSIDE = ["--ca-secret=certmount/ca", "--root-configmap=certmount/root"]
+NEEDED = ["--policy=policy.yaml", "--serving-name=localhost"]
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        ([], "Missing option '--policy'"),
+        (["--policy=policy.yaml", *OUTSIDE], "Missing option '--serving-name'"),
+        (NEEDED, "--ca-secret, --root-configmap: needed, or else --ca-dir, --jwks, --token-issuer outside a cluster"),
+        ([*NEEDED, *OUTSIDE, *INSIDE], "give one or the other"),
+        ([*NEEDED, *OUTSIDE[:2]], "--token-issuer: needed beside --ca-dir, --jwks"),
+        ([*NEEDED, *INSIDE[:1]], "--root-configmap: needed beside --ca-secret"),
+        ([*NEEDED, *OUTSIDE, "--listen=8443"], "Invalid value for '--listen': '8443' is not HOST:PORT"),
+        ([*NEEDED, *OUTSIDE, "--http=localhost:99999"], "Invalid value for '--http'"),
+        ([*NEEDED, *OUTSIDE, "--trust-domain=Big"], "'--trust-domain': 'Big' is not a trust domain"),
+        ([*NEEDED, *OUTSIDE, "--cluster-domain=a..b"], "'--cluster-domain': 'a..b' has the label ''"),
+        ([*NEEDED, *OUTSIDE, "--serving-name=10.0.0.1"], "'--serving-name': '10.0.0.1' is a number or an IP address"),
+        ([*NEEDED, *OUTSIDE, "--node-service-account=node"], "'--node-service-account': 'node' is not NAMESPACE/NAME"),
+        ([*NEEDED, "--ca-secret=a/b/c"], "'--ca-secret': 'a/b/c' is not NAMESPACE/NAME"),
+        ([*NEEDED, *OUTSIDE, "--log-level=loud"], "Invalid value for '--log-level'"),
+        ([*NEEDED, *OUTSIDE, "--verbose"], "No such option"),
+    ],
+)
+def test_a_wrong_option_is_named(arguments: list[str], words: str) -> None:
+    """Before anything is started, in a sentence that says what is wanted."""
+    result = CliRunner(env=dict.fromkeys(os.environ, "")).invoke(command, arguments)
+    assert result.exit_code == 2
+    assert words in " ".join(result.output.split())
+
+
+def test_every_option_can_come_from_the_environment(tmp_path: Path) -> None:
+    """As CERTMOUNT_<OPTION>; lists are separated by spaces."""
+    result = CliRunner().invoke(command, ["--help"])
+    assert result.exit_code == 0
+    environment = {
+        "CERTMOUNT_POLICY": str(tmp_path / "policy.yaml"),
+        "CERTMOUNT_SERVING_NAME": "localhost bad..name",
+        "CERTMOUNT_CA_DIR": str(tmp_path),
+    }
+    result = CliRunner(env=environment).invoke(command, [])
+    assert "'bad..name' has the label ''" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (lambda process: process.world.policy.unlink(), "cannot be read: No such file or directory; see --policy"),
+        (lambda process: process.world.policy.write_text("policy: 7"), "policy: is not a list of rules"),
+        (lambda process: damage(process.world.ca), "ca.json: is damaged"),
+        (lambda process: process.arguments.append(f"--http=127.0.0.1:{process.port}"), "--http"),
+    ],
+    ids=["no policy", "bad policy", "damaged ca", "port in use"],
+)
+async def test_what_it_cannot_start_with_ends_it_with_a_sentence(change: object, words: str, process: Process) -> None:
+    """Exit code 1 and no traceback."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        change(process)  # type: ignore[operator]  # each is a function
+        if words == "--http":
+            process.arguments.append(f"--http=127.0.0.1:{taken.getsockname()[1]}")
+        running = process.start()
+        try:
+            assert await asyncio.to_thread(running.wait, 30) == 1
+        finally:
+            running.kill()
+            running.wait()
+    log = process.log.read_text()
+    assert words in log
+    assert "Traceback" not in log
+
+
+def damage(folder: Path) -> None:
+    folder.mkdir()
+    file = folder / "ca.json"
+    file.write_text("{")
+    file.chmod(0o600)

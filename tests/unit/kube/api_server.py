@@ -1,0 +1,110 @@
+"""A fake API server on loopback: TokenReviews, service account discovery, one Secret and one ConfigMap with real conflicts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import json
+import ssl
+from collections.abc import AsyncIterator
+from typing import Any
+
+from aiohttp import web
+
+ISSUER = "https://kubernetes.default.svc.cluster.local"
+JWKS = {"keys": [{"kty": "EC", "kid": "a", "alg": "ES256", "crv": "P-256", "x": "eA", "y": "eQ"}]}
+Json = dict[str, Any]
+
+
+class FakeApiServer:
+    """Speaks the few requests that certmount makes; tests look at and change what it holds."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, Json] = {
+            "secrets/certmount-ca": self._object("Secret", "certmount-ca"),
+            "configmaps/certmount-root": self._object("ConfigMap", "certmount-root"),
+        }
+        self.review: Json = {}
+        """The status of every TokenReview."""
+        self.documents: dict[str, Any] = {
+            "/.well-known/openid-configuration": {"issuer": ISSUER, "jwks_uri": "https://elsewhere.test/keys"},
+            "/openid/v1/jwks": JWKS,
+        }
+        self.requests: list[tuple[str, str, Json | None]] = []
+        self.authorizations: list[str] = []
+        self.fail: tuple[int, bytes] | None = None
+        """The answer to everything, if set."""
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.before_put: list[str] = []
+        """Objects that someone else changes just before the next update reaches the server."""
+        self.url = ""
+
+    @contextlib.asynccontextmanager
+    async def running(self, tls: ssl.SSLContext | None = None) -> AsyncIterator[None]:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self._handle)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await runner.setup()
+        try:
+            site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
+            await site.start()
+            port = runner.addresses[0][1]
+            self.url = f"{'https' if tls else 'http'}://{'localhost' if tls else '127.0.0.1'}:{port}"
+            yield
+        finally:
+            await runner.cleanup()
+
+    def touch(self, key: str) -> None:
+        """Someone else's change."""
+        metadata = self.objects[key]["metadata"]
+        metadata["resourceVersion"] = str(int(metadata["resourceVersion"]) + 1)
+
+    async def _handle(self, request: web.Request) -> web.Response:
+        body = await request.json() if request.can_read_body else None
+        self.requests.append((request.method, request.path, body))
+        self.authorizations.append(request.headers.get("Authorization", ""))
+        await self.gate.wait()
+        if self.fail is not None:
+            status, text = self.fail
+            return web.Response(status=status, body=text, content_type="application/json")
+        if request.path in self.documents:
+            document = self.documents[request.path]
+            text = document if isinstance(document, bytes) else json.dumps(document).encode()
+            return web.Response(body=text, content_type="application/json")
+        if request.path == "/apis/authentication.k8s.io/v1/tokenreviews":
+            return web.json_response({**(body or {}), "metadata": {}, "status": self.review}, status=201)
+        return self._object_request(request, body)
+
+    def _object_request(self, request: web.Request, body: Json | None) -> web.Response:
+        key = request.path.removeprefix("/api/v1/namespaces/certmount/")
+        if key not in self.objects:
+            return self._status(404, f'{key.partition("/")[0]} "{key.partition("/")[2]}" not found')
+        if request.method == "PUT" and body is not None:
+            if self.before_put:
+                self.touch(self.before_put.pop())
+            if body["metadata"].get("resourceVersion") != self.objects[key]["metadata"]["resourceVersion"]:
+                return self._status(
+                    409, "the object has been modified; please apply your changes to the latest version"
+                )
+            self.objects[key] = copy.deepcopy(body)
+            self.touch(key)
+        return web.json_response(self.objects[key])
+
+    @staticmethod
+    def _status(code: int, message: str) -> web.Response:
+        return web.json_response({"kind": "Status", "status": "Failure", "message": message, "code": code}, status=code)
+
+    @staticmethod
+    def _object(kind: str, name: str) -> Json:
+        return {
+            "apiVersion": "v1",
+            "kind": kind,
+            "metadata": {
+                "name": name,
+                "namespace": "certmount",
+                "resourceVersion": "100",
+                "labels": {"app.kubernetes.io/name": "certmount-authority"},
+            },
+        }

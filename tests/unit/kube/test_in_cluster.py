@@ -1,0 +1,123 @@
+"""The API server as a pod finds it: over TLS, with a token that the kubelet renews."""
+
+from __future__ import annotations
+
+import ssl
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kubernetes.aio.config import incluster_config
+
+from csi_driver.authority.ca import utc_now
+from csi_driver.authority.cluster import in_a_cluster
+from csi_driver.authority.keyring import make_keyring
+from csi_driver.authority.leaf import SERVER, Leaf, sign_leaf
+from csi_driver.core.errors import CertmountError
+from csi_driver.core.formats.pem import encode_certificates
+from csi_driver.core.keys import encode_key, generate_key
+from csi_driver.core.names import DNSName, Names
+from csi_driver.core.spec import KeyType
+from csi_driver.kube.client import connect, in_cluster_configuration
+from csi_driver.kube.token_keys import ClusterTokenKeys
+from tests.unit.kube.api_server import FakeApiServer
+
+
+@pytest.fixture
+def account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that every pod has, with the cluster's root and the pod's own token."""
+    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
+    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(tmp_path / "ca.crt"))
+    (tmp_path / "token").write_text("first")
+    return tmp_path
+
+
+@pytest.fixture
+def tls(account: Path) -> ssl.SSLContext:
+    """A server certificate for localhost, below the root in the pod's folder."""
+    keyring, key = make_keyring(utc_now()), generate_key(KeyType.EC_P256)
+    (account / "ca.crt").write_bytes(keyring.root_pem)
+    leaf = Leaf(key.public_key(), Names.of([DNSName.parse("localhost")]), timedelta(hours=1), (SERVER,))
+    certificate = sign_leaf(leaf, keyring.intermediate, utc_now())
+    chain = account / "server.pem"
+    chain.write_bytes(encode_key(key).reveal() + encode_certificates([certificate, keyring.intermediate.certificate]))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(chain)
+    return context
+
+
+def point_at(server: FakeApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    host, _, port = server.url.removeprefix("https://").rpartition(":")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", host)
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", port)
+
+
+async def test_the_pods_token_is_shown_and_read_again(
+    account: Path, tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kubelet replaces it hourly; a client that kept the first one would be locked out."""
+    server = FakeApiServer()
+    async with server.running(tls):
+        point_at(server, monkeypatch)
+        configuration = in_cluster_configuration()
+        async with connect(configuration) as api:
+            await ClusterTokenKeys(api).fetch()
+            (account / "token").write_text("second")
+            hook: Any = configuration.refresh_api_key_hook
+            hook.__closure__[0].cell_contents.token_expires_at -= timedelta(minutes=2)  # as a minute later
+            await ClusterTokenKeys(api).fetch()
+    assert server.authorizations == ["bearer first"] * 2 + ["bearer second"] * 2
+
+
+async def test_an_api_server_that_the_clusters_root_does_not_vouch_for_is_not_spoken_to(
+    account: Path, tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens go to no one else."""
+    (account / "ca.crt").write_bytes(make_keyring(utc_now()).root_pem)
+    server = FakeApiServer()
+    async with server.running(tls):
+        point_at(server, monkeypatch)
+        async with connect(in_cluster_configuration()) as api:
+            with pytest.raises(CertmountError, match="cannot be reached"):
+                await ClusterTokenKeys(api).fetch()
+    assert server.requests == []
+
+
+async def test_proxies_of_the_environment_are_not_used(
+    account: Path,  # noqa: ARG001  # its files are what counts
+    tls: ssl.SSLContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A proxy meant for the outside would get every pod's token."""
+    server = FakeApiServer()
+    async with server.running(tls):
+        point_at(server, monkeypatch)
+        for variable in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"):
+            monkeypatch.setenv(variable, "http://127.0.0.1:1")
+        async with connect(in_cluster_configuration()) as api:
+            await ClusterTokenKeys(api).fetch()
+
+
+async def test_all_that_an_authority_needs_is_found(
+    account: Path,  # noqa: ARG001  # its files are what counts
+    tls: ssl.SSLContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Store, publisher, keys and reviews, all at the cluster's API server."""
+    server = FakeApiServer()
+    async with server.running(tls):
+        point_at(server, monkeypatch)
+        names = ("certmount", "certmount-ca"), ("certmount", "certmount-root")
+        async with in_a_cluster(*names) as around:
+            assert (await around.store.load()).values == {}
+            await around.publisher.publish(b"root")
+            await around.fetch_keys()
+    assert server.objects["configmaps/certmount-root"]["data"] == {"root.crt": "root"}
+
+
+async def test_outside_a_cluster_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One clear sentence."""
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    with pytest.raises(CertmountError, match="cluster: cannot be found: Service host/port is not set"):
+        in_cluster_configuration()
