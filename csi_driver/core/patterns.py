@@ -97,11 +97,8 @@ def _part_matches(pattern: str, part: str, values: Mapping[str, str]) -> bool:
 
 @lru_cache(maxsize=4096)
 def compile_glob(pattern: str) -> re.Pattern[str]:
-    """A regular expression for a text in which ``*`` stands for one or more characters; all else stands for itself."""
-    first, *rest = (re.escape(literal) for literal in pattern.split("*"))
-    if not rest:
-        return re.compile(first)
+    """A regular expression for a pattern with a ``*``, which stands for one or more characters; all else stands for itself."""
+    first, *inner, last = (re.escape(literal) for literal in pattern.split("*"))
     # Pods choose the texts: each literal is taken where it first comes and kept (atomic), which loses no match, so that
     # the time grows with the text's length and not with its power of the number of stars.
-    inner = "".join(f"(?>.+?{literal})" for literal in rest[:-1])
-    return re.compile(f"{first}{inner}.+{rest[-1]}")
+    return re.compile(first + "".join(f"(?>.+?{literal})" for literal in inner) + ".+" + last)

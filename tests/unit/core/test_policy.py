@@ -355,7 +355,7 @@ def test_why_a_text_is_no_pattern_is_said(text: str, problem: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["example.com", "https:/example.com", "*://example.com/", "https://*/", "https://*.example.com/", "https://{pod}/",
-     "https://{pod}.example.com/a", "{namespace}://example.com/", "spiffe:///a", "https://example.com/%41"],
+     "https://{pod}.example.com/a", "{namespace}://example.com/", "spiffe:///a", "https//example.com/a", "https:/x/example.com/a", "https://example.com/%41"],
 )  # fmt: skip
 def test_a_uri_pattern_writes_out_scheme_and_host(text: str) -> None:
     """No pod's name and no star decides on a host: there a dot in a pod's name would be another host."""
