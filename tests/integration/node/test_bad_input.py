@@ -30,7 +30,7 @@ from tests.support.scripted_authority import Response, TestCA, refused
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-_TOKENS = "csi.storage.k8s.io/serviceAccount.tokens"
+TOKENS = "csi.storage.k8s.io/serviceAccount.tokens"
 INVALID, DENIED = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED
 FAILED, UNAVAILABLE = grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNAVAILABLE
 
@@ -169,9 +169,9 @@ async def test_tokens(node: Node, kind: str, in_secrets: bool) -> None:
     bad, pod = BAD_TOKENS[kind], FakePod()
     request, tokens = node.request(pod, token=None), bad.make(pod)
     if in_secrets:
-        request.secrets[_TOKENS] = tokens
+        request.secrets[TOKENS] = tokens
     else:
-        request.volume_context[_TOKENS] = tokens
+        request.volume_context[TOKENS] = tokens
     failure = await _refused(node, request, bad.code, bad.reason, bad.words)
     assert len(tokens) < 20 or tokens[:40] not in failure.text
     assert node.script.calls == 0
@@ -185,7 +185,7 @@ async def test_an_alg_none_token_is_the_authoritys_to_refuse(node: Node) -> None
     await _refused(node, request, DENIED, "IdentityRefused", "pod token: is not signed by this cluster")
 
 
-def _change(request: Request, **fields: Any) -> Request:
+def change(request: Request, **fields: Any) -> Request:
     for name, value in fields.items():
         if value is None:
             request.ClearField(name)  # type: ignore[arg-type]  # one of the fields' names
@@ -229,7 +229,7 @@ SHAPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 async def test_requests(node: Node, shape: str) -> None:
     """What can't be a certificate volume of a pod is told in the words of the pod's spec or the CSIDriver object."""
     fields, words = SHAPES[shape]
-    await _refused(node, _change(node.request(), **fields), INVALID, "InvalidRequest", *words)
+    await _refused(node, change(node.request(), **fields), INVALID, "InvalidRequest", *words)
     assert node.script.calls == 0
 
 
@@ -242,7 +242,7 @@ async def test_fs_group(node: Node, group: str) -> None:
 @pytest.mark.parametrize("field", ["volume_id", "target_path"])
 async def test_required_fields(node: Node, field: str) -> None:
     """An empty volume_id or target_path is INVALID_ARGUMENT, as the CSI specification asks."""
-    request = _change(node.kubelet.publish_request(FakePod()), **{field: None})
+    request = change(node.kubelet.publish_request(FakePod()), **{field: None})
     failure = await failure_of(node.publish(request))
     assert (failure.code, failure.reason) == (INVALID, "InvalidRequest")
     assert f"{field}: is empty" in failure.text
@@ -461,18 +461,18 @@ async def test_a_full_volume(node: Node) -> None:
 
 
 def _put_token(bad: BadToken, request: Request) -> None:
-    request.volume_context[_TOKENS] = bad.make(FakePod())
+    request.volume_context[TOKENS] = bad.make(FakePod())
 
 
 _HARMFUL: dict[str, Callable[[Request], object]] = {
-    "writable": lambda request: _change(request, readonly=False),
-    "block": lambda request: _change(request, volume_capability=_BLOCK),
-    "no-capability": lambda request: _change(request, volume_capability=None),
+    "writable": lambda request: change(request, readonly=False),
+    "block": lambda request: change(request, volume_capability=_BLOCK),
+    "no-capability": lambda request: change(request, volume_capability=None),
     "no-context": lambda request: request.volume_context.clear(),
-    "unknown-attribute": lambda request: _change(request, volume_context={"typo": "x"}),
-    "hostile-attribute": lambda request: _change(request, volume_context={"name": "\0\ud7ff" * 1000}),
-    "forged-key": lambda request: _change(request, volume_context={f"{_KUBELET}x": "x"}),
-    "other-pod": lambda request: _change(request, volume_context={f"{_KUBELET}pod.uid": "other"}),
+    "unknown-attribute": lambda request: change(request, volume_context={"typo": "x"}),
+    "hostile-attribute": lambda request: change(request, volume_context={"name": "\0\ud7ff" * 1000}),
+    "forged-key": lambda request: change(request, volume_context={f"{_KUBELET}x": "x"}),
+    "other-pod": lambda request: change(request, volume_context={f"{_KUBELET}pod.uid": "other"}),
     "bad-group": lambda request: setattr(request.volume_capability.mount, "volume_mount_group", "x"),
     **{f"token-{kind}": partial(_put_token, bad) for kind, bad in BAD_TOKENS.items()},
 }
@@ -491,7 +491,7 @@ async def test_a_live_volume_survives(node: Node, harm: str) -> None:
 
 
 _contexts = st.dictionaries(
-    st.one_of(st.text(max_size=20), st.sampled_from([f"{_KUBELET}pod.uid", f"{_KUBELET}ephemeral", _TOKENS, "name"])),
+    st.one_of(st.text(max_size=20), st.sampled_from([f"{_KUBELET}pod.uid", f"{_KUBELET}ephemeral", TOKENS, "name"])),
     st.one_of(st.text(max_size=50), st.sampled_from(["{}", _tokens("a.e30.c"), "[" * 3000, "0" * 300])),
     max_size=6,
 )
