@@ -102,11 +102,8 @@ class _Reader:
 
 
 def _may_sign(certificate: x509.Certificate) -> bool:
-    """True for a CA that may sign certificates (RFC 5280 sections 4.2.1.3 and 4.2.1.9)."""
-    try:
-        extensions = certificate.extensions
-        constraints = extensions.get_extension_for_class(x509.BasicConstraints).value
-        usage = extensions.get_extension_for_class(x509.KeyUsage).value
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
-        return False
-    return constraints.ca and usage.key_cert_sign
+    """True for a CA that may sign certificates (RFC 5280 sections 4.2.1.3 and 4.2.1.9: no key usage means any)."""
+    values = [extension.value for extension in certificate.extensions]
+    constraints = [value for value in values if isinstance(value, x509.BasicConstraints)]
+    usages = [value for value in values if isinstance(value, x509.KeyUsage)]
+    return any(value.ca for value in constraints) and all(value.key_cert_sign for value in usages)

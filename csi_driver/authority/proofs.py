@@ -78,7 +78,7 @@ class Proofs:
         Raises:
             CertmountError: as :meth:`TokenVerifier.verify` and :meth:`TokenReviewer.review`.
         """
-        key = hashlib.sha256(f"{audience}\n{token.reveal()}".encode(errors="replace")).digest()
+        key = hashlib.sha256(f"{audience}\n{token.reveal()}".encode(errors="surrogatepass")).digest()
         verified: PodIdentity | None = None
         while True:
             kept = self._kept.get(key)

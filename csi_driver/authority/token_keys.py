@@ -62,7 +62,7 @@ def _parse_key(entry: Any) -> jwt.PyJWK | None:
         key = jwt.PyJWK.from_dict(entry)
     except jwt.PyJWTError:
         return None
-    if key.algorithm_name not in ALGORITHMS:
+    if key.algorithm_name not in ALGORITHMS:  # as inferred where the entry names none
         return None
     return None if isinstance(key.key, rsa.RSAPublicKey) and key.key.key_size < _LEAST_RSA_BITS else key
 

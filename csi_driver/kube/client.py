@@ -72,7 +72,7 @@ async def answered(call: Awaitable[_T], reason: Reason, what: str) -> _T:
         CertmountError: with ``reason``, whatever failed; its text never quotes the request. Conflict for HTTP 409.
     """
     try:
-        return await call
+        answer = await call
     except client.ApiException as error:
         if error.status == 409:
             raise Conflict(reason, Fault(what, "someone else changed it at the same moment")) from None
@@ -87,6 +87,9 @@ async def answered(call: Awaitable[_T], reason: Reason, what: str) -> _T:
         raise CertmountError(
             reason, Fault(what, f"the API server's answer is strange ({type(error).__name__})")
         ) from None
+    if answer is None:
+        raise CertmountError(reason, Fault(what, "the API server's answer is strange (null)"))
+    return answer
 
 
 def _message(error: client.ApiException) -> str:

@@ -219,6 +219,32 @@ async def test_what_it_cannot_start_with_ends_it_with_a_sentence(change: object,
     assert "Traceback" not in log
 
 
+async def test_a_missing_key_set_is_waited_for(process: Process) -> None:
+    """It may be written by someone who starts at the same moment; until then it says why it is not ready."""
+    jwks = process.world.folder / "jwks.json"
+    content = jwks.read_bytes()
+    jwks.unlink()
+    running = process.start()
+    try:
+        await until(lambda: "see --jwks" in process.log.read_text(), "the first attempt")
+        assert "the keys that the cluster signs tokens with are not known" in process.get("/readyz")[1]
+        jwks.write_bytes(content)
+        await until(lambda: process.get("/readyz") == (200, "ok\n"), "the authority")
+    finally:
+        running.kill()
+        running.wait()
+
+
+def test_the_options_of_a_cluster_need_one() -> None:
+    """Outside of one the command ends with a sentence, not with a traceback."""
+    main = [sys.executable, "-m", "csi_driver.cli.main", "authority", *NEEDED, *INSIDE, "--http=127.0.0.1:0"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("KUBERNETES_")}
+    result = subprocess.run(main, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1
+    assert "cluster: cannot be found: Service host/port is not set" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def damage(folder: Path) -> None:
     folder.mkdir()
     file = folder / "ca.json"

@@ -7,7 +7,8 @@ from datetime import timedelta
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.verification import PolicyBuilder, Store
 
@@ -15,6 +16,7 @@ from csi_driver.authority.keyring import INTERMEDIATE_LIFE, ROOT_LIFE, Keyring, 
 from csi_driver.authority.keyring_check import load_keyring
 from csi_driver.authority.leaf import SERVER, Leaf, sign_leaf
 from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.keys import encode_key
 from csi_driver.core.names import DNSName, Names
 from csi_driver.core.secret import Secret
 from tests.unit.authority.clock import Clock
@@ -157,6 +159,61 @@ def test_a_damaged_ca_is_refused_with_what_is_wrong(damage: str, keyring: Keyrin
     assert refusal.value.reason is Reason.INVALID_CA
     assert words in str(refusal.value)
     assert "PRIVATE KEY" not in str(refusal.value)
+
+
+def own_ca(*, usage: bool) -> Values:
+    """As an administrator may bring it: an RSA root and an Ed25519 intermediate, made by other tools."""
+    root_key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    key = ed25519.Ed25519PrivateKey.generate()
+    root_name, name = (x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)]) for text in ("root", "sub"))
+    certificates = []
+    for subject, public_key in ((root_name, root_key.public_key()), (name, key.public_key())):
+        builder = (
+            x509.CertificateBuilder(root_name, subject, public_key, x509.random_serial_number())
+            .not_valid_before(NOW - timedelta(days=1))
+            .not_valid_after(NOW + timedelta(days=100))
+            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+        )
+        if usage:
+            builder = builder.add_extension(NO_SIGNING, critical=True)
+        certificates.append(Secret(builder.sign(root_key, SHA256()).public_bytes(Encoding.PEM)))
+    return {
+        "root.crt": certificates[0],
+        "root.key": encode_key(root_key),
+        "intermediate.crt": certificates[1],
+        "intermediate.key": encode_key(key),
+    }
+
+
+NO_SIGNING = x509.KeyUsage(
+    digital_signature=True,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    key_cert_sign=False,
+    crl_sign=False,
+    encipher_only=False,
+    decipher_only=False,
+)
+
+
+def test_an_administrators_own_ca_is_taken() -> None:
+    """Of other algorithms, and without a key usage, which then means any; it signs leaves and new intermediates."""
+    keyring = load_keyring(own_ca(usage=False), NOW, where="here")
+    names = Names.of(dns=[DNSName.parse("hello.test")])
+    key = ec.generate_private_key(ec.SECP256R1()).public_key()
+    for ring in (keyring, keyring.with_new_intermediate(NOW)):
+        leaf = sign_leaf(Leaf(key, names, timedelta(hours=1), (SERVER,)), ring.intermediate, NOW)
+        leaf.verify_directly_issued_by(ring.intermediate.certificate)
+        ring.intermediate.certificate.verify_directly_issued_by(ring.root.certificate)
+
+
+def test_a_ca_that_may_not_sign_certificates_is_refused() -> None:
+    """By its own key usage; verifiers would refuse all that it signs."""
+    with pytest.raises(CertmountError, match="is not the certificate of a certificate authority"):
+        load_keyring(own_ca(usage=True), NOW, where="here")
 
 
 def test_all_faults_of_a_ca_are_said_at_once(keyring: Keyring) -> None:

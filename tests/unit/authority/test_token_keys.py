@@ -15,6 +15,7 @@ from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.proof import PublishedKeys
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 from tests.support.tokens import ISSUER, TokenIssuer
+from tests.support.waiting import until
 from tests.unit.authority.clock import Clock
 
 
@@ -117,18 +118,48 @@ GOOD = TokenIssuer()
         {**GOOD.jwk, "use": "enc"},
         {**GOOD.jwk, "alg": "PS256"},
         {**GOOD.jwk, "alg": "none"},
+        {**{name: value for name, value in SECRET_KEY.items() if name != "alg"}},
         {**GOOD.jwk, "kid": ""},
         {**GOOD.jwk, "kid": 7},
         {**GOOD.jwk, "n": "!"},
         {"kid": "a"},
     ],
-    ids=["shared", "weak", "encryption", "other algorithm", "none", "empty id", "number as id", "damaged", "no type"],
+    ids=[
+        "shared",
+        "weak",
+        "encryption",
+        "other algorithm",
+        "none",
+        "shared without algorithm",
+        "empty id",
+        "number as id",
+        "damaged",
+        "no type",
+    ],
 )
 def test_only_strong_signing_keys_with_an_id_are_taken(entry: Any) -> None:
     """A shared secret, a short RSA key or a key for something else never verifies a token, even if published."""
     with pytest.raises(CertmountError, match="hold no signing key"):
         parse_keys(jwks(entry))
     assert set(parse_keys(jwks(entry, {**GOOD.jwk, "kid": "good"})).keys) == {"good"}
+
+
+async def test_the_keys_are_fetched_again_and_again(
+    issuer: TokenIssuer, metrics: AuthorityMetrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure in between changes nothing and ends nothing."""
+    monkeypatch.setattr("csi_driver.authority.token_keys._REFRESH_S", 0.001)
+    cluster = Cluster(issuer)
+    keys = TokenKeys(cluster.fetch, metrics)
+    await keys.load()
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(keys.run())
+        cluster.down = True
+        await until(lambda: cluster.asked > 3, "some failures")
+        assert await keys.find(issuer.key_id) is not None
+        cluster.down, cluster.issuers = False, (issuer.rotated("key-2"),)
+        await until(lambda: "key-2" in keys._held().keys, "the new key")
+        running.cancel()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"keys": 7}', '{"keys": [7]}', "[" * 100_000, '{"keys": null}'])

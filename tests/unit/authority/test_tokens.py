@@ -12,7 +12,6 @@ from typing import Any
 
 import jwt
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,7 +50,7 @@ def hmac_by_public_key(issuer: TokenIssuer) -> Secret[str]:
 
 def with_own_key(issuer: TokenIssuer) -> Secret[str]:
     """Signed by the attacker's key, which the header offers under the cluster's key id."""
-    mallory = TokenIssuer(key=ec.generate_private_key(ec.SECP256R1()), key_id=issuer.key_id)
+    mallory = TokenIssuer(key_id=issuer.key_id)
     return mallory.sign(
         mallory.claims(POD, POD_AUDIENCE), jwk=mallory.jwk, x5u="https://mallory.test/", jku="https://mallory.test/"
     )
@@ -111,7 +110,7 @@ ATTACKS: dict[str, tuple[Callable[[TokenIssuer], Secret[str]], Reason, str]] = {
         Reason.IDENTITY_REFUSED,
         "signature that does not fit",
     ),
-    "key in the header": (with_own_key, Reason.IDENTITY_REFUSED, "another algorithm"),
+    "key in the header": (with_own_key, Reason.IDENTITY_REFUSED, "signature that does not fit"),
     "claims changed": (claims_changed_after_signing, Reason.IDENTITY_REFUSED, "signature that does not fit"),
     "unknown critical header": (
         lambda i: i.sign(i.claims(POD, POD_AUDIENCE), crit=["exp"]),

@@ -100,6 +100,13 @@ async def test_what_the_cluster_does_not_say_is_empty(extra: Any, server: FakeAp
         ((403, b"<html>"), "answers 403"),
         ((201, b"<html>"), "is strange"),
         ((201, b'{"status": {"authenticated": "perhaps"}}'), "is strange"),
+        ((201, b'{"status": {"authenticated": true, "user": 7}}'), "is strange"),
+        ((201, b'{"status": 7}'), "is strange"),
+        ((201, b"7"), "is strange"),
+        ((201, b"[]"), "is strange"),
+        ((201, b"null"), "is strange"),
+        ((201, b""), "is strange"),
+        ((201, b"\xff"), "is strange"),
     ],
 )
 async def test_an_api_server_that_fails_has_said_nothing(
