@@ -39,11 +39,18 @@ def may_mount() -> bool:
 
 
 def require_program(name: str) -> str:
-    """The path of a program on PATH or where ``go install`` puts programs; ends the test where there is none."""
-    path = shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, _go_folders())))
+    """The path of a program: on PATH, where ``make peers`` or ``go install`` put it; ends the test where there is none."""
+    folders = os.pathsep.join(map(str, (*_peer_folders(name), *_go_folders())))
+    path = shutil.which(name) or shutil.which(name, path=folders)
     if path is None:
         missing(f"needs the program {name}")
     return path
+
+
+def _peer_folders(name: str) -> list[Path]:
+    """Where scripts/install-peers puts a program, the newest version first."""
+    cache = Path(os.environ.get("CERTMOUNT_CACHE") or Path.home() / ".cache" / "certmount")
+    return sorted(cache.glob(f"{name}-*"), reverse=True)
 
 
 def _go_folders() -> list[Path]:

@@ -1,0 +1,95 @@
+"""What csi-sanity needs beside a node driver: a controller that makes volumes, and the kubelet's part in a publish call.
+
+csi-sanity takes the context of a volume from CreateVolume, and asks for all that a volume can do only where the driver has
+a controller. The kubelet makes that context itself for inline volumes, with pod and token, and says ``readonly`` as the
+pod's spec does; csi-sanity can't say it. So this server stands before the driver: it answers the Controller's calls,
+announces it, sets ``readonly`` in publish calls, and hands everything else on, byte for byte.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import grpc
+
+from csi_driver._proto import csi_pb2
+
+_Answer = Callable[[bytes, Any], Awaitable[bytes]]
+_Service = csi_pb2.PluginCapability.Service
+
+
+class SanityController(grpc.GenericRpcHandler):
+    """Serves at a unix socket before the driver's; ``context`` makes the volume_context of each new volume."""
+
+    def __init__(self, socket: Path, driver: grpc.aio.Channel, context: Callable[[], Mapping[str, str]]) -> None:
+        self.address = f"unix:{socket}"
+        self._driver = driver
+        self._context = context
+        self._server = grpc.aio.server()
+        self._server.add_generic_rpc_handlers((self,))
+        self._server.add_insecure_port(self.address)
+        self._own: Mapping[str, _Answer] = {
+            "/csi.v1.Controller/CreateVolume": self._create_volume,
+            "/csi.v1.Controller/DeleteVolume": self._nothing,
+            "/csi.v1.Controller/ControllerGetCapabilities": self._nothing,
+            "/csi.v1.Identity/GetPluginCapabilities": self._capabilities,
+            "/csi.v1.Node/NodePublishVolume": self._publish,
+        }
+
+    async def __aenter__(self) -> Self:
+        await self._server.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._server.stop(None)
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        """Grpc's question who answers a method."""
+        method = handler_call_details.method
+        return grpc.unary_unary_rpc_method_handler(self._own.get(method) or self._forwarder(method))
+
+    def _forwarder(self, method: str) -> _Answer:
+        async def forward(request: bytes, context: Any) -> bytes:
+            call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._driver.unary_unary(method)
+            try:
+                return await call(request, timeout=context.time_remaining())
+            except grpc.aio.AioRpcError as error:
+                await context.abort(error.code(), error.details())
+                raise AssertionError from error  # abort does not return
+
+        return forward
+
+    async def _nothing(self, _request: bytes, _context: Any) -> bytes:
+        return b""
+
+    async def _create_volume(self, _request: bytes, _context: Any) -> bytes:
+        """CreateVolumeResponse {Volume volume = 1}; Volume {string volume_id = 2; map<string, string> volume_context = 3}."""
+        entries = [_field(3, _text(1, key) + _text(2, value)) for key, value in self._context().items()]
+        return _field(1, _text(2, f"csi-{uuid.uuid4().hex}") + b"".join(entries))
+
+    async def _capabilities(self, request: bytes, context: Any) -> bytes:
+        answer = await self._forwarder("/csi.v1.Identity/GetPluginCapabilities")(request, context)
+        capabilities = csi_pb2.GetPluginCapabilitiesResponse.FromString(answer)
+        capabilities.capabilities.add(service=_Service(type=_Service.CONTROLLER_SERVICE))
+        return capabilities.SerializeToString()
+
+    async def _publish(self, request: bytes, context: Any) -> bytes:
+        publish = csi_pb2.NodePublishVolumeRequest.FromString(request)
+        publish.readonly = True
+        return await self._forwarder("/csi.v1.Node/NodePublishVolume")(publish.SerializeToString(), context)
+
+
+def _text(number: int, text: str) -> bytes:
+    return _field(number, text.encode())
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A length-delimited field (protobuf encoding: tag, length as base-128 varint, content)."""
+    length, size = bytearray(), len(content)
+    while size > 0x7F:
+        length.append(size & 0x7F | 0x80)
+        size >>= 7
+    return bytes((number << 3 | 2, *length, size)) + content
