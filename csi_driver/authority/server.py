@@ -23,7 +23,7 @@ from csi_driver.authority.serving import ServingCertificate
 from csi_driver.authority.surroundings import Surroundings
 from csi_driver.authority.token_keys import TokenKeys
 from csi_driver.authority.tokens import TokenVerifier
-from csi_driver.authority.trust import Trust
+from csi_driver.authority.trust import LONGEST_WATCH, Trust
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.identity import MAX_TOKEN_BYTES, ServiceAccount
 from csi_driver.core.names import Names
@@ -46,9 +46,9 @@ _OPTIONS = (
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    # Nodes find new replicas, as a connection would else last as long as its node; calls under way are let end.
+    # Nodes find new replicas, as a connection would else last as long as its node; what is under way on it may end.
     ("grpc.max_connection_age_ms", int(timedelta(hours=1) / timedelta(milliseconds=1))),
-    ("grpc.max_connection_age_grace_ms", int(timedelta(minutes=2) / timedelta(milliseconds=1))),
+    ("grpc.max_connection_age_grace_ms", int(LONGEST_WATCH * 1.1 / timedelta(milliseconds=1))),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +14,8 @@ from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
 _MOST_WATCHERS = 10_000
 """Twice the nodes of the largest supported cluster (Kubernetes: 5,000), as a node may reconnect before its old call is missed."""
+LONGEST_WATCH = timedelta(minutes=30)
+"""After which a watch ends and its caller comes again: to whichever replica there is then, with a token of that day."""
 
 
 class RootPublisher(Protocol):
@@ -43,9 +46,12 @@ class FolderPublisher:
 class Trust:
     """The current roots (X.509 DER), and a stream of them for each watcher."""
 
-    def __init__(self, metrics: AuthorityMetrics, most_watchers: int = _MOST_WATCHERS) -> None:
+    def __init__(
+        self, metrics: AuthorityMetrics, most_watchers: int = _MOST_WATCHERS, longest: timedelta = LONGEST_WATCH
+    ) -> None:
         self._metrics = metrics
         self._most_watchers = most_watchers
+        self._longest = longest
         self._watchers = 0
         self._roots: tuple[bytes, ...] = ()
         self._changed = asyncio.Event()
@@ -63,12 +69,18 @@ class Trust:
         self._wake()
 
     async def watch(self) -> AsyncGenerator[tuple[bytes, ...], None]:
-        """The roots now, then each change, until :meth:`close`; raises CertmountError Overloaded with too many watchers."""
+        """The roots now, then each change, for half an hour or until :meth:`close`.
+
+        Raises:
+            CertmountError: Overloaded with too many watchers.
+        """
         if self._watchers >= self._most_watchers:
             raise CertmountError(Reason.OVERLOADED, f"{self._watchers} callers watch the roots already")
         self._watchers += 1
         self._metrics.watchers.inc()
         sent: tuple[bytes, ...] = ()
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._longest.total_seconds()
         try:
             while not self._closed:
                 changed = self._changed
@@ -76,7 +88,10 @@ class Trust:
                     sent = self._roots
                     yield sent
                 else:
-                    await changed.wait()
+                    async with asyncio.timeout_at(end):
+                        await changed.wait()
+        except TimeoutError:
+            return
         finally:
             self._watchers -= 1
             self._metrics.watchers.dec()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,14 @@ async def test_closing_ends_all_watches(metrics: AuthorityMetrics, registry: Col
         trust.close()
     assert [watcher.result() for watcher in watchers] == [[(b"1",)]] * 5
     assert await follow() == []
+    assert registry.get_sample_value("certmount_authority_trust_watchers") == 0
+
+
+async def test_a_watch_ends_by_itself(metrics: AuthorityMetrics, registry: CollectorRegistry) -> None:
+    """Cleanly, so that its caller proves itself again, and no replica keeps its callers for ever."""
+    trust = Trust(metrics, longest=timedelta(milliseconds=20))
+    trust.set((b"1",))
+    assert [roots async for roots in trust.watch()] == [(b"1",)]
     assert registry.get_sample_value("certmount_authority_trust_watchers") == 0
 
 
