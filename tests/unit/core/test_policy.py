@@ -353,6 +353,20 @@ def test_why_a_text_is_no_pattern_is_said(text: str, problem: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "pattern, name",
+    [
+        ("spiffe://{trust_domain}", "spiffe://td.example"),
+        ("https://www.{cluster_domain}/", "https://www.cluster.local/"),
+        ("https://example.com/{namespace}/*", "https://example.com/web/x"),
+        ("https://example.com/{pod}-*/a*z", "https://example.com/edge-0-x/abcz"),
+    ],
+)
+def test_a_uri_pattern_allows_what_it_says(pattern: str, name: str) -> None:
+    """A host alone, the administrator's domains in it, values and stars in the path."""
+    assert policy(everyone(pattern)).decide(identity(), names(name), None).names.uris[1:] == names(name).uris
+
+
+@pytest.mark.parametrize(
     "text",
     ["example.com", "https:/example.com", "*://example.com/", "https://*/", "https://*.example.com/", "https://{pod}/",
      "https://{pod}.example.com/a", "{namespace}://example.com/", "spiffe:///a", "https//example.com/a", "https:/x/example.com/a", "https://example.com/%41"],
