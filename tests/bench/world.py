@@ -169,9 +169,12 @@ class World:
         await self._stub.NodePublishVolume(request)
         return time.perf_counter() - started
 
-    async def stats(self, request: PublishRequest) -> None:
-        question = csi_pb2.NodeGetVolumeStatsRequest(volume_id=request.volume_id, volume_path=request.target_path)
-        await self._stub.NodeGetVolumeStats(question)
+    async def wait_and_ask(self, pause_s: float) -> float:
+        """A call without any work in it after a pause; gives the call's seconds and what the pause was too long."""
+        started = time.perf_counter()
+        await asyncio.sleep(pause_s)
+        await self._stub.NodeGetInfo(csi_pb2.NodeGetInfoRequest())
+        return time.perf_counter() - started - pause_s
 
     async def publish_at_once(self, requests: Iterable[PublishRequest]) -> float:
         """Publishes all side by side; gives the seconds until the last answer."""
