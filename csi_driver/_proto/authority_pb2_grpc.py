@@ -57,7 +57,8 @@ class AuthorityServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchTrust(self, request, context):
-        """Sends the trusted roots now, and again each time they change, until the caller ends the call.
+        """Sends the trusted roots now, and again each time they change. The authority ends the stream from time to time, so
+        that the caller proves itself anew; the caller then calls again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

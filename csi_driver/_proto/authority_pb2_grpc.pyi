@@ -41,7 +41,9 @@ class AuthorityStub:
     Issue: _grpc.UnaryUnaryMultiCallable[_authority_pb2.IssueRequest, _authority_pb2.IssueResponse]
     """Proves who the pod is, decides on the names in the CSR and has them signed."""
     WatchTrust: _grpc.UnaryStreamMultiCallable[_authority_pb2.WatchTrustRequest, _authority_pb2.TrustBundle]
-    """Sends the trusted roots now, and again each time they change, until the caller ends the call."""
+    """Sends the trusted roots now, and again each time they change. The authority ends the stream from time to time, so
+    that the caller proves itself anew; the caller then calls again.
+    """
 
 @_typing.type_check_only
 class AuthorityAsyncStub(AuthorityStub):
@@ -49,7 +51,9 @@ class AuthorityAsyncStub(AuthorityStub):
     Issue: _aio.UnaryUnaryMultiCallable[_authority_pb2.IssueRequest, _authority_pb2.IssueResponse]  # type: ignore[assignment]
     """Proves who the pod is, decides on the names in the CSR and has them signed."""
     WatchTrust: _aio.UnaryStreamMultiCallable[_authority_pb2.WatchTrustRequest, _authority_pb2.TrustBundle]  # type: ignore[assignment]
-    """Sends the trusted roots now, and again each time they change, until the caller ends the call."""
+    """Sends the trusted roots now, and again each time they change. The authority ends the stream from time to time, so
+    that the caller proves itself anew; the caller then calls again.
+    """
 
 class AuthorityServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -66,6 +70,8 @@ class AuthorityServicer(metaclass=_abc_1.ABCMeta):
         request: _authority_pb2.WatchTrustRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_authority_pb2.TrustBundle], _abc.AsyncIterator[_authority_pb2.TrustBundle]]:
-        """Sends the trusted roots now, and again each time they change, until the caller ends the call."""
+        """Sends the trusted roots now, and again each time they change. The authority ends the stream from time to time, so
+        that the caller proves itself anew; the caller then calls again.
+        """
 
 def add_AuthorityServicer_to_server(servicer: AuthorityServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

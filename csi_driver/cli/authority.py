@@ -27,14 +27,7 @@ from csi_driver.telemetry.logging import LEVELS, configure_logging
 log = structlog.get_logger(__name__)
 
 _T = TypeVar("_T")
-_Command = TypeVar("_Command", bound=Callable[..., Any] | click.Command)
 _FILE = click.Path(path_type=Path)
-
-
-def _option(name: str, **settings: Any) -> Callable[[_Command], _Command]:
-    """An option that is also read from CERTMOUNT_<OPTION>."""
-    variable = "CERTMOUNT_" + name.removeprefix("--").replace("-", "_").upper()
-    return click.option(name, envvar=variable, show_default=True, **settings)
 
 
 def _parsed(parse: Callable[[str], _T]) -> Callable[..., Any]:
@@ -69,45 +62,61 @@ def _namespaced(text: str) -> tuple[str, str]:
 
 
 @click.command(name="authority")
-@_option("--listen", default="0.0.0.0:8443", callback=_parsed(_address), help="HOST:PORT for gRPC over TLS.")
-@_option(
-    "--http", default="0.0.0.0:9441", callback=_parsed(_address), help="HOST:PORT for /healthz, /readyz and /metrics."
+@click.option(
+    "--listen",
+    default="0.0.0.0:8443",
+    show_default=True,
+    callback=_parsed(_address),
+    help="HOST:PORT for gRPC over TLS.",
 )
-@_option(
-    "--trust-domain", default="cluster.local", callback=_parsed(parse_trust_domain), help="Of the SPIFFE IDs it issues."
+@click.option(
+    "--http",
+    default="0.0.0.0:9441",
+    show_default=True,
+    callback=_parsed(_address),
+    help="HOST:PORT for /healthz, /readyz and /metrics.",
 )
-@_option(
+@click.option(
+    "--trust-domain",
+    default="cluster.local",
+    show_default=True,
+    callback=_parsed(parse_trust_domain),
+    help="Of the SPIFFE IDs it issues.",
+)
+@click.option(
     "--cluster-domain",
     default="cluster.local",
+    show_default=True,
     callback=_parsed(lambda text: DNSName.parse(text).text),
     help="The cluster's DNS domain; {cluster_domain} in the policy.",
 )
-@_option("--policy", required=True, type=_FILE, help="YAML file that says who may have which names.")
-@_option(
+@click.option("--policy", required=True, type=_FILE, help="YAML file that says who may have which names.")
+@click.option(
     "--serving-name",
     multiple=True,
     required=True,
     callback=_parsed(DNSName.parse),
     help="A DNS name by which nodes call this authority; repeatable.",
 )
-@_option(
+@click.option(
     "--node-service-account",
     default="certmount/certmount-node",
+    show_default=True,
     callback=_parsed(_namespaced),
     help="NAMESPACE/NAME of the service account that node drivers run as.",
 )
-@_option(
+@click.option(
     "--ca-secret", callback=_parsed(_namespaced), help="In a cluster: NAMESPACE/NAME of the Secret that keeps the CA."
 )
-@_option(
+@click.option(
     "--root-configmap",
     callback=_parsed(_namespaced),
     help="In a cluster: NAMESPACE/NAME of the ConfigMap that gets the root.",
 )
-@_option("--ca-dir", type=_FILE, help="Outside of one: folder that keeps the CA and gets root.crt.")
-@_option("--jwks", type=_FILE, help="Outside of one: file with the JSON Web Key Set that tokens are signed by.")
-@_option("--token-issuer", help="Outside of one: the issuer that tokens must name.")
-@_option("--log-level", type=click.Choice(LEVELS), default="info")
+@click.option("--ca-dir", type=_FILE, help="Outside of one: folder that keeps the CA and gets root.crt.")
+@click.option("--jwks", type=_FILE, help="Outside of one: file with the JSON Web Key Set that tokens are signed by.")
+@click.option("--token-issuer", help="Outside of one: the issuer that tokens must name.")
+@click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True)
 def command(log_level: str, http: str, **options: Any) -> None:
     """Run the registration authority: it proves who pods are and has their certificates signed."""
     surroundings = _surroundings(options)

@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 
 from csi_driver import DRIVER_NAME, __version__
 from csi_driver._proto import csi_pb2_grpc
+from csi_driver.cli.liveness import loop_liveness
 from csi_driver.core.errors import CertmountError
 from csi_driver.host.folder_mounts import FolderMounts
 from csi_driver.host.mounts import KernelMounts
@@ -38,7 +39,6 @@ from csi_driver.telemetry.node_metrics import NodeMetrics
 log = structlog.get_logger(__name__)
 
 _GRACE_S = 10.0
-_HEARTBEAT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ async def run(settings: Settings) -> None:
     with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="keys") as keys:
         publisher = _publisher(settings, client, keys, metrics)
         registration = Registration(settings.kubelet_dir, settings.plugin_dir / "csi.sock")
-        health = HealthServer(settings.http, registry, _readiness(settings, client, registration), _liveness())
+        health = HealthServer(settings.http, registry, _readiness(settings, client, registration), loop_liveness())
         health.start()
         try:
             await _serve(settings, publisher, client, registration, metrics, stop)
@@ -197,19 +197,5 @@ def _readiness(settings: Settings, client: AuthorityClient, registration: Regist
             *([trust] if trust else []),
             *([registration.problem] if registration.problem else []),
         ]
-
-    return reasons
-
-
-def _liveness() -> Callable[[], Sequence[str]]:
-    loop = asyncio.get_running_loop()
-
-    def reasons() -> Sequence[str]:
-        """Asks the event loop for a sign of life; called from the health server's thread."""
-        try:
-            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(_HEARTBEAT_S)
-        except (TimeoutError, RuntimeError):
-            return [f"the event loop has not answered for {_HEARTBEAT_S:.0f} s"]
-        return []
 
     return reasons

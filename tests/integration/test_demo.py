@@ -103,9 +103,9 @@ def assert_tidy(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def told() -> Told:
-    """A run as most people start it, where proxies are set and other parts' options lie around."""
+    """A run as many people start it: where proxies are set."""
     proxy = "http://127.0.0.1:9"
-    return run(http_proxy=proxy, https_proxy=proxy, grpc_proxy=proxy, CERTMOUNT_CA_SECRET="certmount/certmount-ca")
+    return run(http_proxy=proxy, https_proxy=proxy, grpc_proxy=proxy)
 
 
 @pytest.fixture(scope="module")

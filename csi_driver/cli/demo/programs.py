@@ -48,7 +48,6 @@ class Program:
                 stdout=log,
                 stderr=log,
                 cwd=self._folder,
-                env=_environment(),
                 process_group=0,
             )
         try:
@@ -99,12 +98,6 @@ def free_ports(count: int) -> list[int]:
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
         return [probe.getsockname()[1] for probe in probes]
-
-
-def _environment() -> dict[str, str]:
-    """Ours without what would change the programs' options, or lead gRPC through a proxy to loopback."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("CERTMOUNT_")}
-    return {**kept, "no_grpc_proxy": "localhost"}
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -177,19 +177,6 @@ def test_a_wrong_option_is_named(arguments: list[str], words: str) -> None:
     assert words in " ".join(result.output.split())
 
 
-def test_every_option_can_come_from_the_environment(tmp_path: Path) -> None:
-    """As CERTMOUNT_<OPTION>; lists are separated by spaces."""
-    result = CliRunner().invoke(command, ["--help"])
-    assert result.exit_code == 0
-    environment = {
-        "CERTMOUNT_POLICY": str(tmp_path / "policy.yaml"),
-        "CERTMOUNT_SERVING_NAME": "localhost bad..name",
-        "CERTMOUNT_CA_DIR": str(tmp_path),
-    }
-    result = CliRunner(env=environment).invoke(command, [])
-    assert "'bad..name' has the label ''" in " ".join(result.output.split())
-
-
 @pytest.mark.parametrize(
     "change,words",
     [
