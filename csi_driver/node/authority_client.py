@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
+import contextlib
 import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -19,38 +20,24 @@ from csi_driver.rpc.errors import from_rpc
 
 ISSUE_TIMEOUT_S = 90.0
 """Shorter than kubelet's two minutes, so that it hears the reason and not just a timeout."""
+_PATIENCE_S = 6.0
+"""How long a call that got no answer waits for another replica: the cluster's Service needs some seconds to leave a dead one out."""
+_PAUSE_S = 0.2
 _MAX_FILE_BYTES = 1024 * 1024
 # RFC 6750 section 2.1. gRPC refuses other characters in metadata, and servers refuse more than 8 KiB of it.
 _TOKEN = re.compile(rb"[A-Za-z0-9._~+/-]{1,7168}=*")
 _OPTIONS = (
+    # Tokens go to the authority and to no one between, whatever http_proxy the environment holds.
+    ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 250),
-    ("grpc.min_reconnect_backoff_ms", 250),
+    # It is also how long a connection may take to come about: a replica on a dead node does not answer at all.
+    ("grpc.min_reconnect_backoff_ms", 2_000),
     ("grpc.max_reconnect_backoff_ms", 5_000),
     # The trust stream is silent for days; without this a vanished authority would go unnoticed.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", 1024 * 1024),
-    (
-        # A replica that ends in mid-call costs one retry at another one, not a failed mount (gRFC A6).
-        "grpc.service_config",
-        json.dumps(
-            {
-                "methodConfig": [
-                    {
-                        "name": [{"service": "certmount.authority.v1.Authority", "method": "Issue"}],
-                        "retryPolicy": {
-                            "maxAttempts": 4,
-                            "initialBackoff": "0.1s",
-                            "maxBackoff": "1s",
-                            "backoffMultiplier": 3,
-                            "retryableStatusCodes": ["UNAVAILABLE"],
-                        },
-                    }
-                ]
-            }
-        ),
-    ),
 )
 
 
@@ -82,17 +69,15 @@ class AuthorityClient:
     async def issue(self, csr: bytes, token: Secret[str], duration: timedelta | None) -> Answer:
         """Asks for a certificate; the names are in the CSR (DER).
 
+        The end of a replica costs a call some seconds, and no failure.
+
         Raises:
             CertmountError: the authority's reason, TrustMissing while there is no root file, AuthorityUnavailable.
         """
         request = authority_pb2.IssueRequest(csr=csr, pod_token=token.reveal())
         if duration is not None:
             request.duration.FromTimedelta(duration)
-        stub = self._stub()
-        try:
-            response = await stub.Issue(request, timeout=ISSUE_TIMEOUT_S, metadata=self._bearer())
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc(error) from None
+        response = await self._answered(request)
         renew_after = response.renew_after.ToTimedelta() if response.HasField("renew_after") else None
         return Answer(response.chain, response.roots, renew_after)
 
@@ -125,6 +110,24 @@ class AuthorityClient:
         for channel in (*self._retired, *([self._channel] if self._channel else [])):
             await channel.close()
         self._retired, self._channel = [], None
+
+    async def _answered(self, request: authority_pb2.IssueRequest) -> authority_pb2.IssueResponse:
+        """The answer of the first replica that gives one. gRPC's own retries (gRFC A6) give up within a second or so."""
+        clock = asyncio.get_running_loop().time
+        give_up = clock() + _PATIENCE_S
+        while True:
+            try:
+                return await self._stub().Issue(request, timeout=ISSUE_TIMEOUT_S, metadata=self._bearer())
+            except grpc.aio.AioRpcError as error:
+                failure = from_rpc(error)
+                silent = failure.reason is Reason.AUTHORITY_UNAVAILABLE and error.code() is grpc.StatusCode.UNAVAILABLE
+                if not silent or clock() >= give_up:
+                    raise failure from None
+            # A replica that is ending refuses calls over a connection that stands.
+            await asyncio.sleep(_PAUSE_S)
+            if self._channel is not None:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._channel.channel_ready(), max(give_up - clock(), 0.0))
 
     def _stub(self) -> authority_pb2_grpc.AuthorityAsyncStub:
         roots = self._read_roots()
