@@ -72,13 +72,13 @@ def driver() -> Any:
     return wait_until(lambda: pods_of("certmount-node"), seconds=60, what="a pod of the node driver")[0]
 
 
-def kill_container(pod: Any) -> None:
-    """SIGKILL for the first process of the pod's container, and for no other."""
+def process_of(pod: Any) -> int:
+    """The first process of the pod's container, by its number on the host."""
     container = pod["status"]["containerStatuses"][0]["containerID"].removeprefix("containerd://")
     command = ["ctr", "-a", _CONTAINERD, "-n", "k8s.io", "tasks", "ls"]
     tasks = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     (pid,) = re.findall(rf"^{container}\s+(\d+)", tasks, re.MULTILINE)
-    os.kill(int(pid), signal.SIGKILL)
+    return int(pid)
 
 
 def restart_kubelet() -> None:

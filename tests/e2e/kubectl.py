@@ -55,7 +55,7 @@ def make_namespace(name: str) -> str:
     return name
 
 
-def wait_until(condition: Callable[[], T | None], *, seconds: float, what: str) -> T:
+def wait_until(condition: Callable[[], T | None], *, seconds: float, what: str, pause: float = 0.3) -> T:
     """Asks until the answer is true in Python's sense, and gives it. AssertionError with the last answer after the deadline."""
     deadline = time.monotonic() + seconds
     while True:
@@ -64,7 +64,7 @@ def wait_until(condition: Callable[[], T | None], *, seconds: float, what: str) 
             return answer
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds:g} s: {what}; the last answer was {answer!r}")
-        time.sleep(0.3)
+        time.sleep(pause)
 
 
 def wait_for(condition: str, *objects: str, namespace: str = CERTMOUNT, seconds: float = 60) -> None:
