@@ -105,13 +105,14 @@ def leaf(
     *,
     validity: Validity = Validity(),
     extensions: Sequence[x509.ExtensionType] = (),
+    critical: bool = True,
 ) -> x509.Certificate:
-    """A pod's certificate."""
+    """A pod's certificate; ``critical`` is said of ``extensions``."""
     builder = _issuer(_builder(key, validity), parent).subject_name(x509.Name([]))
     if wanted:
         builder = builder.add_extension(san_extension(wanted), critical=True)
     for extension in extensions:
-        builder = builder.add_extension(extension, critical=True)
+        builder = builder.add_extension(extension, critical=critical)
     return sign(builder, parent.key)
 
 

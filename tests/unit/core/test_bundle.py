@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import subprocess
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
@@ -85,17 +86,32 @@ def middle(*extensions: x509.ExtensionType, **changes: int | bool | Validity | N
     return pki.authority("middle", ROOT, key=MIDDLE.key, extensions=extensions or (CA_USAGE,), **changes)  # type: ignore[arg-type]  # each by its name
 
 
+@functools.cache
+def root_above(path_length: int) -> Signer:
+    """The root, limited to so many intermediates."""
+    return pki.authority("root", key=ROOT.key, path_length=path_length)
+
+
 GOOD = {
     "leaf under an intermediate": lambda: Answer(under(MIDDLE)),
     "leaf under the root": lambda: Answer(der(leaf(ROOT))),
+    "a leaf that says it is no CA": lambda: Answer(
+        der(leaf(extensions=[x509.BasicConstraints(ca=False, path_length=None)]), MIDDLE.certificate)
+    ),
     "two intermediates": lambda: Answer(under(LOWER, MIDDLE)),
     "the root is sent along": lambda: Answer(under(MIDDLE, ROOT)),
     "one of several roots": lambda: Answer(under(MIDDLE), der(STRANGER.certificate, ROOT.certificate)),
+    "ten roots": lambda: Answer(under(MIDDLE), der(ROOT.certificate) * 10),
     "an expired root beside a valid one": lambda: Answer(
         under(MIDDLE),
         der(pki.authority("root", key=ROOT.key, validity=Validity(end=-SECOND)).certificate, ROOT.certificate),
     ),
     "just enough path length": lambda: Answer(under(middle(path_length=0))),
+    "just enough path length of the root": lambda: Answer(under(MIDDLE), der(root_above(1).certificate)),
+    "the same with the root sent along": lambda: Answer(under(MIDDLE, root_above(1)), der(root_above(1).certificate)),
+    "an unknown extension that is not critical": lambda: Answer(
+        der(pki.leaf(MIDDLE, KEY, NAMES, extensions=[UNKNOWN], critical=False), MIDDLE.certificate)
+    ),
     "only the SPIFFE ID": lambda: Answer(der(leaf(wanted=pki.names(SPIFFE)), MIDDLE.certificate), asked=Names()),
     "the SPIFFE ID asked for": lambda: Answer(der(leaf(), MIDDLE.certificate), asked=NAMES),
     "another trust domain": lambda: Answer(
@@ -257,7 +273,7 @@ BAD: dict[str, tuple[Callable[[], Answer], str]] = {
         "certificate 1 of the chain is not issued by certificate 2",
     ),
     "an intermediate below a root that allows none": (
-        lambda: Answer(under(MIDDLE), der(pki.authority("root", key=ROOT.key, path_length=0).certificate)),
+        lambda: Answer(under(MIDDLE), der(root_above(0).certificate)),
         "its chain does not end at a trusted root",
     ),
     "garbage": (lambda: Answer([b"garbage"]), "chain does not parse as X.509 in DER"),
@@ -268,7 +284,8 @@ BAD: dict[str, tuple[Callable[[], Answer], str]] = {
     "no certificates": (lambda: Answer([]), "chain holds 0 certificates; expected were 1 to 10"),
     "no roots": (lambda: Answer(under(MIDDLE), []), "roots holds 0 certificates"),
     "too many certificates": (lambda: Answer(under(MIDDLE) * 6), "chain holds 12 certificates; expected were 1 to 10"),
-    "endless": (lambda: Answer([bytes(100_000)]), "chain holds a certificate of more than"),
+    "eleven roots": (lambda: Answer(under(MIDDLE), der(ROOT.certificate) * 11), "roots holds 11 certificates"),
+    "endless": (lambda: Answer([*under(MIDDLE), bytes(100_000)]), "chain holds a certificate of more than"),
 }  # fmt: skip
 
 

@@ -149,6 +149,19 @@ def test_an_endless_token_is_refused() -> None:
         unverified_identity(token({**claims(), "padding": "a" * MAX_TOKEN_BYTES}))
 
 
+@pytest.mark.parametrize("padding", range(4))
+def test_a_token_of_any_length_is_read(padding: int) -> None:
+    """base64url without padding (RFC 7515 section 2), whatever remains of its last group."""
+    assert unverified_identity(token({**claims(), "more": "x" * padding})).pod_name == "edge-0"
+
+
+@pytest.mark.parametrize("expiry", [None, True, "1795345200", 0, -1, math.nan, math.inf, -math.inf, 10**400, []])
+def test_a_token_that_does_not_say_until_when_is_refused(expiry: object) -> None:
+    """A moment after 1970 and within reach, as a number; for a token that never ends could be used for ever."""
+    with pytest.raises(CertmountError, match="is not a projected service-account token"):
+        identity_from_claims({**claims(), "exp": expiry}, token="pod token")
+
+
 @pytest.mark.parametrize("change", [{"node": None}, {"node": {}}, {"node": {"name": "node-1"}}])
 def test_an_old_cluster_is_refused_in_clear_words(change: dict[str, Any]) -> None:
     """A bound token without a node comes from Kubernetes before 1.30: one sentence says so, and which token."""

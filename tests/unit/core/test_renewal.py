@@ -56,6 +56,13 @@ def test_two_thirds_of_the_life_is_the_plan(life: float) -> None:
     assert after(life) == pytest.approx(life * RENEWAL_FRACTION, abs=1e-6)
 
 
+def test_an_hour_in_figures() -> None:
+    """Forty minutes by default, and where a renew-before is zero or the whole life; else what was written."""
+    figures = {None: 2400, 0: 2400, HOUR: 2400, 900: 2700, HOUR - 0.5: 1, 0.5: HOUR - 1}
+    for before, planned in figures.items():
+        assert after(HOUR, before=before, issued=0) == planned
+
+
 @given(st.floats(60, 1e9), st.data())
 def test_renew_before_counts_from_the_end(life: float, data: st.DataObject) -> None:
     """What the user writes is kept, where it leaves a second on either side."""
