@@ -41,6 +41,7 @@ class Volume:
     """Why the last renewal failed; None when it did not."""
     attempt: int = 0
     """Renewals that failed in a row."""
+    renewing: bool = False
 
     @property
     def pod(self) -> Pod:
@@ -73,6 +74,7 @@ class Publisher:
         self._clock = clock
         self._chance = chance
         self._volumes: dict[str, Volume] = {}
+        self._roots: tuple[x509.Certificate, ...] = ()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.rotation = Rotation(clock, self.renew)
 
@@ -138,38 +140,28 @@ class Publisher:
 
     async def renew(self, volume_id: str) -> None:
         """Renews one volume in place. Never raises: what fails is reported and tried again."""
-        async with self._lock(volume_id):
-            volume = self._volumes.get(volume_id)
-            if volume is None:
-                return
+        volume = self._volumes.get(volume_id)
+        if volume is None or volume.renewing:  # what is under way sets the next moment itself
+            return
+        volume.renewing = True
+        try:
             with structlog.contextvars.bound_contextvars(volume=volume_id, pod=str(volume.pod)):
-                if not await in_thread(None, self._store.pod_exists, volume.record.pod_uid):
-                    await self._drop(volume.record)
-                    return
-                try:
+                if await in_thread(None, self._store.pod_exists, volume.record.pod_uid):
                     await self._renew(volume)
-                except CertmountError as error:
-                    self._renewal_failed(volume, error)
-                except Exception as error:  # noqa: BLE001  # one volume's defect must not end the clock of all
-                    self._renewal_failed(
-                        volume, CertmountError(Reason.INTERNAL, f"a defect in certmount ({type(error).__name__})")
-                    )
+                else:
+                    async with self._lock(volume_id):
+                        if self._has(volume):
+                            await self._drop(volume.record)
+        finally:
+            volume.renewing = False
 
     async def replace_roots(self, roots: Sequence[x509.Certificate]) -> None:
         """Brings other roots to every volume, without new keys or certificates."""
+        self._roots = tuple(roots)
         for volume_id in list(self._volumes):
             async with self._lock(volume_id):
-                volume = self._volumes.get(volume_id)
-                if volume is None:
-                    continue
-                try:
-                    files_dir = self._store.files_dir(volume_id)
-                    changed = await in_thread(None, replace_roots, files_dir, roots, volume.readers, self._clock())
-                except CertmountError as error:
-                    log.warning("roots not replaced", volume=volume_id, reason=error.reason.word, error=str(error))
-                    continue
-                if changed:
-                    log.info("roots replaced", volume=volume_id, pod=str(volume.pod))
+                if volume := self._volumes.get(volume_id):
+                    await self._write_roots(volume)
 
     async def restore(self) -> None:
         """Takes up the volumes that an earlier process left; re-issues nothing, forgets the pods that are gone."""
@@ -197,11 +189,14 @@ class Publisher:
     async def _publish_first(self, request: PublishRequest) -> None:
         spec = parse_attributes(request.attributes)
         target = check_target(self._kubelet_dir, request.target, request.pod.uid)
+        known = self._roots
         enrolled = await self._enrolment.obtain(request.pod, spec, request.token)
         record = _record(request, str(target), enrolled.issued_at, enrolled.renew_at, enrolled.not_after)
         volume = Volume(record, spec, request.token)
-        await in_thread(None, self._materialise, volume, target, enrolled)
+        await in_thread(None, self._materialise, volume, target, self._with_newest_roots(enrolled, known))
         self._keep(volume, enrolled.renew_at)
+        if self._roots is not known:  # they may have come while it was written, when they did not reach it
+            await self._write_roots(volume)
         log.info("published", names=str(spec.names), not_after=enrolled.not_after, renew_at=enrolled.renew_at)
 
     def _materialise(self, volume: Volume, target: Path, enrolled: Enrolled) -> None:
@@ -263,13 +258,42 @@ class Publisher:
         self._keep(volume, record.renew_at)
         return volume
 
+    def _with_newest_roots(self, enrolled: Enrolled, known: Sequence[x509.Certificate]) -> Enrolled:
+        """Where other roots than those ``known`` before came while the authority was asked, they win over its answer's."""
+        if self._roots is known:
+            return enrolled
+        return replace(enrolled, bundle=replace(enrolled.bundle, roots=self._roots))
+
+    async def _write_roots(self, volume: Volume) -> None:
+        volume_id, readers = volume.record.volume_id, volume.readers
+        files_dir = self._store.files_dir(volume_id)
+        try:
+            changed = await in_thread(None, replace_roots, files_dir, self._roots, readers, self._clock())
+        except CertmountError as error:
+            log.warning("roots not replaced", volume=volume_id, reason=error.reason.word, error=str(error))
+            return
+        if changed:
+            log.info("roots replaced", volume=volume_id, pod=str(volume.pod))
+
     async def _renew(self, volume: Volume) -> None:
-        volume_id = volume.record.volume_id
-        enrolled = await self._enrolment.obtain(volume.pod, volume.spec, volume.token)
+        """Obtains a certificate, then writes it. No lock is held meanwhile: kubelet's calls don't wait for the authority."""
+        try:
+            known = self._roots
+            enrolled = await self._enrolment.obtain(volume.pod, volume.spec, volume.token)
+            async with self._lock(volume.record.volume_id):
+                if self._has(volume):
+                    await self._write_renewed(volume, self._with_newest_roots(enrolled, known))
+        except CertmountError as error:
+            self._renewal_failed(volume, error)
+        except Exception as error:  # noqa: BLE001  # one volume's defect must not end the clock of all
+            defect = f"a defect in certmount ({type(error).__name__})"
+            self._renewal_failed(volume, CertmountError(Reason.INTERNAL, defect))
+
+    async def _write_renewed(self, volume: Volume, enrolled: Enrolled) -> None:
         record = replace(
             volume.record, issued_at=enrolled.issued_at, renew_at=enrolled.renew_at, not_after=enrolled.not_after
         )
-        files_dir = self._store.files_dir(volume_id)
+        files_dir = self._store.files_dir(record.volume_id)
         await in_thread(
             None, write_certificate, files_dir, enrolled.key, enrolled.bundle, volume.readers, enrolled.issued_at
         )
@@ -280,6 +304,8 @@ class Publisher:
         log.info("renewed", not_after=enrolled.not_after, renew_at=enrolled.renew_at)
 
     def _renewal_failed(self, volume: Volume, error: CertmountError) -> None:
+        if not self._has(volume):
+            return
         volume.failure, volume.attempt = error, volume.attempt + 1
         delay = retry_delay_s(attempt=volume.attempt, kind=error.reason.kind, chance=self._chance())
         if error.reason in (Reason.TOKEN_MISSING, Reason.TOKEN_EXPIRED):
@@ -294,6 +320,10 @@ class Publisher:
             attempt=volume.attempt,
             retry_in_s=round(delay, 1),
         )
+
+    def _has(self, volume: Volume) -> bool:
+        """False once it was unpublished, also when it has been published anew."""
+        return self._volumes.get(volume.record.volume_id) is volume
 
     def _keep(self, volume: Volume, renew_at: float) -> None:
         volume_id = volume.record.volume_id

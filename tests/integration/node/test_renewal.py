@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import pytest
+import pytest_asyncio
 
 from csi_driver._proto.csi_pb2 import DEGRADED
 from csi_driver.core.errors import CertmountError, Reason
@@ -83,28 +85,44 @@ async def test_the_newest_token_is_used(node: Node) -> None:
 
 
 async def test_failed_renewals_are_tried_again_and_heal(node: Node) -> None:
-    """The authority is away past a renewal: the pod is untouched, tries grow apart, and its return heals within seconds."""
+    """An issuer fails past a renewal: the pod is untouched, tries grow apart, health says why, and it heals by itself."""
     node.script.renew_after = SOON
     request = await node.published()
-    await node.authority.stop()
-    log_before = len(node.driver.events("not renewed"))
-    before = node.shown(request)
-    await until(lambda: len(node.driver.events("not renewed")) >= log_before + 2, "two failed renewals")
-    tries = node.driver.events("not renewed")[log_before:]
+    before, logged = node.shown(request), len(node.driver.events("not renewed"))
+    node.script.failure = CertmountError(Reason.ISSUER_UNAVAILABLE, "the issuer is away")
+    await until(lambda: len(node.driver.events("not renewed")) >= logged + 2, "two failed renewals")
+    tries = node.driver.events("not renewed")[logged:]
     assert [line["attempt"] for line in tries[:2]] == [1, 2]
-    assert {line["reason"] for line in tries} == {"AuthorityUnavailable"}
+    assert {line["reason"] for line in tries} == {"IssuerUnavailable"}
     for line, seconds in zip(tries, (1, 2), strict=False):
         assert 0.7 * seconds <= line["retry_in_s"] <= 1.3 * seconds
     assert node.shown(request) == before
     ((status, reason, message),) = await node.health(request)
-    assert (status, reason) == (DEGRADED, "AuthorityUnavailable")
+    assert (status, reason) == (DEGRADED, "IssuerUnavailable")
     assert "web/shop" in message
-    assert node.metric("certmount_node_volumes_unhealthy", reason="AuthorityUnavailable") == 1
-    node.script.renew_after = None
+    assert "the issuer is away" in message
+    assert node.metric("certmount_node_volumes_unhealthy", reason="IssuerUnavailable") == 1
+    node.script.failure = node.script.renew_after = None
+    await until(lambda: node.shown(request).serial != before.serial, "healed")
+    assert await node.health(request) == []
+    assert node.metric("certmount_node_volumes_unhealthy", reason="IssuerUnavailable") == 0
+
+
+async def test_an_outage_of_the_authority_heals(node: Node) -> None:
+    """The authority is gone past a renewal: the pod is untouched, and is renewed soon after the authority's return."""
+    node.script.renew_after = SOON
+    request = await node.published()
+    before = node.shown(request)
+    await node.authority.stop()
+    await until(
+        lambda: node.metric("certmount_node_volumes_unhealthy", reason="AuthorityUnavailable"), "a failed renewal"
+    )
+    assert node.shown(request) == before
+    ((status, reason, _),) = await node.health(request)
+    assert (status, reason) == (DEGRADED, "AuthorityUnavailable")
     await node.authority.start()
     await until(lambda: node.shown(request).serial != before.serial, "healed")
     assert await node.health(request) == []
-    assert node.metric("certmount_node_volumes_unhealthy", reason="AuthorityUnavailable") == 0
 
 
 async def test_a_refused_renewal_heals_when_the_policy_is_fixed(node: Node) -> None:
@@ -255,3 +273,74 @@ async def test_a_wrong_answer_is_not_written(node: Node) -> None:
     assert node.shown(request) == before
     node.script.tamper, node.script.renew_after = (lambda answer: answer), None
     await until(lambda: node.shown(request).serial != before.serial, "healed")
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def hanging(node: Node) -> Request:
+    """A live volume whose renewal is under way at an authority that takes its time."""
+    node.script.renew_after = SOON
+    request = await node.published(FakePod(name="hanging"))
+    node.script.delay_s = 6.0
+    await until(lambda: node.script.calls > 1, "a renewal under way")
+    return request
+
+
+async def test_a_republish_does_not_wait_for_a_renewal(node: Node, hanging: Request) -> None:
+    """The kubelet's look at a pod is answered at once, also while the volume's renewal hangs at the authority."""
+    await node.publish(hanging, timeout=3.0)
+    assert node.shown(hanging).names
+
+
+async def test_an_unpublish_does_not_wait_for_a_renewal(node: Node, hanging: Request) -> None:
+    """A pod ends at once, also while its volume's renewal hangs at the authority, and the clock goes on for others."""
+    node.script.delay_s = 0.0
+    other = await node.published()
+    first = node.shown(other).serial
+    unpublish = node.kubelet.unpublish_request(hanging)
+    await node.stub.NodeUnpublishVolume(unpublish, timeout=3.0)
+    node.assert_nothing_of(hanging)
+    await until(lambda: node.shown(other).serial != first, "the other volume's renewal")
+
+
+async def test_a_target_that_goes_does_not_cost_the_other_its_renewal(node: Node, hanging: Request) -> None:
+    """Of two targets one is unpublished while the renewal hangs: the volume is renewed all the same."""
+    before, second = node.shown(hanging), node.kubelet.publish_request(FakePod())
+    second.CopyFrom(hanging)
+    second.target_path = str(node.target(hanging).parent.parent / "again" / "mount")
+    node.target(second).parent.mkdir()
+    await node.publish(second, timeout=3.0)
+    node.script.delay_s = 0.0
+    await node.stub.NodeUnpublishVolume(node.kubelet.unpublish_request(second), timeout=3.0)
+    assert not node.target(second).exists()
+    await until(lambda: node.shown(hanging).serial != before.serial, "renewed")
+
+
+async def test_new_roots_do_not_wait_for_a_renewal(node: Node, hanging: Request) -> None:
+    """One volume's renewal hangs: its root.crt and the others' follow the authority at once."""
+    node.script.delay_s, node.script.renew_after = 0.0, None
+    other, root = await node.published(), TestCA("another root")
+    await node.authority.trust(node.authority.ca.der, root.der)
+    requests = (hanging, other)
+    await until(lambda: all(_has_root(node, each, root) for each in requests), "the other root", patience_s=3.0)
+    await node.authority.trust(node.authority.ca.der)
+
+
+async def test_roots_that_change_during_a_call_are_not_lost(node: Node) -> None:
+    """An answer may carry the roots of before: those that arrived meanwhile win, for a first publish and for a renewal."""
+    node.script.renew_after = SOON
+    renewed, root = await node.published(), TestCA("another root")
+    before = node.shown(renewed)
+    node.script.delay_s = 1.5
+    node.script.tamper = lambda answer: Response(chain=answer.chain, roots=[node.authority.ca.der])
+    await until(lambda: node.script.calls > 1, "a renewal under way")
+    first = node.request()
+    publishing = asyncio.ensure_future(node.publish(first))
+    await until(lambda: node.script.calls > 2, "a publish under way")
+    await node.authority.trust(node.authority.ca.der, root.der)
+    await until(lambda: _has_root(node, renewed, root), "the other root")
+    assert not publishing.done()
+    await publishing
+    await until(lambda: node.shown(renewed).serial != before.serial, "renewed")
+    assert _has_root(node, renewed, root)
+    assert _has_root(node, first, root)
+    await node.authority.trust(node.authority.ca.der)
