@@ -35,12 +35,13 @@ class LogKeeper:
         return "".join(text for _, text in self._texts(component))
 
     def events(self, component: str = "") -> list[dict[str, Any]]:
-        """The lines as certmount wrote them, with the container's log file as ``file``; a line of another form is an error."""
-        return [
+        """The lines as certmount wrote them, by time, with the container's log file as ``file``; one of another form is an error."""
+        events = [
             {**json.loads(line.split(" ", 3)[3]), "file": str(path)}
             for path, text in self._texts(component)
             for line in text.splitlines()
         ]
+        return sorted(events, key=lambda event: str(event["timestamp"]))
 
     def issued(self, pod_uid: str) -> int:
         """How many certificates the authority's audit log tells of for a pod."""
