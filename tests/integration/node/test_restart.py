@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from datetime import timedelta
 
 import pytest
@@ -120,6 +121,21 @@ async def test_a_damaged_record_costs_nothing(node: Node, damage: str) -> None:
     assert (await node.health(request), node.script.calls) == ([], 2)
     await node.restart()
     assert await node.health(request) == []
+
+
+async def test_a_record_of_a_driver_that_knew_more_attributes(node: Node) -> None:
+    """After a downgrade a record may hold what this driver can't read: the pod keeps its files, and its volume ends well."""
+    request = await node.published()
+    shown = node.shown(request)
+    await node.driver.kill()
+    record = node.record(request)
+    (node.volume_dir(request) / "record.json").write_text(json.dumps(record | {"attributes": {"keystore": "jks"}}))
+    await node.driver.start()
+    assert any("keystore" in line["error"] for line in node.driver.events("volume not restored"))
+    republish = node.kubelet.publish_request(FakePod(uid=record["pod_uid"]), {"keystore": "jks"})
+    await node.publish(republish)
+    assert node.shown(request) == shown
+    assert node.script.calls == 1
 
 
 @pytest.mark.root
