@@ -77,6 +77,13 @@ def test_good_attributes_mean_what_they_say(attributes: dict[str, str]) -> None:
     assert spec.fs_group == (int(attributes["fs-group"]) if "fs-group" in attributes else None)
 
 
+def test_the_limits_themselves_are_allowed() -> None:
+    """The least life, a renewal just inside it, the greatest group, and a hundred names."""
+    hosts = ",".join(f"n{number}.example" for number in range(MOST_NAMES))
+    spec = parse_attributes({"duration": "10s", "renew-before": "9.999s", "fs-group": "2147483647", "dns-names": hosts})
+    assert (spec.duration, spec.fs_group, len(spec.names)) == (LEAST_DURATION, 2**31 - 1, MOST_NAMES)
+
+
 @given(any_attributes)
 @example({"name": "\ud800", "\ud800": "", "fs-group": "²", "duration": "٣h"})
 def test_any_attributes_are_a_specification_or_one_clear_error(attributes: dict[str, str]) -> None:

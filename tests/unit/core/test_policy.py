@@ -302,9 +302,18 @@ def test_a_rule_limits_the_life_of_its_names(hours: int | None, asked: int | Non
         assert f"the most is {hours or 24}h" in str(grant)
 
 
+@pytest.mark.parametrize("hours", [(1, 12), (12, 1), (1, 12, 2)])
+def test_the_longest_life_of_the_rules_that_allow_a_name_counts(hours: tuple[int, ...]) -> None:
+    """Each name lives as long as its most generous rule says, all of them together as long as the least of these."""
+    rules = policy(*(everyone("x.example", hours=limit) for limit in hours), everyone("y.example", hours=2))
+    assert rules.decide(identity(), names("x.example"), None).duration == timedelta(hours=12)
+    assert rules.decide(identity(), names("x.example", "y.example"), None).duration == timedelta(hours=2)
+
+
 @given(st.timedeltas(max_value=LEAST_DURATION - timedelta(milliseconds=1), min_value=timedelta(days=-400)))
 def test_a_life_too_short_to_renew_is_refused(duration: timedelta) -> None:
-    """Zero and negative lives too, whoever sends them."""
+    """Zero and negative lives too, whoever sends them; the least life itself is granted."""
+    assert policy().decide(identity(), Names(), LEAST_DURATION).duration == LEAST_DURATION
     with pytest.raises(CertmountError, match="too short; the least is 10s"):
         policy().decide(identity(), Names(), duration)
 
