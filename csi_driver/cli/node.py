@@ -28,7 +28,7 @@ from csi_driver.host.volumes import VolumeStore
 from csi_driver.node.authority_client import AuthorityClient
 from csi_driver.node.enrolment import Enrolment
 from csi_driver.node.publisher import Publisher
-from csi_driver.node.registration import Registration
+from csi_driver.node.registration import Registration, listen
 from csi_driver.node.service import IdentityService, NodeService, describe_call
 from csi_driver.node.trust import follow_trust
 from csi_driver.rpc.server import Handled, Interceptor
@@ -39,6 +39,7 @@ from csi_driver.telemetry.node_metrics import NodeMetrics
 log = structlog.get_logger(__name__)
 
 _GRACE_S = 10.0
+_LOOK_AGAIN_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,10 @@ class Settings:
 def command(log_level: str, **options: object) -> None:
     """Run the CSI driver of one node."""
     configure_logging(log_level)
-    asyncio.run(run(Settings(**options)))  # type: ignore[arg-type]  # click gives each option its type
+    try:
+        asyncio.run(run(Settings(**options)))  # type: ignore[arg-type]  # click gives each option its type
+    except CertmountError as error:
+        raise click.ClickException(str(error)) from None
 
 
 async def run(settings: Settings) -> None:
@@ -114,7 +118,7 @@ async def run(settings: Settings) -> None:
     with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="keys") as keys:
         publisher = _publisher(settings, client, keys, metrics)
         registration = Registration(settings.kubelet_dir, settings.plugin_dir / "csi.sock")
-        health = HealthServer(settings.http, registry, _readiness(settings, client, registration), loop_liveness())
+        health = _health_server(settings, registry, _readiness(settings, client, registration))
         health.start()
         try:
             await _serve(settings, publisher, client, registration, metrics, stop)
@@ -139,8 +143,8 @@ async def _serve(
         kubelet_dir=str(settings.kubelet_dir),
         authority=settings.authority,
     )
-    for problem in _kubelet_faults(settings):
-        log.error("this does not look like the kubelet's root directory", error=problem)
+    if not (settings.kubelet_dir.is_absolute() and settings.kubelet_dir.is_dir()):
+        check_kubelet_dir(settings.kubelet_dir)  # raises: nothing may be made at a place that is not the kubelet's
     settings.plugin_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
     await publisher.restore()
     server = await _serve_csi(settings, publisher, metrics)
@@ -148,14 +152,31 @@ async def _serve(
         running = [
             tasks.create_task(publisher.rotation.run(), name="rotation"),
             tasks.create_task(follow_trust(client, publisher.replace_roots, random.random), name="trust"),
+            tasks.create_task(_register(settings, registration), name="registration"),
         ]
-        await registration.start()
         await stop.wait()
         log.info("stopping")
+        running.pop().cancel()
         await registration.stop()
         await server.stop(_GRACE_S)
         for task in running:
             task.cancel()
+
+
+async def _register(settings: Settings, registration: Registration) -> None:
+    """Makes the driver known once its mounts can reach pods: elsewhere the kubelet would be told of success, and pods see nothing."""
+    told = ""
+    while True:
+        try:
+            check_kubelet_dir(settings.kubelet_dir, shared=settings.mounts == "kernel")
+            await registration.start()
+        except CertmountError as error:
+            if told != str(error):
+                log.error("not registered with the kubelet", error=str(error))  # noqa: TRY400  # an expected kind
+            told = str(error)
+        else:
+            return
+        await asyncio.sleep(_LOOK_AGAIN_S)
 
 
 async def _serve_csi(settings: Settings, publisher: Publisher, metrics: NodeMetrics) -> grpc.aio.Server:
@@ -165,11 +186,19 @@ async def _serve_csi(settings: Settings, publisher: Publisher, metrics: NodeMetr
     server = grpc.aio.server(interceptors=[Interceptor(observe, describe_call)])
     csi_pb2_grpc.add_IdentityServicer_to_server(IdentityService(), server)
     csi_pb2_grpc.add_NodeServicer_to_server(NodeService(settings.node_name, publisher), server)
-    socket = settings.plugin_dir / "csi.sock"
-    socket.unlink(missing_ok=True)
-    server.add_insecure_port(f"unix:{socket}")
+    listen(server, settings.plugin_dir / "csi.sock")
     await server.start()
     return server
+
+
+def _health_server(settings: Settings, registry: CollectorRegistry, ready: Callable[[], Sequence[str]]) -> HealthServer:
+    try:
+        return HealthServer(settings.http, registry, ready, loop_liveness())
+    except OSError as error:
+        problem = error.strerror
+    except (ValueError, OverflowError):
+        problem = "is not HOST:PORT"
+    raise click.ClickException(f"--http {settings.http}: {problem}")
 
 
 def _publisher(

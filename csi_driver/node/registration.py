@@ -10,8 +10,23 @@ import structlog
 
 from csi_driver import DRIVER_NAME
 from csi_driver._proto import registration_pb2, registration_pb2_grpc
+from csi_driver.core.errors import CertmountError, Fault, Reason
 
 log = structlog.get_logger(__name__)
+
+_LONGEST_SOCKET = 107
+"""unix(7): sun_path without its final NUL."""
+
+
+def listen(server: grpc.aio.Server, socket: Path) -> None:
+    """Has the server listen at a unix socket, whatever lay there before. Raises CertmountError KubeletDirectoryWrong."""
+    try:
+        socket.unlink(missing_ok=True)
+        server.add_insecure_port(f"unix:{socket}")
+    except (OSError, RuntimeError):  # gRPC says no more than that it failed
+        problem = f"no socket can be made at {socket}"
+        hint = f"its folder must be there and writable, and the path be {_LONGEST_SOCKET} bytes long at the most"
+        raise CertmountError(Reason.KUBELET_DIRECTORY_WRONG, Fault("--kubelet-dir", problem, hint)) from None
 
 
 class Registration(registration_pb2_grpc.RegistrationServicer):
@@ -26,11 +41,11 @@ class Registration(registration_pb2_grpc.RegistrationServicer):
 
     async def start(self) -> None:
         """Makes the socket anew, which is what the kubelet notices."""
-        self._socket.unlink(missing_ok=True)
-        self._server = grpc.aio.server()
-        registration_pb2_grpc.add_RegistrationServicer_to_server(self, self._server)
-        self._server.add_insecure_port(f"unix:{self._socket}")
-        await self._server.start()
+        server = grpc.aio.server()
+        registration_pb2_grpc.add_RegistrationServicer_to_server(self, server)
+        listen(server, self._socket)
+        await server.start()
+        self._server = server
 
     async def stop(self) -> None:
         """Takes the socket away; the kubelet forgets the driver until the next start."""
