@@ -47,6 +47,10 @@ async def _refuses_to_start(*words: str, **options: str) -> None:
     assert "Traceback" not in output
 
 
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 @pytest.mark.parametrize("place", ["nowhere", "file", "relative"])
 async def test_a_kubelet_directory_that_is_none(tmp_path: Path, place: str) -> None:
     """The option and the fix are named, and no folder is made."""
@@ -55,7 +59,7 @@ async def test_a_kubelet_directory_that_is_none(tmp_path: Path, place: str) -> N
     await _refuses_to_start(
         "KubeletDirectoryWrong: --kubelet-dir", wrong, "the kubelet's --root-dir", kubelet_dir=wrong
     )
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert _names(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:99999", "127.0.0.1:x"])
