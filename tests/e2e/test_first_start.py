@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -113,6 +114,13 @@ def test_applying_the_manifests_again_keeps_the_ca() -> None:
     assert sorted(before[0]) == ["intermediate.crt", "intermediate.key", "root.crt", "root.key"]
     assert "secret/certmount-ca unchanged" in said
     assert "configmap/certmount-root unchanged" in said
+
+
+def test_tokens_travel_as_secrets_where_the_cluster_can() -> None:
+    """From Kubernetes 1.35 on the kubelet is asked not to put tokens among a volume's attributes (KEP-5538)."""
+    minor = int(json.loads(kubectl("version", "-o", "json"))["serverVersion"]["minor"])
+    driver = get("csidriver", "csi.certmount.dev")["spec"]
+    assert driver.get("serviceAccountTokenInSecrets", False) is (minor >= 35)
 
 
 def test_the_driver_is_registered_under_its_node() -> None:
