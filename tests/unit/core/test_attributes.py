@@ -191,8 +191,11 @@ def test_a_flood_of_faults_ends_in_a_count() -> None:
     """A thousand unknown attributes make an event that can still be read, and that says how many there were."""
     with pytest.raises(CertmountError) as raised:
         parse_attributes({f"unknown{number}": "" for number in range(1000)})
-    assert str(raised.value).endswith("and 980 more faults")
+    assert str(raised.value).endswith("(21) and 980 more faults")
     assert len(str(raised.value)) < 4000
+    twenty = str(outcome(lambda: parse_attributes({f"unknown{number}": "" for number in range(20)}), CertmountError))
+    assert "(20) volumeAttributes.unknown9" in twenty
+    assert "more faults" not in twenty
 
 
 def subject_alternative_names(names: Names) -> str:

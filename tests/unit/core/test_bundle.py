@@ -1,125 +1,47 @@
-"""No answer is written that does not fit: each way of being wrong is found and named, and what passes, OpenSSL passes too."""
+"""No answer is written that does not fit: each way of being wrong is found and named."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import subprocess
-from collections.abc import Callable, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Callable
+from datetime import timedelta
 from ipaddress import ip_address
-from pathlib import Path
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import ObjectIdentifier
-from hypothesis import event, example, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.core.bundle import Bundle, Expected, check_answer, parse_certificates
+from csi_driver.core.bundle import Expected, check_answer, parse_certificates
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.names import Names
 from csi_driver.core.spec import KeyType
-from tests.support.requirements import require_program
 from tests.unit.core import pki
+from tests.unit.core.answers import (
+    GOOD,
+    IMPOSTOR,
+    KEY,
+    LOWER,
+    MIDDLE,
+    NAMES,
+    OTHER_KEY,
+    ROOT,
+    SECOND,
+    SIGNS_NOTHING,
+    STRANGER,
+    UNKNOWN,
+    X400,
+    Answer,
+    leaf,
+    middle,
+    root_above,
+    under,
+)
 from tests.unit.core.outcomes import outcome
-from tests.unit.core.pki import CA_USAGE, HOUR, NOW, SPIFFE, Signer, Validity, der, key_of
+from tests.unit.core.pki import CA_USAGE, NOW, SPIFFE, Validity, der, key_of
 
 # The library warns of oddities that it still reads; here warnings are errors otherwise.
 pytestmark = pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")
-
-SECOND = timedelta(seconds=1)
-KEY, OTHER_KEY = key_of(KeyType.EC_P256), key_of(KeyType.EC_P256, 1)
-ROOT = pki.authority("root", key=key_of(KeyType.EC_P256, 2))
-MIDDLE = pki.authority("middle", ROOT, key=key_of(KeyType.EC_P256, 3))
-LOWER = pki.authority("lower", MIDDLE, key=key_of(KeyType.EC_P256, 4))
-STRANGER = pki.authority("root", key=key_of(KeyType.EC_P256, 5))
-IMPOSTOR = pki.authority("middle", STRANGER, key=key_of(KeyType.EC_P256, 6))
-NAMES = pki.names("www.example.com", SPIFFE)
-SIGNS_NOTHING = x509.KeyUsage(
-    digital_signature=True,
-    content_commitment=False,
-    key_encipherment=False,
-    data_encipherment=False,
-    key_agreement=False,
-    key_cert_sign=False,
-    crl_sign=False,
-    encipher_only=False,
-    decipher_only=False,
-)
-UNKNOWN = x509.UnrecognizedExtension(ObjectIdentifier("1.3.6.1.4.1.99999.1"), b"\x05\x00")
-# A name of a kind that the library cannot read: x400Address ([3], RFC 5280 section 4.2.1.6).
-X400 = x509.UnrecognizedExtension(ObjectIdentifier("2.5.29.17"), b"\x30\x02\xa3\x00")
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """An answer, what it is to fit, and when."""
-
-    chain: Sequence[bytes]
-    roots: Sequence[bytes] = tuple(der(ROOT.certificate))
-    asked: Names = pki.names("www.example.com")
-    now: datetime = NOW
-
-    def check(self) -> Bundle:
-        return check_answer(self.chain, self.roots, Expected(KEY.public_key(), self.asked, "web", "edge"), self.now)
-
-
-def leaf(
-    issuer: Signer = MIDDLE,
-    wanted: Names = NAMES,
-    *,
-    end: timedelta = HOUR,
-    extensions: Sequence[x509.ExtensionType] = (),
-) -> x509.Certificate:
-    return pki.leaf(issuer, KEY, wanted, validity=Validity(end=end), extensions=extensions)
-
-
-def under(*signers: Signer) -> list[bytes]:
-    """A leaf of the first signer, and all of them as its chain."""
-    return der(leaf(signers[0]), *(signer.certificate for signer in signers))
-
-
-def middle(*extensions: x509.ExtensionType, **changes: int | bool | Validity | None) -> Signer:
-    """An intermediate that differs from the usual one."""
-    return pki.authority("middle", ROOT, key=MIDDLE.key, extensions=extensions or (CA_USAGE,), **changes)  # type: ignore[arg-type]  # each by its name
-
-
-@functools.cache
-def root_above(path_length: int) -> Signer:
-    """The root, limited to so many intermediates."""
-    return pki.authority("root", key=ROOT.key, path_length=path_length)
-
-
-GOOD = {
-    "leaf under an intermediate": lambda: Answer(under(MIDDLE)),
-    "leaf under the root": lambda: Answer(der(leaf(ROOT))),
-    "a leaf that says it is no CA": lambda: Answer(
-        der(leaf(extensions=[x509.BasicConstraints(ca=False, path_length=None)]), MIDDLE.certificate)
-    ),
-    "two intermediates": lambda: Answer(under(LOWER, MIDDLE)),
-    "the root is sent along": lambda: Answer(under(MIDDLE, ROOT)),
-    "one of several roots": lambda: Answer(under(MIDDLE), der(STRANGER.certificate, ROOT.certificate)),
-    "ten roots": lambda: Answer(under(MIDDLE), der(ROOT.certificate) * 10),
-    "an expired root beside a valid one": lambda: Answer(
-        under(MIDDLE),
-        der(pki.authority("root", key=ROOT.key, validity=Validity(end=-SECOND)).certificate, ROOT.certificate),
-    ),
-    "just enough path length": lambda: Answer(under(middle(path_length=0))),
-    "just enough path length of the root": lambda: Answer(under(MIDDLE), der(root_above(1).certificate)),
-    "the same with the root sent along": lambda: Answer(under(MIDDLE, root_above(1)), der(root_above(1).certificate)),
-    "an unknown extension that is not critical": lambda: Answer(
-        der(pki.leaf(MIDDLE, KEY, NAMES, extensions=[UNKNOWN], critical=False), MIDDLE.certificate)
-    ),
-    "only the SPIFFE ID": lambda: Answer(der(leaf(wanted=pki.names(SPIFFE)), MIDDLE.certificate), asked=Names()),
-    "the SPIFFE ID asked for": lambda: Answer(der(leaf(), MIDDLE.certificate), asked=NAMES),
-    "another trust domain": lambda: Answer(
-        der(leaf(wanted=pki.names("spiffe://other.example/ns/web/sa/edge")), MIDDLE.certificate), asked=Names()
-    ),
-    "the first second": lambda: Answer(under(MIDDLE), now=NOW - HOUR),
-    "the last second": lambda: Answer(under(MIDDLE), now=NOW + HOUR - SECOND),
-}
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -372,89 +294,3 @@ def test_the_largest_certificate_that_can_be_asked_for_passes(kind: KeyType) -> 
     certificate = pki.leaf(authority, key, Names.of(asked.dns, [*asked.uris, *pki.names(SPIFFE).uris]))
     expected = Expected(key.public_key(), asked, "web", "edge")
     check_answer(der(certificate), der(authority.certificate), expected, NOW)
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """What one authority of a chain is like."""
-
-    ca: bool
-    path_length: int | None
-    usage: x509.KeyUsage | None
-    unknown: bool
-    validity: Validity
-    kind: KeyType
-
-    def build(self, name: str, parent: Signer | None, number: int) -> Signer:
-        extensions: list[x509.ExtensionType] = [self.usage] if self.usage else []
-        return pki.authority(
-            name,
-            parent,
-            key=key_of(self.kind, number),
-            ca=self.ca,
-            path_length=self.path_length if self.ca else None,
-            validity=self.validity,
-            extensions=[*extensions, *([UNKNOWN] if self.unknown else [])],
-        )
-
-
-def mostly(usual: object, *others: object) -> st.SearchStrategy[object]:
-    """The usual one nine times in ten: a chain should fail by one thing at a time."""
-    return st.integers(0, 9).flatmap(lambda number: st.sampled_from(others) if number == 9 else st.just(usual))
-
-
-shapes = st.builds(
-    Shape,
-    mostly(True, False),
-    st.sampled_from([None, None, 0, 1, 2]),
-    mostly(CA_USAGE, None, None, SIGNS_NOTHING),
-    mostly(False, True),
-    mostly(Validity(), Validity(end=timedelta(seconds=-2)), Validity(start=timedelta(seconds=2))),
-    st.sampled_from([KeyType.EC_P256, KeyType.EC_P384, KeyType.ED25519, KeyType.RSA_2048]),
-)
-PLAIN = Shape(True, None, CA_USAGE, False, Validity(), KeyType.EC_P256)
-
-
-def openssl_verifies(folder: Path, bundle: Bundle, now: datetime) -> bool:
-    """True when `openssl verify` finds a way from the leaf to a root at that time."""
-    openssl = require_program("openssl")
-    for name, certificates in (("roots", bundle.roots), ("chain", bundle.chain[1:]), ("leaf", bundle.chain[:1])):
-        pem = b"".join(certificate.public_bytes(Encoding.PEM) for certificate in certificates)
-        (folder / name).write_bytes(pem)
-    command = [openssl, "verify", "-attime", str(int(now.timestamp())), "-no-CApath", "-no-CAstore", "-CAfile", "roots"]
-    untrusted = ["-untrusted", "chain"] if len(bundle.chain) > 1 else []
-    return subprocess.run([*command, *untrusted, "leaf"], cwd=folder, capture_output=True, check=False).returncode == 0
-
-
-@settings(max_examples=2 * settings().max_examples)
-@given(st.lists(shapes, min_size=1, max_size=4), st.sampled_from([(), (), (UNKNOWN,)]), st.booleans())
-@example([PLAIN], (), False)
-@example([PLAIN] * 3, (), True)
-@example([PLAIN, dataclasses.replace(PLAIN, usage=None)], (), False)
-@example([PLAIN, dataclasses.replace(PLAIN, usage=SIGNS_NOTHING)], (), False)
-@example([PLAIN, dataclasses.replace(PLAIN, unknown=True)], (), False)
-@example([dataclasses.replace(PLAIN, unknown=True), PLAIN], (), False)
-@example([dataclasses.replace(PLAIN, path_length=1), PLAIN, PLAIN], (), False)
-def test_what_passes_openssl_passes_too(
-    tmp_path_factory: pytest.TempPathFactory,
-    line: list[Shape],
-    extensions: tuple[x509.ExtensionType, ...],
-    send_root: bool,
-) -> None:
-    """Chains of any length and make: none is written that the pod's peers would not believe."""
-    signers: list[Signer] = []
-    for number, shape in enumerate(line):
-        signers.append(shape.build(f"authority {number}", signers[-1] if signers else None, 10 + number))
-    certificates = [signer.certificate for signer in reversed(signers)]
-    chain = der(leaf(signers[-1], extensions=extensions), *certificates[: None if send_root else -1])
-    bundle = outcome(Answer(chain, der(signers[0].certificate)).check, CertmountError)
-    event("passes" if isinstance(bundle, Bundle) else "refused")
-    if isinstance(bundle, Bundle):
-        assert openssl_verifies(tmp_path_factory.mktemp("pki"), bundle, NOW)
-
-
-@pytest.mark.parametrize("name", GOOD)
-def test_good_answers_pass_openssl(name: str, tmp_path: Path) -> None:
-    """The examples above too."""
-    answer = GOOD[name]()
-    assert openssl_verifies(tmp_path, answer.check(), answer.now)

@@ -62,6 +62,7 @@ def test_a_rule_is_read_with_the_domains_put_in() -> None:
     assert [str(pattern) for pattern in made.dns] == ["*.{namespace}.svc.cluster.local"]
     assert [str(pattern) for pattern in made.uris] == ["spiffe://td.example/ns/{namespace}/app/*"]
     assert made.max_duration == timedelta(hours=48)
+    assert read(rule(allow_max_duration="10s")).rules[0].max_duration == timedelta(seconds=10)
     (made,) = read(rule(allow={"dns": ["a.example"]})).rules
     assert (made.uris, made.max_duration) == ((), DEFAULT_DURATION)
 

@@ -1,0 +1,109 @@
+"""Answers of an authority, good ones and the parts of bad ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+from cryptography import x509
+from cryptography.x509.oid import ObjectIdentifier
+
+from csi_driver.core.bundle import Bundle, Expected, check_answer
+from csi_driver.core.names import Names
+from csi_driver.core.spec import KeyType
+from tests.unit.core import pki
+from tests.unit.core.pki import CA_USAGE, HOUR, NOW, SPIFFE, Signer, Validity, der, key_of
+
+SECOND = timedelta(seconds=1)
+KEY, OTHER_KEY = key_of(KeyType.EC_P256), key_of(KeyType.EC_P256, 1)
+ROOT = pki.authority("root", key=key_of(KeyType.EC_P256, 2))
+MIDDLE = pki.authority("middle", ROOT, key=key_of(KeyType.EC_P256, 3))
+LOWER = pki.authority("lower", MIDDLE, key=key_of(KeyType.EC_P256, 4))
+STRANGER = pki.authority("root", key=key_of(KeyType.EC_P256, 5))
+IMPOSTOR = pki.authority("middle", STRANGER, key=key_of(KeyType.EC_P256, 6))
+NAMES = pki.names("www.example.com", SPIFFE)
+SIGNS_NOTHING = x509.KeyUsage(
+    digital_signature=True,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    key_cert_sign=False,
+    crl_sign=False,
+    encipher_only=False,
+    decipher_only=False,
+)
+UNKNOWN = x509.UnrecognizedExtension(ObjectIdentifier("1.3.6.1.4.1.99999.1"), b"\x05\x00")
+# A name of a kind that the library cannot read: x400Address ([3], RFC 5280 section 4.2.1.6).
+X400 = x509.UnrecognizedExtension(ObjectIdentifier("2.5.29.17"), b"\x30\x02\xa3\x00")
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """An answer, what it is to fit, and when."""
+
+    chain: Sequence[bytes]
+    roots: Sequence[bytes] = tuple(der(ROOT.certificate))
+    asked: Names = pki.names("www.example.com")
+    now: datetime = NOW
+
+    def check(self) -> Bundle:
+        return check_answer(self.chain, self.roots, Expected(KEY.public_key(), self.asked, "web", "edge"), self.now)
+
+
+def leaf(
+    issuer: Signer = MIDDLE,
+    wanted: Names = NAMES,
+    *,
+    end: timedelta = HOUR,
+    extensions: Sequence[x509.ExtensionType] = (),
+) -> x509.Certificate:
+    return pki.leaf(issuer, KEY, wanted, validity=Validity(end=end), extensions=extensions)
+
+
+def under(*signers: Signer) -> list[bytes]:
+    """A leaf of the first signer, and all of them as its chain."""
+    return der(leaf(signers[0]), *(signer.certificate for signer in signers))
+
+
+def middle(*extensions: x509.ExtensionType, **changes: int | bool | Validity | None) -> Signer:
+    """An intermediate that differs from the usual one."""
+    return pki.authority("middle", ROOT, key=MIDDLE.key, extensions=extensions or (CA_USAGE,), **changes)  # type: ignore[arg-type]  # each by its name
+
+
+@functools.cache
+def root_above(path_length: int) -> Signer:
+    """The root, limited to so many intermediates."""
+    return pki.authority("root", key=ROOT.key, path_length=path_length)
+
+
+GOOD = {
+    "leaf under an intermediate": lambda: Answer(under(MIDDLE)),
+    "leaf under the root": lambda: Answer(der(leaf(ROOT))),
+    "a leaf that says it is no CA": lambda: Answer(
+        der(leaf(extensions=[x509.BasicConstraints(ca=False, path_length=None)]), MIDDLE.certificate)
+    ),
+    "two intermediates": lambda: Answer(under(LOWER, MIDDLE)),
+    "the root is sent along": lambda: Answer(under(MIDDLE, ROOT)),
+    "one of several roots": lambda: Answer(under(MIDDLE), der(STRANGER.certificate, ROOT.certificate)),
+    "ten roots": lambda: Answer(under(MIDDLE), der(ROOT.certificate) * 10),
+    "an expired root beside a valid one": lambda: Answer(
+        under(MIDDLE),
+        der(pki.authority("root", key=ROOT.key, validity=Validity(end=-SECOND)).certificate, ROOT.certificate),
+    ),
+    "just enough path length": lambda: Answer(under(middle(path_length=0))),
+    "just enough path length of the root": lambda: Answer(under(MIDDLE), der(root_above(1).certificate)),
+    "the same with the root sent along": lambda: Answer(under(MIDDLE, root_above(1)), der(root_above(1).certificate)),
+    "an unknown extension that is not critical": lambda: Answer(
+        der(pki.leaf(MIDDLE, KEY, NAMES, extensions=[UNKNOWN], critical=False), MIDDLE.certificate)
+    ),
+    "only the SPIFFE ID": lambda: Answer(der(leaf(wanted=pki.names(SPIFFE)), MIDDLE.certificate), asked=Names()),
+    "the SPIFFE ID asked for": lambda: Answer(der(leaf(), MIDDLE.certificate), asked=NAMES),
+    "another trust domain": lambda: Answer(
+        der(leaf(wanted=pki.names("spiffe://other.example/ns/web/sa/edge")), MIDDLE.certificate), asked=Names()
+    ),
+    "the first second": lambda: Answer(under(MIDDLE), now=NOW - HOUR),
+    "the last second": lambda: Answer(under(MIDDLE), now=NOW + HOUR - SECOND),
+}
