@@ -27,6 +27,7 @@ from csi_driver.host import syscalls
 from tests.integration.node.world import Failure, Node, Request, failure_of
 from tests.support.kubelet import FakePod
 from tests.support.scripted_authority import Response, TestCA, refused
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -384,8 +385,24 @@ async def test_the_drivers_own_token(node: Node, content: bytes | None) -> None:
             node, node.request(), UNAVAILABLE, "TokenMissing", "projected token with audience certmount-node"
         )
         assert not content or content.decode(errors="replace")[:40] not in failure.text
-        await node.authority.stop()  # ends the trust stream, which then asks again with this token
+    finally:
+        path.write_bytes(good)
+    await node.published()
+
+
+async def test_a_bad_token_of_its_own_does_not_end_the_driver(node: Node) -> None:
+    """Neither a driver that runs, when its trust stream is opened anew, nor one that starts."""
+    path = node.authority.token_file
+    good = path.read_bytes()
+    await node.restart()
+    await until(lambda: node.authority.watchers, "the driver watches")
+    path.write_bytes(b"two\nlines")
+    try:
+        logged = len(node.driver.events("roots not followed"))
+        await node.authority.stop()
         await node.authority.start()
+        await until(lambda: len(node.driver.events("roots not followed")) > logged, "the stream is asked for")
+        assert node.driver.get("/healthz") == (200, "ok\n")
         await node.restart()
     finally:
         path.write_bytes(good)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,8 @@ from tests.support.kubelet import FakePod
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+_QUARANTINED = "record quarantined; the volume stays as it is"
 
 
 async def test_killed_and_started_again(node: Node) -> None:
@@ -95,32 +98,36 @@ async def test_orphans_are_dropped_at_the_start(node: Node) -> None:
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "garbage", "another-volumes"])
-async def test_a_damaged_record_costs_nothing(node: Node, damage: str) -> None:
-    """A record that can't be used stops neither the start nor the pod; the kubelet's next look takes the volume up again."""
-    pod, bystander = FakePod(), await node.published()
-    request = await node.published(pod, {"name": "shop.example.com"}, fs_group="2000")
-    shown = node.shown(request)
+async def test_damaged_records_cost_nothing(node: Node) -> None:
+    """Records that can't be used stop neither the start nor the pods; the kubelet's next look takes the volumes up again."""
+    damages = ("truncated", "empty", "missing", "garbage", "another-volumes")
+    pods = {damage: FakePod(name=damage) for damage in damages}
+    wanted: dict[str, Any] = {"attributes": {"name": "shop.example.com"}, "fs_group": "2000"}
+    requests = {damage: await node.published(pod, **wanted) for damage, pod in pods.items()}
+    shown = {damage: node.shown(request) for damage, request in requests.items()}
+    bystander = await node.published()
     await node.driver.kill()
-    path = node.volume_dir(request) / "record.json"
-    text = path.read_bytes()
-    path.unlink()
-    if damage != "missing":
-        other = (node.volume_dir(bystander) / "record.json").read_bytes()
+    for damage, request in requests.items():
+        path = node.volume_dir(request) / "record.json"
+        text, other = path.read_bytes(), (node.volume_dir(bystander) / "record.json").read_bytes()
         content = {"truncated": text[: len(text) // 2], "empty": b"", "garbage": b"\0\xff{", "another-volumes": other}
-        path.write_bytes(content[damage])
-    quarantined = len(node.driver.events("record quarantined; the volume stays as it is"))
+        if damage == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(content[damage])
+    logged = len(node.driver.events(_QUARANTINED))
     await node.driver.start()
-    assert len(node.driver.events("record quarantined; the volume stays as it is")) == quarantined + 1
-    assert node.metric("certmount_node_records_quarantined_total") == 1
-    assert node.shown(request) == shown
-    await node.publish(node.kubelet.publish_request(pod, {"name": "shop.example.com"}, fs_group="2000"))
-    assert node.shown(request) == shown
-    record = node.record(request)
-    assert (record["pod_uid"], record["mount_group"]) == (pod.uid, 2000)
-    assert (await node.health(request), node.script.calls) == ([], 2)
+    assert len(node.driver.events(_QUARANTINED)) == logged + len(damages)
+    assert node.metric("certmount_node_records_quarantined_total") == len(damages)
+    for damage, request in requests.items():
+        assert node.shown(request) == shown[damage]
+        await node.publish(node.kubelet.publish_request(pods[damage], **wanted))
+        assert node.shown(request) == shown[damage]
+        record = node.record(request)
+        assert (record["pod_uid"], record["mount_group"]) == (pods[damage].uid, 2000)
     await node.restart()
-    assert await node.health(request) == []
+    assert [await node.health(request) for request in (*requests.values(), bystander)] == [[]] * 6
+    assert node.script.calls == 6
 
 
 async def test_a_record_of_a_driver_that_knew_more_attributes(node: Node) -> None:
