@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -14,13 +14,13 @@ from cryptography import x509
 from csi_driver.core.attributes import parse_attributes
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.renewal import plan_renewal, retry_delay_s
-from csi_driver.core.spec import CertificateSpec
 from csi_driver.host.targets import check_target, may_be_target
 from csi_driver.host.volumes import Usage, VolumeRecord, VolumeStore
-from csi_driver.node.contents import Readers, read_certificate, replace_roots, write_certificate
+from csi_driver.node.contents import read_certificate, replace_roots, write_certificate
 from csi_driver.node.enrolment import Enrolled, Enrolment
-from csi_driver.node.request import Pod, PodToken, PublishRequest
+from csi_driver.node.request import PublishRequest
 from csi_driver.node.rotation import Rotation
+from csi_driver.node.volume import Volume, new_record
 from csi_driver.node.workers import in_thread
 from csi_driver.telemetry.node_metrics import NodeMetrics
 
@@ -28,31 +28,6 @@ log = structlog.get_logger(__name__)
 
 _AWAITING_TOKEN_S = 300.0
 """Kubelet's next look brings the token and brings the renewal forward; this is for the case that it never looks."""
-
-
-@dataclass(slots=True)
-class Volume:
-    """A published volume: its record, what it asks for, and what only memory holds."""
-
-    record: VolumeRecord
-    spec: CertificateSpec
-    token: PodToken | None = None
-    failure: CertmountError | None = None
-    """Why the last renewal failed; None when it did not."""
-    attempt: int = 0
-    """Renewals that failed in a row."""
-    renewing: bool = False
-
-    @property
-    def pod(self) -> Pod:
-        """Whose volume it is."""
-        record = self.record
-        return Pod(record.pod_namespace, record.pod_name, record.pod_uid, record.service_account)
-
-    @property
-    def readers(self) -> Readers:
-        """Who may read its key; the volume's own attribute wins over the pod's fsGroup."""
-        return Readers(self.record.mount_group if self.spec.fs_group is None else self.spec.fs_group)
 
 
 class Publisher:
@@ -123,18 +98,13 @@ class Publisher:
             raise CertmountError(Reason.VOLUME_NOT_FOUND, Fault("volume_id", f"{volume_id} is not published{where}"))
         return volume
 
+    def trouble(self, volume_id: str, path: str) -> tuple[str, str] | None:
+        """What is wrong with a volume's certificate, as :meth:`Volume.trouble`; raises CertmountError VolumeNotFound."""
+        return self.find(volume_id, path).trouble(self._clock())
+
     def usage(self, volume_id: str) -> Usage:
         """Space and inodes of the volume's own file system."""
         return self._store.usage(volume_id)
-
-    def trouble(self, volume: Volume) -> tuple[str, str] | None:
-        """What is wrong with a volume's certificate: a CamelCase reason and a text for people; None when it is well."""
-        if self._clock() >= volume.record.not_after:
-            why = f"; its renewal fails: {volume.failure}" if volume.failure else ""
-            return "CertificateExpired", f"the certificate of pod {volume.pod} has expired{why}"
-        if volume.failure is not None:
-            return volume.failure.reason.word, f"the certificate of pod {volume.pod} is not renewed: {volume.failure}"
-        return None
 
     # What the clock and the authority ask for.
 
@@ -191,7 +161,7 @@ class Publisher:
         target = check_target(self._kubelet_dir, request.target, request.pod.uid)
         known = self._roots
         enrolled = await self._enrolment.obtain(request.pod, spec, request.token)
-        record = _record(request, str(target), enrolled.issued_at, enrolled.renew_at, enrolled.not_after)
+        record = new_record(request, str(target), enrolled.issued_at, enrolled.renew_at, enrolled.not_after)
         volume = Volume(record, spec, request.token)
         await in_thread(None, self._materialise, volume, target, self._with_newest_roots(enrolled, known))
         self._keep(volume, enrolled.renew_at)
@@ -240,7 +210,7 @@ class Publisher:
             bundle = await in_thread(None, read_certificate, files_dir, spec.names, request.pod, now)
         except CertmountError as error:
             log.warning("adopted volume is renewed at once", reason=error.reason.word, error=str(error))
-            record = _record(request, request.target, now, now, now)
+            record = new_record(request, request.target, now, now, now)
         else:
             issued_at = bundle.leaf.not_valid_before_utc.timestamp()
             not_after = bundle.leaf.not_valid_after_utc.timestamp()
@@ -252,7 +222,7 @@ class Publisher:
                 renew_after_s=None,
                 chance=self._chance(),
             )
-            record = _record(request, request.target, issued_at, renew_at, not_after)
+            record = new_record(request, request.target, issued_at, renew_at, not_after)
         volume = Volume(record, spec, request.token)
         await in_thread(None, self._store.write_record, record)
         self._keep(volume, record.renew_at)
@@ -352,19 +322,3 @@ class Publisher:
             volume=record.volume_id,
             pod=f"{record.pod_namespace}/{record.pod_name}",
         )
-
-
-def _record(request: PublishRequest, target: str, issued_at: float, renew_at: float, not_after: float) -> VolumeRecord:
-    return VolumeRecord(
-        volume_id=request.volume_id,
-        pod_namespace=request.pod.namespace,
-        pod_name=request.pod.name,
-        pod_uid=request.pod.uid,
-        service_account=request.pod.service_account,
-        attributes=dict(request.attributes),
-        mount_group=request.mount_group,
-        targets=(target,),
-        issued_at=issued_at,
-        renew_at=renew_at,
-        not_after=not_after,
-    )

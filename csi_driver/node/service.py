@@ -111,9 +111,8 @@ class NodeService(csi_pb2_grpc.NodeServicer):
     ) -> csi_pb2.NodeGetVolumeHealthResponse:
         """Degraded, with a reason, while the certificate can't be renewed or has expired; the files stay readable."""
         _require(request, "volume_id")
-        volume = self._publisher.find(request.volume_id, request.volume_publish_path)
         health = csi_pb2.VolumeHealth(volume_id=request.volume_id)
-        if trouble := self._publisher.trouble(volume):
+        if trouble := self._publisher.trouble(request.volume_id, request.volume_publish_path):
             reason, message = trouble
             health.health_statuses.add(status=csi_pb2.DEGRADED, reason=reason, message=message)
         return csi_pb2.NodeGetVolumeHealthResponse(volume_health=health)
