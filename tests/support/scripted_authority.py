@@ -81,6 +81,8 @@ class Script:
     """What the authority does next; a test changes it at any time."""
 
     delay_s: float = 0.0
+    gate: asyncio.Event | None = None
+    """Where there is one, requests wait until it is set."""
     life: timedelta = timedelta(hours=1)
     """For requests that name none."""
     failure: CertmountError | None = None
@@ -153,6 +155,8 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         script.tokens.append(request.pod_token)
         if script.delay_s:
             await asyncio.sleep(script.delay_s)  # the issuer's own time, by the test's script
+        if script.gate is not None:
+            await script.gate.wait()
         if script.failure is not None:
             raise script.failure
         csr = parse_csr(request.csr)

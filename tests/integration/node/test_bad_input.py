@@ -395,7 +395,7 @@ async def test_a_bad_token_of_its_own_does_not_end_the_driver(node: Node) -> Non
     path = node.authority.token_file
     good = path.read_bytes()
     await node.restart()
-    await until(lambda: node.authority.watchers, "the driver watches")
+    await node.watched()
     path.write_bytes(b"two\nlines")
     try:
         logged = len(node.driver.events("roots not followed"))

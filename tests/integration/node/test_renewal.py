@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
@@ -175,6 +176,7 @@ async def test_an_expired_token_waits_for_the_next_one(node: Node) -> None:
 
 async def test_new_roots_reach_every_volume_without_new_certificates(node: Node) -> None:
     """The authority's roots change: each root.crt follows within seconds, key and certificate stay."""
+    await node.watched()
     requests = [await node.published() for _ in range(3)]
     before = [node.shown(request) for request in requests]
     other = TestCA("another root")
@@ -191,13 +193,14 @@ async def test_new_roots_reach_every_volume_without_new_certificates(node: Node)
     states = [node.state(request) for request in requests]
     await node.authority.stop()
     await node.authority.start()
-    await until(lambda: node.authority.watchers, "the driver watches again")
+    await node.watched()
     await node.published()
     assert [node.state(request) for request in requests] == states, "the same roots again are no reason to write"
 
 
 async def test_roots_that_make_no_sense_change_nothing(node: Node) -> None:
     """What is no certificate is not handed to a pod, and later roots are taken again."""
+    await node.watched()
     request = await node.published()
     state = node.state(request)
     await node.authority.trust(b"not a certificate")
@@ -215,7 +218,7 @@ async def test_another_root_file_is_used_at_once(node: Node) -> None:
     """The authority's CA is renewed, so the ConfigMap's file changes: the next call trusts it and waits for no other
     call; calls under way end well, their volumes rotate on, and roots are still followed.
     """
-    await until(lambda: node.authority.watchers, "the driver watches")
+    await node.watched()
     node.script.renew_after = timedelta(seconds=0.1)
     renewed = await node.published()
     before = node.shown(renewed)
@@ -276,28 +279,28 @@ async def test_a_wrong_answer_is_not_written(node: Node) -> None:
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def hanging(node: Node) -> Request:
-    """A live volume whose renewal is under way at an authority that takes its time."""
+async def hanging(node: Node) -> AsyncIterator[Request]:
+    """A live volume whose renewal is under way at an authority that does not answer until its gate is set."""
     node.script.renew_after = SOON
     request = await node.published(FakePod(name="hanging"))
-    node.script.delay_s = 6.0
+    gate = node.script.gate = asyncio.Event()
     await until(lambda: node.script.calls > 1, "a renewal under way")
-    return request
+    yield request
+    gate.set()
 
 
 async def test_a_republish_does_not_wait_for_a_renewal(node: Node, hanging: Request) -> None:
     """The kubelet's look at a pod is answered at once, also while the volume's renewal hangs at the authority."""
-    await node.publish(hanging, timeout=3.0)
+    await node.publish(hanging)
     assert node.shown(hanging).names
 
 
 async def test_an_unpublish_does_not_wait_for_a_renewal(node: Node, hanging: Request) -> None:
     """A pod ends at once, also while its volume's renewal hangs at the authority, and the clock goes on for others."""
-    node.script.delay_s = 0.0
+    node.script.gate = None
     other = await node.published()
     first = node.shown(other).serial
-    unpublish = node.kubelet.unpublish_request(hanging)
-    await node.stub.NodeUnpublishVolume(unpublish, timeout=3.0)
+    await node.unpublish(hanging)
     node.assert_nothing_of(hanging)
     await until(lambda: node.shown(other).serial != first, "the other volume's renewal")
 
@@ -308,39 +311,39 @@ async def test_a_target_that_goes_does_not_cost_the_other_its_renewal(node: Node
     second.CopyFrom(hanging)
     second.target_path = str(node.target(hanging).parent.parent / "again" / "mount")
     node.target(second).parent.mkdir()
-    await node.publish(second, timeout=3.0)
-    node.script.delay_s = 0.0
-    await node.stub.NodeUnpublishVolume(node.kubelet.unpublish_request(second), timeout=3.0)
+    await node.publish(second)
+    await node.unpublish(second)
     assert not node.target(second).exists()
+    assert node.shown(hanging) == before
+    assert node.script.gate
+    node.script.gate.set()
     await until(lambda: node.shown(hanging).serial != before.serial, "renewed")
 
 
 async def test_new_roots_do_not_wait_for_a_renewal(node: Node, hanging: Request) -> None:
     """One volume's renewal hangs: its root.crt and the others' follow the authority at once."""
-    node.script.delay_s, node.script.renew_after = 0.0, None
-    other, root = await node.published(), TestCA("another root")
+    await node.watched()
+    node.script.gate = node.script.renew_after = None
+    requests, root = (hanging, await node.published()), TestCA("another root")
     await node.authority.trust(node.authority.ca.der, root.der)
-    requests = (hanging, other)
-    await until(lambda: all(_has_root(node, each, root) for each in requests), "the other root", patience_s=3.0)
+    await until(lambda: all(_has_root(node, each, root) for each in requests), "the other root")
     await node.authority.trust(node.authority.ca.der)
 
 
-async def test_roots_that_change_during_a_call_are_not_lost(node: Node) -> None:
+async def test_roots_that_change_during_a_call_are_not_lost(node: Node, hanging: Request) -> None:
     """An answer may carry the roots of before: those that arrived meanwhile win, for a first publish and for a renewal."""
-    node.script.renew_after = SOON
-    renewed, root = await node.published(), TestCA("another root")
-    before = node.shown(renewed)
-    node.script.delay_s = 1.5
-    node.script.tamper = lambda answer: Response(chain=answer.chain, roots=[node.authority.ca.der])
-    await until(lambda: node.script.calls > 1, "a renewal under way")
+    await node.watched()
+    before, root, old = node.shown(hanging), TestCA("another root"), node.authority.ca.der
+    node.script.tamper = lambda answer: Response(chain=answer.chain, roots=[old])
     first = node.request()
     publishing = asyncio.ensure_future(node.publish(first))
     await until(lambda: node.script.calls > 2, "a publish under way")
-    await node.authority.trust(node.authority.ca.der, root.der)
-    await until(lambda: _has_root(node, renewed, root), "the other root")
-    assert not publishing.done()
+    await node.authority.trust(old, root.der)
+    await until(lambda: _has_root(node, hanging, root), "the other root")
+    assert node.script.gate
+    node.script.gate.set()
     await publishing
-    await until(lambda: node.shown(renewed).serial != before.serial, "renewed")
-    assert _has_root(node, renewed, root)
     assert _has_root(node, first, root)
-    await node.authority.trust(node.authority.ca.der)
+    await until(lambda: node.shown(hanging).serial != before.serial, "renewed")
+    assert _has_root(node, hanging, root)
+    await node.authority.trust(old)

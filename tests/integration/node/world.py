@@ -25,6 +25,7 @@ from tests.support.driver import Driver
 from tests.support.kubelet import FakePod, Kubelet, node_stub
 from tests.support.requirements import may_mount
 from tests.support.scripted_authority import Script, ScriptedAuthority
+from tests.support.waiting import until
 
 FILES = {"root.crt", "site.crt", "site.key", "site.pem"}
 _MS_SHARED = 1 << 20
@@ -166,6 +167,10 @@ class Node:
             self.unmount(request)
         shutil.rmtree(self.pod_dir(request))
         self._requests.remove(request)
+
+    async def watched(self) -> None:
+        """Waits until the driver follows the roots; after an outage its next try may be half a minute away."""
+        await until(lambda: self.authority.watchers, "the driver follows the roots", patience_s=60.0)
 
     async def restart(self) -> None:
         """SIGKILL, then a new process."""
