@@ -23,16 +23,20 @@ _CONTAINERD = "/run/localkube-containerd/containerd.sock"
 
 
 class Mount(NamedTuple):
-    """A line of the host's mount table: where, and the options of this mount alone."""
+    """A line of the host's mount table: where, the options of this mount alone, and what is mounted."""
 
     point: str
     options: frozenset[str]
+    source: str
 
 
 def read_mounts() -> list[Mount]:
     """The host's mount table, proc_pid_mountinfo(5)."""
     lines = Path("/proc/1/mountinfo").read_text(encoding="utf-8").splitlines()
-    return [Mount(fields[4], frozenset(fields[5].split(","))) for fields in map(str.split, lines)]
+    return [
+        Mount(fields[4], frozenset(fields[5].split(",")), fields[fields.index("-") + 2])
+        for fields in map(str.split, lines)
+    ]
 
 
 def target_of(uid: str) -> Path:
@@ -74,19 +78,41 @@ def driver() -> Any:
 
 def process_of(pod: Any) -> int:
     """The first process of the pod's container, by its number on the host."""
-    container = pod["status"]["containerStatuses"][0]["containerID"].removeprefix("containerd://")
+    return _processes()[pod["status"]["containerStatuses"][0]["containerID"].removeprefix("containerd://")]
+
+
+def _processes() -> dict[str, int]:
+    """The first process of each container of the cluster that runs, by the container's id."""
     command = ["ctr", "-a", _CONTAINERD, "-n", "k8s.io", "tasks", "ls"]
     tasks = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    (pid,) = re.findall(rf"^{container}\s+(\d+)", tasks, re.MULTILINE)
-    return int(pid)
+    return {container: int(pid) for container, pid in re.findall(r"^(\S+)\s+(\d+)\s+RUNNING", tasks, re.MULTILINE)}
 
 
 def restart_kubelet() -> None:
     """Ends the kubelet as a service manager does, and starts it again."""
+    _stop_kubelet()
+    _start_kubelet()
+
+
+def reboot() -> None:
+    """Leaves what a reboot leaves: no container, none of certmount's mounts, and the disk as it was; then the kubelet starts."""
+    _stop_kubelet()
+    for process in _processes().values():
+        os.kill(process, signal.SIGKILL)
+    for mount in reversed(read_mounts()):
+        if mount.source == "certmount" and Path(mount.point).is_relative_to(KUBELET):
+            subprocess.run(["umount", "--lazy", mount.point], check=True)
+    _start_kubelet()
+
+
+def _stop_kubelet() -> None:
     run = Path(os.environ["LOCALKUBE_RUN"])
     pid = int((run / "kubelet.pid").read_text())
     os.kill(pid, signal.SIGTERM)
     wait_until(lambda: not _alive(pid), seconds=30, what="the kubelet ends")
+
+
+def _start_kubelet() -> None:
     subprocess.run([_LOCALKUBE / "up.sh"], check=True, capture_output=True, timeout=90)
 
 

@@ -15,7 +15,7 @@ from tests.e2e import host
 from tests.e2e.host import metric, mounts_at, restart_kubelet, target_of, traces_of, volume_folder
 from tests.e2e.kubectl import CERTMOUNT, apply, find, kubectl, make_namespace, roll_out, wait_for, wait_until
 from tests.e2e.logs import LogKeeper
-from tests.e2e.pods import Pod, manifest
+from tests.e2e.pods import TLS, Pod, manifest
 
 NAMESPACE = "e2e-interruptions"
 STEADY = [Pod(NAMESPACE, f"steady-{number}") for number in range(4)]
@@ -170,6 +170,26 @@ def test_replica_dies_while_forty_pods_start_and_they_end_without_a_trace(logs: 
         what="nothing is left of forty pods",
     )
     print(f"{MANY} pods were gone without a trace after {time.monotonic() - begin:.1f} s")
+
+
+@pytest.mark.timeout(240)
+def test_node_reboots() -> None:
+    """After a reboot, which takes every volume away, a pod's first command finds the files of a new certificate."""
+    pod = Pod(NAMESPACE, "rebooted")
+    check = f"grep -q -e '-----END' {TLS}/site.key && grep -q -e '-----END' {TLS}/site.crt || exit 1"
+    command = ["/bin/sh", "-c", f"{check}; trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done"]
+    found = manifest(pod, {}, command=command)
+    found["spec"]["restartPolicy"] = "Always"
+    apply(found)
+    wait_for("Ready", f"pod/{pod.name}", namespace=NAMESPACE)
+    before, uid = pod.read("site.crt"), pod.uid
+    host.reboot()
+    wait_until(lambda: pod.restarts() > 0, seconds=90, what="the pod runs again")
+    wait_for("Ready", f"pod/{pod.name}", namespace=NAMESPACE)
+    assert (pod.uid, pod.restarts()) == (uid, 1)
+    assert pod.read("site.crt") != before
+    assert len(mounts_at(target_of(uid))) == len(mounts_at(volume_folder(uid))) == 1
+    roll_out("deployment/certmount-authority", "daemonset/certmount-node")
 
 
 def _issued_to_many(logs: LogKeeper) -> list[str]:

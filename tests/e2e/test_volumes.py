@@ -184,7 +184,6 @@ def test_three_rotations_under_mutual_tls_without_an_error() -> None:
     seen = wait_until(report, seconds=90, what="three rotations at both ends")
     assert seen["errors"] == []
     assert seen["connections"] >= 100
-    assert seen["connections"] / seen["seconds"] == pytest.approx(10, rel=0.2)
     assert "error" not in kubectl("-n", NAMESPACE, "logs", "server")
     assert [pod("client").restarts(), pod("server").restarts()] == [0, 0]
 
