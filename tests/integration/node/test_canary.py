@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from csi_driver.core.errors import CertmountError, Reason
-from tests.integration.node.test_bad_input import ATTRIBUTES, BAD_TOKENS, SHAPES, TOKENS, change
+from tests.integration.node.bad_input import ATTRIBUTES, BAD_TOKENS, SHAPES, TOKENS, change
 from tests.integration.node.world import Node, Request, running_node
 from tests.support.kubelet import FakePod
 from tests.support.scripted_authority import Response, TestCA, refused
