@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import structlog
@@ -16,42 +16,16 @@ from prometheus_client import CollectorRegistry
 from csi_driver import __version__
 from csi_driver.authority.server import AuthorityServer, Settings
 from csi_driver.authority.surroundings import Surroundings, outside_a_cluster
-from csi_driver.cli.liveness import loop_liveness
+from csi_driver.cli.common import address, health_server, parsed
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.identity import ServiceAccount
 from csi_driver.core.names import DNSName, Names, parse_trust_domain
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
-from csi_driver.telemetry.http import HealthServer
 from csi_driver.telemetry.logging import LEVELS, configure_logging
 
 log = structlog.get_logger(__name__)
 
-_T = TypeVar("_T")
 _FILE = click.Path(path_type=Path)
-
-
-def _parsed(parse: Callable[[str], _T]) -> Callable[..., Any]:
-    """A click callback: what ``parse`` says of a wrong value is said of the option."""
-
-    def one(text: str) -> _T:
-        try:
-            return parse(text)
-        except ValueError as problem:
-            raise click.BadParameter(f"{text!r} {problem}") from None
-
-    def callback(_context: click.Context, _option: click.Parameter, value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(one(text) for text in value)
-        return None if value is None else one(value)
-
-    return callback
-
-
-def _address(text: str) -> str:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ValueError("is not HOST:PORT")
-    return text
 
 
 def _namespaced(text: str) -> tuple[str, str]:
@@ -66,28 +40,28 @@ def _namespaced(text: str) -> tuple[str, str]:
     "--listen",
     default="0.0.0.0:8443",
     show_default=True,
-    callback=_parsed(_address),
+    callback=parsed(address),
     help="HOST:PORT for gRPC over TLS.",
 )
 @click.option(
     "--http",
     default="0.0.0.0:9441",
     show_default=True,
-    callback=_parsed(_address),
+    callback=parsed(address),
     help="HOST:PORT for /healthz, /readyz and /metrics.",
 )
 @click.option(
     "--trust-domain",
     default="cluster.local",
     show_default=True,
-    callback=_parsed(parse_trust_domain),
+    callback=parsed(parse_trust_domain),
     help="Of the SPIFFE IDs it issues.",
 )
 @click.option(
     "--cluster-domain",
     default="cluster.local",
     show_default=True,
-    callback=_parsed(lambda text: DNSName.parse(text).text),
+    callback=parsed(lambda text: DNSName.parse(text).text),
     help="The cluster's DNS domain; {cluster_domain} in the policy.",
 )
 @click.option("--policy", required=True, type=_FILE, help="YAML file that says who may have which names.")
@@ -95,22 +69,22 @@ def _namespaced(text: str) -> tuple[str, str]:
     "--serving-name",
     multiple=True,
     required=True,
-    callback=_parsed(DNSName.parse),
+    callback=parsed(DNSName.parse),
     help="A DNS name by which nodes call this authority; repeatable.",
 )
 @click.option(
     "--node-service-account",
     default="certmount/certmount-node",
     show_default=True,
-    callback=_parsed(_namespaced),
+    callback=parsed(_namespaced),
     help="NAMESPACE/NAME of the service account that node drivers run as.",
 )
 @click.option(
-    "--ca-secret", callback=_parsed(_namespaced), help="In a cluster: NAMESPACE/NAME of the Secret that keeps the CA."
+    "--ca-secret", callback=parsed(_namespaced), help="In a cluster: NAMESPACE/NAME of the Secret that keeps the CA."
 )
 @click.option(
     "--root-configmap",
-    callback=_parsed(_namespaced),
+    callback=parsed(_namespaced),
     help="In a cluster: NAMESPACE/NAME of the ConfigMap that gets the root.",
 )
 @click.option("--ca-dir", type=_FILE, help="Outside of one: folder that keeps the CA and gets root.crt.")
@@ -151,10 +125,7 @@ async def _run(
     registry = CollectorRegistry()
     async with surroundings as around:
         server = AuthorityServer(settings, around, AuthorityMetrics(registry))
-        try:
-            health = HealthServer(http, registry, server.unready, loop_liveness())
-        except OSError as error:
-            raise click.ClickException(f"--http {http}: {error.strerror}") from None
+        health = health_server(http, registry, server.unready)
         log.info("starting", version=__version__, trust_domain=settings.trust_domain, policy=str(settings.policy))
         health.start()
         try:

@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry
 
 from csi_driver import DRIVER_NAME, __version__
 from csi_driver._proto import csi_pb2_grpc
-from csi_driver.cli.liveness import loop_liveness
+from csi_driver.cli.common import address, health_server, parsed
 from csi_driver.core.errors import CertmountError
 from csi_driver.host.folder_mounts import FolderMounts
 from csi_driver.host.mounts import KernelMounts
@@ -32,7 +32,6 @@ from csi_driver.node.registration import Registration, listen
 from csi_driver.node.service import IdentityService, NodeService, describe_call
 from csi_driver.node.trust import follow_trust
 from csi_driver.rpc.server import Handled, Interceptor
-from csi_driver.telemetry.http import HealthServer
 from csi_driver.telemetry.logging import LEVELS, configure_logging
 from csi_driver.telemetry.node_metrics import NodeMetrics
 
@@ -73,6 +72,7 @@ class Settings:
     "--authority",
     default="certmount-authority.certmount.svc:443",
     show_default=True,
+    callback=parsed(address),
     help="HOST:PORT of the authority.",
 )
 @click.option(
@@ -89,7 +89,13 @@ class Settings:
     show_default=True,
     help="File with the driver's own service-account token, audience certmount-node.",
 )
-@click.option("--http", default="0.0.0.0:9440", show_default=True, help="HOST:PORT for /healthz, /readyz and /metrics.")
+@click.option(
+    "--http",
+    default="0.0.0.0:9440",
+    show_default=True,
+    callback=parsed(address),
+    help="HOST:PORT for /healthz, /readyz and /metrics.",
+)
 @click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True)
 @click.option(
     "--mounts",
@@ -118,7 +124,7 @@ async def run(settings: Settings) -> None:
     with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="keys") as keys:
         publisher = _publisher(settings, client, keys, metrics)
         registration = Registration(settings.kubelet_dir, settings.plugin_dir / "csi.sock")
-        health = _health_server(settings, registry, _readiness(settings, client, registration))
+        health = health_server(settings.http, registry, _readiness(settings, client, registration))
         health.start()
         try:
             await _serve(settings, publisher, client, registration, metrics, stop)
@@ -189,16 +195,6 @@ async def _serve_csi(settings: Settings, publisher: Publisher, metrics: NodeMetr
     listen(server, settings.plugin_dir / "csi.sock")
     await server.start()
     return server
-
-
-def _health_server(settings: Settings, registry: CollectorRegistry, ready: Callable[[], Sequence[str]]) -> HealthServer:
-    try:
-        return HealthServer(settings.http, registry, ready, loop_liveness())
-    except OSError as error:
-        problem = error.strerror
-    except (ValueError, OverflowError):
-        problem = "is not HOST:PORT"
-    raise click.ClickException(f"--http {settings.http}: {problem}")
 
 
 def _publisher(

@@ -65,7 +65,7 @@ async def test_a_kubelet_directory_that_is_none(tmp_path: Path, place: str) -> N
 @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:99999", "127.0.0.1:x"])
 async def test_an_http_address_that_is_none(tmp_path: Path, address: str) -> None:
     """The option is named."""
-    await _refuses_to_start(f"--http {address}: is not HOST:PORT", kubelet_dir=str(tmp_path), http=address)
+    await _refuses_to_start(f"'--http': '{address}' is not HOST:PORT", kubelet_dir=str(tmp_path), http=address)
 
 
 async def test_a_busy_http_port(tmp_path: Path) -> None:
