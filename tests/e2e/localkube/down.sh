@@ -15,6 +15,10 @@ if running containerd; then
   ctrk containers ls -q | xargs -r ctr -a "$SOCK" -n k8s.io containers rm >/dev/null 2>&1
 fi
 for n in apiserver etcd containerd; do stop $n; done
+# A shim whose container was gone before containerd could tell it to end would stay for ever.
+for process in /proc/[0-9]*; do
+  case $(tr '\0' ' ' 2>/dev/null <"$process/cmdline") in */containerd-shim*"-address $SOCK "*) kill -9 "${process#/proc/}" ;; esac
+done
 awk '{print $2}' /proc/mounts | grep -E "^(/var/lib/kubelet|/run/localkube-containerd|$RUN)" | sort -r | xargs -r -n1 umount -l 2>/dev/null
 ip link del cni0 2>/dev/null
 rm -rf /var/lib/kubelet /run/localkube-containerd /var/lib/cni/networks/localkube
