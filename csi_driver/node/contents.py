@@ -13,9 +13,9 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from csi_driver.core.bundle import Bundle, Expected, check_answer
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import (
-    BUNDLE,
     CHAIN,
     KEY,
+    PRIVATE,
     ROOTS,
     decode_certificates,
     encode_certificates,
@@ -27,8 +27,6 @@ from csi_driver.core.secret import Secret
 from csi_driver.host.generations import VolumeFile, read_generation, write_generation
 from csi_driver.node.request import Pod
 
-_PRIVATE = frozenset({KEY, BUNDLE})
-
 
 @dataclass(frozen=True, slots=True)
 class Readers:
@@ -38,7 +36,7 @@ class Readers:
 
     def file(self, name: str, content: Secret[bytes]) -> VolumeFile:
         """The file with its mode and group."""
-        if name not in _PRIVATE or self.group is None:
+        if name not in PRIVATE or self.group is None:
             return VolumeFile(name, content, 0o444, None)
         return VolumeFile(name, content, 0o440, self.group)
 

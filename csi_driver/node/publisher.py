@@ -81,7 +81,7 @@ class Publisher:
                 volume.record = replace(volume.record, targets=remaining)
                 await in_thread(None, self._store.write_record, volume.record)
                 return
-            await self._forget(volume_id)
+            self._forget(volume_id)
             await in_thread(None, self._store.remove, volume_id)
             log.info("unpublished", volume=volume_id)
 
@@ -302,14 +302,14 @@ class Publisher:
         self._metrics.keep(volume_id, volume.record.not_after)
         self._metrics.unhealthy(volume_id, None)
 
-    async def _forget(self, volume_id: str) -> None:
+    def _forget(self, volume_id: str) -> None:
         self._volumes.pop(volume_id, None)
         self.rotation.cancel(volume_id)
         self._metrics.forget(volume_id)
 
     async def _drop(self, record: VolumeRecord) -> None:
         """Removes the volume of a pod that no longer exists; kubelet will not ask for it any more."""
-        await self._forget(record.volume_id)
+        self._forget(record.volume_id)
         try:
             for target in record.targets:
                 await in_thread(None, self._store.unbind, Path(target))

@@ -13,15 +13,21 @@ from csi_driver.core.secret import Secret
 from csi_driver.core.unreadable import UNREADABLE
 
 ROOTS, CHAIN, KEY, BUNDLE = "root.crt", "site.crt", "site.key", "site.pem"
+PRIVATE = frozenset({KEY, BUNDLE})
+"""The files that hold the key; all others may be read by anyone."""
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedFile:
-    """One file of a volume. ``private`` decides who may read it."""
+    """One file of a volume."""
 
     name: str
     content: Secret[bytes]
-    private: bool
+
+    @property
+    def private(self) -> bool:
+        """True for a file that holds the key."""
+        return self.name in PRIVATE
 
 
 def render_files(
@@ -30,10 +36,10 @@ def render_files(
     """``root.crt``, ``site.crt`` (leaf, then intermediates), ``site.key`` (PKCS#8) and ``site.pem`` (key, then chain: one atomic read)."""
     key_pem, chain_pem = encode_key(key).reveal(), encode_certificates(chain)
     return (
-        RenderedFile(ROOTS, Secret(encode_certificates(roots)), private=False),
-        RenderedFile(CHAIN, Secret(chain_pem), private=False),
-        RenderedFile(KEY, Secret(key_pem), private=True),
-        RenderedFile(BUNDLE, Secret(key_pem + chain_pem), private=True),
+        RenderedFile(ROOTS, Secret(encode_certificates(roots))),
+        RenderedFile(CHAIN, Secret(chain_pem)),
+        RenderedFile(KEY, Secret(key_pem)),
+        RenderedFile(BUNDLE, Secret(key_pem + chain_pem)),
     )
 
 
