@@ -44,6 +44,16 @@ class AuthorityStub:
                 request_serializer=csi__driver_dot___proto_dot_authority__pb2.WatchTrustRequest.SerializeToString,
                 response_deserializer=csi__driver_dot___proto_dot_authority__pb2.TrustBundle.FromString,
                 _registered_method=True)
+        self.ConfirmTrust = channel.unary_unary(
+                '/certmount.authority.v1.Authority/ConfirmTrust',
+                request_serializer=csi__driver_dot___proto_dot_authority__pb2.ConfirmTrustRequest.SerializeToString,
+                response_deserializer=csi__driver_dot___proto_dot_authority__pb2.ConfirmTrustResponse.FromString,
+                _registered_method=True)
+        self.Report = channel.unary_unary(
+                '/certmount.authority.v1.Authority/Report',
+                request_serializer=csi__driver_dot___proto_dot_authority__pb2.ReportRequest.SerializeToString,
+                response_deserializer=csi__driver_dot___proto_dot_authority__pb2.ReportResponse.FromString,
+                _registered_method=True)
 
 
 class AuthorityServicer:
@@ -57,8 +67,23 @@ class AuthorityServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchTrust(self, request, context):
-        """Sends the trusted roots now, and again each time they change. The authority ends the stream from time to time, so
+        """Sends what is to be trusted now, and again each time it changes. The authority ends the stream from time to time, so
         that the caller proves itself anew; the caller then calls again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ConfirmTrust(self, request, context):
+        """Tells that every volume of the node holds a set of roots, and every later one will. A CA is exchanged only after all
+        nodes have said so.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Report(self, request, context):
+        """Tells what has become of a pod's certificate on its node, so that it can be said on the pod's events.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,6 +101,16 @@ def add_AuthorityServicer_to_server(servicer, server):
                     servicer.WatchTrust,
                     request_deserializer=csi__driver_dot___proto_dot_authority__pb2.WatchTrustRequest.FromString,
                     response_serializer=csi__driver_dot___proto_dot_authority__pb2.TrustBundle.SerializeToString,
+            ),
+            'ConfirmTrust': grpc.unary_unary_rpc_method_handler(
+                    servicer.ConfirmTrust,
+                    request_deserializer=csi__driver_dot___proto_dot_authority__pb2.ConfirmTrustRequest.FromString,
+                    response_serializer=csi__driver_dot___proto_dot_authority__pb2.ConfirmTrustResponse.SerializeToString,
+            ),
+            'Report': grpc.unary_unary_rpc_method_handler(
+                    servicer.Report,
+                    request_deserializer=csi__driver_dot___proto_dot_authority__pb2.ReportRequest.FromString,
+                    response_serializer=csi__driver_dot___proto_dot_authority__pb2.ReportResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -132,6 +167,60 @@ class Authority:
             '/certmount.authority.v1.Authority/WatchTrust',
             csi__driver_dot___proto_dot_authority__pb2.WatchTrustRequest.SerializeToString,
             csi__driver_dot___proto_dot_authority__pb2.TrustBundle.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ConfirmTrust(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/certmount.authority.v1.Authority/ConfirmTrust',
+            csi__driver_dot___proto_dot_authority__pb2.ConfirmTrustRequest.SerializeToString,
+            csi__driver_dot___proto_dot_authority__pb2.ConfirmTrustResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Report(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/certmount.authority.v1.Authority/Report',
+            csi__driver_dot___proto_dot_authority__pb2.ReportRequest.SerializeToString,
+            csi__driver_dot___proto_dot_authority__pb2.ReportResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.hashes import SHA256, SHA384
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
@@ -92,8 +92,8 @@ def dump_keyring(keyring: Keyring) -> Mapping[str, Secret[bytes]]:
 
 
 def signing_hash(key: PrivateKey) -> SHA256 | SHA384 | None:
-    """The hash that fits the strength of a signing key; none for Ed25519, which has its own (RFC 8410)."""
-    if isinstance(key, ed25519.Ed25519PrivateKey):
+    """The hash that fits the strength of a signing key; none for Ed25519 (RFC 8410) and ML-DSA (RFC 9881), which have their own."""
+    if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
         return None
     return SHA384() if isinstance(key, ec.EllipticCurvePrivateKey) and key.key_size > 256 else SHA256()
 

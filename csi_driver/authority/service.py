@@ -23,6 +23,7 @@ from csi_driver.core.csr import parse_csr
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.keys import public_bytes
 from csi_driver.core.secret import Secret
+from csi_driver.core.spec import DEFAULT_ISSUER
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
 audit = structlog.get_logger("audit")
@@ -79,7 +80,24 @@ class AuthorityService(authority_pb2_grpc.AuthorityServicer):
         await self._desk.admission.prove_node(bearer(context))
         async with contextlib.aclosing(self._trust.watch()) as bundles:
             async for roots in bundles:
-                yield authority_pb2.TrustBundle(roots=roots)
+                yield authority_pb2.TrustBundle(sets={DEFAULT_ISSUER: authority_pb2.RootSet(roots=roots)})
+
+    async def ConfirmTrust(
+        self,
+        request: authority_pb2.ConfirmTrustRequest,  # noqa: ARG002  # the signature is gRPC's
+        context: _Context,
+    ) -> authority_pb2.ConfirmTrustResponse:
+        await self._desk.admission.prove_node(bearer(context))
+        return authority_pb2.ConfirmTrustResponse()
+
+    async def Report(
+        self,
+        request: authority_pb2.ReportRequest,
+        context: _Context,
+    ) -> authority_pb2.ReportResponse:
+        node = await self._desk.admission.prove_node(bearer(context))
+        await self._desk.admission.prove_pod(Secret(request.pod_token), node)
+        return authority_pb2.ReportResponse()
 
     async def _issue(self, request: authority_pb2.IssueRequest, caller: Secret[str], record: dict[str, Any]) -> Issued:
         """Fills ``record`` as it goes, so that a refusal tells how far it came."""
@@ -137,7 +155,8 @@ def _duration(request: authority_pb2.IssueRequest) -> timedelta | None:
 
 
 def _response(issued: Issued) -> authority_pb2.IssueResponse:
-    response = authority_pb2.IssueResponse(chain=issued.chain, roots=issued.roots)
+    trust = {DEFAULT_ISSUER: authority_pb2.RootSet(roots=issued.roots)}
+    response = authority_pb2.IssueResponse(chain=issued.chain, trust=trust)
     if issued.renew_after is not None:
         response.renew_after.FromTimedelta(issued.renew_after)
     return response

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
@@ -32,7 +32,7 @@ def build_csr(key: PrivateKey, names: Names) -> bytes:
     builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
     if len(names):
         builder = builder.add_extension(san_extension(names), critical=True)
-    algorithm = None if isinstance(key, ed25519.Ed25519PrivateKey) else SHA256()
+    algorithm = SHA256() if isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) else None
     return builder.sign(key, algorithm).public_bytes(Encoding.DER)
 
 

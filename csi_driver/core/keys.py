@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, rsa
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -15,11 +15,18 @@ from cryptography.hazmat.primitives.serialization import (
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import KeyType
 
-PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey
-PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey | ed25519.Ed25519PublicKey
+_MLDSAPrivateKey = mldsa.MLDSA44PrivateKey | mldsa.MLDSA65PrivateKey | mldsa.MLDSA87PrivateKey
+_MLDSAPublicKey = mldsa.MLDSA44PublicKey | mldsa.MLDSA65PublicKey | mldsa.MLDSA87PublicKey
+PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey | _MLDSAPrivateKey
+PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey | ed25519.Ed25519PublicKey | _MLDSAPublicKey
 
 _RSA_BITS = {KeyType.RSA_2048: 2048, KeyType.RSA_3072: 3072, KeyType.RSA_4096: 4096}
 _CURVES: dict[KeyType, ec.EllipticCurve] = {KeyType.EC_P256: ec.SECP256R1(), KeyType.EC_P384: ec.SECP384R1()}
+_ML_DSA: dict[KeyType, tuple[type[_MLDSAPrivateKey], type[_MLDSAPublicKey]]] = {
+    KeyType.ML_DSA_44: (mldsa.MLDSA44PrivateKey, mldsa.MLDSA44PublicKey),
+    KeyType.ML_DSA_65: (mldsa.MLDSA65PrivateKey, mldsa.MLDSA65PublicKey),
+    KeyType.ML_DSA_87: (mldsa.MLDSA87PrivateKey, mldsa.MLDSA87PublicKey),
+}
 
 
 def generate_key(key_type: KeyType) -> PrivateKey:
@@ -28,6 +35,8 @@ def generate_key(key_type: KeyType) -> PrivateKey:
         return ed25519.Ed25519PrivateKey.generate()
     if key_type in _RSA_BITS:
         return rsa.generate_private_key(public_exponent=65537, key_size=_RSA_BITS[key_type])
+    if key_type in _ML_DSA:
+        return _ML_DSA[key_type][0].generate()
     return ec.generate_private_key(_CURVES[key_type])
 
 
@@ -41,7 +50,7 @@ def key_type_of(key: object) -> KeyType | None:
         )
     if isinstance(key, ec.EllipticCurvePublicKey):
         return next((kind for kind, curve in _CURVES.items() if curve.name == key.curve.name), None)
-    return None
+    return next((kind for kind, (_, public) in _ML_DSA.items() if isinstance(key, public)), None)
 
 
 def encode_key(key: PrivateKey) -> Secret[bytes]:

@@ -10,6 +10,8 @@ from csi_driver.core.names import Names
 
 LEAST_DURATION = timedelta(seconds=10)
 """A shorter life leaves no room to renew it: one failed try would already be an outage."""
+DEFAULT_ISSUER = "internal"
+"""The authority's own CA."""
 MOST_NAMES = 100
 """Names in one certificate; public CAs allow as many, and a handshake carries them all."""
 
@@ -24,6 +26,17 @@ class KeyType(Enum):
     RSA_3072 = "RSA-3072"
     RSA_4096 = "RSA-4096"
     ED25519 = "Ed25519"
+    ML_DSA_44 = "ML-DSA-44"
+    ML_DSA_65 = "ML-DSA-65"
+    ML_DSA_87 = "ML-DSA-87"
+
+
+@unique
+class Usage(Enum):
+    """Which end of a TLS connection a certificate serves for, by the word a pod writes (RFC 5280 section 4.2.1.12)."""
+
+    SERVER = "server"
+    CLIENT = "client"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,5 +50,11 @@ class CertificateSpec:
     renew_before: timedelta | None = None
     """How long before its end; None: at two thirds of its life."""
     key_type: KeyType = KeyType.EC_P256
+    usages: tuple[Usage, ...] = ()
+    """None: as many as policy allows."""
+    issuer: str = DEFAULT_ISSUER
+    """Who signs, and whose roots the pod trusts."""
+    federations: tuple[str, ...] = ()
+    """Sets of further roots that the pod trusts, by the administrator's names."""
     fs_group: int | None = None
     """The group that may read the key; None: the pod's fsGroup."""

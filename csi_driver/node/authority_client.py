@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -79,7 +79,7 @@ class AuthorityClient:
             request.duration.FromTimedelta(duration)
         response = await self._answered(request)
         renew_after = response.renew_after.ToTimedelta() if response.HasField("renew_after") else None
-        return Answer(response.chain, response.roots, renew_after)
+        return Answer(response.chain, _all_roots(response.trust), renew_after)
 
     async def watch_trust(self) -> AsyncIterator[Sequence[bytes]]:
         """Yields the trusted roots (X.509 DER) now and at each change; ends when the authority ends the stream.
@@ -91,7 +91,7 @@ class AuthorityClient:
         call = stub.WatchTrust(authority_pb2.WatchTrustRequest(), metadata=self._bearer())
         try:
             async for bundle in call:
-                yield bundle.roots
+                yield _all_roots(bundle.sets)
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error) from None
         finally:
@@ -160,6 +160,10 @@ class AuthorityClient:
             hint = "the DaemonSet must mount a projected token with audience certmount-node"
             raise CertmountError(Reason.TOKEN_MISSING, Fault(str(self._token_file), problem, hint))
         return (("authorization", f"Bearer {token.decode('ascii')}"),)
+
+
+def _all_roots(sets: Mapping[str, authority_pb2.RootSet]) -> Sequence[bytes]:
+    return [root for roots in sets.values() for root in roots.roots]
 
 
 def _read(path: Path) -> bytes:

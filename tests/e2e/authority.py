@@ -12,7 +12,7 @@ from csi_driver._proto import authority_pb2, authority_pb2_grpc
 from csi_driver.core.csr import build_csr
 from csi_driver.core.keys import generate_key
 from csi_driver.core.names import Names
-from csi_driver.core.spec import KeyType
+from csi_driver.core.spec import DEFAULT_ISSUER, KeyType
 from csi_driver.rpc.errors import REASON_KEY
 from tests.e2e.kubectl import CERTMOUNT, get, kubectl
 
@@ -65,4 +65,6 @@ def issue(pod_token: str, node_token: str | None, *, address: str = "", trusted:
         except grpc.RpcError as error:
             reasons = [str(item.value) for item in error.trailing_metadata() or () if item.key == REASON_KEY]
             return Outcome(reasons[0] if reasons else error.code().name, error.details() or "")
-    return Outcome("", leaf=x509.load_der_x509_certificate(response.chain[0]), roots=tuple(response.roots))
+    return Outcome(
+        "", leaf=x509.load_der_x509_certificate(response.chain[0]), roots=tuple(response.trust[DEFAULT_ISSUER].roots)
+    )

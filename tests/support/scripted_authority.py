@@ -31,6 +31,7 @@ from csi_driver.core.csr import parse_csr, san_extension
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.keys import PublicKey
 from csi_driver.core.names import DNSName, Names, spiffe_id
+from csi_driver.core.spec import DEFAULT_ISSUER
 from csi_driver.rpc.server import Interceptor
 
 TRUST_DOMAIN = "cluster.local"
@@ -76,6 +77,16 @@ class TestCA:
 Response = authority_pb2.IssueResponse
 
 
+def answer_of(chain: Sequence[bytes], roots: Sequence[bytes]) -> Response:
+    """An answer with a chain and the internal issuer's roots (X.509 DER)."""
+    return Response(chain=chain, trust={DEFAULT_ISSUER: authority_pb2.RootSet(roots=roots)})
+
+
+def roots_of(answer: Response) -> Sequence[bytes]:
+    """The internal issuer's roots in an answer."""
+    return answer.trust[DEFAULT_ISSUER].roots
+
+
 @dataclass
 class Script:
     """What the authority does next; a test changes it at any time."""
@@ -108,6 +119,9 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         self.address = ""
         self.watchers = 0
         """Nodes that watch the roots now."""
+        self.confirmed: list[tuple[str, int]] = []
+        """Sets and generations that nodes confirmed."""
+        self.reports: list[authority_pb2.ReportRequest] = []
         self._roots: list[bytes] = [self.ca.der]
         self._changed = asyncio.Condition()
         self._server: grpc.aio.Server | None = None
@@ -166,10 +180,18 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         life = request.duration.ToTimedelta() if request.HasField("duration") else script.life
         leaf = self.ca.sign(csr.public_key, names, life)
         script.issued.append(names)
-        response = Response(chain=[leaf.public_bytes(Encoding.DER)], roots=self._roots)
+        response = answer_of([leaf.public_bytes(Encoding.DER)], self._roots)
         if script.renew_after is not None:
             response.renew_after.FromTimedelta(script.renew_after)
         return script.tamper(response)
+
+    async def ConfirmTrust(self, request: authority_pb2.ConfirmTrustRequest, _context: Any) -> Any:  # noqa: N802
+        self.confirmed.append((request.set, request.generation))
+        return authority_pb2.ConfirmTrustResponse()
+
+    async def Report(self, request: authority_pb2.ReportRequest, _context: Any) -> Any:  # noqa: N802
+        self.reports.append(request)
+        return authority_pb2.ReportResponse()
 
     async def WatchTrust(self, _request: object, _context: Any) -> AsyncIterator[authority_pb2.TrustBundle]:  # noqa: N802
         sent: Sequence[bytes] = ()
@@ -179,7 +201,7 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
                 async with self._changed:
                     await self._changed.wait_for(lambda sent=sent: self._roots != list(sent))  # type: ignore[misc]
                     sent = list(self._roots)
-                yield authority_pb2.TrustBundle(roots=sent)
+                yield authority_pb2.TrustBundle(sets={DEFAULT_ISSUER: authority_pb2.RootSet(roots=sent)})
         finally:
             self.watchers -= 1
 

@@ -17,7 +17,7 @@ from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.formats.pem import encode_certificates
 from csi_driver.core.keys import generate_key
 from csi_driver.core.names import URI, DNSName, Names, spiffe_id
-from csi_driver.core.spec import KeyType
+from csi_driver.core.spec import DEFAULT_ISSUER, KeyType
 from tests.integration.authority.world import NAME, POD, Caller, Refusal, World
 from tests.support.tokens import Pod
 from tests.support.waiting import until
@@ -32,7 +32,7 @@ async def test_what_is_issued_passes_the_nodes_judgement(key_type: KeyType, worl
     names = Names.of([DNSName.parse(NAME)], [URI.parse("spiffe://cluster.local/extra/a")])
     answer = await caller.issue(csr=build_csr(key, names), duration=timedelta(minutes=5))
     expected = Expected(key.public_key(), names, "default", "hello")
-    bundle = check_answer(answer.chain, answer.roots, expected, datetime.now(UTC))
+    bundle = check_answer(answer.chain, answer.trust[DEFAULT_ISSUER].roots, expected, datetime.now(UTC))
     life = bundle.leaf.not_valid_after_utc - datetime.now(UTC)
     assert timedelta(minutes=4, seconds=50) < life <= timedelta(minutes=5)
     assert not answer.HasField("renew_after")
@@ -43,7 +43,10 @@ async def test_a_pod_that_asks_for_nothing_gets_its_spiffe_id(caller: Caller, wo
     """For a day, by default."""
     answer = await caller.issue(csr=world.csr())
     bundle = check_answer(
-        answer.chain, answer.roots, Expected(world.key.public_key(), Names(), "default", "hello"), datetime.now(UTC)
+        answer.chain,
+        answer.trust[DEFAULT_ISSUER].roots,
+        Expected(world.key.public_key(), Names(), "default", "hello"),
+        datetime.now(UTC),
     )
     life = bundle.leaf.not_valid_after_utc - datetime.now(UTC)
     assert timedelta(hours=23, minutes=59) < life <= timedelta(hours=24)
@@ -55,7 +58,7 @@ async def test_openssl_agrees(caller: Caller, world: World) -> None:
     answer = await caller.issue()
     bundle = check_answer(
         answer.chain,
-        answer.roots,
+        answer.trust[DEFAULT_ISSUER].roots,
         Expected(world.key.public_key(), Names.of([DNSName.parse(NAME)]), "default", "hello"),
         datetime.now(UTC),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 
@@ -13,10 +14,12 @@ import pytest
 from cryptography import x509
 from prometheus_client import CollectorRegistry
 
+from csi_driver._proto import authority_pb2
 from csi_driver.authority.ca import utc_now
 from csi_driver.authority.keyring import dump_keyring, make_keyring
 from csi_driver.core.bundle import parse_certificates
 from csi_driver.core.errors import CertmountError
+from csi_driver.core.spec import DEFAULT_ISSUER
 from tests.integration.authority.world import SERVING_NAME, Caller, World
 from tests.support.waiting import until
 
@@ -45,7 +48,7 @@ async def test_the_serving_certificate_is_renewed_without_a_restart(world: World
     assert after.public_key() != before.public_key()
     await caller.issue()
     world.server._trust.set((b"x",))
-    assert list((await stream.read()).roots) == [b"x"]
+    assert list(_roots(await stream.read())) == [b"x"]
 
 
 async def test_the_serving_key_is_nowhere_on_disk(world: World) -> None:
@@ -60,15 +63,15 @@ async def test_the_serving_key_is_nowhere_on_disk(world: World) -> None:
 async def test_a_watcher_hears_of_a_new_root(world: World, caller: Caller) -> None:
     """Now, and when an administrator replaces the CA; new certificates come from it."""
     stream = caller.watch()
-    first = parse_certificates((await stream.read()).roots, "roots")
+    first = parse_certificates(_roots(await stream.read()), "roots")
     other = make_keyring(utc_now())
     store = world.server._surroundings.store
     assert await store.save(dump_keyring(other), await store.load())
     await world.server._load_ca()
-    second = parse_certificates((await stream.read()).roots, "roots")
+    second = parse_certificates(_roots(await stream.read()), "roots")
     assert first != second == (other.root.certificate,)
     assert (world.ca / "root.crt").read_bytes() == other.root_pem
-    assert list((await caller.issue()).roots) == [other.root_der]
+    assert list((await caller.issue()).trust[DEFAULT_ISSUER].roots) == [other.root_der]
 
 
 async def test_a_watcher_that_leaves_is_forgotten(world: World, caller: Caller) -> None:
@@ -148,7 +151,7 @@ async def test_replicas_that_start_at_once_share_ca_and_trust(idle_world: World)
                     answer = await Caller(idle_world, channel).issue()
                     leaf, intermediate = parse_certificates(answer.chain, "chain")
                     leaf.verify_directly_issued_by(intermediate)
-                    roots.add(tuple(answer.roots))
+                    roots.add(tuple(answer.trust[DEFAULT_ISSUER].roots))
             assert len(roots) == 1
 
 
@@ -171,3 +174,7 @@ async def test_a_policy_that_is_wrong_at_the_start_ends_it(idle_world: World) ->
     with pytest.raises(ExceptionGroup) as failure:
         await idle_world.server.run(idle_world.stop)
     assert failure.group_contains(CertmountError, match="InvalidPolicy: policy: is not a list of rules")
+
+
+def _roots(bundle: authority_pb2.TrustBundle) -> Sequence[bytes]:
+    return bundle.sets[DEFAULT_ISSUER].roots

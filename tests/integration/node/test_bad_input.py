@@ -21,7 +21,7 @@ from tests.integration.node.bad_input import (
 )
 from tests.integration.node.world import Node, failure_of
 from tests.support.kubelet import FakePod
-from tests.support.scripted_authority import Response, TestCA, refused
+from tests.support.scripted_authority import Response, TestCA, answer_of, refused
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -163,16 +163,16 @@ async def test_a_bad_token_of_its_own_does_not_end_the_driver(node: Node) -> Non
 
 
 def _of(ca: TestCA) -> Response:
-    return Response(chain=[ca.der], roots=[ca.der])
+    return answer_of([ca.der], [ca.der])
 
 
 @pytest.mark.parametrize(
     "answer, words",
     [
         (Response(), "chain holds 0 certificates"),
-        (Response(chain=[b"x"], roots=[b"y"]), "does not parse as X.509 in DER"),
-        (Response(chain=[b"x"] * 50, roots=[b"y"]), "expected were 1 to 10"),
-        (Response(chain=[b"x" * 100_000], roots=[b"y"]), "holds a certificate of more than"),
+        (answer_of([b"x"], [b"y"]), "does not parse as X.509 in DER"),
+        (answer_of([b"x"] * 50, [b"y"]), "expected were 1 to 10"),
+        (answer_of([b"x" * 100_000], [b"y"]), "holds a certificate of more than"),
         (_of(TestCA("somebody")), "another key"),
     ],
     ids=["empty", "garbage", "many", "big", "other"],

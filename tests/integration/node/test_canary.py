@@ -14,7 +14,7 @@ from csi_driver.core.errors import CertmountError, Reason
 from tests.integration.node.bad_input import ATTRIBUTES, BAD_TOKENS, SHAPES, TOKENS, change
 from tests.integration.node.world import Node, Request, running_node
 from tests.support.kubelet import FakePod
-from tests.support.scripted_authority import Response, TestCA, refused
+from tests.support.scripted_authority import TestCA, answer_of, refused
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -110,7 +110,7 @@ async def _failing_authority(cage: _Cage) -> None:
         cage.note_key(request)
         node.script.failure = failure
         if reason == "AnswerInvalid":
-            node.script.tamper = lambda _: Response(chain=[b"x"], roots=[b"y"])
+            node.script.tamper = lambda _: answer_of([b"x"], [b"y"])
         if reason == "AuthorityUnavailable":
             await node.authority.stop()
         await cage.publish(node.request(fresh, token=cage.token(fresh)))

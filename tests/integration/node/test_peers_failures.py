@@ -22,7 +22,7 @@ from csi_driver._proto.csi_pb2 import DEGRADED
 from csi_driver.core.names import Names, spiffe_id
 from tests.integration.node.world import Node, Request, Shown, failure_of, running_node
 from tests.support.kubelet import FakePod
-from tests.support.scripted_authority import Response, TestCA
+from tests.support.scripted_authority import Response, TestCA, answer_of, roots_of
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -125,12 +125,12 @@ async def test_4_a_truncated_record_stops_nothing(node: Node) -> None:
 
 
 _GARBAGE: dict[str, Callable[[Response], Response]] = {
-    "text": lambda _: Response(chain=[b"not PEM, not DER"], roots=[b"neither"]),
-    "pem": lambda answer: Response(chain=[b"-----BEGIN CERTIFICATE-----"], roots=answer.roots),
+    "text": lambda _: answer_of([b"not PEM, not DER"], [b"neither"]),
+    "pem": lambda answer: answer_of([b"-----BEGIN CERTIFICATE-----"], roots_of(answer)),
     "empty": lambda _: Response(),
-    "cut": lambda answer: Response(chain=[answer.chain[0][:-1]], roots=answer.roots),
-    "long": lambda answer: Response(chain=[answer.chain[0] + b"\0"], roots=answer.roots),
-    "roots": lambda answer: Response(chain=answer.chain, roots=[b""]),
+    "cut": lambda answer: answer_of([answer.chain[0][:-1]], roots_of(answer)),
+    "long": lambda answer: answer_of([answer.chain[0] + b"\0"], roots_of(answer)),
+    "roots": lambda answer: answer_of(answer.chain, [b""]),
 }
 
 
@@ -153,14 +153,14 @@ def _signed(
     assert isinstance(key, ec.EllipticCurvePublicKey)
     names = Names.of([], [spiffe_id("cluster.local", "web", account)])
     leaf = ca.sign(key, names, timedelta(hours=1), ca=is_ca)
-    return Response(chain=[leaf.public_bytes(Encoding.DER)], roots=answer.roots)
+    return answer_of([leaf.public_bytes(Encoding.DER)], roots_of(answer))
 
 
 _UNFIT: dict[str, Callable[[TestCA, Response], Response]] = {
     "wrong-key": lambda ca, answer: _signed(ca, answer, own_key=False),
     "other-account": lambda ca, answer: _signed(ca, answer, account="root"),
     "authority": lambda ca, answer: _signed(ca, answer, is_ca=True),
-    "other-root": lambda _, answer: Response(chain=answer.chain, roots=[TestCA("another").der]),
+    "other-root": lambda _, answer: answer_of(answer.chain, [TestCA("another").der]),
 }
 
 

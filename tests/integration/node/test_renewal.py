@@ -15,7 +15,7 @@ from csi_driver._proto.csi_pb2 import DEGRADED
 from csi_driver.core.errors import CertmountError, Reason
 from tests.integration.node.world import Node, Request
 from tests.support.kubelet import FakePod
-from tests.support.scripted_authority import Response, TestCA, refused
+from tests.support.scripted_authority import TestCA, answer_of, refused, roots_of
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -271,7 +271,7 @@ async def test_a_wrong_answer_is_not_written(node: Node) -> None:
     node.script.renew_after = SOON
     request = await node.published()
     before = node.shown(request)
-    node.script.tamper = lambda answer: Response(chain=answer.roots, roots=answer.roots)
+    node.script.tamper = lambda answer: answer_of(roots_of(answer), roots_of(answer))
     await until(lambda: node.metric("certmount_node_volumes_unhealthy", reason="AnswerInvalid"), "a failed renewal")
     assert node.shown(request) == before
     node.script.tamper, node.script.renew_after = (lambda answer: answer), None
@@ -334,7 +334,7 @@ async def test_roots_that_change_during_a_call_are_not_lost(node: Node, hanging:
     """An answer may carry the roots of before: those that arrived meanwhile win, for a first publish and for a renewal."""
     await node.watched()
     before, root, old = node.shown(hanging), TestCA("another root"), node.authority.ca.der
-    node.script.tamper = lambda answer: Response(chain=answer.chain, roots=[old])
+    node.script.tamper = lambda answer: answer_of(answer.chain, [old])
     first = node.request()
     publishing = asyncio.ensure_future(node.publish(first))
     await until(lambda: node.script.calls > 2, "a publish under way")

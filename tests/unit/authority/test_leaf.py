@@ -129,7 +129,7 @@ def test_a_leaf_holds_the_names_granted_and_no_other(dns: list[DNSName], uris: l
 
 
 @pytest.mark.peers("openssl")
-@pytest.mark.parametrize("key_type", KEYS)
+@pytest.mark.parametrize("key_type", [kind for kind in KEYS if not kind.value.startswith("ML-DSA")])
 def test_openssl_verifies_the_chain(key_type: KeyType, tmp_path: Path) -> None:
     """In its strict mode, for both purposes, with the host name checked."""
     certificate = leaf(Names.of([DNSName.parse("hello.test")], [ID]), KEYS[key_type])
