@@ -12,7 +12,16 @@ import pytest
 from tests.e2e.logs import LogKeeper
 from tests.support.requirements import missing, require_root
 
-_ORDER = ("test_first_start", "test_volumes", "test_access", "test_interruptions", "test_secrecy")
+_ORDER = (
+    "test_first_start",
+    "test_volumes",
+    "test_services",
+    "test_access",
+    "test_replicas",
+    "test_interruptions",
+    "test_rotation",
+    "test_secrecy",
+)
 """Logs are searched for secrets last, when everything has been logged that ever will be."""
 _FOLDER = Path(__file__).parent
 
