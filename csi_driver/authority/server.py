@@ -14,19 +14,22 @@ import structlog
 from csi_driver._proto import authority_pb2_grpc
 from csi_driver.authority.admission import Admission
 from csi_driver.authority.ca import CertificateAuthority
+from csi_driver.authority.desk import Desk
 from csi_driver.authority.issuers.internal import InternalIssuer
 from csi_driver.authority.keyring import Keyring
+from csi_driver.authority.limits import Limits
 from csi_driver.authority.policy_file import PolicyFile
 from csi_driver.authority.proofs import Proofs
-from csi_driver.authority.service import MAX_MESSAGE_BYTES, AuthorityService, Desk
+from csi_driver.authority.service import MAX_MESSAGE_BYTES, AuthorityService
 from csi_driver.authority.serving import ServingCertificate
 from csi_driver.authority.surroundings import Surroundings
 from csi_driver.authority.token_keys import TokenKeys
 from csi_driver.authority.tokens import TokenVerifier
 from csi_driver.authority.trust import LONGEST_WATCH, Trust
 from csi_driver.core.errors import CertmountError
-from csi_driver.core.identity import MAX_TOKEN_BYTES, ServiceAccount
+from csi_driver.core.identity import MAX_TOKEN_BYTES, PodIdentity, ServiceAccount
 from csi_driver.core.names import Names
+from csi_driver.core.spec import DEFAULT_ISSUER
 from csi_driver.rpc.server import Handled, Interceptor
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
@@ -136,9 +139,9 @@ class AuthorityServer:
 
     async def _adopt(self, keyring: Keyring) -> None:
         """Makes everything follow the keyring. Each time, as a root that someone removed is so published again."""
-        self._serving.refresh(keyring)
-        self._trust.set((keyring.root_der,))
-        await self._surroundings.publisher.publish(keyring.root_pem)
+        self._serving.refresh(keyring.intermediate)
+        self._trust.set(keyring.roots_der)
+        await self._surroundings.publisher.publish(keyring.roots_pem)
 
     def _bound(self) -> grpc.aio.Server:
         def observe(call: Handled) -> None:
@@ -146,13 +149,31 @@ class AuthorityServer:
 
         server = grpc.aio.server(interceptors=[Interceptor(observe)], options=_OPTIONS)
         proofs = Proofs(TokenVerifier(self._keys), self._surroundings.reviewer, self._metrics)
-        desk = Desk(Admission(proofs, self._settings.node_account), self._policy, InternalIssuer(self._ca))
-        authority_pb2_grpc.add_AuthorityServicer_to_server(AuthorityService(desk, self._trust, self._metrics), server)
+        desk = Desk(
+            admission=Admission(proofs, self._settings.node_account),
+            limits=Limits(),
+            policy=self._policy,
+            issuers={DEFAULT_ISSUER: InternalIssuer(self._ca)},
+            metrics=self._metrics,
+            events=_Unheard(),
+            confirmations=_Unheard(),
+        )
+        authority_pb2_grpc.add_AuthorityServicer_to_server(AuthorityService(desk, self._trust), server)
         try:
-            self._port = server.add_secure_port(self._settings.listen, self._serving.credentials(self._ca.current))
+            self._port = server.add_secure_port(self._settings.listen, self._serving.credentials(self._ca.current.intermediate))
         except RuntimeError:
             raise OSError(f"--listen {self._settings.listen}: cannot be listened on; is the port in use?") from None
         return server
+
+
+class _Unheard:
+    """Stands where events and confirmations are to be."""
+
+    def record(self, pod: PodIdentity, *, warning: bool, reason: str, message: str) -> None:
+        """Nowhere."""
+
+    async def confirm(self, node: str, name: str, generation: int, /) -> None:
+        """Nowhere."""
 
 
 async def _until_done(step: Callable[[], Awaitable[None]], otherwise: str) -> None:

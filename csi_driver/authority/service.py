@@ -1,30 +1,26 @@
-"""The two methods of the wire. Protobuf stops here, and here each decision gets its line in the audit log."""
+"""The methods of the wire. Protobuf stops here, and here each decision gets its line in the audit log."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
 from datetime import timedelta
 from typing import Any
 
 import grpc
 import structlog
-from cryptography import x509
 
 from csi_driver._proto import authority_pb2, authority_pb2_grpc
-from csi_driver.authority.admission import Admission
-from csi_driver.authority.issuers import Issued, Issuer, Order
-from csi_driver.authority.policy_file import PolicyFile
+from csi_driver.authority.desk import Answer, Desk, Wanted, milliseconds
+from csi_driver.authority.limits import Slots
+from csi_driver.authority.report import MAX_MESSAGE, parse_report
 from csi_driver.authority.trust import Trust
-from csi_driver.core.csr import parse_csr
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.keys import public_bytes
+from csi_driver.core.identity import PodIdentity
 from csi_driver.core.secret import Secret
-from csi_driver.core.spec import DEFAULT_ISSUER
-from csi_driver.telemetry.authority_metrics import AuthorityMetrics
+from csi_driver.core.spec import DEFAULT_ISSUER, Usage
+from csi_driver.core.trust import RootSet
 
 audit = structlog.get_logger("audit")
 
@@ -32,107 +28,83 @@ MAX_MESSAGE_BYTES = 128 * 1024
 """A CSR of 64 KiB and a token of 16 KiB fit twice."""
 _MOST_IN_FLIGHT = 512
 """Beyond it a caller waits longer for its turn than for its next try; in memory it is 64 MiB of requests at most."""
+_MOST_FEDERATIONS = 32
+_MAX_SET_NAME = 253
+_MAX_GENERATION = 2**53
+"""Unix seconds with room; larger integers don't survive JSON (RFC 8259 section 6)."""
+_USAGES = {authority_pb2.USAGE_SERVER: Usage.SERVER, authority_pb2.USAGE_CLIENT: Usage.CLIENT}
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Desk:
-    """Those whom a request passes on its way to a certificate."""
-
-    admission: Admission
-    policy: PolicyFile
-    issuer: Issuer
-
-
 class AuthorityService(authority_pb2_grpc.AuthorityServicer):
-    """Issue and WatchTrust; what they raise becomes a status in :class:`csi_driver.rpc.server.Interceptor`."""
+    """What its methods raise becomes a status in :class:`csi_driver.rpc.server.Interceptor`."""
 
-    def __init__(
-        self, desk: Desk, trust: Trust, metrics: AuthorityMetrics, most_in_flight: int = _MOST_IN_FLIGHT
-    ) -> None:
+    def __init__(self, desk: Desk, trust: Trust, most_in_flight: int = _MOST_IN_FLIGHT) -> None:
         self._desk = desk
         self._trust = trust
-        self._metrics = metrics
-        self._most_in_flight = most_in_flight
-        self._in_flight = 0
+        self._slots = Slots(most_in_flight, desk.metrics.in_flight)
+        # Of their own: a cluster that reports an outage must not keep it from ending.
+        self._other_slots = Slots(most_in_flight)
 
     async def Issue(self, request: authority_pb2.IssueRequest, context: _Context) -> authority_pb2.IssueResponse:
         started = time.perf_counter()
         record: dict[str, Any] = {"decision": "none"}  # as when the caller goes away
         try:
-            with self._slot():
-                issued = await self._issue(request, bearer(context), record)
+            with self._slots:
+                pod = await self._desk.prove(bearer(context), Secret(request.pod_token), record)
+                answer = await self._issue(pod, request, record)
         except CertmountError as error:
             record.update(decision="refused", reason=error.reason.word, error=str(error))
             raise
         else:
-            record.update(decision="issued")
+            record["decision"] = "issued"
         finally:
-            audit.info("certificate", duration_ms=_milliseconds(started), **record)
-        return _response(issued)
+            audit.info("certificate", duration_ms=milliseconds(started), **record)
+        return _response(answer)
 
     async def WatchTrust(
         self,
         request: authority_pb2.WatchTrustRequest,  # noqa: ARG002  # the signature is gRPC's
         context: _Context,
     ) -> AsyncIterator[authority_pb2.TrustBundle]:
-        await self._desk.admission.prove_node(bearer(context))
-        async with contextlib.aclosing(self._trust.watch()) as bundles:
-            async for roots in bundles:
-                yield authority_pb2.TrustBundle(sets={DEFAULT_ISSUER: authority_pb2.RootSet(roots=roots)})
+        node = await self._node(context)
+        with self._desk.limits.watching(node):
+            async with contextlib.aclosing(self._trust.watch()) as bundles:
+                async for roots in bundles:
+                    yield authority_pb2.TrustBundle(sets=_sets({DEFAULT_ISSUER: RootSet(roots, 0)}))
 
     async def ConfirmTrust(
-        self,
-        request: authority_pb2.ConfirmTrustRequest,  # noqa: ARG002  # the signature is gRPC's
-        context: _Context,
+        self, request: authority_pb2.ConfirmTrustRequest, context: _Context
     ) -> authority_pb2.ConfirmTrustResponse:
-        await self._desk.admission.prove_node(bearer(context))
+        node = await self._node(context)
+        self._desk.limits.count_report(node)
+        if not 0 < len(request.set) <= _MAX_SET_NAME or not request.generation < _MAX_GENERATION:
+            raise CertmountError(Reason.INVALID_REQUEST, Fault("set", "has no name, or a generation out of range"))
+        await self._desk.confirmations.confirm(node.node_name, request.set, request.generation)
         return authority_pb2.ConfirmTrustResponse()
 
-    async def Report(
-        self,
-        request: authority_pb2.ReportRequest,
-        context: _Context,
-    ) -> authority_pb2.ReportResponse:
-        node = await self._desk.admission.prove_node(bearer(context))
-        await self._desk.admission.prove_pod(Secret(request.pod_token), node)
+    async def Report(self, request: authority_pb2.ReportRequest, context: _Context) -> authority_pb2.ReportResponse:
+        node = await self._node(context)
+        self._desk.limits.count_report(node)
+        with self._other_slots:
+            pod = await self._desk.admission.prove_pod(Secret(request.pod_token), node)
+        report = parse_report(request.condition, request.reason, request.message)
+        self._desk.events.record(pod, warning=report.warning, reason=report.reason, message=report.message)
         return authority_pb2.ReportResponse()
 
-    async def _issue(self, request: authority_pb2.IssueRequest, caller: Secret[str], record: dict[str, Any]) -> Issued:
-        """Fills ``record`` as it goes, so that a refusal tells how far it came."""
-        duration = _duration(request)
-        node = await self._desk.admission.prove_node(caller)
-        record.update(node=node.node_name)
-        pod = await self._desk.admission.prove_pod(Secret(request.pod_token), node)
-        account = pod.service_account
-        record.update(namespace=account.namespace, service_account=account.name, pod=pod.pod_name, pod_uid=pod.pod_uid)
-        signing_request = parse_csr(request.csr)
-        record.update(
-            asked=[str(name) for name in (*signing_request.names.dns, *signing_request.names.uris)],
-            key_sha256=hashlib.sha256(public_bytes(signing_request.public_key)).hexdigest(),
-        )
-        grant = self._desk.policy.current.decide(pod, signing_request.names, duration)
-        issued = await self._desk.issuer.issue(Order(signing_request, grant))
-        leaf = x509.load_der_x509_certificate(issued.chain[0])
-        record.update(
-            names=[str(name) for name in (*grant.names.dns, *grant.names.uris)],
-            serial=f"{leaf.serial_number:x}",
-            not_after=f"{leaf.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}",
-        )
-        return issued
+    async def _node(self, context: _Context) -> PodIdentity:
+        with self._other_slots:
+            return await self._desk.admission.prove_node(bearer(context))
 
-    @contextlib.contextmanager
-    def _slot(self) -> Iterator[None]:
-        if self._in_flight >= self._most_in_flight:
-            raise CertmountError(Reason.OVERLOADED, f"{self._in_flight} certificates are being issued already")
-        self._in_flight += 1
-        self._metrics.in_flight.set(self._in_flight)
+    async def _issue(self, pod: PodIdentity, request: authority_pb2.IssueRequest, record: dict[str, Any]) -> Answer:
+        """A refusal is also said on the pod, where its owner looks first."""
         try:
-            yield
-        finally:
-            self._in_flight -= 1
-            self._metrics.in_flight.set(self._in_flight)
+            return await self._desk.issue(pod, _wanted(request), record)
+        except CertmountError as error:
+            message = str(error.args[0])[:MAX_MESSAGE]
+            self._desk.events.record(pod, warning=True, reason=error.reason.word, message=message)
+            raise
 
 
 def bearer(context: _Context) -> Secret[str]:
@@ -142,7 +114,25 @@ def bearer(context: _Context) -> Secret[str]:
     return Secret(token.strip() if scheme.lower() == "bearer" else "")
 
 
-def _duration(request: authority_pb2.IssueRequest) -> timedelta | None:
+def _wanted(request: authority_pb2.IssueRequest) -> Wanted:
+    """Raises CertmountError InvalidRequest with all that no node driver of ours would send."""
+    faults: list[Fault] = []
+    duration = _duration(request, faults)
+    usages = tuple(dict.fromkeys(_USAGES[usage] for usage in request.usages if usage in _USAGES))
+    if any(usage not in _USAGES for usage in request.usages):
+        faults.append(Fault("usages", "has one that this authority does not know"))
+    issuer = request.issuer or DEFAULT_ISSUER
+    federations = tuple(dict.fromkeys(request.federations))
+    if len(request.federations) > _MOST_FEDERATIONS:
+        faults.append(Fault("federations", f"has more than {_MOST_FEDERATIONS}"))
+    if any(not 0 < len(name) <= _MAX_SET_NAME for name in (issuer, *federations)):
+        faults.append(Fault("issuer, federations", f"has a name that is empty or longer than {_MAX_SET_NAME}"))
+    if faults:
+        raise CertmountError(Reason.INVALID_REQUEST, *faults)
+    return Wanted(request.csr, duration, usages, issuer, federations)
+
+
+def _duration(request: authority_pb2.IssueRequest, faults: list[Fault]) -> timedelta | None:
     if not request.HasField("duration"):
         return None
     try:
@@ -150,17 +140,17 @@ def _duration(request: authority_pb2.IssueRequest) -> timedelta | None:
     except (ValueError, OverflowError):
         duration = timedelta(-1)
     if duration < timedelta():
-        raise CertmountError(Reason.INVALID_REQUEST, Fault("duration", "is negative or far too long"))
+        faults.append(Fault("duration", "is negative or far too long"))
     return duration
 
 
-def _response(issued: Issued) -> authority_pb2.IssueResponse:
-    trust = {DEFAULT_ISSUER: authority_pb2.RootSet(roots=issued.roots)}
-    response = authority_pb2.IssueResponse(chain=issued.chain, trust=trust)
+def _response(answer: Answer) -> authority_pb2.IssueResponse:
+    issued = answer.issued
+    response = authority_pb2.IssueResponse(chain=issued.chain, trust=_sets(answer.trust))
     if issued.renew_after is not None:
         response.renew_after.FromTimedelta(issued.renew_after)
     return response
 
 
-def _milliseconds(started: float) -> float:
-    return round((time.perf_counter() - started) * 1000, 2)
+def _sets(sets: Mapping[str, RootSet]) -> dict[str, authority_pb2.RootSet]:
+    return {name: authority_pb2.RootSet(roots=roots.roots, generation=roots.generation) for name, roots in sets.items()}

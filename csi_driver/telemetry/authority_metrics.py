@@ -26,6 +26,19 @@ class AuthorityMetrics:
             buckets=_CALL_BUCKETS,
             registry=registry,
         )
+        self._issuer_calls = Counter(
+            "certmount_issuer_calls",
+            "Orders that an issuer answered, by reason (Ok, or why it did not sign).",
+            ("issuer", "reason"),
+            registry=registry,
+        )
+        self._issuer_seconds = Histogram(
+            "certmount_issuer_seconds",
+            "How long issuers took.",
+            ("issuer",),
+            buckets=_CALL_BUCKETS,
+            registry=registry,
+        )
         self.in_flight = Gauge("certmount_authority_issues_in_flight", "Issue calls under way.", registry=registry)
         self.watchers = Gauge("certmount_authority_trust_watchers", "WatchTrust streams open.", registry=registry)
         self.review_seconds = Histogram(
@@ -62,8 +75,17 @@ class AuthorityMetrics:
             registry=registry,
         )
 
+    def issuer_called(self, issuer: str, seconds: float, reason: Reason | None) -> None:
+        """Counts one order; ``issuer`` is one that the administrator named, so there are few."""
+        self._issuer_calls.labels(issuer, _word(reason)).inc()
+        self._issuer_seconds.labels(issuer).observe(seconds)
+
     def call_ended(self, method: str, seconds: float, reason: Reason | None) -> None:
         """Counts a call; streams are open by design, so their length tells nothing."""
-        self._calls.labels(method, "Ok" if reason is None else reason.word).inc()
+        self._calls.labels(method, _word(reason)).inc()
         if method == "Issue":
             self._call_seconds.labels(method).observe(seconds)
+
+
+def _word(reason: Reason | None) -> str:
+    return "Ok" if reason is None else reason.word

@@ -10,15 +10,17 @@ from datetime import timedelta
 from typing import Protocol
 
 from csi_driver.core.csr import SigningRequest
+from csi_driver.core.identity import PodIdentity
 from csi_driver.core.policy import Grant
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What to sign: the key of a checked request, with the names and the life that policy granted."""
+    """What to sign: the key of a checked request, with what policy granted, for a proven pod."""
 
     request: SigningRequest
     grant: Grant
+    identity: PodIdentity
 
 
 @dataclass(frozen=True, slots=True)

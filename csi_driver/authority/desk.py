@@ -1,0 +1,154 @@
+"""What a request passes on its way to a certificate, in this order: proof, limits, policy, issuer, trust."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+from cryptography import x509
+
+from csi_driver.authority.admission import Admission
+from csi_driver.authority.issuers import Issued, Issuer, Order
+from csi_driver.authority.limits import Limits
+from csi_driver.authority.policy_file import PolicyFile
+from csi_driver.core.csr import parse_csr
+from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.identity import PodIdentity
+from csi_driver.core.keys import public_bytes
+from csi_driver.core.names import Names
+from csi_driver.core.secret import Secret
+from csi_driver.core.spec import Usage
+from csi_driver.core.trust import RootSet
+from csi_driver.telemetry.authority_metrics import AuthorityMetrics
+
+
+class Events(Protocol):
+    """What is said on pods for people to see."""
+
+    def record(self, pod: PodIdentity, *, warning: bool, reason: str, message: str) -> None:
+        """Says it as soon as it can; never waits, never raises."""
+
+
+class Confirmations(Protocol):
+    """What nodes have said they trust."""
+
+    async def confirm(self, node: str, set: str, generation: int, /) -> None:  # noqa: A002  # the wire's word
+        """Keeps that every volume of the node trusts this generation of the set."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a proven pod's node asks for, in values."""
+
+    csr: bytes
+    """PKCS#10, DER, unchecked."""
+    duration: timedelta | None
+    usages: tuple[Usage, ...]
+    issuer: str
+    federations: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The certificate, and the sets of roots that the pod is to trust, by name."""
+
+    issued: Issued
+    trust: Mapping[str, RootSet]
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """Those whom a request passes. What they find goes into ``record``, so that a refusal tells how far it came."""
+
+    admission: Admission
+    limits: Limits
+    policy: PolicyFile
+    issuers: Mapping[str, Issuer]
+    metrics: AuthorityMetrics
+    events: Events
+    confirmations: Confirmations
+
+    async def prove(self, caller: Secret[str], pod_token: Secret[str], record: dict[str, Any]) -> PodIdentity:
+        """The pod behind two tokens.
+
+        Raises:
+            CertmountError: as :class:`Admission`, and TooManyRequests.
+        """
+        started = time.perf_counter()
+        try:
+            node = await self.admission.prove_node(caller)
+            record["node"] = node.node_name
+            self.limits.count_node(node)  # before the pod's proof, which costs the API server a review
+            pod = await self.admission.prove_pod(pod_token, node)
+        finally:
+            record["proof_ms"] = milliseconds(started)
+        account = pod.service_account
+        record.update(namespace=account.namespace, service_account=account.name, pod=pod.pod_name, pod_uid=pod.pod_uid)
+        self.limits.count_pod(pod)
+        return pod
+
+    async def issue(self, pod: PodIdentity, wanted: Wanted, record: dict[str, Any]) -> Answer:
+        """A certificate for a proven pod.
+
+        Raises:
+            CertmountError: InvalidCSR, IssuerUnknown, FederationUnknown, or as the policy and the issuer say.
+        """
+        started = time.perf_counter()
+        record["issuer"] = wanted.issuer
+        request = parse_csr(wanted.csr)
+        record.update(
+            asked=_texts(request.names), key_sha256=hashlib.sha256(public_bytes(request.public_key)).hexdigest()
+        )
+        issuer = self._issuer(wanted.issuer)
+        grant = self.policy.current.decide(pod, request.names, wanted.duration)
+        record["policy_ms"] = milliseconds(started)
+        issued = await self._signed(issuer, wanted.issuer, Order(request, grant, pod), record)
+        _record_leaf(issued.chain, record)
+        record["names"] = _texts(grant.names)
+        return Answer(issued, {wanted.issuer: RootSet(issued.roots, 0)})
+
+    def _issuer(self, name: str) -> Issuer:
+        issuer = self.issuers.get(name)
+        if issuer is None:
+            problem = f"the authority has no issuer {name}"
+            raise CertmountError(
+                Reason.ISSUER_UNKNOWN, Fault("issuer", problem, f"it has {', '.join(sorted(self.issuers))}")
+            )
+        return issuer
+
+    async def _signed(self, issuer: Issuer, name: str, order: Order, record: dict[str, Any]) -> Issued:
+        started = time.perf_counter()
+        reason: Reason | None = Reason.INTERNAL
+        try:
+            issued = await issuer.issue(order)
+            reason = None
+        except CertmountError as error:
+            reason = error.reason
+            raise
+        finally:
+            seconds = time.perf_counter() - started
+            record["sign_ms"] = round(seconds * 1000, 2)
+            self.metrics.issuer_called(name, seconds, reason)
+        return issued
+
+
+def milliseconds(started: float) -> float:
+    """Since ``started``, a value of :func:`time.perf_counter`."""
+    return round((time.perf_counter() - started) * 1000, 2)
+
+
+def _texts(names: Names) -> list[str]:
+    return [str(name) for name in _all(names)]
+
+
+def _all(names: Names) -> Iterable[object]:
+    return (*names.dns, *names.uris)
+
+
+def _record_leaf(chain: Sequence[bytes], record: dict[str, Any]) -> None:
+    leaf = x509.load_der_x509_certificate(chain[0])
+    record.update(serial=f"{leaf.serial_number:x}", not_after=f"{leaf.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}")
