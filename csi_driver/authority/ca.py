@@ -83,8 +83,8 @@ class CertificateAuthority:
 
     def _hold(self, keyring: Keyring) -> Keyring:
         self._current = keyring
-        for role, signer in (("root", keyring.root), ("intermediate", keyring.intermediate)):
-            self._metrics.ca_expiry.labels(role).set(signer.certificate.not_valid_after_utc.timestamp())
+        for role, certificate in (("root", keyring.root), ("intermediate", keyring.intermediate.certificate)):
+            self._metrics.ca_expiry.labels(role).set(certificate.not_valid_after_utc.timestamp())
         return keyring
 
 

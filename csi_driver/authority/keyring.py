@@ -1,136 +1,149 @@
-"""The internal CA's keys and certificates: a root that signs intermediates only, and an intermediate that signs leaves."""
+"""The internal CA's keys and certificates: roots that are trusted, and an intermediate that signs leaves."""
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.hazmat.primitives.hashes import SHA256, SHA384
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import NameOID
 
-from csi_driver.core.keys import PrivateKey, PublicKey, encode_key
+from csi_driver.authority.signers import Signer, make_intermediate, make_root, renew_intermediate
+from csi_driver.core.formats.pem import encode_certificates
+from csi_driver.core.keys import PrivateKey, encode_key, generate_key
 from csi_driver.core.secret import Secret
+from csi_driver.core.spec import KeyType
 
-ROOT_LIFE = timedelta(days=3652)
-INTERMEDIATE_LIFE = timedelta(days=365)
-BACKDATE = timedelta(seconds=60)
-"""So that a node whose clock is a little behind takes a new certificate at once."""
+ROOT, ROOT_KEY, INTERMEDIATE, INTERMEDIATE_KEY = "root.crt", "root.key", "intermediate.crt", "intermediate.key"
+NAMES = (ROOT, ROOT_KEY, INTERMEDIATE, INTERMEDIATE_KEY)
+"""The values of a keyring in a store."""
+AUTHORITY_KEY_TYPES = tuple(key_type for key_type in KeyType if key_type is not KeyType.RSA_2048)
+"""For a CA that is made here; RSA of 2048 bits is not to be believed for ten years."""
 _RENEW_AT = 2 / 3
 """Of an intermediate's life; the third that is left is far longer than any leaf's life."""
-_USAGE = x509.KeyUsage(
-    digital_signature=False,
-    content_commitment=False,
-    key_encipherment=False,
-    data_encipherment=False,
-    key_agreement=False,
-    key_cert_sign=True,
-    crl_sign=True,
-    encipher_only=False,
-    decipher_only=False,
-)
+_MOST_NOTICE = timedelta(days=90)
 
 
 @dataclass(frozen=True, slots=True)
-class Signer:
-    """A CA certificate with its key."""
+class Design:
+    """How a CA is made. ``path_length`` is the root's: how many intermediates one below the other it allows, at least 1."""
 
-    certificate: x509.Certificate
-    key: PrivateKey
+    key_type: KeyType | None = None
+    """Of root and intermediate; None: EC P-384 for the root, EC P-256 for the intermediate that signs all day."""
+    permitted: tuple[x509.GeneralName, ...] = ()
+    """Name constraints (RFC 5280 section 4.2.1.10); none: any name."""
+    path_length: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A certificate of the CA that nobody renews but its owner."""
+
+    name: str
+    at: datetime
 
 
 @dataclass(frozen=True, slots=True)
 class Keyring:
-    """A whole CA: the root has issued the intermediate."""
+    """A whole CA."""
 
-    root: Signer
+    roots: tuple[x509.Certificate, ...]
+    """What is trusted; the first is the one that the intermediate's chain leads to."""
+    root_key: PrivateKey | None
+    """The first root's; None where it is kept offline."""
     intermediate: Signer
+    chain: tuple[x509.Certificate, ...] = ()
+    """Further intermediates from the signing one's issuer on; the root is not among them."""
+    encrypted: bool = False
+    """True where a key lay encrypted."""
+    source: Mapping[str, Secret[bytes]] = field(default_factory=dict, repr=False, compare=False)
+    """The values that it was read from, without a prefix; none for one that was made here."""
+
+    @property
+    def root(self) -> x509.Certificate:
+        """The root that the intermediate's chain leads to."""
+        return self.roots[0]
+
+    @property
+    def renewable(self) -> bool:
+        """True where a new intermediate can be signed here and saved.
+
+        Not where the root's key is elsewhere; nor below further intermediates, whose keys are not here; nor where a
+        key is encrypted, as the new one would lie beside it in clear.
+        """
+        return self.root_key is not None and not self.chain and not self.encrypted
 
     def wants_intermediate(self, now: datetime) -> bool:
-        """True when the intermediate is past two thirds of its life."""
+        """True when the intermediate is past two thirds of its life, and can be renewed here."""
         certificate = self.intermediate.certificate
         life = certificate.not_valid_after_utc - certificate.not_valid_before_utc
-        return now >= certificate.not_valid_before_utc + life * _RENEW_AT
+        return self.renewable and now >= certificate.not_valid_before_utc + life * _RENEW_AT
 
     def with_new_intermediate(self, now: datetime) -> Keyring:
-        """The same root over a new intermediate. Leaves of the old one stay valid, as each brings its own chain."""
-        return replace(self, intermediate=_make_intermediate(self.root, now))
+        """The same root over a new intermediate. Leaves of the old one stay valid, as each brings its own chain.
+
+        Raises:
+            ValueError: where the keyring is not :attr:`renewable`.
+        """
+        if self.root_key is None or not self.renewable:
+            raise ValueError("this keyring's intermediate is renewed by its owner")
+        former = self.intermediate.certificate
+        return Keyring(self.roots, self.root_key, renew_intermediate(Signer(self.root, self.root_key), former, now))
+
+    def ends_soon(self, now: datetime) -> tuple[Ending, ...]:
+        """The certificates that their owner must replace soon: in the last third of their life, at most 90 days before the end."""
+        own = [(ROOT, self.root), *((INTERMEDIATE, certificate) for certificate in self.chain)]
+        if not self.renewable:
+            own.append((INTERMEDIATE, self.intermediate.certificate))
+        return tuple(
+            Ending(name, certificate.not_valid_after_utc)
+            for name, certificate in own
+            if certificate.not_valid_after_utc - now < _notice(certificate)
+        )
 
     @property
-    def root_der(self) -> bytes:
-        """The trusted certificate, X.509 DER."""
-        return self.root.certificate.public_bytes(Encoding.DER)
+    def intermediates(self) -> tuple[x509.Certificate, ...]:
+        """What a leaf travels with, in the order that TLS servers send (RFC 8446 section 4.4.2)."""
+        return (self.intermediate.certificate, *self.chain)
 
     @property
-    def root_pem(self) -> bytes:
-        """The trusted certificate, PEM."""
-        return self.root.certificate.public_bytes(Encoding.PEM)
+    def roots_der(self) -> tuple[bytes, ...]:
+        """The trusted certificates, X.509 DER."""
+        return tuple(root.public_bytes(Encoding.DER) for root in self.roots)
+
+    @property
+    def roots_pem(self) -> bytes:
+        """The trusted certificates, PEM."""
+        return encode_certificates(self.roots)
 
 
-def make_keyring(now: datetime) -> Keyring:
-    """Makes a new CA: an EC P-384 root of ten years and an EC P-256 intermediate of one."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    subject = _subject("root")
-    builder = _builder(subject, key.public_key(), now, now + ROOT_LIFE, path_length=1)
-    root = Signer(builder.issuer_name(subject).sign(key, signing_hash(key)), key)
-    return Keyring(root, _make_intermediate(root, now))
+def make_keyring(now: datetime, design: Design = Design()) -> Keyring:
+    """Makes a new CA: a root of ten years and an intermediate of one.
+
+    Name constraints stand in both certificates: in the root, so that whoever has its key gets no further; in the
+    intermediate, as verifiers need not look at what a trusted root says of itself (RFC 5280 section 6.1).
+    """
+    root_type, type_below = design.key_type or KeyType.EC_P384, design.key_type or KeyType.EC_P256
+    extra = [x509.NameConstraints(design.permitted, None)] if design.permitted else []
+    root = make_root("root", generate_key(root_type), now, path_length=design.path_length, extra=extra)
+    return Keyring((root.certificate,), root.key, make_intermediate(root, generate_key(type_below), now, extra))
 
 
-def dump_keyring(keyring: Keyring) -> Mapping[str, Secret[bytes]]:
-    """The values for a store, PEM; :func:`csi_driver.authority.keyring_check.load_keyring` reads them back."""
-    root, intermediate = keyring.root, keyring.intermediate
-    return {
-        "root.crt": Secret(keyring.root_pem),
-        "root.key": encode_key(root.key),
-        "intermediate.crt": Secret(intermediate.certificate.public_bytes(Encoding.PEM)),
-        "intermediate.key": encode_key(intermediate.key),
+def dump_keyring(keyring: Keyring, prefix: str = "") -> Mapping[str, Secret[bytes]]:
+    """The values for a store, PEM; :func:`csi_driver.authority.keyring_check.load_keyring` reads them back.
+
+    What was read from a store goes back as it was, so an encrypted key stays encrypted.
+    """
+    values = dict(keyring.source) or {
+        ROOT: Secret(keyring.roots_pem),
+        INTERMEDIATE: Secret(encode_certificates(keyring.intermediates)),
+        INTERMEDIATE_KEY: encode_key(keyring.intermediate.key),
     }
+    if not keyring.source and keyring.root_key is not None:
+        values[ROOT_KEY] = encode_key(keyring.root_key)
+    return {prefix + name: value for name, value in values.items()}
 
 
-def signing_hash(key: PrivateKey) -> SHA256 | SHA384 | None:
-    """The hash that fits the strength of a signing key; none for Ed25519 (RFC 8410) and ML-DSA (RFC 9881), which have their own."""
-    if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
-        return None
-    return SHA384() if isinstance(key, ec.EllipticCurvePrivateKey) and key.key_size > 256 else SHA256()
-
-
-def _make_intermediate(root: Signer, now: datetime) -> Signer:
-    key = ec.generate_private_key(ec.SECP256R1())
-    until = min(now + INTERMEDIATE_LIFE, root.certificate.not_valid_after_utc)
-    builder = _builder(_subject("intermediate"), key.public_key(), now, until, path_length=0)
-    identifier = root.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-    builder = builder.issuer_name(root.certificate.subject).add_extension(
-        x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), critical=False
-    )
-    return Signer(builder.sign(root.key, signing_hash(root.key)), key)
-
-
-def _subject(role: str) -> x509.Name:
-    # A name of its own for each, so that people and path builders tell a new intermediate from the one before.
-    return x509.Name(
-        [
-            x509.NameAttribute(NameOID.ORGANIZATION_NAME, "certmount"),
-            x509.NameAttribute(NameOID.COMMON_NAME, f"certmount {role} {secrets.token_hex(4)}"),
-        ]
-    )
-
-
-def _builder(
-    subject: x509.Name, key: PublicKey, now: datetime, until: datetime, *, path_length: int
-) -> x509.CertificateBuilder:
-    """What root and intermediate have in common (RFC 5280 sections 4.2.1.2, 4.2.1.3, 4.2.1.9); the issuer is missing."""
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - BACKDATE)
-        .not_valid_after(until)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=path_length), critical=True)
-        .add_extension(_USAGE, critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-    )
+def _notice(certificate: x509.Certificate) -> timedelta:
+    return min((certificate.not_valid_after_utc - certificate.not_valid_before_utc) / 3, _MOST_NOTICE)

@@ -10,7 +10,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
-from csi_driver.authority.keyring import BACKDATE, Signer, signing_hash
+from csi_driver.authority.signers import BACKDATE, Signer, authority_key_identifier, signing_hash
 from csi_driver.core.csr import san_extension
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.keys import PublicKey
@@ -51,7 +51,7 @@ def sign_leaf(leaf: Leaf, signer: Signer, now: datetime) -> x509.Certificate:
         .add_extension(_key_usage(leaf.key), critical=True)
         .add_extension(x509.ExtendedKeyUsage(leaf.usages), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(leaf.key), critical=False)
-        .add_extension(_authority_key(signer.certificate), critical=False)
+        .add_extension(authority_key_identifier(signer.certificate), critical=False)
     )
     return builder.sign(signer.key, signing_hash(signer.key))
 
@@ -76,8 +76,3 @@ def _key_usage(key: PublicKey) -> x509.KeyUsage:
         encipher_only=False,
         decipher_only=False,
     )
-
-
-def _authority_key(issuer: x509.Certificate) -> x509.AuthorityKeyIdentifier:
-    identifier = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-    return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)

@@ -10,8 +10,8 @@ import structlog
 from cryptography import x509
 
 from csi_driver.authority.ca import utc_now
-from csi_driver.authority.keyring import Keyring
 from csi_driver.authority.leaf import SERVER, Leaf, sign_leaf
+from csi_driver.authority.signers import Signer
 from csi_driver.core.formats.pem import encode_certificates
 from csi_driver.core.keys import encode_key, generate_key
 from csi_driver.core.names import Names
@@ -36,9 +36,9 @@ class ServingCertificate:
         self._configuration: grpc.ServerCertificateConfiguration | None = None
         self._taken: grpc.ServerCertificateConfiguration | None = None
 
-    def refresh(self, keyring: Keyring) -> grpc.ServerCertificateConfiguration:
+    def refresh(self, signer: Signer) -> grpc.ServerCertificateConfiguration:
         """Makes a new key and certificate where that is due; the current ones are returned."""
-        now, signer = self._clock(), keyring.intermediate
+        now = self._clock()
         if self._configuration is not None and now < self._renew_at and signer.certificate == self._issuer:
             return self._configuration
         key = generate_key(KeyType.EC_P256)
@@ -54,9 +54,9 @@ class ServingCertificate:
         )
         return self._configuration
 
-    def credentials(self, keyring: Keyring) -> grpc.ServerCredentials:
+    def credentials(self, signer: Signer) -> grpc.ServerCredentials:
         """Credentials that show the certificate which is current at each handshake."""
-        self._taken = self.refresh(keyring)
+        self._taken = self.refresh(signer)
         return grpc.dynamic_ssl_server_credentials(
             self._taken,
             self._fetch,  # type: ignore[arg-type]  # the stub forgets None, which stands for no change

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, rsa
 from cryptography.hazmat.primitives.serialization import (
@@ -27,6 +29,9 @@ _ML_DSA: dict[KeyType, tuple[type[_MLDSAPrivateKey], type[_MLDSAPublicKey]]] = {
     KeyType.ML_DSA_65: (mldsa.MLDSA65PrivateKey, mldsa.MLDSA65PublicKey),
     KeyType.ML_DSA_87: (mldsa.MLDSA87PrivateKey, mldsa.MLDSA87PublicKey),
 }
+_LEAST_RSA_BITS = 2048
+_AUTHORITY_CURVES = frozenset({"secp256r1", "secp384r1", "secp521r1"})
+_AUTHORITY_KEYS = "RSA (2048 bits or more), EC P-256, P-384 and P-521, Ed25519 and ML-DSA"
 
 
 def generate_key(key_type: KeyType) -> PrivateKey:
@@ -67,6 +72,56 @@ def load_key(pem: Secret[bytes]) -> PrivateKey:
     if not isinstance(key, PrivateKey) or key_type_of(key.public_key()) is None:
         raise ValueError("a private key of a type that certmount does not use")
     return key
+
+
+@dataclass(frozen=True, slots=True)
+class AuthorityKey:
+    """The key of a certificate authority as someone brings it, and whether it lay encrypted."""
+
+    key: PrivateKey
+    encrypted: bool
+
+
+def load_authority_key(pem: Secret[bytes], password: Secret[bytes] | None = None) -> AuthorityKey:
+    """Reads PKCS#8, PKCS#1 (RSA) or SEC1 (EC) in PEM, each plain or encrypted; the password is not needed for a plain one.
+
+    Raises:
+        ValueError: in words that follow "is": no key, none that may sign here, or no password that opens it.
+    """
+    encrypted = b"ENCRYPTED" in pem.reveal()
+    if encrypted and (password is None or not password.reveal()):
+        raise ValueError("encrypted, and there is no password for it")
+    try:
+        key = load_pem_private_key(pem.reveal(), password.reveal() if encrypted and password is not None else None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        if encrypted and isinstance(error, ValueError) and "password" in str(error):
+            raise ValueError("encrypted with another password than the one given") from None
+        raise ValueError("not a private key in PEM (PKCS#8, PKCS#1 or SEC1)") from None
+    if not isinstance(key, PrivateKey):
+        raise ValueError(f"a key that may not sign here; one of {_AUTHORITY_KEYS} may")
+    if problem := authority_key_problem(key.public_key()):
+        raise ValueError(problem)
+    return AuthorityKey(key, encrypted)
+
+
+def authority_key_problem(key: object) -> str | None:
+    """Why a public key is none for a certificate authority, in words that follow "is"; None for one that may be."""
+    curve = key.curve.name if isinstance(key, ec.EllipticCurvePublicKey) else None
+    bits = key.key_size if isinstance(key, rsa.RSAPublicKey) else None
+    if bits is not None and bits < _LEAST_RSA_BITS:
+        return f"an RSA key of {bits} bits; at least {_LEAST_RSA_BITS} are needed"
+    if not isinstance(key, PublicKey) or (curve is not None and curve not in _AUTHORITY_CURVES):
+        return f"a key that may not sign here; one of {_AUTHORITY_KEYS} may"
+    return None
+
+
+def generate_key_like(key: PublicKey) -> PrivateKey:
+    """Makes a key of the same algorithm and size; RSA takes long, so never on the event loop."""
+    if isinstance(key, ec.EllipticCurvePublicKey):
+        return ec.generate_private_key(key.curve)
+    if isinstance(key, rsa.RSAPublicKey):
+        return rsa.generate_private_key(public_exponent=65537, key_size=key.key_size)
+    return generate_key(next(kind for kind in KeyType if kind is key_type_of(key)))
 
 
 def public_bytes(key: PublicKey) -> bytes:

@@ -297,7 +297,7 @@ async def test_a_client_of_another_authority_is_turned_away(tmp_path: Path) -> N
     shop, cart = tmp_path / "shop", tmp_path / "cart"
     put_files(shop, own, acts.NAME)
     put_files(cart, stranger)
-    (cart / "root.crt").write_bytes(own.root_pem)
+    (cart / "root.crt").write_bytes(own.roots_pem)
     async with serving(shop) as port:
         with pytest.raises((OSError, ValueError)):
             await meet(cart, port, acts.NAME)
@@ -367,7 +367,7 @@ def put_files(folder: Path, keyring: Keyring, *dns: str) -> None:
     names = Names.of([DNSName.parse(name) for name in dns], [] if dns else [URI.parse(CART)])
     leaf = sign_leaf(Leaf(key.public_key(), names, timedelta(hours=1), (SERVER, CLIENT)), keyring.intermediate, NOW)
     folder.mkdir(exist_ok=True)
-    for file in render_files(key, [leaf, keyring.intermediate.certificate], [keyring.root.certificate]):
+    for file in render_files(key, [leaf, keyring.intermediate.certificate], [keyring.root]):
         temporary = folder / f"{file.name}.new"
         temporary.write_bytes(file.content.reveal())
         temporary.replace(folder / file.name)

@@ -23,8 +23,7 @@ class InternalIssuer:
         keyring = self._ca.current
         leaf = Leaf(order.request.public_key, order.grant.names, order.grant.duration, (SERVER, CLIENT))
         certificate = sign_leaf(leaf, keyring.intermediate, self._clock())
-        intermediate = keyring.intermediate.certificate
         return Issued(
-            chain=(certificate.public_bytes(Encoding.DER), intermediate.public_bytes(Encoding.DER)),
-            roots=(keyring.root_der,),
+            chain=tuple(one.public_bytes(Encoding.DER) for one in (certificate, *keyring.intermediates)),
+            roots=keyring.roots_der,
         )

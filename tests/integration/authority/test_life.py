@@ -69,9 +69,9 @@ async def test_a_watcher_hears_of_a_new_root(world: World, caller: Caller) -> No
     assert await store.save(dump_keyring(other), await store.load())
     await world.server._load_ca()
     second = parse_certificates(_roots(await stream.read()), "roots")
-    assert first != second == (other.root.certificate,)
-    assert (world.ca / "root.crt").read_bytes() == other.root_pem
-    assert list((await caller.issue()).trust[DEFAULT_ISSUER].roots) == [other.root_der]
+    assert first != second == (other.root,)
+    assert (world.ca / "root.crt").read_bytes() == other.roots_pem
+    assert tuple((await caller.issue()).trust[DEFAULT_ISSUER].roots) == other.roots_der
 
 
 async def test_a_watcher_that_leaves_is_forgotten(world: World, caller: Caller) -> None:

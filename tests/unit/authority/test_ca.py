@@ -10,7 +10,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from csi_driver.authority.ca import CertificateAuthority
-from csi_driver.authority.keyring import INTERMEDIATE_LIFE, ROOT_LIFE, Keyring, dump_keyring, make_keyring
+from csi_driver.authority.keyring import Keyring, dump_keyring, make_keyring
+from csi_driver.authority.signers import INTERMEDIATE_LIFE, ROOT_LIFE
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.core.stored import Stored
@@ -66,7 +67,7 @@ async def test_the_ca_is_made_at_the_first_start_only(store: MemoryStore, clock:
     first = await authority(store, clock).refresh()
     second = await authority(store, clock).refresh()
     assert store.saves == 1
-    assert first.root.certificate == second.root.certificate
+    assert first.root == second.root
 
 
 async def test_replicas_that_start_at_once_share_one_ca(store: MemoryStore, clock: Clock) -> None:
@@ -83,7 +84,7 @@ async def test_a_new_intermediate_is_made_once_for_all_replicas(store: MemorySto
     clock.forward(INTERMEDIATE_LIFE * 0.67)
     after = await asyncio.gather(*(replica.refresh() for replica in replicas))
     assert store.saves == 2
-    assert {keyring.root.certificate for keyring in after} == {before[0].root.certificate}
+    assert {keyring.root for keyring in after} == {before[0].root}
     assert len({keyring.intermediate.certificate for keyring in [*before, *after]}) == 2
 
 
@@ -94,7 +95,7 @@ async def test_a_replica_sees_what_another_saved(store: MemoryStore, clock: Cloc
     other = make_keyring(clock.utc())
     store.values, store.version = dump_keyring(other), store.version + 1
     await replica.refresh()
-    assert replica.current.root.certificate == other.root.certificate
+    assert replica.current.root == other.root
 
 
 async def test_a_store_with_a_wrong_ca_is_never_overwritten(store: MemoryStore, clock: Clock) -> None:

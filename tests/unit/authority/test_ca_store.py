@@ -136,7 +136,7 @@ def start_replica(folder: Path) -> str:
     async def start() -> str:
         ca = CertificateAuthority(FolderStore(folder), AuthorityMetrics(CollectorRegistry()))
         keyring = await ca.refresh()
-        return f"{keyring.root.certificate.serial_number} {keyring.intermediate.certificate.serial_number}"
+        return f"{keyring.root.serial_number} {keyring.intermediate.certificate.serial_number}"
 
     return asyncio.run(start())
 

@@ -12,10 +12,12 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.verification import PolicyBuilder, Store
 
-from csi_driver.authority.keyring import INTERMEDIATE_LIFE, ROOT_LIFE, Keyring, dump_keyring, make_keyring
+from csi_driver.authority.keyring import Keyring, dump_keyring, make_keyring
 from csi_driver.authority.keyring_check import load_keyring
 from csi_driver.authority.leaf import SERVER, Leaf, sign_leaf
+from csi_driver.authority.signers import INTERMEDIATE_LIFE, ROOT_LIFE, Signer
 from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.formats.pem import encode_certificates
 from csi_driver.core.keys import encode_key
 from csi_driver.core.names import DNSName, Names
 from csi_driver.core.secret import Secret
@@ -36,10 +38,10 @@ def extensions(certificate: x509.Certificate) -> dict[str, bool]:
 
 def test_a_new_ca_is_what_it_says(keyring: Keyring) -> None:
     """A P-384 root of ten years over a P-256 intermediate of one, which may sign leaves only."""
-    root, intermediate = keyring.root.certificate, keyring.intermediate.certificate
-    assert isinstance(keyring.root.key, ec.EllipticCurvePrivateKey)
+    root, intermediate = keyring.root, keyring.intermediate.certificate
+    assert isinstance(keyring.root_key, ec.EllipticCurvePrivateKey)
     assert isinstance(keyring.intermediate.key, ec.EllipticCurvePrivateKey)
-    assert (keyring.root.key.curve.name, keyring.intermediate.key.curve.name) == ("secp384r1", "secp256r1")
+    assert (keyring.root_key.curve.name, keyring.intermediate.key.curve.name) == ("secp384r1", "secp256r1")
     assert root.not_valid_after_utc == NOW + ROOT_LIFE
     assert intermediate.not_valid_after_utc == NOW + INTERMEDIATE_LIFE
     assert extensions(root) == {"BasicConstraints": True, "KeyUsage": True, "SubjectKeyIdentifier": False}
@@ -55,14 +57,14 @@ def test_a_new_ca_is_what_it_says(keyring: Keyring) -> None:
 
 def test_two_cas_are_told_apart_by_name() -> None:
     """So that no path is built through the wrong one of two certificates with the same name."""
-    subjects = {make_keyring(NOW).root.certificate.subject for _ in range(2)}
+    subjects = {make_keyring(NOW).root.subject for _ in range(2)}
     assert len(subjects) == 2
 
 
 def test_what_is_saved_is_what_is_loaded(keyring: Keyring) -> None:
     """Certificates and keys survive the store."""
     loaded = load_keyring(dump_keyring(keyring), NOW, where="here")
-    assert loaded.root.certificate == keyring.root.certificate
+    assert loaded.root == keyring.root
     assert loaded.intermediate.certificate == keyring.intermediate.certificate
     assert dump_keyring(loaded) == dump_keyring(keyring)
 
@@ -92,7 +94,7 @@ def test_leaves_of_a_former_intermediate_stay_valid(keyring: Keyring) -> None:
     new = sign_leaf(Leaf(key, names, timedelta(hours=1), (SERVER,)), renewed.intermediate, later)
     assert renewed.root is keyring.root
     assert renewed.intermediate.certificate.subject != keyring.intermediate.certificate.subject
-    verifier = PolicyBuilder().store(Store([keyring.root.certificate])).time(later)
+    verifier = PolicyBuilder().store(Store([keyring.root])).time(later)
     for leaf, signer in ((old, keyring.intermediate), (new, renewed.intermediate)):
         verifier.build_server_verifier(x509.DNSName("hello.test")).verify(leaf, [signer.certificate])
 
@@ -100,7 +102,7 @@ def test_leaves_of_a_former_intermediate_stay_valid(keyring: Keyring) -> None:
 def test_an_intermediate_does_not_outlive_its_root(keyring: Keyring) -> None:
     """In the root's last year the intermediates get shorter."""
     renewed = keyring.with_new_intermediate(NOW + ROOT_LIFE - timedelta(days=30))
-    assert renewed.intermediate.certificate.not_valid_after_utc == keyring.root.certificate.not_valid_after_utc
+    assert renewed.intermediate.certificate.not_valid_after_utc == keyring.root.not_valid_after_utc
 
 
 def without(name: str) -> Callable[[Values], Values]:
@@ -116,30 +118,31 @@ def from_other(*names: str) -> Callable[[Values], Values]:
     return lambda values: {**values, **{name: other[name] for name in names}}
 
 
+def root_of(keyring: Keyring) -> Signer:
+    assert keyring.root_key is not None
+    return Signer(keyring.root, keyring.root_key)
+
+
 def leaf_as_intermediate(values: Values) -> Values:
     keyring = load_keyring(values, NOW, where="here")
     key = ec.generate_private_key(ec.SECP256R1())
     leaf = sign_leaf(
-        Leaf(key.public_key(), Names.of([DNSName.parse("a.test")]), timedelta(1), (SERVER,)), keyring.root, NOW
+        Leaf(key.public_key(), Names.of([DNSName.parse("a.test")]), timedelta(1), (SERVER,)), root_of(keyring), NOW
     )
-    values = {**values, **dump_keyring(Keyring(keyring.root, type(keyring.root)(leaf, key)))}
-    return {**values, "root.crt": Secret(keyring.root_pem)}
-
-
-def twice(values: Values) -> Values:
-    return {**values, "root.crt": Secret(values["root.crt"].reveal() * 2)}
+    return {**values, "intermediate.crt": Secret(encode_certificates([leaf])), "intermediate.key": encode_key(key)}
 
 
 DAMAGES: dict[str, tuple[Callable[[Values], Values], str]] = {
     "no root": (without("root.crt"), "here root.crt: is missing"),
-    "no root key": (without("root.key"), "here root.key: is missing"),
     "no intermediate": (without("intermediate.crt"), "here intermediate.crt: is missing"),
     "empty": (with_value("intermediate.key", b"\n"), "here intermediate.key: is missing"),
     "no certificate": (with_value("root.crt", b"hello"), "here root.crt: is not an X.509 certificate in PEM"),
     "a key for a certificate": (lambda v: {**v, "root.crt": v["root.key"]}, "here root.crt: is not an X.509"),
-    "no key": (with_value("root.key", b"hello"), "here root.key: is not an unencrypted private key in PEM"),
-    "two roots": (twice, "here root.crt: holds 2 certificates"),
-    "other root key": (from_other("root.key"), "here root.key: is not the key of root.crt"),
+    "no key": (with_value("root.key", b"hello"), "here root.key: is not a private key in PEM"),
+    "other root key": (
+        from_other("root.key"),
+        "here root.key: is not the key of the root that issued intermediate.crt",
+    ),
     "other intermediate key": (from_other("intermediate.key"), "is not the key of intermediate.crt"),
     "other root": (from_other("root.crt", "root.key"), "here intermediate.crt: is not issued by root.crt"),
     "leaf as intermediate": (
@@ -207,7 +210,7 @@ def test_an_administrators_own_ca_is_taken() -> None:
     for ring in (keyring, keyring.with_new_intermediate(NOW)):
         leaf = sign_leaf(Leaf(key, names, timedelta(hours=1), (SERVER,)), ring.intermediate, NOW)
         leaf.verify_directly_issued_by(ring.intermediate.certificate)
-        ring.intermediate.certificate.verify_directly_issued_by(ring.root.certificate)
+        ring.intermediate.certificate.verify_directly_issued_by(ring.root)
 
 
 def test_a_ca_that_may_not_sign_certificates_is_refused() -> None:
@@ -218,8 +221,8 @@ def test_a_ca_that_may_not_sign_certificates_is_refused() -> None:
 
 def test_all_faults_of_a_ca_are_said_at_once(keyring: Keyring) -> None:
     """Whoever repairs it hears of everything."""
-    values = without("root.key")(with_value("intermediate.crt", b"x")(dict(dump_keyring(keyring))))
-    with pytest.raises(CertmountError, match=r"\(1\).*root\.key.*\(2\).*intermediate\.crt"):
+    values = without("intermediate.key")(with_value("intermediate.crt", b"x")(dict(dump_keyring(keyring))))
+    with pytest.raises(CertmountError, match=r"\(1\).*intermediate\.crt.*\(2\).*intermediate\.key"):
         load_keyring(values, NOW, where="here")
 
 
@@ -238,4 +241,4 @@ def test_an_expired_intermediate_is_taken_for_renewal(keyring: Keyring) -> None:
 
 def test_the_root_in_pem_and_der_is_the_same(keyring: Keyring) -> None:
     """What is published and what is streamed is one certificate."""
-    assert x509.load_pem_x509_certificate(keyring.root_pem).public_bytes(Encoding.DER) == keyring.root_der
+    assert (x509.load_pem_x509_certificate(keyring.roots_pem).public_bytes(Encoding.DER),) == keyring.roots_der

@@ -13,8 +13,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.authority.keyring import BACKDATE, INTERMEDIATE_LIFE, make_keyring
+from csi_driver.authority.keyring import make_keyring
 from csi_driver.authority.leaf import CLIENT, SERVER, Leaf, sign_leaf
+from csi_driver.authority.signers import BACKDATE, INTERMEDIATE_LIFE
 from csi_driver.core.csr import names_of
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.formats.pem import encode_certificates
@@ -133,7 +134,7 @@ def test_a_leaf_holds_the_names_granted_and_no_other(dns: list[DNSName], uris: l
 def test_openssl_verifies_the_chain(key_type: KeyType, tmp_path: Path) -> None:
     """In its strict mode, for both purposes, with the host name checked."""
     certificate = leaf(Names.of([DNSName.parse("hello.test")], [ID]), KEYS[key_type])
-    (tmp_path / "root.pem").write_bytes(KEYRING.root_pem)
+    (tmp_path / "root.pem").write_bytes(KEYRING.roots_pem)
     (tmp_path / "intermediate.pem").write_bytes(encode_certificates([KEYRING.intermediate.certificate]))
     (tmp_path / "leaf.pem").write_bytes(encode_certificates([certificate]))
     for purpose in ("sslserver", "sslclient"):

@@ -37,7 +37,7 @@ def account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def tls(account: Path) -> ssl.SSLContext:
     """A server certificate for localhost, below the root in the pod's folder."""
     keyring, key = make_keyring(utc_now()), generate_key(KeyType.EC_P256)
-    (account / "ca.crt").write_bytes(keyring.root_pem)
+    (account / "ca.crt").write_bytes(keyring.roots_pem)
     leaf = Leaf(key.public_key(), Names.of([DNSName.parse("localhost")]), timedelta(hours=1), (SERVER,))
     certificate = sign_leaf(leaf, keyring.intermediate, utc_now())
     chain = account / "server.pem"
@@ -74,7 +74,7 @@ async def test_an_api_server_that_the_clusters_root_does_not_vouch_for_is_not_sp
     account: Path, tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tokens go to no one else."""
-    (account / "ca.crt").write_bytes(make_keyring(utc_now()).root_pem)
+    (account / "ca.crt").write_bytes(make_keyring(utc_now()).roots_pem)
     server = FakeApiServer()
     async with server.running(tls):
         point_at(server, monkeypatch)
