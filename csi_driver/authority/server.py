@@ -139,9 +139,9 @@ class AuthorityServer:
 
     async def _adopt(self, keyring: Keyring) -> None:
         """Makes everything follow the keyring. Each time, as a root that someone removed is so published again."""
-        self._serving.refresh(keyring)
-        self._trust.set((keyring.root_der,))
-        await self._surroundings.publisher.publish(keyring.root_pem)
+        self._serving.refresh(keyring.intermediate)
+        self._trust.set(keyring.roots_der)
+        await self._surroundings.publisher.publish(keyring.roots_pem)
 
     def _bound(self) -> grpc.aio.Server:
         def observe(call: Handled) -> None:
@@ -160,7 +160,9 @@ class AuthorityServer:
         )
         authority_pb2_grpc.add_AuthorityServicer_to_server(AuthorityService(desk, self._trust), server)
         try:
-            self._port = server.add_secure_port(self._settings.listen, self._serving.credentials(self._ca.current))
+            self._port = server.add_secure_port(
+                self._settings.listen, self._serving.credentials(self._ca.current.intermediate)
+            )
         except RuntimeError:
             raise OSError(f"--listen {self._settings.listen}: cannot be listened on; is the port in use?") from None
         return server
