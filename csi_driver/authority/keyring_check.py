@@ -44,6 +44,7 @@ def load_keyring(
     roots, intermediates = reader.certificates(ROOT), reader.certificates(INTERMEDIATE)
     root_key = reader.key(ROOT_KEY, password) if reader.has(ROOT_KEY) else None
     key = reader.key(INTERMEDIATE_KEY, password)
+    reader.check_self_signed(ROOT, roots)
     if roots and intermediates:
         roots, intermediates = reader.arrange(roots, intermediates, now)
     reader.check_fit(INTERMEDIATE_KEY, key, intermediates[:1], INTERMEDIATE)
@@ -116,6 +117,13 @@ class MaterialReader:
         """A key must be that of its certificate."""
         if key is not None and certificates and certificates[0].public_key() != key.key.public_key():
             self.fault(name, f"is not the key of {owner}")
+
+    def check_self_signed(self, name: str, certificates: Sequence[x509.Certificate]) -> None:
+        """A root must have signed itself: OpenSSL takes no other by default."""
+        for number, certificate in enumerate(certificates, 1):
+            if not _issued(certificate, certificate):
+                which = "" if len(certificates) == 1 else f"certificate {number} "
+                self.fault(name, f"{which}is not self-signed; put the root there")
 
     def arrange(
         self, roots: list[x509.Certificate], intermediates: list[x509.Certificate], now: datetime

@@ -8,15 +8,16 @@ from datetime import datetime, timedelta
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from csi_driver.authority.signers import BACKDATE, Signer, authority_key_identifier, signing_hash
 from csi_driver.core.csr import san_extension
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.keys import PublicKey
 from csi_driver.core.names import Names
+from csi_driver.core.spec import Usage
 
-SERVER, CLIENT = ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH
+_PURPOSES = {Usage.SERVER: ExtendedKeyUsageOID.SERVER_AUTH, Usage.CLIENT: ExtendedKeyUsageOID.CLIENT_AUTH}
 _MAX_COMMON_NAME = 64
 """RFC 5280 appendix A.1, ub-common-name."""
 
@@ -28,7 +29,9 @@ class Leaf:
     key: PublicKey
     names: Names
     life: timedelta
-    usages: Sequence[ObjectIdentifier]
+    usages: Sequence[Usage]
+    subject: bool = True
+    """False leaves it empty whatever the names are."""
 
 
 def sign_leaf(leaf: Leaf, signer: Signer, now: datetime) -> x509.Certificate:
@@ -36,7 +39,7 @@ def sign_leaf(leaf: Leaf, signer: Signer, now: datetime) -> x509.Certificate:
     until = min(now + leaf.life, signer.certificate.not_valid_after_utc)
     if until <= now:
         raise CertmountError(Reason.ISSUER_UNAVAILABLE, "the intermediate of the internal CA has expired")
-    subject = _subject(leaf.names)
+    subject = _subject(leaf.names) if leaf.subject else x509.Name([])
     builder = (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -49,7 +52,7 @@ def sign_leaf(leaf: Leaf, signer: Signer, now: datetime) -> x509.Certificate:
         .add_extension(san_extension(leaf.names), critical=not subject.rdns)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(leaf.key), critical=True)
-        .add_extension(x509.ExtendedKeyUsage(leaf.usages), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([_PURPOSES[usage] for usage in leaf.usages]), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(leaf.key), critical=False)
         .add_extension(authority_key_identifier(signer.certificate), critical=False)
     )

@@ -1,4 +1,4 @@
-"""The authority's own certificate, issued by its own CA; its key lives in memory only and changes with it."""
+"""The authority's own certificate, below its own small CA; its key lives in memory only and changes with it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import structlog
 from cryptography import x509
 
 from csi_driver.authority.ca import utc_now
-from csi_driver.authority.leaf import SERVER, Leaf, sign_leaf
+from csi_driver.authority.leaf import Leaf, sign_leaf
 from csi_driver.authority.signers import Signer
 from csi_driver.core.formats.pem import encode_certificates
 from csi_driver.core.keys import encode_key, generate_key
 from csi_driver.core.names import Names
-from csi_driver.core.spec import KeyType
+from csi_driver.core.spec import KeyType, Usage
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
 log = structlog.get_logger(__name__)
@@ -25,7 +25,7 @@ _RENEW_AFTER = _LIFE * 2 / 3
 
 
 class ServingCertificate:
-    """Renewed at two thirds of its life and with each new intermediate; new handshakes get the new one, old connections go on."""
+    """Renewed at two thirds of its life and with each new signer; new handshakes get the new one, old connections go on."""
 
     def __init__(self, names: Names, metrics: AuthorityMetrics, clock: Callable[[], datetime] = utc_now) -> None:
         self._names = names
@@ -42,7 +42,7 @@ class ServingCertificate:
         if self._configuration is not None and now < self._renew_at and signer.certificate == self._issuer:
             return self._configuration
         key = generate_key(KeyType.EC_P256)
-        certificate = sign_leaf(Leaf(key.public_key(), self._names, _LIFE, (SERVER,)), signer, now)
+        certificate = sign_leaf(Leaf(key.public_key(), self._names, _LIFE, (Usage.SERVER,)), signer, now)
         chain = encode_certificates([certificate, signer.certificate])
         self._configuration = grpc.ssl_server_certificate_configuration([(encode_key(key).reveal(), chain)])
         self._issuer, self._renew_at = signer.certificate, now + _RENEW_AFTER

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from cryptography import x509
 
 from csi_driver.core.csr import san_extension
-from csi_driver.core.names import DNSName, NameProblem, Names, parse_trust_domain
+from csi_driver.core.names import DNSName, EmailAddress, NameProblem, Names, parse_trust_domain
 
 _KINDS = (x509.DNSName, x509.UniformResourceIdentifier, x509.IPAddress, x509.RFC822Name, x509.DirectoryName)
 _EXAMPLE = "dns:example.com, uri:cluster.local, ip:10.0.0.0/8 or email:example.com"
@@ -52,12 +52,9 @@ def _uri(base: str) -> x509.GeneralName:
 
 
 def _email(base: str) -> x509.GeneralName:
-    local, at, host = base.rpartition("@")
-    if not at:
-        return x509.RFC822Name(_host(base, lambda text: DNSName.parse(text).text))
-    if not local.isascii() or not local.isprintable() or any(sign in local for sign in ' "@'):
-        raise NameProblem("has a mailbox that can't be written in a certificate")
-    return x509.RFC822Name(f"{local}@{DNSName.parse(host).text}")
+    if "@" in base:
+        return x509.RFC822Name(EmailAddress.parse(base).text)
+    return x509.RFC822Name(_host(base, lambda text: DNSName.parse(text).text))
 
 
 def _ip(base: str) -> x509.GeneralName:

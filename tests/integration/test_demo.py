@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.authority.keyring import Keyring, make_keyring
-from csi_driver.authority.leaf import CLIENT, SERVER, Leaf, sign_leaf
+from csi_driver.authority.leaf import Leaf, sign_leaf
 from csi_driver.cli.demo import acts
 from csi_driver.cli.demo.connections import ConnectionLoop, meet, serving
 from csi_driver.cli.demo.failure import DemoFailed
@@ -34,7 +34,7 @@ from csi_driver.core.formats.pem import decode_certificates, render_files
 from csi_driver.core.keys import generate_key, load_key
 from csi_driver.core.names import URI, DNSName, Names
 from csi_driver.core.secret import Secret
-from csi_driver.core.spec import KeyType
+from csi_driver.core.spec import KeyType, Usage
 from tests.support.requirements import missing, require_program
 
 DEMO = (sys.executable, "-m", "csi_driver.cli.main", "demo")
@@ -365,7 +365,9 @@ def put_files(folder: Path, keyring: Keyring, *dns: str) -> None:
     """Puts a new certificate into a folder, file by file but each at once; without a DNS name it is web/cart's."""
     key = generate_key(KeyType.EC_P256)
     names = Names.of([DNSName.parse(name) for name in dns], [] if dns else [URI.parse(CART)])
-    leaf = sign_leaf(Leaf(key.public_key(), names, timedelta(hours=1), (SERVER, CLIENT)), keyring.intermediate, NOW)
+    leaf = sign_leaf(
+        Leaf(key.public_key(), names, timedelta(hours=1), (Usage.SERVER, Usage.CLIENT)), keyring.intermediate, NOW
+    )
     folder.mkdir(exist_ok=True)
     for file in render_files(key, [leaf, keyring.intermediate.certificate], [keyring.root]):
         temporary = folder / f"{file.name}.new"

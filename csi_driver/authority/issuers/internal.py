@@ -9,21 +9,40 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.ca import CertificateAuthority, utc_now
 from csi_driver.authority.issuers import Issued, Order
-from csi_driver.authority.leaf import CLIENT, SERVER, Leaf, sign_leaf
+from csi_driver.authority.keyring import Keyring
+from csi_driver.authority.leaf import Leaf, sign_leaf
+from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.name_constraints import Bounds
+
+_HINT = "ask for names within them, or have an administrator change the CA"
 
 
 class InternalIssuer:
-    """Signs with the current intermediate."""
+    """Signs with the current intermediate what the name constraints of its chain permit: verifiers would refuse the rest."""
 
     def __init__(self, ca: CertificateAuthority, clock: Callable[[], datetime] = utc_now) -> None:
         self._ca = ca
         self._clock = clock
+        self._known: Keyring | None = None
+        self._bounds = Bounds()
 
     async def issue(self, order: Order) -> Issued:
-        keyring = self._ca.current
-        leaf = Leaf(order.request.public_key, order.grant.names, order.grant.duration, (SERVER, CLIENT))
+        """See :class:`csi_driver.authority.issuers.Issuer`."""
+        keyring, grant = self._ca.current, order.grant
+        bounds = self._bounds_of(keyring)
+        if refused := bounds.refused(grant.names):
+            raise CertmountError(Reason.NAME_REFUSED, *(Fault(name, problem, _HINT) for name, problem in refused))
+        leaf = Leaf(
+            order.request.public_key, grant.names, grant.duration, grant.usages, subject=not bounds.bind_subjects
+        )
         certificate = sign_leaf(leaf, keyring.intermediate, self._clock())
         return Issued(
             chain=tuple(one.public_bytes(Encoding.DER) for one in (certificate, *keyring.intermediates)),
             roots=keyring.roots_der,
         )
+
+    def _bounds_of(self, keyring: Keyring) -> Bounds:
+        """Those of the keyring; found anew only where it is another one."""
+        if keyring is not self._known:
+            self._known, self._bounds = keyring, Bounds.of((*keyring.intermediates, keyring.root))
+        return self._bounds

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cryptography import x509
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.core.keys import PrivateKey, encode_key
@@ -54,3 +55,8 @@ def decode_certificates(pem: bytes) -> list[x509.Certificate]:
         return x509.load_pem_x509_certificates(pem)
     except UNREADABLE as error:
         raise ValueError("not certificates in PEM") from error
+
+
+def fingerprint(certificate: x509.Certificate) -> str:
+    """``SHA256:AB:CD:...``: the hex that ``openssl x509 -noout -fingerprint -sha256`` prints, for people who compare."""
+    return "SHA256:" + certificate.fingerprint(SHA256()).hex(":").upper()

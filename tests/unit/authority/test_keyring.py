@@ -14,13 +14,14 @@ from cryptography.x509.verification import PolicyBuilder, Store
 
 from csi_driver.authority.keyring import Keyring, dump_keyring, make_keyring
 from csi_driver.authority.keyring_check import load_keyring
-from csi_driver.authority.leaf import SERVER, Leaf, sign_leaf
+from csi_driver.authority.leaf import Leaf, sign_leaf
 from csi_driver.authority.signers import INTERMEDIATE_LIFE, ROOT_LIFE, Signer
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.formats.pem import encode_certificates
 from csi_driver.core.keys import encode_key
 from csi_driver.core.names import DNSName, Names
 from csi_driver.core.secret import Secret
+from csi_driver.core.spec import Usage
 from tests.unit.authority.clock import Clock
 
 NOW = Clock().utc()
@@ -89,9 +90,9 @@ def test_leaves_of_a_former_intermediate_stay_valid(keyring: Keyring) -> None:
     later = NOW + INTERMEDIATE_LIFE * 0.7
     names = Names.of(dns=[DNSName.parse("hello.test")])
     key = ec.generate_private_key(ec.SECP256R1()).public_key()
-    old = sign_leaf(Leaf(key, names, timedelta(hours=1), (SERVER,)), keyring.intermediate, later)
+    old = sign_leaf(Leaf(key, names, timedelta(hours=1), (Usage.SERVER,)), keyring.intermediate, later)
     renewed = keyring.with_new_intermediate(later)
-    new = sign_leaf(Leaf(key, names, timedelta(hours=1), (SERVER,)), renewed.intermediate, later)
+    new = sign_leaf(Leaf(key, names, timedelta(hours=1), (Usage.SERVER,)), renewed.intermediate, later)
     assert renewed.root is keyring.root
     assert renewed.intermediate.certificate.subject != keyring.intermediate.certificate.subject
     verifier = PolicyBuilder().store(Store([keyring.root])).time(later)
@@ -127,7 +128,9 @@ def leaf_as_intermediate(values: Values) -> Values:
     keyring = load_keyring(values, NOW, where="here")
     key = ec.generate_private_key(ec.SECP256R1())
     leaf = sign_leaf(
-        Leaf(key.public_key(), Names.of([DNSName.parse("a.test")]), timedelta(1), (SERVER,)), root_of(keyring), NOW
+        Leaf(key.public_key(), Names.of([DNSName.parse("a.test")]), timedelta(1), (Usage.SERVER,)),
+        root_of(keyring),
+        NOW,
     )
     return {**values, "intermediate.crt": Secret(encode_certificates([leaf])), "intermediate.key": encode_key(key)}
 
@@ -208,7 +211,7 @@ def test_an_administrators_own_ca_is_taken() -> None:
     names = Names.of(dns=[DNSName.parse("hello.test")])
     key = ec.generate_private_key(ec.SECP256R1()).public_key()
     for ring in (keyring, keyring.with_new_intermediate(NOW)):
-        leaf = sign_leaf(Leaf(key, names, timedelta(hours=1), (SERVER,)), ring.intermediate, NOW)
+        leaf = sign_leaf(Leaf(key, names, timedelta(hours=1), (Usage.SERVER,)), ring.intermediate, NOW)
         leaf.verify_directly_issued_by(ring.intermediate.certificate)
         ring.intermediate.certificate.verify_directly_issued_by(ring.root)
 

@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csi_driver.authority.keyring import make_keyring
-from csi_driver.authority.leaf import CLIENT, SERVER, Leaf, sign_leaf
+from csi_driver.authority.leaf import Leaf, sign_leaf
 from csi_driver.authority.signers import BACKDATE, INTERMEDIATE_LIFE
 from csi_driver.core.csr import names_of
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.formats.pem import encode_certificates
 from csi_driver.core.keys import PublicKey, generate_key, public_bytes
 from csi_driver.core.names import URI, DNSName, Names, spiffe_id
-from csi_driver.core.spec import KeyType
+from csi_driver.core.spec import KeyType, Usage
 from tests.unit.authority.clock import Clock
 
 NOW = Clock().utc()
@@ -36,7 +36,7 @@ LONG = DNSName.parse(".".join(["a" * 30] * 3))
 def leaf(
     names: Names, key: PublicKey = KEYS[KeyType.EC_P256], life: timedelta = timedelta(hours=1)
 ) -> x509.Certificate:
-    return sign_leaf(Leaf(key, names, life, (SERVER, CLIENT)), KEYRING.intermediate, NOW)
+    return sign_leaf(Leaf(key, names, life, (Usage.SERVER, Usage.CLIENT)), KEYRING.intermediate, NOW)
 
 
 def found(certificate: x509.Certificate) -> list[tuple[str, bool]]:

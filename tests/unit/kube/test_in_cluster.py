@@ -13,12 +13,12 @@ from kubernetes.aio.config import incluster_config
 from csi_driver.authority.ca import utc_now
 from csi_driver.authority.cluster import in_a_cluster
 from csi_driver.authority.keyring import make_keyring
-from csi_driver.authority.leaf import SERVER, Leaf, sign_leaf
+from csi_driver.authority.leaf import Leaf, sign_leaf
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.formats.pem import encode_certificates
 from csi_driver.core.keys import encode_key, generate_key
 from csi_driver.core.names import DNSName, Names
-from csi_driver.core.spec import KeyType
+from csi_driver.core.spec import KeyType, Usage
 from csi_driver.kube.client import connect, in_cluster_configuration
 from csi_driver.kube.token_keys import ClusterTokenKeys
 from tests.unit.kube.api_server import FakeApiServer
@@ -38,7 +38,7 @@ def tls(account: Path) -> ssl.SSLContext:
     """A server certificate for localhost, below the root in the pod's folder."""
     keyring, key = make_keyring(utc_now()), generate_key(KeyType.EC_P256)
     (account / "ca.crt").write_bytes(keyring.roots_pem)
-    leaf = Leaf(key.public_key(), Names.of([DNSName.parse("localhost")]), timedelta(hours=1), (SERVER,))
+    leaf = Leaf(key.public_key(), Names.of([DNSName.parse("localhost")]), timedelta(hours=1), (Usage.SERVER,))
     certificate = sign_leaf(leaf, keyring.intermediate, utc_now())
     chain = account / "server.pem"
     chain.write_bytes(encode_key(key).reveal() + encode_certificates([certificate, keyring.intermediate.certificate]))
