@@ -18,6 +18,7 @@ TIMEOUT_S = 5.0
 """For one request, the wait for a free connection included."""
 _MAX_CONNECTIONS = 100
 _MAX_SHOWN = 300
+_LONGEST_RETRY_AFTER_S = 60.0
 _T = TypeVar("_T")
 
 
@@ -33,8 +34,19 @@ class ObjectName:
         return f"{self.kind} {self.namespace}/{self.name}"
 
 
-class Conflict(CertmountError):
-    """Someone else changed the object since it was read (HTTP 409)."""
+class ApiError(CertmountError):
+    """The API server answered, and the answer is an error."""
+
+    def __init__(self, reason: Reason, fault: Fault, status: int, retry_after_s: float | None = None) -> None:
+        super().__init__(reason, fault)
+        self.status = status
+        """The HTTP status."""
+        self.retry_after_s = retry_after_s
+        """How long the API server asks to be left alone (RFC 9110 section 10.2.3); None where it doesn't say."""
+
+
+class Conflict(ApiError):
+    """Someone else changed the object since it was read, or made it first (HTTP 409)."""
 
 
 def in_cluster_configuration() -> client.Configuration:
@@ -69,16 +81,15 @@ async def answered(call: Awaitable[_T], reason: Reason, what: str) -> _T:
     """The call's answer; ``what`` was to be done with it, for people.
 
     Raises:
-        CertmountError: with ``reason``, whatever failed; its text never quotes the request. Conflict for HTTP 409.
+        CertmountError: with ``reason``, whatever failed; its text never quotes the request. ApiError where the API
+            server answered with an error, Conflict for HTTP 409.
     """
     try:
         answer = await call
     except client.ApiException as error:
-        if error.status == 409:
-            raise Conflict(reason, Fault(what, "someone else changed it at the same moment")) from None
-        raise CertmountError(reason, Fault(what, f"the API server answers {error.status}{_message(error)}")) from None
+        raise _api_error(error, reason, what) from None
     except TimeoutError:
-        raise CertmountError(reason, Fault(what, f"the API server does not answer within {TIMEOUT_S:g} s")) from None
+        raise CertmountError(reason, Fault(what, "the API server does not answer in time")) from None
     except (aiohttp.ClientError, OSError) as error:
         raise CertmountError(
             reason, Fault(what, f"the API server cannot be reached ({type(error).__name__})")
@@ -90,6 +101,31 @@ async def answered(call: Awaitable[_T], reason: Reason, what: str) -> _T:
     if answer is None:
         raise CertmountError(reason, Fault(what, "the API server's answer is strange (null)"))
     return answer
+
+
+def _api_error(error: client.ApiException, reason: Reason, what: str) -> ApiError:
+    status = int(error.status or 0)
+    if status == 409:
+        return Conflict(reason, Fault(what, "someone else changed it at the same moment"), status)
+    problem = f"the API server {_meaning(status)} {status}{_message(error)}"
+    return ApiError(
+        reason, Fault(what, problem), status, _retry_after(error) if status == 429 or status >= 500 else None
+    )
+
+
+def _meaning(status: int) -> str:
+    """Whose trouble it is: ours, or the API server's, which passes."""
+    if status == 401:
+        return "does not believe the authority's own token: it answers"
+    if status == 429:
+        return "is overloaded and turns requests away: it answers"
+    return "has trouble of its own: it answers" if status >= 500 else "answers"
+
+
+def _retry_after(error: client.ApiException) -> float | None:
+    """In seconds, as the API server writes it (API priority and fairness); a date is not understood."""
+    text = (error.headers or {}).get("Retry-After", "")
+    return min(float(text), _LONGEST_RETRY_AFTER_S) if text.isascii() and text.isdigit() else None
 
 
 def _message(error: client.ApiException) -> str:

@@ -120,16 +120,22 @@ def test_token_of_the_driver_is_no_token_for_the_api_server() -> None:
 
 
 def test_authority_account_has_only_the_listed_rights() -> None:
-    """Beyond every account's: TokenReviews, and get and update on its one Secret and its one ConfigMap."""
+    """Beyond every account's: TokenReviews, lists and watches, Events, and get and update on its own three objects."""
     common = _rules("fresh", NAMESPACE, CERTMOUNT)
-    assert _rules("certmount-authority", CERTMOUNT, CERTMOUNT) - common == {
+    everywhere = {
         "tokenreviews.authentication.k8s.io [] [] [create]",
+        "services [] [] [list watch]",
+        "pods [] [] [list watch]",
+        "namespaces [] [] [list watch]",
+        "csinodes.storage.k8s.io [] [] [list]",
+        "events.events.k8s.io [] [] [create patch]",
+    }
+    assert _rules("certmount-authority", CERTMOUNT, CERTMOUNT) - common == everywhere | {
         "secrets [] [certmount-ca] [get update]",
+        "secrets [] [certmount-confirmations] [get update]",
         "configmaps [] [certmount-root] [get update]",
     }
-    assert _rules("certmount-authority", CERTMOUNT, NAMESPACE) - common == {
-        "tokenreviews.authentication.k8s.io [] [] [create]"
-    }
+    assert _rules("certmount-authority", CERTMOUNT, NAMESPACE) - common == everywhere
 
 
 def test_both_tokens_together_are_answered(pod_token: str, node_token: str) -> None:

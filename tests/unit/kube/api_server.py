@@ -1,4 +1,4 @@
-"""A fake API server on loopback: TokenReviews, service account discovery, one Secret and one ConfigMap with real conflicts."""
+"""A fake API server on loopback: reviews, service account discovery, objects with real conflicts, resources that can be watched, Events."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from aiohttp import web
+
+from tests.unit.kube.collection import Collection
 
 ISSUER = "https://kubernetes.default.svc.cluster.local"
 JWKS = {"keys": [{"kty": "EC", "kid": "a", "alg": "ES256", "crv": "P-256", "x": "eA", "y": "eQ"}]}
@@ -31,10 +33,16 @@ class FakeApiServer:
             "/.well-known/openid-configuration": {"issuer": ISSUER, "jwks_uri": "https://elsewhere.test/keys"},
             "/openid/v1/jwks": JWKS,
         }
+        self.collections = {f"/api/v1/{name}": Collection() for name in ("pods", "services", "namespaces")}
+        self.events: dict[str, Json] = {}
+        """By namespace and name."""
+        self.denied: set[tuple[str, str, str]] = set()
+        """Verb, resource and name of what a SelfSubjectAccessReview is to deny."""
         self.requests: list[tuple[str, str, Json | None]] = []
         self.authorizations: list[str] = []
         self.fail: tuple[int, bytes] | None = None
         """The answer to everything, if set."""
+        self.fail_headers: dict[str, str] = {}
         self.gate = asyncio.Event()
         self.gate.set()
         self.before_put: list[str] = []
@@ -42,13 +50,13 @@ class FakeApiServer:
         self.url = ""
 
     @contextlib.asynccontextmanager
-    async def running(self, tls: ssl.SSLContext | None = None) -> AsyncIterator[None]:
+    async def running(self, tls: ssl.SSLContext | None = None, port: int = 0) -> AsyncIterator[None]:
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", self._handle)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
         try:
-            site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
+            site = web.TCPSite(runner, "127.0.0.1", port, ssl_context=tls, reuse_address=True)
             await site.start()
             port = runner.addresses[0][1]
             self.url = f"{'https' if tls else 'http'}://{'localhost' if tls else '127.0.0.1'}:{port}"
@@ -56,19 +64,34 @@ class FakeApiServer:
         finally:
             await runner.cleanup()
 
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def collection(self, name: str) -> Collection:
+        return self.collections[f"/api/v1/{name}"]
+
     def touch(self, key: str) -> None:
         """Someone else's change."""
         metadata = self.objects[key]["metadata"]
         metadata["resourceVersion"] = str(int(metadata["resourceVersion"]) + 1)
 
-    async def _handle(self, request: web.Request) -> web.Response:
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.json() if request.can_read_body else None
         self.requests.append((request.method, request.path, body))
         self.authorizations.append(request.headers.get("Authorization", ""))
         await self.gate.wait()
         if self.fail is not None:
             status, text = self.fail
-            return web.Response(status=status, body=text, content_type="application/json")
+            return web.Response(status=status, body=text, content_type="application/json", headers=self.fail_headers)
+        if request.path in self.collections:
+            return await self.collections[request.path].answer(request)
+        if request.path.startswith("/apis/events.k8s.io/v1/"):
+            return self._event_request(request, body or {})
+        if request.path == "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews":
+            asked = (body or {})["spec"]["resourceAttributes"]
+            denied = (asked["verb"], asked["resource"], asked.get("name", "")) in self.denied
+            return web.json_response({"status": {"allowed": not denied}}, status=201)
         if request.path in self.documents:
             document = self.documents[request.path]
             text = document if isinstance(document, bytes) else json.dumps(document).encode()
@@ -91,6 +114,26 @@ class FakeApiServer:
             self.objects[key] = copy.deepcopy(body)
             self.touch(key)
         return web.json_response(self.objects[key])
+
+    def _event_request(self, request: web.Request, body: Json) -> web.Response:
+        """Create, and merge patch of what exists; with conflicts, as the API server has them."""
+        namespace, _, name = request.path.removeprefix("/apis/events.k8s.io/v1/namespaces/").partition("/events")
+        key = f"{namespace}/{name.removeprefix('/') or body['metadata']['name']}"
+        event = self.events.get(key)
+        if request.method == "POST":
+            if event is not None:
+                return self._status(409, "already exists")
+            self.events[key] = {**body, "metadata": {**body["metadata"], "resourceVersion": "1"}}
+            return web.json_response(self.events[key], status=201)
+        if event is None:
+            return self._status(404, "not found")
+        based_on = body.get("metadata", {}).get("resourceVersion")
+        if based_on not in (None, event["metadata"]["resourceVersion"]):
+            return self._status(409, "the object has been modified")
+        if "series" in body:
+            event["series"] = body["series"]
+            event["metadata"]["resourceVersion"] = str(int(event["metadata"]["resourceVersion"]) + 1)
+        return web.json_response(event)
 
     @staticmethod
     def _status(code: int, message: str) -> web.Response:

@@ -128,7 +128,7 @@ async def test_a_hanging_api_server_is_given_up(
     """In time for the caller to hear of it."""
     monkeypatch.setattr("csi_driver.kube.reviews.TIMEOUT_S", 0.05)
     server.gate.clear()
-    with pytest.raises(CertmountError, match="does not answer within") as failure:
+    with pytest.raises(CertmountError, match="does not answer in time") as failure:
         await ClusterReviewer(api).review(TOKEN, "certmount")
     assert failure.value.reason is Reason.PROOF_UNAVAILABLE
     server.gate.set()

@@ -1,0 +1,68 @@
+"""Every permission that the authority needs of the API server, and whether it has them (SelfSubjectAccessReview)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kubernetes.aio import client
+
+from csi_driver.core.errors import Reason
+from csi_driver.kube.client import ObjectName, answered
+from csi_driver.kube.requests import ask
+
+_REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+
+
+@dataclass(frozen=True, slots=True)
+class Permission:
+    """One verb on one kind of resource, or on one object of it; an empty namespace means all of them."""
+
+    verb: str
+    group: str
+    resource: str
+    namespace: str = ""
+    name: str = ""
+
+    def __str__(self) -> str:
+        kind = f"{self.resource}.{self.group}" if self.group else self.resource
+        where = f" {self.namespace}/{self.name}" if self.name else ""
+        return f"{self.verb} {kind}{where}"
+
+
+def needed_permissions(ca: ObjectName, confirmations: ObjectName, root: ObjectName) -> tuple[Permission, ...]:
+    """All of them; ``ca`` and ``confirmations`` are Secrets, ``root`` is a ConfigMap."""
+    return (
+        Permission("create", "authentication.k8s.io", "tokenreviews"),
+        *_each(("list", "watch"), "", ("services", "pods", "namespaces")),
+        Permission("list", "storage.k8s.io", "csinodes"),
+        *_each(("create", "patch"), "events.k8s.io", ("events",)),
+        *(
+            Permission(verb, "", resource, found.namespace, found.name)
+            for resource, found in (("secrets", ca), ("secrets", confirmations), ("configmaps", root))
+            for verb in ("get", "update")
+        ),
+    )
+
+
+def _each(verbs: tuple[str, ...], group: str, resources: tuple[str, ...]) -> Iterator[Permission]:
+    return (Permission(verb, group, resource) for resource in resources for verb in verbs)
+
+
+async def has_permission(api: client.ApiClient, permission: Permission) -> bool:
+    """Asks the API server whether the authority's own account may; raises CertmountError ProofUnavailable where it can't be asked."""
+    attributes = {
+        "verb": permission.verb,
+        "group": permission.group,
+        "resource": permission.resource,
+        "namespace": permission.namespace,
+        "name": permission.name,
+    }
+    body = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectAccessReview",
+        "spec": {"resourceAttributes": {key: value for key, value in attributes.items() if value}},
+    }
+    answer = await answered(ask(api, "POST", _REVIEWS, body=body), Reason.PROOF_UNAVAILABLE, str(permission))
+    status = answer.get("status")
+    return isinstance(status, dict) and status.get("allowed") is True
