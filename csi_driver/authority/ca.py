@@ -12,6 +12,7 @@ from csi_driver.authority.ca_store import Store
 from csi_driver.authority.keyring import Keyring, dump_keyring, make_keyring
 from csi_driver.authority.keyring_check import load_keyring
 from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.trust import RootSet
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
 log = structlog.get_logger(__name__)
@@ -34,6 +35,12 @@ class CertificateAuthority:
         self._metrics = metrics
         self._clock = clock
         self._current: Keyring | None = None
+        self._trust = RootSet((), 0)
+
+    @property
+    def trust(self) -> RootSet:
+        """What pods are to trust; empty while the CA is not loaded."""
+        return self._trust
 
     @property
     def current(self) -> Keyring:
@@ -83,6 +90,8 @@ class CertificateAuthority:
 
     def _hold(self, keyring: Keyring) -> Keyring:
         self._current = keyring
+        if self._trust.roots != keyring.roots_der:
+            self._trust = RootSet(keyring.roots_der, max(self._trust.generation + 1, int(self._clock().timestamp())))
         for role, certificate in (("root", keyring.root), ("intermediate", keyring.intermediate.certificate)):
             self._metrics.ca_expiry.labels(role).set(certificate.not_valid_after_utc.timestamp())
         return keyring

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from csi_driver.core.secret import Secret
 from csi_driver.core.stored import Stored
 
 _MAX_BYTES = 1024 * 1024
+_SERVING = "serving."
 
 
 class Store(Protocol):
@@ -36,12 +37,42 @@ class Store(Protocol):
         """Replaces what ``based_on`` was loaded from, all at once; False when another writer came first."""
 
 
+class Part:
+    """Some of a store's values, by their names, as a store of their own: saving them leaves the others as they are."""
+
+    def __init__(self, store: Store, owns: Callable[[str], bool]) -> None:
+        self._store = store
+        self._owns = owns
+        self.name = store.name
+
+    async def load(self) -> Stored:
+        stored = await self._store.load()
+        return Stored({name: value for name, value in stored.values.items() if self._owns(name)}, stored.version)
+
+    async def save(self, values: Mapping[str, Secret[bytes]], based_on: Stored) -> bool:
+        whole = await self._store.load()
+        if whole.version != based_on.version:
+            return False
+        others = {name: value for name, value in whole.values.items() if not self._owns(name)}
+        return await self._store.save({**others, **values}, whole)
+
+
+def ca_part(store: Store) -> Part:
+    """The pods' CA and the state of its rotation: all that is not the serving root's."""
+    return Part(store, lambda name: not name.startswith(_SERVING))
+
+
+def serving_part(store: Store) -> Part:
+    """The root of the authority's own certificate: the values whose names begin with ``serving.``."""
+    return Part(store, lambda name: name.startswith(_SERVING))
+
+
 class FolderStore:
     """One file in a folder that only its owner may enter; one file, so that it changes at once and wholly."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, file: str = "ca.json") -> None:
         self._folder = folder
-        self._file = folder / "ca.json"
+        self._file = folder / file
         self.name = str(self._file)
 
     async def load(self) -> Stored:
@@ -61,7 +92,7 @@ class FolderStore:
             document = json.loads(content)
             values = {str(name): Secret(base64.b64decode(text, validate=True)) for name, text in document.items()}
         except (ValueError, TypeError, AttributeError, RecursionError, binascii.Error):
-            raise self._unusable("is damaged", "restore it, or remove it to have a new CA made") from None
+            raise self._unusable("is damaged", "restore it, or remove it to have a new one made") from None
         return Stored(values, _version(content))
 
     def _read(self) -> bytes | None:

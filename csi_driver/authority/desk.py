@@ -15,6 +15,7 @@ from csi_driver.authority.admission import Admission
 from csi_driver.authority.issuers import Issued, Issuer, Order
 from csi_driver.authority.limits import Limits
 from csi_driver.authority.policy_file import PolicyFile
+from csi_driver.authority.trust import Trust
 from csi_driver.core.csr import parse_csr
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity
@@ -71,6 +72,7 @@ class Desk:
     metrics: AuthorityMetrics
     events: Events
     confirmations: Confirmations
+    trust: Trust
 
     async def prove(self, caller: Secret[str], pod_token: Secret[str], record: dict[str, Any]) -> PodIdentity:
         """The pod behind two tokens.
@@ -106,10 +108,12 @@ class Desk:
         issuer = self._issuer(wanted.issuer)
         grant = self.policy.current.decide(pod, request.names, wanted.duration)
         record["policy_ms"] = milliseconds(started)
+        self.trust.select(wanted.issuer, wanted.federations)
         issued = await self._signed(issuer, wanted.issuer, Order(request, grant, pod), record)
         _record_leaf(issued.chain, record)
         record["names"] = _texts(grant.names)
-        return Answer(issued, {wanted.issuer: RootSet(issued.roots, 0)})
+        # As of now, not as of the question: whoever signed may have taken its time.
+        return Answer(issued, self.trust.select(wanted.issuer, wanted.federations))
 
     def _issuer(self, name: str) -> Issuer:
         issuer = self.issuers.get(name)

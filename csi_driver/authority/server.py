@@ -140,8 +140,8 @@ class AuthorityServer:
     async def _adopt(self, keyring: Keyring) -> None:
         """Makes everything follow the keyring. Each time, as a root that someone removed is so published again."""
         self._serving.refresh(keyring.intermediate)
-        self._trust.set(keyring.roots_der)
-        await self._surroundings.publisher.publish(keyring.roots_pem)
+        self._trust.set_roots(DEFAULT_ISSUER, self._ca.trust)
+        await self._surroundings.publisher.publish(keyring.roots_pem, keyring.roots_pem)
 
     def _bound(self) -> grpc.aio.Server:
         def observe(call: Handled) -> None:
@@ -157,6 +157,7 @@ class AuthorityServer:
             metrics=self._metrics,
             events=_Unheard(),
             confirmations=_Unheard(),
+            trust=self._trust,
         )
         authority_pb2_grpc.add_AuthorityServicer_to_server(AuthorityService(desk, self._trust), server)
         try:

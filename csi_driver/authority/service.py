@@ -71,8 +71,8 @@ class AuthorityService(authority_pb2_grpc.AuthorityServicer):
         node = await self._node(context)
         with self._desk.limits.watching(node):
             async with contextlib.aclosing(self._trust.watch()) as bundles:
-                async for roots in bundles:
-                    yield authority_pb2.TrustBundle(sets=_sets({DEFAULT_ISSUER: RootSet(roots, 0)}))
+                async for bundle in bundles:
+                    yield authority_pb2.TrustBundle(sets=_sets(bundle.sets), policy=bundle.policy)
 
     async def ConfirmTrust(
         self, request: authority_pb2.ConfirmTrustRequest, context: _Context

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
 
 from csi_driver.authority.ca_store import replace_file
 from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.trust import RootSet
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
+PODS_ROOTS, AUTHORITYS_ROOT = "root.crt", "authority.crt"
 _MOST_WATCHERS = 10_000
 """Twice the nodes of the largest supported cluster (Kubernetes: 5,000), as a node may reconnect before its old call is missed."""
 LONGEST_WATCH = timedelta(minutes=30)
@@ -19,32 +22,48 @@ LONGEST_WATCH = timedelta(minutes=30)
 
 
 class RootPublisher(Protocol):
-    """Puts the roots where nodes find them before their first call."""
+    """Puts two files (PEM) where nodes and people find them before their first call."""
 
-    async def publish(self, pem: bytes) -> None:
-        """Writes them unless they are there; raises CertmountError TrustMissing where that fails."""
+    async def publish(self, roots: bytes, authority: bytes) -> None:
+        """What pods trust and what the authority itself shows; written unless both are there.
+
+        Raises:
+            CertmountError: TrustMissing where that fails.
+        """
 
 
 class FolderPublisher:
-    """``root.crt`` in a folder."""
+    """``root.crt`` and ``authority.crt`` in a folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._file = folder / "root.crt"
+        self._folder = folder
 
-    async def publish(self, pem: bytes) -> None:
-        await asyncio.to_thread(self._publish, pem)
+    async def publish(self, roots: bytes, authority: bytes) -> None:
+        for name, pem in ((PODS_ROOTS, roots), (AUTHORITYS_ROOT, authority)):
+            await asyncio.to_thread(_publish, self._folder / name, pem)
 
-    def _publish(self, pem: bytes) -> None:
-        try:
-            if not self._file.is_file() or self._file.read_bytes() != pem:
-                replace_file(self._file, pem, mode=0o644)
-        except OSError as error:
-            problem = f"cannot be written: {error.strerror}"
-            raise CertmountError(Reason.TRUST_MISSING, Fault(str(self._file), problem)) from None
+
+def _publish(file: Path, pem: bytes) -> None:
+    try:
+        if not file.is_file() or file.read_bytes() != pem:
+            replace_file(file, pem, mode=0o644)
+    except OSError as error:
+        problem = f"cannot be written: {error.strerror}"
+        raise CertmountError(Reason.TRUST_MISSING, Fault(str(file), problem)) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """All that a node follows."""
+
+    sets: Mapping[str, RootSet]
+    """Of issuers and federations, by their names."""
+    policy: str
+    """The revision of the policy in force."""
 
 
 class Trust:
-    """The current roots (X.509 DER), and a stream of them for each watcher."""
+    """The current sets of roots, and a stream of them for each watcher."""
 
     def __init__(
         self, metrics: AuthorityMetrics, most_watchers: int = _MOST_WATCHERS, longest: timedelta = LONGEST_WATCH
@@ -53,23 +72,48 @@ class Trust:
         self._most_watchers = most_watchers
         self._longest = longest
         self._watchers = 0
-        self._roots: tuple[bytes, ...] = ()
+        self._bundle = Bundle({}, "")
         self._changed = asyncio.Event()
         self._closed = False
 
-    def set(self, roots: tuple[bytes, ...]) -> None:
-        """Tells all watchers, if the roots differ from those before."""
-        if roots != self._roots:
-            self._roots = roots
-            self._wake()
+    def set_roots(self, name: str, roots: RootSet) -> None:
+        """Tells all watchers, if the set differs from the one before."""
+        if self._bundle.sets.get(name) != roots:
+            self._replace(Bundle({**self._bundle.sets, name: roots}, self._bundle.policy))
+
+    def drop_roots(self, name: str) -> None:
+        """Forgets a set. Watchers hear of it, and pods that still ask for it are refused."""
+        left = {other: roots for other, roots in self._bundle.sets.items() if other != name}
+        if len(left) < len(self._bundle.sets):
+            self._replace(Bundle(left, self._bundle.policy))
+
+    def set_policy(self, revision: str) -> None:
+        """Tells all watchers, if another policy is in force."""
+        if self._bundle.policy != revision:
+            self._replace(Bundle(self._bundle.sets, revision))
+
+    def select(self, issuer: str, federations: Sequence[str]) -> Mapping[str, RootSet]:
+        """The sets that a pod with a certificate of ``issuer`` is to trust.
+
+        Raises:
+            CertmountError: FederationUnknown, or IssuerUnavailable while the issuer's own roots are not known.
+        """
+        sets = self._bundle.sets
+        if issuer not in sets:
+            raise CertmountError(Reason.ISSUER_UNAVAILABLE, f"the roots of issuer {issuer} are not known yet")
+        if unknown := [name for name in federations if name not in sets]:
+            known = f"known are {', '.join(sorted(sets))}"
+            faults = [Fault("federations", f"the authority has no roots by the name {name}", known) for name in unknown]
+            raise CertmountError(Reason.FEDERATION_UNKNOWN, *faults)
+        return {name: sets[name] for name in (issuer, *federations)}
 
     def close(self) -> None:
         """Ends all watches, now and in future."""
         self._closed = True
         self._wake()
 
-    async def watch(self) -> AsyncGenerator[tuple[bytes, ...], None]:
-        """The roots now, then each change, for half an hour or until :meth:`close`.
+    async def watch(self) -> AsyncGenerator[Bundle, None]:
+        """What is trusted now, then each change, for half an hour or until :meth:`close`.
 
         Raises:
             CertmountError: Overloaded with too many watchers.
@@ -78,15 +122,16 @@ class Trust:
             raise CertmountError(Reason.OVERLOADED, f"{self._watchers} callers watch the roots already")
         self._watchers += 1
         self._metrics.watchers.inc()
-        sent: tuple[bytes, ...] = ()
+        sent: Bundle | None = None
         loop = asyncio.get_running_loop()
         end = loop.time() + self._longest.total_seconds()
         try:
             while not self._closed:
-                changed = self._changed
-                if self._roots != sent:
-                    sent = self._roots
-                    yield sent
+                changed, bundle = self._changed, self._bundle
+                # A node would take an empty bundle for the end of all trust.
+                if bundle.sets and bundle is not sent:
+                    sent = bundle
+                    yield bundle
                 else:
                     async with asyncio.timeout_at(end):
                         await changed.wait()
@@ -95,6 +140,10 @@ class Trust:
         finally:
             self._watchers -= 1
             self._metrics.watchers.dec()
+
+    def _replace(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._wake()
 
     def _wake(self) -> None:
         self._changed.set()

@@ -20,6 +20,7 @@ from csi_driver.authority.keyring import dump_keyring, make_keyring
 from csi_driver.core.bundle import parse_certificates
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.spec import DEFAULT_ISSUER
+from csi_driver.core.trust import RootSet
 from tests.integration.authority.world import SERVING_NAME, Caller, World
 from tests.support.waiting import until
 
@@ -47,14 +48,14 @@ async def test_the_serving_certificate_is_renewed_without_a_restart(world: World
     assert after.serial_number != before.serial_number
     assert after.public_key() != before.public_key()
     await caller.issue()
-    world.server._trust.set((b"x",))
+    world.server._trust.set_roots(DEFAULT_ISSUER, RootSet((b"x",), 1))
     assert list(_roots(await stream.read())) == [b"x"]
 
 
 async def test_the_serving_key_is_nowhere_on_disk(world: World) -> None:
     """Whatever the folder holds, it is the CA's."""
     certificate = await shown(world)
-    assert {path.name for path in world.ca.iterdir()} == {"ca.json", "root.crt", ".lock"}
+    assert {path.name for path in world.ca.iterdir()} == {"ca.json", "root.crt", "authority.crt", ".lock"}
     assert certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(
         x509.DNSName
     ) == [SERVING_NAME]

@@ -111,9 +111,9 @@ async def test_all_that_an_authority_needs_is_found(
         names = ("certmount", "certmount-ca"), ("certmount", "certmount-root")
         async with in_a_cluster(*names) as around:
             assert (await around.store.load()).values == {}
-            await around.publisher.publish(b"root")
+            await around.publisher.publish(b"root", b"own")
             await around.fetch_keys()
-    assert server.objects["configmaps/certmount-root"]["data"] == {"root.crt": "root"}
+    assert server.objects["configmaps/certmount-root"]["data"] == {"root.crt": "root", "authority.crt": "own"}
 
 
 async def test_outside_a_cluster_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

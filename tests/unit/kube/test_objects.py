@@ -96,12 +96,12 @@ async def test_the_root_is_published_and_the_rest_left_alone(
 ) -> None:
     """Written once, and again when someone has changed it."""
     server.objects[CONFIG_MAP]["data"] = {"note": "ours"}
-    await publisher.publish(b"root")
-    await publisher.publish(b"root")
-    assert server.objects[CONFIG_MAP]["data"] == {"note": "ours", "root.crt": "root"}
+    await publisher.publish(b"root", b"own")
+    await publisher.publish(b"root", b"own")
+    assert server.objects[CONFIG_MAP]["data"] == {"note": "ours", "root.crt": "root", "authority.crt": "own"}
     assert [method for method, _, _ in server.requests] == ["GET", "PUT", "GET"]
     server.objects[CONFIG_MAP]["data"]["root.crt"] = "a mistake"
-    await publisher.publish(b"root")
+    await publisher.publish(b"root", b"own")
     assert server.objects[CONFIG_MAP]["data"]["root.crt"] == "root"
 
 
@@ -110,19 +110,19 @@ async def test_two_replicas_that_publish_at_once_both_succeed(
 ) -> None:
     """The one that comes second looks again."""
     server.before_put = [CONFIG_MAP]
-    await publisher.publish(b"root")
-    assert server.objects[CONFIG_MAP]["data"] == {"root.crt": "root"}
+    await publisher.publish(b"root", b"own")
+    assert server.objects[CONFIG_MAP]["data"] == {"root.crt": "root", "authority.crt": "own"}
 
 
 async def test_a_root_that_cannot_be_published_says_why(publisher: ConfigMapPublisher, server: FakeApiServer) -> None:
     """A permission that is missing, or writers without end; either may pass."""
     server.before_put = [CONFIG_MAP] * 2
     with pytest.raises(CertmountError, match="ConfigMap certmount/certmount-root: someone else changed it") as failure:
-        await publisher.publish(b"root")
+        await publisher.publish(b"root", b"own")
     assert failure.value.reason is Reason.TRUST_MISSING
     server.fail = (403, b'{"message": "configmaps is forbidden"}')
     with pytest.raises(CertmountError, match="403: configmaps is forbidden"):
-        await publisher.publish(b"root")
+        await publisher.publish(b"root", b"own")
 
 
 async def test_the_token_keys_come_from_the_api_server_itself(server: FakeApiServer, api: client.ApiClient) -> None:

@@ -1,0 +1,176 @@
+"""How one root comes after another without a moment in which two pods don't trust each other. Pure: time is an argument.
+
+| phase | signs | is trusted | ends |
+| --- | --- | --- | --- |
+| steady | the CA | its roots | by a person: :func:`begin` |
+| announcing | the CA | and the next one's | when every replica that signs has heard of it |
+| distributing | the CA | likewise | when every node has confirmed that its volumes hold both |
+| retiring | the next CA | likewise | when the last certificate of the former one has ended |
+
+A replica that has not read the state for :data:`STALE_S` signs nothing, so whatever was written that long ago is known to
+all who sign. A node confirms a generation of the trusted roots; it may only count once no replica answers with an older
+one, as a volume that is published after a restart of its driver holds no more than its answer said. Hence two phases
+before the switch: ``announcing`` ends with a new generation, and that one is confirmed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from enum import Enum, unique
+
+from csi_driver.core.errors import CertmountError, Fault, Reason
+
+STALE_S = 30
+"""Seconds since its last reading of the state after which a replica signs no more."""
+CLOCKS_S = 10
+"""By how much the clocks of replicas and nodes may differ."""
+_STEPS_S = (30, 60, 120, 300, 600, 1800, 3600, *(hours * 3600 for hours in (2, 4, 8, 12, 24)))
+"""A life counts as the next longer of these, so that the state is written a handful of times; beyond a day, in whole days doubled."""
+
+
+@unique
+class Phase(Enum):
+    """Where a rotation stands."""
+
+    STEADY = "steady"
+    ANNOUNCING = "announcing"
+    DISTRIBUTING = "distributing"
+    RETIRING = "retiring"
+
+    @property
+    def before_switch(self) -> bool:
+        """True while there is a next CA that signs nothing yet."""
+        return self in (Phase.ANNOUNCING, Phase.DISTRIBUTING)
+
+
+@dataclass(frozen=True, slots=True)
+class Retired:
+    """A root (X.509 DER) that signs no more, and until when (unix seconds) it must be trusted."""
+
+    root: bytes
+    until: int
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """All times are unix seconds."""
+
+    phase: Phase
+    since: int
+    """When the phase began."""
+    generation: int
+    """Of the trusted roots: each other set of them has a higher one."""
+    stopped: bool = False
+    """True: nothing goes on by itself until a person says so."""
+    longest_life: int = 0
+    """Seconds: no certificate of the CA that signs was given a longer one."""
+    retired: tuple[Retired, ...] = ()
+
+
+def first_state(now: int) -> State:
+    """Of a CA that has signed nothing yet."""
+    return State(Phase.STEADY, since=now, generation=now)
+
+
+def begin(state: State, now: int) -> State:
+    """From now on the next CA's roots are trusted too.
+
+    Raises:
+        CertmountError: InvalidRequest while another rotation is under way.
+    """
+    if state.phase is not Phase.STEADY:
+        raise _refused("a rotation is under way already", "see certmount ca status")
+    return _in_phase(state, Phase.ANNOUNCING, now)
+
+
+def stop(state: State) -> State:
+    """Nothing goes on until :func:`go_on`; raises CertmountError InvalidRequest where nothing is under way."""
+    if state.phase is Phase.STEADY:
+        raise _refused("none is under way, so there is nothing to stop")
+    return replace(state, stopped=True)
+
+
+def go_on(state: State) -> State:
+    """After :func:`stop`: whatever is due comes at the next :func:`advance`."""
+    return replace(state, stopped=False)
+
+
+def discard(state: State, now: int) -> State:
+    """Gives the next CA up.
+
+    Raises:
+        CertmountError: InvalidRequest after the switch, as there are certificates then that only its root vouches for.
+    """
+    if state.phase is Phase.STEADY:
+        raise _refused("none is under way, so there is nothing to discard")
+    if state.phase is Phase.RETIRING:
+        raise _refused(
+            "the new CA signs already, and pods hold certificates that only its root vouches for",
+            "let it end, then rotate once more if you want another CA",
+        )
+    return replace(_in_phase(state, Phase.STEADY, now), stopped=False)
+
+
+def advance(
+    state: State, now: int, confirmed: Collection[str], expected: Collection[str], leaving: Collection[bytes]
+) -> State:
+    """The state after all that is due, one phase at a time.
+
+    ``confirmed`` and ``expected`` are nodes, read after ``now``: those that have confirmed the state's generation, and
+    those that must. ``leaving`` are the roots (DER) of the CA that signs which the next one does not have.
+    """
+    if state.stopped:
+        return state
+    age = now - state.since
+    if state.phase is Phase.ANNOUNCING and age >= STALE_S + CLOCKS_S:
+        return _in_phase(state, Phase.DISTRIBUTING, now)
+    if state.phase is Phase.DISTRIBUTING and set(expected) <= set(confirmed):
+        # A replica that has missed the switch goes on for STALE_S at the most, and gives no longer life unwritten.
+        until = now + STALE_S + CLOCKS_S + state.longest_life
+        retired = tuple(Retired(root, until) for root in leaving)
+        return replace(state, phase=Phase.RETIRING, since=now, longest_life=0, retired=retired)
+    if state.phase is Phase.RETIRING:
+        left = tuple(root for root in state.retired if root.until > now)
+        if not left:
+            return replace(_in_phase(state, Phase.STEADY, now), retired=())
+    return state
+
+
+def admit_life(state: State, seconds: float) -> State:
+    """A certificate of this life is about to be signed: write the state first, where it changes."""
+    return replace(state, longest_life=max(state.longest_life, _rounded_up(seconds)))
+
+
+def adopt(state: State | None, now: int, longest_life: int) -> State:
+    """A CA that a person has put there: what it has signed is unknown, ``longest_life`` what it may have given at the most.
+
+    A rotation that was under way before its switch begins again with the CA that is there now.
+    """
+    if state is None:
+        return replace(first_state(now), longest_life=longest_life)
+    phase = Phase.ANNOUNCING if state.phase.before_switch else state.phase
+    return replace(_in_phase(state, phase, now), longest_life=max(state.longest_life, longest_life))
+
+
+def next_generation(generation: int, now: int) -> int:
+    """Higher than the one before, also where the clock was set back."""
+    return max(generation + 1, now)
+
+
+def _in_phase(state: State, phase: Phase, now: int) -> State:
+    return replace(state, phase=phase, since=now, generation=next_generation(state.generation, now))
+
+
+def _rounded_up(seconds: float) -> int:
+    for step in _STEPS_S:
+        if seconds <= step:
+            return step
+    step = _STEPS_S[-1]
+    while step < seconds:
+        step *= 2
+    return step
+
+
+def _refused(problem: str, hint: str = "") -> CertmountError:
+    return CertmountError(Reason.INVALID_REQUEST, Fault("rotation", problem, hint))
