@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,6 +21,11 @@ from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 _KEPT_S = 5.0
 """How long a review counts: the token of a deleted pod works that much longer, and 70 volumes of a node need one review."""
 _MOST_KEPT = 20_000
+_PATIENCE_S = 20.0
+"""How long a call waits for an API server that can't be asked: one that restarts costs no pod a failure. A node waits 90 s for us."""
+_FIRST_PAUSE_S, _PAUSE_CAP_S = 0.25, 4.0
+_FAILURE_COUNTS_S = 30.0
+"""Whom no one asks can't know whether the API server is back: so a failure tells about that long."""
 
 
 class TokenReviewer(Protocol):
@@ -71,6 +77,13 @@ class Proofs:
         self._clock = clock
         self._kept: OrderedDict[bytes, _Outcome] = OrderedDict()
         self._flights: dict[bytes, asyncio.Future[_Outcome]] = {}
+        self._failed_first: float | None = None
+        self._failed_last = 0.0
+
+    @property
+    def failing_since(self) -> float | None:
+        """Since when (Unix seconds) each review has failed; None after one that was answered, or when none failed of late."""
+        return self._failed_first if self._clock() - self._failed_last < _FAILURE_COUNTS_S else None
 
     async def prove(self, token: Secret[str], audience: str, which: str) -> PodIdentity:
         """The identity behind a token; ``which`` names the token in errors.
@@ -115,17 +128,44 @@ class Proofs:
         return outcome
 
     async def _review(self, token: Secret[str], audience: str, which: str, identity: PodIdentity) -> None:
+        try:
+            reviewed = await self._answered(token, audience)
+        except CertmountError as error:
+            raise CertmountError(error.reason, *(Fault(which, str(fault)) for fault in error.faults)) from None
+        if reviewed is not None:
+            _check_agreement(identity, reviewed, which)
+
+    async def _answered(self, token: Secret[str], audience: str) -> Reviewed | None:
+        """What the cluster says, asked again while it can't be asked; the caller's own deadline calls this off."""
+        give_up = time.monotonic() + _PATIENCE_S
+        pause = _FIRST_PAUSE_S
+        while True:
+            try:
+                return await self._ask(token, audience)
+            except CertmountError as error:
+                if not error.retryable or time.monotonic() + pause >= give_up:
+                    raise
+            # Apart from each other, as all that wait here began to wait at the same moment.
+            await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311  # spreads load, keeps no secret
+            pause = min(pause * 2, _PAUSE_CAP_S)
+
+    async def _ask(self, token: Secret[str], audience: str) -> Reviewed | None:
         started = time.perf_counter()
         try:
             reviewed = await self._reviewer.review(token, audience)
         except CertmountError as error:
             if error.retryable:
                 self._metrics.proof_failures.labels("review").inc()
-            raise CertmountError(error.reason, *(Fault(which, str(fault)) for fault in error.faults)) from None
+                self._failed_last = self._clock()
+                self._failed_first = self._failed_first or self._failed_last
+            else:
+                self._failed_first = None
+            raise
+        else:
+            self._failed_first = None
         finally:
             self._metrics.review_seconds.observe(time.perf_counter() - started)
-        if reviewed is not None:
-            _check_agreement(identity, reviewed, which)
+        return reviewed
 
     def _keep(self, key: bytes, outcome: _Outcome) -> None:
         now = self._clock()

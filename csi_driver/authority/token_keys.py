@@ -13,6 +13,7 @@ import jwt
 import structlog
 from cryptography.hazmat.primitives.asymmetric import rsa
 
+from csi_driver.authority.limits import Slots
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.proof import PublishedKeys
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
@@ -25,6 +26,8 @@ _LEAST_REFRESH_S = 10.0
 """Between two fetches that tokens with unknown key ids cause: made-up ids must not become load on the API server."""
 _REFRESH_S = 300.0
 """After which a key that the cluster has withdrawn is no longer believed."""
+_MOST_WAITING = 64
+"""Calls that wait for the keys to be fetched: with made-up ids no one shall keep those out who have good tokens."""
 _MOST_KEYS = 100
 _LEAST_RSA_BITS = 2048
 
@@ -83,6 +86,7 @@ class TokenKeys:
         self._asked_at = -_LEAST_REFRESH_S
         self._failure: CertmountError | None = None
         self._lock = asyncio.Lock()
+        self._waiting = Slots(_MOST_WAITING)
 
     @property
     def known(self) -> bool:
@@ -95,12 +99,13 @@ class TokenKeys:
         return self._held().issuer
 
     async def find(self, key_id: str) -> jwt.PyJWK | None:
-        """The key of that id, or None when the cluster publishes none; raises CertmountError ProofUnavailable."""
+        """The key of that id, or None when the cluster publishes none; raises CertmountError ProofUnavailable, or Overloaded."""
         key = self._held().keys.get(key_id)
         if key is None:
-            async with self._lock:
-                if self._clock() - self._asked_at >= _LEAST_REFRESH_S:
-                    await self._refresh()
+            with self._waiting:
+                async with self._lock:
+                    if self._clock() - self._asked_at >= _LEAST_REFRESH_S:
+                        await self._refresh()
             key = self._held().keys.get(key_id)
             if key is None and self._failure is not None:
                 raise CertmountError(Reason.PROOF_UNAVAILABLE, *self._failure.faults)

@@ -170,8 +170,11 @@ async def test_a_defect_shows_neither_its_text_nor_the_token(world: World, calle
     await caller.issue(pod=token)
 
 
-async def test_nothing_is_issued_while_the_cluster_cannot_be_asked(world: World, caller: Caller) -> None:
+async def test_nothing_is_issued_while_the_cluster_cannot_be_asked(
+    world: World, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not on the signature's word alone; the caller may try again, and then it works."""
+    monkeypatch.setattr("csi_driver.authority.proofs._PATIENCE_S", 0.0)
     token = world.issuer.pod_token(POD)
     world.reviewer.pod = CertmountError(Reason.PROOF_UNAVAILABLE, "TokenReview: the API server cannot be reached")
     refusal = await caller.refused(pod=token)

@@ -131,9 +131,12 @@ async def _try(caller: Caller, csr: bytes) -> authority_pb2.IssueResponse | None
         return None
 
 
-async def test_too_many_at_once_are_told_to_come_later(world: World, caller: Caller) -> None:
+async def test_too_many_at_once_are_told_to_come_later(
+    world: World, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A bounded queue: the rest gets an answer at once, and memory does not grow."""
     world.reviewer.gate.clear()
+    monkeypatch.setattr("csi_driver.authority.proofs._PATIENCE_S", 0.0)
     calls = [asyncio.create_task(caller.refused()) for _ in range(512)]
     await until(lambda: world.metric("certmount_authority_issues_in_flight") == 512, "512 calls under way")
     refusal = await caller.refused()

@@ -19,9 +19,11 @@ from csi_driver.core.proof import Reviewed
 from csi_driver.core.secret import Secret
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 from tests.support.tokens import Pod, TokenIssuer
+from tests.support.waiting import until
 from tests.unit.authority.clock import Clock
 
 POD = Pod()
+DOWN = CertmountError(Reason.PROOF_UNAVAILABLE, "TokenReview: the API server cannot be reached")
 
 
 class Reviewer:
@@ -60,6 +62,19 @@ def reviewer() -> Reviewer:
 @pytest.fixture
 def world(keys: TokenKeys, metrics: AuthorityMetrics, reviewer: Reviewer) -> World:
     return World(keys, metrics, reviewer)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One try, and no waiting for a better time."""
+    monkeypatch.setattr("csi_driver.authority.proofs._PATIENCE_S", 0.0)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits as it does, but a hundred times as fast."""
+    for name, seconds in {"_PATIENCE_S": 0.2, "_FIRST_PAUSE_S": 0.0025, "_PAUSE_CAP_S": 0.04}.items():
+        monkeypatch.setattr(f"csi_driver.authority.proofs.{name}", seconds)
 
 
 async def waiting(*tasks: asyncio.Task[PodIdentity]) -> None:
@@ -128,11 +143,12 @@ async def test_a_refusal_counts_as_long_as_a_proof(world: World, reviewer: Revie
     assert reviewer.asked == 1
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_without_the_cluster_nothing_is_proven(
     world: World, reviewer: Reviewer, issuer: TokenIssuer, registry: CollectorRegistry
 ) -> None:
     """A review that can't be had is neither a yes nor a no: try again, and the next try asks again."""
-    reviewer.answer = CertmountError(Reason.PROOF_UNAVAILABLE, "TokenReview: the API server cannot be reached")
+    reviewer.answer = DOWN
     token = issuer.pod_token(POD)
     for _ in range(2):
         with pytest.raises(CertmountError) as failure:
@@ -145,6 +161,63 @@ async def test_without_the_cluster_nothing_is_proven(
     await world.prove(token)
 
 
+@pytest.mark.usefixtures("hasty")
+async def test_an_api_server_that_is_away_for_a_while_costs_no_call_a_failure(
+    world: World, reviewer: Reviewer, issuer: TokenIssuer
+) -> None:
+    """What is in flight waits and asks again, and is proven by the answer that comes in the end."""
+    reviewer.answer = DOWN
+    tasks = [asyncio.create_task(world.prove(issuer.pod_token(POD, jti=str(number)))) for number in range(5)]
+    await until(lambda: reviewer.asked >= 10, "each to be asked about again")
+    assert not any(task.done() for task in tasks)
+    reviewer.answer = POD.reviewed
+    assert {identity.pod_name for identity in await asyncio.gather(*tasks)} == {POD.name}
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_patience_ends(world: World, reviewer: Reviewer, issuer: TokenIssuer) -> None:
+    """An API server that stays away is said to be away; it was asked a few times, not in a loop."""
+    reviewer.answer = DOWN
+    with pytest.raises(CertmountError, match="pod token: TokenReview: the API server cannot be reached") as failure:
+        await world.prove(issuer.pod_token(POD))
+    assert failure.value.reason is Reason.PROOF_UNAVAILABLE
+    assert 3 <= reviewer.asked <= 15
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_a_no_after_a_silence_is_final(world: World, reviewer: Reviewer, issuer: TokenIssuer) -> None:
+    """A pod that was deleted during the API server's absence gets nothing when it is back."""
+    reviewer.answer = DOWN
+    task = asyncio.create_task(world.prove(issuer.pod_token(POD)))
+    await until(lambda: reviewer.asked >= 2, "a second try")
+    reviewer.answer = CertmountError(Reason.IDENTITY_REFUSED, "gone")
+    with pytest.raises(CertmountError, match="gone"):
+        await task
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_it_is_known_since_when_reviews_fail(world: World, reviewer: Reviewer, issuer: TokenIssuer) -> None:
+    """For readiness: from the first failure to the first answer, a no included; and no longer than someone asks."""
+    assert world.proofs.failing_since is None
+    reviewer.answer = DOWN
+    began = world.clock.now
+    for _ in range(3):
+        with pytest.raises(CertmountError):
+            await world.prove(issuer.pod_token(POD))
+        assert world.proofs.failing_since == began
+        world.clock.forward(10)
+    world.clock.forward(30)
+    assert world.proofs.failing_since is None
+    with pytest.raises(CertmountError):
+        await world.prove(issuer.pod_token(POD))
+    assert world.proofs.failing_since == began
+    reviewer.answer = CertmountError(Reason.IDENTITY_REFUSED, "gone")
+    with pytest.raises(CertmountError):
+        await world.prove(issuer.pod_token(POD))
+    assert world.proofs.failing_since is None
+
+
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
     "answer",
     [POD.reviewed, CertmountError(Reason.PROOF_UNAVAILABLE, "down"), CertmountError(Reason.IDENTITY_REFUSED, "gone")],

@@ -65,6 +65,31 @@ async def test_made_up_key_ids_cause_one_request_in_ten_seconds(issuer: TokenIss
     assert await keys.find(issuer.key_id) is not None
 
 
+async def test_made_up_key_ids_hold_few_places(
+    issuer: TokenIssuer, metrics: AuthorityMetrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a slow API server is asked for the keys a few calls wait for them; the rest is sent away, and good tokens pass."""
+    monkeypatch.setattr("csi_driver.authority.token_keys._MOST_WAITING", 3)
+    cluster, clock, gate = Cluster(issuer), Clock(), asyncio.Event()
+
+    async def slow() -> PublishedKeys:
+        if cluster.asked:
+            await gate.wait()
+        return await cluster.fetch()
+
+    keys = TokenKeys(slow, metrics, clock)
+    await keys.load()
+    clock.forward(11)
+    tasks = [asyncio.create_task(keys.find(f"made-up-{number}")) for number in range(3)]
+    await asyncio.sleep(0)
+    with pytest.raises(CertmountError) as refusal:
+        await keys.find("made-up-4")
+    assert refusal.value.reason is Reason.OVERLOADED
+    assert await keys.find(issuer.key_id) is not None
+    gate.set()
+    assert await asyncio.gather(*tasks) == [None] * 3
+
+
 async def test_an_unknown_key_is_no_refusal_while_the_cluster_cannot_be_asked(
     issuer: TokenIssuer, metrics: AuthorityMetrics, registry: CollectorRegistry
 ) -> None:
