@@ -21,6 +21,7 @@ from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity
 from csi_driver.core.keys import public_bytes
 from csi_driver.core.names import Names
+from csi_driver.core.policy import Asked, Subject
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import Usage
 from csi_driver.core.trust import RootSet
@@ -106,7 +107,8 @@ class Desk:
             asked=_texts(request.names), key_sha256=hashlib.sha256(public_bytes(request.public_key)).hexdigest()
         )
         issuer = self._issuer(wanted.issuer)
-        grant = self.policy.current.decide(pod, request.names, wanted.duration)
+        asked = Asked(request.names, request.key_type, wanted.usages, wanted.duration, wanted.issuer)
+        grant = self.policy.current.decide(Subject(pod), asked)
         record["policy_ms"] = milliseconds(started)
         self.trust.select(wanted.issuer, wanted.federations)
         issued = await self._signed(issuer, wanted.issuer, Order(request, grant, pod), record)

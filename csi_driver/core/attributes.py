@@ -9,15 +9,37 @@ from typing import TypeVar
 
 from csi_driver.core.durations import format_duration, parse_duration
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.names import URI, DNSName, NameProblem, Names
-from csi_driver.core.spec import LEAST_DURATION, MOST_NAMES, CertificateSpec, KeyType
+from csi_driver.core.names import URI, DNSName, EmailAddress, IPAddress, NameProblem, Names, parse_word
+from csi_driver.core.spec import (
+    DEFAULT_ISSUER,
+    LEAST_DURATION,
+    MOST_FEDERATIONS,
+    MOST_NAMES,
+    CertificateSpec,
+    KeyType,
+    Usage,
+    parse_key_type,
+    parse_usage,
+)
 
-KNOWN = ("name", "dns-names", "uri-sans", "duration", "renew-before", "key-type", "fs-group")
+KNOWN = (
+    "name",
+    "dns-names",
+    "uri-sans",
+    "ip-sans",
+    "email-sans",
+    "duration",
+    "renew-before",
+    "key-type",
+    "usages",
+    "issuer",
+    "federations",
+    "fs-group",
+)
 _MAX_VALUE_LENGTH = 32 * 1024
 _MAX_GROUP_ID = 2**31 - 1
 _MAX_FAULTS = 20
 _T = TypeVar("_T")
-_Name = TypeVar("_Name", DNSName, URI)
 
 
 def parse_attributes(attributes: Mapping[str, str]) -> CertificateSpec:
@@ -31,21 +53,30 @@ def parse_attributes(attributes: Mapping[str, str]) -> CertificateSpec:
     name = reader.read("name", DNSName.parse)
     dns = reader.read_list("dns-names", DNSName.parse)
     uris = reader.read_list("uri-sans", URI.parse)
+    ips = reader.read_list("ip-sans", IPAddress.parse)
+    emails = reader.read_list("email-sans", EmailAddress.parse)
     duration = reader.read("duration", parse_duration)
     renew_before = reader.read("renew-before", parse_duration)
-    key_type = reader.read("key-type", _parse_key_type)
+    key_type = reader.read("key-type", parse_key_type)
+    usages = reader.read_list("usages", parse_usage)
+    issuer = reader.read("issuer", parse_word)
+    federations = reader.read_list("federations", parse_word, MOST_FEDERATIONS, "sets of roots")
     fs_group = reader.read("fs-group", parse_group_id)
     reader.check_times(duration, renew_before)
-    names = Names.of(dns=(name, *dns) if name else dns, uris=uris)
+    names = Names.of((name, *dns) if name else dns, uris, ips, emails)
     if len(names) > MOST_NAMES:
-        longer = "dns-names" if len(dns) >= len(uris) else "uri-sans"
-        reader.fault(longer, f"{len(names)} names asked for in all", f"a certificate has at most {MOST_NAMES}")
+        lists = {"dns-names": dns, "uri-sans": uris, "ip-sans": ips, "email-sans": emails}
+        longest = max(lists, key=lambda key: len(lists[key]))
+        reader.fault(longest, f"{len(names)} names asked for in all", f"a certificate has at most {MOST_NAMES}")
     reader.finish()
     return CertificateSpec(
         names=names,
         duration=duration,
         renew_before=renew_before,
         key_type=key_type or KeyType.EC_P256,
+        usages=tuple(usage for usage in Usage if usage in usages),
+        issuer=issuer or DEFAULT_ISSUER,
+        federations=tuple(dict.fromkeys(federations)),
         fs_group=fs_group,
     )
 
@@ -55,13 +86,6 @@ def parse_group_id(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= _MAX_GROUP_ID):
         raise ValueError(f"is not a group id; write a whole number from 0 to {_MAX_GROUP_ID}")
     return int(text)
-
-
-def _parse_key_type(text: str) -> KeyType:
-    for key_type in KeyType:
-        if key_type.value.lower() == text.lower():
-            return key_type
-    raise ValueError("is not a key type; choose one of " + ", ".join(key_type.value for key_type in KeyType))
 
 
 class _Reader:
@@ -78,16 +102,18 @@ class _Reader:
         text = self._text(key)
         return None if text is None else self._parsed(key, text, parse)
 
-    def read_list(self, key: str, parse: Callable[[str], _Name]) -> tuple[_Name, ...]:
+    def read_list(
+        self, key: str, parse: Callable[[str], _T], most: int = MOST_NAMES, what: str = "names"
+    ) -> tuple[_T, ...]:
         text = self._text(key)
         if text is None:
             return ()
         items = [item.strip(" ") for item in text.split(",")]
-        if len(items) > MOST_NAMES:
-            self.fault(key, f"{len(items)} names", f"a certificate has at most {MOST_NAMES}")
+        if len(items) > most:
+            self.fault(key, f"{len(items)} {what}", f"at most are {most}")
             return ()
         parsed = [self._parsed(key, item, parse) for item in items]
-        return tuple(name for name in parsed if name is not None)
+        return tuple(item for item in parsed if item is not None)
 
     def _text(self, key: str) -> str | None:
         text = self._attributes.get(key)

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.keys import PrivateKey, PublicKey, key_type_of
-from csi_driver.core.names import URI, DNSName, NameProblem, Names
+from csi_driver.core.names import URI, DNSName, EmailAddress, IPAddress, NameProblem, Names
 from csi_driver.core.spec import MOST_NAMES, KeyType
 from csi_driver.core.unreadable import UNREADABLE
 
@@ -24,6 +24,7 @@ class SigningRequest:
 
     der: bytes
     public_key: PublicKey
+    key_type: KeyType
     names: Names
 
 
@@ -52,16 +53,22 @@ def parse_csr(der: bytes) -> SigningRequest:
         raise _invalid("is not a PKCS#10 request in DER with a key and a signature of known algorithms") from None
     if not signed:
         raise _invalid("is not signed by the key it names")
-    if key_type_of(key) is None:
+    key_type = key_type_of(key)
+    if key_type is None:
         raise _invalid("has a key of another type than " + ", ".join(kind.value for kind in KeyType))
-    return SigningRequest(der, key, _requested_names(csr))  # type: ignore[arg-type]  # key_type_of admits PublicKey only
+    return SigningRequest(der, key, key_type, _requested_names(csr))  # type: ignore[arg-type]  # key_type_of admits PublicKey only
 
 
 def san_extension(names: Names) -> x509.SubjectAlternativeName:
     """The subject alternative name extension for names (RFC 5280 section 4.2.1.6)."""
-    dns = [x509.DNSName(name.text) for name in names.dns]
-    uris = [x509.UniformResourceIdentifier(uri.text) for uri in names.uris]
-    return x509.SubjectAlternativeName([*dns, *uris])
+    return x509.SubjectAlternativeName(
+        [
+            *(x509.DNSName(name.text) for name in names.dns),
+            *(x509.UniformResourceIdentifier(uri.text) for uri in names.uris),
+            *(x509.IPAddress(ip.address) for ip in names.ips),
+            *(x509.RFC822Name(email.text) for email in names.emails),
+        ]
+    )
 
 
 def names_of(extensions: x509.Extensions) -> Names:
@@ -76,14 +83,21 @@ def names_of(extensions: x509.Extensions) -> Names:
         return Names()
     dns: list[DNSName] = []
     uris: list[URI] = []
+    ips: list[IPAddress] = []
+    emails: list[EmailAddress] = []
     for general_name in general_names:
         if isinstance(general_name, x509.DNSName):
             dns.append(DNSName.parse(general_name.value))
         elif isinstance(general_name, x509.UniformResourceIdentifier):
             uris.append(URI.parse(general_name.value))
+        elif isinstance(general_name, x509.IPAddress):
+            ips.append(IPAddress.parse(str(general_name.value)))  # a network has a "/", so it is no address
+        elif isinstance(general_name, x509.RFC822Name):
+            emails.append(EmailAddress.parse(general_name.value))
         else:
-            raise NameProblem(f"is a {type(general_name).__name__}; only DNS names and URIs can be asked for")
-    return Names.of(dns, uris)
+            kind = type(general_name).__name__
+            raise NameProblem(f"is a {kind}; only DNS names, URIs, IP addresses and e-mail addresses can be asked for")
+    return Names.of(dns, uris, ips, emails)
 
 
 def _requested_names(csr: x509.CertificateSigningRequest) -> Names:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -20,6 +21,13 @@ _MAX_URI_LENGTH = 2048
 _SPIFFE_SEGMENT = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
 _TRUST_DOMAIN = re.compile(r"[a-z0-9._-]{1,255}", re.ASCII)
 _DOT_SEGMENTS = (".", "..")
+# RFC 5322 section 3.4.1 has an address as dot-atom "@" domain. Left out on purpose: quoted local parts; "%" and "!", by
+# which old mail systems route on; "*", "{" and "}", which mean something in a policy; and "`".
+_LOCAL_PART = re.compile(r"[A-Za-z0-9#$&'+/=?^_|~-]+(?:\.[A-Za-z0-9#$&'+/=?^_|~-]+)*", re.ASCII)
+_MAX_LOCAL_PART = 64
+_MAX_EMAIL_LENGTH = 254
+_IP_TEXT = re.compile(r"[0-9A-Fa-f:.]+", re.ASCII)
+_WORD = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
 
 
 class NameProblem(ValueError):
@@ -99,23 +107,115 @@ class URI:
         return self.text
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class IPAddress:
+    """An IPv4 or IPv6 address in its one canonical text (RFC 5952 for IPv6)."""
+
+    text: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Takes an address in any of its forms, or raises :class:`NameProblem` (RFC 4291 section 2.2)."""
+        if not text:
+            raise NameProblem("is empty")
+        if "%" in text:
+            raise NameProblem("has a zone; a zone means something on its own host only")
+        try:
+            address = ipaddress.ip_address(text if _IP_TEXT.fullmatch(text) else "")
+        except ValueError:
+            raise NameProblem("is not an IP address, such as 10.0.0.1 or fd00::1") from None
+        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+            # One address would have two names otherwise, and Pythons differ in how they write the second.
+            raise NameProblem(f"is an IPv4 address in the dress of IPv6; write {address.ipv4_mapped}")
+        return cls(str(address))
+
+    @property
+    def address(self) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+        """The address as a value."""
+        return ipaddress.ip_address(self.text)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class EmailAddress:
+    """An e-mail address: the local part as it was written, for its case matters, and the domain in lower case."""
+
+    text: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Takes an address, or raises :class:`NameProblem` (RFC 5322 section 3.4.1; RFC 5321 section 4.5.3.1 for lengths)."""
+        if not text:
+            raise NameProblem("is empty")
+        if len(text) > _MAX_EMAIL_LENGTH:
+            raise NameProblem(f"is {len(text)} characters long; an e-mail address has at most {_MAX_EMAIL_LENGTH}")
+        local, at, domain = text.partition("@")
+        if not at or not _LOCAL_PART.fullmatch(local):
+            raise NameProblem(
+                "is not an e-mail address of the form name@domain in plain ASCII, without quotes, %, ! or *"
+            )
+        if len(local) > _MAX_LOCAL_PART:
+            raise NameProblem(f"has {len(local)} characters before the @; at most are {_MAX_LOCAL_PART}")
+        try:
+            host = DNSName.parse(domain)
+        except NameProblem as problem:
+            raise NameProblem(f"has a domain that {problem}") from None
+        if host.is_wildcard:
+            raise NameProblem("has a domain with a *, which is nobody's address")
+        return cls(f"{local}@{host}")
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Name = DNSName | URI | IPAddress | EmailAddress
+
+
 @dataclass(frozen=True, slots=True)
 class Names:
     """Subject alternative names, each once, in the order they were asked for."""
 
     dns: tuple[DNSName, ...] = ()
     uris: tuple[URI, ...] = ()
+    ips: tuple[IPAddress, ...] = ()
+    emails: tuple[EmailAddress, ...] = ()
 
     @classmethod
-    def of(cls, dns: Iterable[DNSName] = (), uris: Iterable[URI] = ()) -> Self:
+    def of(
+        cls,
+        dns: Iterable[DNSName] = (),
+        uris: Iterable[URI] = (),
+        ips: Iterable[IPAddress] = (),
+        emails: Iterable[EmailAddress] = (),
+    ) -> Self:
         """Drops repetitions, keeps the order."""
-        return cls(tuple(dict.fromkeys(dns)), tuple(dict.fromkeys(uris)))
+        return cls(
+            tuple(dict.fromkeys(dns)),
+            tuple(dict.fromkeys(uris)),
+            tuple(dict.fromkeys(ips)),
+            tuple(dict.fromkeys(emails)),
+        )
 
     def __len__(self) -> int:
-        return len(self.dns) + len(self.uris)
+        return len(self.dns) + len(self.uris) + len(self.ips) + len(self.emails)
+
+    def __iter__(self) -> Iterator[Name]:
+        yield from self.dns
+        yield from self.uris
+        yield from self.ips
+        yield from self.emails
 
     def __str__(self) -> str:
-        return ", ".join(str(name) for name in (*self.dns, *self.uris))
+        return ", ".join(str(name) for name in self)
+
+
+def parse_word(text: str) -> str:
+    """Takes an administrator's name for an issuer or a set of roots, or raises :class:`NameProblem`."""
+    if not _WORD.fullmatch(text):
+        raise NameProblem("is not a name: 1-63 lower-case letters, digits and inner hyphens")
+    return text
 
 
 def parse_trust_domain(text: str) -> str:

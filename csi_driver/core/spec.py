@@ -14,6 +14,8 @@ DEFAULT_ISSUER = "internal"
 """The authority's own CA."""
 MOST_NAMES = 100
 """Names in one certificate; public CAs allow as many, and a handshake carries them all."""
+MOST_FEDERATIONS = 10
+"""Sets of further roots in one volume."""
 
 
 @unique
@@ -39,6 +41,22 @@ class Usage(Enum):
     CLIENT = "client"
 
 
+def parse_key_type(text: str) -> KeyType:
+    """Takes a key type in any case, or raises ValueError in words for whoever wrote it."""
+    for key_type in KeyType:
+        if key_type.value.lower() == text.lower():
+            return key_type
+    raise ValueError("is not a key type; choose one of " + ", ".join(key_type.value for key_type in KeyType))
+
+
+def parse_usage(text: str) -> Usage:
+    """Takes ``server`` or ``client``, or raises ValueError in words for whoever wrote it."""
+    for usage in Usage:
+        if usage.value == text:
+            return usage
+    raise ValueError("is not a usage; choose server, client or both")
+
+
 @dataclass(frozen=True, slots=True)
 class CertificateSpec:
     """A certificate as a pod declares it; valid by construction through :func:`csi_driver.core.attributes.parse_attributes`."""
@@ -51,7 +69,7 @@ class CertificateSpec:
     """How long before its end; None: at two thirds of its life."""
     key_type: KeyType = KeyType.EC_P256
     usages: tuple[Usage, ...] = ()
-    """None: as many as policy allows."""
+    """Empty: as many as policy allows."""
     issuer: str = DEFAULT_ISSUER
     """Who signs, and whose roots the pod trusts."""
     federations: tuple[str, ...] = ()

@@ -130,7 +130,7 @@ def test_every_fault_is_told_at_once(attributes: dict[str, str], wrong: dict[str
         ({"keyType": "RSA-2048"}, "keyType", "did you mean key-type?"),
         ({"fsGroup": "1"}, "fsGroup", "did you mean fs-group?"),
         ({"csi.cert-manager.io/dns-names": "x"}, "csi.cert-manager.io/dns-names", "did you mean dns-names?"),
-        ({"zzzz": "1"}, "zzzz", "known are name, dns-names, uri-sans, duration, renew-before, key-type, fs-group"),
+        ({"zzzz": "1"}, "zzzz", "known are name, dns-names, uri-sans, ip-sans, email-sans, duration, renew-before, key-type, usages, issuer"),
         ({"": "1"}, "", "known are"),
         ({"a\nb": "1"}, r"a\nb", "known are"),
         ({"name": ""}, "name", "is empty; give it a value or leave it away"),
