@@ -142,7 +142,7 @@ class MaterialReader:
         for below, (name, one) in enumerate([*((INTERMEDIATE, one) for one in intermediates), (ROOT, anchor)]):
             room = one.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length
             if room is not None and room < below:
-                self.fault(name, f"has the path length {room}, but {below} intermediates stand below it")
+                self.fault(name, f"has the path length {room}; the intermediates below it need {below}")
         return [anchor, *(root for root in roots if root != anchor)], intermediates
 
     def check_times(self, keyring: Keyring, now: datetime) -> None:

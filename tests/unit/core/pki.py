@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
@@ -118,7 +118,7 @@ def leaf(
 
 def sign(builder: x509.CertificateBuilder, key: PrivateKey) -> x509.Certificate:
     """Signs with the digest that fits the key."""
-    return builder.sign(key, None if isinstance(key, ed25519.Ed25519PrivateKey) else SHA256())
+    return builder.sign(key, SHA256() if isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) else None)
 
 
 def _builder(key: PrivateKey, validity: Validity) -> x509.CertificateBuilder:
