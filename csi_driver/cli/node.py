@@ -26,11 +26,10 @@ from csi_driver.host.mounts import KernelMounts
 from csi_driver.host.targets import check_kubelet_dir
 from csi_driver.host.volumes import VolumeStore
 from csi_driver.node.authority_client import AuthorityClient
-from csi_driver.node.enrolment import Enrolment
+from csi_driver.node.driver import Driver
 from csi_driver.node.publisher import Publisher
 from csi_driver.node.registration import Registration, listen
 from csi_driver.node.service import IdentityService, NodeService, describe_call
-from csi_driver.node.trust import follow_trust
 from csi_driver.rpc.server import Handled, Interceptor
 from csi_driver.telemetry.logging import LEVELS, configure_logging
 from csi_driver.telemetry.node_metrics import NodeMetrics
@@ -78,9 +77,9 @@ class Settings:
 @click.option(
     "--authority-root",
     type=click.Path(path_type=Path),
-    default="/etc/certmount/root/root.crt",
+    default="/etc/certmount/root/authority.crt",
     show_default=True,
-    help="PEM file with the root that the authority's certificate must lead to; it may appear later.",
+    help="PEM file with the root that the authority's own certificate must lead to; it may appear later.",
 )
 @click.option(
     "--token",
@@ -122,12 +121,12 @@ async def run(settings: Settings) -> None:
     metrics = NodeMetrics(registry)
     client = AuthorityClient(settings.authority, settings.authority_root, settings.token)
     with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="keys") as keys:
-        publisher = _publisher(settings, client, keys, metrics)
+        driver = _driver(settings, client, keys, metrics)
         registration = Registration(settings.kubelet_dir, settings.plugin_dir / "csi.sock")
         health = health_server(settings.http, registry, _readiness(settings, client, registration))
         health.start()
         try:
-            await _serve(settings, publisher, client, registration, metrics, stop)
+            await _serve(settings, driver, registration, metrics, stop)
         finally:
             await client.close()
             health.stop()
@@ -136,8 +135,7 @@ async def run(settings: Settings) -> None:
 
 async def _serve(
     settings: Settings,
-    publisher: Publisher,
-    client: AuthorityClient,
+    driver: Driver,
     registration: Registration,
     metrics: NodeMetrics,
     stop: asyncio.Event,
@@ -152,12 +150,11 @@ async def _serve(
     if not (settings.kubelet_dir.is_absolute() and settings.kubelet_dir.is_dir()):
         check_kubelet_dir(settings.kubelet_dir)  # raises: nothing may be made at a place that is not the kubelet's
     settings.plugin_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
-    await publisher.restore()
-    server = await _serve_csi(settings, publisher, metrics)
+    await driver.publisher.restore()
+    server = await _serve_csi(settings, driver.publisher, metrics)
     async with asyncio.TaskGroup() as tasks:
         running = [
-            tasks.create_task(publisher.rotation.run(), name="rotation"),
-            tasks.create_task(follow_trust(client, publisher.replace_roots, random.random), name="trust"),
+            tasks.create_task(driver.run(), name="driver"),
             tasks.create_task(_register(settings, registration), name="registration"),
         ]
         await stop.wait()
@@ -197,13 +194,10 @@ async def _serve_csi(settings: Settings, publisher: Publisher, metrics: NodeMetr
     return server
 
 
-def _publisher(
-    settings: Settings, client: AuthorityClient, keys: ThreadPoolExecutor, metrics: NodeMetrics
-) -> Publisher:
+def _driver(settings: Settings, client: AuthorityClient, keys: ThreadPoolExecutor, metrics: NodeMetrics) -> Driver:
     mounts = KernelMounts() if settings.mounts == "kernel" else FolderMounts()
     store = VolumeStore(settings.plugin_dir / "volumes", settings.kubelet_dir, mounts)
-    enrolment = Enrolment(client, keys, time.time, random.random)
-    return Publisher(settings.kubelet_dir, store, enrolment, metrics, time.time, random.random)
+    return Driver(settings.kubelet_dir, store, client, keys, metrics, time.time, random.random)
 
 
 def _kubelet_faults(settings: Settings) -> list[str]:

@@ -16,14 +16,18 @@ from csi_driver._proto import authority_pb2, authority_pb2_grpc
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import decode_certificates
 from csi_driver.core.secret import Secret
+from csi_driver.core.spec import CertificateSpec, Usage
+from csi_driver.core.trust import RootSet
 from csi_driver.rpc.errors import from_rpc
 
 ISSUE_TIMEOUT_S = 90.0
 """Shorter than kubelet's two minutes, so that it hears the reason and not just a timeout."""
+_TELL_TIMEOUT_S = 30.0
 _PATIENCE_S = 6.0
 """How long a call that got no answer waits for another replica: the cluster's Service needs some seconds to leave a dead one out."""
 _PAUSE_S = 0.2
 _MAX_FILE_BYTES = 1024 * 1024
+_USAGES = {Usage.SERVER: authority_pb2.USAGE_SERVER, Usage.CLIENT: authority_pb2.USAGE_CLIENT}
 # RFC 6750 section 2.1. gRPC refuses other characters in metadata, and servers refuse more than 8 KiB of it.
 _TOKEN = re.compile(rb"[A-Za-z0-9._~+/-]{1,7168}=*")
 _OPTIONS = (
@@ -46,8 +50,16 @@ class Answer:
     """What the authority answered, unchecked (X.509 DER)."""
 
     chain: Sequence[bytes]
-    roots: Sequence[bytes]
+    trust: Mapping[str, RootSet]
     renew_after: timedelta | None
+
+
+@dataclass(frozen=True, slots=True)
+class TrustBundle:
+    """All sets of roots that the authority has by their names, unchecked, and a text that differs for each policy it has."""
+
+    sets: Mapping[str, RootSet]
+    policy: str
 
 
 class AuthorityClient:
@@ -66,23 +78,29 @@ class AuthorityClient:
         # Channels of earlier roots: what is under way on them ends in peace. Roots change once in years.
         self._retired: list[grpc.aio.Channel] = []
 
-    async def issue(self, csr: bytes, token: Secret[str], duration: timedelta | None) -> Answer:
-        """Asks for a certificate; the names are in the CSR (DER).
+    async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> Answer:
+        """Asks for a certificate as ``spec`` says; its names are in the CSR (DER).
 
         The end of a replica costs a call some seconds, and no failure.
 
         Raises:
             CertmountError: the authority's reason, TrustMissing while there is no root file, AuthorityUnavailable.
         """
-        request = authority_pb2.IssueRequest(csr=csr, pod_token=token.reveal())
-        if duration is not None:
-            request.duration.FromTimedelta(duration)
+        request = authority_pb2.IssueRequest(
+            csr=csr,
+            pod_token=token.reveal(),
+            usages=[_USAGES[usage] for usage in spec.usages],
+            issuer=spec.issuer,
+            federations=spec.federations,
+        )
+        if spec.duration is not None:
+            request.duration.FromTimedelta(spec.duration)
         response = await self._answered(request)
         renew_after = response.renew_after.ToTimedelta() if response.HasField("renew_after") else None
-        return Answer(response.chain, _all_roots(response.trust), renew_after)
+        return Answer(response.chain, _root_sets(response.trust), renew_after)
 
-    async def watch_trust(self) -> AsyncIterator[Sequence[bytes]]:
-        """Yields the trusted roots (X.509 DER) now and at each change; ends when the authority ends the stream.
+    async def watch_trust(self) -> AsyncIterator[TrustBundle]:
+        """Yields what is to be trusted now and at each change; ends when the authority ends the stream.
 
         Raises:
             CertmountError: as :meth:`issue`.
@@ -91,11 +109,23 @@ class AuthorityClient:
         call = stub.WatchTrust(authority_pb2.WatchTrustRequest(), metadata=self._bearer())
         try:
             async for bundle in call:
-                yield _all_roots(bundle.sets)
+                yield TrustBundle(_root_sets(bundle.sets), bundle.policy)
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error) from None
         finally:
             call.cancel()
+
+    async def confirm_trust(self, name: str, generation: int) -> None:
+        """Tells that every volume of this node which trusts a set holds this generation of it, or a newer one.
+
+        Raises:
+            CertmountError: as :meth:`issue`.
+        """
+        request = authority_pb2.ConfirmTrustRequest(set=name, generation=generation)
+        try:
+            await self._stub().ConfirmTrust(request, timeout=_TELL_TIMEOUT_S, metadata=self._bearer())
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error) from None
 
     def trust_fault(self) -> str | None:
         """Why the authority can't be trusted yet, for people; None when it can."""
@@ -162,8 +192,8 @@ class AuthorityClient:
         return (("authorization", f"Bearer {token.decode('ascii')}"),)
 
 
-def _all_roots(sets: Mapping[str, authority_pb2.RootSet]) -> Sequence[bytes]:
-    return [root for roots in sets.values() for root in roots.roots]
+def _root_sets(sets: Mapping[str, authority_pb2.RootSet]) -> Mapping[str, RootSet]:
+    return {name: RootSet(tuple(roots.roots), roots.generation) for name, roots in sets.items()}
 
 
 def _read(path: Path) -> bytes:

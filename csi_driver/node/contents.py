@@ -27,6 +27,9 @@ from csi_driver.core.secret import Secret
 from csi_driver.host.generations import VolumeFile, read_generation, write_generation
 from csi_driver.node.request import Pod
 
+_MOST_ROOTS = 10
+"""As many as one set may have."""
+
 
 @dataclass(frozen=True, slots=True)
 class Readers:
@@ -41,15 +44,22 @@ class Readers:
         return VolumeFile(name, content, 0o440, self.group)
 
 
-def write_certificate(files_dir: Path, key: PrivateKey, bundle: Bundle, readers: Readers, now: float) -> None:
-    """Writes a new generation with key, chain and roots; the old one stays whole if that fails."""
-    rendered = render_files(key, bundle.chain, bundle.roots)
+def write_certificate(
+    files_dir: Path,
+    key: PrivateKey,
+    chain: Sequence[x509.Certificate],
+    roots: Sequence[bytes],
+    readers: Readers,
+    now: float,
+) -> None:
+    """Writes a new generation with key, chain and roots (X.509 DER); the old one stays whole if that fails."""
+    rendered = render_files(key, chain, _parsed(roots))
     write_generation(files_dir, [readers.file(file.name, file.content) for file in rendered], _stamp(now))
 
 
-def replace_roots(files_dir: Path, roots: Sequence[x509.Certificate], readers: Readers, now: float) -> bool:
-    """Writes the present key and certificate again with other roots; False where the roots are the same already."""
-    files, wanted = read_generation(files_dir), encode_certificates(roots)
+def replace_roots(files_dir: Path, roots: Sequence[bytes], readers: Readers, now: float) -> bool:
+    """Writes the present key and certificate again with other roots (X.509 DER); False where they are the same already."""
+    files, wanted = read_generation(files_dir), encode_certificates(_parsed(roots))
     if files.get(ROOTS) == wanted:
         return False
     files[ROOTS] = wanted
@@ -75,7 +85,12 @@ def read_certificate(files_dir: Path, names: Names, pod: Pod, now: float) -> Bun
             Reason.ANSWER_INVALID, Fault("volume", "its files are not a key, a chain and roots")
         ) from None
     expected = Expected(key.public_key(), names, pod.namespace, pod.service_account)
-    return check_answer(chain, roots, expected, datetime.fromtimestamp(now, UTC))
+    # The issuer's roots come first, before those of federations.
+    return check_answer(chain, roots[:_MOST_ROOTS], expected, datetime.fromtimestamp(now, UTC))
+
+
+def _parsed(ders: Sequence[bytes]) -> list[x509.Certificate]:
+    return [x509.load_der_x509_certificate(der) for der in ders]
 
 
 def _stamp(now: float) -> str:

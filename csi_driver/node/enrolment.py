@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Protocol
 
-from csi_driver.core.bundle import Bundle, Expected, check_answer
+from csi_driver.core.bundle import Bundle, Expected, check_answer, parse_certificates
 from csi_driver.core.csr import build_csr
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.keys import PrivateKey, generate_key
@@ -16,7 +16,9 @@ from csi_driver.core.names import Names
 from csi_driver.core.renewal import plan_renewal
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import CertificateSpec, KeyType
+from csi_driver.core.trust import RootSet
 from csi_driver.node.authority_client import Answer
+from csi_driver.node.known_roots import trusted_names
 from csi_driver.node.request import Pod, PodToken
 from csi_driver.node.workers import in_thread
 
@@ -24,16 +26,17 @@ from csi_driver.node.workers import in_thread
 class Authority(Protocol):
     """Whoever signs."""
 
-    async def issue(self, csr: bytes, token: Secret[str], duration: timedelta | None) -> Answer:
+    async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> Answer:
         """As :meth:`csi_driver.node.authority_client.AuthorityClient.issue`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Enrolled:
-    """A new key with a certificate that fits; times in unix seconds."""
+    """A new key with a certificate that fits, and the sets that came with it for the pod to trust; times in unix seconds."""
 
     key: PrivateKey
     bundle: Bundle
+    trust: Mapping[str, RootSet]
     issued_at: float
     renew_at: float
     not_after: float
@@ -58,10 +61,11 @@ class Enrolment:
         """
         usable = self._check_token(token)
         key, csr = await in_thread(self._keys, _prepare, spec.key_type, spec.names)
-        answer = await self._authority.issue(csr, usable.text, spec.duration)
+        answer = await self._authority.issue(csr, usable.text, spec)
         now = self._clock()
         expected = Expected(key.public_key(), spec.names, pod.namespace, pod.service_account)
-        bundle = check_answer(answer.chain, answer.roots, expected, datetime.fromtimestamp(now, UTC))
+        trust = _trust(answer, spec)
+        bundle = check_answer(answer.chain, trust[spec.issuer].roots, expected, datetime.fromtimestamp(now, UTC))
         not_after = bundle.leaf.not_valid_after_utc.timestamp()
         renew_at = plan_renewal(
             issued_at=now,
@@ -70,7 +74,7 @@ class Enrolment:
             renew_after_s=answer.renew_after.total_seconds() if answer.renew_after else None,
             chance=self._chance(),
         )
-        return Enrolled(key, bundle, now, renew_at, not_after)
+        return Enrolled(key, bundle, trust, now, renew_at, not_after)
 
     def _check_token(self, token: PodToken | None) -> PodToken:
         if token is None:
@@ -80,6 +84,17 @@ class Enrolment:
             hint = "kubelet renews it at 80 % of its life; if this stays, see kubelet's log and the node's clock"
             raise CertmountError(Reason.TOKEN_EXPIRED, Fault("pod token", "has expired", hint))
         return token
+
+
+def _trust(answer: Answer, spec: CertificateSpec) -> Mapping[str, RootSet]:
+    """The sets that the volume is to trust, of which each one that was asked for must have come."""
+    if missing := [name for name in trusted_names(spec) if name not in answer.trust]:
+        fault = Fault("certificate from the authority", f"came without the roots of {', '.join(missing)}")
+        raise CertmountError(Reason.ANSWER_INVALID, fault)
+    trust = {name: answer.trust[name] for name in trusted_names(spec)}
+    for name, roots in trust.items():
+        parse_certificates(roots.roots, f"roots of {name}")
+    return trust
 
 
 def _prepare(key_type: KeyType, names: Names) -> tuple[PrivateKey, bytes]:

@@ -1,11 +1,15 @@
-"""A published volume as the driver knows it: what survives a restart in its record, and what only memory holds."""
+"""The published volumes as the driver knows them: what survives a restart in their records, and what only memory holds."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.spec import CertificateSpec
+from csi_driver.core.trust import RootSet
 from csi_driver.host.volumes import VolumeRecord
 from csi_driver.node.contents import Readers
 from csi_driver.node.request import Pod, PodToken, PublishRequest
@@ -23,6 +27,10 @@ class Volume:
     attempt: int = 0
     """Renewals that failed in a row."""
     renewing: bool = False
+    trusts: Mapping[str, RootSet] = field(default_factory=dict)
+    """The sets whose roots its root.crt is known to hold; none after a restart, until it was looked at."""
+    trust_attempt: int = 0
+    """Failures in a row to write newer roots."""
 
     @property
     def pod(self) -> Pod:
@@ -43,6 +51,45 @@ class Volume:
         if self.failure is not None:
             return self.failure.reason.word, f"the certificate of pod {self.pod} is not renewed: {self.failure}"
         return None
+
+
+class Volumes:
+    """All volumes of this node by their ids, and a lock for each: a volume is changed under its lock only."""
+
+    def __init__(self) -> None:
+        self._volumes: dict[str, Volume] = {}
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._forgotten: list[Callable[[str], None]] = []
+
+    def __iter__(self) -> Iterator[Volume]:
+        """Those there are now; the loop may change them."""
+        return iter(list(self._volumes.values()))
+
+    def lock(self, volume_id: str) -> asyncio.Lock:
+        """The lock of a volume, known or not; held for work on this node only, never while the authority is asked for one that is known."""
+        return self._locks.setdefault(volume_id, asyncio.Lock())
+
+    def get(self, volume_id: str) -> Volume | None:
+        """The volume, None for one that is not known."""
+        return self._volumes.get(volume_id)
+
+    def has(self, volume: Volume) -> bool:
+        """False once it was forgotten, also when it has been published anew."""
+        return self._volumes.get(volume.record.volume_id) is volume
+
+    def keep(self, volume: Volume) -> None:
+        """Knows it from now on."""
+        self._volumes[volume.record.volume_id] = volume
+
+    def forget(self, volume_id: str) -> None:
+        """Knows it no more, and tells everyone who asked for that; an unknown one too."""
+        self._volumes.pop(volume_id, None)
+        for tell in self._forgotten:
+            tell(volume_id)
+
+    def when_forgotten(self, tell: Callable[[str], None]) -> None:
+        """Has ``tell`` called with the id of each volume that is forgotten."""
+        self._forgotten.append(tell)
 
 
 def new_record(

@@ -20,6 +20,7 @@ class NodeMetrics(Collector):
     def __init__(self, registry: CollectorRegistry) -> None:
         self._not_after: dict[str, float] = {}
         self._unhealthy: dict[str, Reason] = {}
+        self._roots_behind: set[str] = set()
         self._calls = Histogram(
             "certmount_node_call_seconds",
             "Calls of the kubelet by method and reason of failure (empty: none).",
@@ -65,8 +66,13 @@ class NodeMetrics(Collector):
         else:
             self._unhealthy[volume_id] = reason
 
+    def roots_behind(self, volume_id: str, *, behind: bool) -> None:
+        """Newer roots could not be written to the volume, or were."""
+        (self._roots_behind.add if behind else self._roots_behind.discard)(volume_id)
+
     def forget(self, volume_id: str) -> None:
         """The volume is gone."""
+        self._roots_behind.discard(volume_id)
         self._not_after.pop(volume_id, None)
         self._unhealthy.pop(volume_id, None)
 
@@ -77,6 +83,8 @@ class NodeMetrics(Collector):
         if not_after:
             text = "The moment at which the first certificate of this node ends, in unix seconds."
             yield GaugeMetricFamily("certmount_node_first_expiry_timestamp_seconds", text, value=min(not_after))
+        text = "Volumes to which newer roots could not be written; a change of the CA waits for them."
+        yield GaugeMetricFamily("certmount_node_volumes_roots_behind", text, value=len(self._roots_behind))
         family = GaugeMetricFamily(
             "certmount_node_volumes_unhealthy", "Volumes whose last renewal failed, by reason.", labels=["reason"]
         )

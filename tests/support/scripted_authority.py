@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -32,6 +32,7 @@ from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.keys import PublicKey
 from csi_driver.core.names import DNSName, Names, spiffe_id
 from csi_driver.core.spec import DEFAULT_ISSUER
+from csi_driver.core.trust import RootSet
 from csi_driver.rpc.server import Interceptor
 
 TRUST_DOMAIN = "cluster.local"
@@ -77,9 +78,9 @@ class TestCA:
 Response = authority_pb2.IssueResponse
 
 
-def answer_of(chain: Sequence[bytes], roots: Sequence[bytes]) -> Response:
+def answer_of(chain: Sequence[bytes], roots: Sequence[bytes], generation: int = 0) -> Response:
     """An answer with a chain and the internal issuer's roots (X.509 DER)."""
-    return Response(chain=chain, trust={DEFAULT_ISSUER: authority_pb2.RootSet(roots=roots)})
+    return Response(chain=chain, trust={DEFAULT_ISSUER: authority_pb2.RootSet(roots=roots, generation=generation)})
 
 
 def roots_of(answer: Response) -> Sequence[bytes]:
@@ -122,7 +123,10 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         self.confirmed: list[tuple[str, int]] = []
         """Sets and generations that nodes confirmed."""
         self.reports: list[authority_pb2.ReportRequest] = []
-        self._roots: list[bytes] = [self.ca.der]
+        self.sets: dict[str, RootSet] = {DEFAULT_ISSUER: RootSet((self.ca.der,), 1)}
+        """What is to be trusted now; :meth:`tell` sends it to those who watch."""
+        self.policy = "first"
+        self._told = 0
         self._changed = asyncio.Condition()
         self._server: grpc.aio.Server | None = None
 
@@ -157,11 +161,21 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
     def serving(self) -> bool:
         return self._server is not None
 
-    async def trust(self, *roots: bytes) -> None:
-        """Sends other roots (DER) to everyone who watches."""
+    async def trust(self, *roots: bytes, name: str = DEFAULT_ISSUER) -> None:
+        """Gives a set other roots (DER), and sends them to everyone who watches."""
+        before = self.sets.get(name)
+        self.sets[name] = RootSet(roots, before.generation + 1 if before else 1)
+        await self.tell()
+
+    async def tell(self) -> None:
+        """Sends what there is now to everyone who watches."""
         async with self._changed:
-            self._roots = list(roots)
+            self._told += 1
             self._changed.notify_all()
+
+    def confirmed_of(self, name: str = DEFAULT_ISSUER) -> int:
+        """The newest generation of a set that was confirmed; 0 for none."""
+        return max((generation for confirmed, generation in self.confirmed if confirmed == name), default=0)
 
     async def Issue(self, request: authority_pb2.IssueRequest, _context: Any) -> Response:  # noqa: N802
         script = self.script
@@ -180,7 +194,9 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         life = request.duration.ToTimedelta() if request.HasField("duration") else script.life
         leaf = self.ca.sign(csr.public_key, names, life)
         script.issued.append(names)
-        response = answer_of([leaf.public_bytes(Encoding.DER)], self._roots)
+        asked = [request.issuer or DEFAULT_ISSUER, *request.federations]
+        trust = self._wire({name: self.sets[name] for name in asked if name in self.sets})
+        response = Response(chain=[leaf.public_bytes(Encoding.DER)], trust=trust)
         if script.renew_after is not None:
             response.renew_after.FromTimedelta(script.renew_after)
         return script.tamper(response)
@@ -194,16 +210,21 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         return authority_pb2.ReportResponse()
 
     async def WatchTrust(self, _request: object, _context: Any) -> AsyncIterator[authority_pb2.TrustBundle]:  # noqa: N802
-        sent: Sequence[bytes] = ()
         self.watchers += 1
         try:
             while True:
+                told = self._told
+                yield authority_pb2.TrustBundle(sets=self._wire(self.sets), policy=self.policy)
                 async with self._changed:
-                    await self._changed.wait_for(lambda sent=sent: self._roots != list(sent))  # type: ignore[misc]
-                    sent = list(self._roots)
-                yield authority_pb2.TrustBundle(sets={DEFAULT_ISSUER: authority_pb2.RootSet(roots=sent)})
+                    await self._changed.wait_for(lambda told=told: self._told != told)  # type: ignore[misc]
         finally:
             self.watchers -= 1
+
+    @staticmethod
+    def _wire(sets: Mapping[str, RootSet]) -> dict[str, authority_pb2.RootSet]:
+        return {
+            name: authority_pb2.RootSet(roots=each.roots, generation=each.generation) for name, each in sets.items()
+        }
 
 
 def refused(name: str) -> CertmountError:

@@ -1,0 +1,56 @@
+"""The parts of the driver put together: who knows whom, and which clocks run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from pathlib import Path
+
+from csi_driver.host.volumes import VolumeStore
+from csi_driver.node.authority_client import AuthorityClient, TrustBundle
+from csi_driver.node.enrolment import Enrolment
+from csi_driver.node.publisher import Publisher
+from csi_driver.node.removal import Removal
+from csi_driver.node.renewals import Renewals
+from csi_driver.node.roots import Roots
+from csi_driver.node.trust import follow_trust
+from csi_driver.node.volume import Volumes
+from csi_driver.telemetry.node_metrics import NodeMetrics
+
+
+class Driver:
+    """All that a node does with volumes. ``clock`` gives unix seconds, ``chance`` numbers from 0 to 1, ``keys`` threads for keys."""
+
+    def __init__(
+        self,
+        kubelet_dir: Path,
+        store: VolumeStore,
+        client: AuthorityClient,
+        keys: Executor,
+        metrics: NodeMetrics,
+        clock: Callable[[], float],
+        chance: Callable[[], float],
+    ) -> None:
+        self._client = client
+        self._chance = chance
+        volumes = Volumes()
+        enrolment = Enrolment(client, keys, clock, chance)
+        self._removal = Removal(store, volumes, clock, chance)
+        self._roots = Roots(store, volumes, self._removal, metrics, clock, chance)
+        self._renewals = Renewals(store, volumes, enrolment, self._roots, self._removal, metrics, clock, chance)
+        self.publisher = Publisher(
+            kubelet_dir, store, volumes, enrolment, self._roots, self._renewals, self._removal, metrics, clock, chance
+        )
+
+    async def run(self) -> None:
+        """Renews, and follows the authority's roots and policy, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._renewals.rotation.run(), name="renewals")
+            tasks.create_task(self._roots.writing.run(), name="roots")
+            tasks.create_task(self._removal.again.run(), name="removals")
+            tasks.create_task(follow_trust(self._client, self._take, self._roots, self._chance), name="trust")
+
+    def _take(self, bundle: TrustBundle) -> None:
+        self._roots.streamed(bundle.sets)
+        self._renewals.policy_is(bundle.policy)

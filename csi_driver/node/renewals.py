@@ -1,0 +1,162 @@
+"""Renews the volumes in place, each when its moment has come. What fails is told and tried again; no pod loses what it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import structlog
+
+from csi_driver.core.errors import CertmountError, Kind, Reason
+from csi_driver.core.renewal import retry_delay_s
+from csi_driver.core.trust import union
+from csi_driver.host.volumes import VolumeStore
+from csi_driver.node.contents import write_certificate
+from csi_driver.node.enrolment import Enrolled, Enrolment
+from csi_driver.node.known_roots import trusted_names
+from csi_driver.node.removal import Removal
+from csi_driver.node.roots import Roots
+from csi_driver.node.rotation import Rotation
+from csi_driver.node.volume import Volume, Volumes
+from csi_driver.node.workers import in_thread
+from csi_driver.telemetry.node_metrics import NodeMetrics
+
+log = structlog.get_logger(__name__)
+
+_AWAITING_TOKEN_S = 300.0
+"""Kubelet's next look brings the token and brings the renewal forward; this is for the case that it never looks."""
+_POLICY_SPREAD_S = 30.0
+"""Over which chance spreads what a new policy may allow: all nodes hear of it in the same moment."""
+_POLICY_SETTLES_S = 180.0
+"""Replicas read a new policy within so long of each other, as kubelets bring a ConfigMap's change at different moments."""
+
+
+class Renewals:
+    """The renewals of all volumes; ``rotation`` is their clock."""
+
+    def __init__(
+        self,
+        store: VolumeStore,
+        volumes: Volumes,
+        enrolment: Enrolment,
+        roots: Roots,
+        removal: Removal,
+        metrics: NodeMetrics,
+        clock: Callable[[], float],
+        chance: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._volumes = volumes
+        self._enrolment = enrolment
+        self._roots = roots
+        self._removal = removal
+        self._metrics = metrics
+        self._clock = clock
+        self._chance = chance
+        self._policy: str | None = None
+        self._policy_settled_at = 0.0
+        self.rotation = Rotation(clock, self.renew)
+        volumes.when_forgotten(self.rotation.cancel)
+
+    def keep(self, volume: Volume) -> None:
+        """Sets the moment at which a volume that holds a certificate is renewed."""
+        self.rotation.schedule(volume.record.volume_id, volume.record.renew_at)
+        self._metrics.keep(volume.record.volume_id, volume.record.not_after)
+        self._metrics.unhealthy(volume.record.volume_id, None)
+
+    def token_came(self, volume: Volume) -> None:
+        """Renews at once what has waited for the pod's token only."""
+        if volume.failure is not None and volume.failure.reason in (Reason.TOKEN_MISSING, Reason.TOKEN_EXPIRED):
+            volume.failure, volume.attempt = None, 0
+            self._metrics.unhealthy(volume.record.volume_id, None)
+            self.rotation.schedule(volume.record.volume_id, self._clock())
+
+    def policy_is(self, revision: str) -> None:
+        """Tries again what was refused, and what was given up, when the policy is another one than before."""
+        before, self._policy = self._policy, revision
+        if before is None or before == revision:
+            return
+        now = self._clock()
+        self._policy_settled_at = now + _POLICY_SETTLES_S
+        for volume in self._volumes:
+            if volume.failure is not None and volume.failure.reason.kind is Kind.REFUSED and not volume.renewing:
+                volume.attempt = 0
+                self.rotation.schedule(volume.record.volume_id, now + self._chance() * _POLICY_SPREAD_S)
+
+    async def renew(self, volume_id: str) -> None:
+        """Renews one volume in place. Never raises: what fails is reported and tried again."""
+        volume = self._volumes.get(volume_id)
+        if volume is None or volume.renewing:  # what is under way sets the next moment itself
+            return
+        volume.renewing = True
+        try:
+            with structlog.contextvars.bound_contextvars(volume=volume_id, pod=str(volume.pod)):
+                await self._renew(volume)
+        finally:
+            volume.renewing = False
+
+    async def _renew(self, volume: Volume) -> None:
+        """Obtains a certificate, then writes it. No lock is held meanwhile: kubelet's calls don't wait for the authority."""
+        try:
+            if await self._removal.drop_if_gone(volume):
+                return
+            enrolled = await self._enrolment.obtain(volume.pod, volume.spec, volume.token)
+            async with self._volumes.lock(volume.record.volume_id):
+                if self._volumes.has(volume):
+                    await self._write(volume, enrolled)
+        except CertmountError as error:
+            self._failed(volume, error)
+        except Exception as error:  # noqa: BLE001  # one volume's defect must not end the clock of all
+            defect = f"a defect in certmount ({type(error).__name__})"
+            self._failed(volume, CertmountError(Reason.INTERNAL, defect))
+
+    async def _write(self, volume: Volume, enrolled: Enrolled) -> None:
+        record = replace(
+            volume.record, issued_at=enrolled.issued_at, renew_at=enrolled.renew_at, not_after=enrolled.not_after
+        )
+        trusts = self._roots.answered(volume, enrolled.trust)
+        await in_thread(
+            None,
+            write_certificate,
+            self._store.files_dir(record.volume_id),
+            enrolled.key,
+            enrolled.bundle.chain,
+            union(trusts, trusted_names(volume.spec)),
+            volume.readers,
+            enrolled.issued_at,
+        )
+        volume.record, volume.failure, volume.attempt, volume.trusts = record, None, 0, trusts
+        self.keep(volume)
+        self._metrics.renewed()
+        await self._roots.catch_up(volume)
+        await in_thread(None, self._store.write_record, record)
+        log.info("renewed", not_after=enrolled.not_after, renew_at=enrolled.renew_at)
+
+    def _failed(self, volume: Volume, error: CertmountError) -> None:
+        if not self._volumes.has(volume):
+            return
+        volume_id = volume.record.volume_id
+        volume.failure, volume.attempt = error, volume.attempt + 1
+        self._metrics.renewal_failed(error.reason)
+        self._metrics.unhealthy(volume_id, error.reason)
+        delay = self._delay_s(volume, error.reason)
+        if delay is None:
+            log.error("renewal dropped", reason=error.reason.word, error=str(error), not_after=volume.record.not_after)
+            return
+        self.rotation.schedule(volume_id, self._clock() + delay)
+        log.warning(
+            "not renewed",
+            reason=error.reason.word,
+            error=str(error),
+            attempt=volume.attempt,
+            retry_in_s=round(delay, 1),
+        )
+
+    def _delay_s(self, volume: Volume, reason: Reason) -> float | None:
+        """Seconds until the next try; None where there is to be none until the policy changes."""
+        if reason is Reason.IDENTITY_DENIED:
+            settles_in = self._policy_settled_at - self._clock()
+            return settles_in + self._chance() * _POLICY_SPREAD_S if settles_in > 0 else None
+        if reason in (Reason.TOKEN_MISSING, Reason.TOKEN_EXPIRED):
+            return _AWAITING_TOKEN_S
+        return retry_delay_s(attempt=volume.attempt, kind=reason.kind, chance=self._chance())
