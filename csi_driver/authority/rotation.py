@@ -142,15 +142,16 @@ def admit_life(state: State, seconds: float) -> State:
     return replace(state, longest_life=max(state.longest_life, _rounded_up(seconds)))
 
 
-def adopt(state: State | None, now: int, longest_life: int) -> State:
+def adopt(state: State | None, now: int, last_generation: int, longest_life: int) -> State:
     """A CA that a person has put there: what it has signed is unknown, ``longest_life`` what it may have given at the most.
 
     A rotation that was under way before its switch begins again with the CA that is there now.
     """
-    if state is None:
-        return replace(first_state(now), longest_life=longest_life)
+    state = state or first_state(now)
     phase = Phase.ANNOUNCING if state.phase.before_switch else state.phase
-    return replace(_in_phase(state, phase, now), longest_life=max(state.longest_life, longest_life))
+    generation = next_generation(last_generation, now)
+    life = max(state.longest_life, longest_life)
+    return replace(state, phase=phase, since=now, generation=generation, longest_life=life)
 
 
 def next_generation(generation: int, now: int) -> int:

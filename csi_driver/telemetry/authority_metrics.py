@@ -69,6 +69,22 @@ class AuthorityMetrics:
             "Times that the CA could not be read, renewed or published.",
             registry=registry,
         )
+        self.ca_rotation = Gauge(
+            "certmount_ca_rotation",
+            "1 for the phase that the rotation of the CA is in, 0 for the others.",
+            ("phase",),
+            registry=registry,
+        )
+        self.unconfirmed = Gauge(
+            "certmount_ca_rotation_unconfirmed_nodes",
+            "Nodes that a rotation of the CA waits for; 0 while it waits for none.",
+            registry=registry,
+        )
+        self.federation_failures = Counter(
+            "certmount_federation_reload_failures",
+            "New contents of the federation folder that were refused.",
+            registry=registry,
+        )
         self.serving_expiry = Gauge(
             "certmount_serving_certificate_expiry_timestamp_seconds",
             "When the authority's own certificate expires.",

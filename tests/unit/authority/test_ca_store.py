@@ -16,7 +16,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from csi_driver.authority.ca import CertificateAuthority
-from csi_driver.authority.ca_store import FolderStore, replace_file
+from csi_driver.authority.ca_store import FolderStore, ca_part, replace_file, serving_part
+from csi_driver.authority.keyring import NAMES
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.core.stored import Stored
@@ -64,6 +65,19 @@ async def test_the_second_of_two_writers_learns_that_it_is_late(store: FolderSto
     assert not await store.save({"root.crt": Secret(b"other")}, seen)
     assert (await store.load()).values == VALUES
     assert await store.save({"root.crt": Secret(b"other")}, await store.load())
+
+
+async def test_two_parts_of_a_store_leave_each_other_alone(store: FolderStore) -> None:
+    """Each saves what is its own, and learns when the other one was there in between."""
+    ca, serving = ca_part(store), serving_part(store)
+    assert await ca.save(VALUES, await ca.load())
+    seen = await ca.load()
+    assert await serving.save({"serving.crt": Secret(b"s")}, await serving.load())
+    assert not await ca.save({"root.crt": Secret(b"new")}, seen)
+    assert await ca.save({"root.crt": Secret(b"new")}, await ca.load())
+    assert (await ca.load()).values == {"root.crt": Secret(b"new")}
+    assert (await serving.load()).values == {"serving.crt": Secret(b"s")}
+    assert ca.name == serving.name == store.name
 
 
 @pytest.mark.parametrize(
@@ -175,9 +189,4 @@ def test_processes_that_start_at_once_share_one_ca(tmp_path: Path) -> None:
         for process in processes:
             process.join(10)
     assert len(held) == 1
-    assert set(json.loads((tmp_path / "ca" / "ca.json").read_bytes())) == {
-        "root.crt",
-        "root.key",
-        "intermediate.crt",
-        "intermediate.key",
-    }
+    assert set(json.loads((tmp_path / "ca" / "ca.json").read_bytes())) == {*NAMES, "state.json"}
