@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from csi_driver.authority.admission import Admission
 from csi_driver.authority.issuers import Issued, Issuer, Order
 from csi_driver.authority.limits import Limits
 from csi_driver.authority.policy_file import PolicyFile
+from csi_driver.authority.proofs import patiently
 from csi_driver.authority.trust import Trust
 from csi_driver.core.csr import parse_csr
 from csi_driver.core.errors import CertmountError, Fault, Reason
@@ -33,6 +35,13 @@ class Events(Protocol):
 
     def record(self, pod: PodIdentity, *, warning: bool, reason: str, message: str) -> None:
         """Says it as soon as it can; never waits, never raises."""
+
+
+class Subjects(Protocol):
+    """What the cluster says of pods beside their identity."""
+
+    async def find(self, pod: PodIdentity) -> Subject:
+        """The pod as policy sees it; raises CertmountError PodUnknown, or ProofUnavailable where the cluster can't be followed."""
 
 
 class Confirmations(Protocol):
@@ -68,6 +77,7 @@ class Desk:
 
     admission: Admission
     limits: Limits
+    subjects: Subjects
     policy: PolicyFile
     issuers: Mapping[str, Issuer]
     metrics: AuthorityMetrics
@@ -98,22 +108,21 @@ class Desk:
         """A certificate for a proven pod.
 
         Raises:
-            CertmountError: InvalidCSR, IssuerUnknown, FederationUnknown, or as the policy and the issuer say.
+            CertmountError: InvalidCSR, IssuerUnknown, FederationUnknown, or as subjects, policy and issuer say.
         """
         started = time.perf_counter()
         record["issuer"] = wanted.issuer
         request = parse_csr(wanted.csr)
-        record.update(
-            asked=_texts(request.names), key_sha256=hashlib.sha256(public_bytes(request.public_key)).hexdigest()
-        )
+        record["asked"] = _texts(request.names)
+        record["key_sha256"] = hashlib.sha256(public_bytes(request.public_key)).hexdigest()
         issuer = self._issuer(wanted.issuer)
+        self.trust.select(wanted.issuer, wanted.federations)  # what is refused for them is refused before it is signed
+        subject = await patiently(functools.partial(self.subjects.find, pod))
         asked = Asked(request.names, request.key_type, wanted.usages, wanted.duration, wanted.issuer)
-        grant = self.policy.current.decide(Subject(pod), asked)
-        record["policy_ms"] = milliseconds(started)
-        self.trust.select(wanted.issuer, wanted.federations)
+        grant = self.policy.current.decide(subject, asked)
+        record.update(policy_ms=milliseconds(started), names=_texts(grant.names), rules=grant.rules)
         issued = await self._signed(issuer, wanted.issuer, Order(request, grant, pod), record)
         _record_leaf(issued.chain, record)
-        record["names"] = _texts(grant.names)
         # As of now, not as of the question: whoever signed may have taken its time.
         return Answer(issued, self.trust.select(wanted.issuer, wanted.federations))
 
@@ -148,11 +157,7 @@ def milliseconds(started: float) -> float:
 
 
 def _texts(names: Names) -> list[str]:
-    return [str(name) for name in _all(names)]
-
-
-def _all(names: Names) -> Iterable[object]:
-    return (*names.dns, *names.uris)
+    return [name.text for name in names]
 
 
 def _record_leaf(chain: Sequence[bytes], record: dict[str, Any]) -> None:

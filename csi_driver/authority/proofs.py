@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from csi_driver.authority.tokens import TokenVerifier
 from csi_driver.core.errors import CertmountError, Fault, Reason
@@ -17,6 +18,8 @@ from csi_driver.core.identity import PodIdentity
 from csi_driver.core.proof import Reviewed
 from csi_driver.core.secret import Secret
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
+
+_T = TypeVar("_T")
 
 _KEPT_S = 5.0
 """How long a review counts: the token of a deleted pod works that much longer, and 70 volumes of a node need one review."""
@@ -129,25 +132,11 @@ class Proofs:
 
     async def _review(self, token: Secret[str], audience: str, which: str, identity: PodIdentity) -> None:
         try:
-            reviewed = await self._answered(token, audience)
+            reviewed = await patiently(functools.partial(self._ask, token, audience))
         except CertmountError as error:
             raise CertmountError(error.reason, *(Fault(which, str(fault)) for fault in error.faults)) from None
         if reviewed is not None:
             _check_agreement(identity, reviewed, which)
-
-    async def _answered(self, token: Secret[str], audience: str) -> Reviewed | None:
-        """What the cluster says, asked again while it can't be asked; the caller's own deadline calls this off."""
-        give_up = time.monotonic() + _PATIENCE_S
-        pause = _FIRST_PAUSE_S
-        while True:
-            try:
-                return await self._ask(token, audience)
-            except CertmountError as error:
-                if not error.retryable or time.monotonic() + pause >= give_up:
-                    raise
-            # Apart from each other, as all that wait here began to wait at the same moment.
-            await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311  # spreads load, keeps no secret
-            pause = min(pause * 2, _PAUSE_CAP_S)
 
     async def _ask(self, token: Secret[str], audience: str) -> Reviewed | None:
         started = time.perf_counter()
@@ -175,6 +164,25 @@ class Proofs:
             self._kept.popitem(last=False)
             if not self._kept:
                 break
+
+
+async def patiently(ask: Callable[[], Awaitable[_T]]) -> _T:
+    """What the cluster answers, asked again for a while where it can't be asked; the caller's own deadline calls this off.
+
+    Raises:
+        CertmountError: as ``ask`` does at once for what is final, and at last for what may pass.
+    """
+    give_up = time.monotonic() + _PATIENCE_S
+    pause = _FIRST_PAUSE_S
+    while True:
+        try:
+            return await ask()
+        except CertmountError as error:
+            if error.reason is not Reason.PROOF_UNAVAILABLE or time.monotonic() + pause >= give_up:
+                raise
+        # Apart from each other, as all that wait here began to wait at the same moment.
+        await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311  # spreads load, keeps no secret
+        pause = min(pause * 2, _PAUSE_CAP_S)
 
 
 def _check_agreement(identity: PodIdentity, reviewed: Reviewed, which: str) -> None:

@@ -29,6 +29,7 @@ from csi_driver.authority.trust import LONGEST_WATCH, Trust
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.identity import MAX_TOKEN_BYTES, PodIdentity, ServiceAccount
 from csi_driver.core.names import Names
+from csi_driver.core.policy import Subject
 from csi_driver.core.spec import DEFAULT_ISSUER
 from csi_driver.rpc.server import Handled, Interceptor
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
@@ -152,6 +153,7 @@ class AuthorityServer:
         desk = Desk(
             admission=Admission(proofs, self._settings.node_account),
             limits=Limits(),
+            subjects=_Unheard(),
             policy=self._policy,
             issuers={DEFAULT_ISSUER: InternalIssuer(self._ca)},
             metrics=self._metrics,
@@ -159,7 +161,7 @@ class AuthorityServer:
             confirmations=_Unheard(),
             trust=self._trust,
         )
-        authority_pb2_grpc.add_AuthorityServicer_to_server(AuthorityService(desk, self._trust), server)
+        authority_pb2_grpc.add_AuthorityServicer_to_server(AuthorityService(desk), server)
         try:
             self._port = server.add_secure_port(
                 self._settings.listen, self._serving.credentials(self._ca.current.intermediate)
@@ -170,7 +172,11 @@ class AuthorityServer:
 
 
 class _Unheard:
-    """Stands where events and confirmations are to be."""
+    """Stands where events, confirmations and subjects are to be."""
+
+    async def find(self, pod: PodIdentity) -> Subject:
+        """Nothing is said of the pod."""
+        return Subject(pod)
 
     def record(self, pod: PodIdentity, *, warning: bool, reason: str, message: str) -> None:
         """Nowhere."""

@@ -15,7 +15,6 @@ from csi_driver._proto import authority_pb2, authority_pb2_grpc
 from csi_driver.authority.desk import Answer, Desk, Wanted, milliseconds
 from csi_driver.authority.limits import Slots
 from csi_driver.authority.report import MAX_MESSAGE, parse_report
-from csi_driver.authority.trust import Trust
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity
 from csi_driver.core.secret import Secret
@@ -40,9 +39,8 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class AuthorityService(authority_pb2_grpc.AuthorityServicer):
     """What its methods raise becomes a status in :class:`csi_driver.rpc.server.Interceptor`."""
 
-    def __init__(self, desk: Desk, trust: Trust, most_in_flight: int = _MOST_IN_FLIGHT) -> None:
+    def __init__(self, desk: Desk, most_in_flight: int = _MOST_IN_FLIGHT) -> None:
         self._desk = desk
-        self._trust = trust
         self._slots = Slots(most_in_flight, desk.metrics.in_flight)
         # Of their own: a cluster that reports an outage must not keep it from ending.
         self._other_slots = Slots(most_in_flight)
@@ -70,7 +68,7 @@ class AuthorityService(authority_pb2_grpc.AuthorityServicer):
     ) -> AsyncIterator[authority_pb2.TrustBundle]:
         node = await self._node(context)
         with self._desk.limits.watching(node):
-            async with contextlib.aclosing(self._trust.watch()) as bundles:
+            async with contextlib.aclosing(self._desk.trust.watch()) as bundles:
                 async for bundle in bundles:
                     yield authority_pb2.TrustBundle(sets=_sets(bundle.sets), policy=bundle.policy)
 
@@ -103,7 +101,8 @@ class AuthorityService(authority_pb2_grpc.AuthorityServicer):
             return await self._desk.issue(pod, _wanted(request), record)
         except CertmountError as error:
             message = str(error.args[0])[:MAX_MESSAGE]
-            self._desk.events.record(pod, warning=True, reason=error.reason.word, message=message)
+            pending = error.reason is Reason.ISSUANCE_PENDING
+            self._desk.events.record(pod, warning=not pending, reason=error.reason.word, message=message)
             raise
 
 
