@@ -122,6 +122,8 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         """Nodes that watch the roots now."""
         self.confirmed: list[tuple[str, int]] = []
         """Sets and generations that nodes confirmed."""
+        self.confirm_gate: asyncio.Event | None = None
+        """Where there is one, confirmations wait until it is set."""
         self.reports: list[authority_pb2.ReportRequest] = []
         self.sets: dict[str, RootSet] = {DEFAULT_ISSUER: RootSet((self.ca.der,), 1)}
         """What is to be trusted now; :meth:`tell` sends it to those who watch."""
@@ -202,6 +204,8 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         return script.tamper(response)
 
     async def ConfirmTrust(self, request: authority_pb2.ConfirmTrustRequest, _context: Any) -> Any:  # noqa: N802
+        if self.confirm_gate is not None:
+            await self.confirm_gate.wait()
         self.confirmed.append((request.set, request.generation))
         return authority_pb2.ConfirmTrustResponse()
 

@@ -1,0 +1,120 @@
+"""What all volumes hold, and for how long a volume that nobody can look at is waited for."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import cast
+
+from prometheus_client import CollectorRegistry
+
+from csi_driver.core.spec import CertificateSpec
+from csi_driver.core.trust import RootSet
+from csi_driver.host.volumes import VolumeRecord, VolumeStore
+from csi_driver.node.removal import Removal
+from csi_driver.node.roots import Roots
+from csi_driver.node.volume import Volume, Volumes
+from csi_driver.telemetry.node_metrics import NodeMetrics
+from tests.support.scripted_authority import TestCA
+from tests.unit.node.virtual_time import run_virtually
+
+_ROOT = TestCA().der
+
+
+class _Store:
+    """As much of a store as the bookkeeping asks for."""
+
+    @staticmethod
+    def key(volume_id: str) -> str:
+        return volume_id
+
+
+def _roots(volumes: Volumes) -> Roots:
+    store = cast("VolumeStore", _Store())
+    removal = Removal(store, volumes, lambda: 0.0, lambda: 0.5)
+    return Roots(store, volumes, removal, NodeMetrics(CollectorRegistry()), lambda: 0.0, lambda: 0.5)
+
+
+def _volume(volume_id: str, *federations: str) -> Volume:
+    record = VolumeRecord(
+        volume_id=volume_id,
+        pod_namespace="web",
+        pod_name="shop",
+        pod_uid="uid",
+        service_account="shop",
+        attributes={},
+        mount_group=None,
+        targets=(),
+        issued_at=0,
+        renew_at=1,
+        not_after=2,
+    )
+    return Volume(record, CertificateSpec(federations=federations))
+
+
+def _sets(**generations: int) -> dict[str, RootSet]:
+    return {name: RootSet((_ROOT,), generation) for name, generation in generations.items()}
+
+
+def test_a_set_is_held_when_all_who_trust_it_have_it() -> None:
+    """Each set by itself: one that no volume trusts is held at once, and what one volume lacks holds up no other set."""
+    volumes = Volumes()
+    roots, one, two = _roots(volumes), _volume("one"), _volume("two", "partner")
+    volumes.keep(one)
+    volumes.keep(two)
+    roots.streamed(_sets(internal=3, partner=4, unused=5))
+    assert roots.held() == {"unused": 5}
+    one.trusts = _sets(internal=3)
+    two.trusts = _sets(internal=2, partner=4)
+    assert roots.held() == {"unused": 5, "partner": 4}
+    two.trusts = _sets(internal=4, partner=3)
+    assert roots.held() == {"unused": 5, "internal": 3}
+    volumes.forget("two")
+    assert roots.held() == {"unused": 5, "internal": 3, "partner": 4}
+
+
+def test_before_the_stream_a_volume_that_trusts_more_is_not_passed_over() -> None:
+    """An answer for one volume tells of one set; another volume that trusts it too has not got it yet."""
+    volumes = Volumes()
+    roots, one, two = _roots(volumes), _volume("one"), _volume("two", "partner")
+    volumes.keep(one)
+    volumes.keep(two)
+    one.trusts = roots.answered(one, _sets(internal=3))
+    assert roots.held() == {}
+
+
+def test_a_volume_that_nobody_takes_up_is_waited_for_three_minutes() -> None:
+    """Its record was no use at the start: the kubelet would have asked for it by then, if its pod lived."""
+    roots = _roots(Volumes())
+
+    async def story() -> list[dict[str, int]]:
+        roots.await_adoption(["lost"])
+        roots.streamed(_sets(internal=1))
+        held = [dict(roots.held())]
+        await asyncio.sleep(179)
+        held.append(dict(roots.held()))
+        await roots.moved()
+        await asyncio.sleep(2)
+        await roots.moved()
+        held.append(dict(roots.held()))
+        return held
+
+    assert run_virtually(story()) == [{}, {}, {"internal": 1}]
+
+
+def test_a_volume_that_is_taken_up_or_removed_is_waited_for_no_longer() -> None:
+    """Adopted or unpublished: then all that is there is known."""
+    roots_volumes = Volumes()
+    roots = _roots(roots_volumes)
+
+    async def story() -> None:
+        roots.await_adoption(["adopted", "unpublished"])
+        roots.streamed(_sets(internal=1))
+        adopted = _volume("adopted")
+        adopted.trusts = _sets(internal=1)
+        roots_volumes.keep(adopted)
+        roots.take_up(adopted)
+        assert roots.held() == {}
+        roots_volumes.forget("unpublished")
+        assert roots.held() == {"internal": 1}
+
+    run_virtually(story())
