@@ -78,7 +78,7 @@ class Ledger:
         if due is None:
             return None
         self._fill(now)
-        for_token = max(0.0, _NEARLY_ONE - self._tokens) / RATE
+        for_token = 0.0 if self._tokens >= _NEARLY_ONE else (1 - self._tokens) / RATE
         return max(0.0, due - now, self._not_before - now, for_token)
 
     def take(self, now: float) -> Entry | None:
