@@ -1,0 +1,184 @@
+"""Every certificate is one that the world's verifiers believe, and what they would refuse is not issued."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from hypothesis import given
+from hypothesis import strategies as st
+
+from csi_driver.authority.keyring import Design, Keyring, make_keyring
+from csi_driver.authority.leaf import Leaf, sign_leaf
+from csi_driver.core.bundle import Expected, check_answer
+from csi_driver.core.keys import public_bytes
+from csi_driver.core.name_constraints import Bounds, parse_constraint
+from csi_driver.core.names import URI, DNSName, EmailAddress, IPAddress, Names, spiffe_id
+from csi_driver.core.spec import KeyType, Usage
+from tests.peers.verifiers import Presented, agree, encoding_faults
+from tests.unit.core import strategies
+from tests.unit.core.pki import key_of
+
+pytestmark = pytest.mark.peers("openssl", "go")
+
+NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
+ID = spiffe_id("cluster.local", "web", "shop")
+ML_DSA = [kind for kind in KeyType if kind.value.startswith("ML-DSA")]
+USUAL = [kind for kind in KeyType if kind not in ML_DSA and kind is not KeyType.RSA_4096]
+BOTH = (Usage.SERVER, Usage.CLIENT)
+
+
+@functools.cache
+def ca(kind: KeyType | None, *permitted: str) -> Keyring:
+    """One of each, as keys are slow to make."""
+    return make_keyring(NOW - timedelta(days=1), Design(kind, tuple(map(parse_constraint, permitted))))
+
+
+@contextmanager
+def presented(
+    keyring: Keyring,
+    names: Names,
+    key_type: KeyType = KeyType.EC_P256,
+    usages: tuple[Usage, ...] = BOTH,
+    life_s: int = 60,
+) -> Iterator[Presented]:
+    leaf = Leaf(key_of(key_type).public_key(), names, timedelta(seconds=life_s), usages)
+    with tempfile.TemporaryDirectory() as folder:
+        yield Presented(keyring, sign_leaf(leaf, keyring.intermediate, NOW), NOW, Path(folder))
+
+
+dns_names = strategies.dns_texts.map(DNSName.parse)
+uris = strategies.uri_texts.map(URI.parse)
+ips = (
+    st.ip_addresses()
+    .filter(lambda ip: ip.version == 4 or ip.ipv4_mapped is None)
+    .map(lambda ip: IPAddress.parse(str(ip)))
+)
+emails = st.builds("{}@{}".format, strategies.labels, strategies.host_names).map(EmailAddress.parse)
+any_names = st.builds(
+    Names.of,
+    st.lists(dns_names, max_size=5),
+    st.lists(uris, max_size=4).map(lambda found: [ID, *found]),
+    st.lists(ips, max_size=3),
+    st.lists(emails, max_size=3),
+)
+usages_of = st.sampled_from([(Usage.SERVER,), (Usage.CLIENT,), BOTH])
+SIGNERS = [None, KeyType.RSA_3072, KeyType.EC_P384, KeyType.ED25519]
+
+
+@given(st.sampled_from(SIGNERS), any_names, st.sampled_from([*USUAL, *ML_DSA]), usages_of, st.integers(10, 30 * 86_400))
+def test_every_certificate_is_believed_for_its_usages_and_no_other(
+    signer: KeyType | None, names: Names, key_type: KeyType, usages: tuple[Usage, ...], life_s: int
+) -> None:
+    """By OpenSSL's strict mode, Go, and the web's rules; each sees the names that were granted, and the encoding is strict."""
+    with presented(ca(signer), names, key_type, usages, life_s) as shown:
+        assert encoding_faults(shown.leaf) == []
+        seen = {}
+        for usage in BOTH:
+            seen = shown.go(usage, _host(names) if usage is Usage.SERVER else "")
+            assert ("error" not in seen) == (usage in usages), seen.get("error")
+            if key_type in USUAL:  # an OpenSSL before 3.5 can't read the key
+                assert (shown.openssl(usage) == "") == (usage in usages)
+        assert (seen["version"], seen["ca"]) == (3, False)
+        assert [seen["dns"] or [], seen["uris"]] == [[*map(str, names.dns)], [*map(str, names.uris)]]
+        assert [seen["ips"] or [], seen["emails"] or []] == [[*map(str, names.ips)], [*map(str, names.emails)]]
+        if signer is not KeyType.ED25519:  # which the web's rules do not know for a CA
+            for usage in BOTH:
+                answer = shown.webpki(usage, _subject(names))
+                assert (answer == "") == (
+                    usage in usages or (usage is Usage.SERVER and not _host(names) and not names.ips)
+                )
+
+
+def _host(names: Names) -> str:
+    """A host that the certificate must be good for; empty where it names none."""
+    return names.dns[0].text.replace("*.", "any.") if names.dns else ""
+
+
+def _subject(names: Names) -> x509.DNSName | x509.IPAddress | None:
+    if names.dns:
+        return x509.DNSName(_host(names))
+    return x509.IPAddress(names.ips[0].address) if names.ips else None
+
+
+WORDS = ["dns:a.test", "dns:b.a.test", "dns:test", "uri:a.test", "uri:.a.test", "uri:b.a.test"]
+WORDS += ["ip:10.0.0.0/8", "ip:10.1.0.0/16", "ip:fd00::/8", "email:a.test", "email:.a.test", "email:x@a.test"]
+HOSTS = ["a.test", "b.a.test", "c.b.a.test", "xa.test", "test", "b.test", "a.test.org"]
+near_names = st.builds(
+    Names.of,
+    st.lists(st.sampled_from([*HOSTS, "*.a.test", "*.b.a.test", "*.b.test"]).map(DNSName.parse), max_size=2),
+    st.lists(st.sampled_from(HOSTS).map(lambda host: URI.parse(f"https://{host}/x")), max_size=2),
+    st.lists(
+        st.sampled_from(["10.1.2.3", "10.9.0.1", "11.0.0.1", "fd00::1", "fe80::1"]).map(IPAddress.parse), max_size=2
+    ),
+    st.lists(st.sampled_from([f"x@{host}" for host in HOSTS] + ["y@a.test"]).map(EmailAddress.parse), max_size=2),
+).filter(len)
+
+
+@given(st.frozensets(st.sampled_from(WORDS), min_size=1, max_size=4), near_names)
+def test_name_constraints_are_read_as_openssl_and_go_read_them(words: frozenset[str], names: Names) -> None:
+    """What is issued below them is believed by both; what is refused, at least one of them would not have believed."""
+    keyring = ca(None, *sorted(words))
+    permitted = not Bounds.of((*keyring.intermediates, keyring.root)).refused(names)
+    with presented(keyring, names) as shown:
+        answers = [shown.openssl(Usage.SERVER), shown.go(Usage.SERVER).get("error", "")]
+    assert permitted == (not any(answers)), answers
+
+
+OUTSIDE = {
+    "dns:example.com": Names.of([DNSName.parse("a.example.org")]),
+    "uri:cluster.local": Names.of(uris=[URI.parse("spiffe://other.local/ns/web/sa/shop")]),
+    "ip:10.0.0.0/8": Names.of(ips=[IPAddress.parse("192.0.2.1")]),
+    "email:example.com": Names.of(emails=[EmailAddress.parse("a@example.org")]),
+}
+
+
+@pytest.mark.parametrize("constraint", OUTSIDE)
+@pytest.mark.parametrize("kind", [None, KeyType.RSA_3072])
+def test_a_certificate_outside_the_name_constraints_is_believed_by_nobody(
+    constraint: str, kind: KeyType | None
+) -> None:
+    """So a stolen intermediate, or a mistake in the policy, stays within them."""
+    with presented(ca(kind, constraint), OUTSIDE[constraint]) as shown:
+        answers = [shown.openssl(Usage.SERVER), shown.go(Usage.SERVER).get("error", "")]
+        assert agree(answers)
+        assert "permitted subtree violation" in answers[0]
+
+
+@pytest.mark.parametrize("kind", ML_DSA)
+def test_a_chain_of_ml_dsa_is_believed(kind: KeyType) -> None:
+    """Root, intermediate and leaf: by cryptography's verifier, and by the node that is to write it to a volume."""
+    keyring, names = ca(kind), Names.of([DNSName.parse("shop.web.svc")], [ID])
+    with presented(keyring, names, kind) as shown:
+        assert encoding_faults(shown.leaf) == []
+        assert shown.webpki(Usage.SERVER, x509.DNSName("shop.web.svc")) == ""
+        assert shown.webpki(Usage.CLIENT) == ""
+        chain = [one.public_bytes(Encoding.DER) for one in (shown.leaf, *keyring.intermediates)]
+        expected = Expected(key_of(kind).public_key(), names, "web", "shop")
+        bundle = check_answer(chain, keyring.roots_der, expected, NOW)
+        assert public_bytes(bundle.leaf.public_key()) == public_bytes(key_of(kind).public_key())  # type: ignore[arg-type]  # ours
+        usage = shown.leaf.extensions.get_extension_for_class(x509.KeyUsage).value
+        assert usage.digital_signature
+        assert not usage.key_encipherment  # RFC 9881 section 5
+
+
+@pytest.mark.parametrize("kind", ML_DSA)
+def test_openssl_believes_a_chain_of_ml_dsa(kind: KeyType) -> None:
+    """Its strict mode, from 3.5 on."""
+    with presented(ca(kind), Names.of([DNSName.parse("shop.web.svc")], [ID]), kind) as shown:
+        assert [shown.openssl(usage, kind) for usage in BOTH] == ["", ""]
+
+
+def test_a_new_intermediate_is_believed_like_the_former() -> None:
+    """With the name constraints of the former one."""
+    keyring = ca(None, "dns:example.com").with_new_intermediate(NOW)
+    for name, believed in (("a.example.com", True), ("a.example.org", False)):
+        with presented(keyring, Names.of([DNSName.parse(name)])) as shown:
+            assert (shown.openssl(Usage.SERVER) == "", "error" not in shown.go(Usage.CLIENT)) == (believed, believed)

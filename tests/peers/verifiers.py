@@ -1,0 +1,127 @@
+"""Four verifiers of certificates: OpenSSL, Go, cryptography's after the web's rules, and strict rules of the encoding."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+
+from csi_driver.authority.keyring import Keyring
+from csi_driver.core.formats.pem import encode_certificates
+from csi_driver.core.spec import KeyType, Usage
+from tests.support.openssl import openssl_for
+from tests.support.requirements import require_program
+
+_SOURCE = Path(__file__).parent / "x509check" / "main.go"
+_PURPOSES = {Usage.SERVER: "sslserver", Usage.CLIENT: "sslclient"}
+
+
+@dataclass(frozen=True, slots=True)
+class Presented:
+    """A leaf with its chain, as a TLS peer shows it, and the roots that the other side trusts; PEM files in ``folder``."""
+
+    keyring: Keyring
+    leaf: x509.Certificate
+    now: datetime
+    folder: Path
+
+    def __post_init__(self) -> None:
+        for name, certificates in (
+            ("root", self.keyring.roots),
+            ("chain", self.keyring.intermediates),
+            ("leaf", [self.leaf]),
+        ):
+            (self.folder / f"{name}.pem").write_bytes(encode_certificates(certificates))
+
+    def _files(self) -> list[str]:
+        return [str(self.folder / f"{name}.pem") for name in ("root", "chain", "leaf")]
+
+    def openssl(self, usage: Usage, *kinds: KeyType) -> str:
+        """What OpenSSL has against it in its strict mode; empty where nothing."""
+        root, chain, leaf = self._files()
+        command = [openssl_for(*kinds), "verify", "-x509_strict", "-attime", str(int(self.now.timestamp()))]
+        command += ["-purpose", _PURPOSES[usage], "-CAfile", root, "-untrusted", chain, leaf]
+        done = subprocess.run(command, capture_output=True, check=False, text=True)
+        return "" if done.returncode == 0 else done.stdout + done.stderr
+
+    def go(self, usage: Usage, dns_name: str = "") -> dict[str, Any]:
+        """What Go sees in it; ``error`` is what it has against it."""
+        command = [go_checker(), str(int(self.now.timestamp())), usage.value, *self._files(), dns_name]
+        seen: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        return seen
+
+    def webpki(self, usage: Usage, subject: x509.DNSName | x509.IPAddress | None = None) -> str:
+        """What the web's rules have against it; empty where nothing."""
+        builder = PolicyBuilder().store(Store(list(self.keyring.roots))).time(self.now)
+        try:
+            if usage is Usage.CLIENT:
+                builder.build_client_verifier().verify(self.leaf, list(self.keyring.intermediates))
+            elif subject is not None:
+                builder.build_server_verifier(subject).verify(self.leaf, list(self.keyring.intermediates))
+        except VerificationError as error:
+            return str(error)
+        return ""
+
+
+def go_checker() -> str:
+    """The program of x509check/, built once for each source and Go, outside the checkout."""
+    go = require_program("go")
+    version = subprocess.run([go, "env", "GOVERSION"], capture_output=True, check=True).stdout
+    mark = hashlib.sha256(_SOURCE.read_bytes() + version).hexdigest()[:12]
+    cache = Path(os.environ.get("CERTMOUNT_CACHE") or Path.home() / ".cache" / "certmount")
+    program = cache / f"x509check-{mark}" / "x509check"
+    if not program.exists():
+        program.parent.mkdir(parents=True, exist_ok=True)
+        built = program.with_name(f".x509check.{os.getpid()}")
+        environment = {**os.environ, "CGO_ENABLED": "0", "GOTOOLCHAIN": "local"}
+        subprocess.run([go, "build", "-o", str(built), str(_SOURCE)], check=True, env=environment)
+        built.replace(program)
+    return str(program)
+
+
+def encoding_faults(certificate: x509.Certificate) -> list[str]:
+    """What is wrong with the DER by the letter of RFC 5280 section 4.1, of that which lenient verifiers let pass."""
+    fields = list(_children(next(_children(certificate.tbs_certificate_bytes))[1]))
+    (version_tag, version), (_, serial), _, _, (_, validity), (_, subject), _, (_, extensions) = fields
+    identifiers = [next(_children(value))[1] for _, value in _children(next(_children(extensions))[1])]
+    times = list(_children(validity))
+    alternative = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    checks = (
+        (version_tag == 0xA0 and version == b"\x02\x01\x02", "version 3"),
+        (0 < len(serial) <= 20 and serial[0] < 0x80 and any(serial), "a positive serial number of at most 20 octets"),
+        (len(set(identifiers)) == len(identifiers), "each extension once"),
+        (all(_canonical(tag, text) for tag, text in times), "times in their one form"),
+        (alternative.critical == (subject == b""), "names critical where the subject is empty, and only there"),
+    )
+    return [wanted for good, wanted in checks if not good]
+
+
+def _canonical(tag: int, text: bytes) -> bool:
+    """UTCTime through 2049, GeneralizedTime from 2050 on, in seconds and UTC (section 4.1.2.5)."""
+    digits = {0x17: 12, 0x18: 14}[tag]
+    return len(text) == digits + 1 and text[:-1].isdigit() and text[-1:] == b"Z" and (tag == 0x17 or text >= b"2050")
+
+
+def _children(der: bytes) -> Iterator[tuple[int, bytes]]:
+    """The elements one after another, each as its tag and content; definite lengths only, as DER has it."""
+    while der:
+        tag, length, start = der[0], der[1], 2
+        if length & 0x80:
+            start += length & 0x7F
+            length = int.from_bytes(der[2:start], "big")
+        content, der = der[start : start + length], der[start + length :]
+        yield tag, content
+
+
+def agree(answers: Sequence[str]) -> bool:
+    """True where all have something against it, or none."""
+    return len({bool(answer) for answer in answers}) == 1
