@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from ipaddress import IPv4Address
+from ipaddress import IPv4Network
 from typing import Any
 
 import grpc
@@ -210,10 +210,10 @@ CSRS: dict[str, tuple[Callable[[World], bytes], str]] = {
         lambda _: request([x509.DNSName(f"{n}.default.svc.cluster.local") for n in range(1000)]),
         "at most 100",
     ),
-    "an e-mail name": (lambda _: request([x509.RFC822Name("root@example.com")]), "is a RFC822Name"),
-    "an IP name": (
-        lambda _: request([x509.IPAddress(IPv4Address("10.0.0.1"))]),
-        "is a IPAddress",
+    "a damaged e-mail name": (lambda _: request([x509.RFC822Name("root@localhost\nx")]), "names something that"),
+    "a network as IP name": (
+        lambda _: request([x509.IPAddress(IPv4Network("10.0.0.0/8"))]),
+        "names something that",
     ),
     "a directory name": (lambda _: request([x509.DirectoryName(x509.Name([]))]), "is a DirectoryName"),
     "a name with a line break": (lambda _: request([x509.DNSName("a\nb.test")]), "has the label"),
