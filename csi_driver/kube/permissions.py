@@ -66,3 +66,9 @@ async def has_permission(api: client.ApiClient, permission: Permission) -> bool:
     answer = await answered(ask(api, "POST", _REVIEWS, body=body), Reason.PROOF_UNAVAILABLE, str(permission))
     status = answer.get("status")
     return isinstance(status, dict) and status.get("allowed") is True
+
+
+async def find_object(api: client.ApiClient, found: ObjectName) -> None:
+    """Reads a Secret or ConfigMap that the manifests make; raises CertmountError ProofUnavailable where that fails."""
+    path = f"/api/v1/namespaces/{found.namespace}/{found.kind.lower()}s/{found.name}"
+    await answered(ask(api, "GET", path), Reason.PROOF_UNAVAILABLE, str(found))

@@ -11,7 +11,7 @@ from kubernetes.aio import client
 
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.kube.client import ObjectName
-from csi_driver.kube.permissions import Permission, has_permission, needed_permissions
+from csi_driver.kube.permissions import Permission, find_object, has_permission, needed_permissions
 from tests.unit.kube.api_server import FakeApiServer
 
 MANIFEST = Path(__file__).parents[3] / "deploy" / "base" / "authority.yaml"
@@ -73,3 +73,11 @@ async def test_an_api_server_that_cannot_be_asked_is_not_a_no(server: FakeApiSer
     ) as failure:
         await has_permission(api, NEEDED[0])
     assert failure.value.reason is Reason.PROOF_UNAVAILABLE
+
+
+async def test_an_object_that_the_manifests_make_is_looked_for(server: FakeApiServer, api: client.ApiClient) -> None:
+    """A permission on what is not there helps no one."""
+    await find_object(api, ObjectName("ConfigMap", "certmount", "certmount-root"))
+    with pytest.raises(CertmountError, match=r"Secret certmount/certmount-x: the API server answers 404: .* not found"):
+        await find_object(api, ObjectName("Secret", "certmount", "certmount-x"))
+    assert {method for method, _, _ in server.requests} == {"GET"}

@@ -1,0 +1,109 @@
+"""``certmount authority --check``: everything that an authority needs is looked at, and nothing is changed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TypeVar
+
+from csi_driver.authority.ca_files import KeyFiles
+from csi_driver.authority.ca_sources import StoredCA
+from csi_driver.authority.ca_store import Store
+from csi_driver.authority.keyring import Keyring
+from csi_driver.authority.policy_file import PolicyFile
+from csi_driver.authority.token_keys import parse_keys
+from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.formats.pem import fingerprint
+from csi_driver.core.proof import PublishedKeys
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one look came to, in a line for people."""
+
+    what: str
+    detail: str
+    """What was found, or what is wrong and what to do."""
+    good: bool
+
+    def __str__(self) -> str:
+        return f"{'ok   ' if self.good else 'WRONG'} {self.what}: {self.detail}"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing to look at. ``look`` gives what it found, in words, or raises CertmountError."""
+
+    what: str
+    look: Callable[[], Awaitable[str]]
+
+
+async def check(checks: Sequence[Check]) -> list[Finding]:
+    """Does all of them, whatever the others come to; the findings are in the same order."""
+    return list(await asyncio.gather(*(_find(each) for each in checks)))
+
+
+async def _find(each: Check) -> Finding:
+    try:
+        return Finding(each.what, await each.look(), good=True)
+    except CertmountError as error:
+        return Finding(each.what, str(error), good=False)
+
+
+def policy_check(policy: PolicyFile) -> Check:
+    """The policy file, as the authority would read it."""
+
+    async def look() -> str:
+        await policy.load()
+        rules = len(policy.current.rules)
+        return f"{rules} rule{'' if rules == 1 else 's'} beside the built-in one, revision {policy.current.revision}"
+
+    return Check("policy", look)
+
+
+def ca_check(source: Store | KeyFiles) -> Check:
+    """The CA, read and verified, never made. A store without one is in order: an authority makes it at its first start."""
+
+    async def look() -> str:
+        now = datetime.now(UTC).replace(microsecond=0)
+        if isinstance(source, KeyFiles):
+            return _described(await source.refresh(now))
+        if not (await source.load()).values:
+            return f"{source.name} keeps none yet; an authority makes one when it first starts"
+        return _described((await StoredCA(source).look_up(now)).keyring)
+
+    return Check("certificate authority", look)
+
+
+def token_keys_check(fetch: Callable[[], Awaitable[PublishedKeys]]) -> Check:
+    """The keys that service-account tokens are signed with."""
+
+    async def look() -> str:
+        keys = parse_keys(await fetch())
+        return f"{len(keys.keys)} of issuer {keys.issuer}"
+
+    return Check("token keys", look)
+
+
+def permission_checks(permissions: Iterable[_T], has: Callable[[_T], Awaitable[bool]]) -> list[Check]:
+    """One for each permission, whose text says what it is; ``has`` asks the API server."""
+    return [_permission_check(permission, has) for permission in permissions]
+
+
+def _permission_check(permission: _T, has: Callable[[_T], Awaitable[bool]]) -> Check:
+    async def look() -> str:
+        if not await has(permission):
+            hint = "the roles certmount-authority of deploy/base/authority.yaml give it; apply them anew"
+            raise CertmountError(Reason.INVALID_REQUEST, Fault(str(permission), "is not permitted", hint))
+        return "permitted"
+
+    return Check(f"permission to {permission}", look)
+
+
+def _described(keyring: Keyring) -> str:
+    ends = f"{keyring.intermediate.certificate.not_valid_after_utc:%Y-%m-%d}"
+    return f"root {fingerprint(keyring.root)}, its intermediate ends on {ends}"
