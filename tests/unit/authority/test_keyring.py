@@ -12,16 +12,17 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.verification import PolicyBuilder, Store
 
-from csi_driver.authority.keyring import Keyring, dump_keyring, make_keyring
+from csi_driver.authority.keyring import AUTHORITY_KEY_TYPES, Design, Keyring, dump_keyring, make_keyring
 from csi_driver.authority.keyring_check import load_keyring
 from csi_driver.authority.leaf import Leaf, sign_leaf
 from csi_driver.authority.signers import INTERMEDIATE_LIFE, ROOT_LIFE, Signer
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.formats.pem import encode_certificates
-from csi_driver.core.keys import encode_key
+from csi_driver.core.keys import encode_key, key_type_of
+from csi_driver.core.name_constraints import parse_constraint
 from csi_driver.core.names import DNSName, Names
 from csi_driver.core.secret import Secret
-from csi_driver.core.spec import Usage
+from csi_driver.core.spec import KeyType, Usage
 from tests.unit.authority.clock import Clock
 
 NOW = Clock().utc()
@@ -245,3 +246,36 @@ def test_an_expired_intermediate_is_taken_for_renewal(keyring: Keyring) -> None:
 def test_the_root_in_pem_and_der_is_the_same(keyring: Keyring) -> None:
     """What is published and what is streamed is one certificate."""
     assert (x509.load_pem_x509_certificate(keyring.roots_pem).public_bytes(Encoding.DER),) == keyring.roots_der
+
+
+DESIGNED = [kind for kind in AUTHORITY_KEY_TYPES if kind is not KeyType.RSA_4096]
+BOUNDS = tuple(map(parse_constraint, ("dns:example.com", "uri:cluster.local", "ip:10.0.0.0/8", "email:example.com")))
+
+
+@pytest.mark.parametrize("kind", DESIGNED)
+def test_a_ca_is_made_of_the_keys_that_are_wanted(kind: KeyType) -> None:
+    """Root and intermediate alike; it survives the store, and a new intermediate is of the same kind."""
+    keyring = load_keyring(dump_keyring(make_keyring(NOW, Design(kind))), NOW, where="here")
+    for ring in (keyring, keyring.with_new_intermediate(NOW)):
+        for certificate in (ring.root, ring.intermediate.certificate):
+            assert key_type_of(certificate.public_key()) is kind
+
+
+def test_name_constraints_stand_in_root_and_intermediate() -> None:
+    """Critical in both (RFC 5280 section 4.2.1.10), and in every later intermediate."""
+    keyring = make_keyring(NOW, Design(permitted=BOUNDS))
+    for ring in (keyring, keyring.with_new_intermediate(NOW)):
+        for certificate in (ring.root, ring.intermediate.certificate):
+            found = certificate.extensions.get_extension_for_class(x509.NameConstraints)
+            assert found.critical
+            assert (found.value.permitted_subtrees, found.value.excluded_subtrees) == (list(BOUNDS), None)
+
+
+def test_a_wanted_path_length_is_the_roots() -> None:
+    """The intermediate signs leaves only, whatever the root would allow."""
+    keyring = make_keyring(NOW, Design(path_length=3))
+    lengths = [
+        certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length
+        for certificate in (keyring.root, keyring.intermediate.certificate)
+    ]
+    assert lengths == [3, 0]

@@ -13,10 +13,10 @@ from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from csi_driver.core.keys import encode_key, key_type_of, load_key, public_bytes
+from csi_driver.core.keys import encode_key, key_type_of, load_authority_key, load_key, public_bytes
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import KeyType
-from tests.support.requirements import require_program
+from tests.support.openssl import openssl_for
 from tests.unit.core.pki import key_of
 
 OPENSSL_SAYS = {
@@ -26,6 +26,7 @@ OPENSSL_SAYS = {
     KeyType.RSA_3072: "Private-Key: (3072 bit",
     KeyType.RSA_4096: "Private-Key: (4096 bit",
     KeyType.ED25519: "ED25519 Private-Key:",
+    **{kind: f"{kind.value} Private-Key:" for kind in KeyType if kind.value.startswith("ML-DSA")},
 }
 
 
@@ -41,7 +42,7 @@ def test_a_key_is_of_the_type_asked_for_and_reads_back(kind: KeyType) -> None:
 @pytest.mark.parametrize("kind", KeyType)
 def test_openssl_reads_the_key(kind: KeyType) -> None:
     """PKCS#8 without a password: `openssl pkey` checks it and tells the same type."""
-    openssl = require_program("openssl")
+    openssl = openssl_for(kind)
     pem = encode_key(key_of(kind)).reveal()
     assert pem.startswith(b"-----BEGIN PRIVATE KEY-----\n")
     printed = subprocess.run([openssl, "pkey", "-check", "-noout", "-text"], input=pem, capture_output=True, check=True)
@@ -78,7 +79,7 @@ def test_a_key_of_another_type_is_not_taken(name: str) -> None:
 
 def test_a_curve_that_the_library_does_not_know_is_not_taken() -> None:
     """OpenSSL knows more curves than Python's cryptography; its error is ours then."""
-    openssl = require_program("openssl")
+    openssl = openssl_for()
     command = [openssl, "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:secp160r1"]
     pem = subprocess.run(command, capture_output=True, check=True).stdout
     with pytest.raises(ValueError, match="private key"):
@@ -101,3 +102,28 @@ def test_anything_else_is_a_value_error_that_does_not_show_it(noise: bytes, at: 
         load_key(Secret(noise + b"\x00" + whole[:at]))
     shown = "".join(traceback.format_exception(raised.value))
     assert whole.splitlines()[1].decode()[24:] not in shown
+
+
+@given(st.binary(max_size=200), st.integers(0, 500), st.sampled_from([None, Secret(b""), Secret(b"canary-password")]))
+@example(b"", 0, None)
+@example(ENCRYPTED, 0, Secret(b"canary-password"))
+@example(b"-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n", 0, Secret(b"password"))
+def test_a_broken_key_of_an_authority_is_refused_without_showing_it(
+    noise: bytes, at: int, password: Secret[bytes] | None
+) -> None:
+    """Nor its password; the words follow the name of the file."""
+    whole = encode_key(CANARY_KEY).reveal()
+    at = min(at, len(whole) - 40)
+    with pytest.raises(ValueError, match=r"^(not a private key|encrypted)") as raised:
+        load_authority_key(Secret(noise + b"\x00" + whole[:at]), password)
+    shown = "".join(traceback.format_exception(raised.value))
+    assert whole.splitlines()[1].decode()[24:] not in shown
+    assert "canary-password" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["ecparam", "genrsa"])
+def test_keys_of_openssls_older_commands_are_read(name: str) -> None:
+    """`ecparam -genkey` writes the curve's parameters before the key; `genrsa -traditional` writes PKCS#1."""
+    commands = {"ecparam": ["ecparam", "-genkey", "-name", "prime256v1"], "genrsa": ["genrsa", "-traditional", "2048"]}
+    pem = subprocess.run([openssl_for(), *commands[name]], capture_output=True, check=True).stdout
+    assert not load_authority_key(Secret(pem)).encrypted
