@@ -28,7 +28,8 @@ class InternalIssuer:
 
     async def issue(self, order: Order) -> Issued:
         """See :class:`csi_driver.authority.issuers.Issuer`."""
-        keyring, grant = self._ca.current, order.grant
+        # From here on nothing is waited for: a keyring that was retired meanwhile must not sign.
+        keyring, grant = await self._ca.admit_life(order.grant.duration), order.grant
         bounds = self._bounds_of(keyring)
         if refused := bounds.refused(grant.names):
             raise CertmountError(Reason.NAME_REFUSED, *(Fault(name, problem, _HINT) for name, problem in refused))
