@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.bench.authority import measure_authority
 from tests.bench.blocks import measure_blocks
 from tests.bench.footprint import fill, measure_idle, measure_memory, measure_restart
 from tests.bench.machine import describe, load
@@ -19,7 +20,7 @@ from tests.bench.publishing import measure_burst, measure_publish, measure_repub
 from tests.bench.table import Figure, print_table
 from tests.bench.world import MOUNTS, WrongResult, driving, issuing, unmount_left
 
-SECTIONS = ("publish", "burst", "republish", "memory", "idle", "restart", "blocks")
+SECTIONS = ("publish", "burst", "republish", "memory", "idle", "restart", "blocks", "authority")
 
 
 async def run(folder: Path, sections: set[str]) -> list[Figure]:
@@ -47,6 +48,8 @@ async def run(folder: Path, sections: set[str]) -> list[Figure]:
                         figures += await measure_restart(world, empty)
     if "blocks" in sections:
         figures += measure_blocks(folder)
+    if "authority" in sections:
+        figures += await measure_authority(folder)
     return figures
 
 

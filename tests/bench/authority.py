@@ -1,0 +1,108 @@
+"""Certificates per second on one core: certmount's authority and step-ca, asked by turns by the same program."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+from tests.bench.authority_input import NODES, make_pods, write_certmount, write_step_ca
+from tests.bench.authority_peers import Load, Peer, build_load_generator, certmount, find_step_ca, step_ca
+from tests.bench.process import rss_mb
+from tests.bench.table import Figure, spread
+from tests.support.tokens import TokenIssuer
+
+_CONCURRENCIES = (8, 32, 128)
+_ROUNDS = 3
+_WARM = 500
+_BUDGET = 1.5
+
+
+@dataclass(slots=True)
+class _Side:
+    peer: Peer
+    loads: dict[int, list[Load]] = field(default_factory=lambda: {count: [] for count in _CONCURRENCIES})
+
+    def best(self) -> int:
+        """The concurrency with the highest throughput."""
+        return max(_CONCURRENCIES, key=lambda count: median(load.a_second for load in self.loads[count]))
+
+
+async def measure_authority(folder: Path) -> list[Figure]:
+    """The ratio of throughputs, latencies and memory; needs Go and step-ca."""
+    program, peer_program = await build_load_generator(), find_step_ca()
+    if program is None or peer_program is None:
+        print("authority: left out, as it needs Go for the load generator, and step-ca (make peers)")
+        return []
+    pods, issuer = make_pods(), TokenIssuer()
+    async with AsyncExitStack() as stack:
+        ours = _Side(await stack.enter_async_context(certmount(folder / "certmount", issuer)))
+        peer, provisioner = await stack.enter_async_context(step_ca(peer_program, folder / "step-ca"))
+        theirs = _Side(peer)
+        for turn in range(_ROUNDS):
+            for workers in _CONCURRENCIES:
+                file = folder / f"requests-{turn}-{workers}"
+                write_certmount(file, pods, issuer)
+                ours.loads[workers].append(await ours.peer.asked(program, file, workers, _WARM))
+                write_step_ca(file, pods, provisioner)
+                theirs.loads[workers].append(await theirs.peer.asked(program, file, workers, _WARM))
+                file.unlink()
+        return _figures(ours, theirs, len(pods))
+
+
+def _figures(ours: _Side, theirs: _Side, pods: int) -> list[Figure]:
+    best, other = ours.best(), theirs.best()
+    mine, peers = ours.loads[best], theirs.loads[other]
+    ratio = median(load.a_second for load in mine) / median(load.a_second for load in peers)
+    processor = median(load.server_us for load in peers) / median(load.server_us for load in mine)
+    busiest = max(load.generator_share for side in (ours, theirs) for loads in side.loads.values() for load in loads)
+    table = "; ".join(
+        f"{count} at once: {_shown(ours.loads[count])} against {_shown(theirs.loads[count])}"
+        for count in _CONCURRENCIES
+    )
+    method = (
+        f"each side's best of {', '.join(map(str, _CONCURRENCIES))} connections that ask one after another, {_ROUNDS} rounds "
+        f"of {pods - _WARM} requests by turns. {table}. By processor time instead of wall time the ratio is {processor:.2f}: "
+        f"{_us(mine)} against {_us(peers)} us a certificate. The generator used at most {busiest:.0%} of its own core. "
+        f"Tokens of {pods} pods on {NODES} nodes, each pod once a round; TokenReviews answered in the process after 5 ms"
+    )
+    step_ca_here = f"step-ca 0.30.2: {_rate(peers)} a second"
+    return [
+        Figure(
+            "authority: certificates a second on one core",
+            f"{_rate(mine)}, {ratio:.2f} x step-ca",
+            f"{_BUDGET} x step-ca",
+            ratio >= _BUDGET,
+            step_ca_here,
+            method,
+        ),
+        Figure(
+            f"authority: time of a call, {_CONCURRENCIES[0]} at once",
+            _times(ours.loads[_CONCURRENCIES[0]]),
+            reference=f"step-ca {_times(theirs.loads[_CONCURRENCIES[0]])}",
+            method="as the load generator sees it, the 5 ms of the TokenReview included, of which step-ca has none",
+        ),
+        Figure(
+            "authority: RSS after the run",
+            f"{rss_mb(ours.peer.pid):.0f} MB",
+            reference=f"step-ca {rss_mb(theirs.peer.pid):.0f} MB",
+            method="VmRSS in 10^6 bytes",
+        ),
+    ]
+
+
+def _rate(loads: list[Load]) -> str:
+    return spread([load.a_second for load in loads], 0)
+
+
+def _us(loads: list[Load]) -> str:
+    return spread([load.server_us for load in loads], 0)
+
+
+def _times(loads: list[Load]) -> str:
+    return f"p50 {median(load.p50_ms for load in loads):.1f} ms, p99 {median(load.p99_ms for load in loads):.1f} ms"
+
+
+def _shown(loads: list[Load]) -> str:
+    return f"{_rate(loads)}/s, {_times(loads)}"

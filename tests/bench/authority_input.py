@@ -1,0 +1,130 @@
+"""What the load generator sends, made before the clock starts: requests as files of its own format (tests/bench/loadgen)."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import jwt
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from csi_driver._proto import authority_pb2
+from csi_driver.core.csr import build_csr
+from csi_driver.core.keys import generate_key
+from csi_driver.core.names import DNSName, Names
+from csi_driver.core.spec import KeyType
+from tests.support.tokens import DRIVER, Pod, TokenIssuer
+
+LIFE = timedelta(hours=1)
+NODES = 100
+PODS_A_NODE = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """A pod with its request: its own key, its own name."""
+
+    pod: Pod
+    node: int
+    name: str
+    csr: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Provisioner:
+    """A JWK provisioner of step-ca: what mints one-time tokens."""
+
+    name: str
+    key: ec.EllipticCurvePrivateKey
+    key_id: str
+    audience: str
+
+
+def make_pods() -> list[Asking]:
+    """40 pods on each of 100 nodes, of 400 service accounts in 40 namespaces, each with an EC-P256 request; the nodes take turns."""
+    return [_pod(number) for number in range(NODES * PODS_A_NODE)]
+
+
+def _pod(number: int) -> Asking:
+    node, account, namespace = number % NODES, f"app-{number % 10}", f"team-{number % 40}"
+    pod = Pod(
+        f"{account}-{number:05}",
+        namespace,
+        account,
+        node=f"node-{node:03}",
+        uid=f"11111111-1111-4111-8111-{number:012}",
+        node_uid=f"22222222-2222-4222-8222-{node:012}",
+        service_account_uid=f"33333333-3333-4333-8333-{number % 400:012}",
+    )
+    name = f"{account}.{namespace}.svc.cluster.local"
+    return Asking(pod, node, name, build_csr(generate_key(KeyType.EC_P256), Names.of([DNSName.parse(name)])))
+
+
+def write_certmount(file: Path, pods: Iterable[Asking], issuer: TokenIssuer) -> None:
+    """Calls of Issue: the pod's token and, as bearer, that of the driver on its node, RS256 as API servers sign."""
+    drivers = [
+        issuer.node_token(
+            Pod(
+                f"certmount-node-{node:03}",
+                DRIVER.namespace,
+                DRIVER.service_account,
+                node=f"node-{node:03}",
+                uid=f"44444444-4444-4444-8444-{node:012}",
+                node_uid=f"22222222-2222-4222-8222-{node:012}",
+            )
+        ).reveal()
+        for node in range(NODES)
+    ]
+
+    def records() -> Iterator[tuple[str, str, bytes]]:
+        for asking in pods:
+            token = issuer.pod_token(asking.pod).reveal()
+            request = authority_pb2.IssueRequest(csr=asking.csr, pod_token=token)
+            request.duration.FromTimedelta(LIFE)
+            yield asking.name, drivers[asking.node], request.SerializeToString()
+
+    _write(file, records())
+
+
+def write_step_ca(file: Path, pods: Iterable[Asking], provisioner: Provisioner) -> None:
+    """Calls of sign: each with a one-time token that is bound to its request, and that no other file has."""
+    now = int(time.time())
+
+    def records() -> Iterator[tuple[str, str, bytes]]:
+        for number, asking in enumerate(pods):
+            claims = {
+                "iss": provisioner.name,
+                "aud": provisioner.audience,
+                "sub": asking.name,
+                "sans": [asking.name],
+                "jti": f"{file.name}-{number}",
+                "iat": now,
+                "nbf": now,
+                "exp": now + 3600,
+                "cnf": {"x5rt#S256": _url(hashlib.sha256(asking.csr).digest())},
+            }
+            token = jwt.encode(claims, provisioner.key, algorithm="ES256", headers={"kid": provisioner.key_id})
+            pem = x509.load_der_x509_csr(asking.csr).public_bytes(Encoding.PEM).decode()
+            body = {"csr": pem, "ott": token, "notAfter": f"{LIFE.total_seconds():.0f}s"}
+            yield asking.name, "", json.dumps(body).encode()
+
+    _write(file, records())
+
+
+def _write(file: Path, records: Iterable[tuple[str, str, bytes]]) -> None:
+    with file.open("wb") as out:
+        for name, bearer, body in records:
+            for field in (name.encode(), bearer.encode(), body):
+                out.write(len(field).to_bytes(4, "big") + field)
+
+
+def _url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()

@@ -1,0 +1,159 @@
+// loadgen sends prepared requests to an authority, of certmount (gRPC) or of step-ca (HTTPS), from a number of workers with a
+// connection each, and tells how long they took. Both are driven by this same program, so that the caller is no difference.
+//
+// Whatever can be done before is done before: the file of requests holds complete messages; the answers are kept and
+// judged when the clock has stopped.
+package main
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// A request as the file holds it.
+type request struct {
+	name   string // that the certificate must have
+	bearer string // the caller's token, empty for step-ca
+	body   []byte
+}
+
+// A caller has one connection.
+type caller interface {
+	connect() error
+	call(request) ([]byte, error) // the answer as it came
+	leaf([]byte) ([]byte, error)  // the leaf (DER) in an answer
+}
+
+type result struct {
+	Answers   int      `json:"answers"`
+	Seconds   float64  `json:"seconds"`
+	P50       float64  `json:"p50_s"`
+	P99       float64  `json:"p99_s"`
+	Processor float64  `json:"processor_s"` // of this program, meanwhile
+	Problems  []string `json:"problems"`
+}
+
+func main() {
+	kind := flag.String("kind", "certmount", "certmount or step-ca")
+	address := flag.String("address", "", "host:port")
+	name := flag.String("name", "", "the name that the server's certificate has")
+	roots := flag.String("roots", "", "file (PEM) with what to trust")
+	file := flag.String("requests", "", "file of requests")
+	workers := flag.Int("workers", 8, "how many ask at the same time")
+	warm := flag.Int("warm", 0, "how many requests come before the clock starts")
+	flag.Parse()
+	if err := run(*kind, *address, *name, *roots, *file, *workers, *warm); err != nil {
+		fmt.Fprintln(os.Stderr, "loadgen:", err)
+		os.Exit(1)
+	}
+}
+
+func run(kind, address, name, roots, file string, workers, warm int) error {
+	requests, err := read(file)
+	if err != nil {
+		return err
+	}
+	pem, err := os.ReadFile(roots)
+	if err != nil {
+		return err
+	}
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM(pem)
+	callers := make([]caller, workers)
+	for i := range callers {
+		config := &tls.Config{RootCAs: pool, ServerName: name}
+		if kind == "step-ca" {
+			callers[i] = newStepCA(address, config)
+		} else {
+			callers[i] = newCertmount(address, config)
+		}
+		if err := callers[i].connect(); err != nil {
+			return err
+		}
+	}
+	if warm > len(requests) {
+		return fmt.Errorf("%d requests are fewer than the %d to begin with", len(requests), warm)
+	}
+	problems := send(callers, requests[:warm]).judge(callers[0])
+	before := processor()
+	sent := send(callers, requests[warm:])
+	used := processor() - before
+	problems = append(problems, sent.judge(callers[0])...)
+	slices.Sort(sent.took)
+	return json.NewEncoder(os.Stdout).Encode(result{
+		Answers: len(sent.answers), Seconds: sent.seconds, P50: at(sent.took, 0.50), P99: at(sent.took, 0.99),
+		Processor: used, Problems: problems[:min(len(problems), 5)],
+	})
+}
+
+// What came of a number of requests, in their order.
+type outcome struct {
+	requests []request
+	answers  [][]byte
+	errors   []error
+	took     []float64
+	seconds  float64
+}
+
+func send(callers []caller, requests []request) *outcome {
+	count := len(requests)
+	sent := &outcome{requests, make([][]byte, count), make([]error, count), make([]float64, count), 0}
+	var next atomic.Int64
+	var all sync.WaitGroup
+	started := time.Now()
+	for _, one := range callers {
+		all.Go(func() {
+			for i := int(next.Add(1)) - 1; i < count; i = int(next.Add(1)) - 1 {
+				asked := time.Now()
+				sent.answers[i], sent.errors[i] = one.call(requests[i])
+				sent.took[i] = time.Since(asked).Seconds()
+			}
+		})
+	}
+	all.Wait()
+	sent.seconds = time.Since(started).Seconds()
+	return sent
+}
+
+// judge tells of each answer that is not a certificate for the name that was asked for.
+func (sent *outcome) judge(one caller) []string {
+	problems := []string{}
+	for i, asked := range sent.requests {
+		if err := sent.errors[i]; err != nil {
+			problems = append(problems, fmt.Sprintf("%s: %v", asked.name, err))
+		} else if der, err := one.leaf(sent.answers[i]); err != nil {
+			problems = append(problems, fmt.Sprintf("%s: %v", asked.name, err))
+		} else if leaf, err := x509.ParseCertificate(der); err != nil {
+			problems = append(problems, fmt.Sprintf("%s: %v", asked.name, err))
+		} else if err := leaf.VerifyHostname(asked.name); err != nil {
+			problems = append(problems, err.Error())
+		}
+	}
+	return problems
+}
+
+// at is the smallest value that a share of all are not above (nearest rank).
+func at(sorted []float64, share float64) float64 {
+	if len(sorted) == 0 {
+		return 0
+	}
+	return sorted[max(0, int(float64(len(sorted))*share+0.999999)-1)]
+}
+
+// processor is the time that the threads of this program have run: getrusage(2).
+func processor() float64 {
+	var usage syscall.Rusage
+	if syscall.Getrusage(syscall.RUSAGE_SELF, &usage) != nil {
+		return 0
+	}
+	return float64(usage.Utime.Nano()+usage.Stime.Nano()) / 1e9
+}
