@@ -2,29 +2,67 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
+from prometheus_client import CollectorRegistry
+
+from csi_driver.authority.events import PodEvents
+from csi_driver.authority.subjects import ClusterSubjects
 from csi_driver.authority.surroundings import Surroundings
 from csi_driver.kube.client import ObjectName, connect, in_cluster_configuration
 from csi_driver.kube.config_map import ConfigMapPublisher
+from csi_driver.kube.events import ClusterEvents
 from csi_driver.kube.reviews import ClusterReviewer
 from csi_driver.kube.secret_store import SecretStore
 from csi_driver.kube.token_keys import ClusterTokenKeys
+from csi_driver.kube.view import ClusterView
+from csi_driver.telemetry.cluster_metrics import ClusterMetrics
+
+
+@dataclass(frozen=True, slots=True)
+class Objects:
+    """What the authority keeps in the cluster, each by (namespace, name)."""
+
+    ca: tuple[str, str]
+    """A Secret."""
+    root: tuple[str, str]
+    """A ConfigMap."""
 
 
 @contextlib.asynccontextmanager
-async def in_a_cluster(ca_secret: tuple[str, str], root_configmap: tuple[str, str]) -> AsyncIterator[Surroundings]:
-    """The CA in a Secret, its root in a ConfigMap; tokens by the API server's keys and reviews. Both names are (namespace, name).
+async def in_a_cluster(objects: Objects, registry: CollectorRegistry) -> AsyncIterator[Surroundings]:
+    """The CA in a Secret, its root in a ConfigMap; tokens by the API server's keys and reviews; pods and Services as it tells.
 
     Raises:
         CertmountError: ProofUnavailable outside a cluster.
     """
-    # Reviews have connections of their own: what thousands of pods ask must not keep the CA from being renewed.
-    async with connect(in_cluster_configuration()) as reviews, connect(in_cluster_configuration()) as api:
+    # Reviews have connections of their own: what thousands of pods ask must not keep the CA from being renewed. So have
+    # the watches, which never let go of theirs.
+    async with (
+        connect(in_cluster_configuration()) as reviews,
+        connect(in_cluster_configuration()) as watches,
+        connect(in_cluster_configuration()) as api,
+    ):
+        view = ClusterView(watches)
+        # A pod's host name is its own name.
+        events = PodEvents(ClusterEvents(api, socket.gethostname()), ClusterMetrics(registry, view.failing_s))
+
+        async def run() -> None:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(view.run(), name="view of the cluster")
+                tasks.create_task(events.run(), name="events")
+
         yield Surroundings(
-            SecretStore(api, ObjectName("Secret", *ca_secret)),
-            ConfigMapPublisher(api, ObjectName("ConfigMap", *root_configmap)),
+            SecretStore(api, ObjectName("Secret", *objects.ca)),
+            ConfigMapPublisher(api, ObjectName("ConfigMap", *objects.root)),
             ClusterTokenKeys(api).fetch,
             ClusterReviewer(reviews),
+            ClusterSubjects(view.pods, view.services, view.namespaces, view.outdated),
+            events,
+            run,
+            view.outdated,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,7 +14,8 @@ import structlog
 
 from csi_driver._proto import authority_pb2_grpc
 from csi_driver.authority.admission import Admission
-from csi_driver.authority.ca import CertificateAuthority
+from csi_driver.authority.ca import CertificateAuthority, utc_now
+from csi_driver.authority.ca_state import roots_pem
 from csi_driver.authority.desk import Desk
 from csi_driver.authority.issuers.internal import InternalIssuer
 from csi_driver.authority.keyring import Keyring
@@ -22,14 +24,16 @@ from csi_driver.authority.policy_file import PolicyFile
 from csi_driver.authority.proofs import Proofs
 from csi_driver.authority.service import MAX_MESSAGE_BYTES, AuthorityService
 from csi_driver.authority.serving import ServingCertificate
+from csi_driver.authority.serving_root import current_serving_root
+from csi_driver.authority.signers import Signer
 from csi_driver.authority.surroundings import Surroundings
 from csi_driver.authority.token_keys import TokenKeys
 from csi_driver.authority.tokens import TokenVerifier
 from csi_driver.authority.trust import LONGEST_WATCH, Trust
 from csi_driver.core.errors import CertmountError
-from csi_driver.core.identity import MAX_TOKEN_BYTES, PodIdentity, ServiceAccount
+from csi_driver.core.formats.pem import encode_certificates
+from csi_driver.core.identity import MAX_TOKEN_BYTES, ServiceAccount
 from csi_driver.core.names import Names
-from csi_driver.core.policy import Subject
 from csi_driver.core.spec import DEFAULT_ISSUER
 from csi_driver.rpc.server import Handled, Interceptor
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
@@ -37,6 +41,8 @@ from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 log = structlog.get_logger(__name__)
 
 _GRACE_S = 10.0
+_UNREADY_AFTER_S = 10.0
+"""Of reviews that fail: one that is lost must not take a replica out of service."""
 _FIRST_RETRY_S, _RETRY_CAP_S = 1.0, 15.0
 _METADATA_BYTES = MAX_TOKEN_BYTES + 8 * 1024
 _OPTIONS = (
@@ -76,12 +82,17 @@ class AuthorityServer:
         self._surroundings = surroundings
         self._metrics = metrics
         self._ca = CertificateAuthority(surroundings.store, metrics)
+        self._trust = Trust(metrics)
         self._policy = PolicyFile(
-            settings.policy, metrics, trust_domain=settings.trust_domain, cluster_domain=settings.cluster_domain
+            settings.policy,
+            metrics,
+            trust_domain=settings.trust_domain,
+            cluster_domain=settings.cluster_domain,
+            on_change=self._trust.set_policy,
         )
         self._keys = TokenKeys(surroundings.fetch_keys, metrics)
+        self._proofs = Proofs(TokenVerifier(self._keys), surroundings.reviewer, metrics)
         self._serving = ServingCertificate(settings.serving_names, metrics)
-        self._trust = Trust(metrics)
         self._server: grpc.aio.Server | None = None
         self._port = 0
         self._stopping = False
@@ -96,11 +107,16 @@ class AuthorityServer:
         checks = (
             (self._stopping, "stopping"),
             (not self._policy.loaded, "no policy is loaded"),
-            (not self._ca.usable, "there is no internal CA with a valid intermediate"),
+            (not self._ca.usable, "there is no internal CA that is known to be current, with a valid intermediate"),
             (not self._keys.known, "the keys that the cluster signs tokens with are not known"),
+            (self._reviews_fail(), "the API server does not answer reviews of tokens"),
             (not self._port, "not serving yet"),
         )
-        return [reason for failed, reason in checks if failed]
+        return [*(reason for failed, reason in checks if failed), *self._surroundings.outdated()]
+
+    def _reviews_fail(self) -> bool:
+        since = self._proofs.failing_since
+        return since is not None and time.time() - since > _UNREADY_AFTER_S
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serves until ``stop`` is set, then lets calls under way end.
@@ -125,12 +141,13 @@ class AuthorityServer:
 
     async def _live(self) -> None:
         await self._policy.load()
-        await _until_done(self._load_ca, "certificate authority not ready")
-        await _until_done(self._keys.load, "token keys not ready")
-        self._server = self._bound()
-        await self._server.start()
-        log.info("serving", address=self._settings.listen, names=str(self._settings.serving_names))
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._surroundings.run(), name="surroundings")
+            await _until_done(self._load_ca, "certificate authority not ready")
+            await _until_done(self._keys.load, "token keys not ready")
+            self._server = self._bound(await current_serving_root(self._surroundings.store, utc_now()))
+            await self._server.start()
+            log.info("serving", address=self._settings.listen, names=str(self._settings.serving_names))
             tasks.create_task(self._ca.run(self._adopt), name="ca")
             tasks.create_task(self._policy.run(), name="policy")
             tasks.create_task(self._keys.run(), name="token keys")
@@ -138,48 +155,40 @@ class AuthorityServer:
     async def _load_ca(self) -> None:
         await self._adopt(await self._ca.refresh())
 
-    async def _adopt(self, keyring: Keyring) -> None:
-        """Makes everything follow the keyring. Each time, as a root that someone removed is so published again."""
-        self._serving.refresh(keyring.intermediate)
+    async def _adopt(self, _keyring: Keyring) -> None:
+        """Makes everything follow the CA. Each time, as what someone removed is so published again."""
+        own = await current_serving_root(self._surroundings.store, utc_now())
+        self._serving.refresh(own)
         self._trust.set_roots(DEFAULT_ISSUER, self._ca.trust)
-        await self._surroundings.publisher.publish(keyring.roots_pem, keyring.roots_pem)
+        authority = encode_certificates([own.certificate])
+        await self._surroundings.publisher.publish(roots_pem(self._ca.trust), authority)
 
-    def _bound(self) -> grpc.aio.Server:
+    def _bound(self, own: Signer) -> grpc.aio.Server:
         def observe(call: Handled) -> None:
             self._metrics.call_ended(call.method, call.seconds, call.reason)
 
         server = grpc.aio.server(interceptors=[Interceptor(observe)], options=_OPTIONS)
-        proofs = Proofs(TokenVerifier(self._keys), self._surroundings.reviewer, self._metrics)
         desk = Desk(
-            admission=Admission(proofs, self._settings.node_account),
+            admission=Admission(self._proofs, self._settings.node_account),
             limits=Limits(),
-            subjects=_Unheard(),
+            subjects=self._surroundings.subjects,
             policy=self._policy,
             issuers={DEFAULT_ISSUER: InternalIssuer(self._ca)},
             metrics=self._metrics,
-            events=_Unheard(),
+            events=self._surroundings.events,
             confirmations=_Unheard(),
             trust=self._trust,
         )
         authority_pb2_grpc.add_AuthorityServicer_to_server(AuthorityService(desk), server)
         try:
-            self._port = server.add_secure_port(
-                self._settings.listen, self._serving.credentials(self._ca.current.intermediate)
-            )
+            self._port = server.add_secure_port(self._settings.listen, self._serving.credentials(own))
         except RuntimeError:
             raise OSError(f"--listen {self._settings.listen}: cannot be listened on; is the port in use?") from None
         return server
 
 
 class _Unheard:
-    """Stands where events, confirmations and subjects are to be."""
-
-    async def find(self, pod: PodIdentity) -> Subject:
-        """Nothing is said of the pod."""
-        return Subject(pod)
-
-    def record(self, pod: PodIdentity, *, warning: bool, reason: str, message: str) -> None:
-        """Nowhere."""
+    """Stands where confirmations are to be."""
 
     async def confirm(self, node: str, name: str, generation: int, /) -> None:
         """Nowhere."""

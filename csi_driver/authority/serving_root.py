@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime
 
+from csi_driver.authority.ca_store import Store, serving_part
 from csi_driver.authority.keyring_check import MaterialReader
 from csi_driver.authority.signers import Signer, make_root
 from csi_driver.core.errors import CertmountError, Reason
@@ -19,6 +20,7 @@ from csi_driver.core.spec import KeyType
 
 SERVING, SERVING_KEY = "serving.crt", "serving.key"
 """Its values in the store of the CA."""
+_MOST_CONFLICTS = 10
 _HINT = "put the right value back, or remove serving.crt and serving.key to have new ones made"
 
 
@@ -51,3 +53,20 @@ def load_serving_root(values: Mapping[str, Secret[bytes]], now: datetime, *, whe
     if reader.faults or key is None:
         raise CertmountError(Reason.INVALID_CA, *reader.faults)
     return Signer(certificates[0], key.key)
+
+
+async def current_serving_root(store: Store, now: datetime) -> Signer:
+    """The root in the store, shared by all replicas; made where there is none.
+
+    Raises:
+        CertmountError: InvalidCA for values that can't be used, or what the store raises.
+    """
+    part = serving_part(store)
+    for _ in range(_MOST_CONFLICTS):
+        stored = await part.load()
+        if root := load_serving_root(stored.values, now, where=store.name):
+            return root
+        made = make_serving_root(now)
+        if await part.save(dump_serving_root(made), stored):
+            return made
+    raise CertmountError(Reason.ISSUER_UNAVAILABLE, f"{store.name}: other writers came first again and again")

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from csi_driver.authority.ca_store import FolderStore, Store
+from csi_driver.authority.desk import Events, Subjects
+from csi_driver.authority.events import NoEvents
 from csi_driver.authority.proofs import OfflineOnly, TokenReviewer
+from csi_driver.authority.subjects import NoCluster
 from csi_driver.authority.trust import FolderPublisher, RootPublisher
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.proof import PublishedKeys
 
 _MAX_BYTES = 1024 * 1024
+
+
+async def _nothing() -> None:
+    """There is nothing to follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +32,12 @@ class Surroundings:
     publisher: RootPublisher
     fetch_keys: Callable[[], Awaitable[PublishedKeys]]
     reviewer: TokenReviewer
+    subjects: Subjects = NoCluster()
+    events: Events = NoEvents()
+    run: Callable[[], Coroutine[Any, Any, None]] = _nothing
+    """Keeps what is known of the cluster up to date, for as long as the authority lives."""
+    outdated: Callable[[], Sequence[str]] = tuple
+    """Why what is known of the cluster can't be believed now, in words."""
 
 
 def outside_a_cluster(ca_dir: Path, jwks: Path, token_issuer: str) -> Surroundings:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import click
 import structlog
@@ -26,6 +27,8 @@ from csi_driver.telemetry.logging import LEVELS, configure_logging
 log = structlog.get_logger(__name__)
 
 _FILE = click.Path(path_type=Path)
+_Opening: TypeAlias = "Callable[[CollectorRegistry], contextlib.AbstractAsyncContextManager[Surroundings]]"
+"""Makes the surroundings, and counts in a registry what happens there."""
 
 
 def _namespaced(text: str) -> tuple[str, str]:
@@ -93,7 +96,7 @@ def _namespaced(text: str) -> tuple[str, str]:
 @click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True)
 def command(log_level: str, http: str, **options: Any) -> None:
     """Run the registration authority: it proves who pods are and has their certificates signed."""
-    surroundings = _surroundings(options)
+    open_surroundings = _surroundings(options)
     configure_logging(log_level)
     if options["ca_dir"]:
         log.warning("no cluster to ask: a token counts until it expires, even if its pod is gone")
@@ -106,7 +109,7 @@ def command(log_level: str, http: str, **options: Any) -> None:
         node_account=ServiceAccount(*options["node_service_account"]),
     )
     try:
-        asyncio.run(_run(settings, http, surroundings))
+        asyncio.run(_run(settings, http, open_surroundings))
     except CertmountError as error:
         raise click.ClickException(str(error)) from None
     except ExceptionGroup as group:
@@ -116,14 +119,12 @@ def command(log_level: str, http: str, **options: Any) -> None:
         raise click.ClickException(_first_text(expected)) from None
 
 
-async def _run(
-    settings: Settings, http: str, surroundings: contextlib.AbstractAsyncContextManager[Surroundings]
-) -> None:
+async def _run(settings: Settings, http: str, open_surroundings: _Opening) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     registry = CollectorRegistry()
-    async with surroundings as around:
+    async with open_surroundings(registry) as around:
         server = AuthorityServer(settings, around, AuthorityMetrics(registry))
         health = health_server(http, registry, server.unready)
         log.info("starting", version=__version__, trust_domain=settings.trust_domain, policy=str(settings.policy))
@@ -134,7 +135,7 @@ async def _run(
             health.stop()
 
 
-def _surroundings(options: dict[str, Any]) -> contextlib.AbstractAsyncContextManager[Surroundings]:
+def _surroundings(options: dict[str, Any]) -> _Opening:
     """Either all options of a cluster are given, or all of the outside."""
     inside = {name: options[name] for name in ("ca_secret", "root_configmap")}
     outside = {name: options[name] for name in ("ca_dir", "jwks", "token_issuer")}
@@ -148,10 +149,11 @@ def _surroundings(options: dict[str, Any]) -> contextlib.AbstractAsyncContextMan
         problem = f"needed beside {_flags(given)}" if given else f"needed, or else {_flags(outside)} outside a cluster"
         raise click.UsageError(f"{_flags(missing)}: {problem}")
     if chosen is inside:
-        from csi_driver.authority.cluster import in_a_cluster
+        from csi_driver.authority.cluster import Objects, in_a_cluster
 
-        return in_a_cluster(inside["ca_secret"], inside["root_configmap"])
-    return contextlib.nullcontext(outside_a_cluster(outside["ca_dir"], outside["jwks"], outside["token_issuer"]))
+        return functools.partial(in_a_cluster, Objects(inside["ca_secret"], inside["root_configmap"]))
+    around = outside_a_cluster(outside["ca_dir"], outside["jwks"], outside["token_issuer"])
+    return lambda _: contextlib.nullcontext(around)
 
 
 def _flags(names: Iterable[str]) -> str:

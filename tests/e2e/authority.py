@@ -31,8 +31,14 @@ class Outcome:
 
 
 def root() -> bytes:
-    """The root (PEM) as the nodes get it."""
+    """The roots (PEM) that pods trust, as they are published."""
     pem: str = get("configmap", "certmount-root")["data"]["root.crt"]
+    return pem.encode()
+
+
+def serving_root(namespace: str = CERTMOUNT) -> bytes:
+    """The root (PEM) of the authority's own certificate, as the nodes get it."""
+    pem: str = get("configmap", "certmount-root", namespace)["data"]["authority.crt"]
     return pem.encode()
 
 
@@ -54,7 +60,7 @@ def token(account: str, namespace: str, pod: str, audience: str) -> str:
 
 def issue(pod_token: str, node_token: str | None, *, address: str = "", trusted: bytes = b"") -> Outcome:
     """Asks for a certificate with the SPIFFE ID; ``address`` chooses a replica, ``trusted`` (PEM) another root."""
-    credentials = grpc.ssl_channel_credentials(trusted or root())
+    credentials = grpc.ssl_channel_credentials(trusted or serving_root())
     options = (("grpc.ssl_target_name_override", NAME),)
     csr = build_csr(generate_key(KeyType.EC_P256), Names())
     request = authority_pb2.IssueRequest(csr=csr, pod_token=pod_token)

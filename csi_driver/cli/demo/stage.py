@@ -56,7 +56,7 @@ def set_stage(folder: Path) -> Stage:
         f"--kubelet-dir={kubelet.root}",
         f"--node-name={NODE}",
         f"--authority={address}",
-        f"--authority-root={ca / 'root.crt'}",
+        f"--authority-root={ca / 'authority.crt'}",
         f"--token={node_token}",
         f"--http=127.0.0.1:{node_http}",
         "--mounts=folder",

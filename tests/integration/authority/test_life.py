@@ -27,7 +27,7 @@ from tests.support.waiting import until
 
 async def shown(world: World) -> x509.Certificate:
     """The certificate that a new handshake gets, verified by another TLS library."""
-    context = ssl.create_default_context(cafile=str(world.ca / "root.crt"))
+    context = ssl.create_default_context(cafile=str(world.ca / "authority.crt"))
     context.set_alpn_protocols(["h2"])
     _, writer = await asyncio.open_connection("127.0.0.1", world.server.port, ssl=context, server_hostname=SERVING_NAME)
     der = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)

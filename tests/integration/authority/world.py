@@ -135,7 +135,7 @@ class World:
         self, options: Sequence[tuple[str, Any]] = (), port: int | None = None
     ) -> AsyncIterator[grpc.aio.Channel]:
         """A TLS connection that trusts the published root only and checks the serving name."""
-        credentials = grpc.ssl_channel_credentials((self.ca / "root.crt").read_bytes())
+        credentials = grpc.ssl_channel_credentials((self.ca / "authority.crt").read_bytes())
         own = (("grpc.ssl_target_name_override", SERVING_NAME), ("grpc.use_local_subchannel_pool", 1), *options)
         address = f"127.0.0.1:{port or self.server.port}"
         async with grpc.aio.secure_channel(address, credentials, options=own) as channel:
