@@ -150,6 +150,8 @@ class CertificateAuthority:
             self._metrics.ca_expiry.labels(role).set(certificate.not_valid_after_utc.timestamp())
         for phase in Phase:
             self._metrics.ca_rotation.labels(phase.value).set(phase is held.state.phase)
+        if held.state.phase is not Phase.DISTRIBUTING:
+            self._metrics.unconfirmed.set(0)
         for ending in keyring.ends_soon(self._clock()):
             if self._elapsed() - self._warned.get(ending.name, -_WARN_AGAIN_S) >= _WARN_AGAIN_S:
                 self._warned[ending.name] = self._elapsed()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -71,7 +72,7 @@ class Trust:
         self._metrics = metrics
         self._most_watchers = most_watchers
         self._longest = longest
-        self._watchers = 0
+        self._watchers: Counter[str] = Counter()
         self._bundle = Bundle({}, "")
         self._changed = asyncio.Event()
         self._closed = False
@@ -112,15 +113,20 @@ class Trust:
         self._closed = True
         self._wake()
 
-    async def watch(self) -> AsyncGenerator[Bundle, None]:
-        """What is trusted now, then each change, for half an hour or until :meth:`close`.
+    @property
+    def nodes(self) -> frozenset[str]:
+        """The nodes that watch now."""
+        return frozenset(self._watchers)
+
+    async def watch(self, node: str = "") -> AsyncGenerator[Bundle, None]:
+        """What is trusted now, then each change, for half an hour or until :meth:`close`. ``node`` is who watches.
 
         Raises:
             CertmountError: Overloaded with too many watchers.
         """
-        if self._watchers >= self._most_watchers:
-            raise CertmountError(Reason.OVERLOADED, f"{self._watchers} callers watch the roots already")
-        self._watchers += 1
+        if self._watchers.total() >= self._most_watchers:
+            raise CertmountError(Reason.OVERLOADED, f"{self._watchers.total()} callers watch the roots already")
+        self._watchers[node] += 1
         self._metrics.watchers.inc()
         sent: Bundle | None = None
         loop = asyncio.get_running_loop()
@@ -138,7 +144,9 @@ class Trust:
         except TimeoutError:
             return
         finally:
-            self._watchers -= 1
+            self._watchers[node] -= 1
+            if not self._watchers[node]:
+                del self._watchers[node]
             self._metrics.watchers.dec()
 
     def _replace(self, bundle: Bundle) -> None:
