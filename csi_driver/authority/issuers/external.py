@@ -39,7 +39,10 @@ class ExternalIssuer(Issuer, Protocol):
         """True where pods of one service account on one node are to share a certificate, as the issuer counts each (ACME)."""
 
     async def run(self) -> None:
-        """Its work in the background, such as fetching roots: until it is cancelled. Its failures are told by :attr:`problem`."""
+        """Its work in the background, such as fetching roots, until it is cancelled; then its connections are closed.
+
+        Its failures are told by :attr:`problem`; it raises none. Whatever else is called, is called while this runs.
+        """
 
     async def check(self) -> list[Finding]:
         """A dry run: looks at all that issuing needs, and issues nothing. Failures are findings; it raises none."""

@@ -1,0 +1,51 @@
+"""Reads the credentials that the issuers' file refers to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.issuers_document import FileSource, Source
+from csi_driver.core.secret import Secret
+
+MAX_BYTES = 64 * 1024
+
+ReadSecret = Callable[[str, str, str], Awaitable[Secret[bytes]]]
+"""Takes namespace, name and key of a Kubernetes Secret; raises CertmountError IssuerUnavailable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Secrets:
+    """Credentials as they are now: read anew each time, so that one that is replaced needs no restart."""
+
+    read_secret: ReadSecret | None = None
+    """None outside a cluster, where there are only files."""
+
+    async def read(self, source: Source) -> Secret[bytes]:
+        """The credential; raises CertmountError IssuerUnavailable, which names where it should be and shows nothing of it."""
+        if isinstance(source, FileSource):
+            return await asyncio.to_thread(_read_file, source)
+        if self.read_secret is None:
+            raise _unavailable(source, "there is no cluster to read it from", "keep it in a file")
+        content = await self.read_secret(source.namespace, source.name, source.key)
+        if not content.reveal():
+            raise _unavailable(source, "is empty")
+        return content
+
+
+def _read_file(source: FileSource) -> Secret[bytes]:
+    try:
+        with Path(source.path).open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise _unavailable(source, f"cannot be read: {error.strerror}") from None
+    if not 0 < len(content) <= MAX_BYTES:
+        raise _unavailable(source, "is empty" if not content else f"is longer than {MAX_BYTES} bytes")
+    return Secret(content)
+
+
+def _unavailable(source: Source, problem: str, hint: str = "") -> CertmountError:
+    return CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(str(source), problem, hint))
