@@ -134,9 +134,7 @@ class Reflector:
                     timeout_s=self._pace.page,
                 )
             )
-            items, metadata = page.get("items"), page.get("metadata")
-            if not isinstance(items, list) or not isinstance(metadata, dict):
-                raise BadObject(f"{self.resource.name}: the API server's answer is no list")
+            items, metadata = _content(page)
             keys.update(self._put(item) for item in items)
             if not metadata.get("continue"):
                 break
@@ -238,3 +236,13 @@ class Reflector:
         delay = max(longest * random.uniform(0.5, 1.0), self._retry_after_s)  # noqa: S311  # not a secret
         self._retry_after_s = 0.0
         return delay
+
+
+def _content(page: Json) -> tuple[list[object], Json]:
+    """A list's objects and its own metadata (meta.k8s.io/v1 ListMeta); raises BadObject."""
+    items, metadata = page.get("items"), page.get("metadata")
+    if items is None:
+        items = []  # so the API server writes an empty list of metadata
+    if not str(page.get("kind")).endswith("List") or not isinstance(items, list) or not isinstance(metadata, dict):
+        raise BadObject("the API server's answer is no list")
+    return items, metadata

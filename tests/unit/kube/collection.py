@@ -86,7 +86,8 @@ class Collection:
         metadata = {"resourceVersion": str(version)}
         if end < len(items):
             metadata["continue"] = f"{end}.{version}"
-        return web.json_response({"items": items[start:end], "metadata": metadata})
+        # A real API server writes no empty list of metadata either, but null.
+        return web.json_response({"kind": "PodList", "items": items[start:end] or None, "metadata": metadata})
 
     async def _watch(self, request: web.Request, query: dict[str, str]) -> web.StreamResponse:
         known = int(query["resourceVersion"])

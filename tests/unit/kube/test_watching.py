@@ -181,7 +181,17 @@ async def test_nonsense_in_a_watch_ends_no_one(line: bytes, services: Collection
         await until(lambda: "after" in kept.labels and reflector.failing_since is None, "what came after it")
 
 
-@pytest.mark.parametrize("answer", [b"[]", b"{}", b'{"items": {}, "metadata": {}}', b'{"items": [7], "metadata": {}}'])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"[]",
+        b"{}",
+        b'{"kind": "Status", "metadata": {}}',
+        b'{"kind": "ServiceList", "items": []}',
+        b'{"kind": "ServiceList", "items": {}, "metadata": {}}',
+        b'{"kind": "ServiceList", "items": [7], "metadata": {}}',
+    ],
+)
 async def test_a_list_that_is_none_is_a_failure_that_may_pass(
     answer: bytes, server: FakeApiServer, api: client.ApiClient
 ) -> None:
