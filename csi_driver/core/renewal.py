@@ -44,3 +44,12 @@ def retry_delay_s(*, attempt: int, kind: Kind, chance: float) -> float:
     cap = _RETRY_CAP_S if kind.retryable else _REFUSED_CAP_S
     delay = min(_FIRST_RETRY_S * 2.0 ** min(attempt - 1, 30), cap)
     return delay * (0.75 + 0.5 * chance)
+
+
+def catch_up_delay_s(*, silence_s: float, left_s: float, chance: float) -> float:
+    """Seconds by which a renewal that fell due while the authority was silent is put off when it answers again.
+
+    So that not all nodes ask for all at once: over as long again as the silence was, but over no more than a quarter of
+    what is left of the certificate's life; one that has ended is not put off.
+    """
+    return chance * max(min(silence_s, left_s / 4), 0.0)

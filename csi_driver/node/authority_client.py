@@ -18,6 +18,7 @@ from csi_driver.core.formats.pem import decode_certificates
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import CertificateSpec, Usage
 from csi_driver.core.trust import RootSet
+from csi_driver.node.reports import Condition, Report
 from csi_driver.rpc.errors import from_rpc
 
 ISSUE_TIMEOUT_S = 90.0
@@ -27,6 +28,13 @@ _PATIENCE_S = 6.0
 """How long a call that got no answer waits for another replica: the cluster's Service needs some seconds to leave a dead one out."""
 _PAUSE_S = 0.2
 _MAX_FILE_BYTES = 1024 * 1024
+_CONDITIONS = {
+    Condition.RENEWAL_FAILING: authority_pb2.CONDITION_RENEWAL_FAILING,
+    Condition.OVERDUE: authority_pb2.CONDITION_OVERDUE,
+    Condition.EXPIRED: authority_pb2.CONDITION_EXPIRED,
+    Condition.RECOVERED: authority_pb2.CONDITION_RECOVERED,
+    Condition.RENEWAL_DROPPED: authority_pb2.CONDITION_RENEWAL_DROPPED,
+}
 _USAGES = {Usage.SERVER: authority_pb2.USAGE_SERVER, Usage.CLIENT: authority_pb2.USAGE_CLIENT}
 # RFC 6750 section 2.1. gRPC refuses other characters in metadata, and servers refuse more than 8 KiB of it.
 _TOKEN = re.compile(rb"[A-Za-z0-9._~+/-]{1,7168}=*")
@@ -124,6 +132,23 @@ class AuthorityClient:
         request = authority_pb2.ConfirmTrustRequest(set=name, generation=generation)
         try:
             await self._stub().ConfirmTrust(request, timeout=_TELL_TIMEOUT_S, metadata=self._bearer())
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error) from None
+
+    async def report(self, report: Report) -> None:
+        """Tells what has become of a pod's certificate.
+
+        Raises:
+            CertmountError: as :meth:`issue`.
+        """
+        request = authority_pb2.ReportRequest(
+            pod_token=report.token.reveal(),
+            condition=_CONDITIONS[report.condition],
+            reason=report.reason,
+            message=report.message,
+        )
+        try:
+            await self._stub().Report(request, timeout=_TELL_TIMEOUT_S, metadata=self._bearer())
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error) from None
 

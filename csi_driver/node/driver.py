@@ -9,10 +9,13 @@ from pathlib import Path
 
 from csi_driver.host.volumes import VolumeStore
 from csi_driver.node.authority_client import AuthorityClient, TrustBundle
+from csi_driver.node.conditions import Conditions
 from csi_driver.node.enrolment import Enrolment
+from csi_driver.node.lanes import Lanes
 from csi_driver.node.publisher import Publisher
 from csi_driver.node.removal import Removal
 from csi_driver.node.renewals import Renewals
+from csi_driver.node.reports import Reports
 from csi_driver.node.roots import Roots
 from csi_driver.node.trust import follow_trust
 from csi_driver.node.volume import Volumes
@@ -35,10 +38,25 @@ class Driver:
         self._client = client
         self._chance = chance
         volumes = Volumes()
-        enrolment = Enrolment(client, keys, clock, chance)
+        self._lanes = Lanes(clock, chance)
+        enrolment = Enrolment(self._lanes.paced(client), keys, clock, chance)
         self._removal = Removal(store, volumes, clock, chance)
         self._roots = Roots(store, volumes, self._removal, metrics, clock, chance)
-        self._renewals = Renewals(store, volumes, enrolment, self._roots, self._removal, metrics, clock, chance)
+        metrics.count_waiting(self._lanes.backlog)
+        self._reports = Reports(client, chance)
+        self._conditions = Conditions(volumes, self._removal, self._lanes, self._reports, clock)
+        self._renewals = Renewals(
+            store,
+            volumes,
+            enrolment,
+            self._roots,
+            self._removal,
+            self._lanes,
+            self._conditions,
+            metrics,
+            clock,
+            chance,
+        )
         self.publisher = Publisher(
             kubelet_dir, store, volumes, enrolment, self._roots, self._renewals, self._removal, metrics, clock, chance
         )
@@ -46,7 +64,9 @@ class Driver:
     async def run(self) -> None:
         """Renews, and follows the authority's roots and policy, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._renewals.rotation.run(), name="renewals")
+            tasks.create_task(self._lanes.run(self._renewals.renew), name="renewals")
+            tasks.create_task(self._conditions.clock_of_ends.run(), name="ends")
+            tasks.create_task(self._reports.run(), name="reports")
             tasks.create_task(self._roots.writing.run(), name="roots")
             tasks.create_task(self._removal.again.run(), name="removals")
             tasks.create_task(follow_trust(self._client, self._take, self._roots, self._chance), name="trust")

@@ -102,7 +102,7 @@ class Publisher:
 
     def trouble(self, volume_id: str, path: str) -> tuple[str, str] | None:
         """What is wrong with a volume's certificate, as :meth:`Volume.trouble`; raises CertmountError VolumeNotFound."""
-        return self.find(volume_id, path).trouble(self._clock())
+        return self._renewals.trouble(self.find(volume_id, path))
 
     def usage(self, volume_id: str) -> Usage:
         """Space and inodes of the volume's own file system."""

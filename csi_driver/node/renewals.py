@@ -11,12 +11,13 @@ from csi_driver.core.errors import CertmountError, Kind, Reason
 from csi_driver.core.renewal import retry_delay_s
 from csi_driver.core.trust import union
 from csi_driver.host.volumes import VolumeStore
+from csi_driver.node.conditions import Conditions
 from csi_driver.node.contents import write_certificate
 from csi_driver.node.enrolment import Enrolled, Enrolment
 from csi_driver.node.known_roots import trusted_names
+from csi_driver.node.lanes import Lanes
 from csi_driver.node.removal import Removal
 from csi_driver.node.roots import Roots
-from csi_driver.node.rotation import Rotation
 from csi_driver.node.volume import Volume, Volumes
 from csi_driver.node.workers import in_thread
 from csi_driver.telemetry.node_metrics import NodeMetrics
@@ -32,7 +33,7 @@ _POLICY_SETTLES_S = 180.0
 
 
 class Renewals:
-    """The renewals of all volumes; ``rotation`` is their clock."""
+    """The renewals of all volumes; ``lanes`` are their clocks."""
 
     def __init__(
         self,
@@ -41,6 +42,8 @@ class Renewals:
         enrolment: Enrolment,
         roots: Roots,
         removal: Removal,
+        lanes: Lanes,
+        conditions: Conditions,
         metrics: NodeMetrics,
         clock: Callable[[], float],
         chance: Callable[[], float],
@@ -50,17 +53,19 @@ class Renewals:
         self._enrolment = enrolment
         self._roots = roots
         self._removal = removal
+        self._lanes = lanes
+        self._conditions = conditions
         self._metrics = metrics
         self._clock = clock
         self._chance = chance
         self._policy: str | None = None
         self._policy_settled_at = 0.0
-        self.rotation = Rotation(clock, self.renew)
-        volumes.when_forgotten(self.rotation.cancel)
+        volumes.when_forgotten(lanes.cancel)
 
     def keep(self, volume: Volume) -> None:
         """Sets the moment at which a volume that holds a certificate is renewed."""
-        self.rotation.schedule(volume.record.volume_id, volume.record.renew_at)
+        self._schedule(volume, volume.record.renew_at)
+        self._conditions.keep(volume)
         self._metrics.keep(volume.record.volume_id, volume.record.not_after)
         self._metrics.unhealthy(volume.record.volume_id, None)
 
@@ -69,7 +74,11 @@ class Renewals:
         if volume.failure is not None and volume.failure.reason in (Reason.TOKEN_MISSING, Reason.TOKEN_EXPIRED):
             volume.failure, volume.attempt = None, 0
             self._metrics.unhealthy(volume.record.volume_id, None)
-            self.rotation.schedule(volume.record.volume_id, self._clock())
+            self._schedule(volume, self._clock())
+
+    def trouble(self, volume: Volume) -> tuple[str, str] | None:
+        """What is wrong with a volume's certificate now, as :meth:`Volume.trouble`."""
+        return volume.trouble(self._clock(), self._lanes.trouble(volume.spec.issuer))
 
     def policy_is(self, revision: str) -> None:
         """Tries again what was refused, and what was given up, when the policy is another one than before."""
@@ -81,7 +90,7 @@ class Renewals:
         for volume in self._volumes:
             if volume.failure is not None and volume.failure.reason.kind is Kind.REFUSED and not volume.renewing:
                 volume.attempt = 0
-                self.rotation.schedule(volume.record.volume_id, now + self._chance() * _POLICY_SPREAD_S)
+                self._schedule(volume, now + self._chance() * _POLICY_SPREAD_S)
 
     async def renew(self, volume_id: str) -> None:
         """Renews one volume in place. Never raises: what fails is reported and tried again."""
@@ -125,35 +134,41 @@ class Renewals:
             volume.readers,
             enrolled.issued_at,
         )
-        volume.record, volume.failure, volume.attempt, volume.trusts = record, None, 0, trusts
+        volume.record, volume.trusts = record, trusts
+        volume.failure, volume.attempt, volume.dropped = None, 0, False
         self.keep(volume)
+        self._conditions.renewed(volume)
         self._metrics.renewed()
         await self._roots.catch_up(volume)
         await in_thread(None, self._store.write_record, record)
         log.info("renewed", not_after=enrolled.not_after, renew_at=enrolled.renew_at)
 
+    def _schedule(self, volume: Volume, when: float) -> None:
+        self._lanes.schedule(volume.record.volume_id, volume.spec.issuer, when, volume.record.not_after)
+
     def _failed(self, volume: Volume, error: CertmountError) -> None:
         if not self._volumes.has(volume):
             return
-        volume_id = volume.record.volume_id
         volume.failure, volume.attempt = error, volume.attempt + 1
         self._metrics.renewal_failed(error.reason)
-        self._metrics.unhealthy(volume_id, error.reason)
+        self._metrics.unhealthy(volume.record.volume_id, error.reason)
         delay = self._delay_s(volume, error.reason)
+        volume.dropped = delay is None
         if delay is None:
             log.error("renewal dropped", reason=error.reason.word, error=str(error), not_after=volume.record.not_after)
-            return
-        self.rotation.schedule(volume_id, self._clock() + delay)
-        log.warning(
-            "not renewed",
-            reason=error.reason.word,
-            error=str(error),
-            attempt=volume.attempt,
-            retry_in_s=round(delay, 1),
-        )
+        else:
+            self._schedule(volume, self._clock() + delay)
+            log.warning(
+                "not renewed",
+                reason=error.reason.word,
+                error=str(error),
+                attempt=volume.attempt,
+                retry_in_s=round(max(delay, self._lanes.pause_s(volume.spec.issuer)), 1),
+            )
+        self._conditions.failed(volume)
 
     def _delay_s(self, volume: Volume, reason: Reason) -> float | None:
-        """Seconds until the next try; None where there is to be none until the policy changes."""
+        """Seconds until the next try at the soonest; None where there is to be none until the policy changes."""
         if reason is Reason.IDENTITY_DENIED:
             settles_in = self._policy_settled_at - self._clock()
             return settles_in + self._chance() * _POLICY_SPREAD_S if settles_in > 0 else None

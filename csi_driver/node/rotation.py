@@ -1,76 +1,77 @@
-"""One clock for all volumes: a heap of moments, and a bounded number of renewals side by side."""
+"""One clock for many volumes: sleeps until a moment has come, and keeps a bounded number of calls side by side."""
 
 from __future__ import annotations
 
 import asyncio
-import heapq
 from collections.abc import Awaitable, Callable
 
-_SIDE_BY_SIDE = 8
-"""Renewals at once: enough to use an authority well after an outage, few enough to leave the node to its pods."""
+from csi_driver.node.agenda import Agenda
+from csi_driver.node.pace import SIDE_BY_SIDE, Pace
+
 _LONGEST_NAP_S = 60.0
 """The wall clock may be set, or the machine sleep; look again at least this often."""
 
 
 class Rotation:
-    """Calls ``renew(volume_id)`` when a volume's moment has come. Moments are unix seconds by ``clock``."""
+    """Calls ``act(volume_id)`` when a volume's moment has come. Moments are unix seconds by ``clock``.
 
-    def __init__(self, clock: Callable[[], float], renew: Callable[[str], Awaitable[None]]) -> None:
+    ``pace`` says how many calls may run side by side now; without one, eight.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float], act: Callable[[str], Awaitable[None]], pace: Pace | None = None
+    ) -> None:
         self._clock = clock
-        self._renew = renew
-        self._heap: list[tuple[float, str]] = []
-        # The truth; entries of the heap that differ from it are outdated and skipped.
-        self._due: dict[str, float] = {}
+        self._act = act
+        self._pace = pace or Pace(lambda: 0.5, SIDE_BY_SIDE)
+        self._agenda = Agenda()
         self._wake = asyncio.Event()
 
-    def schedule(self, volume_id: str, when: float) -> None:
-        """Sets the volume's moment; an earlier one is forgotten."""
-        self._due[volume_id] = when
-        heapq.heappush(self._heap, (when, volume_id))
-        if self._heap[0] == (when, volume_id):
-            self._wake.set()
-        if len(self._heap) > 2 * len(self._due) + 64:
-            self._heap = [(moment, volume) for volume, moment in self._due.items()]
-            heapq.heapify(self._heap)
+    def schedule(self, volume_id: str, when: float, until: float = float("inf")) -> None:
+        """Sets the volume's moment; an earlier one is forgotten. Of several that have come, the least ``until`` is first."""
+        self._agenda.schedule(volume_id, when, until)
+        self._wake.set()
 
     def cancel(self, volume_id: str) -> None:
         """Forgets the volume."""
-        self._due.pop(volume_id, None)
+        self._agenda.cancel(volume_id)
 
     def due(self, volume_id: str) -> float | None:
-        """The volume's moment; None while it is being renewed or is unknown."""
-        return self._due.get(volume_id)
+        """The volume's moment; None while it is acted on or is unknown."""
+        return self._agenda.due(volume_id)
+
+    def backlog(self) -> int:
+        """How many volumes' moments have come and wait."""
+        return self._agenda.backlog(self._clock())
+
+    def put_off(self, delay_s: Callable[[float], float]) -> None:
+        """Sets the moments of all that wait anew: in ``delay_s(seconds it can wait)``."""
+        self._agenda.put_off(self._clock(), delay_s)
+        self._wake.set()
+
+    def look(self) -> None:
+        """Looks whether there is something to do: the pace has changed."""
+        self._wake.set()
 
     async def run(self) -> None:
-        """Renews until cancelled."""
-        places = asyncio.Semaphore(_SIDE_BY_SIDE)
-        async with asyncio.TaskGroup() as renewals:
+        """Acts until cancelled."""
+        monotonic = asyncio.get_running_loop().time
+        async with asyncio.TaskGroup() as acts:
             while True:
-                await places.acquire()
-                volume_id = await self._next()
-                renewals.create_task(self._renew_one(volume_id, places), name=f"renew {volume_id}")
+                self._wake.clear()
+                wait = max(self._agenda.wait_s(self._clock()), self._pace.wait_s(monotonic()))
+                if wait <= 0 and (volume_id := self._agenda.take(self._clock())) is not None:
+                    self._pace.begin()
+                    acts.create_task(self._act_on(volume_id), name=f"act on {volume_id}")
+                    continue
+                try:
+                    await asyncio.wait_for(self._wake.wait(), min(wait, _LONGEST_NAP_S))
+                except TimeoutError:
+                    continue
 
-    async def _renew_one(self, volume_id: str, places: asyncio.Semaphore) -> None:
+    async def _act_on(self, volume_id: str) -> None:
         try:
-            await self._renew(volume_id)
+            await self._act(volume_id)
         finally:
-            places.release()
-
-    async def _next(self) -> str:
-        """Waits for the next volume whose moment has come and takes it out."""
-        while True:
-            self._wake.clear()
-            while self._heap and self._due.get(self._heap[0][1]) != self._heap[0][0]:
-                heapq.heappop(self._heap)
-            wait = _LONGEST_NAP_S
-            if self._heap:
-                moment, volume_id = self._heap[0]
-                wait = min(moment - self._clock(), _LONGEST_NAP_S)
-                if wait <= 0:
-                    heapq.heappop(self._heap)
-                    del self._due[volume_id]
-                    return volume_id
-            try:
-                await asyncio.wait_for(self._wake.wait(), wait)
-            except TimeoutError:
-                continue
+            self._pace.end()
+            self._wake.set()

@@ -26,6 +26,8 @@ class Volume:
     """Why the last renewal failed; None when it did not."""
     attempt: int = 0
     """Renewals that failed in a row."""
+    dropped: bool = False
+    """True where there are no further tries to renew it, as its pod is denied."""
     renewing: bool = False
     trusts: Mapping[str, RootSet] = field(default_factory=dict)
     """The sets whose roots its root.crt is known to hold; none after a restart, until it was looked at."""
@@ -43,13 +45,23 @@ class Volume:
         """Who may read its key; the volume's own attribute wins over the pod's fsGroup."""
         return Readers(self.record.mount_group if self.spec.fs_group is None else self.spec.fs_group)
 
-    def trouble(self, now: float) -> tuple[str, str] | None:
-        """What is wrong with the certificate at a moment (unix seconds): a CamelCase reason and a text for people; None when it is well."""
+    @property
+    def overdue_at(self) -> float:
+        """When half of what was left of the life at the moment of renewal is gone (unix seconds)."""
+        return (self.record.renew_at + self.record.not_after) / 2
+
+    def trouble(self, now: float, away: CertmountError | None = None) -> tuple[str, str] | None:
+        """What is wrong with the certificate at a moment (unix seconds): a CamelCase reason and a text for people; None when it is well.
+
+        ``away`` says why there are no certificates of its issuer now, which is the trouble of each volume that needs one.
+        """
+        failure = self.failure or (away if now >= self.record.renew_at else None)
         if now >= self.record.not_after:
-            why = f"; its renewal fails: {self.failure}" if self.failure else ""
+            why = f"; its renewal fails: {failure}" if failure else ""
             return "CertificateExpired", f"the certificate of pod {self.pod} has expired{why}"
-        if self.failure is not None:
-            return self.failure.reason.word, f"the certificate of pod {self.pod} is not renewed: {self.failure}"
+        if failure is not None:
+            dropped = " and will not be before the policy changes" if self.dropped else ""
+            return failure.reason.word, f"the certificate of pod {self.pod} is not renewed{dropped}: {failure}"
         return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -21,6 +21,7 @@ class NodeMetrics(Collector):
         self._not_after: dict[str, float] = {}
         self._unhealthy: dict[str, Reason] = {}
         self._roots_behind: set[str] = set()
+        self._waiting: Callable[[], int] = lambda: 0
         self._calls = Histogram(
             "certmount_node_call_seconds",
             "Calls of the kubelet by method and reason of failure (empty: none).",
@@ -70,6 +71,10 @@ class NodeMetrics(Collector):
         """Newer roots could not be written to the volume, or were."""
         (self._roots_behind.add if behind else self._roots_behind.discard)(volume_id)
 
+    def count_waiting(self, waiting: Callable[[], int]) -> None:
+        """Has ``waiting`` called at each scrape, from another thread: volumes whose moment of renewal has come."""
+        self._waiting = waiting
+
     def forget(self, volume_id: str) -> None:
         """The volume is gone."""
         self._roots_behind.discard(volume_id)
@@ -83,6 +88,8 @@ class NodeMetrics(Collector):
         if not_after:
             text = "The moment at which the first certificate of this node ends, in unix seconds."
             yield GaugeMetricFamily("certmount_node_first_expiry_timestamp_seconds", text, value=min(not_after))
+        text = "Volumes whose moment of renewal has come and that wait for their turn."
+        yield GaugeMetricFamily("certmount_node_renewals_waiting", text, value=self._waiting())
         text = "Volumes to which newer roots could not be written; a change of the CA waits for them."
         yield GaugeMetricFamily("certmount_node_volumes_roots_behind", text, value=len(self._roots_behind))
         family = GaugeMetricFamily(

@@ -157,7 +157,7 @@ def test_rescheduling_for_ever_does_not_grow() -> None:
         world.schedule("b", 50)
         for number in range(10_000):
             world.schedule("a", 100 + number / 1000)
-        assert len(world.rotation._heap) < 100
+        assert len(world.rotation._agenda._later) < 100
         await world.run(Wait(200))
 
     run_virtually(story())
