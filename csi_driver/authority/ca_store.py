@@ -117,7 +117,7 @@ class FolderStore:
                 current = self._read()
                 if ("" if current is None else _version(current)) != based_on.version:
                     return False
-                replace_file(self._file, content, mode=0o600)
+                replace_file(self._file, content, mode=0o600, owner_of=self._folder)
         except OSError as error:
             raise self._unusable(f"cannot be written: {error.strerror}") from None
         return True
@@ -136,13 +136,19 @@ class FolderStore:
         return CertmountError(Reason.INVALID_CA, Fault(self.name, problem, hint))
 
 
-def replace_file(file: Path, content: bytes, *, mode: int) -> None:
-    """Writes a file so that it is there wholly or not at all, also after a power cut; raises OSError."""
+def replace_file(file: Path, content: bytes, *, mode: int, owner_of: Path | None = None) -> None:
+    """Writes a file so that it is there wholly or not at all, also after a power cut; raises OSError.
+
+    Root gives it to the owner of ``owner_of``: a command that an administrator calls must not lock out who serves.
+    """
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
         with os.fdopen(descriptor, "wb") as stream:
             os.fchmod(descriptor, mode)
+            if owner_of is not None and os.geteuid() == 0:
+                owner = owner_of.stat()
+                os.fchown(descriptor, owner.st_uid, owner.st_gid)
             stream.write(content)
             stream.flush()
             os.fsync(descriptor)

@@ -70,6 +70,8 @@ class FederationFolder:
             self._unreadable = problem
             return
         self._unreadable = ""
+        if files.keys() != self._seen.keys():
+            self._seen = {}  # what was wrong with one file may have been the presence of another
         for file, content in sorted(files.items()):
             self._take(file, content)
         names = {_set_name(file) for file in files}
@@ -77,7 +79,6 @@ class FederationFolder:
             del self._sets[name]
             self._trust.drop_roots(name)
             log.info("federation removed", set=name)
-        self._seen = {file: seen for file, seen in self._seen.items() if file in files}
 
     async def run(self) -> None:
         """Follows the folder for ever."""
@@ -126,7 +127,7 @@ class FederationFolder:
         except FileNotFoundError:
             folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            return {name: _content(name, folder) for name in os.listdir(folder) if name.endswith(_SUFFIXES)}
+            return {name: _content(name, folder) for name in os.listdir(folder) if name.endswith(_SUFFIXES)}  # noqa: PTH208  # a descriptor stays with one state of the folder
         finally:
             os.close(folder)
 

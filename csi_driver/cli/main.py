@@ -11,6 +11,7 @@ from csi_driver import __version__
 _COMMANDS = {
     "node": "csi_driver.cli.node",
     "authority": "csi_driver.cli.authority",
+    "ca": "csi_driver.cli.ca",
     "demo": "csi_driver.cli.demo",
 }
 

@@ -1,0 +1,251 @@
+"""``certmount ca``: look at the CA, exchange it without an outage, stop that, go on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from csi_driver.authority.ca import utc_now
+from csi_driver.authority.ca_sources import StoredCA
+from csi_driver.authority.ca_state import Holdings
+from csi_driver.authority.ca_store import FolderStore
+from csi_driver.authority.confirmations import Confirmations, NodeList, judge
+from csi_driver.authority.keyring import (
+    AUTHORITY_KEY_TYPES,
+    INTERMEDIATE,
+    INTERMEDIATE_KEY,
+    ROOT,
+    ROOT_KEY,
+    Design,
+    Keyring,
+    make_keyring,
+)
+from csi_driver.authority.keyring_check import load_keyring
+from csi_driver.authority.rotation import Phase, go_on, stop
+from csi_driver.cli.ca_report import Report
+from csi_driver.cli.common import parsed
+from csi_driver.core.errors import CertmountError
+from csi_driver.core.name_constraints import parse_constraint
+from csi_driver.core.nodes import Nodes
+from csi_driver.core.secret import Secret
+from csi_driver.telemetry.logging import configure_logging
+
+_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+_KEY_TYPES = {key_type.value: key_type for key_type in AUTHORITY_KEY_TYPES}
+_DEFAULT_SECRET = ("certmount", "certmount-ca")
+_CONFIRMATIONS = "certmount-confirmations"
+_OWN = {ROOT: "root", ROOT_KEY: "root_key", INTERMEDIATE: "intermediate", INTERMEDIATE_KEY: "intermediate_key"}
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a CA is kept, and what is known of the nodes there."""
+
+    ca: StoredCA
+    confirmations: Confirmations
+    nodes: NodeList
+
+    async def report(self, holdings: Holdings) -> Report:
+        marks = await self.confirmations.read()
+        nodes = await self.nodes.list() if holdings.state.phase.before_switch else Nodes(frozenset(), frozenset())
+        return Report(holdings, *judge(nodes, marks, holdings.state.generation), int(time.time()))
+
+
+class _Unconnected:
+    """Outside of a cluster only the authority knows who is connected."""
+
+    async def list(self) -> Nodes:
+        return Nodes(frozenset(), None)
+
+
+def _namespaced(text: str) -> tuple[str, str]:
+    namespace, _, name = text.partition("/")
+    if not namespace or not name or "/" in name:
+        raise ValueError("is not NAMESPACE/NAME")
+    return namespace, name
+
+
+def _placed(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say which CA is meant."""
+    folder = click.Path(path_type=Path, exists=True, file_okay=False)
+    secret_help = "NAMESPACE/NAME of the Secret that keeps the CA; in a cluster certmount/certmount-ca, else none."
+    command = click.option("--ca-dir", type=folder, help="Outside a cluster: the folder that keeps the CA.")(command)
+    return click.option("--ca-secret", callback=parsed(_namespaced), help=secret_help)(command)
+
+
+@click.group(name="ca")
+def command() -> None:
+    """Look at the CA, and exchange it without an outage (docs/rotation.md)."""
+
+
+@command.command()
+@_placed
+@click.option("--output", "-o", type=click.Choice(["text", "json"]), default="text", show_default=True)
+def status(ca_secret: tuple[str, str] | None, ca_dir: Path | None, output: str) -> None:
+    """Tell which CA signs, which roots are trusted until when, and what a rotation waits for."""
+
+    async def look(place: _Place) -> Report:
+        return await place.report(await place.ca.look_up(utc_now()))
+
+    _tell(_run(ca_secret, ca_dir, look), output)
+
+
+@command.command()
+@_placed
+@click.option("--root", type=_FILE, help="A next CA of your own: its root certificates, PEM.")
+@click.option("--root-key", type=_FILE, help="Its root's key; leave it away if it is kept offline.")
+@click.option("--intermediate", type=_FILE, help="Its signing certificate, and what leads from there to the root.")
+@click.option("--intermediate-key", type=_FILE, help="Its signing key.")
+@click.option("--password-file", type=_FILE, help="What its keys are encrypted with.")
+@click.option(
+    "--key-type", type=click.Choice(list(_KEY_TYPES)), help="Else, of the CA that is made: the kind of its keys."
+)
+@click.option(
+    "--permit",
+    multiple=True,
+    callback=parsed(parse_constraint),
+    help="The only names it may sign, such as DNS:example.com or IP:10.0.0.0/8; repeatable.",
+)
+@click.option("--path-length", type=click.IntRange(1, 8), help="How many intermediates its root allows.")
+def rotate(ca_secret: tuple[str, str] | None, ca_dir: Path | None, **options: Any) -> None:
+    """Begin to exchange the CA, or go on after a stop. Nothing is interrupted; it takes from minutes to as long as certificates live."""
+    following = _following(options)
+
+    def step(holdings: Holdings) -> Holdings:
+        if holdings.state.phase is Phase.STEADY:
+            return holdings.begun(following or make_keyring(utc_now()), int(time.time()))
+        if following is not None:
+            raise click.ClickException(
+                "a rotation to another CA is under way; give that one up first by: certmount ca stop --discard"
+            )
+        return replace(holdings, state=go_on(holdings.state))
+
+    async def act(place: _Place) -> tuple[Holdings, Report]:
+        before = await place.ca.look_up(utc_now())
+        return before, await place.report(await place.ca.change(utc_now(), step))
+
+    before, report = _run(ca_secret, ca_dir, act)
+    if before.state.phase is Phase.STEADY:
+        click.echo("The rotation has begun. No pod notices; certificates are renewed when they would have been.")
+    elif before.state.stopped:
+        click.echo("The rotation goes on.")
+    else:
+        click.echo("A rotation is under way already; nothing was changed.")
+    _tell(report)
+
+
+@command.command(name="stop")
+@_placed
+@click.option("--discard", is_flag=True, help="Give the next CA up; possible until it signs.")
+def stop_command(ca_secret: tuple[str, str] | None, ca_dir: Path | None, discard: bool) -> None:
+    """Hold a rotation where it is: all that is trusted stays trusted, and the same CA goes on to sign."""
+
+    def step(holdings: Holdings) -> Holdings:
+        if discard:
+            return holdings.discarded(int(time.time()))
+        return replace(holdings, state=stop(holdings.state))
+
+    async def act(place: _Place) -> Report:
+        return await place.report(await place.ca.change(utc_now(), step))
+
+    report = _run(ca_secret, ca_dir, act)
+    click.echo(
+        "The next CA is given up: it has signed nothing, and its root leaves every root.crt within seconds."
+        if discard
+        else "The rotation is stopped."
+    )
+    _tell(report)
+
+
+@command.command()
+@_placed
+@click.argument("nodes", nargs=-1, required=True, metavar="NODE...")
+def forget(ca_secret: tuple[str, str] | None, ca_dir: Path | None, nodes: tuple[str, ...]) -> None:
+    """Wait no longer for nodes that had the driver once and never will again. One with the driver is still waited for."""
+
+    async def act(place: _Place) -> list[bool]:
+        return [await place.confirmations.forget(node) for node in nodes]
+
+    for node, known in zip(nodes, _run(ca_secret, ca_dir, act), strict=True):
+        click.echo(f"{node}: {'forgotten' if known else 'has never confirmed anything, so there is nothing to forget'}")
+
+
+def _tell(report: Report, output: str = "text") -> None:
+    if output == "json":
+        click.echo(json.dumps(report.document(), indent=2))
+    else:
+        click.echo("\n".join(report.lines()))
+
+
+def _following(options: dict[str, Any]) -> Keyring | None:
+    """The next CA where the user says anything about it."""
+    own = {name: options[option] for name, option in _OWN.items() if options[option]}
+    made = {"key_type": options["key_type"], "permit": options["permit"], "path_length": options["path_length"]}
+    if not own:
+        if options["password_file"]:
+            raise click.UsageError("--password-file is for a CA of your own; see --root")
+        if not any(made.values()):
+            return None
+        key_type = _KEY_TYPES.get(options["key_type"] or "")
+        return make_keyring(utc_now(), Design(key_type, options["permit"], options["path_length"] or 1))
+    if any(made.values()):
+        raise click.UsageError(
+            "--key-type, --permit and --path-length are for a CA that is made, --root is for your own"
+        )
+    if missing := [
+        f"--{_OWN[name].replace('_', '-')}" for name in (ROOT, INTERMEDIATE, INTERMEDIATE_KEY) if name not in own
+    ]:
+        raise click.UsageError(f"a CA of your own also needs {', '.join(missing)}")
+    values = {name: Secret(file.read_bytes()) for name, file in own.items()}
+    password_file = options["password_file"]
+    password = Secret(password_file.read_bytes().rstrip(b"\r\n")) if password_file else None
+    try:
+        keyring = load_keyring(values, utc_now(), where="next", prefix="", password=password, hint="see its option")
+    except CertmountError as error:
+        raise click.ClickException(str(error)) from None
+    # The authority has no password for what lies in its store, which is as secret as the password would be.
+    return replace(keyring, source={}, encrypted=False)
+
+
+def _run(ca_secret: tuple[str, str] | None, ca_dir: Path | None, act: Callable[[_Place], Awaitable[_T]]) -> _T:
+    configure_logging("warning")
+
+    async def run() -> _T:
+        async with _place(ca_secret, ca_dir) as place:
+            return await act(place)
+
+    try:
+        return asyncio.run(run())
+    except CertmountError as error:
+        raise click.ClickException(str(error)) from None
+
+
+@contextlib.asynccontextmanager
+async def _place(ca_secret: tuple[str, str] | None, ca_dir: Path | None) -> AsyncIterator[_Place]:
+    if ca_secret and ca_dir:
+        raise click.UsageError("--ca-secret is for a cluster, --ca-dir for the outside of one; give one or the other")
+    if ca_dir:
+        confirmations = Confirmations(FolderStore(ca_dir, "confirmations.json"), lambda: 0)
+        yield _Place(StoredCA(FolderStore(ca_dir)), confirmations, _Unconnected())
+        return
+    if not ca_secret and "KUBERNETES_SERVICE_HOST" not in os.environ:
+        raise click.UsageError("--ca-dir: needed outside a cluster")
+    from csi_driver.kube.client import ObjectName, connect, in_cluster_configuration
+    from csi_driver.kube.csi_nodes import CsiNodes
+    from csi_driver.kube.secret_store import SecretStore
+
+    namespace, name = ca_secret or _DEFAULT_SECRET
+    async with connect(in_cluster_configuration()) as api:
+        store = SecretStore(api, ObjectName("Secret", namespace, name))
+        known = SecretStore(api, ObjectName("Secret", namespace, _CONFIRMATIONS))
+        yield _Place(StoredCA(store), Confirmations(known, lambda: 0), CsiNodes(api))
