@@ -11,7 +11,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.signers import Signer, make_intermediate, make_root, renew_intermediate
 from csi_driver.core.formats.pem import encode_certificates
-from csi_driver.core.keys import PrivateKey, encode_key, generate_key
+from csi_driver.core.keys import PrivateKey, encode_key, generate_key, key_type_of
+from csi_driver.core.name_constraints import Bounds
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import KeyType
 
@@ -33,7 +34,16 @@ class Design:
     """Of root and intermediate; None: EC P-384 for the root, EC P-256 for the intermediate that signs all day."""
     permitted: tuple[x509.GeneralName, ...] = ()
     """Name constraints (RFC 5280 section 4.2.1.10); none: any name."""
+    excluded: tuple[x509.GeneralName, ...] = ()
+    """Likewise; nobody writes them, but a CA that someone brought may have them."""
     path_length: int = 1
+
+    @property
+    def constraints(self) -> x509.NameConstraints | None:
+        """As certificates hold them."""
+        if not self.permitted and not self.excluded:
+            return None
+        return x509.NameConstraints(self.permitted or None, self.excluded or None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +135,30 @@ def make_keyring(now: datetime, design: Design = Design()) -> Keyring:
     intermediate, as verifiers need not look at what a trusted root says of itself (RFC 5280 section 6.1).
     """
     root_type, type_below = design.key_type or KeyType.EC_P384, design.key_type or KeyType.EC_P256
-    extra = [x509.NameConstraints(design.permitted, None)] if design.permitted else []
+    extra = [design.constraints] if design.constraints else []
     root = make_root("root", generate_key(root_type), now, path_length=design.path_length, extra=extra)
     return Keyring((root.certificate,), root.key, make_intermediate(root, generate_key(type_below), now, extra))
+
+
+def design_of(keyring: Keyring) -> Design:
+    """How a CA is made that takes this one's place: with keys of the same kind and for the same names."""
+    kinds = {key_type_of(certificate.public_key()) for certificate in (keyring.root, keyring.intermediate.certificate)}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    permitted: dict[type[x509.GeneralName], list[x509.GeneralName]] = {}
+    excluded: list[x509.GeneralName] = []
+    for constraints in Bounds.of((*keyring.intermediates, keyring.root)).constraints:
+        trees = constraints.permitted_subtrees or []
+        # Of a kind that several certificates constrain the lowest counts, as it is within the others.
+        for other in dict.fromkeys(type(tree) for tree in trees if type(tree) not in permitted):
+            permitted[other] = [tree for tree in trees if type(tree) is other]
+        excluded += constraints.excluded_subtrees or []
+    length = keyring.root.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length
+    return Design(
+        kind if kind in AUTHORITY_KEY_TYPES else None,
+        tuple(tree for trees in permitted.values() for tree in trees),
+        tuple(dict.fromkeys(excluded)),
+        max(length or 1, 1),
+    )
 
 
 def dump_keyring(keyring: Keyring, prefix: str = "") -> Mapping[str, Secret[bytes]]:

@@ -12,7 +12,14 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.verification import PolicyBuilder, Store
 
-from csi_driver.authority.keyring import AUTHORITY_KEY_TYPES, Design, Keyring, dump_keyring, make_keyring
+from csi_driver.authority.keyring import (
+    AUTHORITY_KEY_TYPES,
+    Design,
+    Keyring,
+    design_of,
+    dump_keyring,
+    make_keyring,
+)
 from csi_driver.authority.keyring_check import load_keyring
 from csi_driver.authority.leaf import Leaf, sign_leaf
 from csi_driver.authority.signers import INTERMEDIATE_LIFE, ROOT_LIFE, Signer
@@ -24,6 +31,7 @@ from csi_driver.core.names import DNSName, Names
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import KeyType, Usage
 from tests.unit.authority.clock import Clock
+from tests.unit.core import pki
 
 NOW = Clock().utc()
 Values = dict[str, Secret[bytes]]
@@ -279,3 +287,35 @@ def test_a_wanted_path_length_is_the_roots() -> None:
         for certificate in (keyring.root, keyring.intermediate.certificate)
     ]
     assert lengths == [3, 0]
+
+
+EXCLUDED = (x509.DNSName("b.example.com"),)
+
+
+@pytest.mark.parametrize(
+    "design",
+    [
+        Design(),
+        Design(KeyType.ED25519),
+        Design(KeyType.ML_DSA_44, path_length=2),
+        Design(permitted=BOUNDS),
+        Design(KeyType.EC_P256, BOUNDS[:2], EXCLUDED),
+    ],
+)
+def test_the_design_of_a_ca_is_found_in_it(design: Design) -> None:
+    """So the next one is made for the same names; nobody has to remember how the first one was made."""
+    keyring = load_keyring(dump_keyring(make_keyring(NOW, design)), NOW, where="here")
+    found = design_of(keyring)
+    assert set(found.permitted) == set(design.permitted)
+    assert (found.key_type, found.excluded, found.path_length) == (design.key_type, design.excluded, design.path_length)
+
+
+def test_the_design_of_a_brought_ca_gathers_what_its_chain_constrains() -> None:
+    """Of each kind of name the lowest certificate's word; an unlimited path becomes the least."""
+    names = {text: parse_constraint(text) for text in ("dns:test", "dns:a.test", "ip:10.0.0.0/8")}
+    above = x509.NameConstraints([names["dns:test"], names["ip:10.0.0.0/8"]], EXCLUDED)
+    below = x509.NameConstraints([names["dns:a.test"]], EXCLUDED)
+    root = pki.authority("root", extensions=[pki.CA_USAGE, above])
+    lower = pki.authority("lower", root, extensions=[pki.CA_USAGE, below])
+    found = design_of(Keyring((root.certificate,), None, Signer(lower.certificate, lower.key)))
+    assert found == Design(KeyType.EC_P256, (names["dns:a.test"], names["ip:10.0.0.0/8"]), EXCLUDED)
