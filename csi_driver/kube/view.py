@@ -50,7 +50,8 @@ class ClusterView:
             if not reflector.synced:
                 reasons.append(f"the cluster's {name} are not known yet")
             elif since is not None and self._clock() - since > STALE_S:
-                reasons.append(f"the cluster's {name} could not be followed for {self._clock() - since:.0f} s")
+                # Without the seconds: what is said of it on pods is to be the same text each time.
+                reasons.append(f"the cluster's {name} could not be followed for more than {STALE_S:.0f} s")
         return reasons
 
     def failing_s(self) -> Mapping[str, float]:

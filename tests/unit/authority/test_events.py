@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import re
 from collections import Counter
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -17,6 +19,7 @@ from prometheus_client import CollectorRegistry
 from csi_driver.authority import event_ledger
 from csi_driver.authority.event_ledger import MOST_KEPT, MOST_PER_POD, Entry, Ledger
 from csi_driver.authority.events import NoEvents, PodEvents, presentable
+from csi_driver.authority.report import CONDITIONS, RECOVERED
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.core.pod_event import EventRefused, PodEvent, Written
@@ -24,6 +27,7 @@ from csi_driver.telemetry.cluster_metrics import ClusterMetrics
 from tests.support.waiting import until
 from tests.unit.authority.clock import Clock
 
+ROOT = Path(__file__).parents[3]
 HELLO = PodIdentity(ServiceAccount("web", "hello"), "sa-uid", "hello-0", "pod-uid", "node-a", "node-uid", 2e9)
 START = 1_800_000_000.0
 """A moment at which a window begins."""
@@ -337,3 +341,9 @@ def test_how_long_the_cluster_could_not_be_followed_is_shown(registry: Collector
     ClusterMetrics(registry, lambda: failing)
     failing["pods"] = 7.0
     assert registry.get_sample_value("certmount_watch_failing_seconds", {"resource": "pods"}) == 7.0
+
+
+def test_every_event_is_in_the_documents() -> None:
+    """docs/events.md has a row for each condition that a node reports, of the right type, and for no other."""
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", (ROOT / "docs" / "events.md").read_text(), flags=re.MULTILINE)
+    assert dict(rows) == {word: "Normal" if word == RECOVERED else "Warning" for word in CONDITIONS.values()}
