@@ -121,7 +121,7 @@ class Desk:
         asked = Asked(request.names, request.key_type, wanted.usages, wanted.duration, wanted.issuer)
         grant = self.policy.current.decide(subject, asked)
         record.update(policy_ms=milliseconds(started), names=_texts(grant.names), rules=grant.rules)
-        issued = await self._signed(issuer, wanted.issuer, Order(request, grant, pod), record)
+        issued = await self._signed(issuer, wanted.issuer, Order(request, grant, pod, asked), record)
         _record_leaf(issued.chain, record)
         # As of now, not as of the question: whoever signed may have taken its time.
         return Answer(issued, self.trust.select(wanted.issuer, wanted.federations))

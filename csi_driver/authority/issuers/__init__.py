@@ -11,7 +11,7 @@ from typing import Protocol
 
 from csi_driver.core.csr import SigningRequest
 from csi_driver.core.identity import PodIdentity
-from csi_driver.core.policy import Grant
+from csi_driver.core.policy import Asked, Grant
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,8 @@ class Order:
     request: SigningRequest
     grant: Grant
     identity: PodIdentity
+    asked: Asked | None = None
+    """In the pod's own words, for an issuer that can't give all that policy grants; None where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,8 @@ class Issued:
     roots: tuple[bytes, ...]
     renew_after: timedelta | None = None
     """When the issuer wants it renewed, counted from now; None leaves it to the node."""
+    identity_included: bool = True
+    """False for an issuer that signs the DNS names only, such as a public CA: the leaf lacks the pod's SPIFFE ID."""
 
 
 class Issuer(Protocol):

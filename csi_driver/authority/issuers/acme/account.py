@@ -9,9 +9,10 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 
-import josepy
 from acme import messages
 from cryptography.hazmat.primitives.asymmetric import ec
+from josepy.errors import Error as JoseError
+from josepy.jwk import JWKEC
 
 from csi_driver.authority.ca_store import Store
 from csi_driver.authority.issuers.acme.connection import CaProblem, Connection
@@ -24,7 +25,7 @@ from csi_driver.core.secret import Secret
 class Account:
     """Who we are to the CA."""
 
-    key: josepy.JWKEC
+    key: JWKEC
     url: str
     """Empty before the CA knows the key."""
 
@@ -45,10 +46,14 @@ class Accounts:
         self._finding = asyncio.Lock()
 
     async def connect(self) -> Connection:
-        """A connection that signs as the account; raises CertmountError, or CaProblem where the CA refuses the account."""
+        """A connection that signs as the account; raises CertmountError IssuerUnavailable, also where the CA refuses the account."""
         async with self._finding:
             if self._account is None:
-                self._account = await self._found()
+                try:
+                    self._account = await self._found()
+                except CaProblem as problem:
+                    fault = Fault("ACME account", f"{self._settings.directory} refuses it: {problem.text}")
+                    raise CertmountError(Reason.ISSUER_UNAVAILABLE, fault) from None
         connection = Connection(self._settings.directory, self._account.key, self._settings.ca_file)
         connection.use_account(self._account.url)
         return connection
@@ -73,18 +78,18 @@ class Accounts:
             stored = await self._store.load()
             if self._value in stored.values:
                 return _read(stored.values[self._value], self._store.name, self._value)
-            key = josepy.JWKEC(key=ec.generate_private_key(ec.SECP256R1()))
+            key = JWKEC(key=ec.generate_private_key(ec.SECP256R1()))
             if await self._store.save({**stored.values, self._value: _written(key, "")}, stored):
                 return Account(key, "")
 
-    async def _keep(self, key: josepy.JWKEC, url: str) -> None:
+    async def _keep(self, key: JWKEC, url: str) -> None:
         while True:
             stored = await self._store.load()
             if await self._store.save({**stored.values, self._value: _written(key, url)}, stored):
                 return
 
 
-def register(connection: Connection, key: josepy.JWKEC, settings: AcmeSettings) -> str:
+def register(connection: Connection, key: JWKEC, settings: AcmeSettings) -> str:
     """The account's URL, made where the CA has none for the key (RFC 8555 section 7.3.1).
 
     Raises:
@@ -113,7 +118,7 @@ def register(connection: Connection, key: josepy.JWKEC, settings: AcmeSettings) 
     return url
 
 
-def _binding(directory: messages.Directory, key: josepy.JWKEC, settings: AcmeSettings) -> dict[str, object] | None:
+def _binding(directory: messages.Directory, key: JWKEC, settings: AcmeSettings) -> dict[str, object] | None:
     external = settings.external_account
     if external is None:
         return None
@@ -126,14 +131,17 @@ def _binding(directory: messages.Directory, key: josepy.JWKEC, settings: AcmeSet
         raise CertmountError(Reason.ISSUER_UNAVAILABLE, fault) from None
 
 
-def _written(key: josepy.JWKEC, url: str) -> Secret[bytes]:
+def _written(key: JWKEC, url: str) -> Secret[bytes]:
     return Secret(json.dumps({"key": key.to_json(), "url": url}).encode("ascii"))
 
 
 def _read(value: Secret[bytes], where: str, name: str) -> Account:
     try:
         document = json.loads(value.reveal())
-        return Account(josepy.JWKEC.from_json(document["key"]), str(document["url"]))
-    except (ValueError, TypeError, KeyError, josepy.Error):
+        key, url = JWKEC.from_json(document["key"]), str(document["url"])
+    except (ValueError, TypeError, KeyError, JoseError):
+        key, url = None, ""
+    if not isinstance(key, JWKEC):
         fault = Fault(f"{where}: {name}", "is not an account key", "restore it, or remove it to have a new account")
-        raise CertmountError(Reason.ISSUER_UNAVAILABLE, fault) from None
+        raise CertmountError(Reason.ISSUER_UNAVAILABLE, fault)
+    return Account(key, url)

@@ -122,3 +122,12 @@ def claim(state: State, holder: str, now: float, lease_s: float, most: int) -> S
         else:
             orders.append(order)
     return dataclasses.replace(state, orders=tuple(orders))
+
+
+def released(state: State, holder: str) -> State:
+    """Without the leases of ``holder``, which goes: others need not wait for their end."""
+    orders = tuple(
+        dataclasses.replace(order, holder="", lease_until=0.0) if order.holder == holder else order
+        for order in state.orders
+    )
+    return dataclasses.replace(state, orders=orders)

@@ -6,10 +6,13 @@ import time
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-import josepy
 import requests
 from acme import errors, messages
 from acme.client import ClientNetwork
+from josepy.errors import Error as JoseError
+from josepy.interfaces import JSONDeSerializable
+from josepy.jwa import ES256
+from josepy.jwk import JWK
 
 from csi_driver import __version__
 from csi_driver.core.errors import CertmountError, Fault, Reason
@@ -37,10 +40,8 @@ class CaProblem(Exception):
 class Connection(ClientNetwork):
     """One thread's connection to one CA; what a refusal costs is one exception, whatever went wrong."""
 
-    def __init__(self, directory_url: str, key: josepy.JWK | None, ca_file: str | None) -> None:
-        super().__init__(
-            key, alg=josepy.ES256, user_agent=f"certmount/{__version__}", timeout=_TIMEOUT_S, verify_ssl=True
-        )
+    def __init__(self, directory_url: str, key: JWK | None, ca_file: str | None) -> None:
+        super().__init__(key, alg=ES256, user_agent=f"certmount/{__version__}", timeout=_TIMEOUT_S, verify_ssl=True)
         if ca_file is not None:
             self.verify_ssl = ca_file  # type: ignore[assignment]  # handed on to requests, which takes a path as well
         self._directory_url = directory_url
@@ -51,8 +52,15 @@ class Connection(ClientNetwork):
     def directory(self) -> messages.Directory:
         """What the CA offers (RFC 8555 section 7.1.1)."""
         if self._directory is None:
-            self._directory = messages.Directory.from_json(self.fetch(self._directory_url).json())
+            self._directory = self.load_directory()
         return self._directory
+
+    def load_directory(self) -> messages.Directory:
+        """The directory as it is now; raises as :meth:`fetch`."""
+        try:
+            return messages.Directory.from_json(self.fetch(self._directory_url).json())
+        except (JoseError, ValueError, AttributeError):
+            raise self._strange() from None
 
     def use_account(self, url: str) -> None:
         """Signs as this account from now on (RFC 8555 section 6.2: ``kid``)."""
@@ -62,7 +70,7 @@ class Connection(ClientNetwork):
         """An unsigned GET; raises CaProblem or CertmountError IssuerUnavailable."""
         return self._spoken(url, self.get, url)
 
-    def send(self, url: str, body: josepy.JSONDeSerializable | None = None) -> requests.Response:
+    def send(self, url: str, body: JSONDeSerializable | None = None) -> requests.Response:
         """A signed POST, with None POST-as-GET (RFC 8555 section 6.3); raises CaProblem or CertmountError IssuerUnavailable."""
         for _ in range(_NONCE_ATTEMPTS - 1):
             try:
@@ -99,7 +107,7 @@ class Connection(ClientNetwork):
             raise _unavailable(url, f"does not answer within {_TIMEOUT_S} s") from None
         except requests.exceptions.RequestException as error:
             raise _unavailable(url, f"cannot be reached ({_innermost(error)})") from None
-        except (errors.Error, josepy.Error, ValueError):
+        except (errors.Error, JoseError, ValueError):
             raise self._strange() from None
         assert isinstance(answer, requests.Response)  # noqa: S101  # what the library's methods return
         return answer

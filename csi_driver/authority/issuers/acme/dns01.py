@@ -12,7 +12,7 @@ import dns.name
 import dns.rdatatype
 import dns.rdtypes.txtbase
 import dns.update
-import josepy
+from josepy.b64 import b64encode
 
 from csi_driver.authority.issuers.acme.nameserver import Nameserver
 from csi_driver.authority.issuers.acme.settings import Dns01
@@ -43,7 +43,7 @@ class DnsProofs:
         """What is to be shown for a name, and where; raises CertmountError."""
         place = await self._zones.place(name)
         digest = hashlib.sha256(key_authorization.encode("ascii")).digest()
-        value = josepy.b64encode(digest).decode("ascii")
+        value = b64encode(digest).decode("ascii")
         return Proof(KIND, name, token, value, place.name.to_text(), place.zone.to_text())
 
     async def show(self, proofs: Sequence[Proof]) -> None:

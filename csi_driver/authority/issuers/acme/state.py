@@ -18,7 +18,6 @@ MOST_BYTES = 600 * 1024
 _MOST_LIVE = 1000
 """Certificates whose renewal is watched: 200 bytes each."""
 _MOST_BLOCKS = 500
-_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +138,7 @@ class State:
         return dataclasses.replace(self, blocks=tuple(one for one in self.blocks if one.names_id != wanted))
 
     def with_live(self, certificate: LiveCertificate) -> State:
-        others = tuple(one for one in self.live if one.certificate_id != certificate.certificate_id)
+        others = tuple(one for one in self.live if one.order_id != certificate.order_id)
         return dataclasses.replace(self, live=(*others, certificate)[-_MOST_LIVE:])
 
     def without_live(self, certificate_id: str) -> State:
@@ -169,7 +168,7 @@ def encode(state: State) -> bytes:
             return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return value
 
-    document = {"version": _VERSION, **plain(state)}
+    document = plain(state)
     document["pool"] = [base64.b64encode(value).decode("ascii") for value in pool]
     return json.dumps(document, separators=(",", ":")).encode("ascii")
 
@@ -178,8 +177,6 @@ def decode(content: bytes, where: str) -> State:
     """Reads what :func:`encode` wrote; raises CertmountError IssuerUnavailable where it is something else."""
     try:
         document = json.loads(content)
-        if document["version"] != _VERSION:
-            raise ValueError
         pool = [base64.b64decode(text, validate=True) for text in document["pool"]]
         return State(
             tuple(_order(one, pool) for one in document["orders"]),

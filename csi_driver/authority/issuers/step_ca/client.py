@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -133,7 +134,7 @@ async def _ask(
             "reachable", "its host name is not known", "look at url, and at the DNS of this pod"
         ) from None
     except aiohttp.ClientConnectorError as error:
-        reason = error.os_error.strerror or type(error.os_error).__name__
+        reason = os.strerror(error.os_error.errno) if error.os_error.errno else type(error.os_error).__name__
         raise Unreachable("reachable", f"no connection: {reason}") from None
     except TimeoutError:
         raise Unreachable("reachable", f"no answer within {_TIMEOUT.total:.0f} s") from None

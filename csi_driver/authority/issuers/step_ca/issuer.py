@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets as randomness
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -54,6 +55,7 @@ class StepCA:
         self._problem: str | None = "it has not been reached yet"
         self._surveying: asyncio.Task[Survey] | None = None
         self._connecting = asyncio.Lock()
+        self._trouble = asyncio.Event()
 
     @property
     def roots(self) -> tuple[bytes, ...]:
@@ -68,7 +70,13 @@ class StepCA:
         try:
             while True:
                 await self._survey()
-                await asyncio.sleep(_SURVEY_S if self._problem is None else _SURVEY_AFTER_TROUBLE_S)
+                self._trouble.clear()
+                if self._problem is not None:
+                    await asyncio.sleep(_SURVEY_AFTER_TROUBLE_S)
+                    continue
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_SURVEY_S):
+                        await self._trouble.wait()
         finally:
             if self._surveying is not None:
                 self._surveying.cancel()
@@ -89,8 +97,12 @@ class StepCA:
         if answer.status == 401:
             raise await self._unauthorised()
         if answer.status in (400, 403):
-            text = answer.message or f"HTTP {answer.status}; its log says why"
-            raise CertmountError(Reason.NAME_REFUSED, Fault(f"issuer {self._name}", f"step-ca refuses it: {text}"))
+            # "The request was forbidden by the certificate authority: ..." says itself what the rest of our text says.
+            text = answer.message.rpartition("certificate authority: ")[2] or f"HTTP {answer.status}"
+            hint = "see the provisioner's claims and policy in step-ca's configuration"
+            raise CertmountError(
+                Reason.NAME_REFUSED, Fault(f"issuer {self._name}", f"step-ca refuses it: {text}", hint)
+            )
         if answer.status != 201:
             raise self._unavailable(f"step-ca answers HTTP {answer.status} {answer.message}".rstrip())
         return await self._checked(answer, order)
@@ -174,6 +186,8 @@ class StepCA:
                 "issuer has a problem", issuer=self._name, problem=survey.problem
             )
         self._problem = survey.problem
+        if survey.problem is not None:
+            self._trouble.set()
         return survey
 
     async def _connected(self, *, refresh: bool = False) -> Client:

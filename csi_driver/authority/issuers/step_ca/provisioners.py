@@ -96,7 +96,7 @@ def judge_key(provisioner: Provisioner, key: ProvisionerKey) -> Finding:
     elif key.kid == provisioner.kid:
         text = f"it has the provisioner's kid, {key.kid}, but is another key; take the private JWK that belongs to it"
     else:
-        text = f"it is another one: its kid is {key.kid}, the provisioner's is {provisioner.kid}; is key, or provisioner, an old one?"
+        text = f"it is another one: its kid is {key.kid}, the provisioner's is {provisioner.kid}; take the private JWK of this provisioner"
     return Finding("key", False, text)
 
 
