@@ -13,11 +13,13 @@ from cryptography.exceptions import InvalidSignature
 from csi_driver.core.csr import MAX_CSR_BYTES, names_of
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.keys import PublicKey, key_type_of, public_bytes
-from csi_driver.core.names import Names
+from csi_driver.core.names import DNSName, Names
 from csi_driver.core.unreadable import UNREADABLE
 
 _Extension = TypeVar("_Extension", bound=x509.ExtensionType)
 _MAX_CERTIFICATES = 10
+_MAX_ROOTS = 100
+"""Those of an issuer in the middle of a rotation, and of ten federations."""
 _MAX_CERTIFICATE_BYTES = MAX_CSR_BYTES
 """The names fill both, so what may be asked for must not be too large to be answered."""
 
@@ -37,7 +39,10 @@ class Bundle:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What the answer must fit: the request's key and names, and whose SPIFFE ID it must hold."""
+    """What the answer must fit: the request's key and names, and whose SPIFFE ID it must hold.
+
+    Where no names were asked for, names of the namespace's Services may come beside the SPIFFE ID.
+    """
 
     public_key: PublicKey
     names: Names
@@ -51,7 +56,7 @@ def check_answer(chain: Sequence[bytes], roots: Sequence[bytes], expected: Expec
     Raises:
         CertmountError: AnswerInvalid, with every way in which the answer does not fit.
     """
-    bundle = Bundle(parse_certificates(chain, "chain"), parse_certificates(roots, "roots"))
+    bundle = Bundle(parse_certificates(chain, "chain"), parse_certificates(roots, "roots", _MAX_ROOTS))
     faults = [*_key_faults(bundle.leaf, expected), *_name_faults(bundle.leaf, expected), *_chain_faults(bundle, now)]
     if faults:
         raise CertmountError(
@@ -60,10 +65,12 @@ def check_answer(chain: Sequence[bytes], roots: Sequence[bytes], expected: Expec
     return bundle
 
 
-def parse_certificates(ders: Sequence[bytes], field: str) -> tuple[x509.Certificate, ...]:
-    """Parses 1 to 10 DER certificates; raises CertmountError AnswerInvalid."""
-    if not 1 <= len(ders) <= _MAX_CERTIFICATES:
-        raise _invalid(f"{field} holds {len(ders)} certificates; expected were 1 to {_MAX_CERTIFICATES}")
+def parse_certificates(
+    ders: Sequence[bytes], field: str, most: int = _MAX_CERTIFICATES
+) -> tuple[x509.Certificate, ...]:
+    """Parses 1 to ``most`` DER certificates; raises CertmountError AnswerInvalid."""
+    if not 1 <= len(ders) <= most:
+        raise _invalid(f"{field} holds {len(ders)} certificates; expected were 1 to {most}")
     if any(len(der) > _MAX_CERTIFICATE_BYTES for der in ders):
         raise _invalid(f"{field} holds a certificate of more than {_MAX_CERTIFICATE_BYTES} bytes")
     try:
@@ -94,15 +101,22 @@ def _name_faults(leaf: x509.Certificate, expected: Expected) -> list[str]:
         for uri in names.uris
         if uri.text.startswith("spiffe://") and uri.text.removeprefix("spiffe://").partition("/")[2] == path[1:]
     }
-    asked, held = {*expected.names.dns, *expected.names.uris}, {*names.dns, *names.uris}
+    asked, held = set(expected.names), set(names)
     faults = [] if spiffe else [f"it lacks the SPIFFE ID that ends in {path}"]
     if len(spiffe - asked) > 1:
         faults.append("it holds more than one SPIFFE ID: " + ", ".join(sorted(str(uri) for uri in spiffe)))
     if missing := asked - held:
         faults.append("it lacks " + ", ".join(sorted(str(name) for name in missing)))
-    if extra := held - asked - spiffe:
+    implied = () if expected.names else (name for name in names.dns if _is_service_of(expected.namespace, name))
+    if extra := held.difference(asked, spiffe, implied):
         faults.append("it also holds " + ", ".join(sorted(str(name) for name in extra)) + ", which was not asked for")
     return faults
+
+
+def _is_service_of(namespace: str, name: DNSName) -> bool:
+    """True for a name of a Service in the namespace, which a pod that names nothing may get; the cluster's domain is the authority's to know."""
+    labels = name.text.split(".")
+    return not name.is_wildcard and labels[1:3] == [namespace, "svc"]
 
 
 def _chain_faults(bundle: Bundle, now: datetime) -> list[str]:

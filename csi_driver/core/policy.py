@@ -68,7 +68,9 @@ class Policy:
     """Another text for another file: the first 16 hexadecimal digits of its SHA-256."""
     _all: tuple[Rule, ...] = field(init=False, repr=False, compare=False)
     _labels: tuple[str, ...] = field(init=False, repr=False, compare=False)
-    _remembered: dict[tuple[str | None, ...], tuple[Rule, ...]] = field(init=False, repr=False, compare=False)
+    _remembered: dict[tuple[str | None, ...], tuple[URI, tuple[Rule, ...]]] = field(
+        init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         domains = {"trust_domain": self.trust_domain, "cluster_domain": self.cluster_domain}
@@ -95,11 +97,12 @@ class Policy:
             raise CertmountError(
                 Reason.NAME_REFUSED if verdict.denied is None else Reason.IDENTITY_DENIED, *verdict.faults()
             )
+        own, _ = self._matching(verdict.account, subject.namespace_labels)
         implied = (judged.name for judged in verdict.implied if isinstance(judged.name, DNSName))
         return Grant(
             Names.of(
                 (*asked.names.dns, *implied),
-                (self._own(verdict.account), *asked.names.uris),
+                (own, *asked.names.uris),
                 asked.names.ips,
                 asked.names.emails,
             ),
@@ -114,31 +117,29 @@ class Policy:
         denied = self._denied(account)
         if denied is not None:
             return Verdict(account, denied=denied)
-        rules = self._matching(account, subject.namespace_labels)
-        return _Case(subject, asked, rules, self._own(account)).verdict(self.cluster_domain)
-
-    def _own(self, account: ServiceAccount) -> URI:
-        return spiffe_id(self.trust_domain, account.namespace, account.name)
+        own, rules = self._matching(account, subject.namespace_labels)
+        return _Case(subject, asked, own, rules).verdict(self.cluster_domain)
 
     def _denied(self, account: ServiceAccount) -> Denial | None:
         return next((denial for denial in self.denials if denial.match.fits(account, {})), None)
 
-    def _matching(self, account: ServiceAccount, labels: Mapping[str, str]) -> tuple[Rule, ...]:
-        """The rules for a pod, the built-in one first."""
+    def _matching(self, account: ServiceAccount, labels: Mapping[str, str]) -> tuple[URI, tuple[Rule, ...]]:
+        """A pod's own SPIFFE ID, and the rules for it, the built-in one first."""
         key = (account.namespace, account.name, *(labels.get(label) for label in self._labels))
-        rules = self._remembered.get(key)
-        if rules is None:
-            rules = tuple(rule for rule in self._all if rule.match.fits(account, labels))
+        known = self._remembered.get(key)
+        if known is None:
+            own = spiffe_id(self.trust_domain, account.namespace, account.name)
+            known = own, tuple(rule for rule in self._all if rule.match.fits(account, labels))
             if len(self._remembered) >= _MOST_REMEMBERED:
                 self._remembered.clear()
-            self._remembered[key] = rules
-        return rules
+            self._remembered[key] = known
+        return known
 
 
 class _Case:
     """One request before the rules for its pod."""
 
-    def __init__(self, subject: Subject, asked: Asked, rules: tuple[Rule, ...], own: URI) -> None:
+    def __init__(self, subject: Subject, asked: Asked, own: URI, rules: tuple[Rule, ...]) -> None:
         account = subject.identity.service_account
         self._account = account
         self._values = {
@@ -154,25 +155,36 @@ class _Case:
         self._names = (*(name for name in asked.names if name != own), own)
 
     def verdict(self, cluster_domain: str) -> Verdict:
-        permitting = [rule for rule in self._rules if self._permits(rule, self._usages, self._asked.duration)]
-        able = [[rule for rule in permitting if self._fits(rule, name)] for name in self._names]
-        if not all(able):
-            names = tuple(map(self._judged, self._names, able))
-            return Verdict(self._account, self._rules, names)
-        choice = next(self._choices(able), None)
-        if choice is None:
-            names = tuple(
-                Judged(name, objections=tuple(Objection(rule.label, (rule.limits.offer,)) for rule in rules))
-                for name, rules in zip(self._names, able, strict=True)
-            )
-            return Verdict(self._account, self._rules, names, together=False)
-        usages, duration = choice
-        names = tuple(
-            Judged(name, next(rule.label for rule in rules if self._permits(rule, usages, duration)))
-            for name, rules in zip(self._names, able, strict=True)
-        )
+        usages = self._usages or ALL_USAGES
+        duration = DEFAULT_DURATION if self._asked.duration is None else self._asked.duration
+        names = self._granted(self._rules, usages, duration)
+        if names is None:  # few requests come here
+            permitting = [rule for rule in self._rules if self._permits(rule, self._usages, self._asked.duration)]
+            able = [[rule for rule in permitting if self._fits(rule, name)] for name in self._names]
+            if not all(able):
+                return Verdict(self._account, self._rules, tuple(map(self._judged, self._names, able)))
+            choice = next(self._choices(able), None)
+            if choice is None:
+                return Verdict(self._account, self._rules, tuple(map(_offered, self._names, able)), together=False)
+            usages, duration = choice
+            names = self._granted(permitting, usages, duration) or ()
         implied = () if self._asked.names else tuple(self._implied(usages, duration, cluster_domain))
         return Verdict(self._account, self._rules, names, implied, usages, duration)
+
+    def _granted(
+        self, rules: Sequence[Rule], usages: Sequence[Usage], duration: timedelta
+    ) -> tuple[Judged, ...] | None:
+        """Each name with the first of the rules that allows it with these usages and this life; None where one has no such rule."""
+        permitting = [rule for rule in rules if self._permits(rule, usages, duration)]
+        granted: list[Judged] = []
+        for name in self._names:
+            for rule in permitting:
+                if self._fits(rule, name):
+                    granted.append(Judged(name, rule.label))
+                    break
+            else:
+                return None
+        return tuple(granted)
 
     def _permits(self, rule: Rule, usages: Sequence[Usage], duration: timedelta | None) -> bool:
         return rule.limits.permit(self._asked.key_type, self._asked.issuer, usages, duration)
@@ -226,3 +238,8 @@ class _Case:
                 allowing = next((rule for rule in rules if rule.allows(name, self._values, self._services)), None)
                 if allowing is not None:
                     yield Judged(name, allowing.label)
+
+
+def _offered(name: Name, able: Sequence[Rule]) -> Judged:
+    """The judgement of a name that may be had, but not with what the other names may be had with."""
+    return Judged(name, objections=tuple(Objection(rule.label, (rule.limits.offer,)) for rule in able))

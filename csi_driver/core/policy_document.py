@@ -16,7 +16,7 @@ from csi_driver.core.policy import Policy
 from csi_driver.core.rules import ALL_USAGES, Denial, Limits, Match, Rule
 from csi_driver.core.spec import LEAST_DURATION, parse_key_type, parse_usage
 
-Path = tuple[str | int, ...]
+Place = tuple[str | int, ...]
 """Keys and indices from the top of the file: ``("policy", 1, "allow", "dns", 0)``."""
 
 MOST_RULES = 1000
@@ -37,7 +37,7 @@ def parse_policy(
     trust_domain: str,
     cluster_domain: str,
     revision: str = "",
-    lines: Mapping[Path, int] | None = None,
+    lines: Mapping[Place, int] | None = None,
 ) -> Policy:
     """Takes the file's content: None for an empty file, else ``{"policy": [...], "deny": [...]}``.
 
@@ -55,12 +55,12 @@ def parse_policy(
 
 
 class _Reader:
-    def __init__(self, domains: Mapping[str, str], lines: Mapping[Path, int]) -> None:
+    def __init__(self, domains: Mapping[str, str], lines: Mapping[Place, int]) -> None:
         self._domains = domains
         self._lines = lines
         self._faults: list[Fault] = []
 
-    def fault(self, path: Path, problem: str, hint: str = "") -> None:
+    def fault(self, path: Place, problem: str, hint: str = "") -> None:
         self._faults.append(Fault(self.label(path), problem, hint))
 
     def finish(self) -> None:
@@ -69,13 +69,13 @@ class _Reader:
             last = [f"and {more} more faults"] if more > 0 else []
             raise CertmountError(Reason.INVALID_POLICY, *self._faults[:_MOST_FAULTS], *last)
 
-    def label(self, path: Path) -> str:
+    def label(self, path: Place) -> str:
         """A place as people read it: ``policy[1].allow.dns[0] (line 14)``; what is not there has the line of what it lacks in."""
         text = "".join(f"[{step}]" if isinstance(step, int) else f".{_shown(step)}" for step in path).lstrip(".")
         line = next((self._lines[path[:end]] for end in range(len(path), -1, -1) if path[:end] in self._lines), None)
         return (text or "policy file") + (f" (line {line})" if line is not None else "")
 
-    def rule(self, path: Path, entry: object) -> Rule | None:
+    def rule(self, path: Place, entry: object) -> Rule | None:
         top = self.mapping(path, entry, allowed=("match", "allow"), required=("match", "allow"))
         match = self.match((*path, "match"), top.get("match"), labels=True)
         at, domains = (*path, "allow"), self._domains
@@ -90,7 +90,7 @@ class _Reader:
             label=self.label(path),
         )
 
-    def limits(self, at: Path, allow: Mapping[object, object]) -> Limits:
+    def limits(self, at: Place, allow: Mapping[object, object]) -> Limits:
         usual = Limits()
         least = self.duration((*at, "min_duration"), allow.get("min_duration"), usual.min_duration)
         most = self.duration((*at, "max_duration"), allow.get("max_duration"), usual.max_duration)
@@ -106,7 +106,7 @@ class _Reader:
             issuers=self.choices((*at, "issuers"), allow.get("issuers"), parse_word, usual.issuers),
         )
 
-    def denial(self, path: Path, entry: object) -> Denial | None:
+    def denial(self, path: Place, entry: object) -> Denial | None:
         top = self.mapping(path, entry, allowed=("match", "reason"), required=("match", "reason"))
         match = self.match((*path, "match"), top.get("match"), labels=False)
         reason = top.get("reason")
@@ -114,7 +114,7 @@ class _Reader:
             self.fault((*path, "reason"), "is not one line of text of up to 200 characters")
         return Denial(match, str(reason), self.label(path))
 
-    def match(self, path: Path, value: object, *, labels: bool) -> Match:
+    def match(self, path: Place, value: object, *, labels: bool) -> Match:
         required = ("namespaces", "serviceAccounts")
         match = self.part(path, value, (*required, "namespaceLabels") if labels else required, required)
         return Match(
@@ -123,7 +123,7 @@ class _Reader:
             namespace_labels=self.labels((*path, "namespaceLabels"), match.get("namespaceLabels")),
         )
 
-    def labels(self, path: Path, value: object) -> tuple[tuple[str, str], ...]:
+    def labels(self, path: Place, value: object) -> tuple[tuple[str, str], ...]:
         if value is None:
             return ()
         if not isinstance(value, Mapping):
@@ -138,24 +138,24 @@ class _Reader:
             if not isinstance(key, str) or not _LABEL_KEY.fullmatch(key):
                 self.fault(at, "is not the name of a label")
             elif not isinstance(glob, str):
-                self.fault(at, f"{glob!r} is not a text", "put it in quotes")
+                self.fault(at, f"{_shown(repr(glob))} is not a text", "put it in quotes")
             elif not _LABEL_GLOB.fullmatch(glob):
                 self.fault(
                     at,
-                    f"{_shown(glob)!r} is not a label's value or a glob: up to 63 letters, digits, '-', '_', '.', and * for any characters",
+                    f"{_shown(repr(glob))} is not a label's value or a glob: up to 63 letters, digits, '-', '_', '.', and * for any characters",
                 )
             else:
                 labels.append((key, glob))
         return tuple(labels)
 
     def part(
-        self, path: Path, value: object, allowed: tuple[str, ...], required: tuple[str, ...] = ()
+        self, path: Place, value: object, allowed: tuple[str, ...], required: tuple[str, ...] = ()
     ) -> Mapping[object, object]:
         # What is missing as a whole has been said; its parts go without saying.
         return {} if value is None else self.mapping(path, value, allowed=allowed, required=required)
 
     def mapping(
-        self, path: Path, value: object, *, allowed: tuple[str, ...], required: tuple[str, ...] = ()
+        self, path: Place, value: object, *, allowed: tuple[str, ...], required: tuple[str, ...] = ()
     ) -> Mapping[object, object]:
         if not isinstance(value, Mapping):
             self.fault(path, "is not a mapping", "expected are the keys " + ", ".join(allowed))
@@ -171,7 +171,7 @@ class _Reader:
         return value
 
     def each(
-        self, path: Path, value: object, read: Callable[[Path, object], _T | None], most: int = MOST_ITEMS
+        self, path: Place, value: object, read: Callable[[Place, object], _T | None], most: int = MOST_ITEMS
     ) -> tuple[_T, ...]:
         if value is None:
             return ()
@@ -184,27 +184,27 @@ class _Reader:
         items = [read((*path, index), item) for index, item in enumerate(value)]
         return tuple(item for item in items if item is not None)
 
-    def texts(self, path: Path, value: object, parse: Callable[[str], _T]) -> tuple[_T, ...]:
-        def read(at: Path, item: object) -> _T | None:
+    def texts(self, path: Place, value: object, parse: Callable[[str], _T]) -> tuple[_T, ...]:
+        def read(at: Place, item: object) -> _T | None:
             if not isinstance(item, str):
                 self.fault(at, f"{_shown(repr(item))} is not a text", "put it in quotes")
                 return None
             try:
                 return parse(item)
             except ValueError as problem:
-                self.fault(at, f"{_shown(item)!r} {problem}")
+                self.fault(at, f"{_shown(repr(item))} {problem}")
                 return None
 
         return self.each(path, value, read)
 
-    def choices(self, path: Path, value: object, parse: Callable[[str], _T], usual: tuple[_T, ...]) -> tuple[_T, ...]:
+    def choices(self, path: Place, value: object, parse: Callable[[str], _T], usual: tuple[_T, ...]) -> tuple[_T, ...]:
         if value is None:
             return usual
         if value == []:
             self.fault(path, "is empty, so that the rule allows nothing", "leave it away for what is usual")
         return tuple(dict.fromkeys(self.texts(path, value, parse)))
 
-    def duration(self, path: Path, value: object, usual: timedelta) -> timedelta:
+    def duration(self, path: Place, value: object, usual: timedelta) -> timedelta:
         if value is None:
             return usual
         try:
@@ -214,7 +214,7 @@ class _Reader:
             problem = f"is not a duration of {format_duration(LEAST_DURATION)} or more, such as 24h"
         except ValueError as error:
             problem = str(error)
-        self.fault(path, f"{_shown(str(value))!r} {problem}")
+        self.fault(path, f"{_shown(repr(value))} {problem}")
         return usual
 
 

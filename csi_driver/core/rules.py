@@ -59,24 +59,27 @@ class Limits:
         """What of a request is outside, in words; nothing where :meth:`permit` is true."""
         found: list[str] = []
         if key_type not in self.key_types:
-            found.append(f"with key type {_one_of(kind.value for kind in self.key_types)}, not {key_type.value}")
+            found.append(f"key-type {_one_of(kind.value for kind in self.key_types)}, not {key_type.value}")
         if issuer not in self.issuers:
-            found.append(f"from issuer {_one_of(self.issuers)}, not {issuer}")
+            found.append(f"issuer {_one_of(self.issuers)}, not {issuer}")
         if refused := [usage.value for usage in usages if usage not in self.usages]:
-            found.append(f"for usage {_one_of(usage.value for usage in self.usages)}, not {' and '.join(refused)}")
+            found.append(f"usages {self._usages}, not {', '.join(refused)}")
         if duration is not None and not self.min_duration <= duration <= self.max_duration:
-            found.append(f"for a life of {self.span}, not {format_duration(duration)}")
+            found.append(f"duration {self._span}, not {format_duration(duration)}")
         return tuple(found)
-
-    @property
-    def span(self) -> str:
-        """The lives that are allowed, such as ``10s to 24h``."""
-        return f"{format_duration(self.min_duration)} to {format_duration(self.max_duration)}"
 
     @property
     def offer(self) -> str:
         """Usages and lives that are allowed, in words."""
-        return f"for usage {' and '.join(usage.value for usage in self.usages)} and a life of {self.span}"
+        return f"usages {self._usages} and duration {self._span}"
+
+    @property
+    def _usages(self) -> str:
+        return ", ".join(usage.value for usage in self.usages)
+
+    @property
+    def _span(self) -> str:
+        return f"{format_duration(self.min_duration)} to {format_duration(self.max_duration)}"
 
 
 @dataclass(frozen=True, slots=True)

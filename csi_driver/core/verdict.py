@@ -21,7 +21,7 @@ class Objection:
 
     rule: str
     obstacles: tuple[str, ...]
-    """What it would allow instead, such as "for a life of 10s to 1h, not 2h"; empty where none of its patterns fits the name."""
+    """What it would allow instead, such as "duration 10s to 1h, not 2h"; empty where none of its patterns fits the name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Verdict:
     def _fault(self, judged: Judged) -> Fault:
         near = [objection for objection in judged.objections if objection.obstacles]
         told = "; ".join(
-            f"{objection.rule} allows it only {' and '.join(objection.obstacles)}"
+            f"{objection.rule} allows it only with {' and '.join(objection.obstacles)}"
             for objection in near[:_MOST_OBJECTIONS]
         )
         told += f"; so do {len(near) - _MOST_OBJECTIONS} more rules" if len(near) > _MOST_OBJECTIONS else ""
@@ -76,7 +76,7 @@ class Verdict:
             return Fault(
                 str(judged.name),
                 f"is not allowed together with the other names: {told}",
-                "ask for a life and usages that all of them have in common, or for each in a volume of its own",
+                "ask for a duration and usages that all of them have in common, or for each in a volume of its own",
             )
         if near:
             return Fault(

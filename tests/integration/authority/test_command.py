@@ -181,7 +181,7 @@ def test_a_wrong_option_is_named(arguments: list[str], words: str) -> None:
     "change,words",
     [
         (lambda process: process.world.policy.unlink(), "cannot be read: No such file or directory; see --policy"),
-        (lambda process: process.world.policy.write_text("policy: 7"), "policy: is not a list"),
+        (lambda process: process.world.policy.write_text("policy: 7"), "policy (line 1): is not a list"),
         (lambda process: damage(process.world.ca), "ca.json: is damaged"),
         (lambda process: process.arguments.append(f"--http=127.0.0.1:{process.port}"), "--http"),
     ],

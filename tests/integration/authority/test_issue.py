@@ -100,7 +100,7 @@ async def test_a_life_that_policy_does_not_allow_is_refused(duration: timedelta,
     """Too long, too short, or none at all: never silently something else."""
     refusal = await caller.refused(duration=duration)
     assert refusal.reason == reason
-    assert ("a life of 10s to 24h" if reason == "NameRefused" else "duration") in refusal.text
+    assert ("duration 10s to 24h" if reason == "NameRefused" else "duration") in refusal.text
 
 
 async def test_a_duration_beyond_all_calendars_is_refused(caller: Caller, world: World) -> None:

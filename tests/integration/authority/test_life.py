@@ -174,7 +174,7 @@ async def test_a_policy_that_is_wrong_at_the_start_ends_it(idle_world: World) ->
     idle_world.policy.write_text("policy: 7")
     with pytest.raises(ExceptionGroup) as failure:
         await idle_world.server.run(idle_world.stop)
-    assert failure.group_contains(CertmountError, match="InvalidPolicy: policy: is not a list")
+    assert failure.group_contains(CertmountError, match=r"InvalidPolicy: policy \(line 1\): is not a list")
 
 
 def _roots(bundle: authority_pb2.TrustBundle) -> Sequence[bytes]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import shutil
 import time
 from pathlib import Path
@@ -31,7 +33,7 @@ def read(text: str | bytes) -> Policy:
 
 
 def namespaces(policy: Policy) -> list[str]:
-    return [name for rule in policy.rules for name in rule.namespaces]
+    return [name for rule in policy.rules for name in rule.match.namespaces]
 
 
 @pytest.mark.parametrize("text", ["", "\n", "# nothing yet\n", "policy:\n", "policy: []\n", "---\n"])
@@ -58,7 +60,17 @@ def test_an_empty_file_is_the_default_policy(text: str) -> None:
         (" " * (1024 * 1024 + 1), "is longer than 1048576 bytes"),
         ("- " * 500_000, "is nested more than 20 deep"),
         ("just words", "policy file: is not a mapping"),
-        ("polcy: []", "policy file.polcy: is not known"),
+        ("polcy: []", "polcy (line 1): is not known; did you mean policy?"),
+        ("# rules\npolicy:\n- match: {namespaces: [a]}\n", "policy[0].match.serviceAccounts (line 3): is missing"),
+        (
+            "policy:\n- match: {}\n-\n  allow:\n    dns:\n    - a.b\n    - A\n",
+            "policy[1].allow.dns[1] (line 7): 'A' has",
+        ),
+        (
+            "policy:\n\n- match:\n    namespace: x\n",
+            "policy[0].match.namespace (line 4): is not known; did you mean namespaces?",
+        ),
+        ("deny:\n- match: {namespaces: [a], serviceAccounts: [b]}\n", "deny[0].reason (line 2): is missing"),
     ],
 )
 def test_what_is_no_policy_says_where_and_why(content: str | bytes, words: str) -> None:
@@ -79,6 +91,12 @@ def test_a_few_bytes_cannot_become_gigabytes() -> None:
     with pytest.raises(CertmountError, match="has an alias"):
         read(bomb)
     assert time.process_time() - started < 5
+
+
+def test_the_lines_of_rules_are_known() -> None:
+    """What a decision is told by leads to the line in the file, comments and styles whatever."""
+    text = "# ours\npolicy:\n# all\n- match: {namespaces: ['*'], serviceAccounts: ['*']}\n  allow: {}\n\n-\n  match:\n    namespaces: [a]\n    serviceAccounts: [b]\n  allow:\n    dns: [x.example]\n"
+    assert [rule.label for rule in read(text).rules] == ["policy[0] (line 4)", "policy[1] (line 8)"]
 
 
 def test_merged_keys_are_refused_with_their_aliases() -> None:
@@ -138,6 +156,21 @@ async def test_a_new_content_replaces_the_policy(volume: Volume, policy: PolicyF
     assert namespaces(policy.current) == ["shop"]
 
 
+async def test_whoever_follows_hears_of_each_new_policy_once(volume: Volume, metrics: AuthorityMetrics) -> None:
+    """By its revision, which is that of the file's content; a refused one is no news, and what comes back is."""
+    heard: list[str] = []
+    file = PolicyFile(
+        volume.file, metrics, trust_domain="cluster.local", cluster_domain="cluster.local", on_change=heard.append
+    )
+    for text in (RULE.format("web"), RULE.format("web"), "policy: 7", RULE.format("shop"), RULE.format("web")):
+        volume.write(text)
+        with contextlib.suppress(CertmountError):
+            await file.load()
+    web, shop = (hashlib.sha256(RULE.format(name).encode()).hexdigest()[:16] for name in ("web", "shop"))
+    assert heard == [web, shop, web]
+    assert file.current.revision == web
+
+
 async def test_an_invalid_content_keeps_the_policy_in_force(
     volume: Volume, policy: PolicyFile, registry: CollectorRegistry
 ) -> None:
@@ -182,4 +215,4 @@ async def test_the_file_is_followed(volume: Volume, policy: PolicyFile, monkeypa
             following.cancel()
     refusals = [entry for entry in logs if entry["log_level"] == "error"]
     assert len(refusals) == 1
-    assert "policy: is not a list" in refusals[0]["error"]
+    assert "policy (line 1): is not a list" in refusals[0]["error"]

@@ -24,6 +24,7 @@ LOWER = pki.authority("lower", MIDDLE, key=key_of(KeyType.EC_P256, 4))
 STRANGER = pki.authority("root", key=key_of(KeyType.EC_P256, 5))
 IMPOSTOR = pki.authority("middle", STRANGER, key=key_of(KeyType.EC_P256, 6))
 NAMES = pki.names("www.example.com", SPIFFE)
+ADDRESSES = ("10.0.0.1", "fd00::1", "Shop@example.com")
 SIGNS_NOTHING = x509.KeyUsage(
     digital_signature=True,
     content_commitment=False,
@@ -88,7 +89,16 @@ GOOD = {
     "two intermediates": lambda: Answer(under(LOWER, MIDDLE)),
     "the root is sent along": lambda: Answer(under(MIDDLE, ROOT)),
     "one of several roots": lambda: Answer(under(MIDDLE), der(STRANGER.certificate, ROOT.certificate)),
-    "ten roots": lambda: Answer(under(MIDDLE), der(ROOT.certificate) * 10),
+    "roots of many federations": lambda: Answer(
+        under(MIDDLE), [*der(STRANGER.certificate) * 99, *der(ROOT.certificate)]
+    ),
+    "addresses as asked for": lambda: Answer(
+        der(leaf(wanted=pki.names(SPIFFE, *ADDRESSES)), MIDDLE.certificate), asked=pki.names(*ADDRESSES)
+    ),
+    "names of Services for a pod that names nothing": lambda: Answer(
+        der(leaf(wanted=pki.names(SPIFFE, "shop.web.svc", "shop.web.svc.cluster.local")), MIDDLE.certificate),
+        asked=Names(),
+    ),
     "an expired root beside a valid one": lambda: Answer(
         under(MIDDLE),
         der(pki.authority("root", key=ROOT.key, validity=Validity(end=-SECOND)).certificate, ROOT.certificate),

@@ -15,8 +15,9 @@ from cryptography.x509.oid import NameOID
 
 from csi_driver.core.csr import san_extension
 from csi_driver.core.keys import PrivateKey, generate_key
-from csi_driver.core.names import URI, DNSName, Names
+from csi_driver.core.names import URI, DNSName, EmailAddress, IPAddress, Names
 from csi_driver.core.spec import KeyType
+from tests.unit.core.reference import kind_of
 
 NOW = datetime(2026, 11, 22, 10, 0, 0, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -47,10 +48,12 @@ def key_of(kind: KeyType, number: int = 0) -> PrivateKey:
 
 
 def names(*texts: str) -> Names:
-    """Names from texts: what holds ``://`` is a URI."""
+    """Names from texts, by how they look."""
     return Names.of(
-        [DNSName.parse(text) for text in texts if "://" not in text],
-        [URI.parse(text) for text in texts if "://" in text],
+        [DNSName.parse(text) for text in texts if kind_of(text) == "dns"],
+        [URI.parse(text) for text in texts if kind_of(text) == "uris"],
+        [IPAddress.parse(text) for text in texts if kind_of(text) == "ips"],
+        [EmailAddress.parse(text) for text in texts if kind_of(text) == "emails"],
     )
 
 

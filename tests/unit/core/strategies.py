@@ -24,6 +24,11 @@ https_texts = st.builds(
 )
 uri_texts = st.one_of(spiffe_texts, https_texts)
 
+ip_texts = st.ip_addresses().map(str).filter(lambda text: not text.startswith("::ffff:"))
+local_parts = st.from_regex(r"[A-Za-z0-9#$&'+/=?^_|~-]{1,10}(\.[A-Za-z0-9_+-]{1,10}){0,2}", fullmatch=True)
+email_texts = st.builds("{}@{}".format, local_parts, host_names)
+words = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,12}[a-z0-9])?", fullmatch=True)
+
 duration_texts = st.builds("{}{}".format, st.integers(1, 5000), st.sampled_from(["s", "m", "h"]))
 
 hostile_texts = st.one_of(
@@ -58,6 +63,13 @@ hostile_texts = st.one_of(
             "https://host:1/",
             "https://host/?q",
             "http://[::1]/",
+            "010.0.0.1",
+            "::ffff:10.0.0.1",
+            "fe80::1%eth0",
+            "a@b@c.example",
+            '"a b"@c.example',
+            "a@*.example.com",
+            "a%b@c.example",
             "x" * 40_000,
             ",".join(f"n{number}.example" for number in range(1000)),
         ]

@@ -15,14 +15,27 @@ from csi_driver.core.csr import build_csr, parse_csr
 from csi_driver.core.durations import parse_duration
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.keys import key_type_of
-from csi_driver.core.names import Names
-from csi_driver.core.spec import LEAST_DURATION, MOST_NAMES, CertificateSpec, KeyType
+from csi_driver.core.names import IPAddress, Names
+from csi_driver.core.spec import LEAST_DURATION, MOST_NAMES, CertificateSpec, KeyType, Usage
 from tests.support.requirements import require_program
 from tests.unit.core import strategies
 from tests.unit.core.outcomes import outcome
 from tests.unit.core.pki import LARGEST_DNS, LARGEST_URIS, key_of
 
-KNOWN = ("name", "dns-names", "uri-sans", "duration", "renew-before", "key-type", "fs-group")
+KNOWN = (
+    "name",
+    "dns-names",
+    "uri-sans",
+    "ip-sans",
+    "email-sans",
+    "duration",
+    "renew-before",
+    "key-type",
+    "usages",
+    "issuer",
+    "federations",
+    "fs-group",
+)
 
 good = st.fixed_dictionaries(
     {},
@@ -30,6 +43,11 @@ good = st.fixed_dictionaries(
         "name": strategies.dns_texts,
         "dns-names": strategies.fields(strategies.dns_texts),
         "uri-sans": strategies.fields(strategies.uri_texts),
+        "ip-sans": strategies.fields(strategies.ip_texts),
+        "email-sans": strategies.fields(strategies.email_texts),
+        "usages": st.sampled_from(["server", "client", "client,server"]),
+        "issuer": strategies.words,
+        "federations": strategies.fields(strategies.words),
         "duration": st.integers(10, 5000).map("{}s".format),
         "renew-before": st.integers(1, 9).map("{}s".format),
         "key-type": st.sampled_from([kind.value for kind in KeyType] + ["ec-p256", "rsa-2048"]),
@@ -57,6 +75,11 @@ def faults_of(attributes: dict[str, str]) -> dict[str, str]:
     return {fault.field.removeprefix("volumeAttributes."): f"{fault.problem}; {fault.hint}" for fault in faults}
 
 
+def written(attributes: dict[str, str], key: str) -> list[str]:
+    """The items of a list as they are written."""
+    return attributes[key].split(",") if key in attributes else []
+
+
 def test_no_attribute_at_all_is_a_specification() -> None:
     """A pod that writes nothing gets its SPIFFE ID, a P-256 key, and the defaults of the authority and the pod."""
     assert parse_attributes({}) == CertificateSpec()
@@ -71,6 +94,12 @@ def test_good_attributes_mean_what_they_say(attributes: dict[str, str]) -> None:
     assert [name.text for name in spec.names.dns] == list(dict.fromkeys(itertools.chain(*dns)))
     uris = attributes["uri-sans"].split(",") if "uri-sans" in attributes else []
     assert [uri.text for uri in spec.names.uris] == list(dict.fromkeys(uris))
+    assert [ip.text for ip in spec.names.ips] == list(dict.fromkeys(written(attributes, "ip-sans")))
+    assert [email.text for email in spec.names.emails] == list(dict.fromkeys(written(attributes, "email-sans")))
+    assert {usage.value for usage in spec.usages} == set(written(attributes, "usages"))
+    assert spec.usages in ((), (Usage.SERVER,), (Usage.CLIENT,), (Usage.SERVER, Usage.CLIENT))
+    assert spec.issuer == attributes.get("issuer", "internal")
+    assert list(spec.federations) == list(dict.fromkeys(written(attributes, "federations")))
     for key, value in (("duration", spec.duration), ("renew-before", spec.renew_before)):
         assert value == (parse_duration(attributes[key]) if key in attributes else None)
     assert spec.key_type.value.lower() == attributes.get("key-type", "EC-P256").lower()
@@ -107,7 +136,7 @@ def test_any_attributes_are_a_specification_or_one_clear_error(attributes: dict[
 @given(
     good,
     st.dictionaries(
-        st.sampled_from(["name", "dns-names", "uri-sans", "duration", "renew-before", "key-type", "fs-group", "nmae"]),
+        st.sampled_from([*KNOWN, "nmae"]),
         st.sampled_from(["", " ", "\x00", "-1", "a b", "ü"]),
         min_size=1,
     ),
@@ -130,7 +159,11 @@ def test_every_fault_is_told_at_once(attributes: dict[str, str], wrong: dict[str
         ({"keyType": "RSA-2048"}, "keyType", "did you mean key-type?"),
         ({"fsGroup": "1"}, "fsGroup", "did you mean fs-group?"),
         ({"csi.cert-manager.io/dns-names": "x"}, "csi.cert-manager.io/dns-names", "did you mean dns-names?"),
-        ({"zzzz": "1"}, "zzzz", "known are name, dns-names, uri-sans, ip-sans, email-sans, duration, renew-before, key-type, usages, issuer"),
+        (
+            {"zzzz": "1"},
+            "zzzz",
+            "known are name, dns-names, uri-sans, ip-sans, email-sans, duration, renew-before, key-type, usages, issuer",
+        ),
         ({"": "1"}, "", "known are"),
         ({"a\nb": "1"}, r"a\nb", "known are"),
         ({"name": ""}, "name", "is empty; give it a value or leave it away"),
@@ -144,7 +177,7 @@ def test_every_fault_is_told_at_once(attributes: dict[str, str], wrong: dict[str
         (
             {"dns-names": ",".join(f"n{n}.example" for n in range(1000))},
             "dns-names",
-            "1000 names; a certificate has at",
+            "1000 names; at most are 100",
         ),
         ({"uri-sans": "a.example"}, "uri-sans", "'a.example' is not a URI"),
         ({"duration": "-5m"}, "duration", "'-5m' is negative; write how long, such as 1h30m"),
@@ -163,6 +196,20 @@ def test_every_fault_is_told_at_once(attributes: dict[str, str], wrong: dict[str
             "renew-before",
             "2h is not shorter than the certificate's life of 1h",
         ),
+        ({"ip-sans": "10.0.0.256"}, "ip-sans", "'10.0.0.256' is not an IP address, such as 10.0.0.1 or fd00::1"),
+        ({"ip-sans": "10.0.0.0/8"}, "ip-sans", "'10.0.0.0/8' is not an IP address"),
+        ({"ip-sans": "::ffff:10.0.0.1"}, "ip-sans", "in the dress of IPv6; write 10.0.0.1"),
+        ({"ipSans": "10.0.0.1"}, "ipSans", "did you mean ip-sans?"),
+        ({"email-sans": "shop"}, "email-sans", "'shop' is not an e-mail address of the form name@domain"),
+        ({"email-sans": "a@b.example,*@b.example"}, "email-sans", "'*@b.example' is not an e-mail address"),
+        ({"emails": "a@b.example"}, "emails", "did you mean email-sans?"),
+        ({"usages": "both"}, "usages", "'both' is not a usage; choose server, client or both"),
+        ({"usages": "server,"}, "usages", "'' is not a usage"),
+        ({"usage": "server"}, "usage", "did you mean usages?"),
+        ({"issuer": "Let's Encrypt"}, "issuer", "is not a name: 1-63 lower-case letters"),
+        ({"issuer": "a,b"}, "issuer", "'a,b' is not a name"),
+        ({"federations": "a,,b"}, "federations", "'' is not a name"),
+        ({"federations": ",".join("abcdefghijk")}, "federations", "11 sets of roots; at most are 10"),
         ({"key-type": "RSA-1024"}, "key-type", "choose one of EC-P256, EC-P384, RSA-2048, RSA-3072, RSA-4096, Ed25519"),
         ({"fs-group": "staff"}, "fs-group", "write a whole number from 0 to 2147483647"),
         ({"fs-group": "2147483648"}, "fs-group", "is not a group id"),
@@ -185,6 +232,11 @@ def test_names_of_all_fields_together_have_a_limit() -> None:
     hosts = ",".join(f"n{number}.example" for number in range(MOST_NAMES))
     assert "101 names asked for in all" in faults_of({"name": "a.example", "dns-names": hosts})["dns-names"]
     assert "101 names asked for in all" in faults_of({"name": "a.example", "uri-sans": uris})["uri-sans"]
+    ips = ",".join(f"10.0.0.{number}" for number in range(61))
+    assert (
+        "121 names asked for in all"
+        in faults_of({"dns-names": hosts.rpartition(",n60.")[0], "ip-sans": ips})["ip-sans"]
+    )
 
 
 def test_a_flood_of_faults_ends_in_a_count() -> None:
@@ -200,14 +252,27 @@ def test_a_flood_of_faults_ends_in_a_count() -> None:
 
 def subject_alternative_names(names: Names) -> str:
     """How OpenSSL prints them."""
-    return ", ".join([*(f"DNS:{name}" for name in names.dns), *(f"URI:{uri}" for uri in names.uris)])
+    return ", ".join(
+        [
+            *(f"DNS:{name}" for name in names.dns),
+            *(f"URI:{uri}" for uri in names.uris),
+            *(f"IP Address:{_openssl_form(ip)}" for ip in names.ips),
+            *(f"email:{email}" for email in names.emails),
+        ]
+    )
+
+
+def _openssl_form(ip: IPAddress) -> str:
+    """IPv6 in eight groups of capitals."""
+    address = ip.address
+    return ":".join(f"{int(group, 16):X}" for group in address.exploded.split(":")) if address.version == 6 else ip.text
 
 
 @settings(max_examples=30)
 @given(good.map(lambda attributes: {**attributes, "key-type": "EC-P256"}))
 @example({"name": "*.example.com", "dns-names": "xn--bcher-kva.example, b.example", "key-type": "RSA-2048"})
 @example({"uri-sans": "https://example.com/~a!$&'()*+;=:@", "key-type": "Ed25519"})
-@example({"name": "a.example", "key-type": "EC-P384"})
+@example({"ip-sans": "10.0.0.1, fd00::1", "email-sans": "a.b+c@example.com", "key-type": "EC-P384"})
 @example({"name": "a.example", "key-type": "RSA-3072"})
 def test_what_is_accepted_makes_a_request_that_openssl_accepts(attributes: dict[str, str]) -> None:
     """Names and key survive the way into a request and back, and OpenSSL reads the same names and a right signature."""

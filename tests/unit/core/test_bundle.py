@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from ipaddress import ip_address
+from ipaddress import ip_network
 
 import pytest
 from cryptography import x509
@@ -65,6 +65,11 @@ def answer_with(wanted: Names) -> Answer:
     return Answer(der(leaf(wanted=wanted), MIDDLE.certificate))
 
 
+def unasked(*texts: str) -> Answer:
+    """An answer to a pod that named nothing."""
+    return Answer(der(leaf(wanted=pki.names(SPIFFE, *texts)), MIDDLE.certificate), asked=Names())
+
+
 BAD: dict[str, tuple[Callable[[], Answer], str]] = {
     "another key": (
         lambda: Answer(der(pki.leaf(MIDDLE, OTHER_KEY, NAMES), MIDDLE.certificate)),
@@ -113,10 +118,31 @@ BAD: dict[str, tuple[Callable[[], Answer], str]] = {
         lambda: answer_with(pki.names("www.example.com", SPIFFE, "spiffe://other.example/ns/web/sa/edge")),
         "it holds more than one SPIFFE ID",
     ),
-    "an IP address": (
-        lambda: Answer(der(leaf(wanted=Names(), extensions=[x509.SubjectAlternativeName([x509.IPAddress(ip_address("10.0.0.1"))])]))),
+    "an IP address too many": (
+        lambda: answer_with(pki.names("www.example.com", SPIFFE, "10.0.0.1")),
+        "it also holds 10.0.0.1, which was not asked for",
+    ),
+    "an e-mail address too many": (
+        lambda: answer_with(pki.names("www.example.com", SPIFFE, "root@example.com")),
+        "it also holds root@example.com, which was not asked for",
+    ),
+    "an address is missing": (
+        lambda: Answer(der(leaf(), MIDDLE.certificate), asked=pki.names("www.example.com", "10.0.0.1", "a@b.example")),
+        "it lacks 10.0.0.1, a@b.example",
+    ),
+    "a network of IP addresses": (
+        lambda: Answer(der(leaf(wanted=Names(), extensions=[x509.SubjectAlternativeName([x509.IPAddress(ip_network("10.0.0.0/8"))])]))),
         "its names cannot be read",
     ),
+    "a Service's name beside a name": (
+        lambda: answer_with(pki.names("www.example.com", SPIFFE, "shop.web.svc")),
+        "it also holds shop.web.svc, which was not asked for",
+    ),
+    "another namespace's Service": (lambda: unasked("shop.bank.svc"), "it also holds shop.bank.svc"),
+    "all Services of the namespace": (lambda: unasked("*.web.svc"), "it also holds *.web.svc"),
+    "a name that only looks like a Service's": (lambda: unasked("shop.web.svc2.local"), "it also holds shop.web.svc2.local"),
+    "a name below a Service's": (lambda: unasked("pod.shop.web.svc"), "it also holds pod.shop.web.svc"),
+    "an IP address that was not asked for": (lambda: unasked("10.0.0.1"), "it also holds 10.0.0.1"),
     "names that can't be read": (lambda: Answer(der(leaf(wanted=Names(), extensions=[X400]))), "its names cannot be read"),
     "a CA": (
         lambda: Answer(der(leaf(extensions=[x509.BasicConstraints(ca=True, path_length=None)]), MIDDLE.certificate)),
@@ -206,7 +232,10 @@ BAD: dict[str, tuple[Callable[[], Answer], str]] = {
     "no certificates": (lambda: Answer([]), "chain holds 0 certificates; expected were 1 to 10"),
     "no roots": (lambda: Answer(under(MIDDLE), []), "roots holds 0 certificates"),
     "too many certificates": (lambda: Answer(under(MIDDLE) * 6), "chain holds 12 certificates; expected were 1 to 10"),
-    "eleven roots": (lambda: Answer(under(MIDDLE), der(ROOT.certificate) * 11), "roots holds 11 certificates"),
+    "a hundred and one roots": (
+        lambda: Answer(under(MIDDLE), der(ROOT.certificate) * 101),
+        "roots holds 101 certificates; expected were 1 to 100",
+    ),
     "endless": (lambda: Answer([*under(MIDDLE), bytes(100_000)]), "chain holds a certificate of more than"),
 }  # fmt: skip
 

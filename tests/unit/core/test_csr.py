@@ -1,10 +1,10 @@
-"""Requests: only one that is signed by its own key, of a type that certmount signs, with names of the two kinds it issues."""
+"""Requests: only one that is signed by its own key, of a type that certmount signs, with names of the kinds it issues."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 
 import pytest
 from cryptography import x509
@@ -22,7 +22,7 @@ from csi_driver.core.names import Names
 from csi_driver.core.spec import MOST_NAMES, KeyType
 from tests.unit.core.outcomes import outcome
 from tests.unit.core.pki import key_of, names
-from tests.unit.core.strategies import dns_texts, uri_texts
+from tests.unit.core.strategies import dns_texts, email_texts, ip_texts, uri_texts
 
 # The library warns of oddities that it still reads; here warnings are errors otherwise.
 pytestmark = pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")
@@ -53,13 +53,13 @@ def refusal(der: bytes) -> str:
     return str(raised.value)
 
 
-@given(st.sampled_from(SMALL_KINDS), st.lists(dns_texts, max_size=5), st.lists(uri_texts, max_size=5))
-def test_a_request_reads_back(kind: KeyType, dns: list[str], uris: list[str]) -> None:
+@given(st.sampled_from(SMALL_KINDS), st.lists(st.one_of(dns_texts, uri_texts, ip_texts, email_texts), max_size=10))
+def test_a_request_reads_back(kind: KeyType, texts: list[str]) -> None:
     """Names in their order, the key, and the very bytes."""
-    wanted = names(*dns, *uris)
+    wanted = names(*texts)
     der = build_csr(key_of(kind), wanted)
     request = parse_csr(der)
-    assert (request.der, request.names) == (der, wanted)
+    assert (request.der, request.names, request.key_type) == (der, wanted, kind)
     assert public_bytes(request.public_key) == public_bytes(key_of(kind).public_key())
 
 
@@ -141,9 +141,19 @@ def test_someone_elses_key_is_refused() -> None:
     assert "is not signed by the key it names" in refusal(forged)
 
 
+def email(text: str) -> x509.RFC822Name:
+    """Unchecked, as a hostile request holds it."""
+    return x509.RFC822Name._init_without_validation(text)
+
+
 OTHER_NAMES: dict[str, tuple[x509.GeneralName, str]] = {
-    "IP address": (x509.IPAddress(ip_address("10.0.0.1")), "IPAddress"),
-    "e-mail": (x509.RFC822Name("root@example.com"), "RFC822Name"),
+    "IP network": (x509.IPAddress(ip_network("10.0.0.0/8")), "is not an IP address"),
+    "IPv4 address in the dress of IPv6": (x509.IPAddress(ip_address("::ffff:10.0.0.1")), "write 10.0.0.1"),
+    "e-mail without a domain": (email("root"), "is not an e-mail address"),
+    "e-mail with two": (email("root@a.example@b.example"), "has a domain that has the label"),
+    "e-mail with NUL": (email("root@a.example\x00.b.example"), r"has the label 'example\x00'"),
+    "e-mail with newline": (email("root\n@a.example"), "is not an e-mail address"),
+    "e-mail with a quoted part": (email('"a b"@a.example'), "is not an e-mail address"),
     "directory": (x509.DirectoryName(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "x")])), "DirectoryName"),
     "registered id": (x509.RegisteredID(ObjectIdentifier("1.2.3")), "RegisteredID"),
     "other name": (x509.OtherName(ObjectIdentifier("1.3.6.1.4.1.311.20.2.3"), b"\x0c\x01x"), "OtherName"),

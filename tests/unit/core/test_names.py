@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from urllib.parse import urlsplit
 
 import pytest
@@ -9,9 +10,19 @@ from cryptography import x509
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.core.names import URI, DNSName, NameProblem, Names, parse_trust_domain, spiffe_id
+from csi_driver.core.names import (
+    URI,
+    DNSName,
+    EmailAddress,
+    IPAddress,
+    NameProblem,
+    Names,
+    parse_trust_domain,
+    parse_word,
+    spiffe_id,
+)
 from tests.unit.core.outcomes import outcome
-from tests.unit.core.strategies import dns_texts, hostile_texts, https_texts, uri_texts
+from tests.unit.core.strategies import dns_texts, email_texts, hostile_texts, https_texts, ip_texts, uri_texts
 
 
 @given(dns_texts)
@@ -137,6 +148,117 @@ def test_a_uri_that_could_be_read_in_two_ways_is_refused(text: str) -> None:
     """Dot segments and encodings of them too: what a policy matched must be what a reader sees (RFC 3986 section 6.2.2)."""
     with pytest.raises(NameProblem):
         URI.parse(text)
+
+
+@given(st.ip_addresses())
+def test_an_ip_address_has_one_text(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> None:
+    """Whichever of its forms was written; the certificate holds the very address."""
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+        with pytest.raises(NameProblem, match=f"write {address.ipv4_mapped}"):
+            IPAddress.parse(str(address))
+        return
+    for text in (str(address), address.exploded, address.exploded.upper()):
+        assert IPAddress.parse(text) == IPAddress.parse(str(address))
+        assert IPAddress.parse(text).address == address
+
+
+@given(st.one_of(hostile_texts, ip_texts))
+def test_any_text_is_an_ip_address_or_a_problem_in_words(text: str) -> None:
+    """What is accepted is canonical; what is not is told without control characters."""
+    ip = outcome(lambda: IPAddress.parse(text), NameProblem)
+    if isinstance(ip, NameProblem):
+        assert str(ip).isprintable()
+    else:
+        assert str(ip) == ip.text == str(ipaddress.ip_address(text))
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("", "empty"),
+        ("10.0.0.256", "is not an IP address, such as"),
+        ("010.0.0.1", "is not an IP address"),
+        ("10.0.0.0/8", "is not an IP address"),
+        ("10.1", "is not an IP address"),
+        ("167772161", "is not an IP address"),
+        ("1٠.0.0.1", "is not an IP address"),
+        (" 10.0.0.1", "is not an IP address"),
+        ("[::1]", "is not an IP address"),
+        ("fe80::1%eth0", "has a zone"),
+        ("::ffff:10.0.0.1", "write 10.0.0.1"),
+        ("localhost", "is not an IP address"),
+    ],
+)
+def test_why_a_text_is_no_ip_address_is_said(text: str, problem: str) -> None:
+    """What means another address to another reader is refused."""
+    with pytest.raises(NameProblem, match=problem):
+        IPAddress.parse(text)
+
+
+@given(email_texts)
+def test_an_email_address_keeps_the_case_before_the_at(text: str) -> None:
+    """Only the domain is the same in any case (RFC 5321 section 2.4)."""
+    local, _, domain = text.partition("@")
+    assert str(EmailAddress.parse(f"{local}@{domain.upper()}")) == text
+    assert x509.RFC822Name(text).value == text
+
+
+@given(st.one_of(hostile_texts, email_texts))
+def test_any_text_is_an_email_address_or_a_problem_in_words(text: str) -> None:
+    """What is accepted has one @, a plain local part and a domain; what is not is told without control characters."""
+    email = outcome(lambda: EmailAddress.parse(text), NameProblem)
+    if isinstance(email, NameProblem):
+        assert str(email).isprintable()
+        return
+    local, domain = email.text.split("@")
+    assert DNSName.parse(domain).text == domain
+    assert not set(local) & set('*{}%!`"\\(),:;<>[] \x00\n')
+    assert 1 <= len(local) <= 64
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("", "empty"),
+        ("shop", "of the form name@domain"),
+        ("@example.com", "of the form name@domain"),
+        ("a@", "has a domain that is empty"),
+        ("a@b@example.com", "has a domain that has the label 'b@example'"),
+        (".a@example.com", "of the form"),
+        ("a..b@example.com", "of the form"),
+        ("a.@example.com", "of the form"),
+        ('"a b"@example.com', "of the form"),
+        ("a b@example.com", "of the form"),
+        ("a%b@example.com", "of the form"),
+        ("a!b@example.com", "of the form"),
+        ("bücher@example.com", "of the form"),
+        ("a@bücher.example", "has a domain that has characters outside ASCII"),
+        ("a@*.example.com", "has a domain with a \\*"),
+        ("a@[10.0.0.1]", "has a domain that"),
+        ("a@10.0.0.1", "has a domain that is a number"),
+        ("a" * 65 + "@example.com", "65 characters before the @; at most are 64"),
+        ("a@" + "b" * 253, "255 characters long; an e-mail address has at most 254"),
+    ],
+)
+def test_why_a_text_is_no_email_address_is_said(text: str, problem: str) -> None:
+    """Quoted and routed forms too, which few programs read alike."""
+    with pytest.raises(NameProblem, match=problem):
+        EmailAddress.parse(text)
+
+
+@given(hostile_texts)
+def test_a_word_is_one_or_a_problem(text: str) -> None:
+    """Names of issuers and of sets of roots are labels, so that they can stand in files, metrics and keys of Secrets."""
+    word = outcome(lambda: parse_word(text), NameProblem)
+    assert isinstance(word, NameProblem) or DNSName.parse(f"{word}.example").text == f"{word}.example"
+
+
+@given(st.lists(ip_texts, max_size=4), st.lists(email_texts, max_size=4))
+def test_all_kinds_of_names_are_counted_and_told(ips: list[str], emails: list[str]) -> None:
+    """Addresses come behind DNS names and URIs."""
+    names = Names.of(ips=map(IPAddress.parse, ips + ips), emails=map(EmailAddress.parse, emails + emails))
+    assert [str(name) for name in names] == [*dict.fromkeys(ips), *dict.fromkeys(emails)]
+    assert len(names) == len(set(ips)) + len(set(emails))
 
 
 @given(st.lists(dns_texts, max_size=6), st.lists(uri_texts, max_size=6))
