@@ -12,6 +12,7 @@ _COMMANDS = {
     "node": "csi_driver.cli.node",
     "authority": "csi_driver.cli.authority",
     "ca": "csi_driver.cli.ca",
+    "issuer": "csi_driver.cli.issuer",
     "demo": "csi_driver.cli.demo",
 }
 

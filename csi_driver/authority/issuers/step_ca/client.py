@@ -7,7 +7,7 @@ import os
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, Self
@@ -33,7 +33,8 @@ _CERTIFICATE_PROBLEMS = {
     ),
     62: ("is not for this host name", 'add the name to "dnsNames" in ca.json, or use in url one that is there'),
 }
-_UNKNOWN_ISSUER = (19, 20, 21)
+_LIKE = {19: 18, 20: 18, 21: 18, 64: 62}
+"""An IP address that does not fit is a host name that does not."""
 
 
 class Unreachable(Exception):
@@ -50,8 +51,8 @@ class Answer:
 
     status: int
     document: Mapping[str, Any]
-    ahead: timedelta | None
-    """By how much step-ca's clock is ahead of ours, to the second; None where it doesn't tell the time."""
+    time: datetime | None
+    """Step-ca's clock, to the second (RFC 9110 section 6.6.1); None where it doesn't tell."""
 
     @property
     def message(self) -> str:
@@ -122,7 +123,7 @@ async def _ask(
         async with session.request(method, path, json=document, allow_redirects=False) as response:
             body = await _bounded(response)
             date = response.headers.get("Date")
-            return Answer(response.status, _parsed(body, response.status), _ahead(date))
+            return Answer(response.status, _parsed(body, response.status), _time(date))
     except aiohttp.ClientConnectorCertificateError as error:
         raise Unreachable("TLS", *_certificate_problem(error.certificate_error)) from None
     except aiohttp.ClientSSLError as error:
@@ -162,17 +163,17 @@ def _parsed(body: bytes, status: int) -> Mapping[str, Any]:
     return document
 
 
-def _ahead(date: str | None) -> timedelta | None:
+def _time(date: str | None) -> datetime | None:
     try:
         told = parsedate_to_datetime(date or "")
     except ValueError:
         return None
-    return told.replace(tzinfo=told.tzinfo or UTC) - datetime.now(UTC).replace(microsecond=0)
+    return told.replace(tzinfo=told.tzinfo or UTC)
 
 
 def _certificate_problem(error: Exception) -> tuple[str, str]:
-    code = getattr(error, "verify_code", None)
+    code = int(getattr(error, "verify_code", 0))
     problem, hint = _CERTIFICATE_PROBLEMS.get(
-        18 if code in _UNKNOWN_ISSUER else code or 0, (f"does not pass: {getattr(error, 'verify_message', '')}", "")
+        _LIKE.get(code, code), (f"does not pass: {getattr(error, 'verify_message', '')}", "")
     )
     return f"its certificate {problem}", hint

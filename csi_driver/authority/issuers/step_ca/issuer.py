@@ -6,13 +6,12 @@ import asyncio
 import contextlib
 import secrets as randomness
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from csi_driver.authority.ca import utc_now
 from csi_driver.authority.issuers import Issued, Order
 from csi_driver.authority.issuers.external import Finding
 from csi_driver.authority.issuers.secrets import Secrets
@@ -43,7 +42,11 @@ class StepCA:
     shares_certificates = False
 
     def __init__(
-        self, name: str, configuration: StepCAConfiguration, secrets: Secrets, clock: Callable[[], datetime] = utc_now
+        self,
+        name: str,
+        configuration: StepCAConfiguration,
+        secrets: Secrets,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._name = name
         self._configuration = configuration
@@ -172,7 +175,7 @@ class StepCA:
 
     async def _surveyed(self) -> Survey:
         try:
-            survey = await look(await self._connected(refresh=True), self._configuration, self._keys)
+            survey = await look(await self._connected(refresh=True), self._configuration, self._keys, self._clock)
         except Unreachable as error:
             survey = Survey([Finding(error.subject, False, str(error))])
         self._known = Survey(

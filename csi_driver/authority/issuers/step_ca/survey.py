@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.issuers.external import Finding
 from csi_driver.authority.issuers.secrets import Secrets
-from csi_driver.authority.issuers.step_ca.client import Answer, Client, Unreachable, fetch_unverified
+from csi_driver.authority.issuers.step_ca.client import Client, Unreachable, fetch_unverified
 from csi_driver.authority.issuers.step_ca.document import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.provisioner_key import ProvisionerKey, load_provisioner_key
 from csi_driver.authority.issuers.step_ca.provisioners import Provisioner, choose, judge_key, list_provisioners
@@ -91,12 +91,15 @@ async def find_pinned(configuration: StepCAConfiguration) -> tuple[x509.Certific
     return found
 
 
-async def look(client: Client, configuration: StepCAConfiguration, keys: KeyRing) -> Survey:
+async def look(
+    client: Client, configuration: StepCAConfiguration, keys: KeyRing, clock: Callable[[], datetime]
+) -> Survey:
     """Walks through all that issuing needs; issues nothing and raises nothing."""
     survey = Survey()
     try:
         started = time.perf_counter()
         health = await client.get("/health")
+        now = clock()
         took = round((time.perf_counter() - started) * 1000)
         if health.status != 200 or health.document.get("status") != "ok":
             survey.note("reachable", False, f"it answers HTTP {health.status} to /health {health.message}".rstrip())
@@ -106,7 +109,7 @@ async def look(client: Client, configuration: StepCAConfiguration, keys: KeyRing
         )
         await _look_at_roots(client, survey)
         await _look_at_provisioner(client, configuration, keys, survey)
-        _look_at_clock(health, survey)
+        _look_at_clock(health.time, now, survey)
     except Unreachable as error:
         survey.note(error.subject, False, str(error))
     return survey
@@ -143,15 +146,16 @@ async def _look_at_provisioner(
     survey.note("lives", True, f"{survey.provisioner.lives}")
 
 
-def _look_at_clock(answer: Answer, survey: Survey) -> None:
-    if answer.ahead is None:
+def _look_at_clock(told: datetime | None, now: datetime, survey: Survey) -> None:
+    if told is None:
         survey.note("clock", True, "step-ca doesn't tell the time")
         return
-    seconds = int(answer.ahead.total_seconds())
+    ahead = told - now.replace(microsecond=0)
+    seconds = int(ahead.total_seconds())
     text = f"step-ca's is {abs(seconds)} s {'ahead' if seconds > 0 else 'behind'}" if abs(seconds) > 1 else "the same"
-    if abs(answer.ahead) > _LARGEST_SKEW:
+    if abs(ahead) > _LARGEST_SKEW:
         text += "; it takes tokens of up to a minute's difference: set the clocks right"
-    survey.note("clock", abs(answer.ahead) <= _LARGEST_SKEW, text)
+    survey.note("clock", abs(ahead) <= _LARGEST_SKEW, text)
 
 
 async def _certificates(client: Client, path: str) -> tuple[x509.Certificate, ...]:

@@ -1,0 +1,207 @@
+"""A real step-ca on loopback, with a CA and a provisioner of its own; as its administrator would set it up, without a prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import socket
+import ssl
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Self
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+
+from csi_driver.authority.issuers.step_ca.document import StepCAConfiguration
+from csi_driver.authority.issuers.step_ca.provisioner_key import thumbprint
+from csi_driver.core.issuers_document import FileSource
+from tests.support.requirements import require_program
+
+PROVISIONER = "csi"
+_STARTED_BY_S = 30.0
+
+
+def new_jwk() -> dict[str, str]:
+    """A private JWK as ``step crypto jwk create --kty EC --crv P-256`` makes it."""
+    numbers = ec.generate_private_key(ec.SECP256R1()).private_numbers()
+    public = numbers.public_numbers
+    jwk = {"kty": "EC", "crv": "P-256", "alg": "ES256", "use": "sig", "x": _number(public.x), "y": _number(public.y)}
+    return {**jwk, "kid": thumbprint(jwk) or "", "d": _number(numbers.private_value)}
+
+
+def public_jwk(jwk: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in jwk.items() if name != "d"}
+
+
+@dataclass
+class RealStepCA:
+    """One step-ca: its files in ``folder``, its process while it runs."""
+
+    folder: Path
+    name: str = "Test"
+    claims: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the provisioner: a template, a policy."""
+    federated: Sequence[Path] = ()
+    encrypted_key: str = ""
+    jwk: dict[str, str] = field(default_factory=new_jwk)
+    host: str = "localhost"
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.root_file = self.folder / "root_ca.crt"
+        self.key_file = self.folder / "provisioner.jwk"
+        self.key_file.write_text(json.dumps(self.jwk))
+        self.root = self._make_ca()
+        self.port = _free_port()
+        self.log = self.folder / "step-ca.log"
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def url(self) -> str:
+        return f"https://{self.host}:{self.port}"
+
+    @property
+    def root_sha256(self) -> str:
+        return self.root.fingerprint(SHA256()).hex()
+
+    @property
+    def root_der(self) -> bytes:
+        return self.root.public_bytes(Encoding.DER)
+
+    def configuration(self, **changes: Any) -> StepCAConfiguration:
+        """How the authority is told of it, with the root by its fingerprint."""
+        usual: dict[str, Any] = {
+            "url": self.url,
+            "provisioner": PROVISIONER,
+            "root_sha256": self.root_sha256,
+            "key": FileSource(str(self.key_file)),
+        }
+        return StepCAConfiguration(**{**usual, **changes})
+
+    async def start(self) -> None:
+        """Returns when it answers."""
+        self._configure()
+        program = require_program("step-ca")
+        with self.log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                program,
+                str(self.folder / "ca.json"),
+                env={"STEPPATH": str(self.folder), "PATH": "/usr/bin:/bin", "HOME": str(self.folder)},
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        async with asyncio.timeout(_STARTED_BY_S):
+            while not await asyncio.to_thread(self._healthy):
+                assert self._process.returncode is None, self.log.read_text()
+                await asyncio.sleep(0.05)
+
+    async def stop(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            await process.wait()
+
+    async def restart(self) -> None:
+        await self.stop()
+        await self.start()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    def _healthy(self) -> bool:
+        context = ssl.create_default_context(cafile=str(self.root_file))
+        try:
+            with urllib.request.urlopen(f"https://localhost:{self.port}/health", context=context, timeout=5) as answer:
+                return bool(json.load(answer)["status"] == "ok")
+        except OSError:
+            return False
+
+    def _configure(self) -> None:
+        provisioner: dict[str, Any] = {"type": "JWK", "name": PROVISIONER, "key": public_jwk(self.jwk)}
+        if self.encrypted_key:
+            provisioner["encryptedKey"] = self.encrypted_key
+        if self.claims:
+            provisioner["claims"] = self.claims
+        if self.options:
+            provisioner["options"] = self.options
+        document = {
+            "root": str(self.root_file),
+            "federatedRoots": [str(path) for path in self.federated],
+            "crt": str(self.folder / "intermediate_ca.crt"),
+            "key": str(self.folder / "intermediate_ca.key"),
+            "address": f"127.0.0.1:{self.port}",
+            "dnsNames": ["localhost"],
+            "authority": {"provisioners": [provisioner, {"type": "ACME", "name": "acme"}]},
+            "db": {"type": "badgerv2", "dataSource": str(self.folder / "db")},
+        }
+        (self.folder / "ca.json").write_text(json.dumps(document))
+
+    def _make_ca(self) -> x509.Certificate:
+        root_key, intermediate_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+        root_name = _name(f"{self.name} Root CA")
+        root = _ca_certificate(root_name, root_key.public_key(), root_name, root_key, 1)
+        intermediate = _ca_certificate(
+            _name(f"{self.name} Intermediate CA"), intermediate_key.public_key(), root_name, root_key, 0
+        )
+        self.root_file.write_bytes(root.public_bytes(Encoding.PEM))
+        (self.folder / "intermediate_ca.crt").write_bytes(intermediate.public_bytes(Encoding.PEM))
+        (self.folder / "intermediate_ca.key").write_bytes(
+            intermediate_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        )
+        return root
+
+
+def _ca_certificate(
+    subject: x509.Name, key: ec.EllipticCurvePublicKey, issuer: x509.Name, signer: ec.EllipticCurvePrivateKey, path: int
+) -> x509.Certificate:
+    now = datetime.now(UTC)
+    usage = dict.fromkeys(
+        ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"), False
+    )
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(days=30))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=path), critical=True)
+        .add_extension(
+            x509.KeyUsage(**usage, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False),
+            critical=True,
+        )
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
+        .sign(signer, SHA256())
+    )
+
+
+def _name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+def _number(value: int) -> str:
+    return base64.urlsafe_b64encode(value.to_bytes(32)).rstrip(b"=").decode()
+
+
+def _free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
