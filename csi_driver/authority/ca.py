@@ -13,7 +13,7 @@ from csi_driver.authority.ca_files import KeyFiles
 from csi_driver.authority.ca_sources import FileCA, Fleet, Source, StoredCA
 from csi_driver.authority.ca_state import Holdings
 from csi_driver.authority.ca_store import Store
-from csi_driver.authority.keyring import Keyring
+from csi_driver.authority.keyring import DEFAULT_DESIGN, Design, Keyring
 from csi_driver.authority.rotation import STALE_S, Phase
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.formats.pem import fingerprint
@@ -49,9 +49,10 @@ class CertificateAuthority:
         clock: Callable[[], datetime] = utc_now,
         *,
         fleet: Fleet | None = None,
+        design: Design = DEFAULT_DESIGN,
         elapsed: Callable[[], float] = _since_boot,
     ) -> None:
-        self._source: Source = FileCA(source) if isinstance(source, KeyFiles) else StoredCA(source, fleet)
+        self._source: Source = FileCA(source) if isinstance(source, KeyFiles) else StoredCA(source, fleet, design)
         self._metrics = metrics
         self._clock = clock
         self._elapsed = elapsed

@@ -13,7 +13,7 @@ from csi_driver.authority import rotation
 from csi_driver.authority.ca_files import KeyFiles
 from csi_driver.authority.ca_state import Holdings, first_holdings, load_holdings
 from csi_driver.authority.ca_store import Store, ca_part
-from csi_driver.authority.keyring import Keyring, make_keyring
+from csi_driver.authority.keyring import DEFAULT_DESIGN, Design, Keyring, make_keyring
 from csi_driver.authority.rotation import Phase, State
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import fingerprint
@@ -49,11 +49,12 @@ class Source(Protocol):
 class StoredCA:
     """A CA in a store. What the store holds wrongly is never overwritten."""
 
-    def __init__(self, store: Store, fleet: Fleet | None = None) -> None:
-        """Without a fleet no rotation gets as far as its switch."""
+    def __init__(self, store: Store, fleet: Fleet | None = None, design: Design = DEFAULT_DESIGN) -> None:
+        """Without a fleet no rotation gets as far as its switch. ``design`` is that of the CA that is made where there is none."""
         self.name = store.name
         self._store = ca_part(store)
         self._fleet = fleet
+        self._design = design
         self._held: Holdings | None = None
         self._version = ""
         self._known: RootSet | None = None
@@ -95,7 +96,7 @@ class StoredCA:
             elif stored.values:
                 found = load_holdings(stored.values, now, where=self.name, known=self._known)
             elif make:
-                found = first_holdings(make_keyring(now), int(now.timestamp()))
+                found = first_holdings(make_keyring(now, self._design), int(now.timestamp()))
             else:
                 raise self._empty()
             after = await step(found)
@@ -148,7 +149,7 @@ def _from_files(keyring: Keyring, before: Holdings | None, now: int) -> Holdings
     generation = before.state.generation if before else 0
     if before is None or set(before.keyring.roots_der) != set(keyring.roots_der):
         generation = rotation.next_generation(generation, now)
-    return Holdings(keyring, None, State(Phase.STEADY, now, generation, longest_life=_ANY_LIFE))
+    return Holdings(keyring, None, State(Phase.STEADY, generation, since=now, longest_life=_ANY_LIFE))
 
 
 def _tell(store: str, before: Holdings, after: Holdings) -> None:

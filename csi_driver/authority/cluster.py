@@ -15,6 +15,7 @@ from csi_driver.authority.subjects import ClusterSubjects
 from csi_driver.authority.surroundings import Surroundings
 from csi_driver.kube.client import ObjectName, connect, in_cluster_configuration
 from csi_driver.kube.config_map import ConfigMapPublisher
+from csi_driver.kube.csi_nodes import CsiNodes
 from csi_driver.kube.events import ClusterEvents
 from csi_driver.kube.reviews import ClusterReviewer
 from csi_driver.kube.secret_store import SecretStore
@@ -22,13 +23,16 @@ from csi_driver.kube.token_keys import ClusterTokenKeys
 from csi_driver.kube.view import ClusterView
 from csi_driver.telemetry.cluster_metrics import ClusterMetrics
 
+CONFIRMATIONS = "certmount-confirmations"
+"""The Secret of that name, beside the CA's."""
+
 
 @dataclass(frozen=True, slots=True)
 class Objects:
     """What the authority keeps in the cluster, each by (namespace, name)."""
 
     ca: tuple[str, str]
-    """A Secret."""
+    """A Secret; beside it lies the one with what nodes have confirmed."""
     root: tuple[str, str]
     """A ConfigMap."""
 
@@ -58,11 +62,13 @@ async def in_a_cluster(objects: Objects, registry: CollectorRegistry) -> AsyncIt
 
         yield Surroundings(
             SecretStore(api, ObjectName("Secret", *objects.ca)),
+            SecretStore(api, ObjectName("Secret", objects.ca[0], CONFIRMATIONS)),
             ConfigMapPublisher(api, ObjectName("ConfigMap", *objects.root)),
             ClusterTokenKeys(api).fetch,
             ClusterReviewer(reviews),
             ClusterSubjects(view.pods, view.services, view.namespaces, view.outdated),
             events,
+            lambda _: CsiNodes(api),
             run,
             view.outdated,
         )

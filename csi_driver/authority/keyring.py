@@ -46,6 +46,9 @@ class Design:
         return x509.NameConstraints(self.permitted or None, self.excluded or None)
 
 
+DEFAULT_DESIGN = Design()
+
+
 @dataclass(frozen=True, slots=True)
 class Ending:
     """A certificate of the CA that nobody renews but its owner."""
@@ -128,7 +131,7 @@ class Keyring:
         return encode_certificates(self.roots)
 
 
-def make_keyring(now: datetime, design: Design = Design()) -> Keyring:
+def make_keyring(now: datetime, design: Design = DEFAULT_DESIGN) -> Keyring:
     """Makes a new CA: a root of ten years and an intermediate of one.
 
     Name constraints stand in both certificates: in the root, so that whoever has its key gets no further; in the

@@ -15,10 +15,13 @@ import structlog
 from csi_driver._proto import authority_pb2_grpc
 from csi_driver.authority.admission import Admission
 from csi_driver.authority.ca import CertificateAuthority, utc_now
+from csi_driver.authority.ca_files import KeyFiles
 from csi_driver.authority.ca_state import roots_pem
+from csi_driver.authority.confirmations import Confirmations, KnownNodes
 from csi_driver.authority.desk import Desk
+from csi_driver.authority.federation import FederationFolder
 from csi_driver.authority.issuers.internal import InternalIssuer
-from csi_driver.authority.keyring import Keyring
+from csi_driver.authority.keyring import DEFAULT_DESIGN, Design, Keyring
 from csi_driver.authority.limits import Limits
 from csi_driver.authority.policy_file import PolicyFile
 from csi_driver.authority.proofs import Proofs
@@ -72,6 +75,12 @@ class Settings:
     policy: Path
     serving_names: Names
     node_account: ServiceAccount
+    ca_design: Design = DEFAULT_DESIGN
+    """Of the CA that is made where there is none."""
+    ca_files: Path | None = None
+    """A folder with a CA that others look after."""
+    ca_password_file: Path | None = None
+    federation_dir: Path | None = None
 
 
 class AuthorityServer:
@@ -81,8 +90,21 @@ class AuthorityServer:
         self._settings = settings
         self._surroundings = surroundings
         self._metrics = metrics
-        self._ca = CertificateAuthority(surroundings.store, metrics)
         self._trust = Trust(metrics)
+        self._confirmations = Confirmations(surroundings.confirmations, lambda: self._ca.trust.generation)
+        self._ca = CertificateAuthority(
+            KeyFiles(settings.ca_files, metrics, settings.ca_password_file)
+            if settings.ca_files
+            else surroundings.store,
+            metrics,
+            fleet=KnownNodes(self._confirmations, surroundings.nodes(self._trust), metrics),
+            design=settings.ca_design,
+        )
+        self._federation = (
+            FederationFolder(settings.federation_dir, self._trust, metrics, time.time, (DEFAULT_ISSUER,))
+            if settings.federation_dir
+            else None
+        )
         self._policy = PolicyFile(
             settings.policy,
             metrics,
@@ -143,7 +165,11 @@ class AuthorityServer:
         await self._policy.load()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._surroundings.run(), name="surroundings")
+            tasks.create_task(self._confirmations.run(), name="confirmations")
             await _until_done(self._load_ca, "certificate authority not ready")
+            if self._federation is not None:
+                await self._federation.load()
+                tasks.create_task(self._federation.run(), name="federation")
             await _until_done(self._keys.load, "token keys not ready")
             self._server = self._bound(await current_serving_root(self._surroundings.store, utc_now()))
             await self._server.start()
@@ -176,7 +202,7 @@ class AuthorityServer:
             issuers={DEFAULT_ISSUER: InternalIssuer(self._ca)},
             metrics=self._metrics,
             events=self._surroundings.events,
-            confirmations=_Unheard(),
+            confirmations=self._confirmations,
             trust=self._trust,
         )
         authority_pb2_grpc.add_AuthorityServicer_to_server(AuthorityService(desk), server)
@@ -185,13 +211,6 @@ class AuthorityServer:
         except RuntimeError:
             raise OSError(f"--listen {self._settings.listen}: cannot be listened on; is the port in use?") from None
         return server
-
-
-class _Unheard:
-    """Stands where confirmations are to be."""
-
-    async def confirm(self, node: str, name: str, generation: int, /) -> None:
-        """Nowhere."""
 
 
 async def _until_done(step: Callable[[], Awaitable[None]], otherwise: str) -> None:

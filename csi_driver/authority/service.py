@@ -68,7 +68,7 @@ class AuthorityService(authority_pb2_grpc.AuthorityServicer):
     ) -> AsyncIterator[authority_pb2.TrustBundle]:
         node = await self._node(context)
         with self._desk.limits.watching(node):
-            async with contextlib.aclosing(self._desk.trust.watch()) as bundles:
+            async with contextlib.aclosing(self._desk.trust.watch(node.node_name)) as bundles:
                 async for bundle in bundles:
                     yield authority_pb2.TrustBundle(sets=_sets(bundle.sets), policy=bundle.policy)
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from csi_driver.authority.ca_store import FolderStore, Store
+from csi_driver.authority.confirmations import ConnectedNodes, NodeList
 from csi_driver.authority.desk import Events, Subjects
 from csi_driver.authority.events import NoEvents
 from csi_driver.authority.proofs import OfflineOnly, TokenReviewer
 from csi_driver.authority.subjects import NoCluster
-from csi_driver.authority.trust import FolderPublisher, RootPublisher
+from csi_driver.authority.trust import FolderPublisher, RootPublisher, Trust
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.proof import PublishedKeys
 
@@ -29,11 +30,15 @@ class Surroundings:
     """What differs between a cluster and a folder; nothing else of the authority does."""
 
     store: Store
+    """Of the CA."""
+    confirmations: Store
+    """Of what nodes say they trust."""
     publisher: RootPublisher
     fetch_keys: Callable[[], Awaitable[PublishedKeys]]
     reviewer: TokenReviewer
     subjects: Subjects = NoCluster()
     events: Events = NoEvents()
+    nodes: Callable[[Trust], NodeList] = ConnectedNodes
     run: Callable[[], Coroutine[Any, Any, None]] = _nothing
     """Keeps what is known of the cluster up to date, for as long as the authority lives."""
     outdated: Callable[[], Sequence[str]] = tuple
@@ -54,4 +59,6 @@ def outside_a_cluster(ca_dir: Path, jwks: Path, token_issuer: str) -> Surroundin
     async def fetch() -> PublishedKeys:
         return await asyncio.to_thread(read)
 
-    return Surroundings(FolderStore(ca_dir), FolderPublisher(ca_dir), fetch, OfflineOnly())
+    return Surroundings(
+        FolderStore(ca_dir), FolderStore(ca_dir, "confirmations.json"), FolderPublisher(ca_dir), fetch, OfflineOnly()
+    )

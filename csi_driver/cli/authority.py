@@ -15,12 +15,15 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from csi_driver import __version__
+from csi_driver.authority.keyring import AUTHORITY_KEY_TYPES, Design
 from csi_driver.authority.server import AuthorityServer, Settings
 from csi_driver.authority.surroundings import Surroundings, outside_a_cluster
 from csi_driver.cli.common import address, health_server, parsed
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.identity import ServiceAccount
+from csi_driver.core.name_constraints import parse_constraint
 from csi_driver.core.names import DNSName, Names, parse_trust_domain
+from csi_driver.core.spec import KeyType
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 from csi_driver.telemetry.logging import LEVELS, configure_logging
 
@@ -90,6 +93,31 @@ def _namespaced(text: str) -> tuple[str, str]:
     callback=parsed(_namespaced),
     help="In a cluster: NAMESPACE/NAME of the ConfigMap that gets the root.",
 )
+@click.option(
+    "--ca-key-type",
+    type=click.Choice([key_type.value for key_type in AUTHORITY_KEY_TYPES]),
+    help="Of the CA that is made at the first start; EC-P384 above EC-P256 where it is not said.",
+)
+@click.option(
+    "--ca-permit",
+    multiple=True,
+    callback=parsed(parse_constraint),
+    help="Likewise: the only names it may sign, such as dns:example.com or ip:10.0.0.0/8; repeatable.",
+)
+@click.option(
+    "--ca-path-length",
+    type=click.IntRange(1, 8),
+    default=1,
+    show_default=True,
+    help="Likewise: how many intermediates its root allows.",
+)
+@click.option(
+    "--ca-files", type=_FILE, help="Folder with a CA that others look after: root.crt, intermediate.crt and .key."
+)
+@click.option("--ca-password-file", type=_FILE, help="What intermediate.key in --ca-files is encrypted with.")
+@click.option(
+    "--federation-dir", type=_FILE, help="Folder with further roots for pods that ask for them, NAME.crt each."
+)
 @click.option("--ca-dir", type=_FILE, help="Outside of one: folder that keeps the CA and gets root.crt.")
 @click.option("--jwks", type=_FILE, help="Outside of one: file with the JSON Web Key Set that tokens are signed by.")
 @click.option("--token-issuer", help="Outside of one: the issuer that tokens must name.")
@@ -107,6 +135,10 @@ def command(log_level: str, http: str, **options: Any) -> None:
         policy=options["policy"],
         serving_names=Names.of(dns=options["serving_name"]),
         node_account=ServiceAccount(*options["node_service_account"]),
+        ca_design=_design(options),
+        ca_files=options["ca_files"],
+        ca_password_file=options["ca_password_file"],
+        federation_dir=options["federation_dir"],
     )
     try:
         asyncio.run(_run(settings, http, open_surroundings))
@@ -154,6 +186,19 @@ def _surroundings(options: dict[str, Any]) -> _Opening:
         return functools.partial(in_a_cluster, Objects(inside["ca_secret"], inside["root_configmap"]))
     around = outside_a_cluster(outside["ca_dir"], outside["jwks"], outside["token_issuer"])
     return lambda _: contextlib.nullcontext(around)
+
+
+def _design(options: dict[str, Any]) -> Design:
+    """Raises UsageError for options of a CA of ours beside one of others, and the other way round."""
+    made = {name: options[name] for name in ("ca_key_type", "ca_permit")}
+    if options["ca_files"] and any(made.values()):
+        raise click.UsageError(
+            f"{_flags(name for name in made if made[name])}: not with --ca-files, as no CA is made then"
+        )
+    if options["ca_password_file"] and not options["ca_files"]:
+        raise click.UsageError("--ca-password-file: only with --ca-files")
+    key_type = options["ca_key_type"]
+    return Design(KeyType(key_type) if key_type else None, options["ca_permit"], path_length=options["ca_path_length"])
 
 
 def _flags(names: Iterable[str]) -> str:

@@ -100,7 +100,7 @@ def test_four_replicas_that_race_for_an_empty_secret_end_with_one_ca() -> None:
     assert sum(log.count("certificate authority saved") for log in logs) == 1
     for pod in pods:
         # A replica that served under another root would end the handshake.
-        outcome = authority.issue("", None, address=f"{pod['status']['podIP']}:8443", trusted=trusted)
+        outcome = authority.issue("", None, address=f"{pod['status']['podIP']}:8443", trusted=authority.serving_root(RACE))
         assert outcome.reason == "IdentityRefused", pod["metadata"]["name"]
     kubectl("-n", RACE, "delete", "deployment", "certmount-authority", "--wait=false")
 
@@ -111,7 +111,15 @@ def test_applying_the_manifests_again_keeps_the_ca() -> None:
     before = get("secret", "certmount-ca")["data"], get("configmap", "certmount-root")["data"]
     said = kubectl("apply", "-k", os.environ["CERTMOUNT_E2E_OVERLAY"])
     assert (get("secret", "certmount-ca")["data"], get("configmap", "certmount-root")["data"]) == before
-    assert sorted(before[0]) == ["intermediate.crt", "intermediate.key", "root.crt", "root.key"]
+    assert sorted(before[0]) == [
+        "intermediate.crt",
+        "intermediate.key",
+        "root.crt",
+        "root.key",
+        "serving.crt",
+        "serving.key",
+        "state.json",
+    ]
     assert "secret/certmount-ca unchanged" in said
     assert "configmap/certmount-root unchanged" in said
 

@@ -116,7 +116,13 @@ class World:
             serving_names=Names.of([DNSName.parse(SERVING_NAME)]),
             node_account=ServiceAccount("certmount", "certmount-node"),
         )
-        around = Surroundings(FolderStore(self.ca), FolderPublisher(self.ca), self.cluster.fetch, self.reviewer)
+        around = Surroundings(
+            FolderStore(self.ca),
+            FolderStore(self.ca, "confirmations.json"),
+            FolderPublisher(self.ca),
+            self.cluster.fetch,
+            self.reviewer,
+        )
         return AuthorityServer(settings, around, AuthorityMetrics(registry))
 
     @contextlib.asynccontextmanager
