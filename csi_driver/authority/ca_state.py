@@ -152,7 +152,7 @@ def _dump_state(holdings: Holdings) -> bytes:
         "stopped": state.stopped,
         "longest_life": state.longest_life,
         "retired": [
-            {"certificate": base64.b64encode(each.root).decode("ascii"), "until": each.until} for each in state.retired
+            {"certificate": base64.b64encode(each.root).decode("ascii"), "life": each.life} for each in state.retired
         ],
         "trusted": _digest(holdings),
     }
@@ -185,7 +185,7 @@ def _retired(document: Any) -> Retired:
         x509.load_der_x509_certificate(der)
     except (binascii.Error, *UNREADABLE):
         raise ValueError("no certificate") from None
-    return Retired(der, _number(document["until"]))
+    return Retired(der, _number(document["life"]))
 
 
 def _number(value: Any) -> int:

@@ -11,6 +11,8 @@ A replica that has not read the state for :data:`STALE_S` signs nothing, so what
 all who sign. A node confirms a generation of the trusted roots; it may only count once no replica answers with an older
 one, as a volume that is published after a restart of its driver holds no more than its answer said. Hence two phases
 before the switch: ``announcing`` ends with a new generation, and that one is confirmed.
+
+A phase counts from when a replica has read it, not from when it was decided on: between the two a writer may be slow.
 """
 
 from __future__ import annotations
@@ -46,10 +48,10 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Retired:
-    """A root (X.509 DER) that signs no more, and until when (unix seconds) it must be trusted."""
+    """A root (X.509 DER) that signs no more; ``life`` is the longest, in seconds, that its CA gave a certificate."""
 
     root: bytes
-    until: int
+    life: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +59,30 @@ class State:
     """All times are unix seconds."""
 
     phase: Phase
-    since: int
-    """When the phase began."""
     generation: int
     """Of the trusted roots: each other set of them has a higher one."""
+    since: int = 0
+    """When the phase was first read from the store; 0 while that has not been."""
     stopped: bool = False
     """True: nothing goes on by itself until a person says so."""
     longest_life: int = 0
     """Seconds: no certificate of the CA that signs was given a longer one."""
     retired: tuple[Retired, ...] = ()
 
+    def trusted_until(self, retired: Retired) -> int:
+        """When the last certificate of a retired root has ended."""
+        # A replica that has missed the switch goes on for STALE_S at the most, and gives no longer life unwritten.
+        return self.since + STALE_S + CLOCKS_S + retired.life
+
+    @property
+    def announced_at(self) -> int:
+        """When every replica that signs has heard of the phase."""
+        return self.since + STALE_S + CLOCKS_S
+
 
 def first_state(now: int) -> State:
     """Of a CA that has signed nothing yet."""
-    return State(Phase.STEADY, since=now, generation=now)
+    return State(Phase.STEADY, generation=now, since=now)
 
 
 def begin(state: State, now: int) -> State:
@@ -120,20 +132,17 @@ def advance(
     ``confirmed`` and ``expected`` are nodes, read after ``now``: those that have confirmed the state's generation, and
     those that must. ``leaving`` are the roots (DER) of the CA that signs which the next one does not have.
     """
+    if not state.since:
+        return replace(state, since=now)
     if state.stopped:
         return state
-    age = now - state.since
-    if state.phase is Phase.ANNOUNCING and age >= STALE_S + CLOCKS_S:
+    if state.phase is Phase.ANNOUNCING and now >= state.announced_at:
         return _in_phase(state, Phase.DISTRIBUTING, now)
     if state.phase is Phase.DISTRIBUTING and set(expected) <= set(confirmed):
-        # A replica that has missed the switch goes on for STALE_S at the most, and gives no longer life unwritten.
-        until = now + STALE_S + CLOCKS_S + state.longest_life
-        retired = tuple(Retired(root, until) for root in leaving)
-        return replace(state, phase=Phase.RETIRING, since=now, longest_life=0, retired=retired)
-    if state.phase is Phase.RETIRING:
-        left = tuple(root for root in state.retired if root.until > now)
-        if not left:
-            return replace(_in_phase(state, Phase.STEADY, now), retired=())
+        retired = tuple(Retired(root, state.longest_life) for root in leaving)
+        return replace(state, phase=Phase.RETIRING, since=0, longest_life=0, retired=retired)
+    if state.phase is Phase.RETIRING and all(now >= state.trusted_until(each) for each in state.retired):
+        return replace(_in_phase(state, Phase.STEADY, now), retired=())
     return state
 
 
@@ -151,7 +160,7 @@ def adopt(state: State | None, now: int, last_generation: int, longest_life: int
     phase = Phase.ANNOUNCING if state.phase.before_switch else state.phase
     generation = next_generation(last_generation, now)
     life = max(state.longest_life, longest_life)
-    return replace(state, phase=phase, since=now, generation=generation, longest_life=life)
+    return replace(state, phase=phase, since=0, generation=generation, longest_life=life)
 
 
 def next_generation(generation: int, now: int) -> int:
@@ -160,7 +169,7 @@ def next_generation(generation: int, now: int) -> int:
 
 
 def _in_phase(state: State, phase: Phase, now: int) -> State:
-    return replace(state, phase=phase, since=now, generation=next_generation(state.generation, now))
+    return replace(state, phase=phase, since=0, generation=next_generation(state.generation, now))
 
 
 def _rounded_up(seconds: float) -> int:

@@ -11,7 +11,7 @@ from cryptography import x509
 
 from csi_driver.authority.ca_state import Holdings
 from csi_driver.authority.keyring import Keyring
-from csi_driver.authority.rotation import CLOCKS_S, STALE_S, Phase
+from csi_driver.authority.rotation import Phase
 from csi_driver.core.durations import format_duration
 from csi_driver.core.formats.pem import fingerprint
 
@@ -47,26 +47,30 @@ class Report:
             return "none until you call: certmount ca rotate"
         if state.stopped:
             return f"none, as it is stopped; go on by: certmount ca rotate{_or_discard(state.phase)}"
+        if not state.since and state.phase is not Phase.DISTRIBUTING:
+            return "within seconds: an authority reads of this phase, and its time begins; is one running?"
         if state.phase is Phase.ANNOUNCING:
-            return f"{self._moment(state.since + STALE_S + CLOCKS_S)}: every replica knows of the next CA, and the nodes are asked to confirm"
+            return f"{self._moment(state.announced_at)}: every replica knows of the next CA, and the nodes are asked to confirm"
         if state.phase is Phase.DISTRIBUTING:
             if self.missing:
                 return f"when {_nodes(len(self.missing))} more confirmed: the next CA signs"
             return "within seconds: the next CA signs"
-        until = max((each.until for each in state.retired), default=self.now)
+        until = max((state.trusted_until(each) for each in state.retired), default=self.now)
         return f"{self._moment(until)}: the former root leaves every root.crt, and the rotation is done"
 
     def lines(self) -> Iterator[str]:
         """For people."""
         holdings, state = self.holdings, self.holdings.state
         yield f"phase      {_PHASES[state.phase]}{' (stopped)' if state.stopped else ''}"
-        yield f"since      {_time(state.since)} ({_ago(self.now - state.since)} ago)"
+        if state.since:
+            yield f"since      {_time(state.since)} ({_ago(self.now - state.since)} ago)"
         yield from _of_keyring("signs", holdings.keyring)
         if holdings.following is not None:
             yield from _of_keyring("next", holdings.following)
         for each in state.retired:
             yield f"retired    {fingerprint(x509.load_der_x509_certificate(each.root))}"
-            yield f"           trusted until {_time(each.until)}"
+            if state.since:
+                yield f"           trusted until {_time(state.trusted_until(each))}"
         if state.phase.before_switch:
             yield f"confirmed  by {len(self.confirmed & self.expected)} of {_nodes(len(self.expected))}"
             for name in self.missing[:_MOST_NAMES]:
@@ -81,12 +85,15 @@ class Report:
         return {
             "phase": state.phase.value,
             "stopped": state.stopped,
-            "since": _time(state.since),
+            "since": _time(state.since) if state.since else None,
             "generation": state.generation,
             "signing": _document(holdings.keyring),
             "next": _document(holdings.following) if holdings.following else None,
             "retired": [
-                {"root": fingerprint(x509.load_der_x509_certificate(each.root)), "trustedUntil": _time(each.until)}
+                {
+                    "root": fingerprint(x509.load_der_x509_certificate(each.root)),
+                    "trustedUntil": _time(state.trusted_until(each)) if state.since else None,
+                }
                 for each in state.retired
             ],
             "longestLifeSeconds": state.longest_life,
