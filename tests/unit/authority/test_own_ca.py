@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import itertools
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -18,6 +20,8 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
+from hypothesis import given
+from hypothesis import strategies as st
 
 from csi_driver.authority.keyring import Keyring, dump_keyring, make_keyring
 from csi_driver.authority.keyring_check import load_keyring
@@ -341,3 +345,51 @@ def test_keys_of_other_certificates_are_found() -> None:
     text = refusal(given)
     assert "root.key: is not the key of the root that issued intermediate.crt" in text
     assert "intermediate.key: is not the key of intermediate.crt" in text
+
+
+OFFLINE = {**values([ROOT], [LOWER, MIDDLE]), "root.key": encode_key(ROOT.key)}
+JUNK = st.one_of(
+    st.binary(max_size=80),
+    st.sampled_from([b"", b"-----BEGIN CERTIFICATE-----", *(one.reveal() for one in OFFLINE.values())]),
+)
+
+
+@pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")
+@given(st.sampled_from(sorted(OFFLINE)), st.integers(0, 2000), st.integers(0, 7), st.binary(max_size=3))
+def test_a_spoilt_value_is_refused_or_still_fits(name: str, at: int, bit: int, extra: bytes) -> None:
+    """Whichever bit of whichever value is wrong: InvalidCA, or a keyring that signs what verifies."""
+    content = bytearray(OFFLINE[name].reveal())
+    content[at % len(content)] ^= 1 << bit
+    take_or_refuse({**OFFLINE, name: Secret(bytes(content) + extra)})
+
+
+@pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")
+@given(st.sampled_from(sorted(OFFLINE)), st.integers(0, 10_000), st.integers(0, 7))
+def test_a_spoilt_encoding_is_refused_or_still_fits(name: str, at: int, bit: int) -> None:
+    """Below the PEM too."""
+    label = "PRIVATE KEY" if name.endswith("key") else "CERTIFICATE"
+    der = bytearray(base64.b64decode("".join(OFFLINE[name].reveal().decode().split("-----")[2].split())))
+    der[at % len(der)] ^= 1 << bit
+    pem = f"-----BEGIN {label}-----\n{base64.encodebytes(der).decode()}-----END {label}-----\n".encode()
+    further = OFFLINE[name].reveal().split(b"-----END CERTIFICATE-----\n", 1)[1:] if label == "CERTIFICATE" else []
+    take_or_refuse({**OFFLINE, name: Secret(pem + b"".join(further))})
+
+
+@given(st.dictionaries(st.sampled_from(sorted(OFFLINE)), JUNK.map(Secret)), st.one_of(st.none(), JUNK.map(Secret)))
+def test_no_content_of_a_store_does_worse_than_being_refused(
+    given_values: Values, password: Secret[bytes] | None
+) -> None:
+    """Values in each other's place, parts of them, anything."""
+    take_or_refuse(given_values, password)
+
+
+def take_or_refuse(given_values: Values, password: Secret[bytes] | None = None) -> None:
+    try:
+        keyring = load(given_values, password)
+    except CertmountError as error:
+        assert error.reason is Reason.INVALID_CA
+        return
+    leaf = Leaf(key().public_key(), pki.names("a.test"), timedelta(hours=1), (Usage.SERVER,))
+    issuers = (*keyring.intermediates, keyring.root)
+    for certificate, issuer in itertools.pairwise((sign_leaf(leaf, keyring.intermediate, NOW), *issuers)):
+        certificate.verify_directly_issued_by(issuer)
