@@ -77,7 +77,8 @@ class OrderBook:
     async def wait(self, timeout_s: float) -> None:
         """Until something has changed here, or the time is over."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
 
     async def _saved(self, state: State, based_on: Stored) -> bool:
         content = encode(state)

@@ -1,0 +1,123 @@
+"""Debian's bind9, serving zones of a test to whom its TSIG key lets change them."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import dns.asyncquery
+import dns.message
+import dns.rdatatype
+
+from csi_driver.authority.issuers.acme.tsig import TsigKey
+from csi_driver.core.secret import Secret
+from tests.peers.processes import LOOPBACK, free_port, running
+from tests.support.requirements import require_program
+
+KEY = TsigKey("certmount", Secret(hashlib.sha256(b"certmount").digest()))
+_ZONE = """\
+$TTL 60
+@ IN SOA ns hostmaster 1 3600 600 86400 1
+@ IN NS ns
+ns IN A 127.0.0.1
+@ IN A 127.0.0.1
+* IN A 127.0.0.1
+{records}
+"""
+_PRIMARY = """\
+zone "{zone}" {{
+  type primary; file "{zone}.db";
+  allow-transfer {{ any; }}; notify explicit; {notified}
+  update-policy {{ {grants} }};
+}};
+"""
+_SECONDARY = 'zone "{zone}" {{ type secondary; file "{zone}.db"; primaries {{ 127.0.0.1 port {primary}; }}; allow-notify {{ 127.0.0.1; }}; }};\n'
+_OPTIONS = """\
+options {{
+  directory "{folder}"; pid-file none; session-keyfile none; managed-keys-directory "{folder}";
+  listen-on port {port} {{ 127.0.0.1; }}; listen-on-v6 {{ none; }};
+  recursion no; dnssec-validation no; allow-query {{ any; }}; empty-zones-enable no;
+}};
+controls {{ }};
+key "{key}" {{ algorithm {algorithm}; secret "{secret}"; }};
+"""
+
+
+@dataclass(frozen=True)
+class Bind9:
+    """A server of zones, and perhaps a second one that follows it."""
+
+    folder: Path
+    port: int
+    zones: Mapping[str, str]
+    """Further records by zone, in master-file form."""
+    granted: frozenset[str]
+    """The zones in which KEY may set TXT records."""
+    key: TsigKey = KEY
+    follower: int | None = None
+    """The port of a secondary that is told of changes."""
+    primary: int | None = None
+    """For a secondary: the port of its primary."""
+
+    @property
+    def address(self) -> str:
+        """As settings have it."""
+        return f"{LOOPBACK}:{self.port}"
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """While it serves; what was changed is kept from one time to the next."""
+        named = require_program("named")
+        configuration = self.folder / "named.conf"
+        configuration.write_text(self._configuration(), encoding="ascii")
+        for zone, records in self.zones.items():
+            file = self.folder / f"{zone}.db"
+            if not file.exists() and self.primary is None:
+                file.write_text(_ZONE.format(records=records), encoding="ascii")
+        async with running([named, "-4", "-g", "-c", str(configuration)], self.folder / "named.log", self.port):
+            yield
+
+    async def texts(self, name: str) -> set[str]:
+        """The TXT values at a name now."""
+        query = dns.message.make_query(name, dns.rdatatype.TXT)
+        answer = await dns.asyncquery.tcp(query, LOOPBACK, 5, self.port)
+        return {
+            record.to_text().strip('"')
+            for rrset in answer.answer
+            if rrset.rdtype == dns.rdatatype.TXT
+            for record in rrset
+        }
+
+    def _configuration(self) -> str:
+        text = _OPTIONS.format(
+            folder=self.folder, port=self.port, key=self.key.name, algorithm=self.key.algorithm,
+            secret=base64.b64encode(self.key.secret.reveal()).decode(),
+        )  # fmt: skip
+        for zone in self.zones:
+            if self.primary is not None:
+                text += _SECONDARY.format(zone=zone, primary=self.primary)
+                continue
+            grants = (
+                f"grant {self.key.name} subdomain {zone}. TXT;" if zone in self.granted else "deny * subdomain . ANY;"
+            )
+            notified = f"also-notify {{ 127.0.0.1 port {self.follower}; }};" if self.follower is not None else ""
+            text += _PRIMARY.format(zone=zone, grants=grants, notified=notified)
+        return text
+
+
+def bind9(
+    folder: Path,
+    zones: Mapping[str, str],
+    *,
+    granted: frozenset[str] | None = None,
+    key: TsigKey = KEY,
+    follower: int | None = None,
+    primary: int | None = None,
+) -> Bind9:
+    """A server to be run; KEY may change all zones where not said otherwise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return Bind9(folder, free_port(), zones, frozenset(zones) if granted is None else granted, key, follower, primary)

@@ -1,0 +1,140 @@
+"""Pebble, Let's Encrypt's small CA for tests, in its strict mode."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import subprocess
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from tests.peers.processes import LOOPBACK, free_port, running
+from tests.support.requirements import require_program
+
+_ORDER_LINE = re.compile(r'Added order "(?P<id>[^"]+)" to the db')
+_ISSUED_LINE = re.compile(r"Issued certificate serial (?P<serial>\w+) for order (?P<order>\S+)")
+
+
+@dataclass(frozen=True)
+class Pebble:
+    """One CA: what it has in memory goes with its process."""
+
+    folder: Path
+    dns: str
+    """The DNS server that it asks."""
+    http_port: int = 5002
+    """Where it fetches HTTP-01 answers, instead of port 80."""
+    nonce_reject: int = 0
+    """Per cent of good nonces that it refuses."""
+    retry_after_s: int = 1
+    """Told to those who wait for an authorisation or an order; at least 1."""
+    profiles: Mapping[str, Any] = field(
+        default_factory=lambda: {"default": {"description": "", "validityPeriod": 7776000}}
+    )
+    external_accounts: Mapping[str, str] = field(default_factory=dict)
+    """MAC keys by key id; with any, accounts must be bound."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    port: int = field(default_factory=free_port)
+    management_port: int = field(default_factory=free_port)
+
+    @property
+    def directory(self) -> str:
+        return f"https://localhost:{self.port}/dir"
+
+    @property
+    def ca_file(self) -> str:
+        """What its own TLS certificate leads to."""
+        return str(self.folder / "tls.crt")
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """While it serves."""
+        pebble = require_program("pebble")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write()
+        environment = {
+            "PEBBLE_VA_NOSLEEP": "1",
+            "PEBBLE_WFE_NONCEREJECT": str(self.nonce_reject),
+            "PEBBLE_AUTHZREUSE": "0",
+            **self.environment,
+        }
+        arguments = [pebble, "-config", str(self.folder / "config.json"), "-dnsserver", self.dns, "-strict"]
+        async with running(arguments, self._log, self.port, environment):
+            yield
+
+    @property
+    def orders(self) -> list[str]:
+        """The ids of all orders it has taken."""
+        return [match["id"] for match in _ORDER_LINE.finditer(self._text)]
+
+    @property
+    def issued(self) -> list[str]:
+        """The serial numbers of all certificates it has signed, in hexadecimal."""
+        return [match["serial"] for match in _ISSUED_LINE.finditer(self._text)]
+
+    @property
+    def validations(self) -> int:
+        """How often it was asked to validate a challenge."""
+        return self._text.count("Pulled a task from the Tasks queue")
+
+    async def root(self) -> bytes:
+        """X.509 DER of the root that its certificates lead to."""
+        pem = await self._management("GET", "roots/0")
+        return x509.load_pem_x509_certificate(pem).public_bytes(Encoding.DER)
+
+    async def set_renewal(self, certificate: x509.Certificate, start: str, end: str) -> None:
+        """Has it suggest this window for a certificate (RFC 9773), in RFC 3339."""
+        response = {"suggestedWindow": {"start": start, "end": end}}
+        body = {
+            "certificate": certificate.public_bytes(Encoding.PEM).decode("ascii"),
+            "ariResponse": json.dumps(response),
+        }
+        await self._management("POST", "set-renewal-info/", body)
+
+    async def _management(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> bytes:
+        url = f"https://{LOOPBACK}:{self.management_port}/{path}"
+        async with (
+            aiohttp.ClientSession(trust_env=False) as session,
+            session.request(method, url, json=body, ssl=False) as answer,
+        ):
+            content = await answer.read()
+            assert answer.status == 200, f"{path}: {answer.status} {content!r}"
+            return content
+
+    @property
+    def _log(self) -> Path:
+        return self.folder / "pebble.log"
+
+    @property
+    def _text(self) -> str:
+        return self._log.read_text(encoding="utf-8")
+
+    def _write(self) -> None:
+        configuration = {
+            "listenAddress": f"{LOOPBACK}:{self.port}",
+            "managementListenAddress": f"{LOOPBACK}:{self.management_port}",
+            "certificate": self.ca_file,
+            "privateKey": str(self.folder / "tls.key"),
+            "httpPort": self.http_port,
+            "tlsPort": free_port(),
+            "externalAccountBindingRequired": bool(self.external_accounts),
+            "externalAccountMACKeys": dict(self.external_accounts),
+            "retryAfter": {"authz": self.retry_after_s, "order": self.retry_after_s},
+            "keyAlgorithm": "ecdsa",
+            "profiles": dict(self.profiles),
+        }
+        (self.folder / "config.json").write_text(json.dumps({"pebble": configuration}), encoding="ascii")
+        if not Path(self.ca_file).exists():
+            subprocess.run(
+                ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
+                 "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
+                 "-keyout", str(self.folder / "tls.key"), "-out", self.ca_file],
+                check=True, capture_output=True,
+            )  # fmt: skip
