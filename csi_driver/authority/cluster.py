@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
 
+from csi_driver.authority.cluster_secrets import cluster_secrets
 from csi_driver.authority.events import PodEvents
 from csi_driver.authority.subjects import ClusterSubjects
 from csi_driver.authority.surroundings import Surroundings
@@ -50,6 +51,7 @@ async def in_a_cluster(objects: Objects, registry: CollectorRegistry) -> AsyncIt
         connect(in_cluster_configuration()) as reviews,
         connect(in_cluster_configuration()) as watches,
         connect(in_cluster_configuration()) as api,
+        cluster_secrets() as read_secret,
     ):
         view = ClusterView(watches)
         # A pod's host name is its own name.
@@ -69,6 +71,7 @@ async def in_a_cluster(objects: Objects, registry: CollectorRegistry) -> AsyncIt
             ClusterSubjects(view.pods, view.services, view.namespaces, view.outdated),
             events,
             lambda _: CsiNodes(api),
+            read_secret,
             run,
             view.outdated,
         )

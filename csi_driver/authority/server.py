@@ -20,11 +20,15 @@ from csi_driver.authority.ca_state import roots_pem
 from csi_driver.authority.confirmations import Confirmations, KnownNodes
 from csi_driver.authority.desk import Desk
 from csi_driver.authority.federation import FederationFolder
+from csi_driver.authority.issuers.configuration import Tools
 from csi_driver.authority.issuers.internal import InternalIssuer
+from csi_driver.authority.issuers.secrets import Secrets
+from csi_driver.authority.issuers_file import IssuersFile
 from csi_driver.authority.keyring import DEFAULT_DESIGN, Design, Keyring
 from csi_driver.authority.limits import Limits
 from csi_driver.authority.policy_file import PolicyFile
 from csi_driver.authority.proofs import Proofs
+from csi_driver.authority.rotation import next_generation
 from csi_driver.authority.service import MAX_MESSAGE_BYTES, AuthorityService
 from csi_driver.authority.serving import ServingCertificate
 from csi_driver.authority.serving_root import current_serving_root
@@ -38,6 +42,7 @@ from csi_driver.core.formats.pem import encode_certificates
 from csi_driver.core.identity import MAX_TOKEN_BYTES, ServiceAccount
 from csi_driver.core.names import Names
 from csi_driver.core.spec import DEFAULT_ISSUER
+from csi_driver.core.trust import RootSet
 from csi_driver.rpc.server import Handled, Interceptor
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
@@ -81,6 +86,8 @@ class Settings:
     """A folder with a CA that others look after."""
     ca_password_file: Path | None = None
     federation_dir: Path | None = None
+    issuers: Path | None = None
+    """The file that declares issuers beside the internal CA."""
 
 
 class AuthorityServer:
@@ -100,8 +107,15 @@ class AuthorityServer:
             fleet=KnownNodes(self._confirmations, surroundings.nodes(self._trust), metrics),
             design=settings.ca_design,
         )
+        self._issuers = IssuersFile(
+            settings.issuers,
+            InternalIssuer(self._ca),
+            Tools(Secrets(surroundings.read_secret)),
+            on_roots=self._set_roots,
+            on_load=metrics.issuers_loaded,
+        )
         self._federation = (
-            FederationFolder(settings.federation_dir, self._trust, metrics, time.time, (DEFAULT_ISSUER,))
+            FederationFolder(settings.federation_dir, self._trust, metrics, time.time, self._issuers)
             if settings.federation_dir
             else None
         )
@@ -118,6 +132,7 @@ class AuthorityServer:
         self._server: grpc.aio.Server | None = None
         self._port = 0
         self._stopping = False
+        self._generations: dict[str, int] = {}
 
     @property
     def port(self) -> int:
@@ -163,6 +178,7 @@ class AuthorityServer:
 
     async def _live(self) -> None:
         await self._policy.load()
+        await self._issuers.load()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._surroundings.run(), name="surroundings")
             tasks.create_task(self._confirmations.run(), name="confirmations")
@@ -176,6 +192,7 @@ class AuthorityServer:
             log.info("serving", address=self._settings.listen, names=str(self._settings.serving_names))
             tasks.create_task(self._ca.run(self._adopt), name="ca")
             tasks.create_task(self._policy.run(), name="policy")
+            tasks.create_task(self._issuers.run(), name="issuers")
             tasks.create_task(self._keys.run(), name="token keys")
 
     async def _load_ca(self) -> None:
@@ -189,6 +206,11 @@ class AuthorityServer:
         authority = encode_certificates([own.certificate])
         await self._surroundings.publisher.publish(roots_pem(self._ca.trust), authority)
 
+    def _set_roots(self, issuer: str, roots: tuple[bytes, ...]) -> None:
+        """Of an issuer outside: its latest roots are its newest."""
+        self._generations[issuer] = next_generation(self._generations.get(issuer, 0), int(time.time()))
+        self._trust.set_roots(issuer, RootSet(roots, self._generations[issuer]))
+
     def _bound(self, own: Signer) -> grpc.aio.Server:
         def observe(call: Handled) -> None:
             self._metrics.call_ended(call.method, call.seconds, call.reason)
@@ -199,7 +221,7 @@ class AuthorityServer:
             limits=Limits(),
             subjects=self._surroundings.subjects,
             policy=self._policy,
-            issuers={DEFAULT_ISSUER: InternalIssuer(self._ca)},
+            issuers=self._issuers,
             metrics=self._metrics,
             events=self._surroundings.events,
             confirmations=self._confirmations,

@@ -12,6 +12,7 @@ from csi_driver.authority.ca_store import FolderStore, Store
 from csi_driver.authority.confirmations import ConnectedNodes, NodeList
 from csi_driver.authority.desk import Events, Subjects
 from csi_driver.authority.events import NoEvents
+from csi_driver.authority.issuers.secrets import ReadSecret
 from csi_driver.authority.proofs import OfflineOnly, TokenReviewer
 from csi_driver.authority.subjects import NoCluster
 from csi_driver.authority.trust import FolderPublisher, RootPublisher, Trust
@@ -39,6 +40,8 @@ class Surroundings:
     subjects: Subjects = NoCluster()
     events: Events = NoEvents()
     nodes: Callable[[Trust], NodeList] = ConnectedNodes
+    read_secret: ReadSecret | None = None
+    """Credentials of issuers; None where they are in files only."""
     run: Callable[[], Coroutine[Any, Any, None]] = _nothing
     """Keeps what is known of the cluster up to date, for as long as the authority lives."""
     outdated: Callable[[], Sequence[str]] = tuple

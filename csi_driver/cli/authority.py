@@ -71,6 +71,7 @@ def _namespaced(text: str) -> tuple[str, str]:
     help="The cluster's DNS domain; {cluster_domain} in the policy.",
 )
 @click.option("--policy", required=True, type=_FILE, help="YAML file that says who may have which names.")
+@click.option("--issuers", type=_FILE, help="YAML file that declares issuers beside the CA of its own.")
 @click.option(
     "--serving-name",
     multiple=True,
@@ -139,6 +140,7 @@ def command(log_level: str, http: str, **options: Any) -> None:
         ca_files=options["ca_files"],
         ca_password_file=options["ca_password_file"],
         federation_dir=options["federation_dir"],
+        issuers=options["issuers"],
     )
     try:
         asyncio.run(_run(settings, http, open_surroundings))

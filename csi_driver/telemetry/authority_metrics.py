@@ -58,6 +58,14 @@ class AuthorityMetrics:
         self.policy_reload_failures = Counter(
             "certmount_policy_reload_failures", "New contents of the policy file that were refused.", registry=registry
         )
+        self.issuers_valid = Gauge(
+            "certmount_issuers_valid", "1 while the issuers' file is what is in force.", registry=registry
+        )
+        self.issuers_reload_failures = Counter(
+            "certmount_issuers_reload_failures",
+            "New contents of the issuers' file that were refused.",
+            registry=registry,
+        )
         self.ca_expiry = Gauge(
             "certmount_ca_expiry_timestamp_seconds",
             "When the CA's certificates expire.",
@@ -95,6 +103,12 @@ class AuthorityMetrics:
         """Counts one order; ``issuer`` is one that the administrator named, so there are few."""
         self._issuer_calls.labels(issuer, _word(reason)).inc()
         self._issuer_seconds.labels(issuer).observe(seconds)
+
+    def issuers_loaded(self, taken: bool) -> None:
+        """A new content of the issuers' file was taken, or refused."""
+        self.issuers_valid.set(taken)
+        if not taken:
+            self.issuers_reload_failures.inc()
 
     def call_ended(self, method: str, seconds: float, reason: Reason | None) -> None:
         """Counts a call; streams are open by design, so their length tells nothing."""
