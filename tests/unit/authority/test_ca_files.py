@@ -192,3 +192,10 @@ async def test_a_secret_mounted_by_the_kubelet_is_read_as_one(
     monkeypatch.setattr(os, "open", swap_once)
     assert (await files.refresh(NOW)).root == OTHER.root
     assert swapped
+
+
+async def test_files_that_change_all_the_time_are_no_ca(files: KeyFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so, rather than to read for ever."""
+    monkeypatch.setattr(os.path, "samestat", lambda *_: False)
+    with pytest.raises(CertmountError, match="changes faster than it can be read"):
+        await files.refresh(NOW)
