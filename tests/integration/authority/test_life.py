@@ -135,7 +135,7 @@ async def test_it_can_be_stopped_before_it_ever_served(idle_world: World) -> Non
 async def test_an_expired_intermediate_makes_it_unready(world: World) -> None:
     """What it would sign, no one would believe."""
     world.server._ca._clock = lambda: utc_now() + timedelta(days=366)
-    assert world.server.unready() == ["there is no internal CA with a valid intermediate"]
+    assert world.server.unready() == ["there is no internal CA that is known to be current, with a valid intermediate"]
 
 
 async def test_replicas_that_start_at_once_share_ca_and_trust(idle_world: World) -> None:
