@@ -163,8 +163,9 @@ class Reflector:
                 self._works()
                 return await self._read(answer.content)
 
-        if not await self._answered(follow()) and self._clock() - begin < seconds / 2:
-            self._failures += 1  # something between us and the API server cuts watches off: ask less often
+        some = await self._answered(follow())
+        # Something between us and the API server may cut watches off: then it is asked less often.
+        self._failures = 0 if some or self._clock() - begin >= seconds / 2 else self._failures + 1
 
     async def _read(self, content: aiohttp.StreamReader) -> bool:
         """Takes one event after the other; gives whether there was one."""
