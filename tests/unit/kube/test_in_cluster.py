@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from datetime import timedelta
 from pathlib import Path
@@ -9,19 +10,24 @@ from typing import Any
 
 import pytest
 from kubernetes.aio.config import incluster_config
+from prometheus_client import CollectorRegistry
 
 from csi_driver.authority.ca import utc_now
-from csi_driver.authority.cluster import in_a_cluster
+from csi_driver.authority.cluster import Objects, in_a_cluster
 from csi_driver.authority.keyring import make_keyring
 from csi_driver.authority.leaf import Leaf, sign_leaf
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.formats.pem import encode_certificates
+from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.core.keys import encode_key, generate_key
 from csi_driver.core.names import DNSName, Names
 from csi_driver.core.spec import KeyType, Usage
 from csi_driver.kube.client import connect, in_cluster_configuration
 from csi_driver.kube.token_keys import ClusterTokenKeys
+from tests.support.waiting import until
 from tests.unit.kube.api_server import FakeApiServer
+
+POD = PodIdentity(ServiceAccount("web", "hello"), "sa-uid", "hello-0", "pod-uid", "node-a", "node-uid", 2e9)
 
 
 @pytest.fixture
@@ -104,15 +110,26 @@ async def test_all_that_an_authority_needs_is_found(
     tls: ssl.SSLContext,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Store, publisher, keys and reviews, all at the cluster's API server."""
+    """Stores, publisher, keys, reviews, pods and Services, and events, all at the cluster's API server."""
     server = FakeApiServer()
+    server.objects["secrets/certmount-confirmations"] = server.objects["secrets/certmount-ca"]
+    server.collection("pods").put({"metadata": {"name": "hello-0", "namespace": "web", "uid": "pod-uid"}})
+    server.collection("namespaces").put({"metadata": {"name": "web"}})
     async with server.running(tls):
         point_at(server, monkeypatch)
-        names = ("certmount", "certmount-ca"), ("certmount", "certmount-root")
-        async with in_a_cluster(*names) as around:
-            assert (await around.store.load()).values == {}
+        objects = Objects(ca=("certmount", "certmount-ca"), root=("certmount", "certmount-root"))
+        async with in_a_cluster(objects, CollectorRegistry()) as around:
+            assert (await around.store.load()).values == (await around.confirmations.load()).values == {}
             await around.publisher.publish(b"root", b"own")
             await around.fetch_keys()
+            assert len(around.outdated()) == 3
+            following = asyncio.create_task(around.run())
+            await until(lambda: not around.outdated(), "all lists")
+            assert (await around.subjects.find(POD)).services == ()
+            around.events.record(POD, warning=True, reason="NameRefused", message="x")
+            await until(lambda: server.events, "the event")
+            following.cancel()
+            await asyncio.wait([following])
     assert server.objects["configmaps/certmount-root"]["data"] == {"root.crt": "root", "authority.crt": "own"}
 
 
