@@ -14,29 +14,41 @@ can't make its node ask without a pause, nor plan a renewal for a moment at whic
 _FIRST_RETRY_S = 1.0
 _RETRY_CAP_S = 30.0
 """So that a volume heals within a minute of the authority's return."""
+_PROBE_CAP_S = 600.0
 _REFUSED_CAP_S = 300.0
 """Policies get fixed, but by people: asking more often helps no one."""
 
 
 def plan_renewal(
-    *, issued_at: float, not_after: float, renew_before_s: float | None, renew_after_s: float | None, chance: float
+    *,
+    issued_at: float,
+    not_after: float,
+    renew_before_s: float | None,
+    renew_after_s: float | None,
+    chance: float,
+    late_s: float = 0.0,
 ) -> float:
     """The moment to renew: the issuer's hint if it is sooner, else the user's ``renew-before``, else two thirds of the life; jittered.
 
     What lies outside the life is passed over, and a margin is kept on both sides: so whatever user and issuer say, the
     moment lies between ``issued_at`` and ``not_after``, and renewals never follow one another without a pause.
+
+    ``late_s`` says by how much this certificate came later than it was planned; infinite for a volume's first. Those of
+    many nodes come together after an outage or a restart, and must not do so for ever after: where neither user nor issuer
+    says when, chance brings the next one forward by as much as the last was late, and by half of the time at most.
     """
     life = max(not_after - issued_at, 0.0)
     margin = min(_MARGIN_S, life * (1 - RENEWAL_FRACTION))
     # A renew-before as long as the life (the issuer gave less than was asked) would renew without end.
-    planned = life * RENEWAL_FRACTION
+    planned, asked = life * RENEWAL_FRACTION, False
     if renew_before_s is not None and 0 < renew_before_s < life:
-        planned = life - renew_before_s
+        planned, asked = life - renew_before_s, True
     if renew_after_s is not None and 0 < renew_after_s < planned:
-        planned = renew_after_s
+        planned, asked = renew_after_s, True
     planned = min(max(planned, margin), life - margin)
-    room = min(planned, life - planned)
-    return issued_at + planned + (2 * chance - 1) * JITTER * room
+    jitter = JITTER * min(planned, life - planned)
+    forward = 0.0 if asked else min(late_s, planned / 2)
+    return issued_at + planned + jitter - (1 - chance) * (2 * jitter + forward)
 
 
 def retry_delay_s(*, attempt: int, kind: Kind, chance: float) -> float:
@@ -44,6 +56,16 @@ def retry_delay_s(*, attempt: int, kind: Kind, chance: float) -> float:
     cap = _RETRY_CAP_S if kind.retryable else _REFUSED_CAP_S
     delay = min(_FIRST_RETRY_S * 2.0 ** min(attempt - 1, 30), cap)
     return delay * (0.75 + 0.5 * chance)
+
+
+def probe_delay_s(*, attempt: int, left_s: float, chance: float) -> float:
+    """Seconds until a node asks an authority again that gave no certificate ``attempt`` times in a row (1 or more).
+
+    Doubling as :func:`retry_delay_s`, but up to a fortieth of what is left of the life that ends first, from half a minute
+    to ten: nodes that can wait leave the first minutes after an outage to those that can't.
+    """
+    cap = min(max(left_s / 40, _RETRY_CAP_S), _PROBE_CAP_S)
+    return min(_FIRST_RETRY_S * 2.0 ** min(attempt - 1, 30), cap) * (0.75 + 0.5 * chance)
 
 
 def catch_up_delay_s(*, silence_s: float, left_s: float, chance: float) -> float:

@@ -52,6 +52,11 @@ class Agenda:
         del self._moments[volume_id]
         return volume_id
 
+    def left_s(self, now: float) -> float:
+        """Seconds that the most urgent volume whose moment has come can wait; infinite where there is none."""
+        self._sort(now)
+        return self._ready[0][0] - now if self._ready else math.inf
+
     def backlog(self, now: float) -> int:
         """How many volumes' moments have come. Also from another thread."""
         return sum(when <= now for when, _ in list(self._moments.values()))

@@ -53,8 +53,8 @@ class Enrolment:
         self._clock = clock
         self._chance = chance
 
-    async def obtain(self, pod: Pod, spec: CertificateSpec, token: PodToken | None) -> Enrolled:
-        """Makes a key and has it certified.
+    async def obtain(self, pod: Pod, spec: CertificateSpec, token: PodToken | None, late_s: float) -> Enrolled:
+        """Makes a key and has it certified; ``late_s`` as for :func:`csi_driver.core.renewal.plan_renewal`.
 
         Raises:
             CertmountError: TokenMissing, TokenExpired, AnswerInvalid, or the authority's own reason.
@@ -73,6 +73,7 @@ class Enrolment:
             renew_before_s=spec.renew_before.total_seconds() if spec.renew_before else None,
             renew_after_s=answer.renew_after.total_seconds() if answer.renew_after else None,
             chance=self._chance(),
+            late_s=late_s,
         )
         return Enrolled(key, bundle, trust, now, renew_at, not_after)
 

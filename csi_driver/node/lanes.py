@@ -10,12 +10,11 @@ from functools import partial
 import structlog
 
 from csi_driver.core.errors import CertmountError
-from csi_driver.core.renewal import catch_up_delay_s
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import CertificateSpec
 from csi_driver.node.authority_client import Answer
 from csi_driver.node.enrolment import Authority
-from csi_driver.node.pace import PACED, Pace
+from csi_driver.node.pace import Pace, spread_s
 from csi_driver.node.rotation import Rotation
 
 log = structlog.get_logger(__name__)
@@ -60,7 +59,10 @@ class Lanes:
 
     def pause_s(self, issuer: str) -> float:
         """Seconds until the next call to an issuer may begin, where none is under way."""
-        return self._lanes[issuer].pace.pause_s(_now()) if issuer in self._lanes else 0.0
+        if issuer not in self._lanes:
+            return 0.0
+        lane = self._lanes[issuer]
+        return lane.pace.pause_s(_now(), lane.rotation.left_s())
 
     def paced(self, authority: Authority) -> Authority:
         """The same authority, whose answers and failures set the pace."""
@@ -83,16 +85,11 @@ class Lanes:
         if issuer not in self._lanes:
             return
         lane = self._lanes[issuer]
-        if error is not None and error.reason in PACED:
-            lane.pace.refused(stamp, error, _now())
-        elif (silence := lane.pace.answered(_now())) is not None:
+        if (silence := lane.pace.heard(stamp, error, _now())) is not None:
             waiting = lane.rotation.backlog()
             log.info("certificates again", issuer=issuer, after_s=round(silence, 1), waiting=waiting)
-            lane.rotation.put_off(partial(self._catch_up_delay_s, silence))
+            lane.rotation.put_off(partial(spread_s, silence, self._chance))
         lane.rotation.look()
-
-    def _catch_up_delay_s(self, silence_s: float, left_s: float) -> float:
-        return catch_up_delay_s(silence_s=silence_s, left_s=left_s, chance=self._chance())
 
     def _start(self, issuer: str) -> None:
         if self._running is not None:

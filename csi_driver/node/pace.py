@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from csi_driver.core.errors import CertmountError, Kind, Reason
-from csi_driver.core.renewal import retry_delay_s
+from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.renewal import catch_up_delay_s, probe_delay_s
 
 SIDE_BY_SIDE = 8
 """Renewals at once: enough to use an authority well after an outage, few enough to leave the node to its pods."""
@@ -37,7 +37,8 @@ class Pace:
         self._width = width
         self._under_way = 0
         self._failures = 0
-        self._not_before = -math.inf
+        self._paused_at = -math.inf
+        self._pause_chance = 0.0
         self._silent_since: float | None = None
         self.stamp = 0
         """Counts the pauses. A failure of a call that began before the last one tells nothing new."""
@@ -52,38 +53,52 @@ class Pace:
         """A call that began has ended, whatever became of it."""
         self._under_way -= 1
 
-    def wait_s(self, now: float) -> float:
-        """Seconds until a call may begin; infinite where one that is under way must end first."""
+    def wait_s(self, now: float, left_s: float) -> float:
+        """Seconds until a call may begin; infinite where one that is under way must end first.
+
+        ``left_s`` of its certificate's life are left to the most urgent of those that wait.
+        """
         if self._under_way >= self._width:
             return math.inf
-        return self.pause_s(now)
+        return self.pause_s(now, left_s)
 
-    def pause_s(self, now: float) -> float:
+    def pause_s(self, now: float, left_s: float) -> float:
         """Seconds of a pause that are left; 0 where there is none."""
-        return max(self._not_before - now, 0.0)
+        if not self._failures:
+            return 0.0
+        pause = probe_delay_s(attempt=self._failures, left_s=left_s, chance=self._pause_chance)
+        return max(self._paused_at + pause - now, 0.0)
 
-    def answered(self, now: float) -> float | None:
-        """A call was answered. Where that ends a silence, gives how many seconds there was none."""
+    def heard(self, stamp: int, error: CertmountError | None, now: float) -> float | None:
+        """A call that began with this stamp has ended. Where that ends a silence, gives how many seconds there was none."""
+        if error is not None and error.reason in PACED:
+            self._refused(stamp, error, now)
+            return None
         if self._silent_since is None:
             self._width = min(self._width + 1, SIDE_BY_SIDE)
             self._failures = max(self._failures - 1, 0)
             return None
         silence = now - self._silent_since
         self._silent_since, self.trouble = None, None
-        self._width, self._failures, self._not_before = 1, 0, -math.inf
+        self._width, self._failures = 1, 0
         return silence
 
-    def refused(self, stamp: int, error: CertmountError, now: float) -> None:
-        """A call that began with this stamp failed with one of the reasons in ``PACED``."""
-        if stamp != self.stamp or now < self._not_before:
+    def _refused(self, stamp: int, error: CertmountError, now: float) -> None:
+        # What kubelets ask for goes on in a pause; it must not put off for ever what waits for its end.
+        if stamp != self.stamp or self.pause_s(now, 0.0) > 0:
+            return
+        self._width = max(self._width // 2, 1)
+        if error.reason is Reason.TOO_MANY_REQUESTS:  # the pod's or the node's own limit, and no one else's trouble
             return
         if error.reason in SILENCE:
             self._silent_since = now if self._silent_since is None else self._silent_since
             self.trouble = error
             self._width = 1
-        self._width = max(self._width // 2, 1)
-        if error.reason is Reason.TOO_MANY_REQUESTS:  # the pod's or the node's own limit, and no one else's trouble
-            return
         self.stamp += 1
         self._failures += 1
-        self._not_before = now + retry_delay_s(attempt=self._failures, kind=Kind.EXHAUSTED, chance=self._chance())
+        self._paused_at, self._pause_chance = now, self._chance()
+
+
+def spread_s(silence_s: float, chance: Callable[[], float], left_s: float) -> float:
+    """Seconds by which to put off what waited for the end of a silence; ``left_s`` of its certificate's life are left."""
+    return catch_up_delay_s(silence_s=silence_s, left_s=left_s, chance=chance())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -132,7 +133,7 @@ class Publisher:
     async def _publish_first(self, request: PublishRequest) -> None:
         spec = parse_attributes(request.attributes)
         target = check_target(self._kubelet_dir, request.target, request.pod.uid)
-        enrolled = await self._enrolment.obtain(request.pod, spec, request.token)
+        enrolled = await self._enrolment.obtain(request.pod, spec, request.token, late_s=math.inf)
         record = new_record(request, str(target), enrolled.issued_at, enrolled.renew_at, enrolled.not_after)
         volume = Volume(record, spec, request.token)
         volume.trusts = self._roots.answered(volume, enrolled.trust)

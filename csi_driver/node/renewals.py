@@ -109,7 +109,8 @@ class Renewals:
         try:
             if await self._removal.drop_if_gone(volume):
                 return
-            enrolled = await self._enrolment.obtain(volume.pod, volume.spec, volume.token)
+            late_s = max(self._clock() - volume.record.renew_at, 0.0)
+            enrolled = await self._enrolment.obtain(volume.pod, volume.spec, volume.token, late_s)
             async with self._volumes.lock(volume.record.volume_id):
                 if self._volumes.has(volume):
                     await self._write(volume, enrolled)

@@ -49,6 +49,10 @@ class Rotation:
         self._agenda.put_off(self._clock(), delay_s)
         self._wake.set()
 
+    def left_s(self) -> float:
+        """Seconds that the most urgent of those that wait can do so."""
+        return self._agenda.left_s(self._clock())
+
     def look(self) -> None:
         """Looks whether there is something to do: the pace has changed."""
         self._wake.set()
@@ -59,8 +63,9 @@ class Rotation:
         async with asyncio.TaskGroup() as acts:
             while True:
                 self._wake.clear()
-                wait = max(self._agenda.wait_s(self._clock()), self._pace.wait_s(monotonic()))
-                if wait <= 0 and (volume_id := self._agenda.take(self._clock())) is not None:
+                now = self._clock()
+                wait = max(self._agenda.wait_s(now), self._pace.wait_s(monotonic(), self._agenda.left_s(now)))
+                if wait <= 0 and (volume_id := self._agenda.take(now)) is not None:
                     self._pace.begin()
                     acts.create_task(self._act_on(volume_id), name=f"act on {volume_id}")
                     continue

@@ -1,0 +1,146 @@
+"""The stories: a day like any other, the end of an outage, a zone that starts anew. Second 0 is when that happens."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from dataclasses import dataclass
+
+from tests.scaling.authority import Authority, Figures
+from tests.scaling.cluster import Cluster
+
+PODS = 110
+_OUTAGE_S = 3600.0
+_BEFORE_S = 60.0
+"""Of the outage that is played with all others; before it, each node is alone with its tries."""
+_BOOT_SPREAD_S = 60.0
+"""From the first node of the zone that starts pods to the last."""
+_MOUNTS_SPREAD_S = 2.0
+"""In which a kubelet begins with the volumes of all its pods."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is played."""
+
+    story: str
+    nodes: int
+    life_s: float
+    replicas: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of it. Certificates and TokenReviews per second."""
+
+    case: Case
+    mean: float
+    worst: float
+    steady: float
+    """The mean of a day like any other."""
+    reviews_mean: float
+    reviews_worst: float
+    refused: int
+    took_s: float
+    """Until the last one that was due or waited had its certificate."""
+    expired: int
+    """Certificates that ended before their successors came, by the outage or after it."""
+    expired_after: int
+    """Of these, those that were still good when the authority was back."""
+    echo_worst: float
+    """The worst second of all later renewals in the story."""
+
+
+def replicas_for(nodes: int, life_s: float, figures: Figures) -> int:
+    """Enough for twice the mean of a usual day by all but one of them, and never fewer than two."""
+    return max(2, math.ceil(2 * steady_mean(nodes, life_s) / figures.issue_per_core_s) + 1)
+
+
+def steady_mean(nodes: int, life_s: float) -> float:
+    """Renewals a second: each volume at two thirds of its certificate's life."""
+    return nodes * PODS / (life_s * 2 / 3)
+
+
+def play(case: Case, figures: Figures, seed: int = 1) -> Result:
+    """Plays a case exactly: every node and every call."""
+    return {"steady": _steady, "outage": _outage, "zone": _zone}[case.story](case, figures, seed)
+
+
+def _fill(cluster: Cluster, chance: random.Random, since: float, horizon: float, nodes: range) -> None:
+    """Volumes as a long quiet time leaves them: at ``since`` each one is somewhere between issuance and renewal.
+
+    What falls due after the horizon is left out.
+    """
+    for node in nodes:
+        for number in range(PODS):
+            planned = cluster.plan(0.0, 0.0)
+            issued_at = since - chance.random() * planned
+            if issued_at + planned < horizon:
+                cluster.add(node, str(number), issued_at, issued_at + planned)
+
+
+def _cluster(case: Case, figures: Figures, seed: int, back_at: float) -> tuple[Cluster, random.Random]:
+    chance = random.Random(seed)
+    authority = Authority(case.replicas, figures, back_at, [chance.random() for _ in range(case.nodes)])
+    return Cluster(case.nodes, case.life_s, authority, seed + 1), chance
+
+
+def _steady(case: Case, figures: Figures, seed: int) -> Result:
+    end = 3600.0 if case.life_s > 3600 else 600.0
+    cluster, chance = _cluster(case, figures, seed, back_at=-math.inf)
+    _fill(cluster, chance, 0.0, end, range(case.nodes))
+    cluster.run(0.0, end)
+    return _result(case, cluster, range(int(end)), 0.0)
+
+
+def _outage(case: Case, figures: Figures, seed: int) -> Result:
+    end = min(case.life_s * 1.1, 1.5 * _OUTAGE_S)
+    cluster, chance = _cluster(case, figures, seed, back_at=0.0)
+    _fill(cluster, chance, -_OUTAGE_S, end, range(case.nodes))
+    for number in range(case.nodes):
+        cluster.silence(number, -_BEFORE_S)
+    cluster.run(-_BEFORE_S, end)
+    took = max(cluster.caught_up_at, 1.0)
+    return _result(case, cluster, range(math.ceil(took)), took, end)
+
+
+def _zone(case: Case, figures: Figures, seed: int) -> Result:
+    end = case.life_s * 1.1 if case.life_s <= 3600 else 600.0
+    cluster, chance = _cluster(case, figures, seed, back_at=-math.inf)
+    zone = case.nodes // 3
+    _fill(cluster, chance, 0.0, end, range(zone, case.nodes))
+    for node in range(zone):
+        boot = chance.random() * _BOOT_SPREAD_S
+        for number in range(PODS):
+            cluster.first(node, str(number), boot + chance.random() * _MOUNTS_SPREAD_S)
+    cluster.run(0.0, end)
+    took = max(cluster.caught_up_at, 1.0)
+    return _result(case, cluster, range(math.ceil(took)), took, end)
+
+
+def _result(case: Case, cluster: Cluster, seconds: range, took_s: float, end: float = 0.0) -> Result:
+    counts = cluster.authority.counts
+    mean, worst = _mean_and_worst(counts.issued, seconds)
+    reviews_mean, reviews_worst = _mean_and_worst(counts.reviews, seconds)
+    _, echo_worst = _mean_and_worst(counts.issued, range(seconds.stop, int(end)))
+    return Result(
+        case=case,
+        mean=mean,
+        worst=worst,
+        steady=steady_mean(case.nodes, case.life_s),
+        reviews_mean=reviews_mean,
+        reviews_worst=reviews_worst,
+        refused=sum(counts.refused.values()),
+        took_s=took_s,
+        expired=cluster.expired,
+        expired_after=cluster.expired_after,
+        echo_worst=echo_worst,
+    )
+
+
+def _mean_and_worst(counts: Counter[int], seconds: range) -> tuple[float, float]:
+    if not seconds:
+        return 0.0, 0.0
+    found = [counts[second] for second in seconds]
+    return sum(found) / len(found), max(found)
