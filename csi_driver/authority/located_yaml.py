@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
+from csi_driver.core.document import Path
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.policy_document import Place
 
 MAX_BYTES = 1024 * 1024
 _MOST_NESTING = 20
@@ -38,7 +38,7 @@ class Located:
     """The plain data of a YAML document, and the line of each key and item."""
 
     data: object
-    lines: Mapping[Place, int]
+    lines: Mapping[Path, int]
 
 
 def read_yaml(content: bytes, what: str, reason: Reason) -> Located:
@@ -72,7 +72,7 @@ def read_yaml(content: bytes, what: str, reason: Reason) -> Located:
         raise invalid(f"is not YAML that can be read ({type(error).__name__})") from None
 
 
-def _lines(node: yaml.Node | None, path: Place) -> Iterator[tuple[Place, int]]:
+def _lines(node: yaml.Node | None, path: Path) -> Iterator[tuple[Path, int]]:
     """Of keys and items, not of values: a value may begin lines below its key, where nobody looks for it."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:

@@ -13,6 +13,7 @@ _COMMANDS = {
     "authority": "csi_driver.cli.authority",
     "ca": "csi_driver.cli.ca",
     "issuer": "csi_driver.cli.issuer",
+    "policy": "csi_driver.cli.policy",
     "demo": "csi_driver.cli.demo",
 }
 

@@ -27,6 +27,8 @@ _LOCAL_PART = re.compile(r"[A-Za-z0-9#$&'+/=?^_|~-]+(?:\.[A-Za-z0-9#$&'+/=?^_|~-
 _MAX_LOCAL_PART = 64
 _MAX_EMAIL_LENGTH = 254
 _IP_TEXT = re.compile(r"[0-9A-Fa-f:.]+", re.ASCII)
+# What the API server lets most objects be called: one or more labels with dots between, 253 characters in all.
+_OBJECT = re.compile(r"(?!.{254})[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*", re.ASCII)
 _WORD = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
 
 
@@ -215,6 +217,13 @@ def parse_word(text: str) -> str:
     """Takes an administrator's name for an issuer or a set of roots, or raises :class:`NameProblem`."""
     if not _WORD.fullmatch(text):
         raise NameProblem("is not a name: 1-63 lower-case letters, digits and inner hyphens")
+    return text
+
+
+def parse_object_name(text: str) -> str:
+    """Takes the name of a Kubernetes object (RFC 1123 section 2.1), or raises :class:`NameProblem`."""
+    if not _OBJECT.fullmatch(text):
+        raise NameProblem("is not the name of a Kubernetes object: lower-case letters, digits, '-' and '.'")
     return text
 
 

@@ -100,7 +100,8 @@ class NamePattern:
         if not form.value.fullmatch(bare):
             if form is _Form.EMAIL and bare.count("@") != 1:
                 raise PatternProblem("is not of the form name@domain")
-            raise PatternProblem("has characters that no such name has" if bare else "is empty")
+            capitals = "; write it in lower case" if form.value.fullmatch(bare.lower()) else ""
+            raise PatternProblem("has characters that no such name has" + capitals if bare else "is empty")
         if "**" in bare:
             raise PatternProblem("has **; a * stands within one label or path segment")
         for name in _DOMAIN_PLACEHOLDERS:

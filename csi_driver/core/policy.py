@@ -108,7 +108,7 @@ class Policy:
             ),
             verdict.duration,
             verdict.usages,
-            tuple(dict.fromkeys(judged.rule for judged in (*verdict.names, *verdict.implied))),
+            verdict.granting,
         )
 
     def judge(self, subject: Subject, asked: Asked) -> Verdict:

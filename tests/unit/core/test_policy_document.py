@@ -186,7 +186,7 @@ def test_the_line_of_a_rule_is_in_its_label() -> None:
         (rule(allow_max_duration="1d"), "policy[0].allow.max_duration", "'1d' is not a duration"),
         (rule(allow_max_duration="-1h"), "policy[0].allow.max_duration", "'-1h' is negative"),
         (rule(allow_max_duration="9s"), "policy[0].allow.max_duration", "'9s' is not a duration of 10s or more"),
-        (rule(allow_max_duration=3600), "policy[0].allow.max_duration", "3600 is not a duration of 10s or more"),
+        (rule(allow_max_duration=3600), "policy[0].allow.max_duration", "3600 is not a text; put it in quotes"),
     ],
 )
 def test_what_is_wrong_is_said_by_its_path(document: object, field: str, words: str) -> None:
