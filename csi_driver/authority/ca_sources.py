@@ -96,7 +96,7 @@ class StoredCA:
             elif stored.values:
                 found = load_holdings(stored.values, now, where=self.name, known=self._known)
             elif make:
-                found = first_holdings(make_keyring(now, self._design), int(now.timestamp()))
+                found = first_holdings(make_keyring(now, self._design), int(now.timestamp()), self._known)
             else:
                 raise self._empty()
             after = await step(found)

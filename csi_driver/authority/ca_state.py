@@ -93,9 +93,12 @@ class Holdings:
         return {**self.kept, **dump_keyring(self.keyring), **following, STATE: Secret(_dump_state(self))}
 
 
-def first_holdings(keyring: Keyring, now: int) -> Holdings:
-    """Of a CA that is made now."""
-    return Holdings(keyring, None, rotation.first_state(now), saved=False)
+def first_holdings(keyring: Keyring, now: int, known: RootSet | None = None) -> Holdings:
+    """Of a CA that is made now; ``known`` is what nodes were told before, where the store has been emptied."""
+    state = rotation.first_state(now)
+    if known is not None:
+        state = replace(state, generation=rotation.next_generation(known.generation, now))
+    return Holdings(keyring, None, state, saved=False)
 
 
 def load_holdings(

@@ -25,8 +25,8 @@ from csi_driver.authority.keyring import (
     INTERMEDIATE_KEY,
     ROOT,
     ROOT_KEY,
-    Design,
     Keyring,
+    design_of,
     make_keyring,
 )
 from csi_driver.authority.keyring_check import load_keyring
@@ -119,12 +119,14 @@ def status(ca_secret: tuple[str, str] | None, ca_dir: Path | None, output: str) 
 @click.option("--path-length", type=click.IntRange(1, 8), help="How many intermediates its root allows.")
 def rotate(ca_secret: tuple[str, str] | None, ca_dir: Path | None, **options: Any) -> None:
     """Begin to exchange the CA, or go on after a stop. Nothing is interrupted; it takes from minutes to as long as certificates live."""
-    following = _following(options)
+    own, design = _own(options), _design(options)
 
     def step(holdings: Holdings) -> Holdings:
         if holdings.state.phase is Phase.STEADY:
-            return holdings.begun(following or make_keyring(utc_now()), int(time.time()))
-        if following is not None:
+            # What is not said stays as it is: names that the CA may not sign, the kind of its keys.
+            following = own or make_keyring(utc_now(), replace(design_of(holdings.keyring), **design))
+            return holdings.begun(following, int(time.time()))
+        if own or design:
             raise click.ClickException(
                 "a rotation to another CA is under way; give that one up first by: certmount ca stop --discard"
             )
@@ -187,30 +189,30 @@ def _tell(report: Report, output: str = "text") -> None:
         click.echo("\n".join(report.lines()))
 
 
-def _following(options: dict[str, Any]) -> Keyring | None:
-    """The next CA where the user says anything about it."""
-    own = {name: options[option] for name, option in _OWN.items() if options[option]}
-    made = {"key_type": options["key_type"], "permit": options["permit"], "path_length": options["path_length"]}
-    if not own:
-        if options["password_file"]:
-            raise click.UsageError("--password-file is for a CA of your own; see --root")
-        if not any(made.values()):
-            return None
-        key_type = _KEY_TYPES.get(options["key_type"] or "")
-        return make_keyring(utc_now(), Design(key_type, options["permit"], options["path_length"] or 1))
-    if any(made.values()):
-        raise click.UsageError(
-            "--key-type, --permit and --path-length are for a CA that is made, --root is for your own"
-        )
-    if missing := [
-        f"--{_OWN[name].replace('_', '-')}" for name in (ROOT, INTERMEDIATE, INTERMEDIATE_KEY) if name not in own
-    ]:
-        raise click.UsageError(f"a CA of your own also needs {', '.join(missing)}")
-    values = {name: Secret(file.read_bytes()) for name, file in own.items()}
+def _design(options: dict[str, Any]) -> dict[str, Any]:
+    """What the user wants otherwise of the CA that is made."""
+    wanted = {"key_type": _KEY_TYPES.get(options["key_type"] or ""), "permitted": options["permit"]}
+    return {name: value for name, value in {**wanted, "path_length": options["path_length"]}.items() if value}
+
+
+def _own(options: dict[str, Any]) -> Keyring | None:
+    """The next CA where the user brings one."""
+    files = {name: options[option] for name, option in _OWN.items() if options[option]}
     password_file = options["password_file"]
+    if not files:
+        if password_file:
+            raise click.UsageError("--password-file is for a CA of your own; see --root")
+        return None
+    if _design(options):
+        problem = "--key-type, --permit and --path-length are for a CA that is made, --root is for your own"
+        raise click.UsageError(problem)
+    if missing := [name for name in (ROOT, INTERMEDIATE, INTERMEDIATE_KEY) if name not in files]:
+        flags = ", ".join("--" + _OWN[name].replace("_", "-") for name in missing)
+        raise click.UsageError(f"a CA of your own also needs {flags}")
+    values = {name: Secret(file.read_bytes()) for name, file in files.items()}
     password = Secret(password_file.read_bytes().rstrip(b"\r\n")) if password_file else None
     try:
-        keyring = load_keyring(values, utc_now(), where="next", prefix="", password=password, hint="see its option")
+        keyring = load_keyring(values, utc_now(), where="next", password=password, hint="see its option")
     except CertmountError as error:
         raise click.ClickException(str(error)) from None
     # The authority has no password for what lies in its store, which is as secret as the password would be.

@@ -53,7 +53,8 @@ class Report:
             return f"{self._moment(state.announced_at)}: every replica knows of the next CA, and the nodes are asked to confirm"
         if state.phase is Phase.DISTRIBUTING:
             if self.missing:
-                return f"when {_nodes(len(self.missing))} more confirmed: the next CA signs"
+                have = "has" if len(self.missing) == 1 else "have"
+                return f"when {_nodes(len(self.missing))} more {have} confirmed: the next CA signs"
             return "within seconds: the next CA signs"
         until = max((state.trusted_until(each) for each in state.retired), default=self.now)
         return f"{self._moment(until)}: the former root leaves every root.crt, and the rotation is done"
