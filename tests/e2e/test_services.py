@@ -84,6 +84,7 @@ def test_a_pod_that_names_nothing_has_its_services_names() -> None:
     assert uris == {f"spiffe://cluster.local/ns/{NAMESPACE}/sa/default"}
 
 
+@pytest.mark.timeout(240)
 def test_a_pod_that_no_service_selects_is_refused_and_told_by_an_event() -> None:
     """The event is on the pod itself, with its uid; refused again it is counted, not written again."""
     (event, *others) = wait_until(lambda: _events(STRANGER), seconds=60, what="an event of the authority")
@@ -99,6 +100,7 @@ def test_a_pod_that_no_service_selects_is_refused_and_told_by_an_event() -> None
     wait_until(lambda: counted() >= 2, seconds=120, what="a second refusal, counted in the same event")
 
 
+@pytest.mark.timeout(240)
 def test_a_service_made_later_lets_the_pod_in_at_its_next_try() -> None:
     """Nobody restarts anything."""
     uid = STRANGER.uid
@@ -152,8 +154,8 @@ def test_the_api_server_is_away_for_a_minute(logs: LogKeeper) -> None:
         time.sleep(DOWN_S)
         assert _issued(logs) == issued, "a certificate was issued while no one could ask whether its pod lives"
         assert (volume / "site.pem").read_bytes() == files, "the volume changed, or was lost"
-        unready = [event for event in logs.events("certmount-authority") if event["event"] == "not followed"]
-        assert unready, "a replica says that it can't follow the cluster"
+        lost = [event for event in logs.events("certmount-authority") if event["event"] == "not followed"]
+        assert lost, "no replica says that it can't follow the cluster"
     wait_until(lambda: (volume / "site.pem").read_bytes() != files, seconds=120, what="the running pod renews again")
     late = Pod(NAMESPACE, "late")
     apply(manifest(late, {"name": f"shop.{NAMESPACE}.svc"}, labels={"app": "shop"}))
