@@ -14,10 +14,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from csi_driver.authority.ca_store import FolderStore
-from csi_driver.authority.issuers import Order
+from csi_driver.authority.issuers import Issued, Order
 from csi_driver.authority.issuers.acme.issuer import AcmeIssuer
 from csi_driver.authority.issuers.acme.settings import AcmeSettings, Dns01
 from csi_driver.core.csr import build_csr, names_of, parse_csr
+from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.core.keys import PrivateKey
 from csi_driver.core.names import DNSName, Names, spiffe_id
@@ -51,6 +52,18 @@ async def at_work(*issuers: AcmeIssuer) -> AsyncIterator[None]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def patiently(issuer: AcmeIssuer, order: Order) -> Issued:
+    """As a node asks: again with the same request, for as long as the answer is that it is pending."""
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                return await issuer.issue(order)
+            except CertmountError as error:
+                if error.reason is not Reason.ISSUANCE_PENDING:
+                    raise
+                await asyncio.sleep(0.2)
 
 
 def leaf(chain: tuple[bytes, ...]) -> x509.Certificate:

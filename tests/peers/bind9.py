@@ -17,6 +17,7 @@ from csi_driver.authority.issuers.acme.tsig import TsigKey
 from csi_driver.core.secret import Secret
 from tests.peers.processes import LOOPBACK, free_port, running
 from tests.support.requirements import require_program
+from tests.support.waiting import until
 
 KEY = TsigKey("certmount", Secret(hashlib.sha256(b"certmount").digest()))
 _ZONE = """\
@@ -40,7 +41,7 @@ _OPTIONS = """\
 options {{
   directory "{folder}"; pid-file none; session-keyfile none; managed-keys-directory "{folder}";
   listen-on port {port} {{ 127.0.0.1; }}; listen-on-v6 {{ none; }};
-  recursion no; dnssec-validation no; allow-query {{ any; }}; empty-zones-enable no;
+  recursion {recursion}; dnssec-validation no; allow-query {{ any; }}; empty-zones-enable no;
 }};
 controls {{ }};
 key "{key}" {{ algorithm {algorithm}; secret "{secret}"; }};
@@ -62,6 +63,8 @@ class Bind9:
     """The port of a secondary that is told of changes."""
     primary: int | None = None
     """For a secondary: the port of its primary."""
+    recursive: bool = False
+    """That it follows a CNAME from one of its zones into another, as a CA's resolver does."""
 
     @property
     def address(self) -> str:
@@ -78,7 +81,11 @@ class Bind9:
             file = self.folder / f"{zone}.db"
             if not file.exists() and self.primary is None:
                 file.write_text(_ZONE.format(records=records), encoding="ascii")
-        async with running([named, "-4", "-g", "-c", str(configuration)], self.folder / "named.log", self.port):
+        log = self.folder / "named.log"
+        log.touch()
+        starts = _starts(log)
+        async with running([named, "-4", "-g", "-c", str(configuration)], log, self.port):
+            await until(lambda: _starts(log) > starts, "bind9 to load its zones")
             yield
 
     async def texts(self, name: str) -> set[str]:
@@ -95,7 +102,7 @@ class Bind9:
     def _configuration(self) -> str:
         text = _OPTIONS.format(
             folder=self.folder, port=self.port, key=self.key.name, algorithm=self.key.algorithm,
-            secret=base64.b64encode(self.key.secret.reveal()).decode(),
+            secret=base64.b64encode(self.key.secret.reveal()).decode(), recursion="yes" if self.recursive else "no",
         )  # fmt: skip
         for zone in self.zones:
             if self.primary is not None:
@@ -117,7 +124,14 @@ def bind9(
     key: TsigKey = KEY,
     follower: int | None = None,
     primary: int | None = None,
+    recursive: bool = False,
 ) -> Bind9:
     """A server to be run; KEY may change all zones where not said otherwise."""
     folder.mkdir(parents=True, exist_ok=True)
-    return Bind9(folder, free_port(), zones, frozenset(zones) if granted is None else granted, key, follower, primary)
+    changed = frozenset(zones) if granted is None else granted
+    return Bind9(folder, free_port(), zones, changed, key, follower, primary, recursive)
+
+
+def _starts(log: Path) -> int:
+    """How often the server has begun to serve its zones; it listens before that."""
+    return log.read_text(encoding="utf-8").count("all zones loaded")

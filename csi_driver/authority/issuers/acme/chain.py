@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import functools
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.oid import NameOID
 from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
@@ -92,11 +94,13 @@ def _public_roots() -> dict[bytes, tuple[x509.Certificate, ...]]:
 
 def _readable(pem: bytes) -> Iterable[x509.Certificate]:
     end = b"-----END CERTIFICATE-----"
-    for block in pem.split(end)[:-1]:
-        try:
-            yield x509.load_pem_x509_certificate(block[block.index(b"-----BEGIN") :] + end)
-        except UNREADABLE:
-            continue  # one root of unknown kind is no reason to trust none
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CryptographyDeprecationWarning)  # some roots are older than today's rules
+        for block in pem.split(end)[:-1]:
+            try:
+                yield x509.load_pem_x509_certificate(block[block.index(b"-----BEGIN") :] + end)
+            except UNREADABLE:
+                continue  # one root of unknown kind is no reason to trust none
 
 
 def _signed(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:

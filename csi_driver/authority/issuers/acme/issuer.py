@@ -162,12 +162,15 @@ class AcmeIssuer:
 
     def _issued(self, record: OrderRecord, state: State) -> Issued:
         live = state.live_certificate(record.id)
-        last = record.chain[-1]
-        if last not in self._roots:
-            self._roots[last] = roots_of(record.chain)
         renew_after = None if live is None else timedelta(seconds=max(live.renew_at - self._clock(), 1.0))
-        roots = self._settings.roots or self._roots[last]
-        return Issued(record.chain, roots, renew_after, identity_included=False)
+        return Issued(record.chain, self._roots_of(record.chain), renew_after, identity_included=False)
+
+    def _roots_of(self, chain: tuple[bytes, ...]) -> tuple[bytes, ...]:
+        if self._settings.roots:
+            return self._settings.roots
+        if chain[-1] not in self._roots:
+            self._roots[chain[-1]] = roots_of(chain)
+        return self._roots[chain[-1]]
 
     async def _tick(self, group: asyncio.TaskGroup) -> None:
         """Takes what is to be worked on, keeps the leases, lets go of what others have taken."""
