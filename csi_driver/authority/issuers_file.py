@@ -27,8 +27,9 @@ _DEFECT_PAUSE_S = 30.0
 class IssuersFile(Mapping[str, Issuer]):
     """Issuers by name. An issuer whose entry does not change stays the same object through all reloads.
 
-    ``on_roots`` gets an issuer's name and its roots (X.509 DER): when they are known, whenever they are others, and none
-    when the issuer is no more. ``on_load`` gets whether a new content of the file was taken.
+    ``on_roots`` gets an issuer's name and its roots (X.509 DER), never none: when they are known and whenever they are
+    others. An issuer that is gone is not told of, as its pods go on with the certificates and roots that they have.
+    ``on_load`` gets whether a new content of the file was taken.
     """
 
     def __init__(
@@ -85,9 +86,7 @@ class IssuersFile(Mapping[str, Issuer]):
             raise
         self._external = external
         self._by_name = {one.name: issuer for one, issuer in external.items()}
-        for gone in self._told.keys() - self._by_name.keys():
-            del self._told[gone]
-            self._on_roots(gone, ())
+        self._told = {name: roots for name, roots in self._told.items() if name in self._by_name}
         self._on_load(True)
         log.info("issuers loaded", file=str(self._file), issuers=sorted(self._by_name))
 

@@ -1,0 +1,141 @@
+"""A pod that asks the authority for a certificate from step-ca: the real authority, the real step-ca, the real wire."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import yaml
+from structlog.testing import capture_logs
+
+from csi_driver._proto import authority_pb2
+from csi_driver.authority import server
+from csi_driver.core.bundle import Expected, check_answer
+from csi_driver.core.names import DNSName, Names
+from tests.integration.authority.world import NAME, POD, Caller, Cluster, Refusal, World
+from tests.peers.step_ca import PROVISIONER, RealStepCA
+from tests.support.tokens import TokenIssuer
+
+pytestmark = pytest.mark.peers("step-ca")
+
+POLICY = """
+policy:
+- match: {namespaces: [default], serviceAccounts: [hello]}
+  allow: {dns: ["*.{namespace}.svc.{cluster_domain}"], issuers: [internal, step], max_duration: 48h}
+"""
+
+
+@pytest.fixture
+async def ca(tmp_path: Path) -> AsyncIterator[RealStepCA]:
+    async with RealStepCA(tmp_path / "step") as running:
+        yield running
+
+
+@pytest.fixture
+async def world(tmp_path: Path, ca: RealStepCA, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    """An authority whose issuers' file names step-ca."""
+    file = tmp_path / "issuers.yaml"
+    declared = {
+        "url": ca.url,
+        "root_sha256": ca.root_sha256,
+        "provisioner": PROVISIONER,
+        "key": {"file": str(ca.key_file)},
+    }
+    file.write_text(yaml.safe_dump({"issuers": [{"name": "step", "step_ca": declared}]}))
+    usual = server.AuthorityServer
+
+    def with_issuers(settings: server.Settings, *others: Any) -> server.AuthorityServer:
+        return usual(dataclasses.replace(settings, issuers=file), *others)
+
+    monkeypatch.setattr("tests.integration.authority.world.AuthorityServer", with_issuers)
+    issuer = TokenIssuer()
+    world = World(tmp_path, issuer, Cluster(issuer))
+    world.policy.write_text(POLICY)
+    async with world.running():
+        yield world
+
+
+@pytest.fixture
+async def caller(world: World) -> AsyncIterator[Caller]:
+    async with world.channel() as channel:
+        yield Caller(world, channel)
+
+
+def request(world: World, **changes: Any) -> authority_pb2.IssueRequest:
+    """As a node sends it for a volume with ``issuer: step``."""
+    usual: dict[str, Any] = {
+        "csr": world.csr(NAME),
+        "pod_token": world.issuer.pod_token(POD).reveal(),
+        "issuer": "step",
+    }
+    return authority_pb2.IssueRequest(**{**usual, **changes})
+
+
+async def known_roots(caller: Caller) -> authority_pb2.TrustBundle:
+    """What nodes are told to trust, as soon as step-ca's roots are in it."""
+    call = caller.watch()
+    try:
+        async for bundle in call:
+            if "step" in bundle.sets:
+                found: authority_pb2.TrustBundle = bundle
+                return found
+    finally:
+        call.cancel()
+    raise AssertionError("the stream has ended")
+
+
+async def refused(caller: Caller, wanted: authority_pb2.IssueRequest) -> Refusal:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await caller.send(wanted)
+    return Refusal.of(raised.value)
+
+
+async def test_a_pod_gets_a_chain_to_step_cas_root(world: World, caller: Caller, ca: RealStepCA) -> None:
+    """The node's judgement is passed with step-ca's root, and the audit log says whom it is from."""
+    bundle = await known_roots(caller)
+    assert list(bundle.sets["step"].roots) == [ca.root_der]
+    with capture_logs() as logs:
+        answer = await caller.send(request(world))
+    assert set(answer.trust) == {"step"}
+    expected = Expected(world.key.public_key(), Names.of([DNSName.parse(NAME)]), "default", "hello")
+    checked = check_answer(answer.chain, answer.trust["step"].roots, expected, datetime.now(UTC))
+    assert checked.roots == (ca.root,)
+    audit = next(entry for entry in logs if entry["event"] == "certificate")
+    assert (audit["decision"], audit["issuer"]) == ("issued", "step")
+    assert audit["sign_ms"] > 0
+    assert world.metric("certmount_issuer_calls_total", issuer="step", reason="Ok") == 1
+
+
+async def test_a_pod_of_the_internal_ca_may_federate_with_step(world: World, caller: Caller, ca: RealStepCA) -> None:
+    """So that pods of both trust each other while a cluster moves from one to the other."""
+    await known_roots(caller)
+    answer = await caller.send(request(world, issuer="internal", federations=["step"]))
+    assert set(answer.trust) == {"internal", "step"}
+    assert list(answer.trust["step"].roots) == [ca.root_der]
+
+
+async def test_step_cas_refusal_reaches_the_pod_in_words(world: World, caller: Caller) -> None:
+    """Policy lets 30 hours pass, step-ca does not: whose limit it is stands in the pod's event."""
+    await known_roots(caller)
+    wanted = request(world)
+    wanted.duration.FromTimedelta(timedelta(hours=30))
+    refusal = await refused(caller, wanted)
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.PERMISSION_DENIED, "NameRefused")
+    assert "issuer step: step-ca refuses it: requested duration of 30h1m0s is more than the authorized" in refusal.text
+
+
+async def test_a_step_ca_that_is_away_is_tried_again(world: World, caller: Caller, ca: RealStepCA) -> None:
+    """The node is told to; and the internal CA's pods notice nothing."""
+    await known_roots(caller)
+    await ca.stop()
+    refusal = await refused(caller, request(world))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "IssuerUnavailable")
+    assert "no connection: Connection refused" in refusal.text
+    assert (await caller.issue()).chain
+    await ca.start()
+    assert (await caller.send(request(world))).chain
