@@ -50,11 +50,14 @@ class CertificateAuthority:
         *,
         fleet: Fleet | None = None,
         design: Design = DEFAULT_DESIGN,
+        tell: Callable[[RootSet], None] = lambda _roots: None,
         elapsed: Callable[[], float] = _since_boot,
     ) -> None:
+        """``tell`` hears what pods are to trust, at once: no answer may be older than what this replica signs by."""
         self._source: Source = FileCA(source) if isinstance(source, KeyFiles) else StoredCA(source, fleet, design)
         self._metrics = metrics
         self._clock = clock
+        self._tell = tell
         self._elapsed = elapsed
         self._held: Holdings | None = None
         self._seen = 0.0
@@ -132,6 +135,7 @@ class CertificateAuthority:
                 self._seen = began
             raise
         self._held, self._seen = held, began
+        self._tell(held.trust)
         self._show(held)
         return held.keyring
 

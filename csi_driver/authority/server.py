@@ -106,6 +106,7 @@ class AuthorityServer:
             metrics,
             fleet=KnownNodes(self._confirmations, surroundings.nodes(self._trust), metrics),
             design=settings.ca_design,
+            tell=lambda roots: self._trust.set_roots(DEFAULT_ISSUER, roots),
         )
         self._issuers = IssuersFile(
             settings.issuers,
@@ -202,7 +203,6 @@ class AuthorityServer:
         """Makes everything follow the CA. Each time, as what someone removed is so published again."""
         own = await current_serving_root(self._surroundings.store, utc_now())
         self._serving.refresh(own)
-        self._trust.set_roots(DEFAULT_ISSUER, self._ca.trust)
         authority = encode_certificates([own.certificate])
         await self._surroundings.publisher.publish(roots_pem(self._ca.trust), authority)
 
