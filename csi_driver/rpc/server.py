@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,7 +18,9 @@ log = structlog.get_logger(__name__)
 
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]]"
-_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,23 +32,21 @@ class Handled:
     reason: Reason | None
 
 
-def _describe_nothing(method: str, request: object) -> Mapping[str, str]:  # noqa: ARG001  # the signature is the interface
-    return {}
-
-
 class Interceptor(grpc.aio.ServerInterceptor):
-    """Binds what a call is about to the log, turns failures into statuses, and reports each call to ``observe``.
+    """Turns failures into statuses, and reports each call to ``observe``.
 
-    ``describe`` names the log fields of a request (pod, volume); it must not reveal secrets and not raise.
+    ``describe`` names the log fields of a request (pod, volume), which are then in each line that the call logs; it must not
+    reveal secrets and not raise. Without it nothing is bound, which a service with its own audit log can do without.
     """
 
     def __init__(
         self,
         observe: Callable[[Handled], None],
-        describe: Callable[[str, object], Mapping[str, str]] = _describe_nothing,
+        describe: Callable[[str, object], Mapping[str, str]] | None = None,
     ) -> None:
         self._observe = observe
         self._describe = describe
+        self._guarded: dict[str, _Handler] = {}
 
     async def intercept_service(
         self, continuation: _Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -54,7 +54,14 @@ class Interceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return handler
-        method = handler_call_details.method.rpartition("/")[2]
+        # There are as many as the services have methods.
+        guarded = self._guarded.get(handler_call_details.method)
+        if guarded is None:
+            guarded = self._guard(handler, handler_call_details.method.rpartition("/")[2])
+            self._guarded[handler_call_details.method] = guarded
+        return guarded
+
+    def _guard(self, handler: _Handler, method: str) -> _Handler:
         coders = {
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,
@@ -63,40 +70,52 @@ class Interceptor(grpc.aio.ServerInterceptor):
             stream: Any = handler.unary_stream  # typed for the synchronous server only
 
             async def unary_stream(request: object, context: Any) -> Any:
-                async with self._call(method, request, context):
-                    async for response in stream(request, context):
-                        yield response
+                reason: Reason | None = None
+                started = time.perf_counter()
+                with self._bound(method, request):
+                    try:
+                        async for response in stream(request, context):
+                            yield response
+                    except Exception as error:  # noqa: BLE001  # the boundary: whatever is left must become a status
+                        failure = _told(method, error)
+                        reason = failure.reason
+                        await abort(context, failure)
+                    finally:
+                        self._observe(Handled(method, time.perf_counter() - started, reason))
 
             return grpc.unary_stream_rpc_method_handler(unary_stream, **coders)
         unary: Any = handler.unary_unary
 
         async def unary_unary(request: object, context: Any) -> Any:
-            async with self._call(method, request, context):
-                return await unary(request, context)
+            reason: Reason | None = None
+            started = time.perf_counter()
+            with self._bound(method, request):
+                try:
+                    return await unary(request, context)
+                except Exception as error:  # noqa: BLE001  # the boundary: whatever is left must become a status
+                    failure = _told(method, error)
+                    reason = failure.reason
+                    await abort(context, failure)
+                finally:
+                    self._observe(Handled(method, time.perf_counter() - started, reason))
 
         return grpc.unary_unary_rpc_method_handler(unary_unary, **coders)
 
-    @asynccontextmanager
-    async def _call(self, method: str, request: object, context: _Context) -> AsyncIterator[None]:
-        started = time.perf_counter()
-        reason: Reason | None = None
-        with structlog.contextvars.bound_contextvars(method=method, **self._describe(method, request)):
-            try:
-                yield
-            except CertmountError as error:
-                reason = error.reason
-                log.warning("call failed", reason=error.reason.word, error=str(error))
-                await abort(context, error)
-            except Exception as error:  # noqa: BLE001  # the boundary: whatever is left must become a status
-                # A defect of ours. Its text may quote its input, so only its type and place are shown.
-                reason = Reason.INTERNAL
-                log.error("call failed by a defect", reason=reason.word, error=type(error).__name__, at=_place(error))  # noqa: TRY400  # a traceback quotes code with its input
-                await abort(
-                    context,
-                    CertmountError(reason, f"a defect in certmount ({type(error).__name__}); its log says where"),
-                )
-            finally:
-                self._observe(Handled(method, time.perf_counter() - started, reason))
+    def _bound(self, method: str, request: object) -> AbstractContextManager[None]:
+        if self._describe is None:
+            return _NOTHING
+        return structlog.contextvars.bound_contextvars(method=method, **self._describe(method, request))
+
+
+def _told(method: str, error: Exception) -> CertmountError:
+    """The failure as the caller is to see it; it is logged here."""
+    if isinstance(error, CertmountError):
+        log.warning("call failed", method=method, reason=error.reason.word, error=str(error))
+        return error
+    # A defect of ours. Its text may quote its input, so only its type and place are shown.
+    kind, reason = type(error).__name__, Reason.INTERNAL
+    log.error("call failed by a defect", method=method, reason=reason.word, error=kind, at=_place(error))
+    return CertmountError(reason, f"a defect in certmount ({kind}); its log says where")
 
 
 def _place(error: BaseException) -> str:
