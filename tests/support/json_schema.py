@@ -32,9 +32,15 @@ def _properties(schema: Mapping[str, Any], value: object, root: Mapping[str, Any
     )
 
 
-def _additional(schema: Mapping[str, Any], value: object, _: Mapping[str, Any]) -> bool:
-    assert schema["additionalProperties"] is False
-    return not isinstance(value, dict) or value.keys() <= schema["properties"].keys()
+def _additional(schema: Mapping[str, Any], value: object, root: Mapping[str, Any]) -> bool:
+    others, known = schema["additionalProperties"], schema.get("properties", {})
+    return not isinstance(value, dict) or all(
+        others is not False and valid(others, value[name], root) for name in value.keys() - known.keys()
+    )
+
+
+def _property_names(schema: Mapping[str, Any], value: object, root: Mapping[str, Any]) -> bool:
+    return not isinstance(value, dict) or all(valid(schema["propertyNames"], name, root) for name in value)
 
 
 def _required(schema: Mapping[str, Any], value: object, _: Mapping[str, Any]) -> bool:
@@ -46,7 +52,9 @@ def _items(schema: Mapping[str, Any], value: object, root: Mapping[str, Any]) ->
 
 
 def _pattern(schema: Mapping[str, Any], value: object, _: Mapping[str, Any]) -> bool:
-    return not isinstance(value, str) or re.search(schema["pattern"].replace("$", r"\Z"), value) is not None
+    # A "$" at the end is before a last line break too in Python, but not in ECMA 262.
+    pattern = re.sub(r"\$$", r"\\Z", schema["pattern"])
+    return not isinstance(value, str) or re.search(pattern, value) is not None
 
 
 def _count(how_many: Callable[[int, int], bool], keyword: str) -> Callable[..., bool]:
@@ -61,6 +69,9 @@ _KEYWORDS: Mapping[str, Callable[[Mapping[str, Any], object, Mapping[str, Any]],
     "type": _type,
     "properties": _properties,
     "additionalProperties": _additional,
+    "propertyNames": _property_names,
+    "maxProperties": lambda schema, value, _: not isinstance(value, dict) or len(value) <= schema["maxProperties"],
+    "maxLength": lambda schema, value, _: not isinstance(value, str) or len(value) <= schema["maxLength"],
     "required": _required,
     "items": _items,
     "maxItems": lambda schema, value, _: not isinstance(value, list) or len(value) <= schema["maxItems"],
