@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import timedelta
@@ -46,14 +46,14 @@ def tokens() -> list[Secret[str]]:
 
 
 @pytest.fixture
-def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The Service of the authority, for the node's own client. This machine does not ask the cluster's DNS."""
     options = (*authority_client._OPTIONS, ("grpc.ssl_target_name_override", authority.NAME))
     monkeypatch.setattr(authority_client, "_OPTIONS", options)
     driver = host.driver()["metadata"]["name"]
     (tmp_path / "authority.crt").write_bytes(authority.serving_root())
     (tmp_path / "token").write_text(authority.token("certmount-node", CERTMOUNT, driver, "certmount-node"))
-    yield authority.service_address()
+    return authority.service_address()
 
 
 async def _issue(
