@@ -108,7 +108,7 @@ class Policy:
             ),
             verdict.duration,
             verdict.usages,
-            verdict.granting,
+            verdict.behind,
         )
 
     def judge(self, subject: Subject, asked: Asked) -> Verdict:

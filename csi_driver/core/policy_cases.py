@@ -34,10 +34,10 @@ class Case:
         verdict = policy.judge(self.subject, self.asked)
         if verdict.allowed is not self.allowed:
             if verdict.allowed:
-                return f"is allowed by {' and '.join(verdict.granting)}, but is expected to be refused"
+                return f"is allowed by {' and '.join(verdict.behind)}, but is expected to be refused"
             told = " ".join(str(fault) for fault in verdict.faults())
             return f"is refused, but is expected to be allowed: {told}"
-        behind = [label.partition(" ")[0] for label in verdict.granting]
+        behind = [label.partition(" ")[0] for label in verdict.behind]
         if self.rule and self.rule not in behind:
             return f"is {'allowed' if self.allowed else 'refused'} as expected, but by {' and '.join(behind) or 'no rule'}, not by {self.rule}"
         return None

@@ -56,11 +56,11 @@ class Verdict:
         return self.denied is None and self.together and all(judged.rule for judged in self.names)
 
     @property
-    def granting(self) -> tuple[str, ...]:
-        """The rules behind what is granted, each once, or the entry of the deny list; nothing for names that no rule allows."""
+    def behind(self) -> tuple[str, ...]:
+        """The rules behind a grant, each once; for who is denied, the entry of the deny list; else none."""
         if self.denied is not None:
             return (self.denied.label,)
-        return tuple(dict.fromkeys(judged.rule for judged in (*self.names, *self.implied) if judged.rule))
+        return tuple(dict.fromkeys(judged.rule for judged in (*self.names, *self.implied))) if self.allowed else ()
 
     def faults(self) -> list[Fault]:
         """What is refused and what would have to change, one fault for each name."""

@@ -1,0 +1,206 @@
+"""``certmount policy`` does what docs/policy.md shows, and its exit status says the same."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from csi_driver.authority.policy_file import read_policy
+from csi_driver.cli.main import main
+from tests.support.json_schema import valid
+from tests.unit.core.test_policy_schema import SCHEMA
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = ROOT / "docs" / "policy.md"
+POLICY, ALERT, FAULTY, CASES = re.findall(r"```yaml\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
+SESSIONS: list[tuple[str, str]] = [
+    (command, output)
+    for block in re.findall(r"```console\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
+    for command, output in re.findall(r"^\$ certmount ([^\n]*)\n((?:(?!\$ ).*\n)*)", block, flags=re.MULTILINE)
+]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the document's files are."""
+    (tmp_path / "policy.yaml").write_text(POLICY)
+    (tmp_path / "faulty.yaml").write_text(FAULTY)
+    (tmp_path / "cases.yaml").write_text(CASES)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(line: str) -> Result:
+    result = CliRunner().invoke(main, shlex.split(line))
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result
+
+
+@pytest.mark.parametrize("command, output", SESSIONS, ids=[command for command, _ in SESSIONS])
+def test_the_documented_commands_print_what_the_document_says(command: str, output: str) -> None:
+    """To the letter; whoever changes a text changes the document with it."""
+    assert run(command).output == output
+
+
+def test_every_example_of_a_policy_is_one() -> None:
+    """What a reader copies works, and fits the schema."""
+    assert read_policy(POLICY.encode(), trust_domain="cluster.local", cluster_domain="cluster.local").rules
+    assert valid(SCHEMA, yaml.safe_load(POLICY))
+    assert not valid(SCHEMA, yaml.safe_load(FAULTY))
+    (config_map,) = yaml.safe_load_all((ROOT / "deploy/base/policy.yaml").read_text())
+    shipped = config_map["data"]["policy.yaml"]
+    assert read_policy(shipped.encode(), trust_domain="a.b", cluster_domain="c.d").rules == ()
+    example = "\n".join(line.removeprefix("# ") for line in shipped.splitlines()[2:])
+    assert len(read_policy(example.encode(), trust_domain="a.b", cluster_domain="c.d").rules) == 1
+
+
+def test_the_alert_is_about_a_metric_that_there_is() -> None:
+    """An alert on a name that nobody exports never fires."""
+    assert "expr: min(certmount_policy_valid) == 0" in ALERT
+    assert "certmount_policy_valid" in (ROOT / "csi_driver/telemetry/authority_metrics.py").read_text()
+
+
+@pytest.mark.parametrize(
+    "line, status",
+    [
+        ("policy check policy.yaml", 0),
+        ("policy check faulty.yaml", 1),
+        ("policy check missing.yaml", 2),
+        ("policy explain --file policy.yaml --namespace web", 0),
+        ("policy explain --file policy.yaml --namespace web --name x.example.org", 1),
+        ("policy explain --file policy.yaml --namespace web --service-account old-edge", 1),
+        ("policy explain --file faulty.yaml --namespace web", 2),
+        ("policy explain --file missing.yaml --namespace web", 2),
+        ("policy explain --file . --namespace web", 2),
+        ("policy explain --file policy.yaml", 2),
+        ("policy explain --file policy.yaml --namespace Web", 2),
+        ("policy explain --file policy.yaml --namespace web --name 10.0.0.1", 2),
+        ("policy explain --file policy.yaml --namespace web --namespace-label team", 2),
+        ("policy test cases.yaml", 1),
+        ("policy test missing.yaml", 2),
+        ("policy test policy.yaml", 2),
+    ],
+)
+def test_the_exit_status_says_the_outcome(line: str, status: int) -> None:
+    """0 for yes, 1 for no, 2 for a question that can't be asked; what went wrong is one line without a traceback."""
+    result = run(line)
+    assert result.exit_code == status
+    assert result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ("--service-account teller --namespace-label team=payments --ip 10.20.1.7", "allowed  10.20.1.7"),
+        ("--service-account teller --ip 10.20.1.7", "not for this pod: policy[0] (line 3), policy[1] (line 9)"),
+        ("--namespace-label team=payments --ip 10.21.0.1", "refused  10.21.0.1"),
+        (
+            "--service-account teller --namespace-label team=payments --email teller@pay.example.com",
+            "allowed  teller@pay.example.com",
+        ),
+        (
+            "--namespace-label team=payments --pod p-0 --service s --name p-0.s.bank.svc",
+            "allowed  p-0.s.bank.svc                             by policy[1] (line 9)",
+        ),
+        (
+            "--namespace-label team=payments --issuer step-ca --key-type rsa-2048",
+            "policy[1] (line 9) allows it only with key-type EC-P256 or ML-DSA-65, not RSA-2048",
+        ),
+        (
+            "--namespace-label team=payments --issuer step-ca --duration 1h --usage client",
+            "granted for 1h, usages client",
+        ),
+        ("--trust-domain prod.example --uri spiffe://prod.example/ns/bank/sa/default", "by built-in"),
+        ("--cluster-domain k8s.example --service s", "allowed  s.bank.svc.k8s.example "),
+    ],
+)
+def test_everything_that_a_rule_asks_about_can_be_said(options: str, expected: str) -> None:
+    """Labels, Services, addresses, key types, usages, lives, issuers and domains."""
+    assert expected in run(f"policy explain --file policy.yaml --namespace bank {options}").output
+
+
+def test_names_that_can_not_be_had_together_are_explained(folder: Path) -> None:
+    """Each with what it may be had with."""
+    rule = "- match: {{namespaces: ['*'], serviceAccounts: ['*']}}\n  allow: {{dns: [{}], {}}}\n"
+    rules = rule.format("a.example", "max_duration: 1h") + rule.format("b.example", "min_duration: 2h")
+    (folder / "policy.yaml").write_text("policy:\n" + rules)
+    result = run("policy explain --file policy.yaml --namespace web --name a.example --name b.example")
+    assert result.exit_code == 1
+    assert "refused  a.example  together with the other names" in result.output
+    assert "policy[0] (line 2) allows it only with usages server, client and duration 10s to 1h" in result.output
+    assert "policy[1] (line 4) allows it only with usages server, client and duration 2h to 24h" in result.output
+
+
+TABLE = "policy: policy.yaml\ncases:\n"
+
+
+@pytest.mark.parametrize(
+    "cases, words",
+    [
+        ("- {pod: {namespace: web}, expect: maybe}\n", "cases[0].expect (line 3): 'maybe' is not what can be expected"),
+        ("- {pod: {namespace: web}}\n", "cases[0].expect (line 3): is missing"),
+        ("- {expect: allowed}\n", "cases[0].pod (line 3): is missing"),
+        ("- {pod: {}, expect: allowed}\n", "cases[0].pod.namespace (line 3): is missing"),
+        ("- {pod: {namespace: W}, expect: allowed}\n", "cases[0].pod.namespace (line 3): 'W' is not a name"),
+        ("- {pod: {namespace: w, serviceAcount: x}, expect: allowed}\n", "did you mean serviceAccount?"),
+        ("- {pod: {namespace: w, services: [A]}, expect: allowed}\n", "cases[0].pod.services[0] (line 3): 'A' is not"),
+        ("- {pod: {namespace: w, namespaceLabels: [a]}, expect: allowed}\n", "is not a mapping of texts"),
+        (
+            "- pod: {namespace: w}\n  ask:\n    name: A B\n    nmae: x\n  expect: allowed\n",
+            "cases[0].ask.name (line 5): 'A B' has the label",
+        ),
+        ("- {pod: {namespace: w}, ask: {fs-group: 5}, expect: allowed}\n", "5 is not a text; put it in quotes"),
+        ("- {pod: {namespace: w}, ask: {nmae: x}, expect: allowed}\n", "cases[0].ask.nmae (line 3): is not known; did"),
+        ("- 7\n", "cases[0] (line 3): is not a mapping"),
+        ("- [", "is not YAML in line 4"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_said_by_its_line(folder: Path, cases: str, words: str) -> None:
+    """A case that is not read is no case that passes."""
+    (folder / "cases.yaml").write_text(TABLE + cases)
+    result = run("policy test cases.yaml")
+    assert result.exit_code == 2
+    assert words in result.output
+
+
+@pytest.mark.parametrize(
+    "case, words",
+    [
+        ("{pod: {namespace: web, serviceAccount: edge}, ask: {name: a.example.com}, expect: refused}", "is allowed by policy[0] (line 3) and built-in, but is expected to be refused"),
+        ("{pod: {namespace: web, serviceAccount: edge}, ask: {name: a.example.com}, expect: allowed, rule: 'policy[1]'}", "is allowed as expected, but by policy[0] and built-in, not by policy[1]"),
+        ("{pod: {namespace: web}, ask: {name: a.example.com}, expect: refused, rule: 'deny[0]'}", "is refused as expected, but by no rule, not by deny[0]"),
+        ("{pod: {namespace: web, serviceAccount: old-edge}, expect: allowed}", "service account web/old-edge: is denied: its token was in a log on 3 May"),
+    ],
+)  # fmt: skip
+def test_a_case_that_fails_is_told_in_words(folder: Path, case: str, words: str) -> None:
+    """What was expected, what came, and by which rule."""
+    (folder / "cases.yaml").write_text(TABLE + f"- {case}\n")
+    result = run("policy test cases.yaml")
+    assert result.exit_code == 1
+    assert words in result.output
+    assert "1 case, 1 failed" in result.output
+
+
+def test_a_table_says_its_own_domains_and_finds_the_policy_beside_it(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever folder the command runs in."""
+    case = "- {pod: {namespace: w, services: [s]}, ask: {name: s.w.svc.k.example, uri-sans: 'spiffe://t.example/ns/w/sa/default'}, expect: allowed}\n"
+    (folder / "cases.yaml").write_text("trust_domain: t.example\ncluster_domain: k.example\n" + TABLE + case)
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    result = run(f"policy test {folder / 'cases.yaml'}")
+    assert (result.exit_code, "1 case, 0 failed" in result.output) == (0, True)
+
+
+def test_without_a_file_the_authoritys_own_is_asked() -> None:
+    """``kubectl exec deploy/certmount-authority`` needs no option: the path is that of the manifest."""
+    manifest = (ROOT / "deploy/base/authority.yaml").read_text()
+    assert "--policy=/etc/certmount/policy/policy.yaml" in manifest
+    assert "/etc/certmount/policy/policy.yaml: cannot be read" in run("policy explain --namespace web").output
+    assert "/etc/certmount/policy/policy.yaml: cannot be read" in run("policy check").output
