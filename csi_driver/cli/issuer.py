@@ -26,6 +26,7 @@ from csi_driver.core.names import DNSName, Names
 from csi_driver.core.policy import Grant
 from csi_driver.core.rules import ALL_USAGES
 from csi_driver.core.spec import KeyType
+from csi_driver.telemetry.logging import configure_logging
 
 _FILE = Path("/etc/certmount/issuers/issuers.yaml")
 """Where deploy/ mounts it, so that ``kubectl exec`` needs no option."""
@@ -68,6 +69,7 @@ def check(names: tuple[str, ...], file: Path, issue: DNSName | None, duration: t
 
         kubectl -n certmount exec deploy/certmount-authority -- certmount issuer check
     """
+    configure_logging("error")  # what an issuer logs of itself is in its findings
     chosen = _chosen(_declared(file), names, file)
     results = asyncio.run(_check(chosen, issue, duration, in_a_cluster=_IN_A_POD.exists()))
     for declared, findings in zip(chosen, results, strict=True):

@@ -54,7 +54,7 @@ class RealStepCA:
     federated: Sequence[Path] = ()
     encrypted_key: str = ""
     jwk: dict[str, str] = field(default_factory=new_jwk)
-    host: str = "localhost"
+    provisioner: str = PROVISIONER
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ class RealStepCA:
 
     @property
     def url(self) -> str:
-        return f"https://{self.host}:{self.port}"
+        return f"https://localhost:{self.port}"
 
     @property
     def root_sha256(self) -> str:
@@ -82,7 +82,7 @@ class RealStepCA:
         """How the authority is told of it, with the root by its fingerprint."""
         usual: dict[str, Any] = {
             "url": self.url,
-            "provisioner": PROVISIONER,
+            "provisioner": self.provisioner,
             "root_sha256": self.root_sha256,
             "key": FileSource(str(self.key_file)),
         }
@@ -133,7 +133,7 @@ class RealStepCA:
             return False
 
     def _configure(self) -> None:
-        provisioner: dict[str, Any] = {"type": "JWK", "name": PROVISIONER, "key": public_jwk(self.jwk)}
+        provisioner: dict[str, Any] = {"type": "JWK", "name": self.provisioner, "key": public_jwk(self.jwk)}
         if self.encrypted_key:
             provisioner["encryptedKey"] = self.encrypted_key
         if self.claims:

@@ -34,7 +34,7 @@ class Lives:
 
     def __str__(self) -> str:
         if self.shortest is None and self.longest is None:
-            return "what step-ca's whole configuration says (5m to 24h, unless it is changed there)"
+            return "what step-ca's configuration says as a whole: 5m to 24h, unless changed there"
         least = "what the CA allows" if self.shortest is None else format_duration(self.shortest)
         most = "what the CA allows" if self.longest is None else format_duration(self.longest)
         return f"{least} to {most}"

@@ -143,7 +143,7 @@ async def _look_at_provisioner(
         return
     survey.findings.append(judge_key(survey.provisioner, key))
     survey.key = key
-    survey.note("lives", True, f"{survey.provisioner.lives}")
+    survey.note("lives", True, f"a certificate may live for {survey.provisioner.lives}")
 
 
 def _look_at_clock(told: datetime | None, now: datetime, survey: Survey) -> None:
@@ -152,7 +152,7 @@ def _look_at_clock(told: datetime | None, now: datetime, survey: Survey) -> None
         return
     ahead = told - now.replace(microsecond=0)
     seconds = int(ahead.total_seconds())
-    text = f"step-ca's is {abs(seconds)} s {'ahead' if seconds > 0 else 'behind'}" if abs(seconds) > 1 else "the same"
+    text = f"step-ca's is {abs(seconds)} s {'ahead' if seconds > 0 else 'behind'}" if abs(seconds) > 1 else "like ours"
     if abs(ahead) > _LARGEST_SKEW:
         text += "; it takes tokens of up to a minute's difference: set the clocks right"
     survey.note("clock", abs(ahead) <= _LARGEST_SKEW, text)
@@ -196,4 +196,4 @@ def _decoded(pems: Sequence[object]) -> tuple[x509.Certificate, ...]:
 
 def _shown(certificate: x509.Certificate) -> str:
     name = certificate.subject.rfc4514_string()[:100] or "a root without a name"
-    return f"{name} until {certificate.not_valid_after_utc:%Y-%m-%d} ({fingerprint(certificate)[:23]}...)"
+    return f"{name} until {certificate.not_valid_after_utc:%Y-%m-%d} ({fingerprint(certificate)[:21]}...)"
