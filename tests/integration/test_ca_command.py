@@ -1,0 +1,257 @@
+"""``certmount ca`` as an administrator types it, in a folder and in a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
+from kubernetes.aio import client
+from prometheus_client import CollectorRegistry
+
+from csi_driver import DRIVER_NAME
+from csi_driver.authority.ca import CertificateAuthority, utc_now
+from csi_driver.authority.ca_store import FolderStore
+from csi_driver.authority.confirmations import VALUE, mark
+from csi_driver.authority.keyring import INTERMEDIATE_KEY, Keyring, dump_keyring, make_keyring
+from csi_driver.cli.ca import command
+from csi_driver.core.formats.pem import fingerprint
+from csi_driver.telemetry.authority_metrics import AuthorityMetrics
+from tests.unit.kube.api_server import FakeApiServer
+from tests.unit.kube.collection import Collection
+
+
+class Fleet:
+    """One node, which has confirmed everything."""
+
+    async def look(self, generation: int) -> tuple[frozenset[str], frozenset[str]]:
+        assert generation
+        return frozenset({"one"}), frozenset({"one"})
+
+
+class Setting:
+    """A folder with a CA, an authority on it whose time a test can push, and the command."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ahead = timedelta()
+        metrics = AuthorityMetrics(CollectorRegistry())
+        self.ca = CertificateAuthority(FolderStore(folder), metrics, self._clock, fleet=Fleet())
+
+    def _clock(self) -> datetime:
+        return utc_now() + self.ahead
+
+    def go_by(self, seconds: int = 0) -> Keyring:
+        """The authority reads a few times, some time later: it sees a phase begin, and does what is due."""
+        self.ahead += timedelta(seconds=seconds)
+        for _ in range(4):
+            asyncio.run(self.ca.refresh())
+        return self.ca.current
+
+    def run(self, *arguments: str) -> Result:
+        return CliRunner().invoke(command, [arguments[0], f"--ca-dir={self.folder}", *arguments[1:]])
+
+    def says(self, *arguments: str) -> str:
+        result = self.run(*arguments)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    def refuses(self, *arguments: str) -> str:
+        result = self.run(*arguments)
+        assert result.exit_code != 0, result.output
+        return " ".join(result.output.split())
+
+    def status(self) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads(self.says("status", "-o", "json"))
+        return document
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process is the tests'; its logs stay as they are."""
+    monkeypatch.setattr("csi_driver.cli.ca.configure_logging", lambda _level: None)
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> Setting:
+    setting = Setting(tmp_path)
+    setting.go_by()
+    return setting
+
+
+def test_a_whole_rotation_by_the_command(setting: Setting) -> None:
+    """Each step says what it is, and what comes next; in the end there is the new root and no trace of the former one."""
+    old = setting.go_by()
+    assert "steady: one CA signs" in setting.says("status")
+    assert fingerprint(old.root) in setting.says("status")
+    said = setting.says("rotate")
+    assert "The rotation has begun. No pod notices" in said
+    assert "within seconds: an authority reads of this phase" in said
+    setting.go_by()
+    assert "every replica knows of the next CA, and the nodes are asked to confirm" in setting.says("status")
+    assert setting.status()["phase"] == "announcing"
+    next_root = setting.status()["next"]["roots"][0]["fingerprint"]
+    new = setting.go_by(41)
+    assert fingerprint(new.root) == next_root
+    setting.go_by()
+    status = setting.status()
+    assert (status["phase"], status["next"]) == ("retiring", None)
+    assert [each["root"] for each in status["retired"]] == [fingerprint(old.root)]
+    assert "the former root leaves every root.crt" in setting.says("status")
+    setting.go_by(41)
+    assert setting.status()["phase"] == "steady"
+    assert fingerprint(old.root) not in setting.says("status")
+
+
+def test_a_rotation_can_be_held_and_gone_on_with(setting: Setting) -> None:
+    """However long; asking twice changes nothing."""
+    setting.says("rotate")
+    assert "is under way already; nothing was changed" in setting.says("rotate")
+    assert "The rotation is stopped." in setting.says("stop")
+    setting.go_by(3600)
+    assert setting.status()["phase"] == "announcing"
+    assert "go on by: certmount ca rotate; give the next CA up by: certmount ca stop --discard" in setting.says(
+        "status"
+    )
+    assert "The rotation goes on." in setting.says("rotate")
+    setting.go_by(41)
+    assert setting.status()["phase"] == "retiring"
+
+
+def test_a_next_ca_can_be_given_up_until_it_signs(setting: Setting) -> None:
+    """Afterwards the reason is said."""
+    old = setting.go_by()
+    setting.says("rotate")
+    assert "it has signed nothing" in setting.says("stop", "--discard")
+    assert setting.go_by().roots == old.roots
+    assert "none is under way" in setting.refuses("stop")
+    assert "none is under way" in setting.refuses("stop", "--discard")
+    setting.says("rotate")
+    setting.go_by()
+    setting.go_by(41)
+    assert "pods hold certificates that only its root vouches for" in setting.refuses("stop", "--discard")
+    assert "is stopped" in setting.says("stop")
+
+
+def test_the_next_ca_is_like_the_present_one_but_for_what_is_said(setting: Setting) -> None:
+    """Names that it may not sign don't come back by a rotation."""
+    setting.says("rotate", "--permit", "DNS:example.com", "--key-type", "Ed25519", "--path-length", "2")
+    setting.go_by()
+    first = setting.go_by(41)
+    constraints = first.root.extensions.get_extension_for_class(x509.NameConstraints).value
+    setting.go_by(100)
+    assert setting.status()["phase"] == "steady"
+    setting.says("rotate")
+    setting.go_by()
+    second = setting.go_by(41)
+    assert second.root != first.root
+    assert second.root.extensions.get_extension_for_class(x509.NameConstraints).value == constraints
+    assert type(second.root.public_key()) is type(first.root.public_key())
+    assert "give that one up first" in setting.refuses("rotate", "--key-type", "Ed25519")
+
+
+def own_ca(folder: Path, *, encrypted: bool) -> tuple[Keyring, list[str]]:
+    """A CA whose root's key stays at home, as files and options."""
+    keyring = make_keyring(utc_now())
+    for name, value in dump_keyring(keyring).items():
+        (folder / name).write_bytes(value.reveal())
+    options = [
+        f"--root={folder / 'root.crt'}",
+        f"--intermediate={folder / 'intermediate.crt'}",
+        f"--intermediate-key={folder / INTERMEDIATE_KEY}",
+    ]
+    if encrypted:
+        key = keyring.intermediate.key.private_bytes(
+            Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret")
+        )
+        (folder / INTERMEDIATE_KEY).write_bytes(key)
+        (folder / "password").write_bytes(b"secret\n")
+        options.append(f"--password-file={folder / 'password'}")
+    return keyring, options
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_a_rotation_to_a_ca_of_ones_own(encrypted: bool, setting: Setting, tmp_path_factory: Any) -> None:
+    """The root's key stays at home; the authority can use what was encrypted without the password."""
+    keyring, options = own_ca(tmp_path_factory.mktemp("own"), encrypted=encrypted)
+    assert "its owner renews it" in setting.says("rotate", *options)
+    setting.go_by()
+    held = setting.go_by(41)
+    assert (held.roots, held.root_key) == (keyring.roots, None)
+    assert held.intermediate.certificate == keyring.intermediate.certificate
+
+
+def test_a_ca_of_ones_own_that_is_wrong_is_refused(setting: Setting, tmp_path: Path) -> None:
+    """With every fault, and nothing begins."""
+    _, options = own_ca(tmp_path, encrypted=True)
+    assert "a CA of your own also needs --intermediate, --intermediate-key" in setting.refuses("rotate", options[0])
+    assert "--path-length are for a CA that is made" in setting.refuses("rotate", *options, "--path-length=2")
+    assert "see --root" in setting.refuses("rotate", options[-1])
+    (tmp_path / "password").write_text("wrong")
+    assert "next intermediate.key" in setting.refuses("rotate", *options)
+    assert "Invalid value for '--permit'" in setting.refuses("rotate", "--permit", "everything")
+    assert setting.status()["phase"] == "steady"
+
+
+def test_without_a_ca_there_is_nothing_to_tell(tmp_path: Path) -> None:
+    """As where the authority has --ca-files: it is said where to read on, and no CA is made."""
+    for arguments in (["status"], ["rotate"], ["stop"]):
+        assert "keeps no CA" in Setting(tmp_path).refuses(*arguments)
+    assert not (tmp_path / "ca.json").exists()
+
+
+def test_which_ca_is_meant_must_be_clear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a sentence that says what is wanted."""
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    runner = CliRunner()
+    assert "--ca-dir: needed outside a cluster" in runner.invoke(command, ["status"]).output
+    both = runner.invoke(command, ["status", f"--ca-dir={tmp_path}", "--ca-secret=a/b"])
+    assert "give one or the other" in both.output
+    assert "'b' is not NAMESPACE/NAME" in runner.invoke(command, ["status", "--ca-secret=b"]).output
+
+
+async def test_in_a_cluster_the_nodes_that_are_waited_for_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first ten; one whose driver is away is waited for until someone says that it won't come back."""
+    setting = Setting(tmp_path)
+    for step in (setting.go_by, lambda: setting.says("rotate"), setting.go_by):
+        await asyncio.to_thread(step)
+    stored = await FolderStore(tmp_path).load()
+    server = FakeApiServer()
+    data = {name: base64.b64encode(value.reveal()).decode() for name, value in stored.values.items()}
+    server.objects["secrets/certmount-ca"]["data"] = data
+    document = json.dumps({"set": "internal", "nodes": {mark("updating"): 1, mark("gone"): 1}})
+    known = server._object("Secret", "certmount-confirmations")
+    known["data"] = {VALUE: base64.b64encode(document.encode()).decode()}
+    server.objects["secrets/certmount-confirmations"] = known
+    nodes = server.collections["/apis/storage.k8s.io/v1/csinodes"] = Collection()
+    for number in range(12):
+        nodes.put({"metadata": {"name": f"node-{number:02}"}, "spec": {"drivers": [{"name": DRIVER_NAME}]}})
+    nodes.put({"metadata": {"name": "updating"}, "spec": {"drivers": None}})
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    async with server.running():
+        configuration = client.Configuration(host=server.url)
+        monkeypatch.setattr("csi_driver.kube.client.in_cluster_configuration", lambda: configuration)
+
+        async def say(*arguments: str) -> str:
+            result = await asyncio.to_thread(CliRunner().invoke, command, list(arguments))
+            assert result.exit_code == 0, result.output
+            return result.output
+
+        said = await say("status")
+        assert "confirmed  by 0 of 13 nodes" in said
+        assert "not yet: node-00" in said
+        assert "node-10" not in said
+        assert "and 3 more" in said
+        assert await say("forget", "updating", "strange") == (
+            "updating: forgotten\nstrange: has never confirmed anything, so there is nothing to forget\n"
+        )
+        assert "confirmed  by 0 of 12 nodes" in await say("status")

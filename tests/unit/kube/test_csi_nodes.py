@@ -1,0 +1,76 @@
+"""Which nodes there are, and where the kubelet knows the driver."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from kubernetes.aio import client
+
+from csi_driver import DRIVER_NAME
+from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.nodes import Nodes
+from csi_driver.kube.csi_nodes import CsiNodes
+from tests.unit.kube.api_server import FakeApiServer
+from tests.unit.kube.collection import Collection
+
+PATH = "/apis/storage.k8s.io/v1/csinodes"
+
+
+@pytest.fixture
+def nodes(server: FakeApiServer) -> Collection:
+    server.collections[PATH] = Collection()
+    return server.collections[PATH]
+
+
+def put(nodes: Collection, name: str, *drivers: str) -> None:
+    spec = {"drivers": [{"name": driver, "nodeID": name, "topologyKeys": []} for driver in drivers] or None}
+    nodes.put({"metadata": {"name": name}, "spec": spec})
+
+
+async def test_nodes_are_told_apart_by_the_driver(nodes: Collection, api: client.ApiClient) -> None:
+    """One with other drivers only, or with none, is there all the same."""
+    put(nodes, "both", "ebs.csi.aws.com", DRIVER_NAME)
+    put(nodes, "other", "ebs.csi.aws.com")
+    put(nodes, "bare")
+    assert await CsiNodes(api).list() == Nodes(frozenset({"both"}), frozenset({"other", "bare"}))
+
+
+async def test_large_clusters_come_in_pages(nodes: Collection, api: client.ApiClient) -> None:
+    """All of one moment, five hundred at a time."""
+    for number in range(1100):
+        put(nodes, f"node-{number}", DRIVER_NAME)
+    assert len((await CsiNodes(api).list()).serving) == 1100
+    assert len(nodes.queries) == 3
+
+
+async def test_no_nodes_are_no_error(nodes: Collection, api: client.ApiClient) -> None:
+    """As before the first kubelet joins."""
+    assert not nodes.objects
+    assert await CsiNodes(api).list() == Nodes(frozenset(), frozenset())
+
+
+@pytest.mark.parametrize(
+    "document",
+    [{}, {"items": [{}]}, {"items": [7]}, {"items": [{"metadata": {"name": "a"}, "spec": {"drivers": [7]}}]}],
+)
+async def test_a_strange_list_is_an_error(document: Any, server: FakeApiServer, api: client.ApiClient) -> None:
+    """Nothing is concluded from half of it."""
+    server.documents[PATH] = document
+    with pytest.raises(CertmountError, match=r"list of CSINodes: the API server's answer is strange") as failure:
+        await CsiNodes(api).list()
+    assert failure.value.reason is Reason.ISSUER_UNAVAILABLE
+
+
+async def test_a_list_without_end_is_an_error(server: FakeApiServer, api: client.ApiClient) -> None:
+    """A server that goes round in circles is not followed for ever."""
+    server.documents[PATH] = {"items": [], "metadata": {"continue": "again"}}
+    with pytest.raises(CertmountError, match="it has no end"):
+        await CsiNodes(api).list()
+
+
+async def test_a_missing_permission_is_named(server: FakeApiServer, api: client.ApiClient) -> None:
+    """With the API server's own words."""
+    server.fail = (403, b'{"message": "csinodes is forbidden"}')
+    with pytest.raises(CertmountError, match="403: csinodes is forbidden"):
+        await CsiNodes(api).list()
