@@ -12,13 +12,13 @@ from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID, ObjectIdentifier
-from hypothesis import example, given
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from csi_driver.core.csr import MAX_CSR_BYTES, SigningRequest, build_csr, parse_csr
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.keys import public_bytes
-from csi_driver.core.names import Names
+from csi_driver.core.names import IPAddress, Name, Names
 from csi_driver.core.spec import MOST_NAMES, KeyType
 from tests.unit.core.outcomes import outcome
 from tests.unit.core.pki import key_of, names
@@ -210,3 +210,116 @@ def test_more_names_than_a_certificate_has_are_refused() -> None:
     many = [x509.DNSName(f"n{number}.example") for number in range(MOST_NAMES + 1)]
     assert f"at most {MOST_NAMES}" in refusal(csr_with(*many))
     assert len(parse_csr(csr_with(*many[1:])).names) == MOST_NAMES
+
+
+def der_value(tag: int, *contents: bytes) -> bytes:
+    """Tag, length, content (X.690 section 8.1)."""
+    content = b"".join(contents)
+    if len(content) < 0x80:
+        return bytes([tag, len(content)]) + content
+    length = len(content).to_bytes((len(content).bit_length() + 7) // 8, "big")
+    return bytes([tag, 0x80 | len(length)]) + length + content
+
+
+ECDSA_WITH_SHA256 = bytes.fromhex("300a06082a8648ce3d040302")
+
+
+def signed(to_be_signed: bytes) -> bytes:
+    """A request of any content with a right signature over it, as whoever holds the key can make."""
+    key = key_of(KeyType.EC_P256)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    signature = key.sign(to_be_signed, ec.ECDSA(SHA256()))
+    return der_value(0x30, to_be_signed, ECDSA_WITH_SHA256, der_value(0x03, b"\x00", signature))
+
+
+def holds(der: bytes, name: Name) -> bool:
+    """True when the very bytes of the name are in the request, whatever its structure is."""
+    wanted = name.address.packed if isinstance(name, IPAddress) else name.text.lower().encode()
+    return wanted in (der if isinstance(name, IPAddress) else der.lower())
+
+
+FUZZED = names("www.example.com", "*.example.com", "https://example.com/a", "10.0.0.1", "fd00::1", "a.b@example.com")
+TO_BE_SIGNED = x509.load_der_x509_csr(build_csr(key_of(KeyType.EC_P256), FUZZED)).tbs_certrequest_bytes
+SAN_STARTS = TO_BE_SIGNED.index(b"\x55\x1d\x11")
+"""Behind it come the alternative names, which a hostile request would change."""
+
+
+def test_a_request_can_be_signed_again() -> None:
+    """What the fuzzing starts from is a good request."""
+    assert parse_csr(signed(TO_BE_SIGNED)).names == FUZZED
+
+
+edits = st.lists(
+    st.tuples(
+        st.one_of(st.integers(SAN_STARTS, len(TO_BE_SIGNED) - 1), st.integers(0, len(TO_BE_SIGNED) - 1)),
+        st.one_of(
+            st.sampled_from(
+                [b"", b"\x00", b"*", b".", b"@", b"%", b"\x30", b"\x80", b"\x82", b"\x86", b"\x87", b"\xff"]
+            ),
+            st.binary(max_size=3),
+        ),
+        st.integers(0, 2),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=10 * settings().max_examples)
+@given(edits)
+def test_no_content_with_a_right_signature_is_read_as_other_names(changes: list[tuple[int, bytes, int]]) -> None:
+    """Bytes changed, taken out and put in, then signed: refused, or exactly names whose bytes are in the request."""
+    content = TO_BE_SIGNED
+    for position, new, taken in changes:
+        content = content[:position] + new + content[position + taken :]
+    der = signed(content)
+    request = outcome(lambda: parse_csr(der), CertmountError)
+    if isinstance(request, CertmountError):
+        assert request.reason is Reason.INVALID_CSR
+        assert str(request).isprintable()
+        event("refused")
+    else:
+        assert all(holds(der, name) for name in request.names)
+        assert len(request.names) <= MOST_NAMES
+        event("read")
+
+
+general_names = st.builds(
+    der_value,
+    st.sampled_from([0x81, 0x82, 0x86, 0x87, 0xA0, 0xA3, 0xA4, 0x88, 0x30]),
+    st.one_of(
+        st.binary(max_size=20),
+        st.sampled_from(
+            [b"a.example", b"A.Example", b"a@b.example", b"https://a.example/x", bytes(4), bytes(16), bytes(8)]
+        ),
+    ),
+)
+
+
+@settings(max_examples=4 * settings().max_examples)
+@given(st.lists(general_names, max_size=4))
+def test_alternative_names_of_any_content_are_read_or_refused(wanted: list[bytes]) -> None:
+    """Every tag with every content: only names that are valid of their kind come out, each from bytes that are there."""
+    extension = x509.UnrecognizedExtension(ObjectIdentifier("2.5.29.17"), der_value(0x30, *wanted))
+    der = csr_with(extensions=(extension,))
+    request = outcome(lambda: parse_csr(der), CertmountError)
+    if isinstance(request, SigningRequest):
+        assert len(request.names) <= len(wanted)
+        assert all(holds(der, name) for name in request.names)
+        assert parse_csr(build_csr(key_of(KeyType.EC_P256), request.names)).names == request.names
+    else:
+        assert request.reason is Reason.INVALID_CSR
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("tag", [0x30, 0x31, 0xA0, 0xA3, 0xA4], ids=lambda tag: f"{tag:#x}")
+def test_deep_and_wide_requests_are_refused_at_once(tag: int) -> None:
+    """Nested to the limit of size, or made of a very great number of very small things; also behind a right signature."""
+    nested = b""
+    while len(nested) < MAX_CSR_BYTES - 1000:
+        nested = der_value(tag, nested)
+    wide = der_value(tag, b"\x82\x00" * 30_000)
+    for hostile in (nested, wide, nested[:1000] * 60):
+        extension = x509.UnrecognizedExtension(ObjectIdentifier("2.5.29.17"), hostile)
+        for der in (hostile, signed(hostile), csr_with(extensions=(extension,))):
+            assert "certificate signing request" in refusal(der)
