@@ -117,7 +117,7 @@ async def certmount(folder: Path, issuer: TokenIssuer) -> AsyncIterator[Peer]:
         if not port:
             raise _silent("the authority", folder)
         address = f"127.0.0.1:{port}"
-        yield Peer("certmount", process.pid, address, SERVING_NAME, folder / "ca" / "root.crt")
+        yield Peer("certmount", process.pid, address, SERVING_NAME, folder / "ca" / "authority.crt")
     finally:
         process.stdin.close()
         await process.wait()

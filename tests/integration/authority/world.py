@@ -21,7 +21,7 @@ from csi_driver.authority.surroundings import Surroundings
 from csi_driver.authority.trust import FolderPublisher
 from csi_driver.core.csr import build_csr
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.core.identity import ServiceAccount
+from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.core.keys import PrivateKey, generate_key
 from csi_driver.core.names import DNSName, Names
 from csi_driver.core.proof import PublishedKeys, Reviewed
@@ -61,6 +61,16 @@ class Reviewer:
         return answer
 
 
+class Heard:
+    """Keeps what would be said on pods."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, bool, str, str]] = []
+
+    def record(self, pod: PodIdentity, *, warning: bool, reason: str, message: str) -> None:
+        self.events.append((pod.pod_name, warning, reason, message))
+
+
 class Cluster:
     """Publishes an issuer's keys, unless it is down."""
 
@@ -96,6 +106,7 @@ class World:
     issuer: TokenIssuer
     cluster: Cluster
     reviewer: Reviewer = field(default_factory=Reviewer)
+    heard: Heard = field(default_factory=Heard)
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     key: PrivateKey = field(default_factory=lambda: generate_key(KeyType.EC_P256))
@@ -122,6 +133,7 @@ class World:
             FolderPublisher(self.ca),
             self.cluster.fetch,
             self.reviewer,
+            events=self.heard,
         )
         return AuthorityServer(settings, around, AuthorityMetrics(registry))
 
@@ -194,6 +206,17 @@ class Caller:
         except grpc.aio.AioRpcError as error:
             return Refusal.of(error)
         raise AssertionError("it was issued")
+
+    async def report(self, condition: int, reason: str = "", message: str = "", pod: Secret[str] | None = None) -> None:
+        """Tells what has become of the pod's certificate."""
+        token = (pod or self._world.issuer.pod_token(POD)).reveal()
+        request = authority_pb2.ReportRequest(
+            pod_token=token,
+            condition=condition,  # type: ignore[arg-type]  # also such that there is no such condition
+            reason=reason,
+            message=message,
+        )
+        await self._stub.Report(request, metadata=self.bearer(), timeout=30)
 
     def watch(self, node: Secret[str] | None = None) -> Any:
         """The WatchTrust call."""

@@ -1,0 +1,147 @@
+"""Who may get what: a test for each row of the table of attackers, from the attacker's side and over the real wire."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import warnings
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import grpc
+import pytest
+from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from csi_driver.core.csr import build_csr
+from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.names import DNSName, Names, spiffe_id
+from csi_driver.core.secret import Secret
+from tests.integration.authority.world import NAME, POD, SERVING_NAME, Caller, World
+from tests.support.tokens import DRIVER, TokenIssuer
+
+VICTIM = replace(POD, name="bank-0", namespace="bank", service_account="bank", uid="b", service_account_uid="bb")
+ELSEWHERE = replace(VICTIM, node="node-b", node_uid="node-b-uid")
+
+
+async def test_hostile_pod(world: World, caller: Caller) -> None:
+    """It holds its own token, and those that it can mint for other audiences: it can't even call; and where the driver asks
+    for it, it gets the names of its own service account and no other's.
+    """
+    for own in (
+        world.issuer.pod_token(POD),
+        world.issuer.node_token(POD),  # minted with the node's audience
+        world.issuer.pod_token(POD, aud=["https://kubernetes.default.svc"]),
+    ):
+        world.reviewer.node = POD.reviewed
+        assert (await caller.refused(pod=world.issuer.pod_token(POD), node=own)).reason == "IdentityRefused"
+    assert (await caller.refused(metadata=())).reason == "IdentityRefused"
+    world.reviewer.node = DRIVER.reviewed
+    foreign = Names.of([DNSName.parse("bank.bank.svc")], [spiffe_id("cluster.local", "bank", "bank")])
+    assert (await caller.refused(csr=build_csr(world.key, foreign))).reason == "NameRefused"
+    leaf = x509.load_der_x509_certificate((await caller.issue()).chain[0])
+    assert names_of(leaf) == {NAME, "spiffe://cluster.local/ns/default/sa/hello"}
+    assert not leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    usages = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert set(usages) == {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH}
+
+
+async def test_hostile_pod_author(world: World, caller: Caller) -> None:
+    """Whatever is written into a volume's attributes reaches the authority as names, an issuer, federations: each is an error
+    in words, and the error is said on the pod.
+    """
+    for csr, reason in (
+        (world.csr("kubernetes.default.svc"), "NameRefused"),
+        (build_csr(world.key, Names.of(uris=[spiffe_id("cluster.local", "kube-system", "admin")])), "NameRefused"),
+        (world.csr(*(f"{number}.default.svc.cluster.local" for number in range(101))), "InvalidCSR"),
+    ):
+        assert (await caller.refused(csr=csr)).reason == reason
+        assert world.heard.events[-1][:3] == (POD.name, True, reason)
+
+
+@pytest.mark.parametrize("where", ["on another node", "without any driver"])
+async def test_stolen_pod_token(where: str, world: World, caller: Caller) -> None:
+    """It is worth nothing without the token of the driver on the very node that it names."""
+    stolen = world.issuer.pod_token(POD)
+    if where == "on another node":
+        thief = replace(DRIVER, node="node-b", node_uid="node-b-uid")
+        world.reviewer.node = thief.reviewed
+        refusal = await caller.refused(pod=stolen, node=world.issuer.node_token(thief))
+        assert "pod on node node-a, but the driver on node node-b shows it" in refusal.text
+    else:
+        refusal = await caller.refused(pod=stolen, node=stolen)
+    assert refusal.reason == "IdentityRefused"
+    assert not world.heard.events  # nothing is proven, so nothing is said on anyone's pod
+
+
+async def test_stolen_node(world: World, caller: Caller) -> None:
+    """Root of a node gets what the pods on it may have now: not what pods of other nodes may have, not what its deleted pods
+    might have had, and no name beyond the policy's.
+    """
+    await caller.issue()
+    world.reviewer.pod = ELSEWHERE.reviewed
+    assert (await caller.refused(pod=world.issuer.pod_token(ELSEWHERE))).reason == "IdentityRefused"
+    # A token that an API server would never sign, as the attacker has no key of the cluster's.
+    mallory = TokenIssuer(key_id=world.issuer.key_id)
+    assert (await caller.refused(pod=mallory.pod_token(VICTIM))).reason == "IdentityRefused"
+    # A pod that ran here and is gone: signed, not expired, and dead.
+    world.reviewer.pod = CertmountError(Reason.IDENTITY_REFUSED, "the API server does not accept it")
+    assert (await caller.refused(pod=world.issuer.pod_token(POD, jti="of the deleted"))).reason == "IdentityRefused"
+    # The token of a pod that is now somebody else's: the name was given again.
+    world.reviewer.pod = replace(POD.reviewed, pod_uid="its successor")
+    assert (await caller.refused(pod=world.issuer.pod_token(POD, jti="of the former"))).reason == "IdentityRefused"
+
+
+async def test_stolen_node_token(world: World, caller: Caller) -> None:
+    """Alone it gets no certificate: neither by itself as the pod's, nor for the driver's own pod, nor with a forged one."""
+    node = world.issuer.node_token()
+    mallory = TokenIssuer(key_id=world.issuer.key_id)
+    for pod in (Secret(""), node, mallory.pod_token(POD), mallory.pod_token(DRIVER)):
+        assert (await caller.refused(pod=pod, node=node)).reason == "IdentityRefused"
+    assert not world.heard.events
+
+
+@asynccontextmanager
+async def channel_with(world: World, roots: bytes, name: str) -> AsyncIterator[grpc.aio.Channel]:
+    credentials = grpc.ssl_channel_credentials(roots)
+    options = (("grpc.ssl_target_name_override", name), ("grpc.use_local_subchannel_pool", 1))
+    async with grpc.aio.secure_channel(f"127.0.0.1:{world.server.port}", credentials, options=options) as channel:
+        yield channel
+
+
+async def test_network(world: World) -> None:
+    """Whoever sits between sees TLS 1.2 or newer only; another root, another name or plain text ends the call before a token is sent."""
+    own = (world.ca / "authority.crt").read_bytes()
+    pods = (world.ca / "root.crt").read_bytes()
+    for roots, name in ((pods, SERVING_NAME), (own, "another.certmount.svc")):
+        async with channel_with(world, roots, name) as channel:
+            refusal = await Caller(world, channel).refused()
+        assert refusal.code is grpc.StatusCode.UNAVAILABLE
+    assert world.reviewer.asked == 0
+    async with channel_with(world, own, SERVING_NAME) as channel:
+        await Caller(world, channel).issue()
+    with pytest.raises(ssl.SSLError):
+        await asyncio.to_thread(handshake, world, own, ssl.TLSVersion.TLSv1_1)
+
+
+def handshake(world: World, roots: bytes, newest: ssl.TLSVersion) -> None:
+    context = ssl.create_default_context(cadata=roots.decode())
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that it is old is the point
+        context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1, newest
+    with (
+        socket.create_connection(("127.0.0.1", world.server.port), timeout=5) as plain,
+        context.wrap_socket(plain, server_hostname=SERVING_NAME),
+    ):
+        pass
+
+
+def names_of(leaf: x509.Certificate) -> set[str]:
+    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return {
+        *names.get_values_for_type(x509.DNSName),
+        *names.get_values_for_type(x509.UniformResourceIdentifier),
+    }
