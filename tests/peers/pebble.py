@@ -84,9 +84,9 @@ class Pebble:
         """How often it was asked to validate a challenge."""
         return self._text.count("Pulled a task from the Tasks queue")
 
-    async def root(self) -> bytes:
-        """X.509 DER of the root that its certificates lead to."""
-        pem = await self._management("GET", "roots/0")
+    async def root(self, number: int = 0) -> bytes:
+        """X.509 DER of the root that its certificates lead to; with another number, of an alternative chain."""
+        pem = await self._management("GET", f"roots/{number}")
         return x509.load_pem_x509_certificate(pem).public_bytes(Encoding.DER)
 
     async def set_renewal(self, certificate: x509.Certificate, start: str, end: str) -> None:

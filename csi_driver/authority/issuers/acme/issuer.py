@@ -76,7 +76,8 @@ class AcmeIssuer:
         self._accounts = Accounts(settings, store, self._executor)
         prover = _prover(settings, routes)
         self._shop = Workshop(settings, self._book, self._accounts, prover, self._executor, clock, uuid.uuid4().hex)
-        self._renewals = RenewalWatch(self._shop)
+        self.renewals = RenewalWatch(self._shop)
+        """What the CA says about certificates that are out."""
         self._working: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
         self._store_problem: str | None = None
@@ -130,7 +131,7 @@ class AcmeIssuer:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._watch_account())
-                group.create_task(self._renewals.run())
+                group.create_task(self.renewals.run())
                 while True:
                     await self._tick(group)
                     # Not wait_for, which in Python 3.11 loses a cancellation that comes together with the event.

@@ -1,0 +1,80 @@
+"""A proxy before pebble that, told to, answers for it: that a limit is reached, or that it is busy."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import ssl
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import aiohttp
+from aiohttp import web
+
+from tests.peers.pebble import Pebble
+from tests.peers.processes import LOOPBACK, free_port
+
+
+@dataclass
+class LimitingProxy:
+    """Says 429 or 503 to new orders while ``status`` is set, with ``retry_after`` as it is."""
+
+    ca: Pebble
+    status: int = 0
+    retry_after: str = "7200"
+    detail: str = "too many certificates already issued for this exact set of identifiers"
+    asked: int = 0
+    """How often an order was asked for."""
+    port: int = field(default_factory=free_port)
+
+    @property
+    def directory(self) -> str:
+        return f"https://localhost:{self.port}/dir"
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """While it serves, with pebble's own certificate."""
+        application = web.Application()
+        application.router.add_route("*", "/{path:.*}", self._handle)
+        runner = web.AppRunner(application, access_log=None)
+        await runner.setup()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.ca.ca_file, self.ca.ca_file.replace("tls.crt", "tls.key"))
+        await web.TCPSite(runner, LOOPBACK, self.port, ssl_context=context).start()
+        try:
+            yield
+        finally:
+            await runner.cleanup()
+
+    async def _handle(self, request: web.Request) -> web.Response:
+        if request.path == "/order-plz":
+            self.asked += 1
+            if self.status:
+                return await self._refusal(request)
+        return await self._forward(request.method, request, await request.read())
+
+    async def _refusal(self, request: web.Request) -> web.Response:
+        # RFC 8555 section 6.5: errors carry a nonce as well.
+        nonce = (await self._forward("HEAD", request, b"", "/nonce-plz")).headers["Replay-Nonce"]
+        kind = "rateLimited" if self.status == 429 else "serverInternal"
+        problem = {"type": f"urn:ietf:params:acme:error:{kind}", "detail": self.detail}
+        headers = {"Retry-After": self.retry_after, "Replay-Nonce": nonce}
+        text = json.dumps(problem)
+        return web.Response(status=self.status, text=text, content_type="application/problem+json", headers=headers)
+
+    async def _forward(self, method: str, request: web.Request, body: bytes, path: str | None = None) -> web.Response:
+        # The Host stays, as pebble makes its URLs of it.
+        headers = {
+            name: request.headers[name] for name in ("Host", "Content-Type", "User-Agent") if name in request.headers
+        }
+        url = f"https://{LOOPBACK}:{self.ca.port}{path or request.path}"
+        async with (
+            aiohttp.ClientSession(trust_env=False) as session,
+            session.request(method, url, data=body or None, headers=headers, ssl=False) as answer,
+        ):
+            kept = ("Content-Type", "Location", "Link", "Replay-Nonce", "Retry-After")
+            passed = [(name, value) for name, value in answer.headers.items() if name in kept]
+            response = web.Response(status=answer.status, body=await answer.read())
+            for name, value in passed:
+                response.headers.add(name, value) if name == "Link" else response.headers.update({name: value})
+            return response
