@@ -118,7 +118,11 @@ class StoredCA:
         return holdings.advanced(int(now.timestamp()), confirmed, expected)
 
     def _empty(self) -> CertmountError:
-        hint = "an authority makes one when it first starts; one with --ca-files keeps none, see docs/rotation.md"
+        hint = (
+            "an authority makes one when it first starts. One with --ca-files keeps none; there put both roots into root.crt, "
+            "exchange intermediate.crt and intermediate.key when all pods have them, and take the former root away when "
+            "the last certificate of it has ended"
+        )
         return CertmountError(Reason.INVALID_CA, Fault(self.name, "keeps no CA", hint))
 
     def _hold(self, holdings: Holdings, version: str) -> Holdings:

@@ -124,6 +124,19 @@ def discard(state: State, now: int) -> State:
     return replace(_in_phase(state, Phase.STEADY, now), stopped=False)
 
 
+def drop(state: State, now: int) -> State:
+    """The former roots go now, with all that they vouch for; for a CA whose key was stolen.
+
+    Raises:
+        CertmountError: InvalidRequest while nothing is retired, or a replica may not have heard yet that it must not sign.
+    """
+    if state.phase is not Phase.RETIRING:
+        raise _refused("no root is retired", "a root can be dropped when another CA signs: certmount ca rotate")
+    if not state.since or now < state.announced_at:
+        raise _refused("the new CA has only begun to sign", f"try again in {STALE_S + CLOCKS_S} s")
+    return replace(_in_phase(state, Phase.STEADY, now), stopped=False, retired=())
+
+
 def advance(
     state: State, now: int, confirmed: Collection[str], expected: Collection[str], leaving: Collection[bytes]
 ) -> State:

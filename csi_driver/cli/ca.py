@@ -31,6 +31,7 @@ from csi_driver.authority.keyring import (
 )
 from csi_driver.authority.keyring_check import load_keyring
 from csi_driver.authority.rotation import Phase, go_on, stop
+from csi_driver.authority.rotation import drop as drop_roots
 from csi_driver.cli.ca_report import Report
 from csi_driver.cli.common import parsed
 from csi_driver.core.errors import CertmountError
@@ -166,6 +167,23 @@ def stop_command(ca_secret: tuple[str, str] | None, ca_dir: Path | None, discard
         if discard
         else "The rotation is stopped."
     )
+    _tell(report)
+
+
+@command.command()
+@_placed
+@click.confirmation_option(prompt="Every certificate of the former CA is refused from then on. Drop its root?")
+def drop(ca_secret: tuple[str, str] | None, ca_dir: Path | None) -> None:
+    """Take the former root out of every root.crt now, though certificates of it are in use. For a CA whose key was stolen."""
+
+    def step(holdings: Holdings) -> Holdings:
+        return replace(holdings, state=drop_roots(holdings.state, int(time.time())))
+
+    async def act(place: _Place) -> Report:
+        return await place.report(await place.ca.change(utc_now(), step))
+
+    report = _run(ca_secret, ca_dir, act)
+    click.echo("The former root leaves every root.crt within seconds.")
     _tell(report)
 
 

@@ -140,6 +140,24 @@ def test_a_next_ca_can_be_given_up_until_it_signs(setting: Setting) -> None:
     assert "is stopped" in setting.says("stop")
 
 
+def test_a_stolen_cas_root_can_be_dropped_at_once(setting: Setting) -> None:
+    """When the new one signs and every replica knows it; only where it is meant."""
+    old = setting.go_by()
+    assert "no root is retired" in setting.refuses("drop", "--yes")
+    asyncio.run(setting.ca.admit_life(timedelta(days=1)))
+    setting.says("rotate")
+    setting.go_by()
+    setting.go_by(41)
+    assert "try again in 40 s" in setting.refuses("drop", "--yes")
+    assert "Aborted" in setting.refuses("drop")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("csi_driver.cli.ca.time.time", lambda: (utc_now() + timedelta(seconds=120)).timestamp())
+        assert "leaves every root.crt within seconds" in setting.says("drop", "--yes")
+    setting.go_by()
+    assert old.roots_der[0] not in setting.ca.trust.roots
+    assert setting.status()["phase"] == "steady"
+
+
 def test_the_next_ca_is_like_the_present_one_but_for_what_is_said(setting: Setting) -> None:
     """Names that it may not sign don't come back by a rotation."""
     setting.says("rotate", "--permit", "DNS:example.com", "--key-type", "Ed25519", "--path-length", "2")
