@@ -12,6 +12,8 @@ from typing import Any
 
 import jwt
 import pytest
+from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
@@ -215,6 +217,134 @@ async def test_any_text_in_place_of_a_token_is_refused_cleanly(text: str) -> Non
     with pytest.raises(CertmountError) as refusal:
         await TokenVerifier(_KEYS).verify(Secret(text), POD_AUDIENCE, "pod token")
     assert refusal.value.reason is Reason.IDENTITY_REFUSED
+
+
+# The cluster of the properties: one key of each kind, made once.
+_CLUSTER = TokenIssuer()
+_ELLIPTIC = _CLUSTER.rotated("key-2")
+_MALLORY = TokenIssuer()
+
+
+class _TwoKeys:
+    issuer = _CLUSTER.name
+
+    async def find(self, key_id: str) -> jwt.PyJWK | None:
+        found = {issuer.key_id: issuer for issuer in (_CLUSTER, _ELLIPTIC)}.get(key_id)
+        return jwt.PyJWK.from_dict(found.jwk) if found else None
+
+
+async def _is_refused(text: str) -> None:
+    verifier: Any = TokenVerifier(_TwoKeys())  # type: ignore[arg-type]  # what of the keys a verifier needs
+    with pytest.raises(CertmountError) as refusal:
+        await verifier.verify(Secret(text), POD_AUDIENCE, "pod token")
+    assert refusal.value.reason in (Reason.IDENTITY_REFUSED, Reason.TOKEN_EXPIRED, Reason.CLUSTER_UNSUPPORTED)
+
+
+def _urlsafe(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def _signed(claims: bytes, issuer: TokenIssuer = _CLUSTER) -> str:
+    """Any bytes as claims, under a good signature."""
+    body = f"{_urlsafe(json.dumps({'alg': 'RS256', 'kid': issuer.key_id}).encode())}.{_urlsafe(claims)}"
+    return f"{body}.{_urlsafe(_rs256(body, issuer))}"
+
+
+def _rs256(body: str, issuer: TokenIssuer) -> bytes:
+    signature: bytes = issuer.key.sign(body.encode(), PKCS1v15(), SHA256())
+    return signature
+
+
+@given(st.sampled_from([_CLUSTER, _ELLIPTIC]), st.data())
+async def test_a_token_with_anything_changed_is_refused(issuer: TokenIssuer, data: st.DataObject) -> None:
+    """A character replaced, inserted or left out anywhere in what is signed; or a bit of the signature turned."""
+    text = issuer.pod_token(POD).reveal()
+    where = data.draw(st.integers(0, text.rindex(".") - 1))
+    kind = data.draw(st.sampled_from(["replace", "insert", "leave out", "signature"]))
+    if kind == "signature":
+        signature = bytearray(base64.urlsafe_b64decode(text.rpartition(".")[2] + "=="))
+        signature[data.draw(st.integers(0, len(signature) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+        changed = f"{text.rpartition('.')[0]}.{_urlsafe(bytes(signature))}"
+    else:
+        new = "" if kind == "leave out" else data.draw(st.characters(min_codepoint=0x20, max_codepoint=0x7E))
+        changed = text[:where] + new + text[where + (kind != "insert") :]
+    if changed != text:
+        await _is_refused(changed)
+
+
+_JUNK = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3)),
+    max_leaves=8,
+)
+
+
+@given(
+    st.sampled_from(["none", "None", "HS256", "RS256", "ES256", "PS256", "RS256 ", "", None, 7, ["RS256"]]),
+    st.sampled_from([_CLUSTER.key_id, _ELLIPTIC.key_id, "../../dev/null", "' OR 1=1", "x" * 500, None, 7, {}]),
+    st.dictionaries(
+        st.sampled_from(["jwk", "jku", "x5c", "x5u", "x5t", "crit", "b64", "typ", "cty", "zip", "enc"]), _JUNK
+    ),
+    st.sampled_from(["mallory", "hmac", "nothing", "junk"]),
+)
+async def test_no_header_makes_an_attackers_signature_good(
+    algorithm: Any, key_id: Any, extra: dict[str, Any], signer: str
+) -> None:
+    """Whatever algorithm, key id, key, address of a key or critical extension it names."""
+    header = {"alg": algorithm, "kid": key_id, **extra}
+    body = f"{_urlsafe(json.dumps(header).encode())}.{encoded(_CLUSTER.claims(POD, POD_AUDIENCE))}"
+    signers: dict[str, Callable[[], bytes]] = {
+        "mallory": lambda: _rs256(body, _MALLORY),
+        "hmac": lambda: hmac.digest(public_pem(_CLUSTER), body.encode(), hashlib.sha256),
+        "nothing": lambda: b"",
+        "junk": lambda: b"x" * 256,
+    }
+    await _is_refused(f"{body}.{_urlsafe(signers[signer]())}")
+
+
+_CLAIM = st.sampled_from(["iss", "aud", "sub", "exp", "nbf", "iat", "kubernetes.io", "jti"])
+
+
+@given(st.dictionaries(_CLAIM, _JUNK, min_size=1, max_size=3))
+async def test_claims_of_any_shape_are_judged_and_never_crash(changes: dict[str, Any]) -> None:
+    """Even under a good signature: what passes names our audience, our issuer and a pod, and has an end."""
+    claims = {**_CLUSTER.claims(POD, POD_AUDIENCE), **changes}
+    verifier: Any = TokenVerifier(_TwoKeys())  # type: ignore[arg-type]  # as above
+    try:
+        identity = await verifier.verify(Secret(_signed(json.dumps(claims).encode())), POD_AUDIENCE, "pod token")
+    except CertmountError:
+        return
+    assert claims["aud"] in (POD_AUDIENCE, [POD_AUDIENCE])
+    assert claims["iss"] == _CLUSTER.name
+    assert claims["sub"] == identity.service_account.username
+    assert time.time() < identity.expires_at == claims["exp"]
+
+
+_RAW_CLAIMS = {
+    "deeply nested": b"[" * 5000 + b"]" * 5000,
+    "deeply nested object": b'{"a":' * 3000 + b"1" + b"}" * 3000,
+    "a number of 5,000 digits": b'{"exp": ' + b"9" * 5000 + b"}",
+    "infinite": b'{"exp": Infinity, "aud": "certmount", "iss": "x", "sub": "y"}',
+    "not a number": b'{"exp": NaN, "nbf": NaN}',
+    "not an object": b'"certmount"',
+    "not UTF-8": b'{"aud": "\xff\xfe"}',
+    "lone surrogate": b'{"aud": "\\ud800"}',
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("kind", _RAW_CLAIMS)
+async def test_claims_that_json_readers_stumble_over_are_refused(kind: str) -> None:
+    """Signed by the cluster's own key, as a signature is checked first; nothing but our own refusal comes out."""
+    await _is_refused(_signed(_RAW_CLAIMS[kind]))
+
+
+async def test_of_a_claim_that_stands_twice_the_last_one_counts_for_all(issuer: TokenIssuer, keys: TokenKeys) -> None:
+    """No part of the authority reads the first and another one the last: here both are of the cluster's own making."""
+    claims = '{"aud": ["vault"], "sub": "system:admin", ' + json.dumps(issuer.claims(POD, POD_AUDIENCE))[1:]
+    token = Secret(_signed(claims.encode(), issuer))
+    identity = await TokenVerifier(keys).verify(token, POD_AUDIENCE, "pod token")
+    assert identity.service_account.username == POD.username
 
 
 class _NoKeys:
