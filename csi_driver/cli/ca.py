@@ -115,7 +115,7 @@ def status(ca_secret: tuple[str, str] | None, ca_dir: Path | None, output: str) 
     "--permit",
     multiple=True,
     callback=parsed(parse_constraint),
-    help="The only names it may sign, such as DNS:example.com or IP:10.0.0.0/8; repeatable.",
+    help="The only names it may sign, such as dns:example.com or ip:10.0.0.0/8; repeatable.",
 )
 @click.option("--path-length", type=click.IntRange(1, 8), help="How many intermediates its root allows.")
 def rotate(ca_secret: tuple[str, str] | None, ca_dir: Path | None, **options: Any) -> None:
