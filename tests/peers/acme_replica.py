@@ -7,6 +7,7 @@ import base64
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from csi_driver.authority.ca_store import FolderStore
 from csi_driver.authority.issuers.acme.issuer import AcmeIssuer
@@ -36,8 +37,7 @@ def described(settings: AcmeSettings, store: Path, lease_s: float) -> str:
     )
 
 
-async def _work(file: Path) -> None:
-    document = json.loads(file.read_text(encoding="utf-8"))
+async def _work(document: dict[str, Any]) -> None:
     name, secret = document["key"]
     dns01 = Dns01(
         document["dns01"]["server"],
@@ -51,4 +51,4 @@ async def _work(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_work(Path(sys.argv[1])))
+    asyncio.run(_work(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

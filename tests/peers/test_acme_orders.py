@@ -57,13 +57,12 @@ async def test_a_slow_order(tmp_path: Path) -> None:
     """An order that outlasts the node's calls is one order, however often the node asks; each call ends in time and says that it is pending."""
     async with site(tmp_path, retry_after_s=6) as one:
         issuer = one.issuer(patience_s=0.5)
-        order, refusals = order_for(NAME), 0
+        order, refusals, issued = order_for(NAME), 0, None
         async with at_work(issuer):
-            while True:
+            while issued is None:
                 begun = time.monotonic()
                 try:
                     issued = await issuer.issue(order)
-                    break
                 except CertmountError as error:
                     assert error.reason is Reason.ISSUANCE_PENDING
                     assert time.monotonic() - begun < 5
@@ -143,9 +142,7 @@ async def test_a_failed_order_is_not_repeated_at_once(tmp_path: Path) -> None:
     server = bind9(tmp_path / "dns", {ZONE: ""})
     async with ignorant.running(), site(tmp_path, server) as one:
         clock = Ahead()
-        settings = replace(
-            one.settings, dns01=dns_settings(server, server=ignorant.address, nameservers=(ignorant.address,))
-        )
+        settings = replace(one.settings, dns01=dns_settings(ignorant))
         issuer = one.issuer(settings, clock=clock)
         async with at_work(issuer):
             with pytest.raises(CertmountError, match="it is asked again after") as first:
@@ -261,7 +258,7 @@ async def test_terms_that_nobody_has_agreed_to(tmp_path: Path) -> None:
         async with at_work(issuer):
             with pytest.raises(CertmountError, match=r"acme\.terms_agreed") as refusal:
                 await issuer.issue(order_for(NAME))
-            assert "https://" in str(refusal.value)
+            assert "data:text/plain" in str(refusal.value)
             await until(lambda: "terms" in (issuer.problem or ""), "the issuer to say so")
         assert one.ca.orders == []
 

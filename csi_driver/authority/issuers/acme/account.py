@@ -43,6 +43,7 @@ class Accounts:
         mark = hashlib.sha256(f"{settings.directory}\n{settings.email or ''}".encode()).hexdigest()[:12]
         self._value = f"account-{mark}.json"
         self._account: Account | None = None
+        self._directory: messages.Directory | None = None
         self._finding = asyncio.Lock()
 
     async def connect(self) -> Connection:
@@ -54,9 +55,15 @@ class Accounts:
                 except CaProblem as problem:
                     fault = Fault("ACME account", f"{self._settings.directory} refuses it: {problem.text}")
                     raise CertmountError(Reason.ISSUER_UNAVAILABLE, fault) from None
-        connection = Connection(self._settings.directory, self._account.key, self._settings.ca_file)
+        settings = self._settings
+        connection = Connection(settings.directory, self._account.key, settings.ca_file, self._directory)
         connection.use_account(self._account.url)
         return connection
+
+    async def look(self) -> None:
+        """Fetches the CA's directory anew, for the connections to come; raises CertmountError or CaProblem."""
+        connection = await self.connect()
+        self._directory = await asyncio.get_running_loop().run_in_executor(self._executor, connection.load_directory)
 
     def forget(self) -> None:
         """Asks the CA again about the key before its next use: it has said that it doesn't know the account."""
@@ -68,6 +75,7 @@ class Accounts:
         connection = Connection(self._settings.directory, account.key, self._settings.ca_file)
         loop = asyncio.get_running_loop()
         url = await loop.run_in_executor(self._executor, partial(register, connection, account.key, self._settings))
+        self._directory = connection.directory
         if url != account.url:
             await self._keep(account.key, url)
         return Account(account.key, url)

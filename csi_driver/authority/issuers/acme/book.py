@@ -40,10 +40,16 @@ class OrderBook:
 
     async def read(self, max_age_s: float = 1.0) -> State:
         """No older than ``max_age_s``; raises CertmountError where the store can't be read."""
-        if not 0 <= self._clock() - self._read_at <= max_age_s:
+        asked_at = self._clock()
+        if not self._is_fresh(max_age_s):
             async with self._changing:
-                self._learn(self._decode(await self._store.load()))
+                # Whoever waited for another's reading has what was read meanwhile.
+                if not self._is_fresh(max_age_s) and not self._read_at > asked_at:
+                    self._learn(self._decode(await self._store.load()))
         return self._known
+
+    def _is_fresh(self, max_age_s: float) -> bool:
+        return 0 <= self._clock() - self._read_at < max_age_s
 
     async def change(self, change: Callable[[State], State]) -> State:
         """Replaces the state by what ``change`` makes of the newest one; what it raises ends the attempt.

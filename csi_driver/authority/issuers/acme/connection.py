@@ -40,17 +40,19 @@ class CaProblem(Exception):
 class Connection(ClientNetwork):
     """One thread's connection to one CA; what a refusal costs is one exception, whatever went wrong."""
 
-    def __init__(self, directory_url: str, key: JWK | None, ca_file: str | None) -> None:
+    def __init__(
+        self, directory_url: str, key: JWK | None, ca_file: str | None, directory: messages.Directory | None = None
+    ) -> None:
         super().__init__(key, alg=ES256, user_agent=f"certmount/{__version__}", timeout=_TIMEOUT_S, verify_ssl=True)
         if ca_file is not None:
             self.verify_ssl = ca_file  # type: ignore[assignment]  # handed on to requests, which takes a path as well
         self._directory_url = directory_url
         self._last: requests.Response | None = None
-        self._directory: messages.Directory | None = None
+        self._directory = directory
 
     @property
     def directory(self) -> messages.Directory:
-        """What the CA offers (RFC 8555 section 7.1.1)."""
+        """What the CA offers (RFC 8555 section 7.1.1); fetched now where it was not given."""
         if self._directory is None:
             self._directory = self.load_directory()
         return self._directory

@@ -39,7 +39,7 @@ async def findings(settings: AcmeSettings, shop: Workshop) -> list[Finding]:
 
 
 async def _directory(settings: AcmeSettings, shop: Workshop, connection: Connection) -> list[Finding]:
-    trouble, _ = await _tried("directory", shop.in_thread(lambda: connection.directory))
+    trouble, _ = await _tried("directory", shop.in_thread(connection.load_directory))
     if trouble is not None:
         return [trouble]
     found = [Finding("directory", True, f"{settings.directory} is reached, and its TLS certificate trusted")]

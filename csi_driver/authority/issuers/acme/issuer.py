@@ -24,7 +24,7 @@ from csi_driver.authority.issuers.acme.dns01 import DnsProofs
 from csi_driver.authority.issuers.acme.dry_run import findings
 from csi_driver.authority.issuers.acme.entry import entered, tidied
 from csi_driver.authority.issuers.acme.http01 import KIND as HTTP
-from csi_driver.authority.issuers.acme.http01 import HttpProofs, Routes
+from csi_driver.authority.issuers.acme.http01 import STALE_S, HttpProofs, Routes
 from csi_driver.authority.issuers.acme.order import OrderWork, Prover, Workshop
 from csi_driver.authority.issuers.acme.refusals import after_problem, after_trouble, judge, pending, refusal
 from csi_driver.authority.issuers.acme.renewal_watch import RenewalWatch
@@ -150,10 +150,14 @@ class AcmeIssuer:
 
     async def http_answer(self, token: str) -> str | None:
         """See :class:`csi_driver.authority.issuers.acme.challenge_server.Answers`."""
-        for record in (await self._book.read()).orders:
-            for proof in record.proofs:
-                if proof.kind == HTTP and proof.token == token:
-                    return proof.value
+        for max_age_s in (
+            1.0,
+            STALE_S,
+        ):  # strangers may ask for anything: what is not known costs few looks at the store
+            for record in (await self._book.read(max_age_s)).orders:
+                for proof in record.proofs:
+                    if proof.kind == HTTP and proof.token == token:
+                        return proof.value
         return None
 
     def due(self) -> tuple[str, ...]:
@@ -238,8 +242,7 @@ class AcmeIssuer:
         failures = 0
         while True:
             try:
-                connection = await self._accounts.connect()
-                await self._shop.in_thread(connection.load_directory)
+                await self._accounts.look()
             except (CaProblem, CertmountError) as error:
                 self._account_problem = str(error)
                 failures += 1

@@ -48,6 +48,8 @@ class Http01:
     that can't reach their own load balancer from inside."""
     ingress_class: str | None = None
     """The class of an Ingress that is made for each challenge and removed after it; None: the route is there already."""
+    patience: timedelta = timedelta(minutes=1)
+    """How long the way to the authority may take to work: load balancers and ingress controllers need a while for a new route."""
 
 
 @dataclass(frozen=True, slots=True)
