@@ -38,6 +38,8 @@ _CONDITIONS = {
 _USAGES = {Usage.SERVER: authority_pb2.USAGE_SERVER, Usage.CLIENT: authority_pb2.USAGE_CLIENT}
 # RFC 6750 section 2.1. gRPC refuses other characters in metadata, and servers refuse more than 8 KiB of it.
 _TOKEN = re.compile(rb"[A-Za-z0-9._~+/-]{1,7168}=*")
+# A replica that is dead or ending; CANCELLED is for calls that it had received but not looked at when its end began.
+_SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 _OPTIONS = (
     # Tokens go to the authority and to no one between, whatever http_proxy the environment holds.
     ("grpc.enable_http_proxy", 0),
@@ -175,7 +177,7 @@ class AuthorityClient:
                 return await self._stub().Issue(request, timeout=ISSUE_TIMEOUT_S, metadata=self._bearer())
             except grpc.aio.AioRpcError as error:
                 failure = from_rpc(error)
-                silent = failure.reason is Reason.AUTHORITY_UNAVAILABLE and error.code() is grpc.StatusCode.UNAVAILABLE
+                silent = failure.reason is Reason.AUTHORITY_UNAVAILABLE and error.code() in _SILENT
                 if not silent or clock() >= give_up:
                     raise failure from None
             # A replica that is ending refuses calls over a connection that stands.
