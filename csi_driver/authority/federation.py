@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 
 import structlog
@@ -44,14 +44,14 @@ class FederationFolder:
         trust: Trust,
         metrics: AuthorityMetrics,
         clock: Callable[[], float],
-        reserved: Collection[str],
+        reserved: Container[str],
     ) -> None:
-        """``clock`` gives unix seconds; ``reserved`` are the names of issuers, which have sets of their own."""
+        """``clock`` gives unix seconds; ``reserved`` are the names of issuers as they are at any time, which have sets of their own."""
         self._folder = folder
         self._trust = trust
         self._metrics = metrics
         self._clock = clock
-        self._reserved = frozenset(reserved)
+        self._reserved = reserved
         # The digest of each file's content when it was last looked at.
         self._seen: dict[str, str] = {}
         # By the name of each set that there is, or was: so a set that comes back is newer than before it went.
