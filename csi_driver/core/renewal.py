@@ -58,8 +58,8 @@ def retry_delay_s(*, attempt: int, kind: Kind, chance: float) -> float:
     return delay * (0.75 + 0.5 * chance)
 
 
-def probe_delay_s(*, attempt: int, left_s: float, chance: float) -> float:
-    """Seconds until a node asks an authority again that gave no certificate ``attempt`` times in a row (1 or more).
+def probe_delay_s(*, attempt: float, left_s: float, chance: float) -> float:
+    """Seconds until a node asks an authority again that gave no certificate ``attempt`` times in a row.
 
     Doubling as :func:`retry_delay_s`, but up to a fortieth of what is left of the life that ends first, from half a minute
     to ten: nodes that can wait leave the first minutes after an outage to those that can't.

@@ -11,6 +11,7 @@ from csi_driver.host.volumes import VolumeStore
 from csi_driver.node.authority_client import AuthorityClient, TrustBundle
 from csi_driver.node.conditions import Conditions
 from csi_driver.node.enrolment import Enrolment
+from csi_driver.node.first_calls import FirstCalls
 from csi_driver.node.lanes import Lanes
 from csi_driver.node.publisher import Publisher
 from csi_driver.node.removal import Removal
@@ -39,7 +40,8 @@ class Driver:
         self._chance = chance
         volumes = Volumes()
         self._lanes = Lanes(clock, chance)
-        enrolment = Enrolment(self._lanes.paced(client), keys, clock, chance)
+        paced = self._lanes.paced(client)
+        self._first_calls = FirstCalls(paced, chance)
         self._removal = Removal(store, volumes, clock, chance)
         self._roots = Roots(store, volumes, self._removal, metrics, clock, chance)
         metrics.count_waiting(self._lanes.backlog)
@@ -48,7 +50,7 @@ class Driver:
         self._renewals = Renewals(
             store,
             volumes,
-            enrolment,
+            Enrolment(paced, keys, clock, chance),
             self._roots,
             self._removal,
             self._lanes,
@@ -58,13 +60,23 @@ class Driver:
             chance,
         )
         self.publisher = Publisher(
-            kubelet_dir, store, volumes, enrolment, self._roots, self._renewals, self._removal, metrics, clock, chance
+            kubelet_dir,
+            store,
+            volumes,
+            Enrolment(self._first_calls, keys, clock, chance),
+            self._roots,
+            self._renewals,
+            self._removal,
+            metrics,
+            clock,
+            chance,
         )
 
     async def run(self) -> None:
         """Renews, and follows the authority's roots and policy, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._lanes.run(self._renewals.renew), name="renewals")
+            tasks.create_task(self._first_calls.turns.run(), name="first calls")
             tasks.create_task(self._conditions.clock_of_ends.run(), name="ends")
             tasks.create_task(self._reports.run(), name="reports")
             tasks.create_task(self._roots.writing.run(), name="roots")

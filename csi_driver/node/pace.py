@@ -1,7 +1,8 @@
 """How fast a node asks for certificates: as fast as the authority answers, and hardly at all while it does not.
 
 A thousand nodes that each retry each volume for itself would keep an authority that comes back from coming back. So while
-there is no answer a node has one call under way, with growing pauses, and after an answer one more with each further one.
+there is no answer a node has one call under way, with growing pauses. From there it is as with TCP (RFC 5681): what is
+answered makes room for one more with each round, what is refused for half as many, and for a pause.
 Pure: the time is an argument (seconds of a clock that is never set).
 """
 
@@ -13,6 +14,8 @@ from collections.abc import Callable
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.renewal import catch_up_delay_s, probe_delay_s
 
+_UNDONE_BY = 8
+"""Answers that undo one refusal: nodes that share a busy authority must not all come back after their first success."""
 SIDE_BY_SIDE = 8
 """Renewals at once: enough to use an authority well after an outage, few enough to leave the node to its pods."""
 SILENCE = frozenset(
@@ -32,11 +35,13 @@ PACED = SILENCE | {Reason.OVERLOADED, Reason.TOO_MANY_REQUESTS}
 class Pace:
     """Of one issuer's calls. Those that nobody paces (a kubelet waits for them) are told to it all the same."""
 
-    def __init__(self, chance: Callable[[], float], width: int = 1) -> None:
+    def __init__(self, chance: Callable[[], float], width: float = 1.0, most: int = SIDE_BY_SIDE) -> None:
         self._chance = chance
         self._width = width
+        self._most = most
         self._under_way = 0
-        self._failures = 0
+        # Calls in a row that failed, less what answers undid of them.
+        self._failures = 0.0
         self._paused_at = -math.inf
         self._pause_chance = 0.0
         self._silent_since: float | None = None
@@ -58,7 +63,7 @@ class Pace:
 
         ``left_s`` of its certificate's life are left to the most urgent of those that wait.
         """
-        if self._under_way >= self._width:
+        if self._under_way >= math.floor(self._width):
             return math.inf
         return self.pause_s(now, left_s)
 
@@ -75,25 +80,25 @@ class Pace:
             self._refused(stamp, error, now)
             return None
         if self._silent_since is None:
-            self._width = min(self._width + 1, SIDE_BY_SIDE)
-            self._failures = max(self._failures - 1, 0)
+            self._width = min(self._width + 1 / self._width, self._most)
+            self._failures = max(self._failures - 1 / _UNDONE_BY, 0.0)
             return None
         silence = now - self._silent_since
         self._silent_since, self.trouble = None, None
-        self._width, self._failures = 1, 0
+        self._width, self._failures = 1.0, 0.0
         return silence
 
     def _refused(self, stamp: int, error: CertmountError, now: float) -> None:
         # What kubelets ask for goes on in a pause; it must not put off for ever what waits for its end.
         if stamp != self.stamp or self.pause_s(now, 0.0) > 0:
             return
-        self._width = max(self._width // 2, 1)
+        self._width = max(self._width / 2, 1.0)
         if error.reason is Reason.TOO_MANY_REQUESTS:  # the pod's or the node's own limit, and no one else's trouble
             return
         if error.reason in SILENCE:
             self._silent_since = now if self._silent_since is None else self._silent_since
             self.trouble = error
-            self._width = 1
+            self._width = 1.0
         self.stamp += 1
         self._failures += 1
         self._paused_at, self._pause_chance = now, self._chance()

@@ -12,6 +12,12 @@ _LONGEST_NAP_S = 60.0
 """The wall clock may be set, or the machine sleep; look again at least this often."""
 
 
+def wait_s(agenda: Agenda, pace: Pace, now: float, monotonic: float) -> float:
+    """Seconds until the next volume may have its turn: first its moment must come, then a place be free."""
+    until_due = agenda.wait_s(now)
+    return until_due if until_due > 0 else pace.wait_s(monotonic, agenda.left_s(now))
+
+
 class Rotation:
     """Calls ``act(volume_id)`` when a volume's moment has come. Moments are unix seconds by ``clock``.
 
@@ -64,7 +70,7 @@ class Rotation:
             while True:
                 self._wake.clear()
                 now = self._clock()
-                wait = max(self._agenda.wait_s(now), self._pace.wait_s(monotonic(), self._agenda.left_s(now)))
+                wait = wait_s(self._agenda, self._pace, now, monotonic())
                 if wait <= 0 and (volume_id := self._agenda.take(now)) is not None:
                     self._pace.begin()
                     acts.create_task(self._act_on(volume_id), name=f"act on {volume_id}")

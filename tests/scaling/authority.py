@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-MOST_IN_FLIGHT = 512
-"""Calls under way in one replica; one more is Overloaded (csi_driver/authority/service.py)."""
 _NODE_PROOF_KEPT_S = 5.0
 """How long the review of a node's token counts; a pod's is asked for by each certificate of its own."""
 
@@ -20,12 +18,23 @@ class Figures:
     """Certificates a second of one replica, which has one core."""
     refuse_s: float = 0.0004
     """A core's time for a call that is refused for want of room: the call itself, as in an echo over TLS."""
+    most_in_flight: int = 512
+    """Calls under way in one replica; one more is Overloaded (csi_driver/authority/service.py)."""
     review_s: float = 0.005
     """A TokenReview's latency."""
     patience_s: float = 6.0
     """How long a node waits for a replica that does not answer (csi_driver/node/authority_client.py)."""
-    reconnect_s: float = 2.0
+    reconnect_s: float = 5.0
     """The most that a node's connection needs to find a replica that is back."""
+
+    def of(self, share: float) -> Figures:
+        """An authority for a fair sample of the nodes: with that share of the power and the room, and the same latencies."""
+        return replace(
+            self,
+            issue_per_core_s=self.issue_per_core_s * share,
+            refuse_s=self.refuse_s / share,
+            most_in_flight=round(self.most_in_flight * share),
+        )
 
 
 @dataclass(slots=True)
@@ -64,7 +73,7 @@ class Authority:
         while under_way and under_way[0] <= now:
             under_way.popleft()
         begin = max(self._free_at[replica], now)
-        if len(under_way) >= MOST_IN_FLIGHT:
+        if len(under_way) >= figures.most_in_flight:
             self._free_at[replica] = begin + figures.refuse_s
             self.counts.refused[math.floor(now)] += 1
             return begin + figures.refuse_s, False

@@ -7,17 +7,19 @@ import math
 import random
 from dataclasses import dataclass
 
-from csi_driver.core.errors import CertmountError, Kind, Reason
+from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.renewal import plan_renewal, retry_delay_s
 from csi_driver.node.agenda import Agenda
+from csi_driver.node.first_calls import FIRST_SIDE_BY_SIDE, PATIENCE_S
 from csi_driver.node.pace import Pace, spread_s
+from csi_driver.node.rotation import wait_s
 from tests.scaling.authority import Authority
 
 _SILENT = CertmountError(Reason.AUTHORITY_UNAVAILABLE)
 _BUSY = CertmountError(Reason.OVERLOADED)
 _KUBELET_FIRST_S, _KUBELET_CAP_S, _KUBELET_LOOK_S = 0.5, 122.0, 0.1
 """Kubelet tries a failed mount again after half a second, doubling to 2 min 2 s, and looks for what is due ten times a second."""
-_TRY, _ARRIVE, _END, _FIRST, _FIRST_END = range(5)
+_TRY, _ARRIVE, _END, _MOUNT, _TRY_FIRST, _FIRST_END, _GIVE_UP = range(7)
 
 
 @dataclass(slots=True)
@@ -28,8 +30,10 @@ class Volume:
     renew_at: float
     not_after: float
     attempt: int = 0
-    waited_since: float = math.nan
-    """For a first publish: since when the pod waits."""
+    came: float = 0.0
+    """When the kubelet's present call came."""
+    mounts: int = 0
+    """The kubelet's calls that failed."""
 
 
 @dataclass(slots=True)
@@ -37,7 +41,10 @@ class _Node:
     agenda: Agenda
     pace: Pace
     volumes: dict[str, Volume]
+    queue: Agenda
+    first_pace: Pace
     next_try: float = math.inf
+    next_first: float = math.inf
 
 
 class Cluster:
@@ -46,9 +53,13 @@ class Cluster:
     def __init__(self, nodes: int, life_s: float, authority: Authority, seed: int) -> None:
         self.life_s = life_s
         self.authority = authority
-        self.random = random.Random(seed)
-        self._chance = self.random.random
-        self.nodes = [_Node(Agenda(), Pace(self._chance), {}) for _ in range(nodes)]
+        self._chance = random.Random(seed).random  # noqa: S311  # chance that can be repeated
+        self.nodes = [
+            _Node(
+                Agenda(), Pace(self._chance), {}, Agenda(), Pace(self._chance, FIRST_SIDE_BY_SIDE, FIRST_SIDE_BY_SIDE)
+            )
+            for _ in range(nodes)
+        ]
         self._events: list[tuple[float, int, int, int, Volume | None, int]] = []
         self._number = 0
         self.caught_up_at = -math.inf
@@ -76,9 +87,9 @@ class Cluster:
 
     def first(self, node: int, name: str, now: float) -> None:
         """The kubelet mounts a new pod's volume."""
-        volume = Volume(name, now, now, waited_since=now)
+        volume = Volume(name, now, now)
         self.nodes[node].volumes[name] = volume
-        self._push(now, _FIRST, node, volume, 0)
+        self._push(now, _MOUNT, node, volume, 0)
 
     def plan(self, issued_at: float, late_s: float) -> float:
         """When a certificate is renewed."""
@@ -101,8 +112,10 @@ class Cluster:
             _TRY: self._try,
             _ARRIVE: self._arrive,
             _END: self._end,
-            _FIRST: self._first,
+            _MOUNT: self._mount,
+            _TRY_FIRST: self._try_first,
             _FIRST_END: self._first_end,
+            _GIVE_UP: self._give_up,
         }
         while self._events and self._events[0][0] < end:
             now, _, kind, node, volume, stamp = heapq.heappop(self._events)
@@ -116,14 +129,14 @@ class Cluster:
         """As csi_driver.node.rotation.Rotation.run: begins what may begin now, and says when to look again."""
         node = self.nodes[number]
         while True:
-            wait = max(node.agenda.wait_s(now), node.pace.wait_s(now, node.agenda.left_s(now)))
+            wait = wait_s(node.agenda, node.pace, now, now)
             if wait > 0:
                 break
             name = node.agenda.take(now)
             if name is None:
                 break
             node.pace.begin()
-            self._begin(now, number, node.volumes[name], _ARRIVE)
+            self._begin(now, number, node.volumes[name])
         if now + wait < node.next_try:
             node.next_try = now + wait
             self._push(node.next_try, _TRY, number, None, 0)
@@ -133,31 +146,31 @@ class Cluster:
             self.nodes[number].next_try = math.inf
             self._look(number, now)
 
-    def _begin(self, now: float, number: int, volume: Volume, kind: int) -> None:
+    def _begin(self, now: float, number: int, volume: Volume) -> None:
         stamp = self.nodes[number].pace.stamp
         authority = self.authority
         if authority.away(now):
-            end = _END if kind == _ARRIVE else _FIRST_END
-            self._push(now + authority.figures.patience_s, end, number, volume, ~stamp)
+            self._push(now + authority.figures.patience_s, _END, number, volume, ~stamp)
         elif (arrival := authority.arrival(now, self._chance())) > now:
-            self._push(arrival, kind, number, volume, stamp)
+            self._push(arrival, _ARRIVE, number, volume, stamp)
         else:
-            self._answer(now, number, volume, stamp, _END if kind == _ARRIVE else _FIRST_END)
-
-    def _answer(self, now: float, number: int, volume: Volume, stamp: int, kind: int) -> None:
-        end, issued = self.authority.ask(number, now)
-        volume.attempt = 0 if issued else volume.attempt + 1
-        self._push(end, kind, number, volume, stamp)
+            self._arrive(now, number, volume, stamp)
 
     def _arrive(self, now: float, number: int, volume: Volume | None, stamp: int) -> None:
         assert volume is not None
-        self._answer(now, number, volume, stamp, _END)
+        end, issued = self.authority.ask(number, now)
+        volume.attempt = 0 if issued else volume.attempt + 1
+        self._push(end, _END, number, volume, stamp)
 
     def _end(self, now: float, number: int, volume: Volume | None, stamp: int) -> None:
         """As Renewals and Lanes do with an answer."""
         assert volume is not None
         node = self.nodes[number]
-        error, silence = self._hear(now, node, volume, stamp)
+        error = None if volume.attempt == 0 else _BUSY
+        if stamp < 0:  # no answer came
+            stamp, error = ~stamp, _SILENT
+            volume.attempt += 1
+        silence = node.pace.heard(stamp, error, now)
         if silence is not None:
             node.agenda.put_off(now, lambda left: spread_s(silence, self._chance, left))
         node.pace.end()
@@ -167,14 +180,6 @@ class Cluster:
             delay = retry_delay_s(attempt=volume.attempt, kind=error.reason.kind, chance=self._chance())
             node.agenda.schedule(volume.name, now + delay, volume.not_after)
         self._look(number, now)
-
-    def _hear(self, now: float, node: _Node, volume: Volume, stamp: int) -> tuple[CertmountError | None, float | None]:
-        """How a call ended, as its stamp (a complement: without an answer) and attempt tell; and the silence that this ends."""
-        error = None if volume.attempt == 0 else _BUSY
-        if stamp < 0:
-            stamp, error = ~stamp, _SILENT
-            volume.attempt += 1
-        return error, node.pace.heard(stamp, error, now)
 
     def _issued(self, now: float, node: _Node, volume: Volume) -> None:
         if volume.renew_at < 0:
@@ -186,20 +191,65 @@ class Cluster:
         volume.renew_at, volume.not_after = self.plan(now, late_s), now + self.life_s
         node.agenda.schedule(volume.name, volume.renew_at, volume.not_after)
 
-    def _first(self, now: float, number: int, volume: Volume | None, _stamp: int) -> None:
+    def _mount(self, now: float, number: int, volume: Volume | None, _stamp: int) -> None:
+        """As the kubelet calls, and csi_driver.node.first_calls.FirstCalls.issue begins."""
         assert volume is not None
-        self._begin(now, number, volume, _FIRST)
+        volume.came = now
+        self.nodes[number].queue.schedule(volume.name, now, now)
+        self._push(now + PATIENCE_S, _GIVE_UP, number, volume, 0)
+        self._look_first(number, now)
 
-    def _first_end(self, now: float, number: int, volume: Volume | None, stamp: int) -> None:
-        """As the kubelet does with an answer; the node's pace hears of it too."""
+    def _give_up(self, now: float, number: int, volume: Volume | None, _stamp: int) -> None:
         assert volume is not None
         node = self.nodes[number]
-        error, _ = self._hear(now, node, volume, stamp)
-        if error is not None:
-            delay = min(_KUBELET_FIRST_S * 2.0 ** min(volume.attempt - 1, 30), _KUBELET_CAP_S)
-            self._push(now + delay + self._chance() * _KUBELET_LOOK_S, _FIRST, number, volume, 0)
-            return
-        self.caught_up_at = max(self.caught_up_at, now)
-        volume.renew_at, volume.not_after = self.plan(now, math.inf), now + self.life_s
-        node.agenda.schedule(volume.name, volume.renew_at, volume.not_after)
-        self._look(number, now)
+        if volume.came + PATIENCE_S <= now and node.queue.due(volume.name) is not None:
+            node.queue.cancel(volume.name)
+            self._mount_failed(now, number, volume)
+
+    def _look_first(self, number: int, now: float) -> None:
+        node = self.nodes[number]
+        while True:
+            wait = wait_s(node.queue, node.first_pace, now, now)
+            if wait > 0:
+                break
+            name = node.queue.take(now)
+            if name is None:
+                break
+            node.first_pace.begin()
+            end, issued = self.authority.ask(number, now)
+            volume = node.volumes[name]
+            volume.attempt = 0 if issued else volume.attempt + 1
+            self._push(end, _FIRST_END, number, volume, node.first_pace.stamp)
+        if now + wait < node.next_first:
+            node.next_first = now + wait
+            self._push(node.next_first, _TRY_FIRST, number, None, 0)
+
+    def _try_first(self, now: float, number: int, _volume: Volume | None, _stamp: int) -> None:
+        if self.nodes[number].next_first <= now:
+            self.nodes[number].next_first = math.inf
+            self._look_first(number, now)
+
+    def _first_end(self, now: float, number: int, volume: Volume | None, stamp: int) -> None:
+        """As FirstCalls does with an answer; the pace of the renewals hears of it too."""
+        assert volume is not None
+        node = self.nodes[number]
+        error = None if volume.attempt == 0 else _BUSY
+        node.pace.heard(node.pace.stamp, error, now)
+        node.first_pace.heard(stamp, error, now)
+        node.first_pace.end()
+        if error is None:
+            self.caught_up_at = max(self.caught_up_at, now)
+            volume.renew_at, volume.not_after = self.plan(now, math.inf), now + self.life_s
+            node.agenda.schedule(volume.name, volume.renew_at, volume.not_after)
+            self._look(number, now)
+        elif now < volume.came + PATIENCE_S:
+            node.queue.schedule(volume.name, volume.came, volume.came)
+        else:
+            self._mount_failed(now, number, volume)
+        self._look_first(number, now)
+
+    def _mount_failed(self, now: float, number: int, volume: Volume) -> None:
+        """As the kubelet does with an error."""
+        volume.mounts += 1
+        delay = min(_KUBELET_FIRST_S * 2.0 ** min(volume.mounts - 1, 30), _KUBELET_CAP_S)
+        self._push(now + delay + self._chance() * _KUBELET_LOOK_S, _MOUNT, number, volume, 0)

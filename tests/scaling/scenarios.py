@@ -28,6 +28,8 @@ class Case:
     nodes: int
     life_s: float
     replicas: int
+    share: float = 1.0
+    """Of the nodes that are played, with an authority of as much less power; 1: all of them, exactly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +39,19 @@ class Result:
     case: Case
     mean: float
     worst: float
-    steady: float
+    usual: float
     """The mean of a day like any other."""
+    seconds: int
+    """That these figures are of: after an event, until the last one that was due or waited had its certificate."""
     reviews_mean: float
     reviews_worst: float
     refused: int
-    took_s: float
-    """Until the last one that was due or waited had its certificate."""
-    expired: int
-    """Certificates that ended before their successors came, by the outage or after it."""
+    expired_in: int
+    """Certificates that ended in the outage."""
     expired_after: int
-    """Of these, those that were still good when the authority was back."""
-    echo_worst: float
-    """The worst second of all later renewals in the story."""
+    """Certificates that were still good when the authority was back, and ended before their successors came."""
+    later_worst: float
+    """The worst second of all that came later in the story, when what was issued together is renewed."""
 
 
 def replicas_for(nodes: int, life_s: float, figures: Figures) -> int:
@@ -81,66 +83,65 @@ def _fill(cluster: Cluster, chance: random.Random, since: float, horizon: float,
 
 
 def _cluster(case: Case, figures: Figures, seed: int, back_at: float) -> tuple[Cluster, random.Random]:
-    chance = random.Random(seed)
-    authority = Authority(case.replicas, figures, back_at, [chance.random() for _ in range(case.nodes)])
-    return Cluster(case.nodes, case.life_s, authority, seed + 1), chance
+    chance = random.Random(seed)  # noqa: S311  # chance that can be repeated
+    nodes = round(case.nodes * case.share)
+    authority = Authority(case.replicas, figures.of(case.share), back_at, [chance.random() for _ in range(nodes)])
+    return Cluster(nodes, case.life_s, authority, seed + 1), chance
 
 
 def _steady(case: Case, figures: Figures, seed: int) -> Result:
     end = 3600.0 if case.life_s > 3600 else 600.0
     cluster, chance = _cluster(case, figures, seed, back_at=-math.inf)
-    _fill(cluster, chance, 0.0, end, range(case.nodes))
+    _fill(cluster, chance, 0.0, end, range(len(cluster.nodes)))
     cluster.run(0.0, end)
-    return _result(case, cluster, range(int(end)), 0.0)
+    return _result(case, cluster, int(end), int(end))
 
 
 def _outage(case: Case, figures: Figures, seed: int) -> Result:
     end = min(case.life_s * 1.1, 1.5 * _OUTAGE_S)
     cluster, chance = _cluster(case, figures, seed, back_at=0.0)
-    _fill(cluster, chance, -_OUTAGE_S, end, range(case.nodes))
-    for number in range(case.nodes):
+    _fill(cluster, chance, -_OUTAGE_S, end, range(len(cluster.nodes)))
+    for number in range(len(cluster.nodes)):
         cluster.silence(number, -_BEFORE_S)
     cluster.run(-_BEFORE_S, end)
-    took = max(cluster.caught_up_at, 1.0)
-    return _result(case, cluster, range(math.ceil(took)), took, end)
+    return _result(case, cluster, max(math.ceil(cluster.caught_up_at), 1), int(end))
 
 
 def _zone(case: Case, figures: Figures, seed: int) -> Result:
     end = case.life_s * 1.1 if case.life_s <= 3600 else 600.0
     cluster, chance = _cluster(case, figures, seed, back_at=-math.inf)
-    zone = case.nodes // 3
-    _fill(cluster, chance, 0.0, end, range(zone, case.nodes))
+    zone = len(cluster.nodes) // 3
+    _fill(cluster, chance, 0.0, end, range(zone, len(cluster.nodes)))
     for node in range(zone):
         boot = chance.random() * _BOOT_SPREAD_S
         for number in range(PODS):
             cluster.first(node, str(number), boot + chance.random() * _MOUNTS_SPREAD_S)
     cluster.run(0.0, end)
-    took = max(cluster.caught_up_at, 1.0)
-    return _result(case, cluster, range(math.ceil(took)), took, end)
+    return _result(case, cluster, max(math.ceil(cluster.caught_up_at), 1), int(end))
 
 
-def _result(case: Case, cluster: Cluster, seconds: range, took_s: float, end: float = 0.0) -> Result:
-    counts = cluster.authority.counts
-    mean, worst = _mean_and_worst(counts.issued, seconds)
-    reviews_mean, reviews_worst = _mean_and_worst(counts.reviews, seconds)
-    _, echo_worst = _mean_and_worst(counts.issued, range(seconds.stop, int(end)))
+def _result(case: Case, cluster: Cluster, seconds: int, end: int) -> Result:
+    counts, share = cluster.authority.counts, case.share
+    mean, worst = _mean_and_worst(counts.issued, range(seconds), share)
+    reviews_mean, reviews_worst = _mean_and_worst(counts.reviews, range(seconds), share)
+    _, later_worst = _mean_and_worst(counts.issued, range(seconds, end), share)
     return Result(
         case=case,
         mean=mean,
         worst=worst,
-        steady=steady_mean(case.nodes, case.life_s),
+        usual=steady_mean(case.nodes, case.life_s),
+        seconds=seconds,
         reviews_mean=reviews_mean,
         reviews_worst=reviews_worst,
-        refused=sum(counts.refused.values()),
-        took_s=took_s,
-        expired=cluster.expired,
-        expired_after=cluster.expired_after,
-        echo_worst=echo_worst,
+        refused=round(sum(counts.refused.values()) / share),
+        expired_in=round((cluster.expired - cluster.expired_after) / share),
+        expired_after=round(cluster.expired_after / share),
+        later_worst=later_worst,
     )
 
 
-def _mean_and_worst(counts: Counter[int], seconds: range) -> tuple[float, float]:
+def _mean_and_worst(counts: Counter[int], seconds: range, share: float) -> tuple[float, float]:
     if not seconds:
         return 0.0, 0.0
-    found = [counts[second] for second in seconds]
+    found = [counts[second] / share for second in seconds]
     return sum(found) / len(found), max(found)

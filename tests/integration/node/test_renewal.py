@@ -56,16 +56,19 @@ async def test_a_reader_never_sees_a_torn_generation(node: Node) -> None:
 
 
 async def test_the_issuers_hint_and_renew_before_set_the_moment(node: Node) -> None:
-    """``renew-before`` counts from the end, an issuer's hint from now; the record holds what was decided."""
-    for attributes, hint, expected in (
-        ({"duration": "10h", "renew-before": "4h"}, None, 6.0),
-        ({"duration": "9h"}, None, 6.0),
-        ({"duration": "9h"}, timedelta(hours=2), 2.0),
+    """``renew-before`` counts from the end, an issuer's hint from now; the record holds what was decided.
+
+    Without either, the first renewal is brought forward by chance: volumes that came together drift apart.
+    """
+    for attributes, hint, least, most in (
+        ({"duration": "10h", "renew-before": "4h"}, None, 5.6, 6.4),
+        ({"duration": "9h"}, None, 2.7, 6.3),
+        ({"duration": "9h"}, timedelta(hours=2), 1.8, 2.2),
     ):
         node.script.renew_after = hint
         record = node.record(await node.published(attributes=attributes))
         hours = (record["renew_at"] - record["issued_at"]) / 3600
-        assert abs(hours - expected) <= 0.1 * expected + 0.1
+        assert least <= hours <= most
 
 
 async def test_the_newest_token_is_used(node: Node) -> None:
