@@ -56,9 +56,9 @@ class Answer:
 
     @property
     def message(self) -> str:
-        """What step-ca says of a failure; nothing where it says nothing that can be shown."""
+        """What step-ca says of a failure; nothing where it says nothing that can be shown, or quotes a token."""
         text = str(self.document.get("message", ""))[:300]
-        return text if text.isprintable() else ""
+        return text if text.isprintable() and "eyJ" not in text else ""
 
 
 class Client:

@@ -98,7 +98,10 @@ class StepCA:
             raise CertmountError(Reason.NAME_REFUSED, *faults)
         answer = await self._signed(order, key)
         if answer.status == 401:
-            raise await self._unauthorised()
+            survey = await self._survey()
+            if survey.problem is not None or survey.key is None or survey.key is key:
+                raise self._unauthorised(survey)
+            answer = await self._signed(order, survey.key)  # as when the provisioner's key has just been replaced
         if answer.status in (400, 403):
             # "The request was forbidden by the certificate authority: ..." says itself what the rest of our text says.
             text = answer.message.rpartition("certificate authority: ")[2] or f"HTTP {answer.status}"
@@ -157,15 +160,14 @@ class StepCA:
         end = min(one.not_valid_after_utc for one in chain)
         return None if end >= chain[0].not_valid_after_utc else max((end - self._clock()) * 2 / 3, timedelta())
 
-    async def _unauthorised(self) -> CertmountError:
+    def _unauthorised(self, survey: Survey) -> CertmountError:
         """Step-ca's 401 says nothing on purpose; what it lists to anyone tells most of the reasons."""
-        problem = (await self._survey()).problem
         host = self._configuration.url.removeprefix("https://")
         rest = (
             "provisioner, key and clock fit, so it was started a moment ago, or else knows itself by another name: see that"
             f' "dnsNames" in its ca.json has the host of {host}; its log has the reason'
         )
-        return self._unavailable(f"step-ca refuses the authority's token (HTTP 401): {problem or rest}")
+        return self._unavailable(f"step-ca refuses the authority's token (HTTP 401): {survey.problem or rest}")
 
     async def _survey(self) -> Survey:
         """A look at step-ca now; who asks while one is under way shares it."""
