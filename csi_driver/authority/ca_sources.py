@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import datetime
@@ -23,6 +24,8 @@ log = structlog.get_logger(__name__)
 
 _MOST_CONFLICTS = 10
 _ANY_LIFE = 2**53
+_LOOK_S = 10.0
+"""Short against STALE_S, which goes by meanwhile."""
 _UNKNOWN = frozenset({"unknown"})
 """Stands for nodes that nobody can ask for: they have not confirmed."""
 
@@ -112,9 +115,12 @@ class StoredCA:
         confirmed, expected = frozenset[str](), _UNKNOWN
         if holdings.state.phase is Phase.DISTRIBUTING and not holdings.state.stopped and self._fleet is not None:
             try:
-                confirmed, expected = await self._fleet.look(holdings.state.generation)
+                async with asyncio.timeout(_LOOK_S):
+                    confirmed, expected = await self._fleet.look(holdings.state.generation)
             except CertmountError as error:
                 log.warning("rotation waits: the nodes cannot be asked for", reason=error.reason.word, error=str(error))
+            except TimeoutError:
+                log.warning("rotation waits: the nodes cannot be asked for", error=f"no answer in {_LOOK_S:g} s")
         return holdings.advanced(int(now.timestamp()), confirmed, expected)
 
     def _empty(self) -> CertmountError:

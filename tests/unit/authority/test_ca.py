@@ -308,6 +308,20 @@ async def test_without_word_of_the_nodes_no_next_ca_signs(store: MemoryStore, cl
     assert ca.current.roots == old.roots
 
 
+async def test_nodes_that_take_too_long_to_list_hold_up_nothing_else(
+    store: MemoryStore, clock: Clock, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rotation waits; certificates are signed meanwhile."""
+    monkeypatch.setattr("csi_driver.authority.ca_sources._LOOK_S", 0.01)
+    monkeypatch.setattr(nodes, "look", lambda _generation: asyncio.sleep(60))
+    ca = authority(store, clock, nodes=nodes)
+    old = await ca.refresh()
+    await rotate(store, clock)
+    await past(ca, clock, 60)
+    assert ca.current.roots == old.roots
+    assert ca.usable
+
+
 async def test_replicas_do_each_step_once(store: MemoryStore, clock: Clock, nodes: Nodes) -> None:
     """And one that was away learns what the others have done."""
     replicas = [authority(store, clock, nodes=nodes) for _ in range(3)]
