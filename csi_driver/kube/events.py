@@ -14,6 +14,7 @@ from csi_driver.kube.requests import MERGE_PATCH, ask
 
 _CONTROLLER = "certmount.dev/authority"
 _ACTION = "IssueCertificate"
+_MOST_CONFLICTS = 5
 _FINAL = (400, 403, 404, 405, 413, 422)
 """Answers that stay the same: invalid, or of a namespace that ends; 403 may also be a permission that is missing."""
 
@@ -40,11 +41,13 @@ class ClusterEvents:
 
     async def repeat(self, event: PodEvent, known: Written, more: int, last_at: float) -> Written:
         """It has been said ``more`` times, at last at ``last_at`` (unix seconds); raises as :meth:`create`."""
-        try:
-            return await self._count(event, known, more, last_at)
-        except Conflict:
-            # Another replica has counted since.
-            return await self._count(event, await self._read(event), more, last_at)
+        for _ in range(_MOST_CONFLICTS):
+            try:
+                return await self._count(event, known, more, last_at)
+            except Conflict:
+                # Another replica has counted since: they say the same things at the same moments.
+                known = await self._read(event)
+        return await self._count(event, known, more, last_at)
 
     async def _count(self, event: PodEvent, known: Written, more: int, last_at: float) -> Written:
         series = {"count": known.count + more, "lastObservedTime": _micro_time(last_at)}

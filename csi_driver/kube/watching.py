@@ -48,7 +48,7 @@ class Pace:
     watch: float = 280.0
     """After which the API server ends a watch and a new one begins; moved by chance, so that replicas don't do so together."""
     silence: float = 100.0
-    """A watch that says nothing for so long is taken for dead: bookmarks come every minute."""
+    """A watch that says nothing for so long may be dead, and is replaced: that costs one request where all was quiet."""
     page: float = 30.0
     first_retry: float = 0.5
     longest_retry: float = 15.0
@@ -165,7 +165,8 @@ class Reflector:
 
         some = await self._answered(follow())
         # Something between us and the API server may cut watches off: then it is asked less often.
-        self._failures = 0 if some or self._clock() - begin >= seconds / 2 else self._failures + 1
+        lasted = self._clock() - begin >= min(seconds, self._pace.silence) / 2
+        self._failures = 0 if some or lasted else self._failures + 1
 
     async def _read(self, content: aiohttp.StreamReader) -> bool:
         """Takes one event after the other; gives whether there was one."""
@@ -174,7 +175,7 @@ class Reflector:
             try:
                 line = await content.readline()
             except TimeoutError:
-                log.info("a watch was silent for too long", resource=self.resource.name)
+                log.debug("a watch was silent for too long", resource=self.resource.name)
                 return some
             except (ValueError, BadHttpMessage):
                 # Longer than aiohttp's buffer of some MiB; etcd keeps no object that long.

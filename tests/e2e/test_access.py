@@ -49,6 +49,9 @@ def _on_the_other_node(pod: Pod) -> dict[str, Any]:
 def _hostile() -> tuple[Any, Any]:
     """A pod that has the kubelet mint tokens for certmount's own audiences, as every pod may."""
     config_map, found = with_script(manifest(HOSTILE, {}), "ask.py")
+    # No secret either: every node has the root of the authority's own certificate.
+    data = {**config_map["data"], "authority.crt": authority.serving_root().decode()}
+    config_map = {**config_map, "data": data}
     spec = found["spec"]
     sources = [
         {"serviceAccountToken": {"audience": audience, "path": path, "expirationSeconds": 600}}

@@ -41,7 +41,7 @@ def outcome_of(method: Any, stub: Any, metadata: Metadata) -> str:
     return "OK"
 
 
-credentials = grpc.ssl_channel_credentials(read("/var/run/tls/root.crt").encode())
+credentials = grpc.ssl_channel_credentials(read("/scripts/authority.crt").encode())
 ways: dict[str, Metadata] = {
     "no token": (),
     "pod token": (("authorization", f"Bearer {read('/tokens/pod')}"),),
