@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -41,22 +42,30 @@ def sign_leaf(leaf: Leaf, signer: Signer, now: datetime) -> x509.Certificate:
         raise CertmountError(Reason.ISSUER_UNAVAILABLE, "the intermediate of the internal CA has expired")
     subject = _subject(leaf.names) if leaf.subject else x509.Name([])
     builder = (
-        x509.CertificateBuilder()
+        _common(signer.certificate, tuple(leaf.usages), isinstance(leaf.key, rsa.RSAPublicKey))
         .subject_name(subject)
-        .issuer_name(signer.certificate.subject)
         .public_key(leaf.key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - BACKDATE)
         .not_valid_after(until)
         # Critical where the subject is empty, as the names are then all that identifies (section 4.2.1.6).
         .add_extension(san_extension(leaf.names), critical=not subject.rdns)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_key_usage(leaf.key), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([_PURPOSES[usage] for usage in leaf.usages]), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(leaf.key), critical=False)
-        .add_extension(authority_key_identifier(signer.certificate), critical=False)
     )
     return builder.sign(signer.key, signing_hash(signer.key))
+
+
+@lru_cache(maxsize=32)  # of each signer there are as many as combinations of usages and of key kinds
+def _common(signer: x509.Certificate, usages: tuple[Usage, ...], rsa_key: bool) -> x509.CertificateBuilder:
+    """What all leaves of a signer share; a builder never changes, so each leaf goes on from this one."""
+    return (
+        x509.CertificateBuilder()
+        .issuer_name(signer.subject)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(rsa_key), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([_PURPOSES[usage] for usage in usages]), critical=False)
+        .add_extension(authority_key_identifier(signer), critical=False)
+    )
 
 
 def _subject(names: Names) -> x509.Name:
@@ -65,13 +74,11 @@ def _subject(names: Names) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names.dns[0].text)])
 
 
-def _key_usage(key: PublicKey) -> x509.KeyUsage:
+def _key_usage(rsa_key: bool) -> x509.KeyUsage:
     return x509.KeyUsage(
         digital_signature=True,
         content_commitment=False,
-        key_encipherment=isinstance(
-            key, rsa.RSAPublicKey
-        ),  # for TLS 1.2 without forward secrecy, which others still speak
+        key_encipherment=rsa_key,  # for TLS 1.2 without forward secrecy, which others still speak
         data_encipherment=False,
         key_agreement=False,
         key_cert_sign=False,

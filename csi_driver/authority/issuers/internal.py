@@ -25,6 +25,8 @@ class InternalIssuer:
         self._clock = clock
         self._known: Keyring | None = None
         self._bounds = Bounds()
+        self._above: tuple[bytes, ...] = ()
+        self._roots: tuple[bytes, ...] = ()
 
     async def issue(self, order: Order) -> Issued:
         """See :class:`csi_driver.authority.issuers.Issuer`."""
@@ -38,12 +40,14 @@ class InternalIssuer:
         )
         certificate = sign_leaf(leaf, keyring.intermediate, self._clock())
         return Issued(
-            chain=tuple(one.public_bytes(Encoding.DER) for one in (certificate, *keyring.intermediates)),
-            roots=keyring.roots_der,
+            chain=(certificate.public_bytes(Encoding.DER), *self._above),
+            roots=self._roots,
         )
 
     def _bounds_of(self, keyring: Keyring) -> Bounds:
         """Those of the keyring; found anew only where it is another one."""
         if keyring is not self._known:
             self._known, self._bounds = keyring, Bounds.of((*keyring.intermediates, keyring.root))
+            self._above = tuple(one.public_bytes(Encoding.DER) for one in keyring.intermediates)
+            self._roots = keyring.roots_der
         return self._bounds
