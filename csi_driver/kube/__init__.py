@@ -1,4 +1,4 @@
-"""The only importer of the kubernetes package: Secrets, ConfigMaps, TokenReviews and the cluster's JWKS.
+"""The only importer of the kubernetes package: objects, TokenReviews, the cluster's JWKS, watches of it, and Events.
 
 Kubernetes models stop here: what leaves this package are values of the core.
 """
