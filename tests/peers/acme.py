@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from csi_driver.authority.ca_store import FolderStore
 from csi_driver.authority.issuers import Issued, Order
 from csi_driver.authority.issuers.acme.issuer import AcmeIssuer
-from csi_driver.authority.issuers.acme.settings import AcmeSettings, Dns01
+from csi_driver.authority.issuers.acme.settings import AcmeSettings, Dns01, StorePlace
 from csi_driver.core.csr import build_csr, names_of, parse_csr
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
@@ -85,7 +85,7 @@ class Site:
 
     @property
     def store(self) -> FolderStore:
-        return FolderStore(self.folder / "store", "acme.json")
+        return FolderStore(Path(self.settings.account.folder), "acme.json")
 
     def issuer(self, settings: AcmeSettings | None = None, **options: Any) -> AcmeIssuer:
         return AcmeIssuer("letsencrypt", settings or self.settings, self.store, **options)
@@ -94,7 +94,7 @@ class Site:
 def dns_settings(server: Bind9, **changes: Any) -> Dns01:
     """All questions go to one server of the test."""
     return replace(
-        Dns01(server.address, server.key, resolvers=(server.address,), nameservers=(server.address,)), **changes
+        Dns01(server.address, server.key_source, resolvers=(server.address,), nameservers=(server.address,)), **changes
     )
 
 
@@ -104,16 +104,19 @@ async def site(folder: Path, server: Bind9 | None = None, **pebble: Any) -> Asyn
     server = server or bind9(folder / "dns", {ZONE: ""})
     ca = Pebble(folder / "ca", server.address, **pebble)
     async with server.running(), ca.running():
+        roots = folder / "roots.pem"
+        roots.write_bytes(await ca.root_pem())
         yield Site(
             folder,
             server,
             ca,
             AcmeSettings(
+                StorePlace(folder=str(folder / "store")),
                 email="admin@example.test",
                 directory=ca.directory,
                 ca_file=ca.ca_file,
                 terms_agreed=True,
                 dns01=dns_settings(server),
-                roots=(await ca.root(),),
+                roots_file=str(roots),
             ),
         )

@@ -14,6 +14,7 @@ import dns.message
 import dns.rdatatype
 
 from csi_driver.authority.issuers.acme.tsig import TsigKey
+from csi_driver.core.issuers_document import FileSource
 from csi_driver.core.secret import Secret
 from tests.peers.processes import LOOPBACK, free_port, running
 from tests.support.requirements import require_program
@@ -70,6 +71,11 @@ class Bind9:
     def address(self) -> str:
         """As settings have it."""
         return f"{LOOPBACK}:{self.port}"
+
+    @property
+    def key_source(self) -> FileSource:
+        """Where an issuer finds the key."""
+        return key_source(self.folder, self.key)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -130,6 +136,13 @@ def bind9(
     folder.mkdir(parents=True, exist_ok=True)
     changed = frozenset(zones) if granted is None else granted
     return Bind9(folder, free_port(), zones, changed, key, follower, primary, recursive)
+
+
+def key_source(folder: Path, key: TsigKey) -> FileSource:
+    """A file that holds a key as issuers read it."""
+    file = folder / f"{key.name}-{key.algorithm}-{hashlib.sha256(key.secret.reveal()).hexdigest()[:8]}.tsig"
+    file.write_text(f"{key.algorithm}:{key.name}:{base64.b64encode(key.secret.reveal()).decode()}\n", encoding="ascii")
+    return FileSource(str(file))
 
 
 def _starts(log: Path) -> int:

@@ -86,8 +86,11 @@ class Pebble:
 
     async def root(self, number: int = 0) -> bytes:
         """X.509 DER of the root that its certificates lead to; with another number, of an alternative chain."""
-        pem = await self._management("GET", f"roots/{number}")
-        return x509.load_pem_x509_certificate(pem).public_bytes(Encoding.DER)
+        return x509.load_pem_x509_certificate(await self.root_pem(number)).public_bytes(Encoding.DER)
+
+    async def root_pem(self, number: int = 0) -> bytes:
+        """The same in PEM."""
+        return await self._management("GET", f"roots/{number}")
 
     async def set_renewal(self, certificate: x509.Certificate, start: str, end: str) -> None:
         """Has it suggest this window for a certificate (RFC 9773), in RFC 3339."""

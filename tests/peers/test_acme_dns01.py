@@ -19,7 +19,7 @@ from csi_driver.core.bundle import parse_certificates
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
 from tests.peers.acme import ZONE, Site, at_work, dns_names, dns_settings, order_for, patiently, site
-from tests.peers.bind9 import KEY, bind9
+from tests.peers.bind9 import KEY, bind9, key_source
 from tests.peers.processes import LOOPBACK
 from tests.support.waiting import until
 
@@ -122,7 +122,7 @@ async def test_each_algorithm(tmp_path: Path, algorithm: str) -> None:
 async def test_a_wrong_key(tmp_path: Path, key: TsigKey | None, words: str) -> None:
     """A key that the server does not accept is said to be 'not authorised', and how; the CA is never told to look."""
     async with site(tmp_path) as one:
-        error = await _refused(one, "shop.example.test", key=key)
+        error = await _refused(one, "shop.example.test", key=key and key_source(tmp_path, key))
         assert error.reason is Reason.ISSUANCE_PENDING
         assert "not authorised" in str(error)
         assert words in str(error)
@@ -162,7 +162,7 @@ async def test_a_server_that_is_down_and_comes_back(tmp_path: Path) -> None:
         settings = replace(one.settings, dns01=dns_settings(server))
     order = order_for("shop.example.test")
     async with one.ca.running():
-        settings = replace(settings, roots=())
+        settings = replace(settings, roots_file=None)
         issuer = one.issuer(settings, patience_s=8)
         async with at_work(issuer):
             with pytest.raises(CertmountError, match="DNS server") as pending:

@@ -16,7 +16,7 @@ from cryptography.x509.oid import NameOID
 
 from csi_driver.authority.issuers.acme.settings import AcmeSettings, ExternalAccount
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.core.secret import Secret
+from csi_driver.core.issuers_document import FileSource
 from tests.peers.acme import ZONE, Site, at_work, dns_names, dns_settings, leaf, order_for, patiently, site
 from tests.peers.acme_replica import described
 from tests.peers.bind9 import bind9
@@ -93,7 +93,7 @@ async def test_a_replica_killed_in_mid_order(tmp_path: Path) -> None:
         # The first replica waits for a server that never shows the record: so it dies between adding it and the CA's look.
         stuck = replace(one.settings, dns01=dns_settings(one.dns, nameservers=(silent.address,)))
         file = tmp_path / "replica.json"
-        file.write_text(described(stuck, tmp_path / "store", lease_s=2), encoding="utf-8")
+        file.write_text(described(stuck, lease_s=2), encoding="utf-8")
         doomed = await asyncio.create_subprocess_exec(sys.executable, "-m", "tests.peers.acme_replica", str(file))
         issuer = one.issuer(lease_s=2)
         asking = asyncio.ensure_future(issuer.issue(order_for(NAME)))
@@ -267,12 +267,18 @@ async def test_an_external_account(tmp_path: Path) -> None:
     """Where the CA binds accounts to its customers, the right key makes one; a wrong key, or none, is said to be it."""
     secret = "zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W"
     async with site(tmp_path, external_accounts={"customer-1": secret}) as one:
-        for account, words in ((None, "acme.eab"), (ExternalAccount("customer-1", Secret("d3Jvbmc")), "refuses it")):
+        right, wrong = tmp_path / "right", tmp_path / "wrong"
+        right.write_text(secret + "\n", encoding="ascii")
+        wrong.write_text("d3Jvbmc", encoding="ascii")
+        bad = ExternalAccount("customer-1", FileSource(str(wrong)))
+        for account, words in ((None, "acme.eab"), (bad, "refuses it")):
             issuer = one.issuer(replace(one.settings, external_account=account), patience_s=2)
             async with at_work(issuer):
                 with pytest.raises(CertmountError, match=words):
                     await issuer.issue(order_for(NAME))
-        issuer = one.issuer(replace(one.settings, external_account=ExternalAccount("customer-1", Secret(secret))))
+        issuer = one.issuer(
+            replace(one.settings, external_account=ExternalAccount("customer-1", FileSource(str(right))))
+        )
         async with at_work(issuer):
             assert dns_names((await patiently(issuer, order_for("b.example.test"))).chain) == {"b.example.test"}
 
@@ -286,7 +292,7 @@ async def test_a_ca_that_has_forgotten_the_account(tmp_path: Path) -> None:
         ca = one.ca
         server = one.dns
     async with server.running(), ca.running():
-        issuer = one.issuer(replace(one.settings, roots=(await ca.root(),)))
+        issuer = one.issuer(replace(one.settings, roots_file=None))
         async with at_work(issuer):
             assert dns_names((await issuer.issue(order_for(NAME))).chain) == {NAME}
 

@@ -16,6 +16,7 @@ from josepy.jwk import JWKEC
 
 from csi_driver.authority.ca_store import Store
 from csi_driver.authority.issuers.acme.connection import CaProblem, Connection
+from csi_driver.authority.issuers.acme.credentials import Credentials
 from csi_driver.authority.issuers.acme.settings import AcmeSettings
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret
@@ -36,8 +37,9 @@ class Account:
 class Accounts:
     """The account of an issuer: found, or made at first need."""
 
-    def __init__(self, settings: AcmeSettings, store: Store, executor: Executor) -> None:
+    def __init__(self, settings: AcmeSettings, credentials: Credentials, store: Store, executor: Executor) -> None:
         self._settings = settings
+        self._credentials = credentials
         self._store = store
         self._executor = executor
         mark = hashlib.sha256(f"{settings.directory}\n{settings.email or ''}".encode()).hexdigest()[:12]
@@ -74,7 +76,9 @@ class Accounts:
         # The CA is asked on each start even where the URL is known: an account that was deactivated says so here.
         connection = Connection(self._settings.directory, account.key, self._settings.ca_file)
         loop = asyncio.get_running_loop()
-        url = await loop.run_in_executor(self._executor, partial(register, connection, account.key, self._settings))
+        mac_key = await self._credentials.mac_key()
+        call = partial(register, connection, account.key, self._settings, mac_key)
+        url = await loop.run_in_executor(self._executor, call)
         self._directory = connection.directory
         if url != account.url:
             await self._keep(account.key, url)
@@ -97,7 +101,7 @@ class Accounts:
                 return
 
 
-def register(connection: Connection, key: JWKEC, settings: AcmeSettings) -> str:
+def register(connection: Connection, key: JWKEC, settings: AcmeSettings, mac_key: Secret[str] | None) -> str:
     """The account's URL, made where the CA has none for the key (RFC 8555 section 7.3.1).
 
     Raises:
@@ -118,7 +122,7 @@ def register(connection: Connection, key: JWKEC, settings: AcmeSettings) -> str:
     body = messages.NewRegistration.from_data(
         email=settings.email,
         terms_of_service_agreed=True,
-        external_account_binding=_binding(directory, key, settings),
+        external_account_binding=_binding(directory, key, settings, mac_key),
     )
     url: str | None = connection.send(directory["newAccount"], body).headers.get("Location")
     if not url:
@@ -126,14 +130,14 @@ def register(connection: Connection, key: JWKEC, settings: AcmeSettings) -> str:
     return url
 
 
-def _binding(directory: messages.Directory, key: JWKEC, settings: AcmeSettings) -> dict[str, object] | None:
+def _binding(
+    directory: messages.Directory, key: JWKEC, settings: AcmeSettings, mac_key: Secret[str] | None
+) -> dict[str, object] | None:
     external = settings.external_account
-    if external is None:
+    if external is None or mac_key is None:
         return None
     try:
-        return messages.ExternalAccountBinding.from_data(
-            key.public_key(), external.key_id, external.key.reveal(), directory
-        )
+        return messages.ExternalAccountBinding.from_data(key.public_key(), external.key_id, mac_key.reveal(), directory)
     except ValueError:  # binascii.Error among them
         fault = Fault("acme.eab.key", "is not base64url, which is how CAs hand out MAC keys")
         raise CertmountError(Reason.ISSUER_UNAVAILABLE, fault) from None

@@ -109,6 +109,8 @@ class Connection(ClientNetwork):
             raise _unavailable(url, f"does not answer within {_TIMEOUT_S} s") from None
         except requests.exceptions.RequestException as error:
             raise _unavailable(url, f"cannot be reached ({_innermost(error)})") from None
+        except OSError as error:
+            raise _unavailable(url, f"cannot be asked ({error})") from None
         except (errors.Error, JoseError, ValueError):
             raise self._strange() from None
         assert isinstance(answer, requests.Response)  # noqa: S101  # what the library's methods return

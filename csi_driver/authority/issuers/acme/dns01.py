@@ -14,6 +14,7 @@ import dns.rdtypes.txtbase
 import dns.update
 from josepy.b64 import b64encode
 
+from csi_driver.authority.issuers.acme.credentials import Credentials
 from csi_driver.authority.issuers.acme.nameserver import Nameserver
 from csi_driver.authority.issuers.acme.settings import Dns01
 from csi_driver.authority.issuers.acme.state import Proof
@@ -30,8 +31,9 @@ class DnsProofs:
 
     kind = KIND
 
-    def __init__(self, settings: Dns01) -> None:
+    def __init__(self, settings: Dns01, credentials: Credentials) -> None:
         self._settings = settings
+        self._credentials = credentials
         self._zones = Zones(settings)
 
     async def examine(self, names: Sequence[str]) -> None:
@@ -48,12 +50,12 @@ class DnsProofs:
 
     async def show(self, proofs: Sequence[Proof]) -> None:
         """Adds the records and returns when every server that the CA may ask has them; raises CertmountError."""
-        primary = await self._zones.primary()
+        primary, key = await self._zones.primary(), await self._credentials.tsig_key()
         for proof in proofs:
             update = dns.update.UpdateMessage(proof.zone)
             # Added, never replaced: a name and its wildcard are proven by two records side by side.
             update.add(proof.place, _TTL_S, dns.rdatatype.TXT, proof.value)
-            await primary.update(update, self._settings.key)
+            await primary.update(update, key)
         deadline = time.monotonic() + self._settings.patience.total_seconds()
         for zone in dict.fromkeys(proof.zone for proof in proofs):
             servers = await self._zones.authoritative(dns.name.from_text(zone))
@@ -64,7 +66,7 @@ class DnsProofs:
         """Removes one record, also where it is not there; raises CertmountError."""
         update = dns.update.UpdateMessage(proof.zone)
         update.delete(proof.place, dns.rdatatype.TXT, proof.value)
-        await (await self._zones.primary()).update(update, self._settings.key)
+        await (await self._zones.primary()).update(update, await self._credentials.tsig_key())
 
     async def _awaited(self, name: str, server: Nameserver, proofs: Sequence[Proof], deadline: float) -> None:
         for proof in proofs:

@@ -10,6 +10,7 @@ import dns.rdatatype
 import dns.update
 
 from csi_driver.authority.issuers.acme.connection import CaProblem, Connection
+from csi_driver.authority.issuers.acme.credentials import Credentials
 from csi_driver.authority.issuers.acme.order import Workshop
 from csi_driver.authority.issuers.acme.settings import AcmeSettings, Dns01
 from csi_driver.authority.issuers.acme.zone import Zones
@@ -29,7 +30,7 @@ async def findings(settings: AcmeSettings, shop: Workshop) -> list[Finding]:
     if connection is not None:
         found += await _directory(settings, shop, connection)
     if settings.dns01 is not None:
-        found += await _dns(settings.dns01)
+        found += await _dns(settings.dns01, shop.credentials)
     if settings.http01 is not None:
         text = "can only be seen with an order; each name is tested before the CA is asked"
         found.append(Finding("HTTP-01", True, text))
@@ -52,15 +53,18 @@ async def _directory(settings: AcmeSettings, shop: Workshop, connection: Connect
     if settings.profile is not None and settings.profile not in profiles:
         offered = ", ".join(sorted(profiles)) or "none"
         found.append(Finding("profile", False, f"the CA has no profile {settings.profile}; it offers {offered}"))
-    if not settings.roots:
+    if settings.roots_file is None:
         text = "none set: pods trust the public root that the chain leads to; staging and private CAs need acme.roots"
         found.append(Finding("roots", True, text))
     return found
 
 
-async def _dns(settings: Dns01) -> list[Finding]:
+async def _dns(settings: Dns01, credentials: Credentials) -> list[Finding]:
     """A signed update of nothing tells whether server, zone and key fit together; the right to set records it can't tell."""
     zones = Zones(settings)
+    trouble, key = await _tried("TSIG key", credentials.tsig_key())
+    if trouble is not None:
+        return [trouble]
     trouble, primary = await _tried("DNS server", zones.primary())
     if trouble is not None or primary is None:
         return [trouble] if trouble is not None else []
@@ -69,7 +73,7 @@ async def _dns(settings: Dns01) -> list[Finding]:
         trouble, _ = await _tried("DNS server", primary.ask(dns.name.root, dns.rdatatype.SOA, recursive=False))
         text = f"{primary} answers; which zone and whether the key is right shows with the first name"
         return [trouble or Finding("DNS server", True, text)]
-    trouble, _ = await _tried("DNS update", primary.update(dns.update.UpdateMessage(zone), settings.key))
+    trouble, _ = await _tried("DNS update", primary.update(dns.update.UpdateMessage(zone), key))
     found = [trouble or Finding("DNS update", True, f"{primary} takes updates of zone {zone} with our key")]
     trouble, servers = await _tried("name servers", zones.authoritative(zone))
     found.append(trouble or Finding("name servers", True, ", ".join(name for name, _ in servers or ())))

@@ -10,9 +10,11 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from typing import Protocol
 
 import structlog
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.ca_store import Store
 from csi_driver.authority.issuers import Issued, Order
@@ -20,6 +22,7 @@ from csi_driver.authority.issuers.acme.account import Accounts
 from csi_driver.authority.issuers.acme.book import LeaseLost, OrderBook, claim, released
 from csi_driver.authority.issuers.acme.chain import roots_of
 from csi_driver.authority.issuers.acme.connection import CaProblem
+from csi_driver.authority.issuers.acme.credentials import Credentials
 from csi_driver.authority.issuers.acme.dns01 import DnsProofs
 from csi_driver.authority.issuers.acme.dry_run import findings
 from csi_driver.authority.issuers.acme.entry import entered, tidied
@@ -31,7 +34,9 @@ from csi_driver.authority.issuers.acme.renewal_watch import RenewalWatch
 from csi_driver.authority.issuers.acme.settings import AcmeSettings
 from csi_driver.authority.issuers.acme.state import OrderRecord, State, order_id
 from csi_driver.authority.issuers.external import Finding
+from csi_driver.authority.issuers.secrets import Secrets
 from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.formats.pem import decode_certificates
 from csi_driver.core.keys import public_bytes
 
 log = structlog.get_logger(__name__)
@@ -42,6 +47,7 @@ LEASE_S = 60.0
 _MOST_AT_ONCE = 8
 _THREADS = 4
 _TICK_S = 5.0
+_FILES_ONLY = Secrets()
 _ACCOUNT_LOOK_S = 300.0
 _LONGEST_RETRY_S = 300.0
 
@@ -60,6 +66,7 @@ class AcmeIssuer:
         name: str,
         settings: AcmeSettings,
         store: Store,
+        secrets: Secrets = _FILES_ONLY,
         *,
         routes: Routes | None = None,
         clock: Callable[[], float] = time.time,
@@ -73,9 +80,12 @@ class AcmeIssuer:
         self._lease_s = lease_s
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"acme-{name}")
         self._book = OrderBook(store, clock)
-        self._accounts = Accounts(settings, store, self._executor)
-        prover = _prover(settings, routes)
-        self._shop = Workshop(settings, self._book, self._accounts, prover, self._executor, clock, uuid.uuid4().hex)
+        credentials = Credentials(settings, secrets)
+        self._accounts = Accounts(settings, credentials, store, self._executor)
+        self._shop = Workshop(
+            settings, credentials, self._book, self._accounts, _prover(settings, credentials, routes), self._executor, clock,
+            holder=uuid.uuid4().hex,
+        )  # fmt: skip
         self.renewals = RenewalWatch(self._shop)
         """What the CA says about certificates that are out."""
         self._working: dict[str, asyncio.Task[None]] = {}
@@ -83,6 +93,7 @@ class AcmeIssuer:
         self._store_problem: str | None = None
         self._account_problem: str | None = "the account is not known yet"
         self._roots: dict[bytes, tuple[bytes, ...]] = {}
+        self._configured_roots: tuple[bytes, ...] = ()
 
     @property
     def settings(self) -> AcmeSettings:
@@ -92,8 +103,8 @@ class AcmeIssuer:
     @property
     def roots(self) -> tuple[bytes, ...]:
         """Those that are configured; else those of the chains handed out so far."""
-        if self._settings.roots:
-            return self._settings.roots
+        if self._settings.roots_file is not None:
+            return self._configured_roots
         return tuple(dict.fromkeys(root for roots in self._roots.values() for root in roots))
 
     @property
@@ -111,6 +122,7 @@ class AcmeIssuer:
         names = judge(order.request.names, order.grant, order.asked, self._settings)
         own = order_id(names, public_bytes(order.request.public_key))
         deadline = time.monotonic() + self._patience_s
+        await self._read_roots()
         state = await self._book.change(lambda state: entered(state, own, names, order.request.der, self._clock()))
         self._wake.set()
         while True:
@@ -171,11 +183,22 @@ class AcmeIssuer:
         return Issued(record.chain, self._roots_of(record.chain), renew_after, identity_included=False)
 
     def _roots_of(self, chain: tuple[bytes, ...]) -> tuple[bytes, ...]:
-        if self._settings.roots:
-            return self._settings.roots
+        if self._configured_roots:
+            return self._configured_roots
         if chain[-1] not in self._roots:
             self._roots[chain[-1]] = roots_of(chain)
         return self._roots[chain[-1]]
+
+    async def _read_roots(self) -> None:
+        """Those of the file, as they are now; raises CertmountError IssuerUnavailable."""
+        file = self._settings.roots_file
+        if file is None:
+            return
+        try:
+            content = await asyncio.to_thread(Path(file).read_bytes)
+            self._configured_roots = tuple(one.public_bytes(Encoding.DER) for one in decode_certificates(content))
+        except (OSError, ValueError) as error:
+            raise CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(f"acme.roots: {file}", str(error))) from None
 
     async def _tick(self, group: asyncio.TaskGroup) -> None:
         """Takes what is to be worked on, keeps the leases, lets go of what others have taken."""
@@ -242,6 +265,7 @@ class AcmeIssuer:
         failures = 0
         while True:
             try:
+                await self._read_roots()
                 await self._accounts.look()
             except (CaProblem, CertmountError) as error:
                 self._account_problem = str(error)
@@ -252,9 +276,9 @@ class AcmeIssuer:
                 await asyncio.sleep(_ACCOUNT_LOOK_S)
 
 
-def _prover(settings: AcmeSettings, routes: Routes | None) -> Prover:
+def _prover(settings: AcmeSettings, credentials: Credentials, routes: Routes | None) -> Prover:
     if settings.dns01 is not None:
-        return DnsProofs(settings.dns01)
+        return DnsProofs(settings.dns01, credentials)
     if settings.http01 is not None:
         return HttpProofs(settings.http01, routes)
     fault = Fault("acme", "has neither dns01 nor http01, so no name can be proven to the CA")

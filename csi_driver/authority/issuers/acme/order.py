@@ -25,6 +25,7 @@ from csi_driver.authority.issuers.acme.account import Accounts
 from csi_driver.authority.issuers.acme.book import OrderBook, held
 from csi_driver.authority.issuers.acme.chain import certificate_id, check_chain, chosen, parse_chain
 from csi_driver.authority.issuers.acme.connection import CaProblem, Connection, retry_after_s
+from csi_driver.authority.issuers.acme.credentials import Credentials
 from csi_driver.authority.issuers.acme.renewal import ask_window, next_look, renewal_without_advice
 from csi_driver.authority.issuers.acme.settings import AcmeSettings
 from csi_driver.authority.issuers.acme.state import LiveCertificate, OrderRecord, Proof, State, names_id
@@ -69,6 +70,7 @@ class Workshop:
     """What work on an order needs."""
 
     settings: AcmeSettings
+    credentials: Credentials
     book: OrderBook
     accounts: Accounts
     prover: Prover

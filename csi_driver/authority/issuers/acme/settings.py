@@ -1,15 +1,24 @@
-"""What an administrator says about an ACME issuer. Secrets are resolved already; who reads the file is elsewhere."""
+"""What an administrator says about an ACME issuer, as values; credentials by where they are kept."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
 
-from csi_driver.authority.issuers.acme.tsig import TsigKey
-from csi_driver.core.secret import Secret
+from csi_driver.core.issuers_document import Source
 
 STAGING = "https://acme-staging-v02.api.letsencrypt.org/directory"
 """Let's Encrypt's for trying things out: its certificates are trusted by no one, its limits are wide."""
+
+
+@dataclass(frozen=True, slots=True)
+class StorePlace:
+    """Where account and orders are kept: a Secret that all replicas share, or a folder of a single one."""
+
+    namespace: str = ""
+    name: str = ""
+    folder: str = ""
+    """Where it is no Secret."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +26,7 @@ class ExternalAccount:
     """An account that the CA knows by other means (RFC 8555 section 7.3.4)."""
 
     key_id: str
-    key: Secret[str]
+    key: Source
     """The MAC key as CAs hand it out: base64url."""
 
 
@@ -27,8 +36,8 @@ class Dns01:
 
     server: str
     """The server that takes updates, ``ADDRESS`` or ``ADDRESS:PORT``; the primary of the zone."""
-    key: TsigKey | None = None
-    """None: the server goes by addresses, which DNS servers call a bad idea."""
+    key: Source | None = None
+    """The TSIG key, as :class:`.tsig.TsigKey` is written. None: the server goes by addresses, which its manual calls a bad idea."""
     zone: str | None = None
     """The zone that records go to; None: the one that ``server`` says a name is in."""
     resolvers: tuple[str, ...] = ()
@@ -56,6 +65,7 @@ class Http01:
 class AcmeSettings:
     """One account at one CA, and how names are proven to it."""
 
+    account: StorePlace
     email: str | None = None
     """Whom the CA writes to; part of which account it is."""
     directory: str = STAGING
@@ -67,8 +77,8 @@ class AcmeSettings:
     external_account: ExternalAccount | None = None
     ca_file: str | None = None
     """PEM of what the TLS certificate of the directory itself leads to; None: the public CAs."""
-    roots: tuple[bytes, ...] = ()
-    """X.509 DER of what pods are to trust; none: that public root which the chain leads to."""
+    roots_file: str | None = None
+    """PEM of what pods are to trust; None: that public root which the chain leads to."""
     profile: str | None = None
     """One of the CA's certificate profiles; None: the CA's default."""
     preferred_chain: str | None = None

@@ -35,7 +35,7 @@ class TsigKey:
 
     @classmethod
     def parse(cls, text: Secret[str], field: str) -> Self:
-        """Takes the written form, or raises CertmountError InvalidRequest that says what is wrong with ``field``, not what it is."""
+        """Takes the written form, or raises CertmountError IssuerUnavailable that says what is wrong with ``field``, not what it is."""
         parts = text.reveal().strip().split(":")
         if len(parts) not in (2, 3):
             raise _wrong(field, "is not of the form [hmac:]name:key")
@@ -61,4 +61,4 @@ class TsigKey:
 
 def _wrong(field: str, problem: str) -> CertmountError:
     hint = "write it as nsupdate -y takes it: hmac-sha256:name:base64"
-    return CertmountError(Reason.INVALID_REQUEST, Fault(field, problem, hint))
+    return CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(field, problem, hint))
