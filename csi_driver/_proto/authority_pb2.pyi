@@ -151,6 +151,11 @@ class IssueResponse(_message.Message):
     CHAIN_FIELD_NUMBER: _builtins.int
     TRUST_FIELD_NUMBER: _builtins.int
     RENEW_AFTER_FIELD_NUMBER: _builtins.int
+    PROVISIONAL_FIELD_NUMBER: _builtins.int
+    provisional: _builtins.bool
+    """The certificate is of another issuer and stands in until the one that was asked for is there: ask for that again, with
+    the same CSR, as its key is what is being certified.
+    """
     @_builtins.property
     def chain(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """X.509 DER: the leaf first, then the intermediates; the root is not among them."""
@@ -169,10 +174,11 @@ class IssueResponse(_message.Message):
         chain: _abc.Iterable[_builtins.bytes] | None = ...,
         trust: _abc.Mapping[_builtins.str, Global___RootSet] | None = ...,
         renew_after: _duration_pb2.Duration | None = ...,
+        provisional: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["renew_after", b"renew_after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain", b"chain", "renew_after", b"renew_after", "trust", b"trust"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain", b"chain", "provisional", b"provisional", "renew_after", b"renew_after", "trust", b"trust"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -246,21 +252,27 @@ class TrustBundle(_message.Message):
 
     SETS_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
+    SHARING_FIELD_NUMBER: _builtins.int
     policy: _builtins.str
     """Which policy is in force: another text, another policy. What was refused is worth another try then."""
     @_builtins.property
     def sets(self) -> _containers.MessageMap[_builtins.str, Global___RootSet]:
         """All sets of the authority by name: of its issuers and federations."""
 
+    @_builtins.property
+    def sharing(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Issuers that count each certificate: pods of one service account on one node share theirs."""
+
     def __init__(
         self,
         *,
         sets: _abc.Mapping[_builtins.str, Global___RootSet] | None = ...,
         policy: _builtins.str = ...,
+        sharing: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "sets", b"sets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "sets", b"sets", "sharing", b"sharing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
