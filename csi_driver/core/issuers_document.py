@@ -103,7 +103,7 @@ def parse_source(reader: Reader, path: Path, value: object) -> Source | None:
     if "file" in top:
         file = reader.text((*path, "file"), _present(reader, (*path, "file"), top), parse_file_name)
         return FileSource(file) if file is not None else None
-    secret = reader.text((*path, "secret"), _present(reader, (*path, "secret"), top), _secret_name)
+    secret = reader.text((*path, "secret"), _present(reader, (*path, "secret"), top), parse_secret_name)
     key = reader.text((*path, "key"), _present(reader, (*path, "key"), top), _secret_key)
     return SecretSource(*secret, key) if secret is not None and key is not None else None
 
@@ -128,7 +128,8 @@ def _issuer_name(text: str) -> str:
     return parse_word(text)
 
 
-def _secret_name(text: str) -> tuple[str, str]:
+def parse_secret_name(text: str) -> tuple[str, str]:
+    """Takes NAMESPACE/NAME of a Secret, or raises ValueError."""
     match = _SECRET_NAME.fullmatch(text)
     if match is None:
         raise ValueError("is not NAMESPACE/NAME of a Secret")
