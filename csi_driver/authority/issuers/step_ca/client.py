@@ -62,7 +62,11 @@ class Answer:
 
 
 class Client:
-    """A pool of connections; of one event loop, and closed by ``async with`` or :meth:`close`."""
+    """A pool of connections; of one event loop, and closed by ``async with`` or :meth:`close`.
+
+    Raises:
+        Unreachable: for roots that TLS can't be checked by.
+    """
 
     def __init__(self, url: str, roots: tuple[x509.Certificate, ...]) -> None:
         self._session = _session(url, _pinned(roots))
@@ -99,7 +103,10 @@ async def fetch_unverified(url: str, path: str) -> Answer:
 def _pinned(roots: tuple[x509.Certificate, ...]) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_verify_locations(cadata=encode_certificates(roots).decode("ascii"))
+    try:
+        context.load_verify_locations(cadata=encode_certificates(roots).decode("ascii"))
+    except ssl.SSLError as error:
+        raise Unreachable("root", f"it is none that TLS can be checked by here: {error.reason}") from None
     return context
 
 

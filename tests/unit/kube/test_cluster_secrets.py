@@ -1,0 +1,63 @@
+"""Credentials of issuers out of Secrets."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import pytest
+from kubernetes.aio import client
+
+from csi_driver.authority import cluster_secrets
+from csi_driver.authority.issuers.secrets import Secrets
+from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.issuers_document import SecretSource
+from tests.unit.kube.api_server import FakeApiServer
+
+JWK = SecretSource("certmount", "step-provisioner", "jwk")
+
+
+@pytest.fixture
+def in_a_cluster(server: FakeApiServer, monkeypatch: pytest.MonkeyPatch) -> FakeApiServer:
+    monkeypatch.setattr(cluster_secrets, "in_cluster_configuration", lambda: client.Configuration(host=server.url))
+    return server
+
+
+def keep(server: FakeApiServer, **values: bytes) -> None:
+    data = {name: base64.b64encode(value).decode() for name, value in values.items()}
+    metadata = {"name": "step-provisioner", "namespace": "certmount", "resourceVersion": "1"}
+    server.objects["secrets/step-provisioner"] = {"kind": "Secret", "metadata": metadata, "data": data}
+
+
+async def read(source: SecretSource = JWK) -> bytes:
+    async with cluster_secrets.cluster_secrets() as read_secret:
+        return (await Secrets(read_secret).read(source)).reveal()
+
+
+async def test_one_key_of_one_secret_is_read(in_a_cluster: FakeApiServer) -> None:
+    """By a get of that name, which is all that a Role needs to allow."""
+    keep(in_a_cluster, jwk=b"the key", password=b"other")
+    assert await read() == b"the key"
+    assert [(verb, path) for verb, path, _ in in_a_cluster.requests] == [
+        ("GET", "/api/v1/namespaces/certmount/secrets/step-provisioner")
+    ]
+
+
+async def test_what_is_not_there_is_said_by_its_name(in_a_cluster: FakeApiServer) -> None:
+    """The Secret, its key, the permission; never a value."""
+    with pytest.raises(CertmountError, match='secrets "step-provisioner" not found') as missing:
+        await read()
+    assert missing.value.reason is Reason.ISSUER_UNAVAILABLE
+    keep(in_a_cluster, password=b"hunter2", other=b"x")
+    with pytest.raises(CertmountError, match="has no key jwk; it has other, password") as without:
+        await read()
+    assert "hunter2" not in str(without.value)
+    keep(in_a_cluster, jwk=b"")
+    with pytest.raises(CertmountError, match="key jwk of Secret certmount/step-provisioner: is empty"):
+        await read()
+    message = (
+        'secrets "step-provisioner" is forbidden: User "system:serviceaccount:certmount:certmount-authority" cannot get'
+    )
+    in_a_cluster.fail = (403, json.dumps({"message": message}).encode())
+    with pytest.raises(CertmountError, match="is forbidden: User"):
+        await read()
