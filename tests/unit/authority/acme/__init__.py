@@ -1,0 +1,1 @@
+"""The ACME issuer's rules, without a CA."""
