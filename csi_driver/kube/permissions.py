@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 from kubernetes.aio import client
 
+from csi_driver.core.cluster_csr import OWN_SIGNER
 from csi_driver.core.errors import Reason
 from csi_driver.kube.client import ObjectName, answered
 from csi_driver.kube.requests import ask
 
+SIGNER_LEASE = "certmount-csr-signer"
+"""By which one replica looks after CertificateSigningRequests; beside the CA's Secret."""
 _REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 
 
@@ -21,12 +24,13 @@ class Permission:
     verb: str
     group: str
     resource: str
+    """With its subresource, as roles write it: ``certificatesigningrequests/status``."""
     namespace: str = ""
     name: str = ""
 
     def __str__(self) -> str:
         kind = f"{self.resource}.{self.group}" if self.group else self.resource
-        where = f" {self.namespace}/{self.name}" if self.name else ""
+        where = f" {'/'.join(filter(None, (self.namespace, self.name)))}" if self.name else ""
         return f"{self.verb} {kind}{where}"
 
 
@@ -37,6 +41,12 @@ def needed_permissions(ca: ObjectName, confirmations: ObjectName, root: ObjectNa
         *_each(("list", "watch"), "", ("services", "pods", "namespaces")),
         Permission("list", "storage.k8s.io", "csinodes"),
         *_each(("create", "patch"), "events.k8s.io", ("events",)),
+        Permission("get", "", "pods"),
+        *_each(("get", "list", "watch"), "certificates.k8s.io", ("certificatesigningrequests",)),
+        Permission("update", "certificates.k8s.io", "certificatesigningrequests/approval"),
+        Permission("update", "certificates.k8s.io", "certificatesigningrequests/status"),
+        *(Permission(verb, "certificates.k8s.io", "signers", name=OWN_SIGNER) for verb in ("approve", "sign")),
+        *(Permission(verb, "coordination.k8s.io", "leases", ca.namespace, SIGNER_LEASE) for verb in ("get", "update")),
         *(
             Permission(verb, "", resource, found.namespace, found.name)
             for resource, found in (("secrets", ca), ("secrets", confirmations), ("configmaps", root))
@@ -51,10 +61,12 @@ def _each(verbs: tuple[str, ...], group: str, resources: tuple[str, ...]) -> Ite
 
 async def has_permission(api: client.ApiClient, permission: Permission) -> bool:
     """Asks the API server whether the authority's own account may; raises CertmountError ProofUnavailable where it can't be asked."""
+    resource, _, subresource = permission.resource.partition("/")
     attributes = {
         "verb": permission.verb,
         "group": permission.group,
-        "resource": permission.resource,
+        "resource": resource,
+        "subresource": subresource,
         "namespace": permission.namespace,
         "name": permission.name,
     }

@@ -39,6 +39,7 @@ class Resource:
     metadata_only: bool = False
     """Then the API server leaves out spec and status (meta.k8s.io/v1 PartialObjectMetadata)."""
     field_selector: str = ""
+    label_selector: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +213,8 @@ class Reflector:
         return self._sink.put(item)
 
     def _selection(self) -> dict[str, str]:
-        return {"fieldSelector": self.resource.field_selector} if self.resource.field_selector else {}
+        selectors = {"fieldSelector": self.resource.field_selector, "labelSelector": self.resource.label_selector}
+        return {name: selector for name, selector in selectors.items() if selector}
 
     def _accepted(self, suffix: str) -> dict[str, str]:
         return {"Accept": _METADATA.format(suffix)} if self.resource.metadata_only else {}

@@ -123,20 +123,25 @@ def test_token_of_the_driver_is_no_token_for_the_api_server() -> None:
 
 
 def test_authority_account_has_only_the_listed_rights() -> None:
-    """Beyond every account's: TokenReviews, lists and watches, Events, and get and update on its own three objects."""
+    """Beyond every account's: reviews, lists and watches, Events, requests for its own signer, and get and update on its own objects."""
     common = _rules("fresh", NAMESPACE, CERTMOUNT)
     everywhere = {
         "tokenreviews.authentication.k8s.io [] [] [create]",
         "services [] [] [list watch]",
-        "pods [] [] [list watch]",
+        "pods [] [] [list watch get]",
         "namespaces [] [] [list watch]",
         "csinodes.storage.k8s.io [] [] [list]",
         "events.events.k8s.io [] [] [create patch]",
+        "certificatesigningrequests.certificates.k8s.io [] [] [get list watch]",
+        "certificatesigningrequests.certificates.k8s.io/approval [] [] [update]",
+        "certificatesigningrequests.certificates.k8s.io/status [] [] [update]",
+        "signers.certificates.k8s.io [] [certmount.dev/pod] [approve sign]",
     }
     assert _rules("certmount-authority", CERTMOUNT, CERTMOUNT) - common == everywhere | {
         "secrets [] [certmount-ca] [get update]",
         "secrets [] [certmount-confirmations] [get update]",
         "configmaps [] [certmount-root] [get update]",
+        "leases.coordination.k8s.io [] [certmount-csr-signer] [get update]",
     }
     assert _rules("certmount-authority", CERTMOUNT, NAMESPACE) - common == everywhere
 
