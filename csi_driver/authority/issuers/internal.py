@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -13,6 +14,7 @@ from csi_driver.authority.keyring import Keyring
 from csi_driver.authority.leaf import Leaf, sign_leaf
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.name_constraints import Bounds
+from csi_driver.core.names import Names
 
 _HINT = "ask for names within them, or have an administrator change the CA"
 
@@ -33,11 +35,8 @@ class InternalIssuer:
         # From here on nothing is waited for: a keyring that was retired meanwhile must not sign.
         keyring, grant = await self._ca.admit_life(order.grant.duration), order.grant
         bounds = self._bounds_of(keyring)
-        if refused := bounds.refused(grant.names):
-            raise CertmountError(Reason.NAME_REFUSED, *(Fault(name, problem, _HINT) for name, problem in refused))
-        leaf = Leaf(
-            order.request.public_key, grant.names, grant.duration, grant.usages, subject=not bounds.bind_subjects
-        )
+        names = _within(bounds, order)
+        leaf = Leaf(order.request.public_key, names, grant.duration, grant.usages, subject=not bounds.bind_subjects)
         certificate = sign_leaf(leaf, keyring.intermediate, self._clock())
         return Issued(
             chain=(certificate.public_bytes(Encoding.DER), *self._above),
@@ -51,3 +50,16 @@ class InternalIssuer:
             self._above = tuple(one.public_bytes(Encoding.DER) for one in keyring.intermediates)
             self._roots = keyring.roots_der
         return self._bounds
+
+
+def _within(bounds: Bounds, order: Order) -> Names:
+    """The names to sign; raises CertmountError NameRefused for one that was asked for and is out of bounds."""
+    refused, names = bounds.refused(order.grant.names), order.grant.names
+    if refused and not len(order.request.names):
+        # Nobody asked for its Services' names, so the pod does without those that this CA may not sign.
+        outside = {name for name, _ in refused}
+        names = replace(names, dns=tuple(name for name in names.dns if name.text not in outside))
+        refused = bounds.refused(names)
+    if refused:
+        raise CertmountError(Reason.NAME_REFUSED, *(Fault(name, problem, _HINT) for name, problem in refused))
+    return names

@@ -28,7 +28,7 @@ from csi_driver.core.spec import KeyType, Usage
 from tests.unit.core import pki
 
 NOW = pki.NOW
-REQUEST = parse_csr(build_csr(generate_key(KeyType.EC_P256), Names()))
+KEY = generate_key(KeyType.EC_P256)
 
 
 @dataclass
@@ -43,9 +43,11 @@ class HeldCA:
         return self.current
 
 
-def order(*names: str, usages: tuple[Usage, ...] = (Usage.SERVER, Usage.CLIENT)) -> Order:
+def order(*names: str, usages: tuple[Usage, ...] = (Usage.SERVER, Usage.CLIENT), asked: bool = True) -> Order:
     identity = cast("PodIdentity", None)  # nothing here looks at it
-    return Order(REQUEST, Grant(pki.names(*names), timedelta(hours=1), usages, ("test",)), identity)
+    granted = pki.names(*names)
+    request = parse_csr(build_csr(KEY, granted if asked else Names()))
+    return Order(request, Grant(granted, timedelta(hours=1), usages, ("test",)), identity)
 
 
 def issuer(ca: HeldCA) -> InternalIssuer:
@@ -87,6 +89,16 @@ async def test_names_that_the_ca_does_not_permit_are_refused() -> None:
         "ask for names within them, or have an administrator change the CA"
         for name, permitted in (("a.test", "dns:example.com"), ("spiffe://other/x", "uri:cluster.local"))
     ]
+
+
+async def test_names_that_nobody_asked_for_are_left_out_where_the_ca_does_not_permit_them() -> None:
+    """A pod that names nothing gets what its CA may sign of its Services' names; its SPIFFE ID is never left out."""
+    keyring = make_keyring(NOW, Design(permitted=(parse_constraint("dns:example.com"),)))
+    (leaf, _), _ = await issue(keyring, order("shop.example.com", "shop.web.svc", pki.SPIFFE, asked=False))
+    assert names_of(leaf.extensions) == pki.names("shop.example.com", pki.SPIFFE)
+    strict = make_keyring(NOW, Design(permitted=(parse_constraint("uri:elsewhere"),)))
+    with pytest.raises(CertmountError, match="spiffe://"):
+        await issue(strict, order("shop.web.svc", pki.SPIFFE, asked=False))
 
 
 async def test_a_new_keyring_brings_its_own_constraints() -> None:
