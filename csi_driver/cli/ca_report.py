@@ -72,7 +72,7 @@ class Report:
             yield f"retired    {fingerprint(x509.load_der_x509_certificate(each.root))}"
             if state.since:
                 yield f"           trusted until {_time(state.trusted_until(each))}"
-        if state.phase.before_switch:
+        if state.phase is Phase.DISTRIBUTING:
             yield f"confirmed  by {len(self.confirmed & self.expected)} of {_nodes(len(self.expected))}"
             for name in self.missing[:_MOST_NAMES]:
                 yield f"           not yet: {name}"

@@ -39,11 +39,11 @@ class Fleet:
 class Setting:
     """A folder with a CA, an authority on it whose time a test can push, and the command."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, fleet: Fleet | None = None) -> None:
         self.folder = folder
         self.ahead = timedelta()
         metrics = AuthorityMetrics(CollectorRegistry())
-        self.ca = CertificateAuthority(FolderStore(folder), metrics, self._clock, fleet=Fleet())
+        self.ca = CertificateAuthority(FolderStore(folder), metrics, self._clock, fleet=fleet)
 
     def _clock(self) -> datetime:
         return utc_now() + self.ahead
@@ -81,7 +81,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def setting(tmp_path: Path) -> Setting:
-    setting = Setting(tmp_path)
+    setting = Setting(tmp_path, Fleet())
     setting.go_by()
     return setting
 
@@ -240,7 +240,7 @@ async def test_in_a_cluster_the_nodes_that_are_waited_for_are_named(
 ) -> None:
     """The first ten; one whose driver is away is waited for until someone says that it won't come back."""
     setting = Setting(tmp_path)
-    for step in (setting.go_by, lambda: setting.says("rotate"), setting.go_by):
+    for step in (setting.go_by, lambda: setting.says("rotate"), setting.go_by, lambda: setting.go_by(41)):
         await asyncio.to_thread(step)
     stored = await FolderStore(tmp_path).load()
     server = FakeApiServer()
