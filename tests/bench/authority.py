@@ -15,6 +15,7 @@ from tests.support.tokens import TokenIssuer
 
 _CONCURRENCIES = (8, 32, 128)
 _ROUNDS = 3
+_FRESH = 32
 _WARM = 500
 _BUDGET = 1.5
 
@@ -39,19 +40,22 @@ async def measure_authority(folder: Path) -> list[Figure]:
     async with AsyncExitStack() as stack:
         ours = _Side(await stack.enter_async_context(certmount(folder / "certmount", issuer)))
         peer, provisioner = await stack.enter_async_context(step_ca(peer_program, folder / "step-ca"))
-        theirs = _Side(peer)
+        theirs, fresh = _Side(peer), list[Load]()
         for turn in range(_ROUNDS):
             for workers in _CONCURRENCIES:
-                file = folder / f"requests-{turn}-{workers}"
+                file = folder / f"requests-{turn}-{workers}"  # step-ca takes no token twice: its ids hold this name
                 write_certmount(file, pods, issuer)
                 ours.loads[workers].append(await ours.peer.asked(program, file, workers, _WARM))
                 write_step_ca(file, pods, provisioner)
                 theirs.loads[workers].append(await theirs.peer.asked(program, file, workers, _WARM))
                 file.unlink()
-        return _figures(ours, theirs, len(pods))
+            file = folder / f"requests-{turn}-fresh"
+            write_step_ca(file, pods, provisioner)
+            fresh.append(await theirs.peer.asked(program, file, _FRESH, _WARM, "-fresh"))
+        return _figures(ours, theirs, fresh, len(pods))
 
 
-def _figures(ours: _Side, theirs: _Side, pods: int) -> list[Figure]:
+def _figures(ours: _Side, theirs: _Side, fresh: list[Load], pods: int) -> list[Figure]:
     best, other = ours.best(), theirs.best()
     mine, peers = ours.loads[best], theirs.loads[other]
     ratio = median(load.a_second for load in mine) / median(load.a_second for load in peers)
@@ -63,17 +67,18 @@ def _figures(ours: _Side, theirs: _Side, pods: int) -> list[Figure]:
     )
     method = (
         f"each side's best of {', '.join(map(str, _CONCURRENCIES))} connections that ask one after another, {_ROUNDS} rounds "
-        f"of {pods - _WARM} requests by turns. {table}. By processor time instead of wall time the ratio is {processor:.2f}: "
-        f"{_us(mine)} against {_us(peers)} us a certificate. The generator used at most {busiest:.0%} of its own core. "
+        f"of {pods - _WARM} requests by turns. {table}. Processor time: {_us(mine)} against {_us(peers)} us a "
+        f"certificate, which holds on a busy machine too. Where each request to step-ca comes by a connection of its own, as "
+        f"from its command line: {_rate(fresh)}/s and {_us(fresh)} us, {_FRESH} at once. The generator used at most {busiest:.0%} of its own core. "
         f"Tokens of {pods} pods on {NODES} nodes, each pod once a round; TokenReviews answered in the process after 5 ms"
     )
     step_ca_here = f"step-ca 0.30.2: {_rate(peers)} a second"
     return [
         Figure(
             "authority: certificates a second on one core",
-            f"{_rate(mine)}, {ratio:.2f} x step-ca",
+            f"{_rate(mine)}: {ratio:.2f} x step-ca, {processor:.2f} x by processor time",
             f"{_BUDGET} x step-ca",
-            ratio >= _BUDGET,
+            min(ratio, processor) >= _BUDGET,
             step_ca_here,
             method,
         ),

@@ -45,12 +45,14 @@ class Peer:
     name: str
     roots: Path
 
-    async def asked(self, program: Path, requests: Path, workers: int, warm: int) -> Load:
-        """Sends all requests of a file from a number of connections at once."""
+    async def asked(self, program: Path, requests: Path, workers: int, warm: int, *options: str) -> Load:
+        """Sends all requests of a file from a number of connections at once; ``options`` are the load generator's."""
         arguments = [f"-kind={self.kind}", f"-address={self.address}", f"-name={self.name}", f"-roots={self.roots}"]
         command = _pinned(LOAD_CORE, str(program), *arguments, f"-requests={requests}", f"-workers={workers}")
         before = cpu_s(self.pid)
-        process = await asyncio.create_subprocess_exec(*command, f"-warm={warm}", stdout=asyncio.subprocess.PIPE)
+        process = await asyncio.create_subprocess_exec(
+            *command, f"-warm={warm}", *options, stdout=asyncio.subprocess.PIPE
+        )
         out, _ = await process.communicate()
         used = cpu_s(self.pid) - before
         if process.returncode:

@@ -50,14 +50,15 @@ func main() {
 	file := flag.String("requests", "", "file of requests")
 	workers := flag.Int("workers", 8, "how many ask at the same time")
 	warm := flag.Int("warm", 0, "how many requests come before the clock starts")
+	fresh := flag.Bool("fresh", false, "step-ca only: a new connection for each request")
 	flag.Parse()
-	if err := run(*kind, *address, *name, *roots, *file, *workers, *warm); err != nil {
+	if err := run(*kind, *address, *name, *roots, *file, *workers, *warm, *fresh); err != nil {
 		fmt.Fprintln(os.Stderr, "loadgen:", err)
 		os.Exit(1)
 	}
 }
 
-func run(kind, address, name, roots, file string, workers, warm int) error {
+func run(kind, address, name, roots, file string, workers, warm int, fresh bool) error {
 	requests, err := read(file)
 	if err != nil {
 		return err
@@ -72,7 +73,7 @@ func run(kind, address, name, roots, file string, workers, warm int) error {
 	for i := range callers {
 		config := &tls.Config{RootCAs: pool, ServerName: name}
 		if kind == "step-ca" {
-			callers[i] = newStepCA(address, config)
+			callers[i] = newStepCA(address, config, fresh)
 		} else {
 			callers[i] = newCertmount(address, config)
 		}

@@ -16,8 +16,9 @@ type stepCA struct {
 	client *http.Client
 }
 
-func newStepCA(address string, config *tls.Config) caller {
-	transport := &http.Transport{TLSClientConfig: config, MaxIdleConnsPerHost: 1, ForceAttemptHTTP2: false}
+// A client that is fresh each time, as a program that asks for one certificate and ends, has no connection to go on with.
+func newStepCA(address string, config *tls.Config, fresh bool) caller {
+	transport := &http.Transport{TLSClientConfig: config, MaxIdleConnsPerHost: 1, DisableKeepAlives: fresh}
 	return &stepCA{"https://" + address, &http.Client{Transport: transport, Timeout: patience}}
 }
 
