@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import structlog
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from csi_driver.authority.ca import CertificateAuthority
 from csi_driver.authority.ca_files import KeyFiles
 from csi_driver.authority.ca_sources import StoredCA
+from csi_driver.authority.ca_state import Holdings, load_holdings
 from csi_driver.authority.keyring import Keyring, dump_keyring, make_keyring
-from csi_driver.authority.rotation import Phase
+from csi_driver.authority.rotation import Phase, Retired, State
 from csi_driver.authority.signers import INTERMEDIATE_LIFE, ROOT_LIFE
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
@@ -499,3 +502,31 @@ async def test_an_end_that_only_the_owner_can_put_off_is_warned_of(store: Memory
         await ca.refresh()
     warnings = [entry for entry in logs if "ends soon" in entry["event"]]
     assert [entry["certificate"] for entry in warnings] == ["intermediate.crt"] * 2
+
+
+NUMBERS = st.integers(0, 2**53 - 1)
+CA, NEXT_CA, FORMER_CA = (make_keyring(Clock().utc()) for _ in range(3))
+
+
+@given(
+    phase=st.sampled_from(Phase),
+    generation=NUMBERS,
+    since=NUMBERS,
+    stopped=st.booleans(),
+    life=NUMBERS,
+    lives=st.lists(NUMBERS, max_size=2),
+)
+def test_what_is_saved_is_read_back(
+    phase: Phase, generation: int, since: int, stopped: bool, life: int, lives: list[int]
+) -> None:
+    """Every state, with both CAs while there are two."""
+    retired = tuple(
+        Retired(root, each) for root, each in zip((*FORMER_CA.roots_der, *NEXT_CA.roots_der), lives, strict=False)
+    )
+    state = State(phase, generation, since, stopped, life, retired)
+    held = Holdings(CA, NEXT_CA if phase.before_switch else None, state)
+    found = load_holdings(held.dump(), Clock().utc(), where="memory")
+    assert found.saved
+    assert (found.state, found.trust) == (held.state, held.trust)
+    assert (found.following is None) == (held.following is None)
+    assert dict(found.dump()) == dict(held.dump())
