@@ -168,11 +168,30 @@ async def test_each_decision_is_one_line_of_the_audit_log(world: World, caller: 
     )
     assert len(issued["serial"]) > 30
     assert len(issued["key_sha256"]) == 64
-    assert issued["duration_ms"] > 0
+    assert (issued["issuer"], issued["asked"], issued["rules"]) == (
+        "internal",
+        [NAME],
+        ("policy[0] (line 3)", "built-in"),
+    )
+    steps = [issued[f"{step}_ms"] for step in ("proof", "policy", "sign")]
+    assert 0 < sum(steps) <= issued["duration_ms"] + 0.02
     assert (refused["decision"], refused["reason"]) == ("refused", "NameRefused")
     assert refused["asked"] == ["bank.example.com"]
+    assert "sign_ms" not in refused
     assert (foreign["reason"], foreign["node"]) == ("IdentityRefused", "node-a")
     assert "names" not in foreign
+
+
+async def test_a_caller_that_goes_away_leaves_a_line_too(world: World, caller: Caller) -> None:
+    """With what was known by then, and no decision."""
+    world.reviewer.gate.clear()
+    with capture_logs() as logs:
+        call = asyncio.create_task(caller.issue())
+        await until(lambda: world.reviewer.asked > 0, "the proof to be under way")
+        call.cancel()
+        await until(lambda: any(entry["event"] == "certificate" for entry in logs), "the line")
+    assert [entry["decision"] for entry in logs if entry["event"] == "certificate"] == ["none"]
+    assert world.metric("certmount_authority_issues_in_flight") == 0
 
 
 async def test_calls_are_counted_by_reason(world: World, caller: Caller) -> None:
@@ -183,3 +202,5 @@ async def test_calls_are_counted_by_reason(world: World, caller: Caller) -> None
     assert world.metric("certmount_authority_calls_total", method="Issue", reason="Ok") == 1
     assert world.metric("certmount_authority_calls_total", method="Issue", reason="InvalidCSR") == 2
     assert world.metric("certmount_authority_call_seconds_count", method="Issue") == 3
+    assert world.metric("certmount_issuer_calls_total", issuer="internal", reason="Ok") == 1
+    assert world.metric("certmount_issuer_seconds_count", issuer="internal") == 1
