@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from csi_driver.authority.ca_store import FolderStore, Store
+from csi_driver.authority.issuers.acme.document import parse_acme
+from csi_driver.authority.issuers.acme.routes import Routes
+from csi_driver.authority.issuers.acme.settings import AcmeSettings
 from csi_driver.authority.issuers.external import ExternalIssuer
 from csi_driver.authority.issuers.secrets import Secrets
 from csi_driver.authority.issuers.step_ca.document import parse_step_ca
 from csi_driver.authority.issuers.step_ca.issuer import StepCA
 from csi_driver.authority.located_yaml import read_yaml
-from csi_driver.core.errors import Reason
+from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.issuers_document import Declared, Parse, parse_issuers
 
 
@@ -20,6 +25,10 @@ class Tools:
     """What issuers are made with."""
 
     secrets: Secrets
+    secret_store: Callable[[str, str], Store] | None = None
+    """Takes namespace and name of a Secret that may be read and updated, for state that all replicas share; None outside a cluster."""
+    ingress_routes: Callable[[str], Routes] | None = None
+    """Takes the class of the Ingresses that lead to the authority's HTTP-01 port; None outside a cluster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +40,36 @@ class Kind:
     """Takes the issuer's name and the value that ``parse`` made. It does no I/O: that begins with the issuer's ``run``."""
 
 
+def _make_acme(name: str, settings: AcmeSettings, tools: Tools) -> ExternalIssuer:
+    try:
+        from csi_driver.authority.issuers.acme.issuer import AcmeIssuer
+    except ModuleNotFoundError as error:
+        raise _impossible(name, f"needs the package {error.name}", "install certmount[acme]") from None
+    place, http01 = settings.account, settings.http01
+    if not place.folder and tools.secret_store is None:
+        raise _impossible(
+            name, "keeps its account in a Secret, but there is no cluster", "give account: {folder: PATH}"
+        )
+    if http01 is None or http01.ingress_class is None:
+        routes = None
+    elif tools.ingress_routes is None:
+        raise _impossible(name, "makes Ingresses, but there is no cluster", "leave http01.ingress_class away")
+    else:
+        routes = tools.ingress_routes(http01.ingress_class)
+    if tools.secret_store is not None and not place.folder:
+        store: Store = tools.secret_store(place.namespace, place.name)
+    else:
+        store = FolderStore(Path(place.folder), f"acme-{name}.json")
+    return AcmeIssuer(name, settings, store, tools.secrets, routes=routes)
+
+
+def _impossible(name: str, problem: str, hint: str) -> CertmountError:
+    return CertmountError(Reason.INVALID_ISSUERS, Fault(f"issuer {name}", problem, hint))
+
+
 KINDS: Mapping[str, Kind] = {
     "step_ca": Kind(parse_step_ca, lambda name, configuration, tools: StepCA(name, configuration, tools.secrets)),
+    "acme": Kind(parse_acme, _make_acme),
 }
 
 

@@ -6,12 +6,12 @@ import asyncio
 import socket
 import time
 from collections.abc import Sequence
-from typing import Protocol
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from csi_driver.authority.issuers.acme.nameserver import Nameserver
+from csi_driver.authority.issuers.acme.routes import NoRoutes, Routes
 from csi_driver.authority.issuers.acme.settings import Http01
 from csi_driver.authority.issuers.acme.state import Proof
 from csi_driver.core.errors import CertmountError, Fault, Reason
@@ -23,26 +23,6 @@ STALE_S = 0.1
 _STEP_S = 1.0
 _MAX_BYTES = 1024
 _TIMEOUT = aiohttp.ClientTimeout(total=5)
-
-
-class Routes(Protocol):
-    """Leads the CA to the authority, where nobody has done so once and for all."""
-
-    async def open(self, name: str, token: str) -> None:
-        """Has requests for the token at the name come here; also where they do already."""
-
-    async def close(self, name: str, token: str) -> None:
-        """Ends that; also where it has ended."""
-
-
-class NoRoutes:
-    """The user's own route leads here."""
-
-    async def open(self, name: str, token: str) -> None:
-        """Nothing to do."""
-
-    async def close(self, name: str, token: str) -> None:
-        """Nothing to do."""
 
 
 class HttpProofs:

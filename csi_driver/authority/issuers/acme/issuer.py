@@ -27,10 +27,11 @@ from csi_driver.authority.issuers.acme.dns01 import DnsProofs
 from csi_driver.authority.issuers.acme.dry_run import findings
 from csi_driver.authority.issuers.acme.entry import entered, tidied
 from csi_driver.authority.issuers.acme.http01 import KIND as HTTP
-from csi_driver.authority.issuers.acme.http01 import STALE_S, HttpProofs, Routes
+from csi_driver.authority.issuers.acme.http01 import STALE_S, HttpProofs
 from csi_driver.authority.issuers.acme.order import OrderWork, Prover, Workshop
 from csi_driver.authority.issuers.acme.refusals import after_problem, after_trouble, judge, pending, refusal
 from csi_driver.authority.issuers.acme.renewal_watch import RenewalWatch
+from csi_driver.authority.issuers.acme.routes import Routes
 from csi_driver.authority.issuers.acme.settings import AcmeSettings
 from csi_driver.authority.issuers.acme.state import OrderRecord, State, order_id
 from csi_driver.authority.issuers.external import Finding

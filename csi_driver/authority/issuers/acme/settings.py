@@ -10,6 +10,9 @@ from csi_driver.core.issuers_document import Source
 STAGING = "https://acme-staging-v02.api.letsencrypt.org/directory"
 """Let's Encrypt's for trying things out: its certificates are trusted by no one, its limits are wide."""
 
+DNS_PATIENCE = timedelta(minutes=2)
+HTTP_PATIENCE = timedelta(minutes=1)
+
 
 @dataclass(frozen=True, slots=True)
 class StorePlace:
@@ -44,7 +47,7 @@ class Dns01:
     """Where CNAMEs and servers' addresses are looked up; none: as the system does. For split horizons."""
     nameservers: tuple[str, ...] = ()
     """The servers that must show a record before the CA is told; none: those of the zone's NS records."""
-    patience: timedelta = timedelta(minutes=2)
+    patience: timedelta = DNS_PATIENCE
     """How long they may take. Secondaries are notified (RFC 1996) and follow in seconds; without that at their refresh."""
 
 
@@ -57,7 +60,7 @@ class Http01:
     that can't reach their own load balancer from inside."""
     ingress_class: str | None = None
     """The class of an Ingress that is made for each challenge and removed after it; None: the route is there already."""
-    patience: timedelta = timedelta(minutes=1)
+    patience: timedelta = HTTP_PATIENCE
     """How long the way to the authority may take to work: load balancers and ingress controllers need a while for a new route."""
 
 
