@@ -36,6 +36,11 @@ class CSRs:
         """Takes one that was made just now, unless the watch was faster: what it tells is newer."""
         self._known.setdefault(made.name, made)
 
+    def renew(self, read: ClusterCSR) -> None:
+        """Takes what has been read of one that is known; the watch will bring the same."""
+        if read.name in self._known:
+            self._known[read.name] = read
+
     def forget(self, name: str) -> None:
         """It has been deleted; the watch will say so, too."""
         self._known.pop(name, None)
@@ -47,6 +52,7 @@ class CSRs:
             KeyError: when it is deleted meanwhile.
         """
         self._awaited[name] = self._awaited.get(name, 0) + 1
+        found: ClusterCSR | str | None = None
         try:
             found = await self._arrivals.wait(name, lambda: self._outcome(name), seconds)
         finally:

@@ -1,0 +1,176 @@
+"""Looks after the requests for our own signer: decides, approves or denies, and writes the certificate."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import structlog
+
+from csi_driver.authority.csr_signer.decision import Decisions, Signed
+from csi_driver.authority.csr_signer.leadership import Leadership
+from csi_driver.authority.desk import Events, milliseconds
+from csi_driver.core.cluster_csr import APPROVED, DENIED, FAILED, OWN_SIGNER, ClusterCSR, Condition
+from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.identity import PodIdentity, ServiceAccount
+from csi_driver.kube.csrs import CSRs
+
+log = structlog.get_logger(__name__)
+audit = structlog.get_logger("audit")
+
+_WORKERS = 8
+"""At once; more would only wait for the API server."""
+_FIRST_RETRY_S, _RETRY_CAP_S = 1.0, 60.0
+_OWN_NAME_RETRY_S = 5.0
+_GRANTED = "PolicyAllows"
+
+
+class Following(Protocol):
+    """A watch that keeps what is known of requests up to date."""
+
+    async def run(self) -> None:
+        """For ever."""
+
+
+class Requests(Protocol):
+    """Requests at the API server. Each method raises CertmountError for what may pass."""
+
+    async def own_username(self) -> str: ...
+
+    async def decide(self, csr: ClusterCSR, condition: Condition) -> ClusterCSR: ...
+
+    async def answer(self, csr: ClusterCSR, certificate: bytes) -> ClusterCSR: ...
+
+    async def fail(self, csr: ClusterCSR, condition: Condition) -> ClusterCSR: ...
+
+    def follow(self, sink: CSRs, *, signer: str = "", labels: str = "") -> Following: ...
+
+
+@dataclass(slots=True)
+class _Queue:
+    """Names of requests, each once, that are to be looked at."""
+
+    waiting: dict[str, None] = field(default_factory=dict)
+    busy: set[str] = field(default_factory=set)
+    failures: dict[str, int] = field(default_factory=dict)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def add(self, name: str) -> None:
+        self.waiting[name] = None
+        self.news.set()
+
+    async def take(self) -> str:
+        """The next that nobody is busy with."""
+        while True:
+            for name in self.waiting:
+                if name not in self.busy:
+                    del self.waiting[name]
+                    self.busy.add(name)
+                    return name
+            self.news.clear()
+            await self.news.wait()
+
+    def done(self, name: str) -> None:
+        self.busy.discard(name)
+        self.news.set()  # it may have been added meanwhile
+
+
+class CSRSigner:
+    """Runs in each replica; the one that holds the lease works."""
+
+    def __init__(self, requests: Requests, decisions: Decisions, leadership: Leadership, events: Events) -> None:
+        self._requests = requests
+        self._decisions = decisions
+        self._leadership = leadership
+        self._events = events
+        self._own_username = ""
+
+    async def run(self) -> None:
+        """For ever."""
+        await self._leadership.run(self._work)
+
+    async def _work(self) -> None:
+        while not self._own_username:
+            try:
+                self._own_username = await self._requests.own_username()
+            except CertmountError as error:
+                log.warning("certificate signing requests wait", error=str(error))
+                await asyncio.sleep(_OWN_NAME_RETRY_S)
+        queue = _Queue()
+
+        def changed(csr: ClusterCSR) -> None:
+            # The watch selects by the signer's name; nothing else may reach what signs.
+            if csr.signer == OWN_SIGNER and not csr.finished:
+                queue.add(csr.name)
+
+        known = CSRs(changed)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._requests.follow(known, signer=OWN_SIGNER).run(), name="watch of requests")
+            for _ in range(_WORKERS):
+                tasks.create_task(self._serve(queue, known), name="signer of requests")
+
+    async def _serve(self, queue: _Queue, known: CSRs) -> None:
+        while True:
+            name = await queue.take()
+            try:
+                csr = known.find(name)
+                if csr is None or csr.finished or await self._settled(csr, known):
+                    queue.failures.pop(name, None)
+                    continue
+                queue.failures[name] = failures = queue.failures.get(name, 0) + 1
+                delay = min(_FIRST_RETRY_S * 2.0 ** min(failures - 1, 16), _RETRY_CAP_S)
+                asyncio.get_running_loop().call_later(delay, queue.add, name)
+            finally:
+                queue.done(name)
+
+    async def _settled(self, csr: ClusterCSR, known: CSRs) -> bool:
+        """Decides a request and answers it; False where it is to be tried again."""
+        started = time.perf_counter()
+        record: dict[str, Any] = {"decision": "none"}
+        try:
+            # At once, as the watch also tells of the approval, and nothing is to be signed twice.
+            known.renew(await self._settle(csr, record))
+        except CertmountError as error:
+            record.update(reason=error.reason.word, error=str(error))
+            return False
+        except Exception:  # one request must not keep the others from being looked at
+            log.exception("a certificate signing request could not be looked at", csr=csr.name)
+            record.update(reason=Reason.INTERNAL.word)
+            return False
+        finally:
+            audit.info("certificate", duration_ms=milliseconds(started), **record)
+        return True
+
+    async def _settle(self, csr: ClusterCSR, record: dict[str, Any]) -> ClusterCSR:
+        try:
+            signed = await self._decisions.decide(csr, self._own_username, record)
+        except CertmountError as error:
+            if error.retryable and error.reason is not Reason.TOO_MANY_REQUESTS:
+                raise
+            record.update(decision="refused", reason=error.reason.word, error=str(error))
+            return await self._refused(csr, error, record)
+        # Signed before it is approved: what the CA won't sign is denied, and a request that someone denies meanwhile stays denied.
+        now = await self._handed_out(csr, signed)
+        record["decision"] = "issued" if now.certificate else "refused"
+        if now.refusal is not None:
+            record["error"] = f"decided by someone else: {now.refusal}"
+        return now
+
+    async def _handed_out(self, csr: ClusterCSR, signed: Signed) -> ClusterCSR:
+        now = csr
+        if now.condition(APPROVED) is None:
+            now = await self._requests.decide(csr, Condition(APPROVED, _GRANTED, signed.why))
+        return now if now.finished else await self._requests.answer(csr, signed.certificate)
+
+    async def _refused(self, csr: ClusterCSR, error: CertmountError, record: dict[str, Any]) -> ClusterCSR:
+        text = str(error.args[0])
+        if pod := record.get("pod"):
+            account = ServiceAccount(record["namespace"], record["service_account"])
+            identity = PodIdentity(account, "", pod, record["pod_uid"], record["node"], "", 0.0)
+            self._events.record(identity, warning=True, reason=error.reason.word, message=text)
+        if csr.condition(APPROVED) is None:
+            return await self._requests.decide(csr, Condition(DENIED, error.reason.word, text))
+        # Someone has approved it by hand, which makes no name theirs; it can't be denied any more.
+        return await self._requests.fail(csr, Condition(FAILED, error.reason.word, text))
