@@ -186,8 +186,8 @@ async def test_a_foreign_host_name_is_refused(ca: RealStepCA) -> None:
     assert "TLS: its certificate is not for this host name" in str(refusal)
 
 
-async def test_the_opaque_401_is_explained(ca: RealStepCA, tmp_path: Path) -> None:
-    """Wrong provisioner, wrong key under another kid or under the same one: each by its name."""
+async def test_a_wrong_provisioner_or_key_is_told_before_a_token_is_sent(ca: RealStepCA, tmp_path: Path) -> None:
+    """By its name, its type, its kid or its thumbprint, which step-ca lists; its answer would be a 401 without a reason."""
     async with using(ca.configuration(provisioner="cis")) as pair:
         refusal = str(await pair.refused())
         assert "step-ca has no provisioner by the name cis; it has csi (JWK), acme (ACME)" in refusal
@@ -197,17 +197,25 @@ async def test_the_opaque_401_is_explained(ca: RealStepCA, tmp_path: Path) -> No
     other.write_text(json.dumps(new_jwk()))
     async with using(ca.configuration(key=FileSource(str(other)))) as pair:
         refusal = str(await pair.refused())
-        assert (
-            "IssuerUnavailable: issuer step: step-ca refuses the authority's token (HTTP 401): key: it is another one"
-            in refusal
-        )
+        assert "IssuerUnavailable: issuer step: key: it is another one" in refusal
         assert f"the provisioner's is {ca.jwk['kid']}" in refusal
     other.write_text(json.dumps({**new_jwk(), "kid": ca.jwk["kid"]}))
     async with using(ca.configuration(key=FileSource(str(other)))) as pair:
         assert "it has the provisioner's kid" in str(await pair.refused())
         # As when the Secret is corrected: no restart.
         other.write_text(ca.key_file.read_text())
-        await pair.issuer.check()
+        pair.judge(await pair.issue())
+
+
+async def test_the_opaque_401_is_explained(ca: RealStepCA) -> None:
+    """A provisioner that got another key while the authority runs: its old key's token is refused, and the reason found out."""
+    async with using(ca.configuration()) as pair:
+        await pair.issue()
+        ca.jwk = new_jwk()
+        await ca.restart()
+        refusal = str(await pair.refused())
+        assert "step-ca refuses the authority's token (HTTP 401): key: it is another one: its kid is" in refusal
+        ca.key_file.write_text(json.dumps(ca.jwk))
         pair.judge(await pair.issue())
 
 

@@ -34,6 +34,7 @@ _RETRIES_S = (0.25, 1.0)
 """A step-ca that restarts is away for about a second; whatever lasts longer is for the node, which tries again."""
 _PATIENCE_S = 10.0
 _MAX_CHAIN = 10
+_SOONEST_RENEWAL = timedelta(minutes=1)
 
 
 class StepCA:
@@ -158,7 +159,9 @@ class StepCA:
     def _renew_after(self, chain: list[x509.Certificate]) -> timedelta | None:
         """Ahead of an intermediate that ends before the leaf, as step-ca signs beyond its own end; else as the node likes."""
         end = min(one.not_valid_after_utc for one in chain)
-        return None if end >= chain[0].not_valid_after_utc else max((end - self._clock()) * 2 / 3, timedelta())
+        if end >= chain[0].not_valid_after_utc:
+            return None
+        return max((end - self._clock()) * 2 / 3, _SOONEST_RENEWAL)
 
     def _unauthorised(self, survey: Survey) -> CertmountError:
         """Step-ca's 401 says nothing on purpose; what it lists to anyone tells most of the reasons."""
@@ -173,7 +176,11 @@ class StepCA:
         """A look at step-ca now; who asks while one is under way shares it."""
         if self._surveying is None or self._surveying.done():
             self._surveying = asyncio.create_task(self._surveyed(), name=f"survey of {self._name}")
-        return await asyncio.shield(self._surveying)
+        survey = self._surveying
+        await asyncio.wait([survey])
+        if survey.cancelled():
+            raise self._unavailable("it is being replaced")
+        return survey.result()
 
     async def _surveyed(self) -> Survey:
         try:
@@ -186,14 +193,17 @@ class StepCA:
             survey.provisioner or self._known.provisioner,
             survey.key or self._known.key,
         )
-        if survey.problem != self._problem:
-            log.info("issuer is usable", issuer=self._name) if survey.problem is None else log.warning(
-                "issuer has a problem", issuer=self._name, problem=survey.problem
-            )
-        self._problem = survey.problem
-        if survey.problem is not None:
-            self._trouble.set()
+        self._tell(survey.problem)
         return survey
+
+    def _tell(self, problem: str | None) -> None:
+        if problem is None and self._problem is not None:
+            log.info("issuer is usable", issuer=self._name)
+        elif problem != self._problem:
+            log.warning("issuer has a problem", issuer=self._name, problem=problem)
+        self._problem = problem
+        if problem is not None:
+            self._trouble.set()
 
     async def _connected(self, *, refresh: bool = False) -> Client:
         """The connections; with ``refresh``, by the roots as their file has them now. Raises Unreachable."""

@@ -39,6 +39,7 @@ class Survey:
     """For pods, DER: step-ca's own, then those it federates with. None where they could not be had."""
     provisioner: Provisioner | None = None
     key: ProvisionerKey | None = None
+    """Where it is the provisioner's."""
 
     @property
     def problem(self) -> str | None:
@@ -141,8 +142,10 @@ async def _look_at_provisioner(
     except ValueError as problem:
         survey.note("key", False, f"it is {problem}")
         return
-    survey.findings.append(judge_key(survey.provisioner, key))
-    survey.key = key
+    finding = judge_key(survey.provisioner, key)
+    survey.findings.append(finding)
+    if finding.ok:
+        survey.key = key
     survey.note("lives", True, f"a certificate may live for {survey.provisioner.lives}")
 
 
