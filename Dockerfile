@@ -27,6 +27,6 @@ FROM ${BASE}
 # Nothing is installed in a container, so the base's own pip goes too.
 RUN rm -rf /usr/local/bin/pip* /usr/local/lib/python3*/site-packages/pip* /usr/local/lib/python3*/ensurepip /usr/lib/python3/dist-packages/pip* /usr/bin/pip*
 COPY --from=build /opt/certmount /opt/certmount
-ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+ENV PATH=/opt/certmount/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 USER 65532:65532
 ENTRYPOINT ["/opt/certmount/bin/certmount"]

@@ -6,11 +6,14 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TypeVar
 
 from csi_driver.authority.ca_files import KeyFiles
 from csi_driver.authority.ca_sources import StoredCA
 from csi_driver.authority.ca_store import Store
+from csi_driver.authority.issuers.configuration import read_issuers
+from csi_driver.authority.issuers.external import Finding
 from csi_driver.authority.keyring import Keyring
 from csi_driver.authority.policy_file import PolicyFile
 from csi_driver.authority.token_keys import parse_keys
@@ -19,19 +22,6 @@ from csi_driver.core.formats.pem import fingerprint
 from csi_driver.core.proof import PublishedKeys
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What one look came to, in a line for people."""
-
-    what: str
-    detail: str
-    """What was found, or what is wrong and what to do."""
-    good: bool
-
-    def __str__(self) -> str:
-        return f"{'ok   ' if self.good else 'WRONG'} {self.what}: {self.detail}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +39,9 @@ async def check(checks: Sequence[Check]) -> list[Finding]:
 
 async def _find(each: Check) -> Finding:
     try:
-        return Finding(each.what, await each.look(), good=True)
+        return Finding(each.what, True, await each.look())
     except CertmountError as error:
-        return Finding(each.what, str(error), good=False)
+        return Finding(each.what, False, str(error))
 
 
 def policy_check(policy: PolicyFile) -> Check:
@@ -87,6 +77,21 @@ def token_keys_check(fetch: Callable[[], Awaitable[PublishedKeys]]) -> Check:
         return f"{len(keys.keys)} of issuer {keys.issuer}"
 
     return Check("token keys", look)
+
+
+def issuers_check(file: Path) -> Check:
+    """The file that declares issuers; what it refers to is looked at by ``certmount issuer check``."""
+
+    async def look() -> str:
+        try:
+            content = await asyncio.to_thread(file.read_bytes)
+        except OSError as error:
+            problem = f"cannot be read: {error.strerror}"
+            raise CertmountError(Reason.INVALID_ISSUERS, Fault(str(file), problem, "see --issuers")) from None
+        names = ", ".join(declared.name for declared in read_issuers(content))
+        return f"{names}; certmount issuer check looks at them" if names else "none beside the internal CA"
+
+    return Check("issuers", look)
 
 
 def permission_checks(permissions: Iterable[_T], has: Callable[[_T], Awaitable[bool]]) -> list[Check]:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
 
+from csi_driver.authority.check import Check, permission_checks
 from csi_driver.authority.cluster_secrets import cluster_secrets
 from csi_driver.authority.events import PodEvents
 from csi_driver.authority.subjects import ClusterSubjects
 from csi_driver.authority.surroundings import Surroundings
-from csi_driver.kube.client import ObjectName, connect, in_cluster_configuration
+from csi_driver.kube.client import Api, ObjectName, connect, in_cluster_configuration
 from csi_driver.kube.config_map import ConfigMapPublisher
 from csi_driver.kube.csi_nodes import CsiNodes
 from csi_driver.kube.events import ClusterEvents
+from csi_driver.kube.permissions import find_object, has_permission, needed_permissions
 from csi_driver.kube.reviews import ClusterReviewer
 from csi_driver.kube.secret_store import SecretStore
 from csi_driver.kube.token_keys import ClusterTokenKeys
@@ -72,6 +75,23 @@ async def in_a_cluster(objects: Objects, registry: CollectorRegistry) -> AsyncIt
             events,
             lambda _: CsiNodes(api),
             read_secret,
+            _checks(api, objects),
             run,
             view.outdated,
         )
+
+
+def _checks(api: Api, objects: Objects) -> list[Check]:
+    """That the objects are there, and each permission."""
+    ca, root = ObjectName("Secret", *objects.ca), ObjectName("ConfigMap", *objects.root)
+    confirmations = ObjectName("Secret", objects.ca[0], CONFIRMATIONS)
+    permissions = needed_permissions(ca, confirmations, root)
+    return [
+        *(Check(str(name), functools.partial(_presence, api, name)) for name in (ca, confirmations, root)),
+        *permission_checks(permissions, functools.partial(has_permission, api)),
+    ]
+
+
+async def _presence(api: Api, name: ObjectName) -> str:
+    await find_object(api, name)
+    return "there"

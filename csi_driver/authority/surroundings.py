@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from csi_driver.authority.ca_store import FolderStore, Store
+from csi_driver.authority.check import Check
 from csi_driver.authority.confirmations import ConnectedNodes, NodeList
 from csi_driver.authority.desk import Events, Subjects
 from csi_driver.authority.events import NoEvents
@@ -42,6 +43,8 @@ class Surroundings:
     nodes: Callable[[Trust], NodeList] = ConnectedNodes
     read_secret: ReadSecret | None = None
     """Credentials of issuers; None where they are in files only."""
+    checks: Sequence[Check] = ()
+    """What ``--check`` is to look at here."""
     run: Callable[[], Coroutine[Any, Any, None]] = _nothing
     """Keeps what is known of the cluster up to date, for as long as the authority lives."""
     outdated: Callable[[], Sequence[str]] = tuple

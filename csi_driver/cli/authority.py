@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import signal
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,7 +16,10 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from csi_driver import __version__
+from csi_driver.authority.ca_files import KeyFiles
+from csi_driver.authority.check import ca_check, check, issuers_check, policy_check, token_keys_check
 from csi_driver.authority.keyring import AUTHORITY_KEY_TYPES, Design
+from csi_driver.authority.policy_file import PolicyFile
 from csi_driver.authority.server import AuthorityServer, Settings
 from csi_driver.authority.surroundings import Surroundings, outside_a_cluster
 from csi_driver.cli.common import address, health_server, parsed
@@ -122,12 +126,18 @@ def _namespaced(text: str) -> tuple[str, str]:
 @click.option("--ca-dir", type=_FILE, help="Outside of one: folder that keeps the CA and gets root.crt.")
 @click.option("--jwks", type=_FILE, help="Outside of one: file with the JSON Web Key Set that tokens are signed by.")
 @click.option("--token-issuer", help="Outside of one: the issuer that tokens must name.")
+@click.option(
+    "--check",
+    "check_only",
+    is_flag=True,
+    help="Look at configuration, policy, keys and permissions, and end; 1 if one is wrong.",
+)
 @click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True)
-def command(log_level: str, http: str, **options: Any) -> None:
+def command(log_level: str, http: str, check_only: bool, **options: Any) -> None:
     """Run the registration authority: it proves who pods are and has their certificates signed."""
     open_surroundings = _surroundings(options)
     configure_logging(log_level)
-    if options["ca_dir"]:
+    if options["ca_dir"] and not check_only:
         log.warning("no cluster to ask: a token counts until it expires, even if its pod is gone")
     settings = Settings(
         listen=options["listen"],
@@ -143,6 +153,8 @@ def command(log_level: str, http: str, **options: Any) -> None:
         issuers=options["issuers"],
     )
     try:
+        if check_only:
+            sys.exit(0 if asyncio.run(_check(settings, open_surroundings)) else 1)
         asyncio.run(_run(settings, http, open_surroundings))
     except CertmountError as error:
         raise click.ClickException(str(error)) from None
@@ -167,6 +179,29 @@ async def _run(settings: Settings, http: str, open_surroundings: _Opening) -> No
             await server.run(stop)
         finally:
             health.stop()
+
+
+async def _check(settings: Settings, open_surroundings: _Opening) -> bool:
+    """Prints a line for each thing that was looked at; True where all is well."""
+    registry = CollectorRegistry()
+    metrics = AuthorityMetrics(registry)
+    policy = PolicyFile(
+        settings.policy, metrics, trust_domain=settings.trust_domain, cluster_domain=settings.cluster_domain
+    )
+    async with open_surroundings(registry) as around:
+        files = KeyFiles(settings.ca_files, metrics, settings.ca_password_file) if settings.ca_files else None
+        findings = await check(
+            [
+                policy_check(policy),
+                *([issuers_check(settings.issuers)] if settings.issuers else []),
+                ca_check(files or around.store),
+                token_keys_check(around.fetch_keys),
+                *around.checks,
+            ]
+        )
+    for finding in findings:
+        click.echo(finding)
+    return all(finding.ok for finding in findings)
 
 
 def _surroundings(options: dict[str, Any]) -> _Opening:

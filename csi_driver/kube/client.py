@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import aiohttp
 from kubernetes.aio import client
@@ -20,6 +20,9 @@ _MAX_CONNECTIONS = 100
 _MAX_SHOWN = 300
 _LONGEST_RETRY_AFTER_S = 60.0
 _T = TypeVar("_T")
+
+Api: TypeAlias = client.ApiClient
+"""A connection to the API server, for whoever may hold one and not know the kubernetes package."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,9 @@ class Finding:
     text: str
     """What was found; where that is bad, also what to do about it."""
 
+    def __str__(self) -> str:
+        return f"{'ok   ' if self.ok else 'WRONG'} {self.subject}: {self.text}"
+
 
 class ExternalIssuer(Issuer, Protocol):
     """An issuer that is reached over the network.

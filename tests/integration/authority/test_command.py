@@ -237,3 +237,37 @@ def damage(folder: Path) -> None:
     file = folder / "ca.json"
     file.write_text("{")
     file.chmod(0o600)
+
+
+def checked(process: Process) -> tuple[int, list[str]]:
+    """The exit status and the lines of ``--check``."""
+    main = [sys.executable, "-m", "csi_driver.cli.main", "authority", "--check"]
+    done = subprocess.run([*main, *process.arguments], capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode, done.stdout.splitlines()
+
+
+def test_check_looks_at_everything_and_changes_nothing(process: Process) -> None:
+    """A line for each thing; no CA is made, and no port is listened on."""
+    status, lines = checked(process)
+    assert status == 0
+    assert [line.partition(":")[0] for line in lines] == [
+        "ok    policy",
+        "ok    certificate authority",
+        "ok    token keys",
+    ]
+    assert not process.world.ca.exists()
+
+
+def test_check_says_all_that_is_wrong_and_fails(process: Process) -> None:
+    """Every fault of every part at once, so that one look is enough."""
+    process.world.policy.write_text("policy:\n- match: {namespaces: [a]}\n")
+    (process.world.folder / "jwks.json").write_text("{}")
+    process.world.ca.mkdir(mode=0o700)
+    (process.world.ca / "ca.json").write_text("{")
+    (process.world.ca / "ca.json").chmod(0o600)
+    status, lines = checked(process)
+    assert status == 1
+    assert all(line.startswith("WRONG ") for line in lines)
+    text = "\n".join(lines)
+    for said in ("policy[0].allow (line 2): is missing", "ca.json: is damaged", "is not a JSON Web Key Set"):
+        assert said in text

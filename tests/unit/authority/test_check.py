@@ -12,13 +12,13 @@ from csi_driver.authority.ca_files import KeyFiles
 from csi_driver.authority.ca_store import FolderStore
 from csi_driver.authority.check import (
     Check,
-    Finding,
     ca_check,
     check,
     permission_checks,
     policy_check,
     token_keys_check,
 )
+from csi_driver.authority.issuers.external import Finding
 from csi_driver.authority.policy_file import PolicyFile
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.proof import PublishedKeys
@@ -47,7 +47,7 @@ async def test_everything_is_looked_at_whatever_fails() -> None:
         "ok    second: fine",
         "WRONG third: InvalidPolicy: policy[0]: is bad; mend it",
     ]
-    assert [finding.good for finding in findings] == [False, True, False]
+    assert [finding.ok for finding in findings] == [False, True, False]
 
 
 async def test_a_defect_is_not_a_finding() -> None:
@@ -82,15 +82,15 @@ async def test_the_policy_file(
         file.write_text(content)
     policy = PolicyFile(file, metrics, trust_domain="cluster.local", cluster_domain="cluster.local")
     finding = await one(policy_check(policy))
-    assert finding.good is good
-    assert words in finding.detail
+    assert finding.ok is good
+    assert words in finding.text
 
 
 async def test_a_store_without_a_ca_stays_without_one(tmp_path: Path) -> None:
     """A check must not make what the first start is to make."""
     finding = await one(ca_check(FolderStore(tmp_path)))
-    assert finding.good
-    assert "keeps none yet" in finding.detail
+    assert finding.ok
+    assert "keeps none yet" in finding.text
     assert not (tmp_path / "ca.json").exists()
 
 
@@ -100,8 +100,8 @@ async def test_a_ca_is_verified_and_shown_by_its_fingerprint(tmp_path: Path, met
     await CertificateAuthority(store, metrics).refresh()
     before = (tmp_path / "ca.json").read_bytes()
     finding = await one(ca_check(store))
-    assert finding.good
-    assert "its intermediate ends on" in finding.detail
+    assert finding.ok
+    assert "its intermediate ends on" in finding.text
     assert (tmp_path / "ca.json").read_bytes() == before
 
 
@@ -111,8 +111,8 @@ async def test_a_damaged_ca_is_told(tmp_path: Path, metrics: AuthorityMetrics) -
     (tmp_path / "ca.json").chmod(0o600)
     for source in (FolderStore(tmp_path), KeyFiles(tmp_path, metrics)):
         finding = await one(ca_check(source))
-        assert not finding.good
-        assert "InvalidCA: " in finding.detail
+        assert not finding.ok
+        assert "InvalidCA: " in finding.text
 
 
 async def test_the_token_keys(issuer: TokenIssuer) -> None:
@@ -125,7 +125,7 @@ async def test_the_token_keys(issuer: TokenIssuer) -> None:
         return PublishedKeys("x", b'{"keys": []}')
 
     assert str(await one(token_keys_check(fetch))) == f"ok    token keys: 1 of issuer {issuer.published.issuer}"
-    assert "hold no signing key" in (await one(token_keys_check(fetch_none))).detail
+    assert "hold no signing key" in (await one(token_keys_check(fetch_none))).text
 
 
 async def test_each_permission_has_its_line() -> None:
@@ -135,6 +135,6 @@ async def test_each_permission_has_its_line() -> None:
         return permission != "watch pods"
 
     findings = await check(permission_checks(["list pods", "watch pods"], has))
-    assert [finding.good for finding in findings] == [True, False]
+    assert [finding.ok for finding in findings] == [True, False]
     assert str(findings[0]) == "ok    permission to list pods: permitted"
     assert "watch pods: is not permitted; the roles certmount-authority" in str(findings[1])
