@@ -48,10 +48,10 @@ def _event(reason: str) -> str:
 
 @pytest.mark.timeout(300)
 def test_a_denied_account_gets_nothing_more_until_it_is_allowed_again(logs: LogKeeper) -> None:
-    """Its renewals are dropped and its new pods refused, each with the administrator's reason; lifted, both go on by themselves."""
+    """Its renewals and its new pods are refused, each with the administrator's reason; lifted, both go on by themselves."""
     uid, denied = STOLEN.uid, {"match": {"namespaces": [NAMESPACE], "serviceAccounts": ["default"]}, "reason": WHY}
     _set_policy(lambda policy: policy.update(deny=[denied]))
-    said = wait_until(lambda: _event("RenewalDropped"), seconds=150, what="the event RenewalDropped")
+    said = wait_until(lambda: _event("IdentityDenied"), seconds=150, what="the event IdentityDenied on the running pod")
     assert WHY in said
     held, issued = STOLEN.read("site.crt"), logs.issued(uid)
 
