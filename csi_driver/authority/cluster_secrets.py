@@ -1,4 +1,4 @@
-"""Credentials out of Secrets: each needs ``get`` on that one Secret, and nothing else."""
+"""What issuers need of a cluster. Each Secret that is named for one needs ``get`` on that name, and nothing else."""
 
 from __future__ import annotations
 

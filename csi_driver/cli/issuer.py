@@ -12,9 +12,10 @@ from pathlib import Path
 import click
 
 from csi_driver.authority.issuers import Order
+from csi_driver.authority.issuers.acme.routes import NoRoutes
 from csi_driver.authority.issuers.configuration import Tools, make_issuer, read_issuers
 from csi_driver.authority.issuers.external import ExternalIssuer, Finding
-from csi_driver.authority.issuers.secrets import ReadSecret, Secrets
+from csi_driver.authority.issuers.secrets import Secrets
 from csi_driver.cli.common import parsed
 from csi_driver.core.csr import build_csr, parse_csr
 from csi_driver.core.durations import parse_duration
@@ -102,30 +103,39 @@ def _chosen(declared: Sequence[Declared], names: Sequence[str], file: Path) -> l
 async def _check(
     chosen: Sequence[Declared], issue: DNSName | None, duration: timedelta, *, in_a_cluster: bool
 ) -> list[list[Finding]]:
-    async with _secrets(in_a_cluster=in_a_cluster) as read_secret:
-        issuers = [make_issuer(declared, Tools(Secrets(read_secret))) for declared in chosen]
-        return await asyncio.gather(*(_look(issuer, issue, duration) for issuer in issuers))
+    async with _tools(in_a_cluster=in_a_cluster) as tools:
+        return await asyncio.gather(*(_look(declared, tools, issue, duration) for declared in chosen))
 
 
 @contextlib.asynccontextmanager
-async def _secrets(*, in_a_cluster: bool) -> AsyncIterator[ReadSecret | None]:
-    """Of the cluster that this runs in; None outside of one."""
+async def _tools(*, in_a_cluster: bool) -> AsyncIterator[Tools]:
+    """Those of the cluster that this runs in; files only, outside of one."""
     if not in_a_cluster:
-        yield None
+        yield Tools(Secrets())
         return
     from csi_driver.authority.cluster_secrets import cluster_secrets
+    from csi_driver.kube.client import ObjectName, connect, in_cluster_configuration
+    from csi_driver.kube.secret_store import SecretStore
 
-    async with cluster_secrets() as read_secret:
-        yield read_secret
+    async with cluster_secrets() as read_secret, connect(in_cluster_configuration()) as api:
+        yield Tools(
+            Secrets(read_secret),
+            lambda namespace, name: SecretStore(api, ObjectName("Secret", namespace, name)),
+            lambda _: NoRoutes(),  # a look makes no Ingress
+        )
 
 
-async def _look(issuer: ExternalIssuer, issue: DNSName | None, duration: timedelta) -> list[Finding]:
+async def _look(declared: Declared, tools: Tools, issue: DNSName | None, duration: timedelta) -> list[Finding]:
+    try:
+        issuer = make_issuer(declared, tools)
+    except CertmountError as error:
+        return [Finding("issuer", False, str(error.args[0]))]
+    findings = await issuer.check()
+    if issue is None or not all(finding.ok for finding in findings):
+        return findings
     running = asyncio.create_task(issuer.run())
     try:
-        findings = await issuer.check()
-        if issue is not None and all(finding.ok for finding in findings):
-            findings = [*findings, await _issued(issuer, issue, duration)]
-        return findings
+        return [*findings, await _issued(issuer, issue, duration)]
     finally:
         running.cancel()
         await asyncio.wait([running])
@@ -146,4 +156,4 @@ async def _issued(issuer: ExternalIssuer, name: DNSName, duration: timedelta) ->
 def _print(declared: Declared, findings: Sequence[Finding]) -> None:
     click.echo(f"{declared.name} ({declared.kind})")
     for finding in findings:
-        click.echo(f"  {'ok   ' if finding.ok else 'WRONG'}  {finding.subject:<12} {finding.text}")
+        click.echo(f"  {finding}")

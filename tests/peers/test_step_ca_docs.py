@@ -205,7 +205,7 @@ async def test_what_is_wrong_with_the_file_is_told_by_the_command(tmp_path: Path
         write(tmp_path, {"url": ca.url, "root_sha256": ca.root_sha256, "provisioner": "csi", "key": secret})
         code, output = await certmount(check, tmp_path)
     assert code == 1
-    assert "WRONG  key          key jwk of Secret certmount/step: there is no cluster to read it from" in output
+    assert "WRONG key: key jwk of Secret certmount/step: there is no cluster to read it from" in output
 
 
 def _pod(namespace: str) -> PodIdentity:

@@ -44,8 +44,11 @@ class ExternalIssuer(Issuer, Protocol):
     async def run(self) -> None:
         """Its work in the background, such as fetching roots, until it is cancelled; then its connections are closed.
 
-        Its failures are told by :attr:`problem`; it raises none. Whatever else is called, is called while this runs.
+        Its failures are told by :attr:`problem`; it raises none. Orders are for an issuer whose work is under way.
         """
 
     async def check(self) -> list[Finding]:
-        """A dry run: looks at all that issuing needs, and issues nothing. Failures are findings; it raises none."""
+        """A dry run: looks at all that issuing needs, and issues nothing. Failures are findings; it raises none.
+
+        It needs no :meth:`run`, and leaves nothing open where there is none.
+        """

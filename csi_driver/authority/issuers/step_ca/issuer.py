@@ -60,6 +60,7 @@ class StepCA:
         self._surveying: asyncio.Task[Survey] | None = None
         self._connecting = asyncio.Lock()
         self._trouble = asyncio.Event()
+        self._running = False
 
     @property
     def roots(self) -> tuple[bytes, ...]:
@@ -71,6 +72,7 @@ class StepCA:
         return self._problem
 
     async def run(self) -> None:
+        self._running = True
         try:
             while True:
                 await self._survey()
@@ -82,13 +84,18 @@ class StepCA:
                     async with asyncio.timeout(_SURVEY_S):
                         await self._trouble.wait()
         finally:
+            self._running = False
             if self._surveying is not None:
                 self._surveying.cancel()
                 await asyncio.wait([self._surveying])
             await self._disconnect()
 
     async def check(self) -> list[Finding]:
-        return (await self._survey()).findings
+        try:
+            return (await self._survey()).findings
+        finally:
+            if not self._running:
+                await self._disconnect()
 
     async def issue(self, order: Order) -> Issued:
         """See :class:`csi_driver.authority.issuers.Issuer`."""
