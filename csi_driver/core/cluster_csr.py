@@ -86,7 +86,7 @@ def parse_signer(text: str) -> str:
     """Takes the name of a signer, or raises ValueError in words for whoever wrote it."""
     if not _SIGNER.fullmatch(text):
         raise ValueError("is not the name of a signer, such as example.com/signer")
-    if text.partition("/")[0].endswith("kubernetes.io"):
+    if f".{text.partition('/')[0]}".endswith(".kubernetes.io"):
         raise ValueError(
             "is a signer of Kubernetes itself, which signs for nodes and clients of the API server, not for pods"
         )

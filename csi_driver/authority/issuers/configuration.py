@@ -12,6 +12,9 @@ from csi_driver.authority.issuers.acme.document import parse_acme
 from csi_driver.authority.issuers.acme.routes import Routes
 from csi_driver.authority.issuers.acme.settings import AcmeSettings
 from csi_driver.authority.issuers.external import ExternalIssuer
+from csi_driver.authority.issuers.kubernetes_csr.access import Access
+from csi_driver.authority.issuers.kubernetes_csr.document import KubernetesCSRConfiguration, parse_kubernetes_csr
+from csi_driver.authority.issuers.kubernetes_csr.issuer import KubernetesCSR
 from csi_driver.authority.issuers.secrets import Secrets
 from csi_driver.authority.issuers.step_ca.document import parse_step_ca
 from csi_driver.authority.issuers.step_ca.issuer import StepCA
@@ -29,6 +32,8 @@ class Tools:
     """Takes namespace and name of a Secret that may be read and updated, for state that all replicas share; None outside a cluster."""
     ingress_routes: Callable[[str], Routes] | None = None
     """Takes the class of the Ingresses that lead to the authority's HTTP-01 port; None outside a cluster."""
+    csrs: Access | None = None
+    """The cluster's CertificateSigningRequests; None outside a cluster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +72,16 @@ def _impossible(name: str, problem: str, hint: str) -> CertmountError:
     return CertmountError(Reason.INVALID_ISSUERS, Fault(f"issuer {name}", problem, hint))
 
 
+def _make_kubernetes_csr(name: str, configuration: KubernetesCSRConfiguration, tools: Tools) -> ExternalIssuer:
+    if tools.csrs is None:
+        raise _impossible(name, "has a signer of a cluster, but there is no cluster", "run it inside of one")
+    return KubernetesCSR(name, configuration, tools.secrets, tools.csrs)
+
+
 KINDS: Mapping[str, Kind] = {
     "step_ca": Kind(parse_step_ca, lambda name, configuration, tools: StepCA(name, configuration, tools.secrets)),
     "acme": Kind(parse_acme, _make_acme),
+    "kubernetes_csr": Kind(parse_kubernetes_csr, _make_kubernetes_csr),
 }
 
 
