@@ -45,7 +45,7 @@ class FirstCalls:
                     raise
 
     async def _in_turn(self, came: float, csr: bytes, token: Secret[str], spec: CertificateSpec) -> Answer:
-        number = str(next(self._numbers))
+        number = f"{next(self._numbers):020}"  # of those that came in the same moment, the least is first
         turn, done = self._waiting[number] = asyncio.Event(), asyncio.Event()
         self.turns.schedule(number, came, came)
         try:

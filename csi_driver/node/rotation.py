@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 
 from csi_driver.node.agenda import Agenda
@@ -75,10 +76,10 @@ class Rotation:
                     self._pace.begin()
                     acts.create_task(self._act_on(volume_id), name=f"act on {volume_id}")
                     continue
-                try:
-                    await asyncio.wait_for(self._wake.wait(), min(wait, _LONGEST_NAP_S))
-                except TimeoutError:
-                    continue
+                # Not wait_for: before Python 3.12 it loses a cancellation that comes together with what it waits for.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(wait, _LONGEST_NAP_S)):
+                        await self._wake.wait()
 
     async def _act_on(self, volume_id: str) -> None:
         try:

@@ -23,6 +23,24 @@ _STORIES = {
 }
 _MOST_PLAYED = 1_000
 """Nodes that are played where each of them has all of its renewals in the story; more are sampled."""
+_HEADS = (
+    "nodes",
+    "life",
+    "played",
+    "replicas",
+    "MB each",
+    "certs/s mean",
+    "worst second",
+    "worst / mean",
+    "by chance alone",
+    "later worst / usual mean",
+    "TokenReviews/s mean",
+    "worst",
+    "refused",
+    "caught up after",
+    "expired in the outage",
+    "after it",
+)
 _MEMORY_MB, _MEMORY_A_POD_B = 130, 200
 
 
@@ -69,13 +87,8 @@ def _calls(result: Result) -> int:
 
 
 def _print(results: Iterable[Result]) -> None:
-    heads = (
-        ("nodes", "life", "played", "replicas", "MB each", "certs/s mean", "worst second", "worst / mean")
-        + ("by chance alone", "later worst / usual mean", "TokenReviews/s mean", "worst")
-        + ("refused", "caught up after", "expired in the outage", "after it")
-    )
-    rows = [heads, *map(_row, results)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
+    rows = [_HEADS, *map(_row, results)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADS))]
     for number, row in enumerate(rows):
         print("| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |")
         if number == 0:

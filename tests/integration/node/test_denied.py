@@ -1,0 +1,78 @@
+"""A pod on the deny list is not asked for any more until the policy changes, and what becomes of certificates is reported."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+from csi_driver._proto import authority_pb2
+from csi_driver.core.errors import CertmountError, Reason
+from tests.integration.node.world import Node
+from tests.support.scripted_authority import refused
+from tests.support.waiting import until
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+def _reported(node: Node) -> list[tuple[int, str]]:
+    return [(report.condition, report.reason) for report in node.authority.reports]
+
+
+async def test_a_denied_renewal_is_dropped_until_the_policy_changes(node: Node) -> None:
+    """One try, then none; log, health, metric and the authority hear of it; a new policy brings it back by itself."""
+    await node.watched()
+    node.authority.reports.clear()
+    node.script.renew_after = timedelta(seconds=1)
+    request = await node.published()
+    before = node.shown(request)
+    node.script.failure = CertmountError(Reason.IDENTITY_DENIED, "web/shop: compromised")
+    await until(lambda: node.driver.events("renewal dropped"), "dropped")
+    await until(lambda: _reported(node), "the report")
+    assert _reported(node) == [(authority_pb2.CONDITION_RENEWAL_DROPPED, "IdentityDenied")]
+    assert "compromised" in node.authority.reports[0].message
+    ((_, reason, message),) = await node.health(request)
+    assert reason == "IdentityDenied"
+    assert "will not be before the policy changes" in message
+    assert node.metric("certmount_node_volumes_unhealthy", reason="IdentityDenied") == 1
+    node.script.failure = node.script.renew_after = None
+    await node.publish(request)
+    await node.authority.tell()
+    other = await node.published()  # the driver goes on
+    assert (node.script.calls, node.shown(request)) == (3, before)
+    node.authority.policy = "another"
+    await node.authority.tell()
+    await until(lambda: node.shown(request).serial != before.serial, "renewed", patience_s=40.0)
+    assert await node.health(request) == []
+    await until(lambda: len(_reported(node)) == 2, "the report of recovery")
+    assert _reported(node)[1] == (authority_pb2.CONDITION_RECOVERED, "")
+    assert node.shown(other).names
+
+
+async def test_a_renewal_that_fails_twice_is_reported(node: Node) -> None:
+    """Once, with the pod's token, and its recovery once."""
+    node.authority.reports.clear()
+    node.script.renew_after = timedelta(seconds=1)
+    request = await node.published()
+    token = node.script.tokens[-1]
+    before = node.shown(request)
+    node.script.failure = refused("shop.example.com")
+    await until(lambda: node.script.calls > 3, "three failures")
+    assert _reported(node) == [(authority_pb2.CONDITION_RENEWAL_FAILING, "NameRefused")]
+    assert node.authority.reports[0].pod_token == token
+    node.script.failure = node.script.renew_after = None
+    await until(lambda: node.shown(request).serial != before.serial, "renewed")
+    await until(lambda: len(_reported(node)) == 2, "the report of recovery")
+
+
+async def test_an_expired_certificate_is_reported(node: Node) -> None:
+    """Overdue and expired by the clock, whatever is tried meanwhile."""
+    node.authority.reports.clear()
+    node.script.life = timedelta(seconds=3)
+    request = await node.published()
+    before = node.shown(request)
+    node.script.failure = CertmountError(Reason.ANSWER_INVALID, "nonsense")
+    await until(lambda: (authority_pb2.CONDITION_EXPIRED, "AnswerInvalid") in _reported(node), "expired")
+    assert authority_pb2.CONDITION_OVERDUE in [condition for condition, _ in _reported(node)]
+    node.script.failure, node.script.life = None, timedelta(hours=1)
+    await until(lambda: node.shown(request).serial != before.serial, "healed")
