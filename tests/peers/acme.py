@@ -87,6 +87,12 @@ class Site:
     def store(self) -> FolderStore:
         return FolderStore(Path(self.settings.account.folder), "acme.json")
 
+    @property
+    def roots_file(self) -> Path:
+        """What pods are to trust, by the settings."""
+        assert self.settings.roots_file is not None
+        return Path(self.settings.roots_file)
+
     def issuer(self, settings: AcmeSettings | None = None, **options: Any) -> AcmeIssuer:
         return AcmeIssuer("letsencrypt", settings or self.settings, self.store, **options)
 

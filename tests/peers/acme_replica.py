@@ -29,6 +29,7 @@ def described(settings: AcmeSettings, lease_s: float) -> str:
                 "directory": settings.directory,
                 "ca_file": settings.ca_file,
                 "terms_agreed": settings.terms_agreed,
+                "roots_file": settings.roots_file,
             },
             "dns01": {"server": dns01.server, "resolvers": dns01.resolvers, "nameservers": dns01.nameservers},
         }

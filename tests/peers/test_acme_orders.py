@@ -245,10 +245,25 @@ async def test_the_preferred_chain(tmp_path: Path) -> None:
                 names[preferred] = _top((await issuer.issue(order_for(NAME))).chain)
         assert names[None] == names["Nobody"]
         other = await one.ca.root(1)
+        one.roots_file.write_bytes(await one.ca.root_pem() + await one.ca.root_pem(1))
         preferred = _subject(other)
         issuer = one.issuer(replace(one.settings, preferred_chain=preferred))
         async with at_work(issuer):
             assert _top((await issuer.issue(order_for(NAME))).chain) == preferred != names[None]
+
+
+async def test_a_chain_that_leads_elsewhere(tmp_path: Path) -> None:
+    """A chain that does not end at the roots of the configuration is not given to a pod; with the roots put right the same certificate is."""
+    async with site(tmp_path, environment={"PEBBLE_ALTERNATE_ROOTS": "1"}) as one:
+        one.roots_file.write_bytes(await one.ca.root_pem(1))
+        issuer, order = one.issuer(), order_for(NAME)
+        async with at_work(issuer):
+            with pytest.raises(CertmountError, match="leads to CN=Pebble Root") as refusal:
+                await issuer.issue(order)
+            assert refusal.value.reason is Reason.ISSUER_UNAVAILABLE
+            one.roots_file.write_bytes(await one.ca.root_pem())
+            assert dns_names((await issuer.issue(order)).chain) == {NAME}
+        assert len(one.ca.orders) == 1
 
 
 async def test_terms_that_nobody_has_agreed_to(tmp_path: Path) -> None:
@@ -292,7 +307,8 @@ async def test_a_ca_that_has_forgotten_the_account(tmp_path: Path) -> None:
         ca = one.ca
         server = one.dns
     async with server.running(), ca.running():
-        issuer = one.issuer(replace(one.settings, roots_file=None))
+        one.roots_file.write_bytes(await ca.root_pem())  # new with each start
+        issuer = one.issuer()
         async with at_work(issuer):
             assert dns_names((await issuer.issue(order_for(NAME))).chain) == {NAME}
 

@@ -20,6 +20,7 @@ from csi_driver.core.csr import names_of
 from csi_driver.core.unreadable import UNREADABLE
 
 _MOST_CERTIFICATES = 10
+_LETS_ENCRYPT = "Internet Security Research Group"
 
 
 def parse_chain(pem: str) -> tuple[x509.Certificate, ...]:
@@ -59,15 +60,10 @@ def check_chain(chain: Sequence[x509.Certificate], csr: bytes) -> None:
         )
 
 
-def roots_of(chain: Sequence[bytes]) -> tuple[bytes, ...]:
-    """The public roots that a chain (DER) leads to; its own last certificate where there is none, as with staging CAs."""
+def ends_at(chain: Sequence[bytes], roots: Sequence[bytes]) -> bool:
+    """True where one of the roots has issued the last certificate of the chain, or is it (all X.509 DER)."""
     last = x509.load_der_x509_certificate(chain[-1])
-    found = tuple(
-        root.public_bytes(Encoding.DER)
-        for root in _public_roots().get(last.issuer.public_bytes(), ())
-        if _signed(last, root)
-    )
-    return found or (bytes(chain[-1]),)
+    return any(root == chain[-1] or _signed(last, x509.load_der_x509_certificate(root)) for root in roots)
 
 
 def certificate_id(leaf: x509.Certificate) -> str:
@@ -83,13 +79,13 @@ def certificate_id(leaf: x509.Certificate) -> str:
 
 
 @functools.cache
-def _public_roots() -> dict[bytes, tuple[x509.Certificate, ...]]:
-    """By subject. Those that the connection to the CA is verified with, so there are no two opinions in one process."""
-    found: dict[bytes, tuple[x509.Certificate, ...]] = {}
-    for root in _readable(Path(DEFAULT_CA_BUNDLE_PATH).read_bytes()):
-        subject = root.subject.public_bytes()
-        found[subject] = (*found.get(subject, ()), root)
-    return found
+def lets_encrypt_roots() -> tuple[bytes, ...]:
+    """X.509 DER of the roots that are Let's Encrypt's own, of those that the connection to a public CA is verified with."""
+    return tuple(
+        root.public_bytes(Encoding.DER)
+        for root in _readable(Path(DEFAULT_CA_BUNDLE_PATH).read_bytes())
+        if any(name.value == _LETS_ENCRYPT for name in root.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME))
+    )
 
 
 def _readable(pem: bytes) -> Iterable[x509.Certificate]:

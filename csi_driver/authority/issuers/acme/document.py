@@ -9,6 +9,7 @@ from datetime import timedelta
 from csi_driver.authority.issuers.acme.settings import (
     DNS_PATIENCE,
     HTTP_PATIENCE,
+    PRODUCTION,
     STAGING,
     AcmeSettings,
     Dns01,
@@ -41,6 +42,9 @@ def parse_acme(reader: Reader, path: Path, value: object) -> AcmeSettings | None
         return None
     if entry.top.get("dns01") is None and entry.top.get("http01") is None:
         reader.fault(path, "has no way to prove names to the CA", "give dns01, http01 or both")
+    if "roots" not in entry.top and entry.top.get("directory") != PRODUCTION:
+        hint = "give {file: PATH} with the CA's root certificates; those of Let's Encrypt's production alone are known"
+        reader.fault((*path, "roots"), "is missing", hint)
     dns01, http01, external = entry.below("dns01"), entry.below("http01"), entry.below("eab")
     return AcmeSettings(
         _account(entry.below("account")),

@@ -53,9 +53,6 @@ async def _directory(settings: AcmeSettings, shop: Workshop, connection: Connect
     if settings.profile is not None and settings.profile not in profiles:
         offered = ", ".join(sorted(profiles)) or "none"
         found.append(Finding("profile", False, f"the CA has no profile {settings.profile}; it offers {offered}"))
-    if settings.roots_file is None:
-        text = "none set: pods trust the public root that the chain leads to; staging and private CAs need acme.roots"
-        found.append(Finding("roots", True, text))
     return found
 
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Protocol
 
 import structlog
+from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.ca_store import Store
 from csi_driver.authority.issuers import Issued, Order
 from csi_driver.authority.issuers.acme.account import Accounts
 from csi_driver.authority.issuers.acme.book import LeaseLost, OrderBook, claim, released
-from csi_driver.authority.issuers.acme.chain import roots_of
+from csi_driver.authority.issuers.acme.chain import ends_at, lets_encrypt_roots
 from csi_driver.authority.issuers.acme.connection import CaProblem
 from csi_driver.authority.issuers.acme.credentials import Credentials
 from csi_driver.authority.issuers.acme.dns01 import DnsProofs
@@ -93,8 +94,7 @@ class AcmeIssuer:
         self._wake = asyncio.Event()
         self._store_problem: str | None = None
         self._account_problem: str | None = "the account is not known yet"
-        self._roots: dict[bytes, tuple[bytes, ...]] = {}
-        self._configured_roots: tuple[bytes, ...] = ()
+        self._roots: tuple[bytes, ...] = ()
 
     @property
     def settings(self) -> AcmeSettings:
@@ -103,10 +103,8 @@ class AcmeIssuer:
 
     @property
     def roots(self) -> tuple[bytes, ...]:
-        """Those that are configured; else those of the chains handed out so far."""
-        if self._settings.roots_file is not None:
-            return self._configured_roots
-        return tuple(dict.fromkeys(root for roots in self._roots.values() for root in roots))
+        """Those of the administrator's file, or Let's Encrypt's: never what a chain alone says."""
+        return self._roots
 
     @property
     def problem(self) -> str | None:
@@ -181,23 +179,22 @@ class AcmeIssuer:
     def _issued(self, record: OrderRecord, state: State) -> Issued:
         live = state.live_certificate(record.id)
         renew_after = None if live is None else timedelta(seconds=max(live.renew_at - self._clock(), 1.0))
-        return Issued(record.chain, self._roots_of(record.chain), renew_after, identity_included=False)
-
-    def _roots_of(self, chain: tuple[bytes, ...]) -> tuple[bytes, ...]:
-        if self._configured_roots:
-            return self._configured_roots
-        if chain[-1] not in self._roots:
-            self._roots[chain[-1]] = roots_of(chain)
-        return self._roots[chain[-1]]
+        if not ends_at(record.chain, self._roots):
+            name = x509.load_der_x509_certificate(record.chain[-1]).issuer.rfc4514_string()
+            hint = "add it to acme.roots; the certificate is kept for an hour"
+            fault = Fault("acme.roots", f"the CA's chain leads to {name}, which is not among them", hint)
+            raise CertmountError(Reason.ISSUER_UNAVAILABLE, fault)
+        return Issued(record.chain, self._roots, renew_after, identity_included=False)
 
     async def _read_roots(self) -> None:
-        """Those of the file, as they are now; raises CertmountError IssuerUnavailable."""
+        """As they are now; raises CertmountError IssuerUnavailable."""
         file = self._settings.roots_file
         if file is None:
+            self._roots = await asyncio.to_thread(lets_encrypt_roots)
             return
         try:
             content = await asyncio.to_thread(Path(file).read_bytes)
-            self._configured_roots = tuple(one.public_bytes(Encoding.DER) for one in decode_certificates(content))
+            self._roots = tuple(one.public_bytes(Encoding.DER) for one in decode_certificates(content))
         except (OSError, ValueError) as error:
             raise CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(f"acme.roots: {file}", str(error))) from None
 

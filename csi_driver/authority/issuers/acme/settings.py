@@ -9,7 +9,8 @@ from csi_driver.core.issuers_document import Source
 
 STAGING = "https://acme-staging-v02.api.letsencrypt.org/directory"
 """Let's Encrypt's for trying things out: its certificates are trusted by no one, its limits are wide."""
-
+PRODUCTION = "https://acme-v02.api.letsencrypt.org/directory"
+"""Let's Encrypt's own, the one CA whose roots are known without being told."""
 DNS_PATIENCE = timedelta(minutes=2)
 HTTP_PATIENCE = timedelta(minutes=1)
 
@@ -81,7 +82,7 @@ class AcmeSettings:
     ca_file: str | None = None
     """PEM of what the TLS certificate of the directory itself leads to; None: the public CAs."""
     roots_file: str | None = None
-    """PEM of what pods are to trust; None: that public root which the chain leads to."""
+    """PEM of what pods are to trust, and what every chain must end at; None for :data:`PRODUCTION` only."""
     profile: str | None = None
     """One of the CA's certificate profiles; None: the CA's default."""
     preferred_chain: str | None = None

@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import yaml
+from cryptography import x509
 
 from csi_driver.authority.ca_store import FolderStore
+from csi_driver.authority.issuers.acme.chain import lets_encrypt_roots
 from csi_driver.authority.issuers.acme.issuer import AcmeIssuer
 from csi_driver.authority.issuers.acme.routes import NoRoutes
 from csi_driver.authority.issuers.acme.settings import (
+    PRODUCTION,
     STAGING,
     AcmeSettings,
     Dns01,
@@ -52,7 +55,7 @@ FULL: dict[str, Any] = {
     "preferred_chain": "ISRG Root X1",
     "while_pending": "internal",
 }
-LEAST: dict[str, Any] = {"account": {"folder": "/var/lib/certmount"}, "http01": {}}
+LEAST: dict[str, Any] = {"account": {"folder": "/var/lib/certmount"}, "roots": {"file": "/etc/roots.crt"}, "http01": {}}
 AWAY = object()
 
 
@@ -96,8 +99,21 @@ def test_a_full_entry() -> None:
 def test_the_least_entry_tries_things_out() -> None:
     """Without a directory it is Let's Encrypt's staging environment, and nobody has agreed to anything."""
     settings = _read(LEAST)
-    assert settings == AcmeSettings(StorePlace(folder="/var/lib/certmount"), http01=Http01())
+    assert settings == AcmeSettings(
+        StorePlace(folder="/var/lib/certmount"), roots_file="/etc/roots.crt", http01=Http01()
+    )
     assert (settings.directory, settings.terms_agreed) == (STAGING, False)
+
+
+def test_only_the_roots_of_lets_encrypt_are_known() -> None:
+    """Whose certificates pods are to trust is said by the administrator, never by what a CA hands out."""
+    known = {**LEAST, "directory": PRODUCTION}
+    del known["roots"]
+    assert _read(known).roots_file is None
+    names = [x509.load_der_x509_certificate(root).subject.rfc4514_string() for root in lets_encrypt_roots()]
+    assert "CN=ISRG Root X1,O=Internet Security Research Group,C=US" in names
+    with pytest.raises(CertmountError, match=r"acme\.roots .*is missing"):
+        _read({**known, "directory": "https://acme.example.com/dir"})
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
