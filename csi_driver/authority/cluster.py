@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry
 
 from csi_driver.authority.check import Check, permission_checks
+from csi_driver.authority.cluster_requests import ClusterRequests
 from csi_driver.authority.cluster_secrets import cluster_secrets
 from csi_driver.authority.events import PodEvents
 from csi_driver.authority.subjects import ClusterSubjects
@@ -19,8 +20,11 @@ from csi_driver.authority.surroundings import Surroundings
 from csi_driver.kube.client import Api, ObjectName, connect, in_cluster_configuration
 from csi_driver.kube.config_map import ConfigMapPublisher
 from csi_driver.kube.csi_nodes import CsiNodes
+from csi_driver.kube.csr_requests import ClusterCSRs
 from csi_driver.kube.events import ClusterEvents
-from csi_driver.kube.permissions import find_object, has_permission, needed_permissions
+from csi_driver.kube.leases import ClusterLease
+from csi_driver.kube.live_pods import LivePods
+from csi_driver.kube.permissions import SIGNER_LEASE, find_object, has_permission, needed_permissions
 from csi_driver.kube.reviews import ClusterReviewer
 from csi_driver.kube.secret_store import SecretStore
 from csi_driver.kube.token_keys import ClusterTokenKeys
@@ -78,6 +82,12 @@ async def in_a_cluster(objects: Objects, registry: CollectorRegistry) -> AsyncIt
             _checks(api, objects),
             run,
             view.outdated,
+            ClusterRequests(
+                ClusterCSRs(api, watches),
+                LivePods(api),
+                ClusterLease(api, ObjectName("Lease", objects.ca[0], SIGNER_LEASE)),
+                socket.gethostname(),
+            ),
         )
 
 

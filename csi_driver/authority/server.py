@@ -17,11 +17,16 @@ from csi_driver.authority.admission import Admission
 from csi_driver.authority.ca import CertificateAuthority, utc_now
 from csi_driver.authority.ca_files import KeyFiles
 from csi_driver.authority.ca_state import roots_pem
+from csi_driver.authority.cluster_requests import ClusterRequests
 from csi_driver.authority.confirmations import Confirmations, KnownNodes
+from csi_driver.authority.csr_signer.decision import Decisions
+from csi_driver.authority.csr_signer.leadership import Leadership
+from csi_driver.authority.csr_signer.signer import CSRSigner
 from csi_driver.authority.desk import Desk
 from csi_driver.authority.federation import FederationFolder
 from csi_driver.authority.issuers.configuration import Tools
 from csi_driver.authority.issuers.internal import InternalIssuer
+from csi_driver.authority.issuers.kubernetes_csr.access import Access
 from csi_driver.authority.issuers.secrets import Secrets
 from csi_driver.authority.issuers_file import IssuersFile
 from csi_driver.authority.keyring import DEFAULT_DESIGN, Design, Keyring
@@ -111,7 +116,10 @@ class AuthorityServer:
         self._issuers = IssuersFile(
             settings.issuers,
             InternalIssuer(self._ca),
-            Tools(Secrets(surroundings.read_secret)),
+            Tools(
+                Secrets(surroundings.read_secret),
+                csrs=Access(surroundings.csrs.requests, lambda: self._ca.trust.roots) if surroundings.csrs else None,
+            ),
             on_roots=self._set_roots,
             on_load=metrics.issuers_loaded,
         )
@@ -194,6 +202,8 @@ class AuthorityServer:
             tasks.create_task(self._ca.run(self._adopt), name="ca")
             tasks.create_task(self._policy.run(), name="policy")
             tasks.create_task(self._issuers.run(), name="issuers")
+            if (csrs := self._surroundings.csrs) is not None:
+                tasks.create_task(self._csr_signer(csrs).run(), name="certificate signing requests")
             tasks.create_task(self._keys.run(), name="token keys")
 
     async def _load_ca(self) -> None:
@@ -205,6 +215,13 @@ class AuthorityServer:
         self._serving.refresh(own)
         authority = encode_certificates([own.certificate])
         await self._surroundings.publisher.publish(roots_pem(self._ca.trust), authority)
+
+    def _csr_signer(self, cluster: ClusterRequests) -> CSRSigner:
+        decisions = Decisions(
+            cluster.pods, self._surroundings.subjects, lambda: self._policy.current, InternalIssuer(self._ca)
+        )
+        leadership = Leadership(cluster.lease, cluster.holder)
+        return CSRSigner(cluster.requests, decisions, leadership, self._surroundings.events)
 
     def _set_roots(self, issuer: str, roots: tuple[bytes, ...]) -> None:
         """Of an issuer outside: its latest roots are its newest."""

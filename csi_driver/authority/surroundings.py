@@ -10,6 +10,7 @@ from typing import Any
 
 from csi_driver.authority.ca_store import FolderStore, Store
 from csi_driver.authority.check import Check
+from csi_driver.authority.cluster_requests import ClusterRequests
 from csi_driver.authority.confirmations import ConnectedNodes, NodeList
 from csi_driver.authority.desk import Events, Subjects
 from csi_driver.authority.events import NoEvents
@@ -49,6 +50,8 @@ class Surroundings:
     """Keeps what is known of the cluster up to date, for as long as the authority lives."""
     outdated: Callable[[], Sequence[str]] = tuple
     """Why what is known of the cluster can't be believed now, in words."""
+    csrs: ClusterRequests | None = None
+    """The cluster's CertificateSigningRequests; None outside of one."""
 
 
 def outside_a_cluster(ca_dir: Path, jwks: Path, token_issuer: str) -> Surroundings:

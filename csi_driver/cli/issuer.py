@@ -114,7 +114,9 @@ async def _tools(*, in_a_cluster: bool) -> AsyncIterator[Tools]:
         yield Tools(Secrets())
         return
     from csi_driver.authority.cluster_secrets import cluster_secrets
+    from csi_driver.authority.issuers.kubernetes_csr.access import Access
     from csi_driver.kube.client import ObjectName, connect, in_cluster_configuration
+    from csi_driver.kube.csr_requests import ClusterCSRs
     from csi_driver.kube.secret_store import SecretStore
 
     async with cluster_secrets() as read_secret, connect(in_cluster_configuration()) as api:
@@ -122,6 +124,7 @@ async def _tools(*, in_a_cluster: bool) -> AsyncIterator[Tools]:
             Secrets(read_secret),
             lambda namespace, name: SecretStore(api, ObjectName("Secret", namespace, name)),
             lambda _: NoRoutes(),  # a look makes no Ingress
+            Access(ClusterCSRs(api, api)),
         )
 
 

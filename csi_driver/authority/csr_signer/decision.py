@@ -6,11 +6,12 @@ import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from csi_driver.authority.cluster_requests import Pods
 from csi_driver.authority.csr_signer.request import Wish, read_wish
 from csi_driver.authority.csr_signer.requester import check_live, requester_of
 from csi_driver.authority.desk import Subjects
@@ -22,20 +23,12 @@ from csi_driver.core.durations import format_duration
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.core.keys import public_bytes
-from csi_driver.core.live_pod import LivePod
 from csi_driver.core.policy import Grant, Policy
 from csi_driver.core.rules import DEFAULT_DURATION
 from csi_driver.core.spec import DEFAULT_ISSUER
 
 ACCOUNT_RATE = Rate(2, 200)
 """Of one service account: a deployment of 200 pods at once, or a request every ten seconds from each of twenty."""
-
-
-class Pods(Protocol):
-    """Pods as the cluster has them at this moment."""
-
-    async def find(self, namespace: str, name: str) -> LivePod | None:
-        """None where there is none; raises CertmountError ProofUnavailable."""
 
 
 @dataclass(frozen=True, slots=True)

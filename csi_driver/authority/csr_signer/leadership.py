@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 
+from csi_driver.authority.cluster_requests import LeaseStore
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.lease import Lease
 
@@ -21,16 +22,6 @@ _RENEW_S = 10.0
 _GIVE_UP_S = 20.0
 """Without a renewal for so long, the work ends: ten seconds before another replica may take the lease."""
 _RETRY_S = 2.0
-
-
-class LeaseStore(Protocol):
-    """One lease that all replicas share."""
-
-    async def load(self) -> Lease:
-        """Raises CertmountError."""
-
-    async def save(self, lease: Lease) -> bool:
-        """False where it has changed since it was read; raises CertmountError."""
 
 
 class Leadership:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 
+from csi_driver.authority.cluster_requests import Requests
 from csi_driver.authority.csr_signer.decision import Decisions, Signed
 from csi_driver.authority.csr_signer.leadership import Leadership
 from csi_driver.authority.desk import Events, milliseconds
@@ -25,27 +26,6 @@ _WORKERS = 8
 _FIRST_RETRY_S, _RETRY_CAP_S = 1.0, 60.0
 _OWN_NAME_RETRY_S = 5.0
 _GRANTED = "PolicyAllows"
-
-
-class Following(Protocol):
-    """A watch that keeps what is known of requests up to date."""
-
-    async def run(self) -> None:
-        """For ever."""
-
-
-class Requests(Protocol):
-    """Requests at the API server. Each method raises CertmountError for what may pass."""
-
-    async def own_username(self) -> str: ...
-
-    async def decide(self, csr: ClusterCSR, condition: Condition) -> ClusterCSR: ...
-
-    async def answer(self, csr: ClusterCSR, certificate: bytes) -> ClusterCSR: ...
-
-    async def fail(self, csr: ClusterCSR, condition: Condition) -> ClusterCSR: ...
-
-    def follow(self, sink: CSRs, *, signer: str = "", labels: str = "") -> Following: ...
 
 
 @dataclass(slots=True)
