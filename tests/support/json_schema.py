@@ -6,7 +6,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-_TYPES: Mapping[str, type | tuple[type, ...]] = {"object": dict, "array": list, "string": str, "null": type(None), "boolean": bool}
+_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    "object": dict,
+    "array": list,
+    "string": str,
+    "null": type(None),
+    "boolean": bool,
+}
 _SAYS_NOTHING = {"$schema", "$id", "$defs", "title", "description"}
 
 

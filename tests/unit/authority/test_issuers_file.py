@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import copy
 import json
+import re
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,7 +148,22 @@ def changed(path: Place, change: Any) -> dict[str, Any]:
     return document
 
 
-CHANGES: list[Any] = [AWAY, None, "", "x", "/", "A b", 5, [], [1], {}, {"unknown": "x"}, {"file": "/x"}, {"file": "x"}, True]
+CHANGES: list[Any] = [
+    AWAY,
+    None,
+    "",
+    "x",
+    "/",
+    "A b",
+    5,
+    [],
+    [1],
+    {},
+    {"unknown": "x"},
+    {"file": "/x"},
+    {"file": "x"},
+    True,
+]
 
 
 @pytest.mark.parametrize("path", [path for path in places(GOOD) if path], ids=str)
@@ -172,6 +188,13 @@ def test_the_schema_knows_every_kind() -> None:
     entry = schema["properties"]["issuers"]["items"]
     assert set(entry["properties"]) == {"name", *KINDS}
     assert [{"required": [kind]} for kind in KINDS] == entry["oneOf"]
+
+
+def test_every_kind_is_in_the_documents() -> None:
+    """docs/issuers.md lists what the file may declare."""
+    page = (ROOT / "docs" / "issuers.md").read_text()
+    rows = page.split("| kind | signs |")[1].split("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)`", rows, flags=re.MULTILINE) == list(KINDS)
 
 
 def test_every_yaml_example_in_the_documents_is_taken() -> None:

@@ -10,6 +10,7 @@ from kubernetes.aio import client
 
 from csi_driver.authority import cluster_secrets
 from csi_driver.authority.issuers.secrets import Secrets
+from csi_driver.cli import issuer
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.issuers_document import SecretSource
 from tests.unit.kube.api_server import FakeApiServer
@@ -21,6 +22,22 @@ JWK = SecretSource("certmount", "step-provisioner", "jwk")
 def in_a_cluster(server: FakeApiServer, monkeypatch: pytest.MonkeyPatch) -> FakeApiServer:
     monkeypatch.setattr(cluster_secrets, "in_cluster_configuration", lambda: client.Configuration(host=server.url))
     return server
+
+
+async def test_the_command_reads_what_the_authority_would(
+    in_a_cluster: FakeApiServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is, certmount issuer check, run in a pod of the authority: its credentials, and the state of its issuers."""
+    here = client.Configuration(host=in_a_cluster.url)
+    monkeypatch.setattr("csi_driver.kube.client.in_cluster_configuration", lambda: here)
+    keep(in_a_cluster, jwk=b"the key")
+    async with issuer._tools(in_a_cluster=True) as tools:
+        assert (await tools.secrets.read(JWK)).reveal() == b"the key"
+        assert tools.secret_store is not None
+        stored = await tools.secret_store("certmount", "step-provisioner").load()
+        assert stored.values["jwk"].reveal() == b"the key"
+    async with issuer._tools(in_a_cluster=False) as tools:
+        assert tools.secret_store is None
 
 
 def keep(server: FakeApiServer, **values: bytes) -> None:
