@@ -34,7 +34,7 @@ from csi_driver.core.secret import Secret
 from tests.peers.acme import at_work, dns_names, dns_settings, site
 from tests.peers.bind9 import Bind9, bind9, key_source
 from tests.peers.nginx import Nginx
-from tests.peers.processes import LOOPBACK
+from tests.peers.processes import LOOPBACK, free_port
 from tests.support.requirements import require_program
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -214,9 +214,14 @@ def _nginx_takes(folder: Path, key: ec.EllipticCurvePrivateKey, chain: tuple[byt
     (files / "site.crt").write_bytes(encode_certificates(parse_certificates(chain, "chain")))
     (files / "site.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     (block,) = blocks("from-kube-lego.md", "nginx")
-    text = block.replace("/etc/tls", str(files)).replace("listen 443 ssl", f"listen {LOOPBACK}:0 ssl")
+    text = block.replace("/etc/tls", str(files)).replace("listen 443 ssl", f"listen {LOOPBACK}:{free_port()} ssl")
+    paths = " ".join(
+        f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
     configuration = folder / "tls.conf"
-    configuration.write_text(f"pid {folder}/tls.pid; events {{}} http {{ access_log off; {text} }}", encoding="ascii")
+    configuration.write_text(
+        f"pid {folder}/tls.pid; events {{}} http {{ access_log off; {paths} {text} }}", encoding="ascii"
+    )
     subprocess.run(
         [require_program("nginx"), "-t", "-e", str(folder / "tls.log"), "-c", str(configuration)], check=True
     )
