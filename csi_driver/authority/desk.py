@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from csi_driver.authority.issuers import Issued, Issuer, Order
 from csi_driver.authority.limits import Limits
 from csi_driver.authority.policy_file import PolicyFile
 from csi_driver.authority.proofs import patiently
+from csi_driver.authority.stand_ins import AT_ONCE_S, StandIns, while_pending
 from csi_driver.authority.trust import Trust
 from csi_driver.core.csr import parse_csr
 from csi_driver.core.errors import CertmountError, Fault, Reason
@@ -25,7 +27,7 @@ from csi_driver.core.keys import public_bytes
 from csi_driver.core.names import Names
 from csi_driver.core.policy import Asked, Subject
 from csi_driver.core.secret import Secret
-from csi_driver.core.spec import Usage
+from csi_driver.core.spec import DEFAULT_ISSUER, Usage
 from csi_driver.core.trust import RootSet
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
@@ -69,6 +71,8 @@ class Answer:
 
     issued: Issued
     trust: Mapping[str, RootSet]
+    provisional: bool = False
+    """The certificate stands in for one that is on its way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,21 +88,26 @@ class Desk:
     events: Events
     confirmations: Confirmations
     trust: Trust
+    stand_ins: StandIns = field(default_factory=StandIns)
 
-    async def prove(self, caller: Secret[str], pod_token: Secret[str], record: dict[str, Any]) -> PodIdentity:
-        """The pod behind two tokens.
-
-        Raises:
-            CertmountError: as :class:`Admission`, and TooManyRequests.
-        """
+    async def prove_node(self, caller: Secret[str], record: dict[str, Any]) -> PodIdentity:
+        """The driver that calls; raises CertmountError as :class:`Admission`, and TooManyRequests."""
         started = time.perf_counter()
         try:
             node = await self.admission.prove_node(caller)
-            record["node"] = node.node_name
-            self.limits.count_node(node)  # before the pod's proof, which costs the API server a review
-            pod = await self.admission.prove_pod(pod_token, node)
         finally:
             record["proof_ms"] = milliseconds(started)
+        record["node"] = node.node_name
+        self.limits.count_node(node)  # before the pod's proof, which costs the API server a review
+        return node
+
+    async def prove_pod(self, token: Secret[str], node: PodIdentity, record: dict[str, Any]) -> PodIdentity:
+        """The pod on that node; raises CertmountError as :class:`Admission`, and TooManyRequests."""
+        started = time.perf_counter()
+        try:
+            pod = await self.admission.prove_pod(token, node)
+        finally:
+            record["proof_ms"] = round(record["proof_ms"] + milliseconds(started), 2)
         account = pod.service_account
         record.update(namespace=account.namespace, service_account=account.name, pod=pod.pod_name, pod_uid=pod.pod_uid)
         self.limits.count_pod(pod)
@@ -116,15 +125,45 @@ class Desk:
         record["asked"] = _texts(request.names)
         record["key_sha256"] = hashlib.sha256(public_bytes(request.public_key)).hexdigest()
         issuer = self._issuer(wanted.issuer)
-        self.trust.select(wanted.issuer, wanted.federations)  # what is refused for them is refused before it is signed
+        self.trust.check(wanted.federations)  # what is refused for them is refused before it is signed
         subject = await patiently(functools.partial(self.subjects.find, pod))
         asked = Asked(request.names, request.key_type, wanted.usages, wanted.duration, wanted.issuer)
         grant = self.policy.current.decide(subject, asked)
         record.update(policy_ms=milliseconds(started), names=_texts(grant.names), rules=grant.rules)
-        issued = await self._signed(issuer, wanted.issuer, Order(request, grant, pod, asked), record)
+        order = Order(request, grant, pod, asked)
+        try:
+            issued = await self._signed(issuer, wanted.issuer, order, record)
+        except CertmountError as pending:
+            if pending.reason is not Reason.ISSUANCE_PENDING or while_pending(issuer) is None:
+                raise
+            issued = await self._stand_in(subject, order, asked, pending, record)
+            _record_leaf(issued.chain, record)
+            others = (*self.trust.known(wanted.issuer), *wanted.federations)
+            return Answer(issued, self.trust.select(DEFAULT_ISSUER, others), provisional=True)
+        self.stand_ins.over(order)
         _record_leaf(issued.chain, record)
+        if wanted.issuer != DEFAULT_ISSUER:
+            self.trust.add_roots(wanted.issuer, issued.roots, int(time.time()))
         # As of now, not as of the question: whoever signed may have taken its time.
         return Answer(issued, self.trust.select(wanted.issuer, wanted.federations))
+
+    async def _stand_in(
+        self, subject: Subject, order: Order, asked: Asked, pending: CertmountError, record: dict[str, Any]
+    ) -> Issued:
+        """A certificate of the internal CA for the same key, where policy allows the pod these names from it as well.
+
+        Raises:
+            CertmountError: ``pending`` where it does not; or as the internal CA says.
+        """
+        asked = replace(asked, issuer=DEFAULT_ISSUER)
+        try:
+            grant = self.policy.current.decide(subject, asked)
+        except CertmountError:
+            raise pending from None
+        record.update(provisional=True, pending=str(pending), names=_texts(grant.names), rules=grant.rules)
+        own = replace(order, grant=grant, asked=asked)
+        issued = await self._signed(self._issuer(DEFAULT_ISSUER), DEFAULT_ISSUER, own, record)
+        return replace(issued, renew_after=self.stand_ins.ask_again_after(order))
 
     def _issuer(self, name: str) -> Issuer:
         issuer = self.issuers.get(name)
@@ -139,8 +178,12 @@ class Desk:
         started = time.perf_counter()
         reason: Reason | None = Reason.INTERNAL
         try:
-            issued = await issuer.issue(order)
+            async with asyncio.timeout(AT_ONCE_S if while_pending(issuer) else None):
+                issued = await issuer.issue(order)
             reason = None
+        except TimeoutError:
+            reason = Reason.ISSUANCE_PENDING
+            raise CertmountError(reason, f"issuer {name} takes longer than {AT_ONCE_S:.0f} s") from None
         except CertmountError as error:
             reason = error.reason
             raise

@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
@@ -32,6 +33,9 @@ REPORT_RATE = Rate(5, 500)
 """Each of 250 pods with two volumes is told of when an outage begins and ends; a node driver tells of each change once."""
 MOST_WATCHES = 4
 """Streams of one node: that of its driver, that of its driver before a restart, and twice as many."""
+MOST_ASKING = 256
+"""Calls of Issue under way for one node, half of all: while the API server is slow a node can't take every place. More than 250
+pods that start at the same moment come in turns."""
 _MOST_KEYS = 50_000
 """Pods or nodes that are remembered: 10 MB. One that has not asked for long is as good as new, and forgotten first."""
 _FORGET_AT_ONCE = 4
@@ -111,6 +115,7 @@ class Limits:
         self._pods = Buckets(POD_RATE, clock)
         self._reports = Buckets(REPORT_RATE, clock)
         self._watches: Counter[str] = Counter()
+        self._asking: Counter[str] = Counter()
 
     def count_node(self, node: PodIdentity) -> None:
         """One more Issue of a node; raises CertmountError TooManyRequests."""
@@ -124,19 +129,26 @@ class Limits:
         """One more Report or ConfirmTrust of a node; raises CertmountError TooManyRequests."""
         _count(self._reports, node.node_uid, f"reports of node {node.node_name}")
 
-    @contextlib.contextmanager
-    def watching(self, node: PodIdentity) -> Iterator[None]:
+    def watching(self, node: PodIdentity) -> AbstractContextManager[None]:
         """A stream of a node's for the length of the block; raises CertmountError TooManyRequests."""
-        if self._watches[node.node_uid] >= MOST_WATCHES:
-            problem = f"watches the roots {MOST_WATCHES} times already"
-            raise CertmountError(Reason.TOO_MANY_REQUESTS, Fault(f"node {node.node_name}", problem))
-        self._watches[node.node_uid] += 1
-        try:
-            yield
-        finally:
-            self._watches[node.node_uid] -= 1
-            if not self._watches[node.node_uid]:
-                del self._watches[node.node_uid]
+        return _one_of(self._watches, MOST_WATCHES, node, f"watches the roots {MOST_WATCHES} times already")
+
+    def asking(self, node: PodIdentity) -> AbstractContextManager[None]:
+        """An Issue of a node's for the length of the block; raises CertmountError TooManyRequests."""
+        return _one_of(self._asking, MOST_ASKING, node, f"waits for {MOST_ASKING} certificates already")
+
+
+@contextlib.contextmanager
+def _one_of(taken: Counter[str], most: int, node: PodIdentity, problem: str) -> Iterator[None]:
+    if taken[node.node_uid] >= most:
+        raise CertmountError(Reason.TOO_MANY_REQUESTS, Fault(f"node {node.node_name}", problem))
+    taken[node.node_uid] += 1
+    try:
+        yield
+    finally:
+        taken[node.node_uid] -= 1
+        if not taken[node.node_uid]:
+            del taken[node.node_uid]
 
 
 def _count(buckets: Buckets, key: str, who: str) -> None:

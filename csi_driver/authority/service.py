@@ -50,8 +50,10 @@ class AuthorityService(authority_pb2_grpc.AuthorityServicer):
         record: dict[str, Any] = {"decision": "none"}  # as when the caller goes away
         try:
             with self._slots:
-                pod = await self._desk.prove(bearer(context), Secret(request.pod_token), record)
-                answer = await self._issue(pod, request, record)
+                node = await self._desk.prove_node(bearer(context), record)
+                with self._desk.limits.asking(node):
+                    pod = await self._desk.prove_pod(Secret(request.pod_token), node, record)
+                    answer = await self._issue(pod, request, record)
         except CertmountError as error:
             record.update(decision="refused", reason=error.reason.word, error=str(error))
             raise
@@ -70,7 +72,9 @@ class AuthorityService(authority_pb2_grpc.AuthorityServicer):
         with self._desk.limits.watching(node):
             async with contextlib.aclosing(self._desk.trust.watch(node.node_name)) as bundles:
                 async for bundle in bundles:
-                    yield authority_pb2.TrustBundle(sets=_sets(bundle.sets), policy=bundle.policy)
+                    yield authority_pb2.TrustBundle(
+                        sets=_sets(bundle.sets), policy=bundle.policy, sharing=bundle.sharing
+                    )
 
     async def ConfirmTrust(
         self, request: authority_pb2.ConfirmTrustRequest, context: _Context
@@ -145,7 +149,9 @@ def _duration(request: authority_pb2.IssueRequest, faults: list[Fault]) -> timed
 
 def _response(answer: Answer) -> authority_pb2.IssueResponse:
     issued = answer.issued
-    response = authority_pb2.IssueResponse(chain=issued.chain, trust=_sets(answer.trust))
+    response = authority_pb2.IssueResponse(
+        chain=issued.chain, trust=_sets(answer.trust), provisional=answer.provisional
+    )
     if issued.renew_after is not None:
         response.renew_after.FromTimedelta(issued.renew_after)
     return response

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from csi_driver._proto import authority_pb2
-from csi_driver.authority.limits import MOST_WATCHES, POD_RATE
+from csi_driver.authority.limits import MOST_ASKING, MOST_WATCHES, POD_RATE
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.identity import MAX_TOKEN_BYTES
 from csi_driver.core.secret import Secret
@@ -37,6 +37,24 @@ async def test_a_pod_that_asks_in_a_loop_is_slowed_down_and_its_neighbour_is_not
     assert "come again in 1 s" in refusal.text
     world.reviewer.pod = NEIGHBOUR.reviewed
     await caller.issue(pod=world.issuer.pod_token(NEIGHBOUR))
+
+
+async def test_a_node_can_not_take_every_place(world: World, caller: Caller) -> None:
+    """While the API server is slow it waits for half of all calls there may be; the next one is refused."""
+    node = world.issuer.node_token()
+    await caller.issue(node=node)  # so that it is proven
+    world.reviewer.gate.clear()
+    calls = [
+        asyncio.create_task(caller.issue(pod=world.issuer.pod_token(POD, jti=str(number % 50)), node=node))
+        for number in range(MOST_ASKING)
+    ]
+    await until(lambda: world.metric("certmount_authority_issues_in_flight") == MOST_ASKING, "its calls under way")
+    refusal = await caller.refused(node=node)
+    assert (refusal.code, refusal.reason) == (EXHAUSTED, "TooManyRequests")
+    assert f"waits for {MOST_ASKING} certificates already" in refusal.text
+    world.reviewer.gate.set()
+    await asyncio.gather(*calls, return_exceptions=True)
+    assert world.metric("certmount_authority_issues_in_flight") == 0
 
 
 async def test_a_node_holds_a_few_streams_and_no_more(world: World, caller: Caller) -> None:
