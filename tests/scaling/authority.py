@@ -14,7 +14,7 @@ _NODE_PROOF_KEPT_S = 5.0
 class Figures:
     """Measured, or assumed where nothing was; docs/scaling.md says which."""
 
-    issue_per_core_s: float = 1300.0
+    issue_per_core_s: float = 900.0
     """Certificates a second of one replica, which has one core."""
     refuse_s: float = 0.0004
     """A core's time for a call that is refused for want of room: the call itself, as in an echo over TLS."""
