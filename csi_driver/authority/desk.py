@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import hashlib
 import time
@@ -18,7 +17,7 @@ from csi_driver.authority.issuers import Issued, Issuer, Order
 from csi_driver.authority.limits import Limits
 from csi_driver.authority.policy_file import PolicyFile
 from csi_driver.authority.proofs import patiently
-from csi_driver.authority.stand_ins import AT_ONCE_S, StandIns, while_pending
+from csi_driver.authority.stand_ins import StandIns, while_pending
 from csi_driver.authority.trust import Trust
 from csi_driver.core.csr import parse_csr
 from csi_driver.core.errors import CertmountError, Fault, Reason
@@ -125,7 +124,7 @@ class Desk:
         record["asked"] = _texts(request.names)
         record["key_sha256"] = hashlib.sha256(public_bytes(request.public_key)).hexdigest()
         issuer = self._issuer(wanted.issuer)
-        self.trust.check(wanted.federations)  # what is refused for them is refused before it is signed
+        self.trust.select(wanted.issuer, wanted.federations)  # what is refused for them is refused before it is signed
         subject = await patiently(functools.partial(self.subjects.find, pod))
         asked = Asked(request.names, request.key_type, wanted.usages, wanted.duration, wanted.issuer)
         grant = self.policy.current.decide(subject, asked)
@@ -138,12 +137,10 @@ class Desk:
                 raise
             issued = await self._stand_in(subject, order, asked, pending, record)
             _record_leaf(issued.chain, record)
-            others = (*self.trust.known(wanted.issuer), *wanted.federations)
-            return Answer(issued, self.trust.select(DEFAULT_ISSUER, others), provisional=True)
+            sets = self.trust.select(DEFAULT_ISSUER, (wanted.issuer, *wanted.federations))
+            return Answer(issued, sets, provisional=True)
         self.stand_ins.over(order)
         _record_leaf(issued.chain, record)
-        if wanted.issuer != DEFAULT_ISSUER:
-            self.trust.add_roots(wanted.issuer, issued.roots, int(time.time()))
         # As of now, not as of the question: whoever signed may have taken its time.
         return Answer(issued, self.trust.select(wanted.issuer, wanted.federations))
 
@@ -178,12 +175,8 @@ class Desk:
         started = time.perf_counter()
         reason: Reason | None = Reason.INTERNAL
         try:
-            async with asyncio.timeout(AT_ONCE_S if while_pending(issuer) else None):
-                issued = await issuer.issue(order)
+            issued = await self.stand_ins.issued_soon(issuer, order)
             reason = None
-        except TimeoutError:
-            reason = Reason.ISSUANCE_PENDING
-            raise CertmountError(reason, f"issuer {name} takes longer than {AT_ONCE_S:.0f} s") from None
         except CertmountError as error:
             reason = error.reason
             raise

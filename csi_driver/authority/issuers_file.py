@@ -68,6 +68,11 @@ class IssuersFile(Mapping[str, Issuer]):
         """Of each issuer of the file, why it can't issue now; None where it can. May be called from any thread."""
         return {name: issuer.problem for name, issuer in self._by_name.items()}
 
+    @property
+    def sharing(self) -> frozenset[str]:
+        """Those of which pods of one service account on one node are to share a certificate."""
+        return frozenset(name for name, issuer in self._by_name.items() if issuer.shares_certificates)
+
     async def load(self) -> None:
         """Reads the file if its content is new; raises CertmountError InvalidIssuers, once for each content, and keeps the issuers before."""
         if self._file is None:

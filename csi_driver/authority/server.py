@@ -121,7 +121,7 @@ class AuthorityServer:
                 csrs=Access(surroundings.csrs.requests, lambda: self._ca.trust.roots) if surroundings.csrs else None,
             ),
             on_roots=self._set_roots,
-            on_load=metrics.issuers_loaded,
+            on_load=self._issuers_loaded,
         )
         self._federation = (
             FederationFolder(settings.federation_dir, self._trust, metrics, time.time, self._issuers)
@@ -227,6 +227,11 @@ class AuthorityServer:
         """Of an issuer outside: its latest roots are its newest."""
         self._generations[issuer] = next_generation(self._generations.get(issuer, 0), int(time.time()))
         self._trust.set_roots(issuer, RootSet(roots, self._generations[issuer]))
+
+    def _issuers_loaded(self, taken: bool) -> None:
+        self._metrics.issuers_loaded(taken)
+        if taken:
+            self._trust.set_sharing(self._issuers.sharing)
 
     def _bound(self, own: Signer) -> grpc.aio.Server:
         def observe(call: Handled) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
@@ -61,6 +61,8 @@ class Bundle:
     """Of issuers and federations, by their names."""
     policy: str
     """The revision of the policy in force."""
+    sharing: tuple[str, ...] = ()
+    """Issuers that count certificates: pods of one service account on one node share theirs."""
 
 
 class Trust:
@@ -80,18 +82,24 @@ class Trust:
     def set_roots(self, name: str, roots: RootSet) -> None:
         """Tells all watchers, if the set differs from the one before."""
         if self._bundle.sets.get(name) != roots:
-            self._replace(Bundle({**self._bundle.sets, name: roots}, self._bundle.policy))
+            self._replace(replace(self._bundle, sets={**self._bundle.sets, name: roots}))
 
     def drop_roots(self, name: str) -> None:
         """Forgets a set. Watchers hear of it, and pods that still ask for it are refused."""
         left = {other: roots for other, roots in self._bundle.sets.items() if other != name}
         if len(left) < len(self._bundle.sets):
-            self._replace(Bundle(left, self._bundle.policy))
+            self._replace(replace(self._bundle, sets=left))
 
     def set_policy(self, revision: str) -> None:
         """Tells all watchers, if another policy is in force."""
         if self._bundle.policy != revision:
-            self._replace(Bundle(self._bundle.sets, revision))
+            self._replace(replace(self._bundle, policy=revision))
+
+    def set_sharing(self, issuers: Iterable[str]) -> None:
+        """Tells all watchers, if pods are to share the certificates of other issuers than before."""
+        names = tuple(sorted(issuers))
+        if self._bundle.sharing != names:
+            self._replace(replace(self._bundle, sharing=names))
 
     def select(self, issuer: str, federations: Sequence[str]) -> Mapping[str, RootSet]:
         """The sets that a pod with a certificate of ``issuer`` is to trust.

@@ -42,12 +42,15 @@ class Expected:
     """What the answer must fit: the request's key and names, and whose SPIFFE ID it must hold.
 
     Where no names were asked for, names of the namespace's Services may come beside the SPIFFE ID.
+    ``identity_optional`` is for issuers that can't sign it, as public CAs sign DNS names only: where names were asked for,
+    the pod's SPIFFE ID may be missing then.
     """
 
     public_key: PublicKey
     names: Names
     namespace: str
     service_account: str
+    identity_optional: bool = False
 
 
 def check_answer(chain: Sequence[bytes], roots: Sequence[bytes], expected: Expected, now: datetime) -> Bundle:
@@ -102,7 +105,8 @@ def _name_faults(leaf: x509.Certificate, expected: Expected) -> list[str]:
         if uri.text.startswith("spiffe://") and uri.text.removeprefix("spiffe://").partition("/")[2] == path[1:]
     }
     asked, held = set(expected.names), set(names)
-    faults = [] if spiffe else [f"it lacks the SPIFFE ID that ends in {path}"]
+    required = not (expected.identity_optional and len(expected.names))
+    faults = [f"it lacks the SPIFFE ID that ends in {path}"] if required and not spiffe else []
     if len(spiffe - asked) > 1:
         faults.append("it holds more than one SPIFFE ID: " + ", ".join(sorted(str(uri) for uri in spiffe)))
     if missing := asked - held:

@@ -62,6 +62,8 @@ class Answer:
     chain: Sequence[bytes]
     trust: Mapping[str, RootSet]
     renew_after: timedelta | None
+    provisional: bool = False
+    """The certificate is the internal CA's, and stands in until the one that was asked for is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,8 @@ class TrustBundle:
 
     sets: Mapping[str, RootSet]
     policy: str
+    sharing: frozenset[str] = frozenset()
+    """Issuers that count certificates, whose pods share theirs."""
 
 
 class AuthorityClient:
@@ -107,7 +111,7 @@ class AuthorityClient:
             request.duration.FromTimedelta(spec.duration)
         response = await self._answered(request)
         renew_after = response.renew_after.ToTimedelta() if response.HasField("renew_after") else None
-        return Answer(response.chain, _root_sets(response.trust), renew_after)
+        return Answer(response.chain, _root_sets(response.trust), renew_after, response.provisional)
 
     async def watch_trust(self) -> AsyncIterator[TrustBundle]:
         """Yields what is to be trusted now and at each change; ends when the authority ends the stream.
@@ -119,7 +123,7 @@ class AuthorityClient:
         call = stub.WatchTrust(authority_pb2.WatchTrustRequest(), metadata=self._bearer())
         try:
             async for bundle in call:
-                yield TrustBundle(_root_sets(bundle.sets), bundle.policy)
+                yield TrustBundle(_root_sets(bundle.sets), bundle.policy, frozenset(bundle.sharing))
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error) from None
         finally:
