@@ -18,8 +18,12 @@ from csi_driver.authority import server
 from csi_driver.core.bundle import Expected, check_answer
 from csi_driver.core.names import DNSName, Names
 from tests.integration.authority.world import NAME, POD, Caller, Cluster, Refusal, World
+from tests.integration.node.world import Shown, kubelet_root
 from tests.peers.step_ca import PROVISIONER, RealStepCA
+from tests.support.driver import Driver
+from tests.support.kubelet import FakePod, Kubelet, node_stub
 from tests.support.tokens import TokenIssuer
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.peers("step-ca")
 
@@ -50,7 +54,8 @@ async def world(tmp_path: Path, ca: RealStepCA, monkeypatch: pytest.MonkeyPatch)
     usual = server.AuthorityServer
 
     def with_issuers(settings: server.Settings, *others: Any) -> server.AuthorityServer:
-        return usual(dataclasses.replace(settings, issuers=file), *others)
+        local = Names.of([*settings.serving_names.dns, DNSName("localhost")])
+        return usual(dataclasses.replace(settings, issuers=file, serving_names=local), *others)
 
     monkeypatch.setattr("tests.integration.authority.world.AuthorityServer", with_issuers)
     issuer = TokenIssuer()
@@ -139,3 +144,38 @@ async def test_a_step_ca_that_is_away_is_tried_again(world: World, caller: Calle
     assert (await caller.issue()).chain
     await ca.start()
     assert (await caller.send(request(world))).chain
+
+
+async def test_a_pods_volume_trusts_both_roots_while_two_step_cas_federate(
+    world: World, caller: Caller, ca: RealStepCA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver's own process, and the files that a pod reads: a second root comes without another key or certificate."""
+    monkeypatch.setattr("csi_driver.authority.issuers.step_ca.issuer._SURVEY_S", 0.2)
+    await known_roots(caller)
+    other = RealStepCA(tmp_path / "other", name="Other")
+    with kubelet_root() as root:
+        kubelet = Kubelet(root)
+        token = root.parent / "token"
+        token.write_text(world.issuer.node_token().reveal())
+        authority = f"localhost:{world.server.port}"
+        async with (
+            Driver(kubelet, authority, world.ca / "authority.crt", token, root.parent / "driver.log"),
+            kubelet.channel() as channel,
+        ):
+            pod = FakePod(POD.namespace, POD.name, POD.service_account, POD.uid)
+            published = kubelet.publish_request(
+                pod, {"issuer": "step", "name": NAME}, token=world.issuer.pod_token(POD).reveal()
+            )
+            await node_stub(channel).NodePublishVolume(published, timeout=30, wait_for_ready=True)
+            target = Path(published.target_path)
+            before = Shown.at(target)
+            assert before.roots == (ca.root,)
+            assert NAME in before.names
+            ca.federated = [other.root_file]
+            await ca.restart()
+            await until(lambda: len(Shown.at(target).roots) == 2, "the second root", patience_s=60)
+            after = Shown.at(target)
+            assert set(after.roots) == {ca.root, other.root}
+            assert (after.key, after.serial) == (before.key, before.serial)
+            unpublish = kubelet.unpublish_request(published)
+            await node_stub(channel).NodeUnpublishVolume(unpublish, timeout=30)
