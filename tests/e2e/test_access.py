@@ -214,16 +214,11 @@ def test_token_outlives_its_pod_by_seconds_only(pod_token: str, node_token: str)
     """Though it has not expired, a token is refused when its pod is gone."""
     SUBJECT.delete()
 
-    def refusal() -> authority.Outcome | None:
+    def refusal(*reasons: str) -> authority.Outcome | None:
         outcome = authority.issue(pod_token, node_token)
-        return outcome if outcome.reason else None
+        return outcome if outcome.reason in reasons else None
 
-    refused = wait_until(refusal, seconds=10, what="the token of a deleted pod is refused")
-    # First the authority hears that the pod is gone; a review from before counts for some seconds more.
-    assert refused.reason in ("PodUnknown", "IdentityRefused")
-    wait_until(
-        lambda: authority.issue(pod_token, node_token).reason == "IdentityRefused",
-        seconds=15,
-        what="the token itself is refused",
-    )
+    # The authority hears that the pod is gone; a review from before counts for some seconds more.
+    wait_until(lambda: refusal("PodUnknown", "IdentityRefused"), seconds=10, what="nothing for a deleted pod")
+    refused = wait_until(lambda: refusal("IdentityRefused"), seconds=15, what="its token itself is refused")
     assert "the API server does not accept it" in refused.message
