@@ -151,3 +151,26 @@ def test_the_first_hour_of_an_outage() -> None:
     delays = [retry_delay_s(attempt=attempt, kind=Kind.UNAVAILABLE, chance=0.5) for attempt in range(1, 9)]
     assert delays == [1, 2, 4, 8, 16, 30, 30, 30]
     assert retry_delay_s(attempt=20, kind=Kind.REFUSED, chance=0.5) == 300
+
+
+@given(st.floats(60, 1e9), st.one_of(st.floats(0, 1e9), st.just(math.inf)), chances)
+def test_what_came_late_or_first_is_renewed_earlier(life: float, late: float, chance: float) -> None:
+    """By chance, by as much as it was late and half of the time at most, and never later than without; so a crowd disperses."""
+    usual = after(life, chance=chance)
+    moved = plan_renewal(
+        issued_at=0, not_after=life, renew_before_s=None, renew_after_s=None, chance=chance, late_s=late
+    )
+    assert usual - min(late, life * RENEWAL_FRACTION / 2) - 1e-3 <= moved <= usual + 1e-3
+
+
+@given(st.floats(60, 1e9), chances, st.data())
+def test_what_a_user_writes_is_kept_for_the_first_certificate_too(
+    life: float, chance: float, data: st.DataObject
+) -> None:
+    """``renew-before`` and an issuer's hint say when: lateness changes nothing then."""
+    before = data.draw(st.floats(1, life - 1))
+    plans = {
+        plan_renewal(issued_at=0, not_after=life, renew_before_s=before, renew_after_s=None, chance=chance, late_s=late)
+        for late in (0.0, math.inf)
+    }
+    assert len(plans) == 1
