@@ -16,8 +16,7 @@ from csi_driver.authority.issuers.kubernetes_csr.access import Access
 from csi_driver.authority.issuers.kubernetes_csr.document import KubernetesCSRConfiguration, parse_kubernetes_csr
 from csi_driver.authority.issuers.kubernetes_csr.issuer import KubernetesCSR
 from csi_driver.authority.issuers.secrets import Secrets
-from csi_driver.authority.issuers.step_ca.document import parse_step_ca
-from csi_driver.authority.issuers.step_ca.issuer import StepCA
+from csi_driver.authority.issuers.step_ca.document import StepCAConfiguration, parse_step_ca
 from csi_driver.authority.located_yaml import read_yaml
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.issuers_document import Declared, Parse, parse_issuers
@@ -43,6 +42,12 @@ class Kind:
     parse: Parse
     make: Callable[[str, Any, Tools], ExternalIssuer]
     """Takes the issuer's name and the value that ``parse`` made. It does no I/O: that begins with the issuer's ``run``."""
+
+
+def _make_step_ca(name: str, configuration: StepCAConfiguration, tools: Tools) -> ExternalIssuer:
+    from csi_driver.authority.issuers.step_ca.issuer import StepCA  # with aiohttp: 8 MB for those who use it
+
+    return StepCA(name, configuration, tools.secrets)
 
 
 def _make_acme(name: str, settings: AcmeSettings, tools: Tools) -> ExternalIssuer:
@@ -79,7 +84,7 @@ def _make_kubernetes_csr(name: str, configuration: KubernetesCSRConfiguration, t
 
 
 KINDS: Mapping[str, Kind] = {
-    "step_ca": Kind(parse_step_ca, lambda name, configuration, tools: StepCA(name, configuration, tools.secrets)),
+    "step_ca": Kind(parse_step_ca, _make_step_ca),
     "acme": Kind(parse_acme, _make_acme),
     "kubernetes_csr": Kind(parse_kubernetes_csr, _make_kubernetes_csr),
 }
