@@ -17,6 +17,7 @@ _ORDER = (
     "test_volumes",
     "test_services",
     "test_access",
+    "test_csr",
     "test_replicas",
     "test_revocation",
     "test_interruptions",
