@@ -13,15 +13,20 @@ from pathlib import Path
 
 import pytest
 from cryptography.x509.oid import NameOID
+from kubernetes.aio import client
 
+from csi_driver.authority.issuers.acme.issuer import AcmeIssuer
 from csi_driver.authority.issuers.acme.settings import AcmeSettings, ExternalAccount
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.issuers_document import FileSource
+from csi_driver.kube.client import ObjectName, connect
+from csi_driver.kube.secret_store import SecretStore
 from tests.peers.acme import ZONE, Site, at_work, dns_names, dns_settings, leaf, order_for, patiently, site
 from tests.peers.acme_replica import described
 from tests.peers.bind9 import bind9
 from tests.peers.limiting_proxy import LimitingProxy
 from tests.support.waiting import until
+from tests.unit.kube.api_server import FakeApiServer
 
 pytestmark = pytest.mark.peers("pebble", "named", "openssl")
 
@@ -110,6 +115,40 @@ async def test_a_replica_killed_in_mid_order(tmp_path: Path) -> None:
             assert dns_names(issued.chain) == {NAME}
             assert await _texts(one) == set()
         assert len(one.ca.orders) == 1
+
+
+async def test_a_replica_that_leaves(tmp_path: Path) -> None:
+    """A replica that is stopped gives its orders back, and another goes on at once, long before a lease would end."""
+    async with site(tmp_path, retry_after_s=2) as one:
+        leaving, staying = one.issuer(lease_s=600), one.issuer(lease_s=600)
+        order = order_for(NAME)
+        asking = asyncio.ensure_future(staying.issue(order))
+        async with at_work(leaving):
+            await until(lambda: one.ca.validations, "the CA to look")
+        assert not asking.done()
+        async with at_work(staying):
+            assert dns_names((await asyncio.wait_for(asking, 20)).chain) == {NAME}
+        assert len(one.ca.orders) == 1
+
+
+async def test_state_in_a_secret(tmp_path: Path) -> None:
+    """In a cluster two replicas share a Secret, whose changes by others cost no order; the account is one."""
+    server = FakeApiServer()
+    async with (
+        site(tmp_path) as one,
+        server.running(),
+        connect(client.Configuration(host=server.url)) as api,
+    ):
+        secret = ObjectName("Secret", "certmount", "certmount-ca")
+        replicas = [AcmeIssuer("letsencrypt", one.settings, SecretStore(api, secret)) for _ in range(2)]
+        server.before_put += ["secrets/certmount-ca"] * 3
+        async with at_work(*replicas):
+            orders = [order_for(f"{number}.example.test") for number in range(4)]
+            issued = await asyncio.gather(*(replicas[index % 2].issue(order) for index, order in enumerate(orders)))
+        assert [dns_names(each.chain) for each in issued] == [{f"{number}.example.test"} for number in range(4)]
+        assert len(one.ca.orders) == 4
+        assert "There are now 1 accounts in memory" in (one.ca.folder / "pebble.log").read_text(encoding="utf-8")
+        assert "There are now 2 accounts" not in (one.ca.folder / "pebble.log").read_text(encoding="utf-8")
 
 
 async def test_what_a_failed_order_has_left_behind(tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ log = structlog.get_logger(__name__)
 PATIENCE_S = 80.0
 """The node's call ends after 90."""
 LEASE_S = 60.0
-_MOST_AT_ONCE = 8
+_MOST_AT_ONCE = 32
+"""Most of them wait, for name servers or the CA: those that wait in vain must not hold up the others."""
 _THREADS = 4
 _TICK_S = 5.0
 _FILES_ONLY = Secrets()
@@ -97,9 +98,9 @@ class AcmeIssuer:
         self._roots: tuple[bytes, ...] = ()
 
     @property
-    def settings(self) -> AcmeSettings:
-        """As given; ``while_pending`` is for the desk."""
-        return self._settings
+    def while_pending(self) -> str | None:
+        """The issuer that a pod starts with while its order is on its way; None where it waits."""
+        return self._settings.while_pending
 
     @property
     def roots(self) -> tuple[bytes, ...]:
