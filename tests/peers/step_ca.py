@@ -55,6 +55,9 @@ class RealStepCA:
     encrypted_key: str = ""
     jwk: dict[str, str] = field(default_factory=new_jwk)
     provisioner: str = PROVISIONER
+    listen: str = "127.0.0.1"
+    names: Sequence[str] = ("localhost",)
+    """What it is called by; the first leads to where it listens."""
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +71,7 @@ class RealStepCA:
 
     @property
     def url(self) -> str:
-        return f"https://localhost:{self.port}"
+        return f"https://{self.names[0]}:{self.port}"
 
     @property
     def root_sha256(self) -> str:
@@ -127,7 +130,7 @@ class RealStepCA:
     def _healthy(self) -> bool:
         context = ssl.create_default_context(cafile=str(self.root_file))
         try:
-            with urllib.request.urlopen(f"https://localhost:{self.port}/health", context=context, timeout=5) as answer:
+            with urllib.request.urlopen(f"{self.url}/health", context=context, timeout=5) as answer:
                 return bool(json.load(answer)["status"] == "ok")
         except OSError:
             return False
@@ -145,8 +148,8 @@ class RealStepCA:
             "federatedRoots": [str(path) for path in self.federated],
             "crt": str(self.folder / "intermediate_ca.crt"),
             "key": str(self.folder / "intermediate_ca.key"),
-            "address": f"127.0.0.1:{self.port}",
-            "dnsNames": ["localhost"],
+            "address": f"{self.listen}:{self.port}",
+            "dnsNames": list(self.names),
             "authority": {"provisioners": [provisioner, {"type": "ACME", "name": "acme"}]},
             "db": {"type": "badgerv2", "dataSource": str(self.folder / "db")},
         }
