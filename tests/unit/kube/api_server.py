@@ -13,6 +13,7 @@ from typing import Any
 from aiohttp import web
 
 from tests.unit.kube.collection import Collection
+from tests.unit.kube.csr_api import CSRApi
 
 ISSUER = "https://kubernetes.default.svc.cluster.local"
 JWKS = {"keys": [{"kty": "EC", "kid": "a", "alg": "ES256", "crv": "P-256", "x": "eA", "y": "eQ"}]}
@@ -34,6 +35,7 @@ class FakeApiServer:
             "/openid/v1/jwks": JWKS,
         }
         self.collections = {f"/api/v1/{name}": Collection() for name in ("pods", "services", "namespaces")}
+        self.csrs = CSRApi()
         self.events: dict[str, Json] = {}
         """By namespace and name."""
         self.denied: set[tuple[str, str, str]] = set()
@@ -86,6 +88,8 @@ class FakeApiServer:
             return web.Response(status=status, body=text, content_type="application/json", headers=self.fail_headers)
         if request.path in self.collections:
             return await self.collections[request.path].answer(request)
+        if request.path.startswith(CSRApi.path):
+            return await self.csrs.answer(request, body)
         if request.path.startswith("/apis/events.k8s.io/v1/"):
             return self._event_request(request, body or {})
         if request.path == "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews":

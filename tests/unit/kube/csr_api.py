@@ -1,0 +1,83 @@
+"""CertificateSigningRequests of the fake API server: what it stamps on, which part of an object a call may change, conflicts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from aiohttp import web
+
+from tests.unit.kube.collection import Collection
+
+Json = dict[str, Any]
+ACCOUNT = "system:serviceaccount:certmount:certmount-authority"
+
+
+class CSRApi:
+    """As the real one has them: created with a stamp, decided and answered by subresources, deleted by uid."""
+
+    path = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
+
+    def __init__(self) -> None:
+        self.collection = Collection()
+        self.conflicts = 0
+        """So many updates lose against someone else's first."""
+        self.made = 0
+
+    def object(self, name: str) -> Json:
+        """As it is now."""
+        found: Json = self.collection.objects[f"/{name}"]
+        return found
+
+    def change(self, name: str, **status: Any) -> None:
+        """Somebody else decides or signs."""
+        found = copy.deepcopy(self.object(name))
+        found["status"] = {**found.get("status", {}), **status}
+        self.collection.put(found)
+
+    async def answer(self, request: web.Request, body: Json | None) -> web.StreamResponse:
+        name, _, part = request.path.removeprefix(self.path).removeprefix("/").partition("/")
+        if not name and request.method == "GET":
+            return await self.collection.answer(request)
+        if not name and body is not None:
+            return web.json_response(self._create(body), status=201)
+        if f"/{name}" not in self.collection.objects:
+            return self._status(404, f'certificatesigningrequests.certificates.k8s.io "{name}" not found')
+        if request.method == "PUT" and body is not None:
+            return self._update(name, part, body)
+        if request.method == "DELETE":
+            return self._delete(name, body or {})
+        return web.json_response(self.object(name))
+
+    def _create(self, body: Json) -> Json:
+        self.made += 1
+        name = f"{body['metadata'].pop('generateName')}{self.made}"
+        metadata = {**body["metadata"], "name": name, "creationTimestamp": "2026-11-22T10:00:00Z"}
+        spec = {**body["spec"], "username": ACCOUNT, "extra": {}}
+        self.collection.put({**body, "metadata": metadata, "spec": spec, "status": {}})
+        return self.object(name)
+
+    def _update(self, name: str, part: str, body: Json) -> web.Response:
+        if self.conflicts:
+            self.conflicts -= 1
+            self.change(name)
+        now = copy.deepcopy(self.object(name))
+        if body["metadata"]["resourceVersion"] != now["metadata"]["resourceVersion"]:
+            return self._status(409, "the object has been modified")
+        conditions = body["status"].get("conditions", [])
+        if part == "approval":
+            now["status"]["conditions"] = conditions
+        else:
+            now["status"] = body["status"]
+        self.collection.put(now)
+        return web.json_response(self.object(name))
+
+    def _delete(self, name: str, body: Json) -> web.Response:
+        if body.get("preconditions", {}).get("uid") != self.object(name)["metadata"]["uid"]:
+            return self._status(409, "the UID in the precondition does not match")
+        self.collection.remove(f"/{name}")
+        return web.json_response({"kind": "Status", "status": "Success"})
+
+    @staticmethod
+    def _status(code: int, message: str) -> web.Response:
+        return web.json_response({"kind": "Status", "status": "Failure", "message": message, "code": code}, status=code)
