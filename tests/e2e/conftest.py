@@ -18,6 +18,7 @@ _ORDER = (
     "test_services",
     "test_access",
     "test_csr",
+    "test_autocert",
     "test_replicas",
     "test_revocation",
     "test_interruptions",
