@@ -6,6 +6,8 @@ import base64
 import json
 import os
 import ssl
+import subprocess
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +29,9 @@ from csi_driver._proto import authority_pb2, authority_pb2_grpc
 from csi_driver.authority.issuers.step_ca.certificate_check import ends_at
 from csi_driver.core.csr import build_csr, names_of
 from csi_driver.core.formats.pem import decode_certificates
-from csi_driver.core.keys import PrivateKey, generate_key, public_bytes
+from csi_driver.core.keys import PrivateKey, generate_key, load_key, public_bytes
 from csi_driver.core.names import URI, DNSName, Names
+from csi_driver.core.secret import Secret
 from csi_driver.core.spec import KeyType
 from tests.e2e import authority, host
 from tests.e2e.kubectl import CERTMOUNT, apply, find, get, kubectl, make_namespace, roll_out, wait_for, wait_until
@@ -317,10 +320,21 @@ DENIED: dict[str, tuple[Callable[[], Request], str, str]] = {
 }
 
 
+AT_THE_DOOR = {"a signature of something else"}
+
+
 @pytest.mark.timeout(180)
 def test_whatever_is_wrong_with_a_pods_request_is_denied_with_its_reason() -> None:
     """Each check violated once; the reason can be read where people look."""
-    made = {what: by_pod(make()) for what, (make, _, _) in DENIED.items()}
+    made: dict[str, str] = {}
+    turned_away: dict[str, str] = {}
+    for what, (make, _, _) in DENIED.items():
+        try:
+            made[what] = by_pod(make())
+        except urllib.error.HTTPError as refusal:
+            turned_away[what] = refusal.read().decode()
+    # What the API server itself won't keep; the checks are there for one that does.
+    assert set(turned_away) == AT_THE_DOOR, turned_away
     for what, name in made.items():
         _, reason, text = DENIED[what]
         csr = finished(name)
@@ -409,6 +423,48 @@ def test_the_next_replica_goes_on_at_once() -> None:
         seconds=45,
         what="another replica holds the lease",
     )
+
+
+def _shown(mark: str) -> str:
+    """The commands of docs/kubernetes-csr.md that stand below a mark."""
+    return DOCS.read_text().split(f"<!-- {mark} -->\n```\n")[1].split("```")[0]
+
+
+def test_the_script_of_the_documents(tmp_path: Path) -> None:
+    """As a reader runs it in the pod: with the pod's own token, for the name of its Service, which needs no rule."""
+    hello = Pod("default", "hello")
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "hello", "namespace": "default"},
+        "spec": {"selector": {"app": "hello"}, "ports": [{"port": 443}]},
+    }
+    apply(service, manifest(hello, {}, labels={"app": "hello"}))
+    wait_for("Ready", "pod/hello", namespace="default")
+    subprocess.run(["bash", "-euc", _shown("requester")], check=True, timeout=30)
+    token = kubectl("create", "token", "default", "--bound-object-kind=Pod", "--bound-object-name=hello").strip()
+    cluster_ca = Path(os.environ["LOCALKUBE_RUN"]) / "pki" / "ca.crt"
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [
+            {"name": "c", "cluster": {"server": "https://127.0.0.1:6443", "certificate-authority": str(cluster_ca)}}
+        ],
+        "users": [{"name": "u", "user": {"token": token}}],
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+        "current-context": "x",
+    }
+    (tmp_path / "config").write_text(json.dumps(config))
+    environment = {**os.environ, "KUBECONFIG": str(tmp_path / "config")}
+    try:
+        subprocess.run(["bash", "-euc", _shown("script")], cwd=tmp_path, env=environment, check=True, timeout=90)
+        leaf, *_ = decode_certificates((tmp_path / "site.crt").read_bytes())
+        assert names_of(leaf.extensions) == names("hello.default.svc", "spiffe://cluster.local/ns/default/sa/default")
+        key = load_key(Secret((tmp_path / "site.key").read_bytes()))
+        assert public_bytes(key.public_key()) == public_bytes(leaf.public_key())  # type: ignore[arg-type]  # an EC key
+    finally:
+        kubectl("delete", "clusterrolebinding,clusterrole", "certmount-requester")
+        kubectl("delete", "pod,service", "hello", "-n", "default", "--wait=false")
 
 
 ISSUERS = """

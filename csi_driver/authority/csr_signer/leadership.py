@@ -17,8 +17,9 @@ from csi_driver.core.lease import Lease
 log = structlog.get_logger(__name__)
 
 LEASE_S = 30
-"""So long is the work undone at most after a replica has died; one that stops hands over at once."""
+"""After a replica has died the work is undone for so long, and two looks; one that stops hands over at once."""
 _RENEW_S = 10.0
+_LOOK_S = 5.0
 _GIVE_UP_S = 20.0
 """Without a renewal for so long, the work ends: ten seconds before another replica may take the lease."""
 _RETRY_S = 2.0
@@ -51,7 +52,7 @@ class Leadership:
                 log.info("this replica looks after certificate signing requests", holder=self._holder)
                 await self._lead(work)
                 log.warning("another replica may look after certificate signing requests now")
-            await self._sleep(_RENEW_S)
+            await self._sleep(_LOOK_S)
 
     async def _lead(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         working = asyncio.create_task(work(), name="certificate signing requests")
