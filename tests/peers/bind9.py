@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import hashlib
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import dns.asyncquery
 import dns.message
@@ -25,7 +27,7 @@ _ZONE = """\
 $TTL 60
 @ IN SOA ns hostmaster 1 3600 600 86400 1
 @ IN NS ns
-ns IN A 127.0.0.1
+ns IN A {public}
 @ IN A 127.0.0.1
 * IN A 127.0.0.1
 {records}
@@ -64,6 +66,8 @@ class Bind9:
     """The port of a secondary that is told of changes."""
     primary: int | None = None
     """For a secondary: the port of its primary."""
+    public: str | None = None
+    """Where its NS records lead, instead of 127.0.0.1: a loopback address, for :func:`fronted`."""
     recursive: bool = False
     """That it follows a CNAME from one of its zones into another, as a CA's resolver does."""
 
@@ -86,7 +90,7 @@ class Bind9:
         for zone, records in self.zones.items():
             file = self.folder / f"{zone}.db"
             if not file.exists() and self.primary is None:
-                file.write_text(_ZONE.format(records=records), encoding="ascii")
+                file.write_text(_ZONE.format(records=records, public=self.public or LOOPBACK), encoding="ascii")
         log = self.folder / "named.log"
         log.touch()
         starts = _starts(log)
@@ -135,7 +139,40 @@ def bind9(
     """A server to be run; KEY may change all zones where not said otherwise."""
     folder.mkdir(parents=True, exist_ok=True)
     changed = frozenset(zones) if granted is None else granted
-    return Bind9(folder, free_port(), zones, changed, key, follower, primary, recursive)
+    return Bind9(folder, free_port(), zones, changed, key, follower, primary, recursive=recursive)
+
+
+class _Front(asyncio.DatagramProtocol):
+    """Hands questions on, and answers back."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._transport: asyncio.DatagramTransport | None = None
+        self._asking: set[asyncio.Task[None]] = set()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.DatagramTransport", transport)
+
+    def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+        task = asyncio.get_running_loop().create_task(self._ask(data, addr))
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+
+    async def _ask(self, question: bytes, addr: tuple[str, int]) -> None:
+        answer = await dns.asyncquery.udp(dns.message.from_wire(question), LOOPBACK, 5, self._port)
+        assert self._transport is not None
+        self._transport.sendto(answer.to_wire(), addr)
+
+
+@contextlib.asynccontextmanager
+async def fronted(server: Bind9) -> AsyncIterator[None]:
+    """The server, also at port 53 of its public address, which needs root: bind9 itself takes addresses of interfaces only."""
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.create_datagram_endpoint(lambda: _Front(server.port), (server.public or LOOPBACK, 53))
+    try:
+        yield
+    finally:
+        transport.close()
 
 
 def key_source(folder: Path, key: TsigKey) -> FileSource:

@@ -19,7 +19,7 @@ from csi_driver.core.bundle import parse_certificates
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
 from tests.peers.acme import ZONE, Site, at_work, dns_names, dns_settings, order_for, patiently, site
-from tests.peers.bind9 import KEY, bind9, key_source
+from tests.peers.bind9 import KEY, bind9, fronted, key_source
 from tests.peers.processes import LOOPBACK
 from tests.support.waiting import until
 
@@ -28,11 +28,11 @@ pytestmark = pytest.mark.peers("pebble", "named", "openssl")
 CHALLENGE = "_acme-challenge.example.test"
 
 
-async def _refused(one: Site, *names: str, **changes: object) -> CertmountError:
-    """What a pod is told that gets no certificate; the issuer is asked for two seconds."""
+async def _refused(one: Site, *names: str, patience_s: float = 2, **changes: object) -> CertmountError:
+    """What a pod is told that gets no certificate; the issuer is asked for as long."""
     assert one.settings.dns01 is not None
     settings = replace(one.settings, dns01=replace(one.settings.dns01, **changes))  # type: ignore[arg-type]  # names of fields, as given
-    issuer = one.issuer(settings, patience_s=2)
+    issuer = one.issuer(settings, patience_s=patience_s)
     async with at_work(issuer):
         with pytest.raises(CertmountError) as refusal:
             await issuer.issue(order_for(*names))
@@ -191,6 +191,19 @@ async def test_every_authoritative_server_is_asked(tmp_path: Path) -> None:
                 issued = await asking
         assert dns_names(issued.chain) == {"shop.example.test"}
         assert one.ca.validations == 1
+
+
+@pytest.mark.root
+async def test_the_servers_of_the_zone_are_found(tmp_path: Path) -> None:
+    """Without a list of them, those are asked that the zone's NS records name, at port 53; one that is not there is waited for in vain."""
+    public = replace(bind9(tmp_path / "dns", {ZONE: ""}), public="127.53.11.1")
+    async with site(tmp_path, public) as one:
+        async with fronted(public):
+            issuer = one.issuer(replace(one.settings, dns01=dns_settings(public, nameservers=())))
+            async with at_work(issuer):
+                assert dns_names((await issuer.issue(order_for("shop.example.test"))).chain) == {"shop.example.test"}
+        error = await _refused(one, "away.example.test", nameservers=(), patience=timedelta(seconds=1), patience_s=12)
+        assert "DNS server ns.example.test (127.53.11.1): " in str(error)
 
 
 async def test_patience_with_servers_ends(tmp_path: Path) -> None:
