@@ -22,8 +22,8 @@ from csi_driver.core.formats.pem import (
     render_files,
 )
 from csi_driver.core.keys import PrivateKey, load_key
-from csi_driver.core.names import Names
 from csi_driver.core.secret import Secret
+from csi_driver.core.spec import DEFAULT_ISSUER, CertificateSpec
 from csi_driver.host.generations import VolumeFile, read_generation, write_generation
 from csi_driver.node.request import Pod
 
@@ -67,12 +67,33 @@ def replace_roots(files_dir: Path, roots: Sequence[bytes], readers: Readers, now
     return True
 
 
-def read_certificate(files_dir: Path, names: Names, pod: Pod, now: float) -> Bundle:
+def read_certificate(files_dir: Path, spec: CertificateSpec, pod: Pod, now: float) -> Bundle:
     """Reads the present generation and judges it as if the authority had just sent it.
 
     Raises:
         CertmountError: AnswerInvalid where it is not a certificate that fits; or the volume can't be read.
     """
+    key, chain, roots = _read(files_dir)
+    # The issuer's roots come first, before those of federations.
+    return check_answer(
+        chain, roots[:_MOST_ROOTS], expected_of(key, spec, pod, spec.issuer), datetime.fromtimestamp(now, UTC)
+    )
+
+
+def read_pair(files_dir: Path) -> tuple[PrivateKey, list[bytes]]:
+    """Reads the present key and chain (X.509 DER), unchecked; raises CertmountError as :func:`read_certificate`."""
+    key, chain, _ = _read(files_dir)
+    return key, chain
+
+
+def expected_of(key: PrivateKey, spec: CertificateSpec, pod: Pod, signer: str) -> Expected:
+    """What a certificate for a pod's volume must fit that ``signer`` has issued."""
+    # Which names an issuer outside can sign is the authority's to know; that it signs no others is checked in any case.
+    outside = signer != DEFAULT_ISSUER
+    return Expected(key.public_key(), spec.names, pod.namespace, pod.service_account, identity_optional=outside)
+
+
+def _read(files_dir: Path) -> tuple[PrivateKey, list[bytes], list[bytes]]:
     files = read_generation(files_dir)
     try:
         key = load_key(Secret(files[KEY]))
@@ -84,9 +105,7 @@ def read_certificate(files_dir: Path, names: Names, pod: Pod, now: float) -> Bun
         raise CertmountError(
             Reason.ANSWER_INVALID, Fault("volume", "its files are not a key, a chain and roots")
         ) from None
-    expected = Expected(key.public_key(), names, pod.namespace, pod.service_account)
-    # The issuer's roots come first, before those of federations.
-    return check_answer(chain, roots[:_MOST_ROOTS], expected, datetime.fromtimestamp(now, UTC))
+    return key, chain, roots
 
 
 def _parsed(ders: Sequence[bytes]) -> list[x509.Certificate]:

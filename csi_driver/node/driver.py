@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 
 from csi_driver.host.volumes import VolumeStore
@@ -13,11 +14,14 @@ from csi_driver.node.conditions import Conditions
 from csi_driver.node.enrolment import Enrolment
 from csi_driver.node.first_calls import FirstCalls
 from csi_driver.node.lanes import Lanes
+from csi_driver.node.live_certificates import LiveCertificates
+from csi_driver.node.pending import Pending
 from csi_driver.node.publisher import Publisher
 from csi_driver.node.removal import Removal
 from csi_driver.node.renewals import Renewals
 from csi_driver.node.reports import Reports
 from csi_driver.node.roots import Roots
+from csi_driver.node.shared import Shared
 from csi_driver.node.trust import follow_trust
 from csi_driver.node.volume import Volumes
 from csi_driver.telemetry.node_metrics import NodeMetrics
@@ -45,12 +49,23 @@ class Driver:
         self._removal = Removal(store, volumes, clock, chance)
         self._roots = Roots(store, volumes, self._removal, metrics, clock, chance)
         metrics.count_waiting(self._lanes.backlog)
+        live = LiveCertificates(store, volumes, lambda: self._roots.known, clock)
+        self._shared = Shared(live, lambda: self._roots.known, clock)
+        enrolment = partial(
+            Enrolment,
+            keys=keys,
+            clock=clock,
+            chance=chance,
+            pending=Pending(clock),
+            shared=self._shared,
+            orders=live,
+        )
         self._reports = Reports(client, chance)
         self._conditions = Conditions(volumes, self._removal, self._lanes, self._reports, clock)
         self._renewals = Renewals(
             store,
             volumes,
-            Enrolment(paced, keys, clock, chance),
+            enrolment(paced),
             self._roots,
             self._removal,
             self._lanes,
@@ -63,7 +78,7 @@ class Driver:
             kubelet_dir,
             store,
             volumes,
-            Enrolment(self._first_calls, keys, clock, chance),
+            enrolment(self._first_calls),
             self._roots,
             self._renewals,
             self._removal,
@@ -84,5 +99,6 @@ class Driver:
             tasks.create_task(follow_trust(self._client, self._take, self._roots, self._chance), name="trust")
 
     def _take(self, bundle: TrustBundle) -> None:
+        self._shared.streamed(bundle.sharing)
         self._roots.streamed(bundle.sets)
         self._renewals.policy_is(bundle.policy)

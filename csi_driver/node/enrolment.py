@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Protocol
 
-from csi_driver.core.bundle import Bundle, Expected, check_answer, parse_certificates
+from csi_driver.core.bundle import check_answer, parse_certificates
 from csi_driver.core.csr import build_csr
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.keys import PrivateKey, generate_key
 from csi_driver.core.names import Names
 from csi_driver.core.renewal import plan_renewal
 from csi_driver.core.secret import Secret
-from csi_driver.core.spec import CertificateSpec, KeyType
+from csi_driver.core.spec import DEFAULT_ISSUER, CertificateSpec, KeyType
 from csi_driver.core.trust import RootSet
 from csi_driver.node.authority_client import Answer
+from csi_driver.node.contents import expected_of
+from csi_driver.node.enrolled import Enrolled, Wanted
 from csi_driver.node.known_roots import trusted_names
+from csi_driver.node.pending import Pending, Prepared
 from csi_driver.node.request import Pod, PodToken
+from csi_driver.node.shared import Shared
 from csi_driver.node.workers import in_thread
 
 
@@ -30,42 +35,83 @@ class Authority(Protocol):
         """As :meth:`csi_driver.node.authority_client.AuthorityClient.issue`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Enrolled:
-    """A new key with a certificate that fits, and the sets that came with it for the pod to trust; times in unix seconds."""
+class Orders(Protocol):
+    """Whoever finds keys of orders that are on their way since before the driver's start."""
 
-    key: PrivateKey
-    bundle: Bundle
-    trust: Mapping[str, RootSet]
-    issued_at: float
-    renew_at: float
-    not_after: float
+    async def key_on_its_way(self, wanted: Wanted) -> PrivateKey | None:
+        """As :meth:`csi_driver.node.live_certificates.LiveCertificates.key_on_its_way`."""
 
 
 class Enrolment:
     """Obtains certificates. ``clock`` gives unix seconds, ``chance`` numbers from 0 to 1, ``keys`` the threads that make keys."""
 
     def __init__(
-        self, authority: Authority, keys: Executor, clock: Callable[[], float], chance: Callable[[], float]
+        self,
+        authority: Authority,
+        keys: Executor,
+        clock: Callable[[], float],
+        chance: Callable[[], float],
+        *,
+        pending: Pending,
+        shared: Shared,
+        orders: Orders,
     ) -> None:
         self._authority = authority
         self._keys = keys
         self._clock = clock
         self._chance = chance
+        self._pending = pending
+        self._shared = shared
+        self._orders = orders
 
-    async def obtain(self, pod: Pod, spec: CertificateSpec, token: PodToken | None, late_s: float) -> Enrolled:
-        """Makes a key and has it certified; ``late_s`` as for :func:`csi_driver.core.renewal.plan_renewal`.
+    async def obtain(
+        self, volume_id: str, pod: Pod, spec: CertificateSpec, token: PodToken | None, late_s: float
+    ) -> Enrolled:
+        """A key and its certificate, for this volume alone or shared; ``late_s`` as for :func:`csi_driver.core.renewal.plan_renewal`.
 
         Raises:
-            CertmountError: TokenMissing, TokenExpired, AnswerInvalid, or the authority's own reason.
+            CertmountError: TokenMissing, TokenExpired, AnswerInvalid, or the authority's own reason. After one that is
+                worth another try, the next one is made with the same key and CSR.
         """
         usable = self._check_token(token)
-        key, csr = await in_thread(self._keys, _prepare, spec.key_type, spec.names)
-        answer = await self._authority.issue(csr, usable.text, spec)
+        if not await self._shared.has(spec.issuer):
+            return await self._ask(Wanted.of(pod, spec, volume_id), pod, spec, usable, late_s)
+        wanted = Wanted.of(pod, spec)
+        ask = partial(self._ask, wanted, pod, spec, usable, late_s)
+        return await self._shared.obtain(wanted, spec, ask, first=math.isinf(late_s))
+
+    async def _ask(self, wanted: Wanted, pod: Pod, spec: CertificateSpec, token: PodToken, late_s: float) -> Enrolled:
+        prepared = await self._prepared(wanted, spec)
+        # Before the question: a kubelet that loses its patience cancels the call, and the order goes on all the same.
+        self._pending.keep(wanted, prepared)
+        try:
+            answer = await self._authority.issue(prepared.csr, token.text, spec)
+            enrolled = self._judged(answer, prepared.key, pod, spec, late_s)
+        except CertmountError as error:
+            # An answer that does not fit would not fit another key better, and that would be another order.
+            if not error.retryable:
+                self._pending.drop(wanted)
+            raise
+        if not enrolled.provisional:
+            self._pending.drop(wanted)
+        return enrolled
+
+    async def _prepared(self, wanted: Wanted, spec: CertificateSpec) -> Prepared:
+        if (found := self._pending.find(wanted)) is not None:
+            return found
+        key = await self._orders.key_on_its_way(wanted)
+        return await in_thread(self._keys, _prepare, key, spec.key_type, spec.names)
+
+    def _judged(self, answer: Answer, key: PrivateKey, pod: Pod, spec: CertificateSpec, late_s: float) -> Enrolled:
         now = self._clock()
-        expected = Expected(key.public_key(), spec.names, pod.namespace, pod.service_account)
-        trust = _trust(answer, spec)
-        bundle = check_answer(answer.chain, trust[spec.issuer].roots, expected, datetime.fromtimestamp(now, UTC))
+        signer = DEFAULT_ISSUER if answer.provisional else spec.issuer
+        trust = _trust(answer, trusted_names(spec, provisional=answer.provisional))
+        bundle = check_answer(
+            answer.chain,
+            trust[signer].roots,
+            expected_of(key, spec, pod, signer),
+            datetime.fromtimestamp(now, UTC),
+        )
         not_after = bundle.leaf.not_valid_after_utc.timestamp()
         renew_at = plan_renewal(
             issued_at=now,
@@ -75,7 +121,7 @@ class Enrolment:
             chance=self._chance(),
             late_s=late_s,
         )
-        return Enrolled(key, bundle, trust, now, renew_at, not_after)
+        return Enrolled(key, bundle, trust, now, renew_at, not_after, answer.provisional)
 
     def _check_token(self, token: PodToken | None) -> PodToken:
         if token is None:
@@ -87,17 +133,17 @@ class Enrolment:
         return token
 
 
-def _trust(answer: Answer, spec: CertificateSpec) -> Mapping[str, RootSet]:
-    """The sets that the volume is to trust, of which each one that was asked for must have come."""
-    if missing := [name for name in trusted_names(spec) if name not in answer.trust]:
+def _trust(answer: Answer, names: Sequence[str]) -> Mapping[str, RootSet]:
+    """The sets that the volume is to trust, of which each one must have come."""
+    if missing := [name for name in names if name not in answer.trust]:
         fault = Fault("certificate from the authority", f"came without the roots of {', '.join(missing)}")
         raise CertmountError(Reason.ANSWER_INVALID, fault)
-    trust = {name: answer.trust[name] for name in trusted_names(spec)}
+    trust = {name: answer.trust[name] for name in names}
     for name, roots in trust.items():
         parse_certificates(roots.roots, f"roots of {name}")
     return trust
 
 
-def _prepare(key_type: KeyType, names: Names) -> tuple[PrivateKey, bytes]:
-    key = generate_key(key_type)
-    return key, build_csr(key, names)
+def _prepare(key: PrivateKey | None, key_type: KeyType, names: Names) -> Prepared:
+    key = key or generate_key(key_type)
+    return Prepared(key, build_csr(key, names))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from csi_driver.core.spec import CertificateSpec
+from csi_driver.core.spec import DEFAULT_ISSUER, CertificateSpec
 from csi_driver.core.trust import RootSet, newer
 
 
@@ -52,6 +52,6 @@ class KnownRoots:
         return found if self._complete or len(found) == len(names) else {}
 
 
-def trusted_names(spec: CertificateSpec) -> tuple[str, ...]:
-    """The sets that a volume trusts by name: that of its issuer first."""
-    return tuple(dict.fromkeys((spec.issuer, *spec.federations)))
+def trusted_names(spec: CertificateSpec, *, provisional: bool = False) -> tuple[str, ...]:
+    """The sets that a volume trusts by name: that of its issuer first. With a certificate that stands in, the internal CA's, too."""
+    return tuple(dict.fromkeys((spec.issuer, *spec.federations, *((DEFAULT_ISSUER,) if provisional else ()))))

@@ -16,8 +16,8 @@ from csi_driver.core.trust import union
 from csi_driver.host.targets import check_target, may_be_target
 from csi_driver.host.volumes import Usage, VolumeStore
 from csi_driver.node.contents import read_certificate, write_certificate
-from csi_driver.node.enrolment import Enrolled, Enrolment
-from csi_driver.node.known_roots import trusted_names
+from csi_driver.node.enrolled import Enrolled
+from csi_driver.node.enrolment import Enrolment
 from csi_driver.node.removal import Removal
 from csi_driver.node.renewals import Renewals
 from csi_driver.node.request import PublishRequest
@@ -133,15 +133,28 @@ class Publisher:
     async def _publish_first(self, request: PublishRequest) -> None:
         spec = parse_attributes(request.attributes)
         target = check_target(self._kubelet_dir, request.target, request.pod.uid)
-        enrolled = await self._enrolment.obtain(request.pod, spec, request.token, late_s=math.inf)
-        record = new_record(request, str(target), enrolled.issued_at, enrolled.renew_at, enrolled.not_after)
+        enrolled = await self._enrolment.obtain(request.volume_id, request.pod, spec, request.token, late_s=math.inf)
+        record = new_record(
+            request,
+            str(target),
+            enrolled.issued_at,
+            enrolled.renew_at,
+            enrolled.not_after,
+            provisional=enrolled.provisional,
+        )
         volume = Volume(record, spec, request.token)
-        volume.trusts = self._roots.answered(volume, enrolled.trust)
+        volume.trusts = self._roots.answered(volume.trusted, enrolled.trust)
         await in_thread(None, self._materialise, volume, target, enrolled)
         self._volumes.keep(volume)
         self._renewals.keep(volume)
         await self._roots.catch_up(volume)
-        log.info("published", names=str(spec.names), not_after=enrolled.not_after, renew_at=enrolled.renew_at)
+        log.info(
+            "published",
+            names=str(spec.names),
+            not_after=enrolled.not_after,
+            renew_at=enrolled.renew_at,
+            provisional=enrolled.provisional,
+        )
 
     def _materialise(self, volume: Volume, target: Path, enrolled: Enrolled) -> None:
         """Everything of one publish that touches the host; undone as a whole where a part of it fails."""
@@ -149,7 +162,7 @@ class Publisher:
         try:
             self._store.create(volume_id)
             files_dir = self._store.files_dir(volume_id)
-            roots = union(volume.trusts, trusted_names(volume.spec))
+            roots = union(volume.trusts, volume.trusted)
             write_certificate(files_dir, enrolled.key, enrolled.bundle.chain, roots, volume.readers, enrolled.issued_at)
             self._store.write_record(volume.record)
             self._store.bind(volume_id, target)
@@ -179,7 +192,7 @@ class Publisher:
         spec, now = parse_attributes(request.attributes), self._clock()
         try:
             files_dir = self._store.files_dir(request.volume_id)
-            bundle = await in_thread(None, read_certificate, files_dir, spec.names, request.pod, now)
+            bundle = await in_thread(None, read_certificate, files_dir, spec, request.pod, now)
         except CertmountError as error:
             log.warning("adopted volume is renewed at once", reason=error.reason.word, error=str(error))
             record = new_record(request, request.target, now, now, now)

@@ -13,7 +13,8 @@ from csi_driver.core.trust import union
 from csi_driver.host.volumes import VolumeStore
 from csi_driver.node.conditions import Conditions
 from csi_driver.node.contents import write_certificate
-from csi_driver.node.enrolment import Enrolled, Enrolment
+from csi_driver.node.enrolled import Enrolled
+from csi_driver.node.enrolment import Enrolment
 from csi_driver.node.known_roots import trusted_names
 from csi_driver.node.lanes import Lanes
 from csi_driver.node.removal import Removal
@@ -110,7 +111,8 @@ class Renewals:
             if await self._removal.drop_if_gone(volume):
                 return
             late_s = max(self._clock() - volume.record.renew_at, 0.0)
-            enrolled = await self._enrolment.obtain(volume.pod, volume.spec, volume.token, late_s)
+            volume_id, pod = volume.record.volume_id, volume.pod
+            enrolled = await self._enrolment.obtain(volume_id, pod, volume.spec, volume.token, late_s)
             async with self._volumes.lock(volume.record.volume_id):
                 if self._volumes.has(volume):
                     await self._write(volume, enrolled)
@@ -121,17 +123,25 @@ class Renewals:
             self._failed(volume, CertmountError(Reason.INTERNAL, defect))
 
     async def _write(self, volume: Volume, enrolled: Enrolled) -> None:
+        if enrolled.provisional and volume.stands_in_well(self._clock()):
+            await self._ask_again(volume, enrolled.renew_at)
+            return
         record = replace(
-            volume.record, issued_at=enrolled.issued_at, renew_at=enrolled.renew_at, not_after=enrolled.not_after
+            volume.record,
+            issued_at=enrolled.issued_at,
+            renew_at=enrolled.renew_at,
+            not_after=enrolled.not_after,
+            provisional=enrolled.provisional,
         )
-        trusts = self._roots.answered(volume, enrolled.trust)
+        trusted = trusted_names(volume.spec, provisional=enrolled.provisional)
+        trusts = self._roots.answered(trusted, enrolled.trust)
         await in_thread(
             None,
             write_certificate,
             self._store.files_dir(record.volume_id),
             enrolled.key,
             enrolled.bundle.chain,
-            union(trusts, trusted_names(volume.spec)),
+            union(trusts, trusted),
             volume.readers,
             enrolled.issued_at,
         )
@@ -142,7 +152,14 @@ class Renewals:
         self._metrics.renewed()
         await self._roots.catch_up(volume)
         await in_thread(None, self._store.write_record, record)
-        log.info("renewed", not_after=enrolled.not_after, renew_at=enrolled.renew_at)
+        log.info("renewed", not_after=enrolled.not_after, renew_at=enrolled.renew_at, provisional=enrolled.provisional)
+
+    async def _ask_again(self, volume: Volume, when: float) -> None:
+        """The certificate that was asked for is not there yet, and the one that stands in need not be another."""
+        volume.record = replace(volume.record, renew_at=when)
+        volume.failure, volume.attempt, volume.dropped = None, 0, False
+        self.keep(volume)
+        await in_thread(None, self._store.write_record, volume.record)
 
     def _schedule(self, volume: Volume, when: float) -> None:
         self._lanes.schedule(volume.record.volume_id, volume.spec.issuer, when, volume.record.not_after)

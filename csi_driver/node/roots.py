@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import structlog
 
@@ -13,7 +13,7 @@ from csi_driver.core.renewal import retry_delay_s
 from csi_driver.core.trust import RootSet, union
 from csi_driver.host.volumes import VolumeStore
 from csi_driver.node.contents import replace_roots
-from csi_driver.node.known_roots import KnownRoots, trusted_names
+from csi_driver.node.known_roots import KnownRoots
 from csi_driver.node.removal import Removal
 from csi_driver.node.rotation import Rotation
 from csi_driver.node.volume import Volume, Volumes
@@ -66,13 +66,20 @@ class Roots:
         self._known.streamed(sets)
         self._spread()
 
-    def answered(self, volume: Volume, sets: Mapping[str, RootSet]) -> Mapping[str, RootSet]:
-        """Takes the sets that came with a volume's certificate; gives those that it is to hold now."""
+    @property
+    def known(self) -> Mapping[str, RootSet]:
+        """The newest state of each set."""
+        return self._known.sets
+
+    def answered(self, names: Sequence[str], sets: Mapping[str, RootSet]) -> Mapping[str, RootSet]:
+        """Takes the sets that came with the certificate of a volume that trusts these; gives those that it is to hold now."""
         before = self._known.sets
         self._known.answered(sets)
         if self._known.sets != before:
             self._spread()
-        return self._known.of(trusted_names(volume.spec)) or sets
+        found = self._known.of(names)
+        # An issuer's own set may be unknown to the replica that streams; the certificate is no good without it.
+        return {**({names[0]: sets[names[0]]} if found else sets), **found}
 
     def take_up(self, volume: Volume) -> None:
         """Has the roots of a volume that an earlier process left looked at, and written if they are behind."""
@@ -98,7 +105,7 @@ class Roots:
             return {}
         known, missing = self._known.sets, set()
         for volume in self._volumes:
-            for name in trusted_names(volume.spec):
+            for name in volume.trusted:
                 if name in known and (
                     name not in volume.trusts or volume.trusts[name].generation < known[name].generation
                 ):
@@ -118,8 +125,15 @@ class Roots:
         self._moved.set()
 
     def _behind(self, volume: Volume) -> bool:
-        wanted = self._known.of(trusted_names(volume.spec))
+        wanted = self._wanted(volume)
         return bool(wanted) and wanted != volume.trusts
+
+    def _wanted(self, volume: Volume) -> Mapping[str, RootSet]:
+        """What a volume is to hold; nothing where that can't be said. A set of its own issuer that is gone stays: its chain ends there."""
+        found, own = self._known.of(volume.trusted), volume.spec.issuer
+        if own in found:
+            return found
+        return {own: volume.trusts[own], **found} if found and own in volume.trusts else {}
 
     async def _bring(self, volume_id: str) -> None:
         volume = self._volumes.get(volume_id)
@@ -146,8 +160,8 @@ class Roots:
                 self.writing.schedule(volume.record.volume_id, self._clock())
 
     async def _write_known(self, volume: Volume) -> None:
-        volume_id, names = volume.record.volume_id, trusted_names(volume.spec)
-        sets = self._known.of(names)
+        volume_id, names = volume.record.volume_id, volume.trusted
+        sets = self._wanted(volume)
         if self._store.has_files(volume_id):
             files_dir, roots = self._store.files_dir(volume_id), union(sets, names)
             if await in_thread(None, replace_roots, files_dir, roots, volume.readers, self._clock()):

@@ -12,6 +12,7 @@ from csi_driver.core.spec import CertificateSpec
 from csi_driver.core.trust import RootSet
 from csi_driver.host.volumes import VolumeRecord
 from csi_driver.node.contents import Readers
+from csi_driver.node.known_roots import trusted_names
 from csi_driver.node.request import Pod, PodToken, PublishRequest
 
 
@@ -41,6 +42,11 @@ class Volume:
         return Pod(record.pod_namespace, record.pod_name, record.pod_uid, record.service_account)
 
     @property
+    def trusted(self) -> tuple[str, ...]:
+        """The sets that it trusts by name: that of its issuer first."""
+        return trusted_names(self.spec, provisional=self.record.provisional)
+
+    @property
     def readers(self) -> Readers:
         """Who may read its key; the volume's own attribute wins over the pod's fsGroup."""
         return Readers(self.record.mount_group if self.spec.fs_group is None else self.spec.fs_group)
@@ -49,6 +55,10 @@ class Volume:
     def overdue_at(self) -> float:
         """When half of what was left of the life at the moment of renewal is gone (unix seconds)."""
         return (self.record.renew_at + self.record.not_after) / 2
+
+    def stands_in_well(self, now: float) -> bool:
+        """True while it holds a certificate that stands in, of which half of the life is left: applications read each new one."""
+        return self.record.provisional and now < (self.record.issued_at + self.record.not_after) / 2
 
     def trouble(self, now: float, away: CertmountError | None = None) -> tuple[str, str] | None:
         """What is wrong with the certificate at a moment (unix seconds): a CamelCase reason and a text for people; None when it is well.
@@ -105,7 +115,13 @@ class Volumes:
 
 
 def new_record(
-    request: PublishRequest, target: str, issued_at: float, renew_at: float, not_after: float
+    request: PublishRequest,
+    target: str,
+    issued_at: float,
+    renew_at: float,
+    not_after: float,
+    *,
+    provisional: bool = False,
 ) -> VolumeRecord:
     return VolumeRecord(
         volume_id=request.volume_id,
@@ -119,4 +135,5 @@ def new_record(
         issued_at=issued_at,
         renew_at=renew_at,
         not_after=not_after,
+        provisional=provisional,
     )

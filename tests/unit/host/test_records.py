@@ -28,6 +28,7 @@ records = st.builds(
     issued_at=seconds,
     renew_at=seconds,
     not_after=seconds,
+    provisional=st.booleans(),
 )
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | text,
@@ -66,12 +67,12 @@ def test_one_field_of_another_type_is_refused_by_name(name: str, value: object) 
     except ValueError as error:
         assert str(error).startswith(f"{name}: ")
     else:
-        assert json.loads(read.to_json())[name] == value
+        assert json.loads(read.to_json()).get(name, False) == value
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", [name for name in FIELDS if name != "provisional"])
 def test_a_missing_field_is_named(name: str) -> None:
-    """No field has a default when it is read."""
+    """No field has a default when it is read, but one that earlier drivers have not written."""
     changed = json.loads(record().to_json())
     del changed[name]
     with pytest.raises(ValueError, match=f"^{name}: is missing"):

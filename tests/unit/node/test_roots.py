@@ -78,7 +78,7 @@ def test_before_the_stream_a_volume_that_trusts_more_is_not_passed_over() -> Non
     roots, one, two = _roots(volumes), _volume("one"), _volume("two", "partner")
     volumes.keep(one)
     volumes.keep(two)
-    one.trusts = roots.answered(one, _sets(internal=3))
+    one.trusts = roots.answered(one.trusted, _sets(internal=3))
     assert roots.held() == {}
 
 
