@@ -110,7 +110,7 @@ class _Reader:
             return ()
         items = [item.strip(" ") for item in text.split(",")]
         if len(items) > most:
-            self.fault(key, f"{len(items)} {what}", f"at most are {most}")
+            self.fault(key, f"{len(items)} {what}", f"at most {most}")
             return ()
         parsed = [self._parsed(key, item, parse) for item in items]
         return tuple(item for item in parsed if item is not None)

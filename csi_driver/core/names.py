@@ -159,7 +159,7 @@ class EmailAddress:
                 "is not an e-mail address of the form name@domain in plain ASCII, without quotes, %, ! or *"
             )
         if len(local) > _MAX_LOCAL_PART:
-            raise NameProblem(f"has {len(local)} characters before the @; at most are {_MAX_LOCAL_PART}")
+            raise NameProblem(f"has {len(local)} characters before the @; at most {_MAX_LOCAL_PART}")
         try:
             host = DNSName.parse(domain)
         except NameProblem as problem:

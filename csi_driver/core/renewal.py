@@ -65,7 +65,8 @@ def probe_delay_s(*, attempt: float, left_s: float, chance: float) -> float:
     to ten: nodes that can wait leave the first minutes after an outage to those that can't.
     """
     cap = min(max(left_s / 40, _RETRY_CAP_S), _PROBE_CAP_S)
-    return min(_FIRST_RETRY_S * 2.0 ** min(attempt - 1, 30), cap) * (0.75 + 0.5 * chance)
+    doubled: float = _FIRST_RETRY_S * 2.0 ** min(attempt - 1, 30)
+    return min(doubled, cap) * (0.75 + 0.5 * chance)
 
 
 def catch_up_delay_s(*, silence_s: float, left_s: float, chance: float) -> float:

@@ -49,7 +49,7 @@ def describe_certificate(chain: Sequence[x509.Certificate], now: datetime) -> li
         ("valid", [f"until {until:%Y-%m-%d %H:%M:%S} UTC, {in_words(until - now)} from now"]),
         ("key", [key_type.value if key_type else "of an unknown type"]),
         ("fit for", [" and ".join(_USAGES.get(usage, usage.dotted_string) for usage in usages)]),
-        ("serial", [f"{leaf.serial_number:x}"]),
+        ("serial", [f"{leaf.serial_number:040x}"]),
         ("SHA-256", _in_lines(leaf.fingerprint(SHA256()).hex(":"))),
     ]
 

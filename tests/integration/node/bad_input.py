@@ -23,7 +23,7 @@ FAILED, UNAVAILABLE = grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNAVA
 
 ATTRIBUTES: list[tuple[dict[str, str], tuple[str, ...]]] = [
     ({"dns-name": "a.example.com"}, ("volumeAttributes.dns-name: is not known", "did you mean dns-names?")),
-    ({"issuer": "x", "bogus": "y"}, ("volumeAttributes.issuer", "volumeAttributes.bogus", "known are")),
+    ({"issuer": "x y", "bogus": "y"}, ("volumeAttributes.issuer", "volumeAttributes.bogus", "known are")),
     ({"name": ""}, ("volumeAttributes.name: is empty", "leave it away")),
     ({"name": "a" * 64 + ".example.com"}, ("volumeAttributes.name",)),
     ({"dns-names": "x" * 40_000}, ("volumeAttributes.dns-names: is 40000 characters long",)),

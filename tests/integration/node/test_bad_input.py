@@ -36,7 +36,7 @@ async def test_attributes(node: Node, attributes: dict[str, str], words: tuple[s
 
 @pytest.mark.parametrize("in_secrets", [False, True], ids=["volume_context", "secrets"])
 @pytest.mark.parametrize("kind", BAD_TOKENS)
-async def testtokens_of(node: Node, kind: str, in_secrets: bool) -> None:
+async def test_tokens(node: Node, kind: str, in_secrets: bool) -> None:
     """A token that can't be this pod's is not sent anywhere, and the answer says what to look at, never the token."""
     bad, pod = BAD_TOKENS[kind], FakePod()
     request, tokens = node.request(pod, token=None), bad.make(pod)
@@ -162,20 +162,21 @@ async def test_a_bad_token_of_its_own_does_not_end_the_driver(node: Node) -> Non
     await node.published()
 
 
-def _of(ca: TestCA) -> Response:
-    return answer_of([ca.der], [ca.der])
+SOMEBODY = TestCA("somebody")
 
 
 @pytest.mark.parametrize(
     "answer, words",
     [
-        (Response(), "chain holds 0 certificates"),
-        (answer_of([b"x"], [b"y"]), "does not parse as X.509 in DER"),
-        (answer_of([b"x"] * 50, [b"y"]), "expected were 1 to 10"),
-        (answer_of([b"x" * 100_000], [b"y"]), "holds a certificate of more than"),
-        (_of(TestCA("somebody")), "another key"),
+        (answer_of([], [SOMEBODY.der]), "chain holds 0 certificates"),
+        (Response(chain=[b"x"]), "came without the roots of internal"),
+        (answer_of([b"x"], [SOMEBODY.der]), "chain does not parse as X.509 in DER"),
+        (answer_of([SOMEBODY.der], [b"y"]), "does not parse as X.509 in DER"),
+        (answer_of([b"x"] * 50, [SOMEBODY.der]), "expected were 1 to 10"),
+        (answer_of([b"x" * 100_000], [SOMEBODY.der]), "holds a certificate of more than"),
+        (answer_of([SOMEBODY.der], [SOMEBODY.der]), "another key"),
     ],
-    ids=["empty", "garbage", "many", "big", "other"],
+    ids=["empty", "no-roots", "garbage", "bad-roots", "many", "big", "other"],
 )
 async def test_answers(node: Node, answer: Response, words: str) -> None:
     """An answer that does not fit is not written; it may be better next time, so it is not final for the kubelet."""

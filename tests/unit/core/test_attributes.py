@@ -177,7 +177,7 @@ def test_every_fault_is_told_at_once(attributes: dict[str, str], wrong: dict[str
         (
             {"dns-names": ",".join(f"n{n}.example" for n in range(1000))},
             "dns-names",
-            "1000 names; at most are 100",
+            "1000 names; at most 100",
         ),
         ({"uri-sans": "a.example"}, "uri-sans", "'a.example' is not a URI"),
         ({"duration": "-5m"}, "duration", "'-5m' is negative; write how long, such as 1h30m"),
@@ -209,7 +209,7 @@ def test_every_fault_is_told_at_once(attributes: dict[str, str], wrong: dict[str
         ({"issuer": "Let's Encrypt"}, "issuer", "is not a name: 1-63 lower-case letters"),
         ({"issuer": "a,b"}, "issuer", "'a,b' is not a name"),
         ({"federations": "a,,b"}, "federations", "'' is not a name"),
-        ({"federations": ",".join("abcdefghijk")}, "federations", "11 sets of roots; at most are 10"),
+        ({"federations": ",".join("abcdefghijk")}, "federations", "11 sets of roots; at most 10"),
         ({"key-type": "RSA-1024"}, "key-type", "choose one of EC-P256, EC-P384, RSA-2048, RSA-3072, RSA-4096, Ed25519"),
         ({"fs-group": "staff"}, "fs-group", "write a whole number from 0 to 2147483647"),
         ({"fs-group": "2147483648"}, "fs-group", "is not a group id"),

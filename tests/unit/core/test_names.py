@@ -236,7 +236,7 @@ def test_any_text_is_an_email_address_or_a_problem_in_words(text: str) -> None:
         ("a@*.example.com", "has a domain with a \\*"),
         ("a@[10.0.0.1]", "has a domain that"),
         ("a@10.0.0.1", "has a domain that is a number"),
-        ("a" * 65 + "@example.com", "65 characters before the @; at most are 64"),
+        ("a" * 65 + "@example.com", "65 characters before the @; at most 64"),
         ("a@" + "b" * 253, "255 characters long; an e-mail address has at most 254"),
     ],
 )
