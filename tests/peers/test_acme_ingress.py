@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -49,19 +49,6 @@ class Cluster:
         finally:
             await runner.cleanup()
 
-    def locations(self, backends: dict[tuple[str, int], str]) -> str:
-        """Nginx's configuration for the paths of all of them."""
-        lines = []
-        for ingress in self.ingresses.values():
-            assert ingress["spec"]["ingressClassName"] == "nginx"
-            for rule in ingress["spec"]["rules"]:
-                for path in rule["http"]["paths"]:
-                    assert path["pathType"] == "Exact"
-                    service = path["backend"]["service"]
-                    address = backends[service["name"], service["port"]["number"]]
-                    lines.append(f"location = {path['path']} {{ proxy_pass http://{address}; }}")
-        return "\n".join(lines)
-
     async def _create(self, request: web.Request) -> web.Response:
         body = await request.json()
         name = body["metadata"]["name"]
@@ -75,6 +62,20 @@ class Cluster:
         if self.ingresses.pop(request.match_info["name"], None) is None:
             return web.json_response({"message": "not found"}, status=404)
         return web.json_response({"status": "Success"})
+
+
+def locations(ingresses: Iterable[Any], backends: Mapping[tuple[str, int], str]) -> str:
+    """What a controller makes of Ingresses: nginx's configuration for their paths, to where each Service is."""
+    lines = []
+    for ingress in ingresses:
+        assert ingress["spec"]["ingressClassName"] == "nginx"
+        for rule in ingress["spec"]["rules"]:
+            for path in rule["http"]["paths"]:
+                assert path["pathType"] == "Exact"
+                service = path["backend"]["service"]
+                address = backends[service["name"], service["port"]["number"]]
+                lines.append(f"location = {path['path']} {{ proxy_pass http://{address}; }}")
+    return "\n".join(lines)
 
 
 @pytest.mark.peers("pebble", "named", "nginx", "openssl")
@@ -96,7 +97,7 @@ async def test_an_ingress_for_each_challenge(tmp_path: Path) -> None:
                 asking = asyncio.ensure_future(issuer.issue(order_for(*_NAMES)))
                 await until(lambda: len(cluster.ingresses) == len(_NAMES), "an Ingress for each name")
                 backends = {("certmount-authority", 8089): f"{LOOPBACK}:{port}"}
-                async with replace(nginx, locations=cluster.locations(backends)).running():
+                async with replace(nginx, locations=locations(cluster.ingresses.values(), backends)).running():
                     assert dns_names((await asking).chain) == set(_NAMES)
         finally:
             await server.stop()

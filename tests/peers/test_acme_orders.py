@@ -129,6 +129,8 @@ async def test_a_replica_that_leaves(tmp_path: Path) -> None:
         async with at_work(staying):
             assert dns_names((await asyncio.wait_for(asking, 20)).chain) == {NAME}
         assert len(one.ca.orders) == 1
+        async with at_work(leaving):  # it can come back
+            assert dns_names((await leaving.issue(order_for("b.example.test"))).chain) == {"b.example.test"}
 
 
 async def test_state_in_a_secret(tmp_path: Path) -> None:

@@ -68,26 +68,32 @@ class DnsProofs:
         update.delete(proof.place, dns.rdatatype.TXT, proof.value)
         await (await self._zones.primary()).update(update, await self._credentials.tsig_key())
 
-    async def _awaited(self, name: str, server: Nameserver, proofs: Sequence[Proof], deadline: float) -> None:
+    async def _awaited(
+        self, name: str, addresses: Sequence[Nameserver], proofs: Sequence[Proof], deadline: float
+    ) -> None:
         for proof in proofs:
-            while problem := await self._missing(server, proof):
+            while problem := await self._missing(addresses, proof):
                 if time.monotonic() >= deadline:
                     waited = self._settings.patience.total_seconds()
-                    raise CertmountError(
-                        Reason.ISSUER_UNAVAILABLE,
-                        Fault(
-                            f"DNS server {name}", f"{problem} after {waited:g} s", "the CA is not asked before it does"
-                        ),
-                    )
+                    hint = "the CA is not asked before it does"
+                    fault = Fault(f"DNS server {name}", f"{problem} after {waited:g} s", hint)
+                    raise CertmountError(Reason.ISSUER_UNAVAILABLE, fault)
                 await asyncio.sleep(_STEP_S)
 
-    async def _missing(self, server: Nameserver, proof: Proof) -> str:
-        """Why the CA would not find the record at this server; empty when it would."""
-        try:
-            answer = await server.ask(dns.name.from_text(proof.place), dns.rdatatype.TXT, recursive=False)
-        except CertmountError as error:
-            return "; ".join(fault.problem if isinstance(fault, Fault) else fault for fault in error.faults)
-        return "" if proof.value in _texts(answer) else f"does not show the record at {proof.place}"
+    async def _missing(self, addresses: Sequence[Nameserver], proof: Proof) -> str:
+        """Why the CA would not find the record at this server; empty when it would.
+
+        The first address that answers speaks for the server: a network without IPv6 reaches only some of them.
+        """
+        problem = ""
+        for server in addresses:
+            try:
+                answer = await server.ask(dns.name.from_text(proof.place), dns.rdatatype.TXT, recursive=False)
+            except CertmountError as error:
+                problem = "; ".join(str(fault) for fault in error.faults)
+                continue
+            return "" if proof.value in _texts(answer) else f"does not show the record at {proof.place}"
+        return problem
 
 
 def _texts(answer: dns.message.Message) -> list[str]:

@@ -154,7 +154,6 @@ class AcmeIssuer:
         finally:
             with contextlib.suppress(CertmountError):  # their leases run out
                 await self._book.change(lambda state: released(state, self._shop.holder))
-            self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def check(self) -> list[Finding]:
         """See :class:`csi_driver.authority.issuers.external.ExternalIssuer`."""

@@ -58,29 +58,23 @@ class Zones:
             raise CertmountError(Reason.ISSUER_UNAVAILABLE, Fault("dns01.zone", problem, hint))
         return Place(place, zone)
 
-    async def authoritative(self, zone: dns.name.Name) -> tuple[tuple[str, Nameserver], ...]:
-        """The servers that the CA may ask about the zone, each with a name for people."""
+    async def authoritative(self, zone: dns.name.Name) -> tuple[tuple[str, tuple[Nameserver, ...]], ...]:
+        """The servers that the CA may ask about the zone: each with a name for people, and all its addresses."""
         if self._settings.nameservers:
-            return tuple(
-                [
-                    (text, await asyncio.to_thread(Nameserver.parse, text, "dns01.nameservers"))
-                    for text in self._settings.nameservers
-                ]
-            )
+            named = [
+                (text, await asyncio.to_thread(Nameserver.parse, text, "dns01.nameservers"))
+                for text in self._settings.nameservers
+            ]
+            return tuple((text, (server,)) for text, server in named)
         answer = await (await self.primary()).ask(zone, dns.rdatatype.NS, recursive=False)
         records = _records(answer, zone, dns.rdatatype.NS)
         hosts = [record.target for record in records or () if isinstance(record, dns.rdtypes.ANY.NS.NS)]
-        found = [
-            (f"{_text(host)} ({address})", Nameserver(address))
-            for host in hosts
-            for address in await self._addresses(host)
-        ]
-        if not found:
+        found = [(_text(host), tuple(Nameserver(address) for address in await self._addresses(host))) for host in hosts]
+        if not any(addresses for _, addresses in found):
             hint = "name the servers in dns01.nameservers"
-            raise CertmountError(
-                Reason.ISSUER_UNAVAILABLE, Fault(f"zone {_text(zone)}", "has no name server with an address", hint)
-            )
-        return tuple(found)
+            problem = "has no name server with an address"
+            raise CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(f"zone {_text(zone)}", problem, hint))
+        return tuple((host, addresses) for host, addresses in found if addresses)
 
     async def _followed(self, name: dns.name.Name) -> dns.name.Name:
         """The end of the CNAMEs that begin at ``name`` (delegation; RFC 8555 section 8.4 has the CA follow them likewise)."""

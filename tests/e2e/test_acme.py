@@ -1,0 +1,75 @@
+"""HTTP-01 through Ingress objects of the real API server, by the authority's own account and the Role of docs/acme.md."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from kubernetes.aio import client
+
+from csi_driver.authority.issuers.acme.challenge_server import ChallengeServer
+from csi_driver.authority.issuers.acme.settings import Http01
+from csi_driver.kube.client import connect
+from csi_driver.kube.ingress import LABELS, IngressRoutes
+from tests.e2e.kubectl import CERTMOUNT, apply, find, kubectl
+from tests.peers.acme import at_work, dns_names, order_for, site
+from tests.peers.nginx import Nginx
+from tests.peers.processes import LOOPBACK
+from tests.peers.test_acme_docs import documents
+from tests.peers.test_acme_ingress import locations
+from tests.support.waiting import until
+
+pytestmark = pytest.mark.peers("pebble", "named", "nginx", "openssl")
+
+NAMES = ("shop.example.test", "www.example.test")
+SELECTION = ("-l", ",".join(f"{key}={value}" for key, value in LABELS.items()))
+
+
+async def _api_server(folder: Path) -> client.Configuration:
+    """The authority's own account at the API server."""
+    view = json.loads(await asyncio.to_thread(kubectl, "config", "view", "--raw", "--minify", "-o", "json"))
+    cluster = view["clusters"][0]["cluster"]
+    configuration = client.Configuration(host=cluster["server"])
+    ca = folder / "api.crt"
+    if "certificate-authority-data" in cluster:
+        ca.write_bytes(base64.b64decode(cluster["certificate-authority-data"]))
+        configuration.ssl_ca_cert = str(ca)
+    else:
+        configuration.ssl_ca_cert = cluster["certificate-authority"]
+    token = (await asyncio.to_thread(kubectl, "-n", CERTMOUNT, "create", "token", "certmount-authority")).strip()
+    configuration.api_key = {"BearerToken": f"Bearer {token}"}
+    return configuration
+
+
+async def test_an_ingress_for_each_challenge(tmp_path: Path) -> None:
+    """Each name's token gets an Ingress, which leads the CA to the authority; none is left afterwards."""
+    objects = [
+        one
+        for one in documents("acme.md")
+        if one.get("metadata", {}).get("name") in ("certmount-acme", "certmount-acme-ingress")
+    ]
+    await asyncio.to_thread(
+        apply, *(one for one in objects if one["kind"] == "Service" or "ingress" in one["metadata"]["name"])
+    )
+    nginx = Nginx(tmp_path / "nginx", "")
+    async with connect(await _api_server(tmp_path)) as api, site(tmp_path, http_port=nginx.port) as one:
+        routes = IngressRoutes(api, CERTMOUNT, "certmount-acme", 80, "nginx")
+        settings = replace(one.settings, dns01=None, http01=Http01(self_test=nginx.address, ingress_class="nginx"))
+        issuer = one.issuer(settings, routes=routes)
+        server = ChallengeServer(f"{LOOPBACK}:0", lambda: (issuer,))
+        port = await server.start()
+        try:
+            async with at_work(issuer):
+                asking = asyncio.ensure_future(issuer.issue(order_for(*NAMES)))
+                await until(lambda: len(find("ingress", *SELECTION)) == len(NAMES), "an Ingress for each name")
+                made = await asyncio.to_thread(find, "ingress", *SELECTION)
+                configuration = locations(made, {("certmount-acme", 80): f"{LOOPBACK}:{port}"})
+                async with replace(nginx, locations=configuration).running():
+                    assert dns_names((await asking).chain) == set(NAMES)
+                assert await asyncio.to_thread(find, "ingress", *SELECTION) == []
+        finally:
+            await server.stop()
