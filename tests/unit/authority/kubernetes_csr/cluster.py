@@ -54,6 +54,8 @@ class FakeRequests:
     forbidden: set[tuple[str, str]] = field(default_factory=set)
     broken: str = ""
     """Why every call fails; empty: none does."""
+    undecidable: str = ""
+    """Why nothing can be approved or denied; empty: it can."""
     now: datetime = pki.NOW
     made: int = 0
     answers: int = 0
@@ -114,6 +116,8 @@ class FakeRequests:
 
     async def decide(self, csr: ClusterCSR, condition: Condition) -> ClusterCSR:
         await self._reach()
+        if self.undecidable:
+            raise CertmountError(Reason.ISSUER_UNAVAILABLE, self.undecidable)
         if not self.find(csr.name).conditions:
             self.change(csr.name, conditions=[_json(condition)])
         return self.find(csr.name)
