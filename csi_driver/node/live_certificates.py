@@ -32,12 +32,14 @@ class LiveCertificates:
         self._clock = clock
 
     async def find(self, wanted: Wanted) -> Enrolled | None:
-        """What a volume holds that asks for the same; none that stands in, has expired, or is not the issuer's by its roots of now."""
+        """What a volume holds that asks for the same; none that stands in, is to be renewed, or is not the issuer's by its roots of now."""
         roots = self._known().get(wanted.issuer)
         if roots is None:
             return None
         for volume in self._alike(wanted, provisional=False):
             record = volume.record
+            if record.renew_at <= self._clock():
+                continue  # its renewal may have been refused
             try:
                 key, chain = await in_thread(None, read_pair, self._store.files_dir(record.volume_id))
                 expected = expected_of(key, volume.spec, volume.pod, wanted.issuer)

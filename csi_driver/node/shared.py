@@ -51,6 +51,8 @@ class Shared:
         self._clock = clock
         self._most = most
         self._held: OrderedDict[Wanted, Enrolled] = OrderedDict()
+        # What this process has had or was refused, so that what was taken back does not come again out of a volume.
+        self._known_here: OrderedDict[Wanted, None] = OrderedDict()
         self._flights: dict[Wanted, asyncio.Future[Enrolled | CertmountError | None]] = {}
         self._sharing: Collection[str] = ()
         self._told = asyncio.Event()
@@ -104,7 +106,7 @@ class Shared:
         flight = self._flights[wanted] = asyncio.get_running_loop().create_future()
         outcome: Enrolled | CertmountError | None = None
         try:
-            if wanted not in self._held and (found := await self._live.find(wanted)) is not None:
+            if wanted not in self._known_here and (found := await self._live.find(wanted)) is not None:
                 self._keep(wanted, found)
             enrolled = self._good(wanted, spec, first=first)
             if enrolled is None:
@@ -114,6 +116,7 @@ class Shared:
         except CertmountError as error:
             if error.reason in _TAKEN_BACK:
                 self._held.pop(wanted, None)
+                self._note(wanted)
             if error.reason.kind is not Kind.REFUSED and error.reason not in _OWN:
                 outcome = error
             raise
@@ -154,6 +157,7 @@ class Shared:
         return replace(enrolled, trust={name: sets[name] for name in names}, renew_at=renew_at)
 
     def _keep(self, wanted: Wanted, enrolled: Enrolled) -> None:
+        self._note(wanted)
         self._held[wanted] = enrolled
         self._held.move_to_end(wanted)
         now = self._clock()
@@ -161,3 +165,9 @@ class Shared:
             del self._held[other]
         if len(self._held) > self._most:
             self._held.popitem(last=False)
+
+    def _note(self, wanted: Wanted) -> None:
+        self._known_here[wanted] = None
+        self._known_here.move_to_end(wanted)
+        if len(self._known_here) > 2 * self._most:
+            self._known_here.popitem(last=False)

@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from csi_driver._proto import authority_pb2, authority_pb2_grpc
 from csi_driver.core.csr import parse_csr, san_extension
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.core.keys import PublicKey
+from csi_driver.core.keys import PublicKey, public_bytes
 from csi_driver.core.names import DNSName, Names, spiffe_id
 from csi_driver.core.spec import DEFAULT_ISSUER
 from csi_driver.core.trust import RootSet
@@ -105,8 +105,16 @@ class Script:
     """Requests to issue that arrived, whatever became of them."""
     tokens: list[str] = field(default_factory=list)
     """The pod token of each of them."""
+    csrs: list[bytes] = field(default_factory=list)
+    """The request of each of them."""
     issued: list[Names] = field(default_factory=list)
     """The names of every certificate that was signed."""
+    finished: bool = True
+    """While false, issuers outside keep their orders open, and the answer is that they are pending."""
+    stand_in: timedelta | None = None
+    """Where there is one, pods get a certificate of the internal CA meanwhile, and are to ask again after so long."""
+    orders: dict[bytes, Names] = field(default_factory=dict)
+    """What issuers outside were asked to sign, by the key: who asks again with a key asks for the same order."""
 
 
 class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
@@ -128,6 +136,10 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         self.sets: dict[str, RootSet] = {DEFAULT_ISSUER: RootSet((self.ca.der,), 1)}
         """What is to be trusted now; :meth:`tell` sends it to those who watch."""
         self.policy = "first"
+        self.outside: dict[str, TestCA] = {}
+        """Issuers beside the internal CA; they sign the names in the CSR, and no SPIFFE ID, as public CAs do."""
+        self.sharing: tuple[str, ...] = ()
+        """Those of them whose certificates pods are to share."""
         self._told = 0
         self._changed = asyncio.Condition()
         self._server: grpc.aio.Server | None = None
@@ -169,6 +181,14 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         self.sets[name] = RootSet(roots, before.generation + 1 if before else 1)
         await self.tell()
 
+    async def open_issuer(self, name: str, *, sharing: bool) -> TestCA:
+        """Has an issuer outside from now on; nodes confirm its roots when they know it."""
+        self.outside[name] = TestCA(f"root of {name}")
+        if sharing:
+            self.sharing = (*self.sharing, name)
+        await self.trust(self.outside[name].der, name=name)
+        return self.outside[name]
+
     async def tell(self) -> None:
         """Sends what there is now to everyone who watches."""
         async with self._changed:
@@ -183,25 +203,50 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         script = self.script
         script.calls += 1
         script.tokens.append(request.pod_token)
+        script.csrs.append(request.csr)
         if script.delay_s:
             await asyncio.sleep(script.delay_s)  # the issuer's own time, by the test's script
         if script.gate is not None:
             await script.gate.wait()
         if script.failure is not None:
             raise script.failure
-        csr = parse_csr(request.csr)
+        if request.issuer in self.outside:
+            return script.tamper(self._ordered(request))
+        return script.tamper(self._signed(request, request.issuer))
+
+    def _signed(self, request: authority_pb2.IssueRequest, *names_of_sets: str) -> Response:
+        """What the internal CA signs."""
+        script, csr = self.script, parse_csr(request.csr)
         claims = jwt.decode(request.pod_token, options={"verify_signature": False})["kubernetes.io"]
         own = spiffe_id(TRUST_DOMAIN, claims["namespace"], claims["serviceaccount"]["name"])
         names = Names.of(csr.names.dns, (own, *csr.names.uris))
         life = request.duration.ToTimedelta() if request.HasField("duration") else script.life
-        leaf = self.ca.sign(csr.public_key, names, life)
-        script.issued.append(names)
-        asked = [request.issuer or DEFAULT_ISSUER, *request.federations]
-        trust = self._wire({name: self.sets[name] for name in asked if name in self.sets})
+        return self._answer(self.ca, csr.public_key, names, life, [*names_of_sets, *request.federations])
+
+    def _ordered(self, request: authority_pb2.IssueRequest) -> Response:
+        """What an issuer outside makes of a request."""
+        script, csr = self.script, parse_csr(request.csr)
+        script.orders[public_bytes(csr.public_key)] = csr.names
+        if script.finished:
+            sets = [request.issuer, *request.federations]
+            return self._answer(self.outside[request.issuer], csr.public_key, csr.names, script.life, sets)
+        if script.stand_in is None:
+            raise CertmountError(Reason.ISSUANCE_PENDING, "the CA is at it")
+        response = self._signed(request, DEFAULT_ISSUER, request.issuer)
+        response.provisional = True
+        response.renew_after.FromTimedelta(script.stand_in)
+        return response
+
+    def _answer(self, ca: TestCA, key: PublicKey, names: Names, life: timedelta, sets: Sequence[str]) -> Response:
+        leaf = ca.sign(key, names, life)
+        self.script.issued.append(names)
+        trust = self._wire(
+            {name: self.sets[name] for name in (each or DEFAULT_ISSUER for each in sets) if name in self.sets}
+        )
         response = Response(chain=[leaf.public_bytes(Encoding.DER)], trust=trust)
-        if script.renew_after is not None:
-            response.renew_after.FromTimedelta(script.renew_after)
-        return script.tamper(response)
+        if self.script.renew_after is not None:
+            response.renew_after.FromTimedelta(self.script.renew_after)
+        return response
 
     async def ConfirmTrust(self, request: authority_pb2.ConfirmTrustRequest, _context: Any) -> Any:  # noqa: N802
         if self.confirm_gate is not None:
@@ -218,7 +263,7 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         try:
             while True:
                 told = self._told
-                yield authority_pb2.TrustBundle(sets=self._wire(self.sets), policy=self.policy)
+                yield authority_pb2.TrustBundle(sets=self._wire(self.sets), policy=self.policy, sharing=self.sharing)
                 async with self._changed:
                     await self._changed.wait_for(lambda told=told: self._told != told)  # type: ignore[misc]
         finally:
