@@ -15,6 +15,8 @@ from csi_driver.authority.check import Check, permission_checks
 from csi_driver.authority.cluster_requests import ClusterRequests
 from csi_driver.authority.cluster_secrets import cluster_secrets
 from csi_driver.authority.events import PodEvents
+from csi_driver.authority.issuers.configuration import Tools
+from csi_driver.authority.issuers.secrets import Secrets
 from csi_driver.authority.subjects import ClusterSubjects
 from csi_driver.authority.surroundings import Surroundings
 from csi_driver.kube.client import Api, ObjectName, connect, in_cluster_configuration
@@ -22,6 +24,7 @@ from csi_driver.kube.config_map import ConfigMapPublisher
 from csi_driver.kube.csi_nodes import CsiNodes
 from csi_driver.kube.csr_requests import ClusterCSRs
 from csi_driver.kube.events import ClusterEvents
+from csi_driver.kube.ingress import IngressRoutes
 from csi_driver.kube.leases import ClusterLease
 from csi_driver.kube.live_pods import LivePods
 from csi_driver.kube.permissions import SIGNER_LEASE, find_object, has_permission, needed_permissions
@@ -31,6 +34,8 @@ from csi_driver.kube.token_keys import ClusterTokenKeys
 from csi_driver.kube.view import ClusterView
 from csi_driver.telemetry.cluster_metrics import ClusterMetrics
 
+ACME_SERVICE, ACME_PORT = "certmount-acme", 80
+"""The Service that Ingresses for HTTP-01 lead to, in the authority's namespace (docs/acme.md)."""
 CONFIRMATIONS = "certmount-confirmations"
 """The Secret of that name, beside the CA's."""
 
@@ -78,7 +83,11 @@ async def in_a_cluster(objects: Objects, registry: CollectorRegistry) -> AsyncIt
             ClusterSubjects(view.pods, view.services, view.namespaces, view.outdated),
             events,
             lambda _: CsiNodes(api),
-            read_secret,
+            Tools(
+                Secrets(read_secret),
+                lambda namespace, name: SecretStore(api, ObjectName("Secret", namespace, name)),
+                lambda ingress_class: IngressRoutes(api, objects.ca[0], ACME_SERVICE, ACME_PORT, ingress_class),
+            ),
             _checks(api, objects),
             run,
             view.outdated,

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import structlog
 
@@ -22,6 +23,14 @@ log = structlog.get_logger(__name__)
 _CHECK_S = 1.0
 """Between looks at the file and at what roots the issuers have; a volume's file changes a minute after its ConfigMap."""
 _DEFECT_PAUSE_S = 30.0
+
+
+@runtime_checkable
+class AnsweringAcme(Protocol):
+    """An issuer whose CA asks back by HTTP-01."""
+
+    async def http_answer(self, token: str) -> str | None:
+        """The key authorization for a token; None where there is none. Raises CertmountError where that can't be told."""
 
 
 class IssuersFile(Mapping[str, Issuer]):
@@ -72,6 +81,10 @@ class IssuersFile(Mapping[str, Issuer]):
     def sharing(self) -> frozenset[str]:
         """Those of which pods of one service account on one node are to share a certificate."""
         return frozenset(name for name, issuer in self._by_name.items() if issuer.shares_certificates)
+
+    def answering_acme(self) -> list[AnsweringAcme]:
+        """Those that a CA may ask over HTTP."""
+        return [issuer for issuer in self._by_name.values() if isinstance(issuer, AnsweringAcme)]
 
     async def load(self) -> None:
         """Reads the file if its content is new; raises CertmountError InvalidIssuers, once for each content, and keeps the issuers before."""

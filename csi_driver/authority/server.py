@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,10 +24,8 @@ from csi_driver.authority.csr_signer.leadership import Leadership
 from csi_driver.authority.csr_signer.signer import CSRSigner
 from csi_driver.authority.desk import Desk
 from csi_driver.authority.federation import FederationFolder
-from csi_driver.authority.issuers.configuration import Tools
 from csi_driver.authority.issuers.internal import InternalIssuer
 from csi_driver.authority.issuers.kubernetes_csr.access import Access
-from csi_driver.authority.issuers.secrets import Secrets
 from csi_driver.authority.issuers_file import IssuersFile
 from csi_driver.authority.keyring import DEFAULT_DESIGN, Design, Keyring
 from csi_driver.authority.limits import Limits
@@ -93,6 +91,8 @@ class Settings:
     federation_dir: Path | None = None
     issuers: Path | None = None
     """The file that declares issuers beside the internal CA."""
+    acme_http: str | None = None
+    """Where CAs of the ACME kind find their HTTP-01 answers."""
 
 
 class AuthorityServer:
@@ -116,8 +116,8 @@ class AuthorityServer:
         self._issuers = IssuersFile(
             settings.issuers,
             InternalIssuer(self._ca),
-            Tools(
-                Secrets(surroundings.read_secret),
+            replace(
+                surroundings.tools,
                 csrs=Access(surroundings.csrs.requests, lambda: self._ca.trust.roots) if surroundings.csrs else None,
             ),
             on_roots=self._set_roots,
@@ -199,6 +199,8 @@ class AuthorityServer:
             self._server = self._bound(await current_serving_root(self._surroundings.store, utc_now()))
             await self._server.start()
             log.info("serving", address=self._settings.listen, names=str(self._settings.serving_names))
+            if self._settings.acme_http:
+                tasks.create_task(self._answer_acme(self._settings.acme_http), name="HTTP-01")
             tasks.create_task(self._ca.run(self._adopt), name="ca")
             tasks.create_task(self._policy.run(), name="policy")
             tasks.create_task(self._issuers.run(), name="issuers")
@@ -232,6 +234,17 @@ class AuthorityServer:
         self._metrics.issuers_loaded(taken)
         if taken:
             self._trust.set_sharing(self._issuers.sharing)
+
+    async def _answer_acme(self, address: str) -> None:
+        """Answers HTTP-01 requests for ever; raises OSError where that port can't be listened on."""
+        from csi_driver.authority.issuers.acme.challenge_server import ChallengeServer  # with aiohttp's server
+
+        server = ChallengeServer(address, self._issuers.answering_acme)
+        await server.start()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await server.stop()
 
     def _bound(self, own: Signer) -> grpc.aio.Server:
         def observe(call: Handled) -> None:

@@ -14,7 +14,8 @@ from csi_driver.authority.cluster_requests import ClusterRequests
 from csi_driver.authority.confirmations import ConnectedNodes, NodeList
 from csi_driver.authority.desk import Events, Subjects
 from csi_driver.authority.events import NoEvents
-from csi_driver.authority.issuers.secrets import ReadSecret
+from csi_driver.authority.issuers.configuration import Tools
+from csi_driver.authority.issuers.secrets import Secrets
 from csi_driver.authority.proofs import OfflineOnly, TokenReviewer
 from csi_driver.authority.subjects import NoCluster
 from csi_driver.authority.trust import FolderPublisher, RootPublisher, Trust
@@ -42,8 +43,8 @@ class Surroundings:
     subjects: Subjects = NoCluster()
     events: Events = NoEvents()
     nodes: Callable[[Trust], NodeList] = ConnectedNodes
-    read_secret: ReadSecret | None = None
-    """Credentials of issuers; None where they are in files only."""
+    tools: Tools = Tools(Secrets())
+    """What issuers are made with; outside of a cluster all they need is in files."""
     checks: Sequence[Check] = ()
     """What ``--check`` is to look at here."""
     run: Callable[[], Coroutine[Any, Any, None]] = _nothing

@@ -77,6 +77,11 @@ def _namespaced(text: str) -> tuple[str, str]:
 @click.option("--policy", required=True, type=_FILE, help="YAML file that says who may have which names.")
 @click.option("--issuers", type=_FILE, help="YAML file that declares issuers beside the CA of its own.")
 @click.option(
+    "--acme-http",
+    callback=parsed(address),
+    help="HOST:PORT where CAs find answers to HTTP-01, see docs/acme.md; none where it is not said.",
+)
+@click.option(
     "--serving-name",
     multiple=True,
     required=True,
@@ -151,6 +156,7 @@ def command(log_level: str, http: str, check_only: bool, **options: Any) -> None
         ca_password_file=options["ca_password_file"],
         federation_dir=options["federation_dir"],
         issuers=options["issuers"],
+        acme_http=options["acme_http"],
     )
     try:
         if check_only:
