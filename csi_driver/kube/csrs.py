@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 from collections.abc import Callable, Hashable, Iterator
@@ -22,6 +23,8 @@ class CSRs:
         self._arrivals = Arrivals()
         self._awaited: dict[str, int] = {}
         self._removed: set[str] = set()
+        self.listed = asyncio.Event()
+        """Set once all there is has been read."""
 
     def __iter__(self) -> Iterator[ClusterCSR]:
         return iter(tuple(self._known.values()))
@@ -90,6 +93,7 @@ class CSRs:
         # What someone waits for may be younger than the list; if it is gone, its wait ends by time.
         for name in [name for name in self._known if name not in keys and name not in self._awaited]:
             del self._known[name]
+        self.listed.set()
 
 
 def read_csr(item: Json) -> ClusterCSR:

@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from csi_driver._proto import authority_pb2, authority_pb2_grpc
 from csi_driver.authority.issuers.step_ca.certificate_check import ends_at
 from csi_driver.core.csr import build_csr, names_of
-from csi_driver.core.formats.pem import decode_certificates
+from csi_driver.core.formats.pem import decode_certificates, encode_certificates
 from csi_driver.core.keys import PrivateKey, generate_key, load_key, public_bytes
 from csi_driver.core.names import URI, DNSName, Names
 from csi_driver.core.secret import Secret
@@ -37,6 +37,7 @@ from tests.e2e import authority, host
 from tests.e2e.kubectl import CERTMOUNT, apply, find, get, kubectl, make_namespace, roll_out, wait_for, wait_until
 from tests.e2e.logs import LogKeeper
 from tests.e2e.pods import Pod, manifest
+from tests.unit.core import pki
 
 NAMESPACE = "e2e-csr"
 SIGNER = "certmount.dev/pod"
@@ -473,17 +474,43 @@ issuers:
   kubernetes_csr: {signer: certmount.dev/pod}
 - name: approved
   kubernetes_csr: {signer: certmount.dev/pod, approve: true, max_duration: 2h}
+- name: corporate
+  kubernetes_csr:
+    signer: example.com/pods
+    approve: true
+    roots: {secret: certmount/corporate-roots, key: ca.crt}
+- name: by-hand
+  kubernetes_csr: {signer: example.com/pods, roots: {secret: certmount/corporate-roots, key: ca.crt}}
 """
+VALIDITY = pki.Validity(timedelta(days=-3650), timedelta(days=3650))
 
 
 @pytest.fixture(scope="module")
-def issuers() -> Iterator[None]:
+def corporate() -> Iterator[CorporateSigner]:
+    """Its root in a Secret that the authority may read."""
+    signer = CorporateSigner()
+    root = signer.root.certificate.public_bytes(Encoding.PEM).decode()
+    rules = ("--resource=secrets", "--resource-name=corporate-roots", "--verb=get")
+    account = ("--serviceaccount=certmount:certmount-authority",)
+    kubectl("-n", CERTMOUNT, "create", "secret", "generic", "corporate-roots", f"--from-literal=ca.crt={root}")
+    kubectl("-n", CERTMOUNT, "create", "role", "corporate-roots", *rules)
+    kubectl("-n", CERTMOUNT, "create", "rolebinding", "corporate-roots", "--role=corporate-roots", *account)
+    yield signer
+    kubectl("-n", CERTMOUNT, "delete", "secret,role,rolebinding", "corporate-roots")
+
+
+@pytest.fixture(scope="module")
+def issuers(corporate: CorporateSigner) -> Iterator[None]:  # noqa: ARG001  # its roots must be there
     """Volumes may have the cluster's signers as issuers."""
     before = {name: get("configmap", name)["data"] for name in ("certmount-issuers", "certmount-policy")}
     policy = yaml.safe_load(before["certmount-policy"]["policy.yaml"])
     rule = {
         "match": {"namespaces": [NAMESPACE], "serviceAccounts": ["*"]},
-        "allow": {"dns": ["*.{namespace}.svc"], "issuers": ["internal", "own", "approved"], "max_duration": "4h"},
+        "allow": {
+            "dns": ["*.{namespace}.svc"],
+            "issuers": ["internal", "own", "approved", "corporate", "by-hand"],
+            "max_duration": "4h",
+        },
     }
     policy["policy"].append(rule)
     changed = {"certmount-issuers": {"issuers.yaml": ISSUERS}, "certmount-policy": {"policy.yaml": json.dumps(policy)}}
@@ -512,17 +539,83 @@ def test_the_issuers_are_in_order() -> None:
 
 @pytest.mark.usefixtures("issuers")
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("issuer", ["own", "approved"])
-def test_a_volume_over_our_own_signer(issuer: str) -> None:
+@pytest.mark.parametrize("issuer,more", [("own", ""), ("approved", SPIFFE)])
+def test_a_volume_over_our_own_signer(issuer: str, more: str) -> None:
     """The authority asks as itself, and its signer believes that by the name that the API server has stamped on."""
     pod = Pod(NAMESPACE, f"volume-{issuer}")
-    attributes = {"name": NAME, "uri-sans": SPIFFE, "issuer": issuer, "duration": "1h"}
+    attributes = {"name": NAME, "issuer": issuer, "duration": "1h", **({"uri-sans": more} if more else {})}
     apply(manifest(pod, attributes))
     wait_for("Ready", f"pod/{pod.name}", namespace=NAMESPACE, seconds=120)
-    leaf = pod.certificate()
-    assert names_of(leaf.extensions) == names(NAME, SPIFFE)
+    assert names_of(pod.certificate().extensions) == names(NAME, *([more] if more else []))
     assert pod.read("root.crt").encode() == authority.root()
     assert wait_until(lambda: not left(), seconds=10, what="no request is left")
+
+
+class CorporateSigner:
+    """A signer that certmount knows nothing of: it signs what is approved, and shows its work to nobody."""
+
+    def __init__(self) -> None:
+        self.root = pki.authority("corporate", validity=VALIDITY)
+        self.signed: list[str] = []
+
+    def work(self) -> None:
+        """Signs what there is."""
+        for csr in find("csr", "--field-selector", "spec.signerName=example.com/pods"):
+            status = csr["status"]
+            approved = any(one["type"] == "Approved" for one in status.get("conditions", ()))
+            if not approved or "certificate" in status:
+                continue
+            request = x509.load_pem_x509_csr(base64.b64decode(csr["spec"]["request"]))
+            leaf = self._leaf(request, csr["spec"]["expirationSeconds"])
+            pem = encode_certificates([leaf, self.root.certificate])
+            csr["status"] = {**status, "certificate": base64.b64encode(pem).decode()}
+            name = csr["metadata"]["name"]
+            kubectl("replace", "--raw", f"{PATH}/{name}/status", "-f", "-", text=json.dumps(csr))
+            self.signed.append(name)
+
+    def _leaf(self, request: x509.CertificateSigningRequest, seconds: int) -> x509.Certificate:
+        now = datetime.now(UTC)
+        purposes = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+        san = request.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+        builder = x509.CertificateBuilder().subject_name(request.subject).issuer_name(self.root.certificate.subject)
+        return (
+            builder.public_key(request.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(minutes=1))
+            .not_valid_after(now + timedelta(seconds=seconds))
+            .add_extension(san.value, critical=True)
+            .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
+            .sign(self.root.key, SHA256())
+        )
+
+
+@pytest.mark.usefixtures("issuers")
+@pytest.mark.timeout(240)
+def test_any_signer_of_the_cluster(corporate: CorporateSigner) -> None:
+    """With the role of the documents: approved by the authority, or by a person after the pod's call has ended, with one request."""
+    quick, slow = Pod(NAMESPACE, "corporate"), Pod(NAMESPACE, "by-hand")
+    apply(manifest(quick, {"name": NAME, "issuer": "corporate", "duration": "1h"}))
+    apply(manifest(slow, {"name": NAME, "issuer": "by-hand", "duration": "1h"}))
+
+    def signed(pod: Pod) -> Any:
+        corporate.work()
+        return any(one["type"] == "Ready" and one["status"] == "True" for one in pod.get()["status"]["conditions"])
+
+    wait_until(lambda: signed(quick), seconds=60, what="the corporate signer's certificate")
+    assert quick.read("root.crt").encode() == encode_certificates([corporate.root.certificate])
+    assert names_of(quick.certificate().extensions) == names(NAME)
+
+    def pending() -> Any:
+        selector = f"involvedObject.name={slow.name},reason=IssuancePending"
+        return find("events", "--field-selector", selector, namespace=NAMESPACE)
+
+    (event, *_) = wait_until(pending, seconds=60, what="the event IssuancePending")
+    (name,) = left()
+    assert f"kubectl certificate approve {name}" in event["message"]
+    kubectl("certificate", "approve", name)
+    wait_until(lambda: signed(slow), seconds=120, what="the certificate that was approved by hand")
+    assert corporate.signed[-1] == name
+    assert not left()
 
 
 @pytest.mark.usefixtures("issuers")

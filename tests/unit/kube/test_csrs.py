@@ -21,7 +21,6 @@ from csi_driver.kube.csrs import CSRs, read_csr
 from csi_driver.kube.leases import ClusterLease
 from csi_driver.kube.live_pods import LivePods
 from csi_driver.kube.metadata import BadObject
-from tests.support.waiting import until
 from tests.unit.kube.api_server import FakeApiServer
 from tests.unit.kube.csr_api import ACCOUNT
 
@@ -42,7 +41,7 @@ async def followed(requests: ClusterCSRs, sink: CSRs, **selection: str) -> Async
     reflector = requests.follow(sink, **selection)
     following = asyncio.create_task(reflector.run())
     try:
-        await until(lambda: reflector.synced, "the list")
+        await asyncio.wait_for(sink.listed.wait(), 20)
         yield
     finally:
         following.cancel()
@@ -170,12 +169,19 @@ def test_what_the_api_server_never_sends_is_told(broken: dict[str, Any]) -> None
         read_csr({**item(), **broken})
 
 
-def test_a_list_keeps_what_someone_waits_for() -> None:
-    """It may have been made after the list was."""
+async def test_a_list_keeps_what_someone_waits_for() -> None:
+    """It may have been made after the list was; the rest is gone."""
     known = CSRs()
     known.put(item())
+    waiting = asyncio.create_task(known.wait("x", 10))
+    await asyncio.sleep(0)
+    known.retain({"other"})
+    assert known.find("x")
+    waiting.cancel()
+    await asyncio.wait([waiting])
     known.retain({"other"})
     assert known.find("x") is None
+    assert len(known) == 0
 
 
 async def test_the_own_account_is_asked_for(server: FakeApiServer, requests: ClusterCSRs) -> None:

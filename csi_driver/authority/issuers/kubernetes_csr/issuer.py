@@ -28,6 +28,8 @@ log = structlog.get_logger(__name__)
 
 _PATIENCE_S = 30.0
 """For the signer. Programs answer in seconds; people, who approve by hand, don't, and a call takes up a slot."""
+_LIST_S = 5.0
+"""For the requests that there are, just after the start: one that this order has already is not made twice."""
 _SURVEY_S = 60.0
 """So soon a replaced root reaches pods; also how often what was left behind is looked for."""
 _SURVEY_AFTER_TROUBLE_S = 5.0
@@ -118,6 +120,11 @@ class KubernetesCSR:
 
     async def _asked(self, order: Order) -> ClusterCSR:
         """The order's request: the one that there is from an earlier call, to whichever replica, or a new one."""
+        try:
+            async with asyncio.timeout(_LIST_S):
+                await self._known.listed.wait()
+        except TimeoutError:
+            raise self._unavailable("the requests that there are could not be read yet") from None
         label = order_id(order)
         csr = next((one for one in self._own() if one.labels.get(ORDER_LABEL) == label), None)
         if csr is None:

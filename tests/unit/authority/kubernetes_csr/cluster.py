@@ -32,6 +32,7 @@ class Watch:
         self.cluster.sinks.append(self)
         for name in self.cluster.objects:
             self.tell(name)
+        self.sink.retain(set(self.cluster.objects))
         try:
             await asyncio.Event().wait()
         finally:
