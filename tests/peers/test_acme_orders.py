@@ -153,6 +153,32 @@ async def test_state_in_a_secret(tmp_path: Path) -> None:
         assert "There are now 2 accounts" not in (one.ca.folder / "pebble.log").read_text(encoding="utf-8")
 
 
+async def test_a_store_that_is_away(tmp_path: Path) -> None:
+    """While the API server does not answer nothing new is ordered and the issuer says why; what was ordered goes on when it is back."""
+    server = FakeApiServer()
+    async with (
+        site(tmp_path, retry_after_s=2) as one,
+        server.running(),
+        connect(client.Configuration(host=server.url)) as api,
+    ):
+        secret = ObjectName("Secret", "certmount", "certmount-ca")
+        issuer = AcmeIssuer("letsencrypt", one.settings, SecretStore(api, secret), lease_s=4)
+        order = order_for(NAME)
+        async with at_work(issuer):
+            asking = asyncio.ensure_future(issuer.issue(order))
+            await until(lambda: one.ca.validations, "the CA to look")
+            server.fail = (500, b"{}")
+            await until(lambda: issuer.problem, "the issuer to say so")
+            assert "API server" in (issuer.problem or "")
+            with pytest.raises(CertmountError) as refusal:
+                await asking
+            assert refusal.value.reason is Reason.ISSUER_UNAVAILABLE
+            server.fail = None
+            assert dns_names((await patiently(issuer, order)).chain) == {NAME}
+            await until(lambda: issuer.problem is None, "the issuer to be well")
+        assert len(one.ca.orders) == 1
+
+
 async def test_what_a_failed_order_has_left_behind(tmp_path: Path) -> None:
     """Records are removed also of an order that has failed, and once the DNS server is back also those it could not remove then."""
     server = bind9(tmp_path / "dns", {ZONE: ""})

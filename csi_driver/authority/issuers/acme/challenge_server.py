@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from aiohttp import web
 
@@ -15,6 +15,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
 """RFC 8555 section 8.3: base64url."""
 
 
+@runtime_checkable
 class Answers(Protocol):
     """Knows what CAs are to find."""
 
