@@ -105,6 +105,8 @@ class World:
     folder: Path
     issuer: TokenIssuer
     cluster: Cluster
+    issuers: Path | None = None
+    """The file that declares issuers outside."""
     reviewer: Reviewer = field(default_factory=Reviewer)
     heard: Heard = field(default_factory=Heard)
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
@@ -126,6 +128,7 @@ class World:
             policy=self.policy,
             serving_names=Names.of([DNSName.parse(SERVING_NAME)]),
             node_account=ServiceAccount("certmount", "certmount-node"),
+            issuers=self.issuers,
         )
         around = Surroundings(
             FolderStore(self.ca),
