@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
+import logging
 import os
 import signal
 import sys
@@ -14,6 +17,7 @@ from pathlib import Path
 import pytest
 from cryptography.x509.oid import NameOID
 from kubernetes.aio import client
+from structlog.testing import capture_logs
 
 from csi_driver.authority.issuers.acme.issuer import AcmeIssuer
 from csi_driver.authority.issuers.acme.settings import AcmeSettings, ExternalAccount
@@ -363,6 +367,26 @@ async def test_an_external_account(tmp_path: Path) -> None:
         )
         async with at_work(issuer):
             assert dns_names((await patiently(issuer, order_for("b.example.test"))).chain) == {"b.example.test"}
+
+
+async def test_no_secret_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither TSIG key nor MAC key nor the account's own is in any log, at the finest level and of any library, nor among the orders."""
+    caplog.set_level(logging.DEBUG)
+    mac_key, file = "zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W", tmp_path / "mac"
+    file.write_text(mac_key, encoding="ascii")
+    async with site(tmp_path, external_accounts={"customer-1": mac_key}) as one:
+        external = ExternalAccount("customer-1", FileSource(str(file)))
+        issuer = one.issuer(replace(one.settings, external_account=external))
+        with capture_logs() as logs:
+            async with at_work(issuer):
+                await issuer.issue(order_for(NAME))
+            assert all(finding.ok for finding in await issuer.check())
+        values = (await one.store.load()).values
+    (account,) = [json.loads(value.reveal()) for name, value in values.items() if name.startswith("account-")]
+    secrets = [mac_key, account["key"]["d"], base64.b64encode(one.dns.key.secret.reveal()).decode("ascii")]
+    said = "\n".join([caplog.text, repr(logs), values["orders.json"].reveal().decode("ascii")])
+    assert "acme" in caplog.text  # the library has spoken
+    assert not any(secret in said for secret in secrets)
 
 
 async def test_a_ca_that_has_forgotten_the_account(tmp_path: Path) -> None:
