@@ -8,23 +8,20 @@ import re
 from dataclasses import dataclass
 from datetime import timedelta
 
-from cryptography import x509
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-
 from csi_driver.core.cluster_csr import DIGITAL_SIGNATURE, KEY_ENCIPHERMENT, PURPOSES, ClusterCSR
-from csi_driver.core.csr import SigningRequest, parse_csr
+from csi_driver.core.csr import MAX_CSR_BYTES, SigningRequest, parse_csr
+from csi_driver.core.csr_content import content_faults
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.policy import Asked
 from csi_driver.core.spec import Usage
-from csi_driver.core.unreadable import UNREADABLE
 
 _PEM = re.compile(
-    rb"\s*-----BEGIN CERTIFICATE REQUEST-----\s*(?P<body>[A-Za-z0-9+/=\s]+)-----END CERTIFICATE REQUEST-----\s*"
+    # No white space can be matched in two ways: a long run of it would take for ever to be refused.
+    rb"\s*-----BEGIN CERTIFICATE REQUEST-----\s*(?P<body>[A-Za-z0-9+/][A-Za-z0-9+/=\s]*)-----END CERTIFICATE REQUEST-----\s*"
 )
+_MAX_PEM_BYTES = 2 * MAX_CSR_BYTES
 _USAGES = {word: usage for usage, word in PURPOSES.items()}
 _HARMLESS = {*_USAGES, DIGITAL_SIGNATURE, KEY_ENCIPHERMENT}
-_PURPOSE_OIDS = {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH}
-_SYSTEM = "system:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +59,7 @@ def read_wish(csr: ClusterCSR) -> Wish:
         request = parse_csr(der)
     except CertmountError as error:
         raise CertmountError(Reason.INVALID_CSR, *faults, *error.faults) from None
-    faults += _content_faults(x509.load_der_x509_csr(der), request)
+    faults += content_faults(request)
     if faults:
         raise CertmountError(Reason.INVALID_CSR, *faults)
     return Wish(request, usages, None if csr.life_s is None else timedelta(seconds=csr.life_s))
@@ -70,45 +67,8 @@ def read_wish(csr: ClusterCSR) -> Wish:
 
 def _only_block(pem: bytes) -> bytes | None:
     """The DER of the one PEM block there is; readers differ in which of several they take (RFC 7468 section 2)."""
-    match = _PEM.fullmatch(pem)
+    match = _PEM.fullmatch(pem) if len(pem) <= _MAX_PEM_BYTES else None
     try:
         return base64.b64decode(b"".join(match["body"].split()), validate=True) if match else None
     except binascii.Error:
         return None
-
-
-def _content_faults(csr: x509.CertificateSigningRequest, request: SigningRequest) -> list[Fault]:
-    try:
-        faults = [_subject_fault(attribute, request) for attribute in csr.subject]
-        faults += [_extension_fault(extension) for extension in csr.extensions]
-    except UNREADABLE:
-        return [Fault("spec.request", "has a subject or extensions that cannot be read")]
-    return [fault for fault in faults if fault is not None]
-
-
-def _subject_fault(attribute: x509.NameAttribute[str | bytes], request: SigningRequest) -> Fault | None:
-    """A certificate has no subject but its first DNS name; scripts of old write that as CN."""
-    field, value = f"subject {attribute.rfc4514_attribute_name}", str(attribute.value)
-    if value.lower().startswith(_SYSTEM):
-        return Fault(field, f"{value[:100]!r} is a name of Kubernetes' own")
-    if attribute.oid != NameOID.COMMON_NAME:
-        return Fault(field, "no certificate of this signer has that", "leave it away")
-    if value.lower() not in {str(name) for name in request.names}:
-        return Fault(field, f"{value[:100]!r} is not among the subject alternative names", "add it there, too")
-    return None
-
-
-def _extension_fault(extension: x509.Extension[x509.ExtensionType]) -> Fault | None:
-    value, field = extension.value, f"extension {type(extension.value).__name__}"
-    if isinstance(value, x509.SubjectAlternativeName):
-        return None
-    if isinstance(value, x509.BasicConstraints):
-        return Fault(field, "asks for a certificate authority") if value.ca else None
-    if isinstance(value, x509.KeyUsage):
-        wrong = value.content_commitment or value.data_encipherment or value.key_agreement
-        wrong = wrong or value.key_cert_sign or value.crl_sign
-        return Fault(field, f"asks for more than {DIGITAL_SIGNATURE} and {KEY_ENCIPHERMENT}") if wrong else None
-    if isinstance(value, x509.ExtendedKeyUsage):
-        wrong = not set(value) <= _PURPOSE_OIDS
-        return Fault(field, f"asks for more than {' and '.join(_USAGES)}") if wrong else None
-    return Fault(f"extension {extension.oid.dotted_string}", "no certificate of this signer has that", "leave it away")

@@ -229,12 +229,12 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
         item(crafted(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE]))),
         "server auth and client",
     ),
-    "extension": (item(crafted(x509.OCSPNoCheck())), "no certificate of this signer has that"),
+    "extension": (item(crafted(x509.OCSPNoCheck())), "no certificate for pods has that"),
     "system user": (item(crafted(subject=(NameOID.COMMON_NAME, "system:admin"))), "a name of Kubernetes' own"),
     "system group": (item(crafted(subject=(NameOID.ORGANIZATION_NAME, "System:masters"))), "a name of Kubernetes' own"),
     "organisation": (
         item(crafted(subject=(NameOID.ORGANIZATION_NAME, "Example"))),
-        "no certificate of this signer has that",
+        "no certificate for pods has that",
     ),
     "common name": (
         item(crafted(subject=(NameOID.COMMON_NAME, "b.web.svc"))),
