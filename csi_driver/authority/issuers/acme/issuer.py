@@ -119,11 +119,12 @@ class AcmeIssuer:
             CertmountError: IssuancePending while it is on its way; NameRefused for what the CA won't sign;
                 TooManyRequests and IssuerUnavailable with the time at which the CA is asked again.
         """
-        names = judge(order.request.names, order.grant, order.asked, self._settings)
-        own = order_id(names, public_bytes(order.request.public_key))
+        request = order.request
+        names = judge(request.names, order.grant, order.asked, self._settings, request.key_type)
+        own = order_id(names, public_bytes(request.public_key))
         deadline = time.monotonic() + self._patience_s
         await self._read_roots()
-        state = await self._book.change(lambda state: entered(state, own, names, order.request.der, self._clock()))
+        state = await self._book.change(lambda state: entered(state, own, names, request.der, self._clock()))
         self._wake.set()
         while True:
             record = state.order(own)

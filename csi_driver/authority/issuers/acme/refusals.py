@@ -13,7 +13,7 @@ from csi_driver.authority.issuers.acme.state import Block, OrderRecord, State, n
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.names import Names
 from csi_driver.core.policy import Asked, Grant
-from csi_driver.core.spec import Usage
+from csi_driver.core.spec import KeyType, Usage
 
 _FIRST_RETRY_S, _LAST_RETRY_S = 5.0, 300.0
 _FIRST_BLOCK_S, _LAST_BLOCK_S = 300.0, 6 * 3600.0
@@ -26,7 +26,9 @@ _REFUSED = ("rejectedIdentifier", "unsupportedIdentifier", "badCSR", "badPublicK
 _PASSING = ("", "badNonce", "serverInternal", "orderNotReady", "userActionRequired", "accountDoesNotExist")
 
 
-def judge(names: Names, grant: Grant, asked: Asked | None, settings: AcmeSettings) -> tuple[str, ...]:
+def judge(
+    names: Names, grant: Grant, asked: Asked | None, settings: AcmeSettings, key_type: KeyType = KeyType.EC_P256
+) -> tuple[str, ...]:
     """The DNS names to order; raises CertmountError NameRefused with all that an ACME CA can't sign."""
     faults = [
         Fault(str(name), "a public CA does not sign this kind of name", "ask another issuer for it")
@@ -48,6 +50,9 @@ def judge(names: Names, grant: Grant, asked: Asked | None, settings: AcmeSetting
     if asked is not None and asked.duration is not None:
         hint = "leave it away; the administrator may choose one of the CA's profiles"
         faults.append(Fault("duration", "an ACME CA decides itself how long a certificate lives", hint))
+    if key_type in (KeyType.ML_DSA_44, KeyType.ML_DSA_65, KeyType.ML_DSA_87):
+        hint = "ask another issuer, or for another key type"
+        faults.append(Fault("key-type", f"ACME CAs do not sign for {key_type.value} keys yet", hint))
     texts = tuple(sorted(name.text for name in names.dns))
     if settings.dns01 is None:
         faults += wildcard_faults(texts)

@@ -14,7 +14,7 @@ from csi_driver.authority.issuers.acme.state import State
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.names import URI, DNSName, EmailAddress, IPAddress, Names, spiffe_id
 from csi_driver.core.policy import Asked, Grant
-from csi_driver.core.spec import Usage
+from csi_driver.core.spec import KeyType, Usage
 from tests.unit.authority.acme.samples import NAMES, NOW, PROOF, record
 
 BY_DNS = AcmeSettings(StorePlace(folder="/x"), dns01=Dns01("127.0.0.1"))
@@ -61,6 +61,13 @@ def test_a_pod_that_names_nothing_is_told_so() -> None:
         judge(Names(), Grant(granted, timedelta(days=1), ALL, ()), None, BY_DNS)
     with pytest.raises(CertmountError, match="public CAs no longer sign certificates for clients"):
         _judged(_dns("a.example.test"), usages=(Usage.CLIENT,))
+
+
+def test_keys_that_no_ca_signs_for() -> None:
+    """Post-quantum keys are refused before an order is spent on them."""
+    names = _dns("a.example.test")
+    with pytest.raises(CertmountError, match="do not sign for ML-DSA-65 keys yet"):
+        judge(names, Grant(names, timedelta(days=1), ALL, ()), None, BY_DNS, KeyType.ML_DSA_65)
 
 
 def test_a_limit_before_the_order_is_kept_for_the_names() -> None:
