@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from dataclasses import dataclass
 from typing import Self
 
@@ -48,7 +47,7 @@ class TsigKey:
             raise _wrong(field, "has a key name that is no DNS name") from None
         try:
             secret = base64.b64decode(key, validate=True)
-        except binascii.Error:
+        except ValueError:  # binascii.Error among them
             raise _wrong(field, "has a key that is not base64") from None
         if not name or not secret:
             raise _wrong(field, "has an empty name or key")

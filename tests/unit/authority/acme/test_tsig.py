@@ -38,6 +38,7 @@ def test_the_written_form(text: str, algorithm: str) -> None:
         ("hmac-md5:name:c2VjcmV0", "has an algorithm that is none of hmac-sha1, "),
         ("name:not base64!", "has a key that is not base64"),
         (":c2VjcmV0", "has"),
+        ("name:\x80", "has a key that is not base64"),
         ("name:", "has an empty name or key"),
         (f"{'a' * 64}:c2VjcmV0", "has a key name that is no DNS name"),
     ],
