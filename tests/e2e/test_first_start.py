@@ -100,7 +100,9 @@ def test_four_replicas_that_race_for_an_empty_secret_end_with_one_ca() -> None:
     assert sum(log.count("certificate authority saved") for log in logs) == 1
     for pod in pods:
         # A replica that served under another root would end the handshake.
-        outcome = authority.issue("", None, address=f"{pod['status']['podIP']}:8443", trusted=authority.serving_root(RACE))
+        outcome = authority.issue(
+            "", None, address=f"{pod['status']['podIP']}:8443", trusted=authority.serving_root(RACE)
+        )
         assert outcome.reason == "IdentityRefused", pod["metadata"]["name"]
     kubectl("-n", RACE, "delete", "deployment", "certmount-authority", "--wait=false")
 
