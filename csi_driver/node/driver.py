@@ -12,7 +12,7 @@ from csi_driver.host.volumes import VolumeStore
 from csi_driver.node.authority_client import AuthorityClient, TrustBundle
 from csi_driver.node.conditions import Conditions
 from csi_driver.node.enrolment import Enrolment
-from csi_driver.node.first_calls import FirstCalls
+from csi_driver.node.first_calls import OUTSIDE_SIDE_BY_SIDE, Apart, FirstCalls
 from csi_driver.node.lanes import Lanes
 from csi_driver.node.live_certificates import LiveCertificates
 from csi_driver.node.pending import Pending
@@ -46,6 +46,7 @@ class Driver:
         self._lanes = Lanes(clock, chance)
         paced = self._lanes.paced(client)
         self._first_calls = FirstCalls(paced, chance)
+        self._first_calls_outside = FirstCalls(paced, chance, OUTSIDE_SIDE_BY_SIDE)
         self._removal = Removal(store, volumes, clock, chance)
         self._roots = Roots(store, volumes, self._removal, metrics, clock, chance)
         metrics.count_waiting(self._lanes.backlog)
@@ -78,7 +79,7 @@ class Driver:
             kubelet_dir,
             store,
             volumes,
-            enrolment(self._first_calls),
+            enrolment(Apart(self._first_calls, self._first_calls_outside)),
             self._roots,
             self._renewals,
             self._removal,
@@ -92,6 +93,7 @@ class Driver:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._lanes.run(self._renewals.renew), name="renewals")
             tasks.create_task(self._first_calls.turns.run(), name="first calls")
+            tasks.create_task(self._first_calls_outside.turns.run(), name="first calls to issuers outside")
             tasks.create_task(self._conditions.clock_of_ends.run(), name="ends")
             tasks.create_task(self._reports.run(), name="reports")
             tasks.create_task(self._roots.writing.run(), name="roots")

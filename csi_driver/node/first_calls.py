@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
-from csi_driver.core.spec import CertificateSpec
+from csi_driver.core.spec import DEFAULT_ISSUER, CertificateSpec
 from csi_driver.node.authority_client import Answer
 from csi_driver.node.enrolment import Authority
 from csi_driver.node.pace import Pace
@@ -20,6 +20,8 @@ from csi_driver.node.rotation import Rotation
 
 FIRST_SIDE_BY_SIDE = 16
 """With an issuer that takes 20 ms, a hundred pods that start at once have theirs in a fifth of a second."""
+OUTSIDE_SIDE_BY_SIDE = 128
+"""Of issuers outside: one that takes a minute for each call must not hold up another that takes none."""
 PATIENCE_S = 60.0
 """Half of the time that the kubelet gives a call; then it hears the reason, and comes again."""
 
@@ -27,9 +29,11 @@ PATIENCE_S = 60.0
 class FirstCalls:
     """An authority for first certificates; ``turns`` is the clock that gives each call its turn, in the order of their coming."""
 
-    def __init__(self, authority: Authority, chance: Callable[[], float]) -> None:
+    def __init__(
+        self, authority: Authority, chance: Callable[[], float], side_by_side: int = FIRST_SIDE_BY_SIDE
+    ) -> None:
         self._authority = authority
-        self._pace = Pace(chance, FIRST_SIDE_BY_SIDE, FIRST_SIDE_BY_SIDE)
+        self._pace = Pace(chance, side_by_side, side_by_side)
         self._numbers = itertools.count()
         self._waiting: dict[str, tuple[asyncio.Event, asyncio.Event]] = {}
         self.turns = Rotation(_now, self._serve, self._pace)
@@ -77,6 +81,19 @@ class FirstCalls:
             turn, done = self._waiting[number]
             turn.set()
             await done.wait()
+
+
+class Apart:
+    """The same authority by two queues, so that no pod of the internal CA waits behind those of issuers outside."""
+
+    def __init__(self, internal: Authority, outside: Authority) -> None:
+        self._internal = internal
+        self._outside = outside
+
+    async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> Answer:
+        """As :meth:`csi_driver.node.authority_client.AuthorityClient.issue`."""
+        queue = self._internal if spec.issuer == DEFAULT_ISSUER else self._outside
+        return await queue.issue(csr, token, spec)
 
 
 def _now() -> float:

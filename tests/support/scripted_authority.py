@@ -95,6 +95,8 @@ class Script:
     delay_s: float = 0.0
     gate: asyncio.Event | None = None
     """Where there is one, requests wait until it is set."""
+    gate_outside: asyncio.Event | None = None
+    """The same for requests to issuers outside only."""
     life: timedelta = timedelta(hours=1)
     """For requests that name none."""
     failure: CertmountError | None = None
@@ -211,6 +213,8 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         if script.failure is not None:
             raise script.failure
         if request.issuer in self.outside:
+            if script.gate_outside is not None:
+                await script.gate_outside.wait()
             return script.tamper(self._ordered(request))
         return script.tamper(self._signed(request, request.issuer))
 

@@ -182,6 +182,17 @@ async def test_a_kubelet_that_loses_its_patience_comes_back(node: Node, shop: Fa
     assert len(set(node.script.csrs)) == 1
 
 
+async def test_no_pod_of_the_internal_ca_waits_behind_a_slow_issuer(node: Node) -> None:
+    """Twenty pods hang at an issuer outside: one with an internal certificate starts all the same."""
+    node.script.gate_outside = asyncio.Event()
+    hanging = [node.request(FakePod(), ALONE) for _ in range(20)]
+    calls = [asyncio.ensure_future(node.publish(request)) for request in hanging]
+    await until(lambda: node.script.calls == 20, "the questions of all")
+    await node.published()
+    node.script.gate_outside.set()
+    await asyncio.gather(*calls)
+
+
 async def test_who_waits_for_anothers_question_hears_its_answer(node: Node, shop: FakePod) -> None:
     """Five pods wait for one order that is pending in the end: each is told so, and none asks again by itself."""
     node.script.finished, node.script.delay_s = False, 0.5
