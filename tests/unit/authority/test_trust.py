@@ -117,6 +117,22 @@ async def test_a_pod_gets_the_sets_of_its_issuer_and_of_what_it_asks_for(trust: 
     assert trust.select("internal", ("partner",)) == {"internal": ONE, "partner": TWO}
 
 
+async def test_watchers_hear_whose_certificates_are_shared(trust: Trust) -> None:
+    """With all the rest, and again when it changes; in one order, so that no change is none."""
+    watch = trust.watch()
+    assert (await anext(watch)).sharing == ()
+    trust.set_sharing({"b", "a"})
+    trust.set_policy("new")
+    assert (await anext(watch)).sharing == ("a", "b")
+    before = trust._bundle
+    trust.set_sharing(["a", "b"])
+    assert trust._bundle is before
+    trust.set_roots("partner", TWO)
+    bundle = await anext(watch)
+    assert (bundle.sharing, bundle.policy) == (("a", "b"), "new")
+    await watch.aclose()
+
+
 async def test_all_unknown_federations_are_named(trust: Trust) -> None:
     """With those that there are."""
     trust.set_roots("partner", TWO)

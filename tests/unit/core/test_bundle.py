@@ -297,6 +297,32 @@ def test_a_flipped_bit_in_a_root_is_never_a_crash() -> None:
         outcome(Answer(under(MIDDLE), [bytes(flipped)]).check, CertmountError)
 
 
+@pytest.mark.parametrize(
+    "held, asked, problem",
+    [
+        (("www.example.com",), ("www.example.com",), None),
+        (("www.example.com", SPIFFE), ("www.example.com",), None),
+        ((), (), "it lacks the SPIFFE ID"),
+        (("www.web.svc",), (), "it lacks the SPIFFE ID"),
+        (("www.example.com", "spiffe://cluster.local/ns/web/sa/other"), ("www.example.com",), "was not asked for"),
+        (("www.example.com", "spiffe://cluster.local/ns/other/sa/edge"), ("www.example.com",), "was not asked for"),
+        (("www.example.com", "www.web.svc"), ("www.example.com",), "was not asked for"),
+        (("www.example.com",), ("www.example.com", "two.example.com"), "it lacks two.example.com"),
+    ],
+)
+def test_an_issuer_of_dns_names_may_leave_the_spiffe_id_away(
+    held: tuple[str, ...], asked: tuple[str, ...], problem: str | None
+) -> None:
+    """Where it was asked for names, and for these exactly; nobody else's SPIFFE ID is ever taken."""
+    chain = der(leaf(MIDDLE, pki.names(*held)), MIDDLE.certificate)
+    expected = Expected(KEY.public_key(), pki.names(*asked), "web", "edge", identity_optional=True)
+    told = outcome(lambda: check_answer(chain, der(ROOT.certificate), expected, NOW), CertmountError)
+    if problem is None:
+        assert not isinstance(told, CertmountError)
+    else:
+        assert problem in str(told)
+
+
 @given(
     st.lists(
         st.one_of(st.binary(max_size=200), st.sampled_from(der(leaf(), MIDDLE.certificate, ROOT.certificate))),

@@ -118,3 +118,26 @@ def test_a_volume_that_is_taken_up_or_removed_is_waited_for_no_longer() -> None:
         assert roots.held() == {"internal": 1}
 
     run_virtually(story())
+
+
+def test_the_roots_of_an_issuer_that_is_gone_stay_with_its_certificates() -> None:
+    """Its chain ends there; what else the volume trusts is renewed, and without its own nothing is written."""
+    volumes = Volumes()
+    roots, volume = _roots(volumes), _volume("one", "partner")
+    roots.streamed(_sets(internal=1, partner=1))
+    volume.trusts = _sets(internal=1, partner=1)
+    volumes.keep(volume)
+    roots.streamed(_sets(partner=2))
+    assert roots._wanted(volume) == _sets(internal=1, partner=2)
+    volume.trusts = {}
+    assert roots._wanted(volume) == {}
+    assert not roots._behind(volume)
+
+
+def test_a_certificate_brings_the_roots_that_the_stream_does_not_know() -> None:
+    """Of its own issuer: another replica may stream than the one that answered."""
+    roots = _roots(Volumes())
+    roots.streamed(_sets(internal=1))
+    roots.streamed(_sets(internal=2, partner=3))
+    roots.streamed(_sets(partner=3))
+    assert roots.answered(("internal", "partner"), _sets(internal=2, partner=3)) == _sets(internal=2, partner=3)
