@@ -104,9 +104,10 @@ def _checks(api: Api, objects: Objects) -> list[Check]:
     """That the objects are there, and each permission."""
     ca, root = ObjectName("Secret", *objects.ca), ObjectName("ConfigMap", *objects.root)
     confirmations = ObjectName("Secret", objects.ca[0], CONFIRMATIONS)
+    lease = ObjectName("Lease", objects.ca[0], SIGNER_LEASE)
     permissions = needed_permissions(ca, confirmations, root)
     return [
-        *(Check(str(name), functools.partial(_presence, api, name)) for name in (ca, confirmations, root)),
+        *(Check(str(name), functools.partial(_presence, api, name)) for name in (ca, confirmations, root, lease)),
         *permission_checks(permissions, functools.partial(has_permission, api)),
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -223,7 +224,8 @@ class AuthorityServer:
             cluster.pods, self._surroundings.subjects, lambda: self._policy.current, InternalIssuer(self._ca)
         )
         leadership = Leadership(cluster.lease, cluster.holder)
-        return CSRSigner(cluster.requests, decisions, leadership, self._surroundings.events)
+        ended = functools.partial(self._metrics.call_ended, "CertificateSigningRequest")
+        return CSRSigner(cluster.requests, decisions, leadership, self._surroundings.events, ended)
 
     def _set_roots(self, issuer: str, roots: tuple[bytes, ...]) -> None:
         """Of an issuer outside: its latest roots are its newest."""

@@ -81,6 +81,7 @@ async def has_permission(api: client.ApiClient, permission: Permission) -> bool:
 
 
 async def find_object(api: client.ApiClient, found: ObjectName) -> None:
-    """Reads a Secret or ConfigMap that the manifests make; raises CertmountError ProofUnavailable where that fails."""
-    path = f"/api/v1/namespaces/{found.namespace}/{found.kind.lower()}s/{found.name}"
+    """Reads a Secret, ConfigMap or Lease that the manifests make; raises CertmountError ProofUnavailable where that fails."""
+    group = "/apis/coordination.k8s.io/v1" if found.kind == "Lease" else "/api/v1"
+    path = f"{group}/namespaces/{found.namespace}/{found.kind.lower()}s/{found.name}"
     await answered(ask(api, "GET", path), Reason.PROOF_UNAVAILABLE, str(found))

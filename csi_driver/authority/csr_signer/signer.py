@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from csi_driver.authority.csr_signer.decision import Decisions, Signed
 from csi_driver.authority.csr_signer.leadership import Leadership
 from csi_driver.authority.desk import Events, milliseconds
 from csi_driver.core.cluster_csr import APPROVED, DENIED, FAILED, OWN_SIGNER, ClusterCSR, Condition
-from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.errors import REASONS, CertmountError, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.kube.csrs import CSRs
 
@@ -60,11 +61,20 @@ class _Queue:
 class CSRSigner:
     """Runs in each replica; the one that holds the lease works."""
 
-    def __init__(self, requests: Requests, decisions: Decisions, leadership: Leadership, events: Events) -> None:
+    def __init__(
+        self,
+        requests: Requests,
+        decisions: Decisions,
+        leadership: Leadership,
+        events: Events,
+        ended: Callable[[float, Reason | None], None],
+    ) -> None:
+        """``ended`` gets, of each request that was looked at, the seconds and why there is no certificate, if there is none."""
         self._requests = requests
         self._decisions = decisions
         self._leadership = leadership
         self._events = events
+        self._ended = ended
         self._own_username = ""
 
     async def run(self) -> None:
@@ -121,6 +131,7 @@ class CSRSigner:
             return False
         finally:
             audit.info("certificate", duration_ms=milliseconds(started), **record)
+            self._ended(time.perf_counter() - started, REASONS.get(record.get("reason", "")))
         return True
 
     async def _settle(self, csr: ClusterCSR, record: dict[str, Any]) -> ClusterCSR:

@@ -77,7 +77,9 @@ async def test_an_api_server_that_cannot_be_asked_is_not_a_no(server: FakeApiSer
 
 async def test_an_object_that_the_manifests_make_is_looked_for(server: FakeApiServer, api: client.ApiClient) -> None:
     """A permission on what is not there helps no one."""
+    server.objects["/apis/coordination.k8s.io/v1/namespaces/certmount/leases/certmount-csr-signer"] = {"metadata": {}}
     await find_object(api, ObjectName("ConfigMap", "certmount", "certmount-root"))
+    await find_object(api, ObjectName("Lease", "certmount", "certmount-csr-signer"))
     with pytest.raises(CertmountError, match=r"Secret certmount/certmount-x: the API server answers 404: .* not found"):
         await find_object(api, ObjectName("Secret", "certmount", "certmount-x"))
     assert {method for method, _, _ in server.requests} == {"GET"}

@@ -12,13 +12,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.issuers import Issued, Order
+from csi_driver.authority.issuers.certificate_check import certificate_problems, ends_at
 from csi_driver.authority.issuers.external import Finding
 from csi_driver.authority.issuers.kubernetes_csr.access import Access
 from csi_driver.authority.issuers.kubernetes_csr.document import KubernetesCSRConfiguration
 from csi_driver.authority.issuers.kubernetes_csr.order import ORDER_LABEL, draft, order_faults, order_id, selector
 from csi_driver.authority.issuers.kubernetes_csr.survey import Survey, look
 from csi_driver.authority.issuers.secrets import Secrets
-from csi_driver.authority.issuers.step_ca.certificate_check import certificate_problems, ends_at
 from csi_driver.core.cluster_csr import APPROVED, ClusterCSR, Condition
 from csi_driver.core.csr_content import content_faults
 from csi_driver.core.errors import CertmountError, Fault, Reason

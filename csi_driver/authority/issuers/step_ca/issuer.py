@@ -13,9 +13,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.issuers import Issued, Order
+from csi_driver.authority.issuers.certificate_check import certificate_problems, ends_at
 from csi_driver.authority.issuers.external import Finding
 from csi_driver.authority.issuers.secrets import Secrets
-from csi_driver.authority.issuers.step_ca.certificate_check import certificate_problems, ends_at
 from csi_driver.authority.issuers.step_ca.client import Answer, Client, Unreachable
 from csi_driver.authority.issuers.step_ca.document import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.order import claims_of, order_faults

@@ -121,12 +121,17 @@ class World:
     ca: HeldCA = field(default_factory=HeldCA)
     policy: Policy = field(default_factory=lambda: Policy("cluster.local", "cluster.local"))
     said: Said = field(default_factory=Said)
+    counted: list[Reason | None] = field(default_factory=list)
+
+    def count(self, seconds: float, reason: Reason | None) -> None:
+        assert seconds > 0
+        self.counted.append(reason)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         internal = InternalIssuer(cast("CertificateAuthority", self.ca), lambda: pki.NOW)
         decisions = Decisions(self.pods, KnownPods(), lambda: self.policy, internal)
-        signer = CSRSigner(self.cluster, decisions, Leadership(FakeLease(), "one"), self.said)
+        signer = CSRSigner(self.cluster, decisions, Leadership(FakeLease(), "one"), self.said, self.count)
         running = asyncio.create_task(signer.run())
         try:
             yield
@@ -164,6 +169,7 @@ async def test_a_pods_request_is_approved_and_signed(world: World) -> None:
     assert line["serial"] == f"{leaf.serial_number:x}"
     assert world.cluster.answers == 1, "the approval, of which the watch tells too, makes no second one"
     assert world.said.events == []
+    assert world.counted == [None]
 
 
 async def test_one_that_names_nothing_gets_what_the_pod_has(world: World) -> None:
@@ -254,6 +260,7 @@ async def test_a_request_of_wrong_content_is_denied(what: str, world: World) -> 
     assert text in denied.message
     assert not csr.certificate
     assert world.said.events == [("pod web/edge-0", "InvalidCSR")]
+    assert world.counted == [Reason.INVALID_CSR]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Judges what step-ca has signed against the order: a template or a webhook of its administrator's may have changed it."""
+"""Judges what an issuer outside has signed against the order: whatever stands behind it may have changed it."""
 
 from __future__ import annotations
 
