@@ -25,7 +25,7 @@ from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.issuers_document import FileSource
 from csi_driver.kube.client import ObjectName, connect
 from csi_driver.kube.secret_store import SecretStore
-from tests.peers.acme import ZONE, Site, at_work, dns_names, dns_settings, leaf, order_for, patiently, site
+from tests.peers.acme import ZONE, Site, at_work, dns_names, dns_settings, leaf, order_for, patiently, site, told
 from tests.peers.acme_replica import described
 from tests.peers.bind9 import bind9
 from tests.peers.limiting_proxy import LimitingProxy
@@ -74,7 +74,7 @@ async def test_a_slow_order(tmp_path: Path) -> None:
                     issued = await issuer.issue(order)
                 except CertmountError as error:
                     assert error.reason is Reason.ISSUANCE_PENDING
-                    assert time.monotonic() - begun < 5
+                    assert time.monotonic() - begun < 30
                     refusals += 1
         assert refusals >= 5
         assert dns_names(issued.chain) == {NAME}
@@ -261,9 +261,9 @@ async def test_a_busy_ca(tmp_path: Path) -> None:
             issuer = one.issuer(replace(one.settings, directory=proxy.directory), patience_s=2)
             order = order_for(NAME)
             async with at_work(issuer):
-                with pytest.raises(CertmountError, match="service busy") as refusal:
-                    await issuer.issue(order)
-                assert refusal.value.reason is Reason.ISSUANCE_PENDING
+                refusal = await told(issuer, order)
+                assert "service busy" in str(refusal)
+                assert refusal.reason is Reason.ISSUANCE_PENDING
                 proxy.status = 0
                 assert dns_names((await patiently(issuer, order)).chain) == {NAME}
         assert proxy.asked == 2
@@ -342,9 +342,9 @@ async def test_terms_that_nobody_has_agreed_to(tmp_path: Path) -> None:
     async with site(tmp_path) as one:
         issuer = one.issuer(replace(one.settings, terms_agreed=False), patience_s=2)
         async with at_work(issuer):
-            with pytest.raises(CertmountError, match=r"acme\.terms_agreed") as refusal:
-                await issuer.issue(order_for(NAME))
-            assert "data:text/plain" in str(refusal.value)
+            refusal = str(await told(issuer, order_for(NAME)))
+            assert "acme.terms_agreed" in refusal
+            assert "data:text/plain" in refusal
             await until(lambda: "terms" in (issuer.problem or ""), "the issuer to say so")
         assert one.ca.orders == []
 
@@ -360,8 +360,7 @@ async def test_an_external_account(tmp_path: Path) -> None:
         for account, words in ((None, "acme.eab"), (bad, "refuses it")):
             issuer = one.issuer(replace(one.settings, external_account=account), patience_s=2)
             async with at_work(issuer):
-                with pytest.raises(CertmountError, match=words):
-                    await issuer.issue(order_for(NAME))
+                assert words in str(await told(issuer, order_for(NAME)))
         issuer = one.issuer(
             replace(one.settings, external_account=ExternalAccount("customer-1", FileSource(str(right))))
         )
@@ -424,9 +423,9 @@ async def test_an_unreachable_ca(tmp_path: Path) -> None:
     async with site(tmp_path) as one:
         untrusted = one.issuer(replace(one.settings, ca_file=None), patience_s=2)
         async with at_work(untrusted):
-            with pytest.raises(CertmountError, match="TLS certificate that is not trusted") as refusal:
-                await untrusted.issue(order_for(NAME))
-            assert refusal.value.reason is Reason.ISSUANCE_PENDING
+            refusal = await told(untrusted, order_for(NAME))
+            assert "TLS certificate that is not trusted" in str(refusal)
+            assert refusal.reason is Reason.ISSUANCE_PENDING
     (finding, *_) = [one for one in await one.issuer().check() if not one.ok]
     assert "cannot be reached" in finding.text
 
