@@ -107,6 +107,7 @@ class World:
     cluster: Cluster
     issuers: Path | None = None
     """The file that declares issuers outside."""
+    serving_names: tuple[str, ...] = (SERVING_NAME,)
     reviewer: Reviewer = field(default_factory=Reviewer)
     heard: Heard = field(default_factory=Heard)
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
@@ -126,7 +127,7 @@ class World:
             trust_domain="cluster.local",
             cluster_domain="cluster.local",
             policy=self.policy,
-            serving_names=Names.of([DNSName.parse(SERVING_NAME)]),
+            serving_names=Names.of([DNSName.parse(name) for name in self.serving_names]),
             node_account=ServiceAccount("certmount", "certmount-node"),
             issuers=self.issuers,
         )
