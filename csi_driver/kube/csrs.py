@@ -17,8 +17,10 @@ from csi_driver.kube.metadata import BadObject, Json, read_metadata
 class CSRs:
     """A :class:`csi_driver.kube.watching.Sink`. ``changed`` is told of each that is new or has changed."""
 
-    def __init__(self, changed: Callable[[ClusterCSR], None] = lambda _: None) -> None:
+    def __init__(self, changed: Callable[[ClusterCSR], None] = lambda _: None, *, keep_finished: bool = True) -> None:
+        """Without ``keep_finished`` those that nobody will do anything more about take no memory: Kubernetes keeps them for an hour."""
         self._known: dict[str, ClusterCSR] = {}
+        self._keep_finished = keep_finished
         self._changed = changed
         self._arrivals = Arrivals()
         self._awaited: dict[str, int] = {}
@@ -38,11 +40,6 @@ class CSRs:
     def add(self, made: ClusterCSR) -> None:
         """Takes one that was made just now, unless the watch was faster: what it tells is newer."""
         self._known.setdefault(made.name, made)
-
-    def renew(self, read: ClusterCSR) -> None:
-        """Takes what has been read of one that is known; the watch will bring the same."""
-        if read.name in self._known:
-            self._known[read.name] = read
 
     def forget(self, name: str) -> None:
         """It has been deleted; the watch will say so, too."""
@@ -76,7 +73,11 @@ class CSRs:
 
     def put(self, item: Json) -> Hashable:
         csr = read_csr(item)
-        before, self._known[csr.name] = self._known.get(csr.name), csr
+        before = self._known.get(csr.name)
+        if csr.finished and not self._keep_finished:
+            self._known.pop(csr.name, None)
+        else:
+            self._known[csr.name] = csr
         if csr != before:
             self._changed(csr)
             self._arrivals.came(csr.name)

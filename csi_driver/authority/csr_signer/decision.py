@@ -51,8 +51,10 @@ class Decisions:
         self._internal = internal
         self._limits = Buckets(ACCOUNT_RATE)
 
-    async def decide(self, csr: ClusterCSR, own_username: str, record: dict[str, Any]) -> Signed:
-        """The certificate for a request, signed; what is found goes into ``record``.
+    async def decide(
+        self, csr: ClusterCSR, own_username: str, record: dict[str, Any], *, again: bool = False
+    ) -> Signed:
+        """The certificate for a request, signed; what is found goes into ``record``. ``again`` is one that was counted before.
 
         Raises:
             CertmountError: why there is none; one that is not retryable, or TooManyRequests, is an answer to the requester.
@@ -69,7 +71,8 @@ class Decisions:
                 pod_uid=pod.pod_uid,
                 node=pod.node_name,
             )
-            self._count(csr.username)
+            if not again:
+                self._count(csr.username)
         wish = read_wish(csr)
         record["asked"] = [str(name) for name in wish.request.names]
         record["key_sha256"] = hashlib.sha256(public_bytes(wish.request.public_key)).hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from csi_driver.kube.csrs import CSRs
 log = structlog.get_logger(__name__)
 audit = structlog.get_logger("audit")
 
+_MOST_SETTLED = 10_000
 _WORKERS = 8
 """At once; more would only wait for the API server."""
 _FIRST_RETRY_S, _RETRY_CAP_S = 1.0, 60.0
@@ -36,6 +38,8 @@ class _Queue:
     waiting: dict[str, None] = field(default_factory=dict)
     busy: set[str] = field(default_factory=set)
     failures: dict[str, int] = field(default_factory=dict)
+    settled: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    """Uids of the latest that are finished, though the watch may still tell of what came before: nothing is signed twice."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def add(self, name: str) -> None:
@@ -52,6 +56,13 @@ class _Queue:
                     return name
             self.news.clear()
             await self.news.wait()
+
+    def settle(self, csr: ClusterCSR) -> None:
+        """Nothing more is to be done about it."""
+        self.failures.pop(csr.name, None)
+        self.settled[csr.uid] = None
+        if len(self.settled) > _MOST_SETTLED:
+            self.settled.popitem(last=False)
 
     def done(self, name: str) -> None:
         self.busy.discard(name)
@@ -92,10 +103,10 @@ class CSRSigner:
 
         def changed(csr: ClusterCSR) -> None:
             # The watch selects by the signer's name; nothing else may reach what signs.
-            if csr.signer == OWN_SIGNER and not csr.finished:
+            if csr.signer == OWN_SIGNER and not csr.finished and csr.uid not in queue.settled:
                 queue.add(csr.name)
 
-        known = CSRs(changed)
+        known = CSRs(changed, keep_finished=False)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._requests.follow(known, signer=OWN_SIGNER).run(), name="watch of requests")
             for _ in range(_WORKERS):
@@ -106,22 +117,23 @@ class CSRSigner:
             name = await queue.take()
             try:
                 csr = known.find(name)
-                if csr is None or csr.finished or await self._settled(csr, known):
-                    queue.failures.pop(name, None)
-                    continue
-                queue.failures[name] = failures = queue.failures.get(name, 0) + 1
-                delay = min(_FIRST_RETRY_S * 2.0 ** min(failures - 1, 16), _RETRY_CAP_S)
-                asyncio.get_running_loop().call_later(delay, queue.add, name)
+                if csr is None:
+                    queue.failures.pop(name, None)  # somebody has deleted it
+                elif await self._settled(csr, again=name in queue.failures):
+                    queue.settle(csr)
+                else:
+                    queue.failures[name] = failures = queue.failures.get(name, 0) + 1
+                    delay = min(_FIRST_RETRY_S * 2.0 ** min(failures - 1, 16), _RETRY_CAP_S)
+                    asyncio.get_running_loop().call_later(delay, queue.add, name)
             finally:
                 queue.done(name)
 
-    async def _settled(self, csr: ClusterCSR, known: CSRs) -> bool:
+    async def _settled(self, csr: ClusterCSR, *, again: bool) -> bool:
         """Decides a request and answers it; False where it is to be tried again."""
         started = time.perf_counter()
         record: dict[str, Any] = {"decision": "none"}
         try:
-            # At once, as the watch also tells of the approval, and nothing is to be signed twice.
-            known.renew(await self._settle(csr, record))
+            return (await self._settle(csr, record, again=again)).finished
         except CertmountError as error:
             record.update(reason=error.reason.word, error=str(error))
             return False
@@ -132,11 +144,10 @@ class CSRSigner:
         finally:
             audit.info("certificate", duration_ms=milliseconds(started), **record)
             self._ended(time.perf_counter() - started, REASONS.get(record.get("reason", "")))
-        return True
 
-    async def _settle(self, csr: ClusterCSR, record: dict[str, Any]) -> ClusterCSR:
+    async def _settle(self, csr: ClusterCSR, record: dict[str, Any], *, again: bool) -> ClusterCSR:
         try:
-            signed = await self._decisions.decide(csr, self._own_username, record)
+            signed = await self._decisions.decide(csr, self._own_username, record, again=again)
         except CertmountError as error:
             if error.retryable and error.reason is not Reason.TOO_MANY_REQUESTS:
                 raise
@@ -161,7 +172,10 @@ class CSRSigner:
             account = ServiceAccount(record["namespace"], record["service_account"])
             identity = PodIdentity(account, "", pod, record["pod_uid"], record["node"], "", 0.0)
             self._events.record(identity, warning=True, reason=error.reason.word, message=text)
-        if csr.condition(APPROVED) is None:
-            return await self._requests.decide(csr, Condition(DENIED, error.reason.word, text))
+        now = csr
+        if now.condition(APPROVED) is None:
+            now = await self._requests.decide(csr, Condition(DENIED, error.reason.word, text))
+        if now.finished:
+            return now
         # Someone has approved it by hand, which makes no name theirs; it can't be denied any more.
         return await self._requests.fail(csr, Condition(FAILED, error.reason.word, text))

@@ -28,7 +28,7 @@ from csi_driver.authority.csr_signer.requester import requester_of
 from csi_driver.authority.csr_signer.signer import CSRSigner
 from csi_driver.authority.issuers.internal import InternalIssuer
 from csi_driver.authority.keyring import Keyring, make_keyring
-from csi_driver.core.cluster_csr import APPROVED, DENIED, FAILED, OWN_SIGNER, ClusterCSR
+from csi_driver.core.cluster_csr import APPROVED, DENIED, FAILED, OWN_SIGNER, ClusterCSR, Condition
 from csi_driver.core.csr import build_csr, names_of
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.formats.pem import decode_certificates
@@ -391,6 +391,37 @@ async def test_a_denial_by_hand_stands(world: World) -> None:
     await asyncio.sleep(0)
     assert csr.condition(DENIED) is not None
     assert world.cluster.answers == 0
+
+
+async def test_an_approval_in_the_moment_of_a_refusal_is_no_gap(world: World) -> None:
+    """The request that can't be denied any more fails."""
+    approved = [{"type": APPROVED, "reason": "KubectlApprove", "message": ""}]
+    decide = world.cluster.decide
+
+    async def late(csr: ClusterCSR, condition: Condition) -> ClusterCSR:
+        world.cluster.objects[csr.name]["status"] = {"conditions": approved}  # before the watch tells of it
+        return await decide(csr, condition)
+
+    world.cluster.decide = late  # type: ignore[method-assign]  # somebody is faster
+    csr = await world.decided(item(pem("shop.example.com")))
+    assert [one.kind for one in csr.conditions] == [APPROVED, FAILED]
+
+
+async def test_what_the_watch_tells_late_is_not_signed_again(world: World) -> None:
+    """It tells of the approval when the certificate has been written already."""
+    csr = await world.decided(item())
+    async with world.running():
+        stale = {**world.cluster.objects[csr.name], "status": {"conditions": [{"type": APPROVED}]}}
+        name = world.cluster.put(item())
+        await until(lambda: world.cluster.find(name).finished, "a decision")
+        current, world.cluster.objects[name] = world.cluster.objects[name], {**world.cluster.objects[name], **stale}
+        world.cluster.objects[name]["metadata"] = current["metadata"]
+        for watch in world.cluster.sinks:
+            watch.tell(name)
+        another = world.cluster.put(item())
+        await until(lambda: world.cluster.find(another).finished, "the next one's decision")
+    assert world.cluster.answers == 3
+    assert world.counted == [None] * 3
 
 
 async def test_what_may_pass_is_tried_again(world: World) -> None:
