@@ -5,25 +5,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
+import jwt
 import pytest
 import yaml
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from csi_driver import NODE_AUDIENCE
 from csi_driver._proto import csi_pb2
 from csi_driver.authority import server
 from csi_driver.core.names import DNSName, Names
+from csi_driver.core.proof import Reviewed
+from csi_driver.core.secret import Secret
 from tests.integration.authority.world import POD, Cluster, World
 from tests.integration.node.world import Shown, kubelet_root
 from tests.peers.acme import Site, site
 from tests.support.driver import Driver
 from tests.support.kubelet import FakePod, Kubelet, node_stub
-from tests.support.tokens import TokenIssuer
+from tests.support.tokens import DRIVER, Pod, TokenIssuer
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.peers("pebble", "named", "openssl")
@@ -45,10 +50,10 @@ class Node:
     kubelet: Kubelet
     stub: Any
 
-    async def publish(self) -> csi_pb2.NodePublishVolumeRequest:
+    async def publish(self, asking: Pod = POD) -> csi_pb2.NodePublishVolumeRequest:
         """The pod's volume, published as the kubelet does: again until it succeeds."""
-        pod = FakePod(POD.namespace, POD.name, POD.service_account, POD.uid)
-        token = self.world.issuer.pod_token(POD).reveal()
+        pod = FakePod(asking.namespace, asking.name, asking.service_account, asking.uid)
+        token = self.world.issuer.pod_token(asking).reveal()
         request = self.kubelet.publish_request(pod, {"issuer": "public", "name": NAME}, token=token)
         async with asyncio.timeout(90):
             while True:
@@ -116,6 +121,27 @@ async def test_a_volume_with_a_public_certificate(tmp_path: Path, monkeypatch: p
         assert [root.public_bytes(Encoding.DER) for root in shown.roots] == [await one.site.ca.root()]
         assert len(one.site.ca.orders) == 1
         await one.unpublish(request)
+
+
+async def test_twenty_pods_of_one_deployment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pods of one service account on one node with the same names share one certificate: one order, however many start at once."""
+    pods = [dataclasses.replace(POD, name=f"hello-{number}", uid=str(uuid.uuid4())) for number in range(20)]
+    by_uid = {pod.uid: pod for pod in pods}
+
+    async def review(token: Secret[str], audience: str) -> Reviewed:
+        if audience == NODE_AUDIENCE:
+            return DRIVER.reviewed
+        claims = jwt.decode(token.reveal(), options={"verify_signature": False})
+        return by_uid[claims["kubernetes.io"]["pod"]["uid"]].reviewed
+
+    async with node(tmp_path, monkeypatch) as one:
+        monkeypatch.setattr(one.world.reviewer, "review", review)
+        requests = await asyncio.gather(*(one.publish(pod) for pod in pods))
+        volumes = [Shown.at(Path(request.target_path)) for request in requests]
+        assert len({shown.serial for shown in volumes}) == 1
+        assert len(one.site.ca.orders) == 1
+        for request in requests:
+            await one.unpublish(request)
 
 
 async def test_a_pod_that_starts_before_its_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
