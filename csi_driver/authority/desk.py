@@ -70,8 +70,8 @@ class Answer:
 
     issued: Issued
     trust: Mapping[str, RootSet]
-    provisional: bool = False
-    """The certificate stands in for one that is on its way."""
+    pending: CertmountError | None = None
+    """Where the certificate stands in for one that is on its way: what that one waits for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ class Desk:
             issued = await self._stand_in(subject, order, asked, pending, record)
             _record_leaf(issued.chain, record)
             sets = self.trust.select(DEFAULT_ISSUER, (wanted.issuer, *wanted.federations))
-            return Answer(issued, sets, provisional=True)
+            return Answer(issued, sets, pending)
         self.stand_ins.over(order)
         _record_leaf(issued.chain, record)
         # As of now, not as of the question: whoever signed may have taken its time.

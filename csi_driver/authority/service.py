@@ -31,6 +31,7 @@ _MOST_FEDERATIONS = 32
 _MAX_SET_NAME = 253
 _MAX_GENERATION = 2**53
 """Unix seconds with room; larger integers don't survive JSON (RFC 8259 section 6)."""
+_STAND_IN = "the pod starts with a certificate of the internal CA while its own is on its way:"
 _USAGES = {authority_pb2.USAGE_SERVER: Usage.SERVER, authority_pb2.USAGE_CLIENT: Usage.CLIENT}
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -100,14 +101,19 @@ class AuthorityService(authority_pb2_grpc.AuthorityServicer):
             return await self._desk.admission.prove_node(bearer(context))
 
     async def _issue(self, pod: PodIdentity, request: authority_pb2.IssueRequest, record: dict[str, Any]) -> Answer:
-        """A refusal is also said on the pod, where its owner looks first."""
+        """A refusal is also said on the pod, where its owner looks first; and what a pod waits for that has a stand-in."""
         try:
-            return await self._desk.issue(pod, _wanted(request), record)
+            answer = await self._desk.issue(pod, _wanted(request), record)
         except CertmountError as error:
-            message = str(error.args[0])[:MAX_MESSAGE]
-            pending = error.reason is Reason.ISSUANCE_PENDING
-            self._desk.events.record(pod, warning=not pending, reason=error.reason.word, message=message)
+            self._say(pod, error, str(error.args[0]))
             raise
+        if answer.pending is not None:
+            self._say(pod, answer.pending, f"{_STAND_IN} {answer.pending.args[0]}")
+        return answer
+
+    def _say(self, pod: PodIdentity, error: CertmountError, message: str) -> None:
+        pending = error.reason is Reason.ISSUANCE_PENDING
+        self._desk.events.record(pod, warning=not pending, reason=error.reason.word, message=message[:MAX_MESSAGE])
 
 
 def bearer(context: _Context) -> Secret[str]:
@@ -150,7 +156,7 @@ def _duration(request: authority_pb2.IssueRequest, faults: list[Fault]) -> timed
 def _response(answer: Answer) -> authority_pb2.IssueResponse:
     issued = answer.issued
     response = authority_pb2.IssueResponse(
-        chain=issued.chain, trust=_sets(answer.trust), provisional=answer.provisional
+        chain=issued.chain, trust=_sets(answer.trust), provisional=answer.pending is not None
     )
     if issued.renew_after is not None:
         response.renew_after.FromTimedelta(issued.renew_after)

@@ -13,8 +13,10 @@ from csi_driver.authority.issuers import Issued, Issuer, Order
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.keys import public_bytes
 
-AT_ONCE_S = 5.0
+PATIENCE_S = 4.0
 """How long a pod that may start with a stand-in waits for its own certificate: a CA that knows the names needs no longer."""
+AT_ONCE_S = 5.0
+"""An issuer that has not said by then what it waits for is not listened to."""
 _FIRST_S, _LAST_S = 15.0, 60.0
 _GROWTH = 4
 """An order as old as this many pauses is asked for after another pause."""

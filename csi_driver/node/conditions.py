@@ -54,6 +54,7 @@ class Conditions:
         elif (
             volume.attempt >= _FAILURES
             and reason is not Reason.OVERLOADED  # it asks for less, and not to be told so
+            and reason is not Reason.ISSUANCE_PENDING  # it is on its way, and there is time
             and self._clock() < volume.overdue_at
         ):
             self._tell(volume, Condition.RENEWAL_FAILING, reason.word, f"the certificate could not be renewed: {text}")

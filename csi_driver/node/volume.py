@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
-from csi_driver.core.errors import CertmountError
+from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.spec import CertificateSpec
 from csi_driver.core.trust import RootSet
 from csi_driver.host.volumes import VolumeRecord
@@ -69,7 +69,9 @@ class Volume:
         if now >= self.record.not_after:
             why = f"; its renewal fails: {failure}" if failure else ""
             return "CertificateExpired", f"the certificate of pod {self.pod} has expired{why}"
-        if failure is not None:
+        # An order at a public CA may take its minutes; that is no trouble while there is time.
+        on_its_way = failure is not None and failure.reason is Reason.ISSUANCE_PENDING and now < self.overdue_at
+        if failure is not None and not on_its_way:
             dropped = " and will not be before the policy changes" if self.dropped else ""
             return failure.reason.word, f"the certificate of pod {self.pod} is not renewed{dropped}: {failure}"
         return None

@@ -145,6 +145,9 @@ async def test_a_stand_in_for_the_same_key_comes_at_once(world: World, caller: C
     (line,) = [line for line in logs if line["event"] == "certificate"]
     assert (line["decision"], line["issuer"], line["provisional"]) == ("issued", "slow", True)
     assert "the CA is at it" in line["pending"]
+    ((_, warning, reason, message),) = world.heard.events
+    assert (warning, reason) == (False, "IssuancePending")
+    assert message.endswith("while its own is on its way: the CA is at it")
 
 
 async def test_the_same_request_gets_the_certificate_itself_in_the_end(

@@ -12,6 +12,7 @@ import grpc
 import pytest
 import pytest_asyncio
 
+from csi_driver._proto.authority_pb2 import CONDITION_OVERDUE
 from csi_driver.core.errors import CertmountError, Reason
 from tests.integration.node.world import Failure, Node, Request, failure_of, running_node
 from tests.support.kubelet import FakePod
@@ -334,8 +335,9 @@ async def test_the_roots_of_a_stand_in_stay_while_it_does(node: Node, shop: Fake
 async def test_an_order_that_is_pending_for_ever_is_told_and_asked_for_ever_less_often(
     node: Node, shop: FakePod
 ) -> None:
-    """A renewal whose order does not end: the pod keeps what it has, health says why, and the pauses grow."""
-    node.script.renew_after = timedelta(seconds=1)
+    """A renewal whose order does not end: the pod keeps what it has, the pauses grow; when it is overdue health says why, and the pod's event."""
+    node.authority.reports.clear()
+    node.script.renew_after, node.script.life = timedelta(seconds=1), timedelta(seconds=20)
     request = await node.published(shop, EDGE)
     before, logged = node.shown(request), len(node.driver.events("not renewed"))
     node.script.finished = False
@@ -345,7 +347,11 @@ async def test_an_order_that_is_pending_for_ever_is_told_and_asked_for_ever_less
     for line, seconds in zip(tries, (1, 2, 4), strict=False):
         assert 0.7 * seconds <= line["retry_in_s"] <= 1.3 * seconds
     assert node.shown(request) == before
+    assert await node.health(request) == [], "an order may take its minutes"
+    await until(lambda: node.authority.reports, "a report", patience_s=20)
     assert [reason for _, reason, _ in await node.health(request)] == ["IssuancePending"]
+    (report,) = node.authority.reports
+    assert (report.condition, report.reason) == (CONDITION_OVERDUE, "IssuancePending")
     assert len(set(node.script.csrs)) == 2
 
 

@@ -37,6 +37,7 @@ from csi_driver.authority.issuers.acme.settings import AcmeSettings
 from csi_driver.authority.issuers.acme.state import OrderRecord, State, order_id
 from csi_driver.authority.issuers.external import Finding
 from csi_driver.authority.issuers.secrets import Secrets
+from csi_driver.authority.stand_ins import PATIENCE_S as STAND_IN_PATIENCE_S
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import decode_certificates
 from csi_driver.core.keys import public_bytes
@@ -79,7 +80,7 @@ class AcmeIssuer:
         self._name = name
         self._settings = settings
         self._clock = clock
-        self._patience_s = patience_s
+        self._patience_s = patience_s if settings.while_pending is None else min(patience_s, STAND_IN_PATIENCE_S)
         self._lease_s = lease_s
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"acme-{name}")
         self._book = OrderBook(store, clock)
