@@ -20,6 +20,7 @@ from csi_driver.authority.proofs import patiently
 from csi_driver.authority.stand_ins import StandIns, while_pending
 from csi_driver.authority.trust import Trust
 from csi_driver.core.csr import parse_csr
+from csi_driver.core.csr_content import content_faults
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity
 from csi_driver.core.keys import public_bytes
@@ -124,6 +125,9 @@ class Desk:
         record["asked"] = _texts(request.names)
         record["key_sha256"] = hashlib.sha256(public_bytes(request.public_key)).hexdigest()
         issuer = self._issuer(wanted.issuer)
+        if wanted.issuer != DEFAULT_ISSUER and (faults := content_faults(request)):
+            # A signer outside may copy whatever there is, and a node's request may be a stolen node's.
+            raise CertmountError(Reason.INVALID_CSR, *faults)
         self.trust.select(wanted.issuer, wanted.federations)  # what is refused for them is refused before it is signed
         subject = await patiently(functools.partial(self.subjects.find, pod))
         asked = Asked(request.names, request.key_type, wanted.usages, wanted.duration, wanted.issuer)

@@ -10,7 +10,10 @@ from pathlib import Path
 import grpc
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 from structlog.testing import capture_logs
 
 from csi_driver._proto import authority_pb2
@@ -190,4 +193,30 @@ async def test_a_denied_pod_gets_no_stand_in(world: World, caller: Caller, slow:
     world.policy.write_text(POLICY + denied)
     await until(lambda: world.server._policy.current.revision != revision, "the policy")
     assert (await _refused(caller, _request(world, BOTH))).reason == "IdentityDenied"
+    assert slow.orders == []
+
+
+@pytest.mark.parametrize(
+    "extension, subject",
+    [
+        (x509.BasicConstraints(ca=True, path_length=None), x509.Name([])),
+        (x509.OCSPNoCheck(), x509.Name([])),
+        (None, x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "system:masters")])),
+    ],
+    ids=["CA", "unknown extension", "Kubernetes' own group"],
+)
+async def test_what_a_stolen_node_puts_into_a_request_reaches_no_signer_outside(
+    extension: x509.ExtensionType | None, subject: x509.Name, world: World, slow: SlowIssuer
+) -> None:
+    """Some signers copy what there is in a request; ours sends them none that holds more than names."""
+    builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
+    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(BOTH)]), critical=False)
+    if extension is not None:
+        builder = builder.add_extension(extension, critical=True)
+    request = _request(world, BOTH)
+    key = ec.generate_private_key(ec.SECP256R1())
+    request.csr = builder.sign(key, SHA256()).public_bytes(Encoding.DER)
+    async with world.channel() as channel:
+        refusal = await _refused(Caller(world, channel), request)
+    assert refusal.reason == "InvalidCSR"
     assert slow.orders == []

@@ -20,7 +20,6 @@ from csi_driver.authority.issuers.kubernetes_csr.order import ORDER_LABEL, draft
 from csi_driver.authority.issuers.kubernetes_csr.survey import Survey, look
 from csi_driver.authority.issuers.secrets import Secrets
 from csi_driver.core.cluster_csr import APPROVED, ClusterCSR, Condition
-from csi_driver.core.csr_content import content_faults
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import decode_certificates
 from csi_driver.kube.csrs import CSRs
@@ -103,9 +102,6 @@ class KubernetesCSR:
         """See :class:`csi_driver.authority.issuers.Issuer`."""
         if faults := order_faults(order, self._configuration):
             raise CertmountError(Reason.NAME_REFUSED, *faults)
-        # The signer may copy whatever there is, and a node's request is a stolen node's request.
-        if faults := content_faults(order.request):
-            raise CertmountError(Reason.INVALID_CSR, *faults)
         if not self._survey.username:
             await self.check()
         if not self.roots or not self._survey.username:
