@@ -51,13 +51,14 @@ class Driver:
         self._roots = Roots(store, volumes, self._removal, metrics, clock, chance)
         metrics.count_waiting(self._lanes.backlog)
         live = LiveCertificates(store, volumes, lambda: self._roots.known, clock)
+        self._pending = Pending(clock)
         self._shared = Shared(live, lambda: self._roots.known, clock)
         enrolment = partial(
             Enrolment,
             keys=keys,
             clock=clock,
             chance=chance,
-            pending=Pending(clock),
+            pending=self._pending,
             shared=self._shared,
             orders=live,
         )
@@ -101,6 +102,8 @@ class Driver:
             tasks.create_task(follow_trust(self._client, self._take, self._roots, self._chance), name="trust")
 
     def _take(self, bundle: TrustBundle) -> None:
+        # The stream begins anew each half hour, which is the clock of what memory holds for pods that may be gone.
+        self._pending.forget_old()
         self._shared.streamed(bundle.sharing)
         self._roots.streamed(bundle.sets)
         self._renewals.policy_is(bundle.policy)

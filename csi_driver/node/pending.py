@@ -40,7 +40,7 @@ class Pending:
 
     def find(self, wanted: Wanted) -> Prepared | None:
         """What was asked with before; None where there was no question, or a final answer."""
-        self._forget_old()
+        self.forget_old()
         found = self._prepared.get(wanted)
         return found[1] if found else None
 
@@ -48,7 +48,7 @@ class Pending:
         """It is asked with now."""
         self._prepared[wanted] = self._clock(), prepared
         self._prepared.move_to_end(wanted)
-        self._forget_old()
+        self.forget_old()
         if len(self._prepared) > self._most:
             self._prepared.popitem(last=False)
 
@@ -56,7 +56,8 @@ class Pending:
         """The answer was final."""
         self._prepared.pop(wanted, None)
 
-    def _forget_old(self) -> None:
+    def forget_old(self) -> None:
+        """No key outlives its pod for long."""
         since = self._clock() - _FORGOTTEN_S
         while self._prepared and next(iter(self._prepared.values()))[0] < since:
             self._prepared.popitem(last=False)

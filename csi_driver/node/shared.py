@@ -61,6 +61,7 @@ class Shared:
         """Takes the names of the issuers whose certificates are shared."""
         self._sharing = sharing
         self._told.set()
+        self._forget_expired()
 
     async def has(self, issuer: str) -> bool:
         """Whether certificates of an issuer are shared.
@@ -160,11 +161,14 @@ class Shared:
         self._note(wanted)
         self._held[wanted] = enrolled
         self._held.move_to_end(wanted)
-        now = self._clock()
-        for other in [other for other, held in self._held.items() if held.not_after <= now]:
-            del self._held[other]
+        self._forget_expired()
         if len(self._held) > self._most:
             self._held.popitem(last=False)
+
+    def _forget_expired(self) -> None:
+        now = self._clock()
+        for wanted in [wanted for wanted, held in self._held.items() if held.not_after <= now]:
+            del self._held[wanted]
 
     def _note(self, wanted: Wanted) -> None:
         self._known_here[wanted] = None

@@ -59,6 +59,9 @@ def test_what_nobody_asks_with_is_forgotten_after_an_hour() -> None:
     assert pending.find(other) is None
     assert pending.find(WANTED) is not None
     assert len(pending) == 1
+    clock.now = 2 * _HOUR
+    pending.forget_old()
+    assert len(pending) == 0
 
 
 def test_the_longest_unused_goes_first() -> None:

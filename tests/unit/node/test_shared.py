@@ -251,6 +251,9 @@ def test_the_longest_unused_is_forgotten() -> None:
         world.answer = enrolled(200, 300, 400)
         await world.obtain(wanted=others[3])
         assert len(world.shared._held) == 1
+        await asyncio.sleep(300)
+        world.shared.streamed({"acme"})
+        assert not world.shared._held
 
     _told(story, most=2)
 
