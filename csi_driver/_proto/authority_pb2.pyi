@@ -253,6 +253,7 @@ class TrustBundle(_message.Message):
     SETS_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     SHARING_FIELD_NUMBER: _builtins.int
+    DUE_FIELD_NUMBER: _builtins.int
     policy: _builtins.str
     """Which policy is in force: another text, another policy. What was refused is worth another try then."""
     @_builtins.property
@@ -263,16 +264,23 @@ class TrustBundle(_message.Message):
     def sharing(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Issuers that count each certificate: pods of one service account on one node share theirs."""
 
+    @_builtins.property
+    def due(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Keys whose certificates are to be renewed now, sooner than was said when they were issued, as their CA advises (RFC 9773):
+        SHA-256 of the SubjectPublicKeyInfo, hexadecimal.
+        """
+
     def __init__(
         self,
         *,
         sets: _abc.Mapping[_builtins.str, Global___RootSet] | None = ...,
         policy: _builtins.str = ...,
         sharing: _abc.Iterable[_builtins.str] | None = ...,
+        due: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "sets", b"sets", "sharing", b"sharing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["due", b"due", "policy", b"policy", "sets", b"sets", "sharing", b"sharing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -33,12 +33,20 @@ class AnsweringAcme(Protocol):
         """The key authorization for a token; None where there is none. Raises CertmountError where that can't be told."""
 
 
+@runtime_checkable
+class Advised(Protocol):
+    """An issuer whose CA may want certificates renewed sooner than it said (RFC 9773)."""
+
+    def due(self) -> tuple[str, ...]:
+        """SHA-256 (hexadecimal) of the public keys (SubjectPublicKeyInfo) of those that are due now."""
+
+
 class IssuersFile(Mapping[str, Issuer]):
     """Issuers by name. An issuer whose entry does not change stays the same object through all reloads.
 
     ``on_roots`` gets an issuer's name and its roots (X.509 DER), never none: when they are known and whenever they are
     others. An issuer that is gone is not told of, as its pods go on with the certificates and roots that they have.
-    ``on_load`` gets whether a new content of the file was taken.
+    ``on_load`` gets whether a new content of the file was taken, ``on_due`` every second what :attr:`due` is.
     """
 
     def __init__(
@@ -49,6 +57,7 @@ class IssuersFile(Mapping[str, Issuer]):
         *,
         on_roots: Callable[[str, tuple[bytes, ...]], None],
         on_load: Callable[[bool], None],
+        on_due: Callable[[frozenset[str]], None],
         kinds: Mapping[str, Kind] = KINDS,
     ) -> None:
         self._file = file
@@ -56,6 +65,7 @@ class IssuersFile(Mapping[str, Issuer]):
         self._tools = tools
         self._on_roots = on_roots
         self._on_load = on_load
+        self._on_due = on_due
         self._kinds = kinds
         self._seen: str | None = None
         self._external: dict[Declared, ExternalIssuer] = {}
@@ -81,6 +91,13 @@ class IssuersFile(Mapping[str, Issuer]):
     def sharing(self) -> frozenset[str]:
         """Those of which pods of one service account on one node are to share a certificate."""
         return frozenset(name for name, issuer in self._by_name.items() if issuer.shares_certificates)
+
+    @property
+    def due(self) -> frozenset[str]:
+        """The keys (as :meth:`Advised.due`) whose certificates are to be renewed now."""
+        return frozenset(
+            key for issuer in self._by_name.values() if isinstance(issuer, Advised) for key in issuer.due()
+        )
 
     def answering_acme(self) -> list[AnsweringAcme]:
         """Those that a CA may ask over HTTP."""
@@ -119,6 +136,7 @@ class IssuersFile(Mapping[str, Issuer]):
                 for mark in now.keys() - running.keys():
                     running[mark] = tasks.create_task(_kept_running(*now[mark]), name=f"issuer {now[mark][0]}")
                 self._tell_roots()
+                self._on_due(self.due)
                 await asyncio.sleep(_CHECK_S)
                 try:
                     await self.load()

@@ -123,6 +123,7 @@ class AuthorityServer:
             ),
             on_roots=self._set_roots,
             on_load=self._issuers_loaded,
+            on_due=self._trust.set_due,
         )
         self._federation = (
             FederationFolder(settings.federation_dir, self._trust, metrics, time.time, self._issuers)

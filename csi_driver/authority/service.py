@@ -74,7 +74,7 @@ class AuthorityService(authority_pb2_grpc.AuthorityServicer):
             async with contextlib.aclosing(self._desk.trust.watch(node.node_name)) as bundles:
                 async for bundle in bundles:
                     yield authority_pb2.TrustBundle(
-                        sets=_sets(bundle.sets), policy=bundle.policy, sharing=bundle.sharing
+                        sets=_sets(bundle.sets), policy=bundle.policy, sharing=bundle.sharing, due=bundle.due
                     )
 
     async def ConfirmTrust(

@@ -18,6 +18,8 @@ from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 PODS_ROOTS, AUTHORITYS_ROOT = "root.crt", "authority.crt"
 _MOST_WATCHERS = 10_000
 """Twice the nodes of the largest supported cluster (Kubernetes: 5,000), as a node may reconnect before its old call is missed."""
+_MOST_DUE = 1000
+"""Each node hears of all: 64 kB. Those beyond come when these are done."""
 LONGEST_WATCH = timedelta(minutes=30)
 """After which a watch ends and its caller comes again: to whichever replica there is then, with a token of that day."""
 
@@ -63,6 +65,8 @@ class Bundle:
     """The revision of the policy in force."""
     sharing: tuple[str, ...] = ()
     """Issuers that count certificates: pods of one service account on one node share theirs."""
+    due: tuple[str, ...] = ()
+    """SHA-256 (hexadecimal) of the public keys whose certificates are to be renewed now."""
 
 
 class Trust:
@@ -100,6 +104,12 @@ class Trust:
         names = tuple(sorted(issuers))
         if self._bundle.sharing != names:
             self._replace(replace(self._bundle, sharing=names))
+
+    def set_due(self, keys: Iterable[str]) -> None:
+        """Tells all watchers, if other keys' certificates are to be renewed now than before."""
+        due = tuple(sorted(keys)[:_MOST_DUE])
+        if self._bundle.due != due:
+            self._replace(replace(self._bundle, due=due))
 
     def select(self, issuer: str, federations: Sequence[str]) -> Mapping[str, RootSet]:
         """The sets that a pod with a certificate of ``issuer`` is to trust.

@@ -257,6 +257,7 @@ class Office:
             Tools(Secrets()),
             on_roots=self.roots.__setitem__,
             on_load=self.loads.append,
+            on_due=lambda _: None,
             kinds={"fake": fake},
         )
 
@@ -350,7 +351,9 @@ async def test_a_defect_of_one_issuer_is_its_own(office: Office) -> None:
 async def test_without_a_file_there_is_the_internal_ca() -> None:
     """As before there was such a file."""
     internal = FakeIssuer("internal", None)
-    issuers = IssuersFile(None, internal, Tools(Secrets()), on_roots=lambda *_: None, on_load=lambda _: None)
+    issuers = IssuersFile(
+        None, internal, Tools(Secrets()), on_roots=lambda *_: None, on_load=lambda _: None, on_due=lambda _: None
+    )
     await issuers.load()
     assert dict(issuers) == {"internal": internal}
     assert issuers.problems == {}
