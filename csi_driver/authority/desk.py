@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from csi_driver.core.csr import parse_csr
 from csi_driver.core.csr_content import content_faults
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity
-from csi_driver.core.keys import public_bytes
+from csi_driver.core.keys import digest
 from csi_driver.core.names import Names
 from csi_driver.core.policy import Asked, Subject
 from csi_driver.core.secret import Secret
@@ -123,7 +122,7 @@ class Desk:
         record["issuer"] = wanted.issuer
         request = parse_csr(wanted.csr)
         record["asked"] = _texts(request.names)
-        record["key_sha256"] = hashlib.sha256(public_bytes(request.public_key)).hexdigest()
+        record["key_sha256"] = digest(request.public_key)
         issuer = self._issuer(wanted.issuer)
         if wanted.issuer != DEFAULT_ISSUER and (faults := content_faults(request)):
             # A signer outside may copy whatever there is, and a node's request may be a stolen node's.

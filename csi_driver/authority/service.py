@@ -43,6 +43,8 @@ class AuthorityService(authority_pb2_grpc.AuthorityServicer):
     def __init__(self, desk: Desk, most_in_flight: int = _MOST_IN_FLIGHT) -> None:
         self._desk = desk
         self._slots = Slots(most_in_flight, desk.metrics.in_flight)
+        # Orders at an issuer outside may take their minute; the internal CA's pods must not wait behind them.
+        self._slots_outside = Slots(most_in_flight)
         # Of their own: a cluster that reports an outage must not keep it from ending.
         self._other_slots = Slots(most_in_flight)
 
@@ -50,7 +52,7 @@ class AuthorityService(authority_pb2_grpc.AuthorityServicer):
         started = time.perf_counter()
         record: dict[str, Any] = {"decision": "none"}  # as when the caller goes away
         try:
-            with self._slots:
+            with self._slots if request.issuer in ("", DEFAULT_ISSUER) else self._slots_outside:
                 node = await self._desk.prove_node(bearer(context), record)
                 with self._desk.limits.asking(node):
                     pod = await self._desk.prove_pod(Secret(request.pod_token), node, record)

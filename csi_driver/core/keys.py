@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -122,6 +123,11 @@ def generate_key_like(key: PublicKey) -> PrivateKey:
     if isinstance(key, rsa.RSAPublicKey):
         return rsa.generate_private_key(public_exponent=65537, key_size=key.key_size)
     return generate_key(next(kind for kind in KeyType if kind is key_type_of(key)))
+
+
+def digest(key: PublicKey) -> str:
+    """SHA-256 (hexadecimal) of :func:`public_bytes`: how logs and the wire call a key."""
+    return hashlib.sha256(public_bytes(key)).hexdigest()
 
 
 def public_bytes(key: PublicKey) -> bytes:

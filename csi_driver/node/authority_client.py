@@ -74,6 +74,8 @@ class TrustBundle:
     policy: str
     sharing: frozenset[str] = frozenset()
     """Issuers that count certificates, whose pods share theirs."""
+    due: frozenset[str] = frozenset()
+    """Digests of the keys whose certificates are to be renewed now, as their CA advises."""
 
 
 class AuthorityClient:
@@ -123,7 +125,9 @@ class AuthorityClient:
         call = stub.WatchTrust(authority_pb2.WatchTrustRequest(), metadata=self._bearer())
         try:
             async for bundle in call:
-                yield TrustBundle(_root_sets(bundle.sets), bundle.policy, frozenset(bundle.sharing))
+                yield TrustBundle(
+                    _root_sets(bundle.sets), bundle.policy, frozenset(bundle.sharing), frozenset(bundle.due)
+                )
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error) from None
         finally:

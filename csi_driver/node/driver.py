@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from csi_driver.host.volumes import VolumeStore
+from csi_driver.node.advice import Advice
 from csi_driver.node.authority_client import AuthorityClient, TrustBundle
 from csi_driver.node.conditions import Conditions
 from csi_driver.node.enrolment import Enrolment
@@ -76,6 +77,7 @@ class Driver:
             clock,
             chance,
         )
+        self._advice = Advice(store, volumes, self._renewals.advised)
         self.publisher = Publisher(
             kubelet_dir,
             store,
@@ -97,6 +99,7 @@ class Driver:
             tasks.create_task(self._first_calls_outside.turns.run(), name="first calls to issuers outside")
             tasks.create_task(self._conditions.clock_of_ends.run(), name="ends")
             tasks.create_task(self._reports.run(), name="reports")
+            tasks.create_task(self._advice.run(), name="advice")
             tasks.create_task(self._roots.writing.run(), name="roots")
             tasks.create_task(self._removal.again.run(), name="removals")
             tasks.create_task(follow_trust(self._client, self._take, self._roots, self._chance), name="trust")
@@ -104,6 +107,7 @@ class Driver:
     def _take(self, bundle: TrustBundle) -> None:
         # The stream begins anew each half hour, which is the clock of what memory holds for pods that may be gone.
         self._pending.forget_old()
-        self._shared.streamed(bundle.sharing)
+        self._shared.streamed(bundle.sharing, bundle.due)
+        self._advice.streamed(bundle.due)
         self._roots.streamed(bundle.sets)
         self._renewals.policy_is(bundle.policy)

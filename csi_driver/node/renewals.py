@@ -29,6 +29,8 @@ _AWAITING_TOKEN_S = 300.0
 """Kubelet's next look brings the token and brings the renewal forward; this is for the case that it never looks."""
 _POLICY_SPREAD_S = 30.0
 """Over which chance spreads what a new policy may allow: all nodes hear of it in the same moment."""
+_ADVICE_SPREAD_S = 30.0
+"""Over which chance spreads what a CA wants renewed at once: it may be all that it has signed."""
 _POLICY_SETTLES_S = 180.0
 """Replicas read a new policy within so long of each other, as kubelets bring a ConfigMap's change at different moments."""
 
@@ -92,6 +94,11 @@ class Renewals:
             if volume.failure is not None and volume.failure.reason.kind is Kind.REFUSED and not volume.renewing:
                 volume.attempt = 0
                 self._schedule(volume, now + self._chance() * _POLICY_SPREAD_S)
+
+    def advised(self, volume: Volume) -> None:
+        """Renews a volume soon, though its moment has not come; where a renewal has failed, that is tried again anyway."""
+        if volume.failure is None and not volume.renewing:
+            self._schedule(volume, min(self._clock() + self._chance() * _ADVICE_SPREAD_S, volume.record.renew_at))
 
     async def renew(self, volume_id: str) -> None:
         """Renews one volume in place. Never raises: what fails is reported and tried again."""

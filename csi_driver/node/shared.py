@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from csi_driver.core.errors import CertmountError, Fault, Kind, Reason
+from csi_driver.core.keys import digest
 from csi_driver.core.renewal import plan_renewal
 from csi_driver.core.spec import DEFAULT_ISSUER, CertificateSpec
 from csi_driver.core.trust import RootSet, newer
@@ -55,11 +56,12 @@ class Shared:
         self._known_here: OrderedDict[Wanted, None] = OrderedDict()
         self._flights: dict[Wanted, asyncio.Future[Enrolled | CertmountError | None]] = {}
         self._sharing: Collection[str] = ()
+        self._due: Collection[str] = ()
         self._told = asyncio.Event()
 
-    def streamed(self, sharing: Collection[str]) -> None:
-        """Takes the names of the issuers whose certificates are shared."""
-        self._sharing = sharing
+    def streamed(self, sharing: Collection[str], due: Collection[str] = ()) -> None:
+        """Takes the names of the issuers whose certificates are shared, and the digests of the keys that are held no longer."""
+        self._sharing, self._due = sharing, due
         self._told.set()
         self._forget_expired()
 
@@ -129,7 +131,7 @@ class Shared:
 
     def _good(self, wanted: Wanted, spec: CertificateSpec, *, first: bool) -> Enrolled | None:
         held = self._held.get(wanted)
-        if held is None:
+        if held is None or (self._due and digest(held.key.public_key()) in self._due):
             return None
         fitted = self._fitted(held, spec)
         until = (fitted.renew_at + fitted.not_after) / 2 if first else fitted.renew_at

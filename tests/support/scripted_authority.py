@@ -141,6 +141,8 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         self.outside: dict[str, TestCA] = {}
         """Issuers beside the internal CA; they sign the names in the CSR, and no SPIFFE ID, as public CAs do."""
         self.sharing: tuple[str, ...] = ()
+        self.due: tuple[str, ...] = ()
+        """Digests of the keys whose certificates are to be renewed now."""
         """Those of them whose certificates pods are to share."""
         self._told = 0
         self._changed = asyncio.Condition()
@@ -267,7 +269,9 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         try:
             while True:
                 told = self._told
-                yield authority_pb2.TrustBundle(sets=self._wire(self.sets), policy=self.policy, sharing=self.sharing)
+                yield authority_pb2.TrustBundle(
+                    sets=self._wire(self.sets), policy=self.policy, sharing=self.sharing, due=self.due
+                )
                 async with self._changed:
                     await self._changed.wait_for(lambda told=told: self._told != told)  # type: ignore[misc]
         finally:

@@ -14,6 +14,7 @@ import pytest_asyncio
 
 from csi_driver._proto.authority_pb2 import CONDITION_OVERDUE
 from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.keys import digest
 from tests.integration.node.world import Failure, Node, Request, failure_of, running_node
 from tests.support.kubelet import FakePod
 from tests.support.scripted_authority import Response, answer_of
@@ -256,6 +257,30 @@ async def test_a_renewal_is_one_question_for_all(node: Node, shop: FakePod) -> N
     )
     assert len({node.shown(request).serial for request in requests}) == 1
     assert len(node.script.orders) == 2
+
+
+@pytest.mark.parametrize("restarted", [False, True], ids=["in memory", "after a restart of the driver"])
+async def test_what_a_ca_wants_renewed_at_once_is_renewed(node: Node, shop: FakePod, restarted: bool) -> None:
+    """A CA that has to take back what it signed moves the moment of renewal: one order for all that share it, and no one else asks."""
+    node.script.renew_after = NEVER
+    shared = [await node.published(_again(shop, number), EDGE) for number in range(2)]
+    other = await node.published(_again(shop, 2), {"issuer": "acme", "name": "other.example.com"})
+    before, left_alone = node.shown(shared[0]), node.shown(other)
+    if restarted:
+        await node.restart()
+        for request in shared:  # the kubelet brings the tokens again
+            await node.publish(request)
+    orders = len(node.script.orders)
+    node.authority.due = (digest(before.leaf.public_key()),)  # type: ignore[arg-type]  # a key of ours
+    await node.authority.tell()
+    await until(
+        lambda: all(node.shown(request).serial != before.serial for request in shared), "the renewal", patience_s=60
+    )
+    assert node.shown(shared[0]).key == node.shown(shared[1]).key != before.key
+    assert node.shown(other) == left_alone
+    assert len(node.script.orders) == orders + 1
+    node.authority.due = ()
+    await node.authority.tell()
 
 
 async def test_who_is_denied_at_the_renewal_ends_the_sharing(node: Node, shop: FakePod) -> None:
