@@ -6,13 +6,12 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import structlog
 
 from csi_driver.authority.issuers import Issuer
 from csi_driver.authority.issuers.configuration import KINDS, Kind, Tools, make_issuer, read_issuers
-from csi_driver.authority.issuers.external import ExternalIssuer
+from csi_driver.authority.issuers.external import Advised, Answering, ExternalIssuer
 from csi_driver.authority.located_yaml import MAX_BYTES
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.issuers_document import Declared
@@ -23,22 +22,6 @@ log = structlog.get_logger(__name__)
 _CHECK_S = 1.0
 """Between looks at the file and at what roots the issuers have; a volume's file changes a minute after its ConfigMap."""
 _DEFECT_PAUSE_S = 30.0
-
-
-@runtime_checkable
-class AnsweringAcme(Protocol):
-    """An issuer whose CA asks back by HTTP-01."""
-
-    async def http_answer(self, token: str) -> str | None:
-        """The key authorization for a token; None where there is none. Raises CertmountError where that can't be told."""
-
-
-@runtime_checkable
-class Advised(Protocol):
-    """An issuer whose CA may want certificates renewed sooner than it said (RFC 9773)."""
-
-    def due(self) -> tuple[str, ...]:
-        """SHA-256 (hexadecimal) of the public keys (SubjectPublicKeyInfo) of those that are due now."""
 
 
 class IssuersFile(Mapping[str, Issuer]):
@@ -99,9 +82,9 @@ class IssuersFile(Mapping[str, Issuer]):
             key for issuer in self._by_name.values() if isinstance(issuer, Advised) for key in issuer.due()
         )
 
-    def answering_acme(self) -> list[AnsweringAcme]:
+    def answering(self) -> list[Answering]:
         """Those that a CA may ask over HTTP."""
-        return [issuer for issuer in self._by_name.values() if isinstance(issuer, AnsweringAcme)]
+        return [issuer for issuer in self._by_name.values() if isinstance(issuer, Answering)]
 
     async def load(self) -> None:
         """Reads the file if its content is new; raises CertmountError InvalidIssuers, once for each content, and keeps the issuers before."""

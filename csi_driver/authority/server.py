@@ -242,7 +242,7 @@ class AuthorityServer:
         """Answers HTTP-01 requests for ever; raises OSError where that port can't be listened on."""
         from csi_driver.authority.issuers.acme.challenge_server import ChallengeServer  # with aiohttp's server
 
-        server = ChallengeServer(address, self._issuers.answering_acme)
+        server = ChallengeServer(address, self._issuers.answering)
         await server.start()
         try:
             await asyncio.Event().wait()

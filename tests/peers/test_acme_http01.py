@@ -12,8 +12,9 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from csi_driver.authority.issuers.acme.challenge_server import Answers, ChallengeServer
+from csi_driver.authority.issuers.acme.challenge_server import ChallengeServer
 from csi_driver.authority.issuers.acme.settings import AcmeSettings, Http01
+from csi_driver.authority.issuers.external import Answering
 from csi_driver.core.errors import CertmountError, Reason
 from tests.peers.acme import Site, at_work, dns_names, order_for, patiently, site, told
 from tests.peers.nginx import ROUTE, Nginx
@@ -48,7 +49,7 @@ async def edge(folder: Path, locations: str = ROUTE) -> AsyncIterator[Edge]:
 
 
 @contextlib.asynccontextmanager
-async def answering(port: int, *issuers: Answers) -> AsyncIterator[None]:
+async def answering(port: int, *issuers: Answering) -> AsyncIterator[None]:
     server = ChallengeServer(f"{LOOPBACK}:{port}", lambda: issuers)
     await server.start()
     try:

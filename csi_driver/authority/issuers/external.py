@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from csi_driver.authority.issuers import Issuer
 
@@ -52,3 +52,19 @@ class ExternalIssuer(Issuer, Protocol):
 
         It needs no :meth:`run`, and leaves nothing open where there is none.
         """
+
+
+@runtime_checkable
+class Answering(Protocol):
+    """An issuer whose CA asks back over HTTP (RFC 8555 section 8.3)."""
+
+    async def http_answer(self, token: str) -> str | None:
+        """The key authorization for a token; None where there is none. Raises CertmountError where that can't be told."""
+
+
+@runtime_checkable
+class Advised(Protocol):
+    """An issuer whose CA may want certificates renewed sooner than it said (RFC 9773)."""
+
+    def due(self) -> tuple[str, ...]:
+        """SHA-256 (hexadecimal) of the public keys (SubjectPublicKeyInfo) of those that are due now."""

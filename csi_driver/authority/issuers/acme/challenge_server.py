@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Protocol, runtime_checkable
 
 from aiohttp import web
 
 from csi_driver.authority.issuers.acme.http01 import PATH
+from csi_driver.authority.issuers.external import Answering
 from csi_driver.core.errors import CertmountError
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
 """RFC 8555 section 8.3: base64url."""
 
 
-@runtime_checkable
-class Answers(Protocol):
-    """Knows what CAs are to find."""
-
-    async def http_answer(self, token: str) -> str | None:
-        """The key authorization for a token; None where there is none. Raises CertmountError where that can't be told."""
-
-
 class ChallengeServer:
     """One port for all issuers. It is open to the world: it reads no bodies and knows one path."""
 
-    def __init__(self, address: str, issuers: Callable[[], Iterable[Answers]]) -> None:
+    def __init__(self, address: str, issuers: Callable[[], Iterable[Answering]]) -> None:
         host, _, port = address.rpartition(":")
         self._host = host.strip("[]") or None
         self._port = int(port)

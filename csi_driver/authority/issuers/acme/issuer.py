@@ -162,7 +162,7 @@ class AcmeIssuer:
         return await findings(self._settings, self._shop)
 
     async def http_answer(self, token: str) -> str | None:
-        """See :class:`csi_driver.authority.issuers.acme.challenge_server.Answers`."""
+        """See :class:`csi_driver.authority.issuers.external.Answering`."""
         for max_age_s in (
             1.0,
             STALE_S,
