@@ -19,6 +19,7 @@ _ORDER = (
     "test_access",
     "test_csr",
     "test_autocert",
+    "test_acme",
     "test_replicas",
     "test_revocation",
     "test_interruptions",
