@@ -6,6 +6,7 @@ import functools
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -174,6 +175,16 @@ def test_openssl_believes_a_chain_of_ml_dsa(kind: KeyType) -> None:
     """Its strict mode, from 3.5 on."""
     with presented(ca(kind), Names.of([DNSName.parse("shop.web.svc")], [ID]), kind) as shown:
         assert [shown.openssl(usage, kind) for usage in BOTH] == ["", ""]
+
+
+@pytest.mark.parametrize("kind", ML_DSA)
+def test_the_newest_openssl_believes_a_chain_of_ml_dsa_and_no_other(kind: KeyType) -> None:
+    """The one within the cryptography package, wherever the tests run; below another root of the same kind it believes nothing."""
+    with presented(ca(kind), Names.of([DNSName.parse("shop.web.svc")], [ID]), kind) as shown:
+        assert shown.newest_openssl() == ""
+        stranger = make_keyring(NOW, Design(kind))
+        other = replace(shown, keyring=replace(shown.keyring, roots=stranger.roots))
+        assert "unable to get local issuer certificate" in other.newest_openssl()
 
 
 def test_a_new_intermediate_is_believed_like_the_former() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from cryptography import x509
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+from OpenSSL import crypto
 
 from csi_driver.authority.keyring import Keyring
 from csi_driver.core.formats.pem import encode_certificates
@@ -52,6 +53,24 @@ class Presented:
         command += ["-purpose", _PURPOSES[usage], "-CAfile", root, "-untrusted", chain, leaf]
         done = subprocess.run(command, capture_output=True, check=False, text=True)
         return "" if done.returncode == 0 else done.stdout + done.stderr
+
+    def newest_openssl(self) -> str:
+        """What the OpenSSL within the cryptography package has against it in its strict mode; empty where nothing.
+
+        It is newer than distributions have, and its path validation is not cryptography's own.
+        """
+        store = crypto.X509Store()
+        store.set_flags(crypto.X509StoreFlags.X509_STRICT)
+        store.set_time(self.now)
+        for root in self.keyring.roots:
+            store.add_cert(crypto.X509.from_cryptography(root))
+        chain = [crypto.X509.from_cryptography(one) for one in self.keyring.intermediates]
+        context = crypto.X509StoreContext(store, crypto.X509.from_cryptography(self.leaf), chain)
+        try:
+            context.verify_certificate()
+        except crypto.X509StoreContextError as error:
+            return str(error)
+        return ""
 
     def go(self, usage: Usage, dns_name: str = "") -> dict[str, Any]:
         """What Go sees in it; ``error`` is what it has against it."""
