@@ -56,12 +56,20 @@ def _copies(namespace: str) -> list[dict[str, Any]]:
     reference = {"apiGroup": "rbac.authorization.k8s.io", "name": "certmount-authority"}
     return [
         {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "certmount-ca", **bare}},
+        {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "certmount-confirmations", **bare}},
+        {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "certmount-csr-signer", **bare}},
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "certmount-root", **bare}},
         {
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": {"name": "certmount-policy", **bare},
             "data": {"policy.yaml": ""},
+        },
+        {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": {"name": "certmount-issuers", **bare},
+            "data": {"issuers.yaml": ""},
         },
         {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "certmount-authority", **bare}},
         {**role, "metadata": {"name": "certmount-authority", **bare}},
