@@ -52,6 +52,8 @@ def make_namespace(name: str) -> str:
     """A new namespace; one that an earlier run on the same cluster has left is removed first."""
     kubectl("delete", "namespace", name, "--ignore-not-found", seconds=120)
     kubectl("create", "namespace", name)
+    # Without it no pod is taken; the controller that makes it may be a while behind.
+    wait_for("create", "serviceaccount/default", namespace=name, seconds=90)
     return name
 
 

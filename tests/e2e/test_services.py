@@ -94,8 +94,10 @@ def test_a_pod_that_no_service_selects_is_refused_and_told_by_an_event() -> None
     assert event["involvedObject"]["uid"] == STRANGER.uid
 
     def counted() -> int:
-        (again,) = _events(STRANGER)
-        return int((again.get("series") or {}).get("count", 0))
+        # Each ten minutes of the clock have an event of their own.
+        again = _events(STRANGER)
+        assert len(again) <= 2
+        return sum(int((event.get("series") or {}).get("count", 1)) for event in again)
 
     wait_until(lambda: counted() >= 2, seconds=120, what="a second refusal, counted in the same event")
 
@@ -137,7 +139,8 @@ def _api_server_away() -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run([host._LOCALKUBE / "up.sh"], check=True, capture_output=True, timeout=180)
+        # It gives each part a minute; on a busy machine one that starts again after an outage may need more.
+        wait_until(_up, seconds=150, what="the cluster is up again")
 
 
 @pytest.mark.timeout(400)
@@ -163,6 +166,10 @@ def test_the_api_server_is_away_for_a_minute(logs: LogKeeper) -> None:
     assert (BRISK.uid, BRISK.restarts()) == (uid, 0)
     assert {pod["metadata"]["uid"]: _restarts(pod) for pod in host.pods_of("certmount-authority")} == replicas
     assert {pod["metadata"]["uid"]: _restarts(pod) for pod in [host.driver()]} == driver
+
+
+def _up() -> bool:
+    return not subprocess.run([host._LOCALKUBE / "up.sh"], check=False, capture_output=True, timeout=300).returncode
 
 
 def _restarts(pod: Any) -> int:

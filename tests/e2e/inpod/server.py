@@ -2,13 +2,16 @@
 
 import socket
 import ssl
+from pathlib import Path
 
 TLS = "/var/run/tls"
 
 
 def answer(raw: socket.socket) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(f"{TLS}/site.pem")
+    # Python opens the file twice, for certificates and key; by the descriptor it is the same file both times.
+    with Path(TLS, "site.pem").open("rb") as bundle:
+        context.load_cert_chain(f"/proc/self/fd/{bundle.fileno()}")
     context.load_verify_locations(f"{TLS}/root.crt")
     context.verify_mode = ssl.CERT_REQUIRED
     with context.wrap_socket(raw, server_side=True) as connection:
@@ -21,6 +24,7 @@ with socket.create_server(("", 8443)) as listener:
         accepted, _ = listener.accept()
         accepted.settimeout(5)
         try:
-            answer(accepted)
+            with accepted:
+                answer(accepted)
         except OSError as error:
             print(f"error: {error!r}", flush=True)
