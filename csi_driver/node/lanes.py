@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -93,7 +94,9 @@ class Lanes:
 
     def _start(self, issuer: str) -> None:
         if self._running is not None:
-            self._running.create_task(self._lanes[issuer].rotation.run(), name=f"renewals of {issuer}")
+            # Begun by whatever call brings the issuer's first volume: what that call has bound to the log is not these renewals'.
+            running = self._lanes[issuer].rotation.run()
+            self._running.create_task(running, name=f"renewals of {issuer}", context=contextvars.Context())
 
     async def _act_on(self, volume_id: str) -> None:
         if self._act is not None:

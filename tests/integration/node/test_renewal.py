@@ -40,6 +40,10 @@ async def test_rotation_in_place(node: Node) -> None:
     assert len(set(seen.values())) == 4
     assert node.mounts(node.kubelet.root) == mounts
     assert await node.health(request) == []
+    # In the log a renewal is its pod's, and no call of the kubelet.
+    renewed = [line for line in node.driver.events("renewed") if line["volume"] == request.volume_id]
+    assert len(renewed) >= 3
+    assert not [line for line in renewed if "method" in line]
 
 
 async def test_a_reader_never_sees_a_torn_generation(node: Node) -> None:
