@@ -117,8 +117,9 @@ class CSRSigner:
             name = await queue.take()
             try:
                 csr = known.find(name)
-                if csr is None:
-                    queue.failures.pop(name, None)  # somebody has deleted it
+                # Somebody has deleted it; or it was answered while the watch told of its approval, as it does in between.
+                if csr is None or csr.uid in queue.settled:
+                    queue.failures.pop(name, None)
                 elif await self._settled(csr, again=name in queue.failures):
                     queue.settle(csr)
                 else:

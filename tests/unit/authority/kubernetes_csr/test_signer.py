@@ -424,6 +424,27 @@ async def test_what_the_watch_tells_late_is_not_signed_again(world: World) -> No
     assert world.counted == [None] * 3
 
 
+async def test_an_approval_that_is_told_before_the_certificate_is_not_signed_again(world: World) -> None:
+    """The watch tells of the approval while the certificate is being written, and of the certificate later."""
+    answer = world.cluster.answer
+
+    async def unheard(csr: ClusterCSR, certificate: bytes) -> ClusterCSR:
+        watches, world.cluster.sinks = world.cluster.sinks, []
+        try:
+            return await answer(csr, certificate)
+        finally:
+            world.cluster.sinks = watches
+
+    world.cluster.answer = unheard  # type: ignore[method-assign]  # the watch is behind
+    async with world.running():
+        for number in range(1, 4):
+            name = world.cluster.put(item())
+            await until(lambda name=name: world.cluster.find(name).finished, "a decision")  # type: ignore[misc]
+            await until(lambda number=number: len(world.counted) >= number, "its count")  # type: ignore[misc]
+    assert world.cluster.answers == 3
+    assert world.counted == [None] * 3
+
+
 async def test_what_may_pass_is_tried_again(world: World) -> None:
     """A CA that is not there yet denies nothing."""
     world.ca.broken = True
