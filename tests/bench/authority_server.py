@@ -63,7 +63,7 @@ class Keys(Cluster):
 async def serve(folder: Path) -> None:
     """Serves until standard input ends."""
     reviewer: Any = Reviewer()
-    world = World(folder, TokenIssuer(), Keys(folder / "jwks.json"), reviewer)
+    world = World(folder, TokenIssuer(), Keys(folder / "jwks.json"), reviewer=reviewer)
     world.policy.write_text(POLICY)
     async with world.running() as server:
         print(server.port, flush=True)
