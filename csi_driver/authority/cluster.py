@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from csi_driver.authority.check import Check, permission_checks
 from csi_driver.authority.cluster_requests import ClusterRequests
 from csi_driver.authority.cluster_secrets import cluster_secrets
+from csi_driver.authority.confirmations import CONFIRMATIONS
 from csi_driver.authority.events import PodEvents
 from csi_driver.authority.issuers.configuration import Tools
 from csi_driver.authority.issuers.secrets import Secrets
@@ -36,8 +37,6 @@ from csi_driver.telemetry.cluster_metrics import ClusterMetrics
 
 ACME_SERVICE, ACME_PORT = "certmount-acme", 80
 """The Service that Ingresses for HTTP-01 lead to, in the authority's namespace (docs/acme.md)."""
-CONFIRMATIONS = "certmount-confirmations"
-"""The Secret of that name, beside the CA's."""
 
 
 @dataclass(frozen=True, slots=True)

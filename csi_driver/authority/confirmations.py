@@ -21,7 +21,10 @@ from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
 log = structlog.get_logger(__name__)
 
-VALUE = "confirmations.json"
+CONFIRMATIONS_FILE = "confirmations.json"
+"""In a store; outside a cluster also the file, beside the CA's."""
+CONFIRMATIONS = "certmount-confirmations"
+"""In a cluster, in the namespace of the CA's."""
 MOST_NODES = 20_000
 """Four times the nodes of the largest supported cluster, as names come and go; 620 kB, of which a Secret takes 1 MiB."""
 _PAUSE_S = 1.0
@@ -114,7 +117,7 @@ class Confirmations:
             if after == before:
                 return False
             document = json.dumps({"set": DEFAULT_ISSUER, "nodes": after}, separators=(",", ":"))
-            if await self._store.save({VALUE: Secret(document.encode("ascii"))}, stored):
+            if await self._store.save({CONFIRMATIONS_FILE: Secret(document.encode("ascii"))}, stored):
                 return True
         raise CertmountError(Reason.ISSUER_UNAVAILABLE, f"{self._store.name}: other writers came first again and again")
 
@@ -173,10 +176,10 @@ def _bounded(marks: Mapping[str, int]) -> Mapping[str, int]:
 
 def _parse(values: Mapping[str, Secret[bytes]], where: str) -> Mapping[str, int]:
     """What is damaged counts for nothing: nodes confirm again with their next stream, within half an hour."""
-    if VALUE not in values:
+    if CONFIRMATIONS_FILE not in values:
         return {}
     try:
-        document = json.loads(values[VALUE].reveal())
+        document = json.loads(values[CONFIRMATIONS_FILE].reveal())
         return {str(each): int(value) for each, value in document["nodes"].items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         log.error("confirmations are damaged and begun anew", store=where)  # noqa: TRY400  # no traceback is of use

@@ -11,7 +11,7 @@ from typing import Any
 from csi_driver.authority.ca_store import FolderStore, Store
 from csi_driver.authority.check import Check
 from csi_driver.authority.cluster_requests import ClusterRequests
-from csi_driver.authority.confirmations import ConnectedNodes, NodeList
+from csi_driver.authority.confirmations import CONFIRMATIONS_FILE, ConnectedNodes, NodeList
 from csi_driver.authority.desk import Events, Subjects
 from csi_driver.authority.events import NoEvents
 from csi_driver.authority.issuers.configuration import Tools
@@ -70,5 +70,5 @@ def outside_a_cluster(ca_dir: Path, jwks: Path, token_issuer: str) -> Surroundin
         return await asyncio.to_thread(read)
 
     return Surroundings(
-        FolderStore(ca_dir), FolderStore(ca_dir, "confirmations.json"), FolderPublisher(ca_dir), fetch, OfflineOnly()
+        FolderStore(ca_dir), FolderStore(ca_dir, CONFIRMATIONS_FILE), FolderPublisher(ca_dir), fetch, OfflineOnly()
     )

@@ -22,7 +22,7 @@ from csi_driver.authority.keyring import AUTHORITY_KEY_TYPES, Design
 from csi_driver.authority.policy_file import PolicyFile
 from csi_driver.authority.server import AuthorityServer, Settings
 from csi_driver.authority.surroundings import Surroundings, outside_a_cluster
-from csi_driver.cli.common import address, health_server, parsed
+from csi_driver.cli.common import address, health_server, namespaced, parsed
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.identity import ServiceAccount
 from csi_driver.core.name_constraints import parse_constraint
@@ -36,13 +36,6 @@ log = structlog.get_logger(__name__)
 _FILE = click.Path(path_type=Path)
 _Opening: TypeAlias = "Callable[[CollectorRegistry], contextlib.AbstractAsyncContextManager[Surroundings]]"
 """Makes the surroundings, and counts in a registry what happens there."""
-
-
-def _namespaced(text: str) -> tuple[str, str]:
-    namespace, _, name = text.partition("/")
-    if not namespace or not name or "/" in name:
-        raise ValueError("is not NAMESPACE/NAME")
-    return namespace, name
 
 
 @click.command(name="authority")
@@ -92,15 +85,15 @@ def _namespaced(text: str) -> tuple[str, str]:
     "--node-service-account",
     default="certmount/certmount-node",
     show_default=True,
-    callback=parsed(_namespaced),
+    callback=parsed(namespaced),
     help="NAMESPACE/NAME of the service account that node drivers run as.",
 )
 @click.option(
-    "--ca-secret", callback=parsed(_namespaced), help="In a cluster: NAMESPACE/NAME of the Secret that keeps the CA."
+    "--ca-secret", callback=parsed(namespaced), help="In a cluster: NAMESPACE/NAME of the Secret that keeps the CA."
 )
 @click.option(
     "--root-configmap",
-    callback=parsed(_namespaced),
+    callback=parsed(namespaced),
     help="In a cluster: NAMESPACE/NAME of the ConfigMap that gets the root.",
 )
 @click.option(

@@ -18,7 +18,7 @@ from csi_driver.authority.ca import utc_now
 from csi_driver.authority.ca_sources import StoredCA
 from csi_driver.authority.ca_state import Holdings
 from csi_driver.authority.ca_store import FolderStore
-from csi_driver.authority.confirmations import Confirmations, NodeList, judge
+from csi_driver.authority.confirmations import CONFIRMATIONS, CONFIRMATIONS_FILE, Confirmations, NodeList, judge
 from csi_driver.authority.keyring import (
     AUTHORITY_KEY_TYPES,
     INTERMEDIATE,
@@ -33,7 +33,7 @@ from csi_driver.authority.keyring_check import load_keyring
 from csi_driver.authority.rotation import Phase, go_on, stop
 from csi_driver.authority.rotation import drop as drop_roots
 from csi_driver.cli.ca_report import Report
-from csi_driver.cli.common import parsed
+from csi_driver.cli.common import namespaced, parsed
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.name_constraints import parse_constraint
 from csi_driver.core.nodes import Nodes
@@ -43,7 +43,6 @@ from csi_driver.telemetry.logging import configure_logging
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 _KEY_TYPES = {key_type.value: key_type for key_type in AUTHORITY_KEY_TYPES}
 _DEFAULT_SECRET = ("certmount", "certmount-ca")
-_CONFIRMATIONS = "certmount-confirmations"
 _OWN = {ROOT: "root", ROOT_KEY: "root_key", INTERMEDIATE: "intermediate", INTERMEDIATE_KEY: "intermediate_key"}
 _T = TypeVar("_T")
 
@@ -69,19 +68,12 @@ class _Unconnected:
         return Nodes(frozenset(), None)
 
 
-def _namespaced(text: str) -> tuple[str, str]:
-    namespace, _, name = text.partition("/")
-    if not namespace or not name or "/" in name:
-        raise ValueError("is not NAMESPACE/NAME")
-    return namespace, name
-
-
 def _placed(command: Callable[..., None]) -> Callable[..., None]:
     """The options that say which CA is meant."""
     folder = click.Path(path_type=Path, exists=True, file_okay=False)
     secret_help = "NAMESPACE/NAME of the Secret that keeps the CA; in a cluster certmount/certmount-ca, else none."
     command = click.option("--ca-dir", type=folder, help="Outside a cluster: the folder that keeps the CA.")(command)
-    return click.option("--ca-secret", callback=parsed(_namespaced), help=secret_help)(command)
+    return click.option("--ca-secret", callback=parsed(namespaced), help=secret_help)(command)
 
 
 @click.group(name="ca")
@@ -255,7 +247,7 @@ async def _place(ca_secret: tuple[str, str] | None, ca_dir: Path | None) -> Asyn
     if ca_secret and ca_dir:
         raise click.UsageError("--ca-secret is for a cluster, --ca-dir for the outside of one; give one or the other")
     if ca_dir:
-        confirmations = Confirmations(FolderStore(ca_dir, "confirmations.json"), lambda: 0)
+        confirmations = Confirmations(FolderStore(ca_dir, CONFIRMATIONS_FILE), lambda: 0)
         yield _Place(StoredCA(FolderStore(ca_dir)), confirmations, _Unconnected())
         return
     if not ca_secret and "KUBERNETES_SERVICE_HOST" not in os.environ:
@@ -267,5 +259,5 @@ async def _place(ca_secret: tuple[str, str] | None, ca_dir: Path | None) -> Asyn
     namespace, name = ca_secret or _DEFAULT_SECRET
     async with connect(in_cluster_configuration()) as api:
         store = SecretStore(api, ObjectName("Secret", namespace, name))
-        known = SecretStore(api, ObjectName("Secret", namespace, _CONFIRMATIONS))
+        known = SecretStore(api, ObjectName("Secret", namespace, CONFIRMATIONS))
         yield _Place(StoredCA(store), Confirmations(known, lambda: 0), CsiNodes(api))

@@ -40,6 +40,14 @@ def address(text: str) -> str:
     return text
 
 
+def namespaced(text: str) -> tuple[str, str]:
+    """NAMESPACE/NAME as a pair; raises ValueError."""
+    namespace, _, name = text.partition("/")
+    if not namespace or not name or "/" in name:
+        raise ValueError("is not NAMESPACE/NAME")
+    return namespace, name
+
+
 def health_server(http: str, registry: CollectorRegistry, ready: Callable[[], Sequence[str]]) -> HealthServer:
     """The server at ``--http``; alive while the event loop that runs now turns. Raises ClickException for a port in use."""
     try:

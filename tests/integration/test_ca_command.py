@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry
 from csi_driver import DRIVER_NAME
 from csi_driver.authority.ca import CertificateAuthority, utc_now
 from csi_driver.authority.ca_store import FolderStore
-from csi_driver.authority.confirmations import VALUE, mark
+from csi_driver.authority.confirmations import CONFIRMATIONS_FILE, mark
 from csi_driver.authority.keyring import INTERMEDIATE_KEY, Keyring, dump_keyring, make_keyring
 from csi_driver.cli.ca import command
 from csi_driver.core.formats.pem import fingerprint
@@ -248,7 +248,7 @@ async def test_in_a_cluster_the_nodes_that_are_waited_for_are_named(
     server.objects["secrets/certmount-ca"]["data"] = data
     document = json.dumps({"set": "internal", "nodes": {mark("updating"): 1, mark("gone"): 1}})
     known = server._object("Secret", "certmount-confirmations")
-    known["data"] = {VALUE: base64.b64encode(document.encode()).decode()}
+    known["data"] = {CONFIRMATIONS_FILE: base64.b64encode(document.encode()).decode()}
     server.objects["secrets/certmount-confirmations"] = known
     nodes = server.collections["/apis/storage.k8s.io/v1/csinodes"] = Collection()
     for number in range(12):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from csi_driver.core.cluster_csr import ClusterCSR
 from csi_driver.core.durations import format_duration
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
-from csi_driver.core.keys import public_bytes
+from csi_driver.core.keys import digest
 from csi_driver.core.policy import Grant, Policy
 from csi_driver.core.rules import DEFAULT_DURATION
 from csi_driver.core.spec import DEFAULT_ISSUER
@@ -75,7 +74,7 @@ class Decisions:
                 self._count(csr.username)
         wish = read_wish(csr)
         record["asked"] = [str(name) for name in wish.request.names]
-        record["key_sha256"] = hashlib.sha256(public_bytes(wish.request.public_key)).hexdigest()
+        record["key_sha256"] = digest(wish.request.public_key)
         grant = _decided_before(wish) if own else await self._granted(pod, wish)
         record.update(names=[str(name) for name in grant.names], rules=grant.rules)
         issued = await self._internal.issue(Order(wish.request, grant, pod, wish.asked))
