@@ -14,39 +14,39 @@ import grpc
 import structlog
 
 from csi_driver._proto import authority_pb2_grpc
-from csi_driver.authority.admission import Admission
-from csi_driver.authority.ca import CertificateAuthority, utc_now
-from csi_driver.authority.ca_files import KeyFiles
-from csi_driver.authority.ca_state import roots_pem
-from csi_driver.authority.cluster_requests import ClusterRequests
-from csi_driver.authority.confirmations import Confirmations, KnownNodes
+from csi_driver.authority.authn.authenticator import Admission
+from csi_driver.authority.authn.limits import Limits
+from csi_driver.authority.authn.token_keys import TokenKeys
+from csi_driver.authority.authn.token_reviews import Proofs
+from csi_driver.authority.authn.token_verifier import TokenVerifier
+from csi_driver.authority.ca.authority import CertificateAuthority, utc_now
+from csi_driver.authority.ca.ca_files import KeyFiles
+from csi_driver.authority.ca.key_pairs import Signer
+from csi_driver.authority.ca.keyring import DEFAULT_DESIGN, Design, Keyring
+from csi_driver.authority.ca.rotation import next_generation
+from csi_driver.authority.ca.state import roots_pem
+from csi_driver.authority.csr_api import ClusterRequests
 from csi_driver.authority.csr_signer.decision import Decisions
 from csi_driver.authority.csr_signer.leadership import Leadership
 from csi_driver.authority.csr_signer.signer import CSRSigner
-from csi_driver.authority.desk import Desk
-from csi_driver.authority.federation import FederationFolder
+from csi_driver.authority.environment import Surroundings
+from csi_driver.authority.issuance.pipeline import Desk
 from csi_driver.authority.issuers.internal import InternalIssuer
+from csi_driver.authority.issuers.issuers_file import IssuersFile
 from csi_driver.authority.issuers.kubernetes_csr.access import Access
-from csi_driver.authority.issuers_file import IssuersFile
-from csi_driver.authority.keyring import DEFAULT_DESIGN, Design, Keyring
-from csi_driver.authority.limits import Limits
-from csi_driver.authority.policy_file import PolicyFile
-from csi_driver.authority.proofs import Proofs
-from csi_driver.authority.rotation import next_generation
+from csi_driver.authority.policy.policy_file import PolicyFile
 from csi_driver.authority.service import MAX_MESSAGE_BYTES, AuthorityService
-from csi_driver.authority.serving import ServingCertificate
-from csi_driver.authority.serving_root import current_serving_root
-from csi_driver.authority.signers import Signer
-from csi_driver.authority.surroundings import Surroundings
-from csi_driver.authority.token_keys import TokenKeys
-from csi_driver.authority.tokens import TokenVerifier
-from csi_driver.authority.trust import LONGEST_WATCH, Trust
+from csi_driver.authority.trust.acknowledgements import Confirmations, KnownNodes
+from csi_driver.authority.trust.bundles import LONGEST_WATCH, Trust
+from csi_driver.authority.trust.federation import FederationFolder
+from csi_driver.authority.trust.serving_certificate import ServingCertificate
+from csi_driver.authority.trust.serving_root import current_serving_root
+from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.formats.pem import encode_certificates
 from csi_driver.core.identity import MAX_TOKEN_BYTES, ServiceAccount
 from csi_driver.core.names import Names
 from csi_driver.core.spec import DEFAULT_ISSUER
-from csi_driver.core.trust import RootSet
 from csi_driver.rpc.server import Handled, Interceptor
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 

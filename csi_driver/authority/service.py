@@ -12,14 +12,14 @@ import grpc
 import structlog
 
 from csi_driver._proto import authority_pb2, authority_pb2_grpc
-from csi_driver.authority.desk import Answer, Desk, Wanted, milliseconds
-from csi_driver.authority.limits import Slots
-from csi_driver.authority.report import MAX_MESSAGE, parse_report
+from csi_driver.authority.authn.limits import Slots
+from csi_driver.authority.events.node_reports import MAX_MESSAGE, parse_report
+from csi_driver.authority.issuance.pipeline import Answer, Desk, Wanted, milliseconds
+from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import DEFAULT_ISSUER, Usage
-from csi_driver.core.trust import RootSet
 
 audit = structlog.get_logger("audit")
 

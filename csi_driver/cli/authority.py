@@ -16,16 +16,16 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from csi_driver import __version__
-from csi_driver.authority.ca_files import KeyFiles
-from csi_driver.authority.check import ca_check, check, issuers_check, policy_check, token_keys_check
-from csi_driver.authority.keyring import AUTHORITY_KEY_TYPES, Design
-from csi_driver.authority.policy_file import PolicyFile
+from csi_driver.authority.ca.ca_files import KeyFiles
+from csi_driver.authority.ca.keyring import AUTHORITY_KEY_TYPES, Design
+from csi_driver.authority.diagnostics import ca_check, check, issuers_check, policy_check, token_keys_check
+from csi_driver.authority.environment import Surroundings, outside_a_cluster
+from csi_driver.authority.policy.policy_file import PolicyFile
 from csi_driver.authority.server import AuthorityServer, Settings
-from csi_driver.authority.surroundings import Surroundings, outside_a_cluster
 from csi_driver.cli.common import address, health_server, namespaced, parsed
+from csi_driver.core.certificates.name_constraints import parse_constraint
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.identity import ServiceAccount
-from csi_driver.core.name_constraints import parse_constraint
 from csi_driver.core.names import DNSName, Names, parse_trust_domain
 from csi_driver.core.spec import KeyType
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
@@ -217,7 +217,7 @@ def _surroundings(options: dict[str, Any]) -> _Opening:
         problem = f"needed beside {_flags(given)}" if given else f"needed, or else {_flags(outside)} outside a cluster"
         raise click.UsageError(f"{_flags(missing)}: {problem}")
     if chosen is inside:
-        from csi_driver.authority.cluster import Objects, in_a_cluster
+        from csi_driver.authority.cluster_environment import Objects, in_a_cluster
 
         return functools.partial(in_a_cluster, Objects(inside["ca_secret"], inside["root_configmap"]))
     around = outside_a_cluster(outside["ca_dir"], outside["jwks"], outside["token_issuer"])

@@ -14,12 +14,8 @@ from typing import Any, TypeVar
 
 import click
 
-from csi_driver.authority.ca import utc_now
-from csi_driver.authority.ca_sources import StoredCA
-from csi_driver.authority.ca_state import Holdings
-from csi_driver.authority.ca_store import FolderStore
-from csi_driver.authority.confirmations import CONFIRMATIONS, CONFIRMATIONS_FILE, Confirmations, NodeList, judge
-from csi_driver.authority.keyring import (
+from csi_driver.authority.ca.authority import utc_now
+from csi_driver.authority.ca.keyring import (
     AUTHORITY_KEY_TYPES,
     INTERMEDIATE,
     INTERMEDIATE_KEY,
@@ -29,14 +25,24 @@ from csi_driver.authority.keyring import (
     design_of,
     make_keyring,
 )
-from csi_driver.authority.keyring_check import load_keyring
-from csi_driver.authority.rotation import Phase, go_on, stop
-from csi_driver.authority.rotation import drop as drop_roots
+from csi_driver.authority.ca.keyring_loader import load_keyring
+from csi_driver.authority.ca.rotation import Phase, go_on, stop
+from csi_driver.authority.ca.rotation import drop as drop_roots
+from csi_driver.authority.ca.sources import StoredCA
+from csi_driver.authority.ca.state import Holdings
+from csi_driver.authority.storage import FolderStore
+from csi_driver.authority.trust.acknowledgements import (
+    CONFIRMATIONS,
+    CONFIRMATIONS_FILE,
+    Confirmations,
+    NodeList,
+    judge,
+)
 from csi_driver.cli.ca_report import Report
 from csi_driver.cli.common import namespaced, parsed
+from csi_driver.core.certificates.name_constraints import parse_constraint
+from csi_driver.core.cluster.nodes import Nodes
 from csi_driver.core.errors import CertmountError
-from csi_driver.core.name_constraints import parse_constraint
-from csi_driver.core.nodes import Nodes
 from csi_driver.core.secret import Secret
 from csi_driver.telemetry.logging import configure_logging
 

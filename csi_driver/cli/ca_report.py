@@ -9,9 +9,9 @@ from typing import Any
 
 from cryptography import x509
 
-from csi_driver.authority.ca_state import Holdings
-from csi_driver.authority.keyring import Keyring
-from csi_driver.authority.rotation import Phase
+from csi_driver.authority.ca.keyring import Keyring
+from csi_driver.authority.ca.rotation import Phase
+from csi_driver.authority.ca.state import Holdings
 from csi_driver.core.durations import format_duration
 from csi_driver.core.formats.pem import fingerprint
 

@@ -17,15 +17,15 @@ from csi_driver.authority.issuers.configuration import Tools, make_issuer, read_
 from csi_driver.authority.issuers.external import ExternalIssuer, Finding
 from csi_driver.authority.issuers.secrets import Secrets
 from csi_driver.cli.common import parsed
-from csi_driver.core.csr import build_csr, parse_csr
+from csi_driver.core.certificates.csr import build_csr, parse_csr
+from csi_driver.core.certificates.keys import generate_key
+from csi_driver.core.config.issuers import Declared
 from csi_driver.core.durations import parse_duration
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.identity import PodIdentity, ServiceAccount
-from csi_driver.core.issuers_document import Declared
-from csi_driver.core.keys import generate_key
 from csi_driver.core.names import DNSName, Names
-from csi_driver.core.policy import Grant
-from csi_driver.core.rules import ALL_USAGES
+from csi_driver.core.policy.engine import Grant
+from csi_driver.core.policy.rules import ALL_USAGES
 from csi_driver.core.spec import KeyType
 from csi_driver.telemetry.logging import configure_logging
 

@@ -26,10 +26,10 @@ from csi_driver.host.mounts import KernelMounts
 from csi_driver.host.targets import check_kubelet_dir
 from csi_driver.host.volumes import VolumeStore
 from csi_driver.node.authority_client import AuthorityClient
+from csi_driver.node.csi.registration import Registration, listen
+from csi_driver.node.csi.service import IdentityService, NodeService, describe_call
 from csi_driver.node.driver import Driver
-from csi_driver.node.publisher import Publisher
-from csi_driver.node.registration import Registration, listen
-from csi_driver.node.service import IdentityService, NodeService, describe_call
+from csi_driver.node.volumes.publisher import Publisher
 from csi_driver.rpc.server import Handled, Interceptor
 from csi_driver.telemetry.logging import LEVELS, configure_logging
 from csi_driver.telemetry.node_metrics import NodeMetrics

@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 
 import click
 
-from csi_driver.authority.located_yaml import MAX_BYTES, read_yaml
-from csi_driver.authority.policy_file import read_policy
+from csi_driver.authority.config.located_yaml import MAX_BYTES, read_yaml
+from csi_driver.authority.policy.policy_file import read_policy
 from csi_driver.cli.common import parsed
 from csi_driver.core.durations import format_duration, parse_duration
 from csi_driver.core.errors import CertmountError, Reason
@@ -23,10 +23,10 @@ from csi_driver.core.names import (
     parse_trust_domain,
     parse_word,
 )
-from csi_driver.core.policy import Asked, Policy, Subject
-from csi_driver.core.policy_cases import CaseTable, parse_cases, parse_domain, pod
+from csi_driver.core.policy.decision import Judged, Verdict
+from csi_driver.core.policy.engine import Asked, Policy, Subject
+from csi_driver.core.policy.test_cases import CaseTable, parse_cases, parse_domain, pod
 from csi_driver.core.spec import DEFAULT_ISSUER, KeyType, parse_key_type, parse_usage
-from csi_driver.core.verdict import Judged, Verdict
 
 _IN_THE_CLUSTER = "/etc/certmount/policy/policy.yaml"
 """Where the authority's pod has it, so that ``kubectl exec deploy/certmount-authority`` needs no option."""

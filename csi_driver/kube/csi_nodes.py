@@ -8,8 +8,8 @@ from typing import Any
 from kubernetes.aio import client
 
 from csi_driver import DRIVER_NAME
+from csi_driver.core.cluster.nodes import Nodes
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.nodes import Nodes
 from csi_driver.kube.client import answered
 from csi_driver.kube.requests import ask
 

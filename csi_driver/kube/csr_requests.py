@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from kubernetes.aio import client
 
-from csi_driver.core.cluster_csr import ClusterCSR, Condition, Draft
+from csi_driver.core.cluster.csr import ClusterCSR, Condition, Draft
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.kube.client import ApiError, Conflict, answered
 from csi_driver.kube.csrs import CSRs, read_csr

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterator
 from collections.abc import Set as AbstractSet
 from datetime import datetime
 
-from csi_driver.core.cluster_csr import ClusterCSR, Condition
+from csi_driver.core.cluster.csr import ClusterCSR, Condition
 from csi_driver.kube.awaited import Arrivals
 from csi_driver.kube.metadata import BadObject, Json, read_metadata
 

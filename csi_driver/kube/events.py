@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 
 from kubernetes.aio import client
 
+from csi_driver.core.cluster.event import EventRefused, PodEvent, Written
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.pod_event import EventRefused, PodEvent, Written
 from csi_driver.kube.client import ApiError, Conflict, answered
 from csi_driver.kube.metadata import Json
 from csi_driver.kube.requests import MERGE_PATCH, ask

@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 
 from kubernetes.aio import client
 
+from csi_driver.core.cluster.lease import Lease
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.lease import Lease
 from csi_driver.kube.client import Conflict, ObjectName, answered
 from csi_driver.kube.metadata import Json
 from csi_driver.kube.requests import ask

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from kubernetes.aio import client
 
+from csi_driver.core.cluster.pod import LivePod
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.live_pod import LivePod
 from csi_driver.kube.client import ApiError, answered
 from csi_driver.kube.requests import ask
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kubernetes.aio import client
 
-from csi_driver.core.cluster_csr import OWN_SIGNER
+from csi_driver.core.cluster.csr import OWN_SIGNER
 from csi_driver.core.errors import Reason
 from csi_driver.kube.client import ObjectName, answered
 from csi_driver.kube.requests import ask

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from kubernetes.aio import client
 
+from csi_driver.core.cluster.token_review import Reviewed
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.core.proof import Reviewed
 from csi_driver.core.secret import Secret
 from csi_driver.kube.client import TIMEOUT_S, answered
 

@@ -10,7 +10,7 @@ from kubernetes.aio import client
 
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret
-from csi_driver.core.stored import Stored
+from csi_driver.core.stored_secrets import Stored
 from csi_driver.kube.client import TIMEOUT_S, Conflict, ObjectName, answered
 
 

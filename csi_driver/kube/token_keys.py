@@ -8,8 +8,8 @@ from collections.abc import Awaitable
 import aiohttp
 from kubernetes.aio import client
 
+from csi_driver.core.cluster.token_review import PublishedKeys
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.proof import PublishedKeys
 from csi_driver.kube.client import TIMEOUT_S, answered
 
 _WHAT = "service account issuer discovery"

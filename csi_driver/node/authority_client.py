@@ -13,12 +13,12 @@ from pathlib import Path
 import grpc
 
 from csi_driver._proto import authority_pb2, authority_pb2_grpc
+from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import decode_certificates
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import CertificateSpec, Usage
-from csi_driver.core.trust import RootSet
-from csi_driver.node.reports import Condition, Report
+from csi_driver.node.renewal.reports import Condition, Report
 from csi_driver.rpc.errors import from_rpc
 
 ISSUE_TIMEOUT_S = 90.0

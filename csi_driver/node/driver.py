@@ -9,22 +9,22 @@ from functools import partial
 from pathlib import Path
 
 from csi_driver.host.volumes import VolumeStore
-from csi_driver.node.advice import Advice
 from csi_driver.node.authority_client import AuthorityClient, TrustBundle
-from csi_driver.node.conditions import Conditions
-from csi_driver.node.enrolment import Enrolment
-from csi_driver.node.first_calls import OUTSIDE_SIDE_BY_SIDE, Apart, FirstCalls
-from csi_driver.node.lanes import Lanes
-from csi_driver.node.live_certificates import LiveCertificates
-from csi_driver.node.pending import Pending
-from csi_driver.node.publisher import Publisher
-from csi_driver.node.removal import Removal
-from csi_driver.node.renewals import Renewals
-from csi_driver.node.reports import Reports
-from csi_driver.node.roots import Roots
-from csi_driver.node.shared import Shared
-from csi_driver.node.trust import follow_trust
-from csi_driver.node.volume import Volumes
+from csi_driver.node.issuance.enrolment import Enrolment
+from csi_driver.node.issuance.first_calls import OUTSIDE_SIDE_BY_SIDE, Apart, FirstCalls
+from csi_driver.node.issuance.lanes import Lanes
+from csi_driver.node.issuance.live_certificates import LiveCertificates
+from csi_driver.node.issuance.pending import Pending
+from csi_driver.node.issuance.shared import Shared
+from csi_driver.node.renewal.advice import Advice
+from csi_driver.node.renewal.conditions import Conditions
+from csi_driver.node.renewal.renewals import Renewals
+from csi_driver.node.renewal.reports import Reports
+from csi_driver.node.trust.follower import follow_trust
+from csi_driver.node.trust.roots import Roots
+from csi_driver.node.volumes.publisher import Publisher
+from csi_driver.node.volumes.removal import Removal
+from csi_driver.node.volumes.volume import Volumes
 from csi_driver.telemetry.node_metrics import NodeMetrics
 
 

@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver._proto import authority_pb2
-from csi_driver.core.csr import build_csr
-from csi_driver.core.keys import generate_key
+from csi_driver.core.certificates.csr import build_csr
+from csi_driver.core.certificates.keys import generate_key
 from csi_driver.core.names import DNSName, Names
 from csi_driver.core.spec import KeyType
 from tests.support.tokens import DRIVER, Pod, TokenIssuer

@@ -18,9 +18,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from jwt.algorithms import ECAlgorithm
 
-from csi_driver.authority.ca import utc_now
-from csi_driver.authority.keyring import make_keyring
-from csi_driver.core.keys import encode_key, generate_key
+from csi_driver.authority.ca.authority import utc_now
+from csi_driver.authority.ca.keyring import make_keyring
+from csi_driver.core.certificates.keys import encode_key, generate_key
 from csi_driver.core.spec import KeyType
 from tests.bench.authority_input import Provisioner
 from tests.bench.process import cpu_s

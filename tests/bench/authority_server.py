@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from csi_driver.core.cluster.token_review import PublishedKeys, Reviewed
 from csi_driver.core.identity import unverified_identity
-from csi_driver.core.proof import PublishedKeys, Reviewed
 from csi_driver.core.secret import Secret
 from csi_driver.telemetry.logging import configure_logging
 from tests.integration.authority.world import Cluster, World

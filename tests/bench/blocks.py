@@ -10,10 +10,10 @@ from statistics import median
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from csi_driver.core.bundle import Expected, check_answer
-from csi_driver.core.csr import build_csr
+from csi_driver.core.certificates.csr import build_csr
+from csi_driver.core.certificates.keys import generate_key
+from csi_driver.core.certificates.verification import Expected, check_answer
 from csi_driver.core.formats.pem import render_files
-from csi_driver.core.keys import generate_key
 from csi_driver.core.names import DNSName, Names, spiffe_id
 from csi_driver.core.spec import KeyType
 from csi_driver.host.generations import VolumeFile, write_generation

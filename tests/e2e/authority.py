@@ -9,8 +9,8 @@ import grpc
 from cryptography import x509
 
 from csi_driver._proto import authority_pb2, authority_pb2_grpc
-from csi_driver.core.csr import build_csr
-from csi_driver.core.keys import generate_key
+from csi_driver.core.certificates.csr import build_csr
+from csi_driver.core.certificates.keys import generate_key
 from csi_driver.core.names import Names
 from csi_driver.core.spec import DEFAULT_ISSUER, KeyType
 from csi_driver.rpc.errors import REASON_KEY

@@ -27,9 +27,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from csi_driver._proto import authority_pb2, authority_pb2_grpc
 from csi_driver.authority.issuers.certificate_check import ends_at
-from csi_driver.core.csr import build_csr, names_of
+from csi_driver.core.certificates.csr import build_csr, names_of
+from csi_driver.core.certificates.keys import PrivateKey, generate_key, load_key, public_bytes
 from csi_driver.core.formats.pem import decode_certificates, encode_certificates
-from csi_driver.core.keys import PrivateKey, generate_key, load_key, public_bytes
 from csi_driver.core.names import URI, DNSName, Names
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import KeyType

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from csi_driver.core.csr import build_csr
-from csi_driver.core.keys import generate_key
+from csi_driver.core.certificates.csr import build_csr
+from csi_driver.core.certificates.keys import generate_key
 from csi_driver.core.names import Names
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import CertificateSpec, KeyType

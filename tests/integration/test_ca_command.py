@@ -17,10 +17,10 @@ from kubernetes.aio import client
 from prometheus_client import CollectorRegistry
 
 from csi_driver import DRIVER_NAME
-from csi_driver.authority.ca import CertificateAuthority, utc_now
-from csi_driver.authority.ca_store import FolderStore
-from csi_driver.authority.confirmations import CONFIRMATIONS_FILE, mark
-from csi_driver.authority.keyring import INTERMEDIATE_KEY, Keyring, dump_keyring, make_keyring
+from csi_driver.authority.ca.authority import CertificateAuthority, utc_now
+from csi_driver.authority.ca.keyring import INTERMEDIATE_KEY, Keyring, dump_keyring, make_keyring
+from csi_driver.authority.storage import FolderStore
+from csi_driver.authority.trust.acknowledgements import CONFIRMATIONS_FILE, mark
 from csi_driver.cli.ca import command
 from csi_driver.core.formats.pem import fingerprint
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics

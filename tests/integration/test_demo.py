@@ -23,15 +23,15 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.authority.keyring import Keyring, make_keyring
-from csi_driver.authority.leaf import Leaf, sign_leaf
+from csi_driver.authority.ca.keyring import Keyring, make_keyring
+from csi_driver.authority.ca.leaf import Leaf, sign_leaf
 from csi_driver.cli.demo import acts
 from csi_driver.cli.demo.connections import ConnectionLoop, meet, serving
 from csi_driver.cli.demo.failure import DemoFailed
 from csi_driver.cli.demo.page import Page
 from csi_driver.cli.demo.programs import private_folder
+from csi_driver.core.certificates.keys import generate_key, load_key
 from csi_driver.core.formats.pem import decode_certificates, render_files
-from csi_driver.core.keys import generate_key, load_key
 from csi_driver.core.names import URI, DNSName, Names
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import KeyType, Usage

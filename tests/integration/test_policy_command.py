@@ -10,10 +10,10 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from csi_driver.authority.policy_file import read_policy
+from csi_driver.authority.policy.policy_file import read_policy
 from csi_driver.cli.main import main
 from tests.support.json_schema import valid
-from tests.unit.core.test_policy_schema import SCHEMA
+from tests.unit.core.policy.test_schema import SCHEMA
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "policy.md"

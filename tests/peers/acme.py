@@ -13,16 +13,16 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from csi_driver.authority.ca_store import FolderStore
 from csi_driver.authority.issuers import Issued, Order
 from csi_driver.authority.issuers.acme.issuer import AcmeIssuer
 from csi_driver.authority.issuers.acme.settings import AcmeSettings, Dns01, StorePlace
-from csi_driver.core.csr import build_csr, names_of, parse_csr
+from csi_driver.authority.storage import FolderStore
+from csi_driver.core.certificates.csr import build_csr, names_of, parse_csr
+from csi_driver.core.certificates.keys import PrivateKey
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
-from csi_driver.core.keys import PrivateKey
 from csi_driver.core.names import DNSName, Names, spiffe_id
-from csi_driver.core.policy import Asked, Grant
+from csi_driver.core.policy.engine import Asked, Grant
 from csi_driver.core.spec import Usage
 from tests.peers.bind9 import Bind9, bind9
 from tests.peers.pebble import Pebble

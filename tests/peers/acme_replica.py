@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from csi_driver.authority.ca_store import FolderStore
 from csi_driver.authority.issuers.acme.issuer import AcmeIssuer
 from csi_driver.authority.issuers.acme.settings import AcmeSettings, Dns01, StorePlace
-from csi_driver.core.issuers_document import FileSource
+from csi_driver.authority.storage import FolderStore
+from csi_driver.core.config.issuers import FileSource
 
 
 def described(settings: AcmeSettings, lease_s: float) -> str:

@@ -16,7 +16,7 @@ import dns.message
 import dns.rdatatype
 
 from csi_driver.authority.issuers.acme.tsig import TsigKey
-from csi_driver.core.issuers_document import FileSource
+from csi_driver.core.config.issuers import FileSource
 from csi_driver.core.secret import Secret
 from tests.peers.processes import LOOPBACK, free_port, running
 from tests.support.requirements import require_program

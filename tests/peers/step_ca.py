@@ -23,7 +23,7 @@ from cryptography.x509.oid import NameOID
 
 from csi_driver.authority.issuers.step_ca.document import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.provisioner_key import thumbprint
-from csi_driver.core.issuers_document import FileSource
+from csi_driver.core.config.issuers import FileSource
 from tests.support.requirements import require_program
 
 PROVISIONER = "csi"

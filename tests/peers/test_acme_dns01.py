@@ -15,7 +15,7 @@ import pytest
 
 from csi_driver.authority.issuers.acme.nameserver import Nameserver
 from csi_driver.authority.issuers.acme.tsig import ALGORITHMS, TsigKey
-from csi_driver.core.bundle import parse_certificates
+from csi_driver.core.certificates.verification import parse_certificates
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
 from tests.peers.acme import ZONE, Site, at_work, dns_names, dns_settings, order_for, patiently, site, told

@@ -24,12 +24,12 @@ from csi_driver.authority.issuers.acme.settings import PRODUCTION, STAGING, Acme
 from csi_driver.authority.issuers.acme.tsig import TsigKey
 from csi_driver.authority.issuers.configuration import read_issuers
 from csi_driver.core.attributes import parse_attributes
-from csi_driver.core.bundle import parse_certificates
-from csi_driver.core.csr import build_csr, parse_csr
+from csi_driver.core.certificates.csr import build_csr, parse_csr
+from csi_driver.core.certificates.verification import parse_certificates
 from csi_driver.core.formats.pem import encode_certificates
 from csi_driver.core.identity import PodIdentity, ServiceAccount
-from csi_driver.core.policy import Asked, Subject
-from csi_driver.core.policy_document import parse_policy
+from csi_driver.core.policy.document import parse_policy
+from csi_driver.core.policy.engine import Asked, Subject
 from csi_driver.core.secret import Secret
 from tests.peers.acme import at_work, dns_names, dns_settings, site
 from tests.peers.bind9 import Bind9, bind9, key_source

@@ -15,8 +15,8 @@ from cryptography import x509
 
 from csi_driver import NODE_AUDIENCE
 from csi_driver._proto import csi_pb2
-from csi_driver.core.csr import names_of
-from csi_driver.core.proof import Reviewed
+from csi_driver.core.certificates.csr import names_of
+from csi_driver.core.cluster.token_review import Reviewed
 from csi_driver.core.secret import Secret
 from tests.integration.authority.world import Cluster, World
 from tests.integration.node.world import Shown, kubelet_root

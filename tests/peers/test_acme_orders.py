@@ -21,8 +21,8 @@ from structlog.testing import capture_logs
 
 from csi_driver.authority.issuers.acme.issuer import AcmeIssuer
 from csi_driver.authority.issuers.acme.settings import AcmeSettings, ExternalAccount
+from csi_driver.core.config.issuers import FileSource
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.core.issuers_document import FileSource
 from csi_driver.kube.client import ObjectName, connect
 from csi_driver.kube.secret_store import SecretStore
 from tests.peers.acme import ZONE, Site, at_work, dns_names, dns_settings, leaf, order_for, patiently, site, told

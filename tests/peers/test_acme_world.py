@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from csi_driver import NODE_AUDIENCE
 from csi_driver._proto import csi_pb2
 from csi_driver.authority import server
+from csi_driver.core.cluster.token_review import Reviewed
 from csi_driver.core.names import DNSName, Names
-from csi_driver.core.proof import Reviewed
 from csi_driver.core.secret import Secret
 from tests.integration.authority.world import POD, Cluster, World
 from tests.integration.node.world import Shown, kubelet_root

@@ -16,11 +16,11 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.authority.keyring import Design, Keyring, make_keyring
-from csi_driver.authority.leaf import Leaf, sign_leaf
-from csi_driver.core.bundle import Expected, check_answer
-from csi_driver.core.keys import public_bytes
-from csi_driver.core.name_constraints import Bounds, parse_constraint
+from csi_driver.authority.ca.keyring import Design, Keyring, make_keyring
+from csi_driver.authority.ca.leaf import Leaf, sign_leaf
+from csi_driver.core.certificates.keys import public_bytes
+from csi_driver.core.certificates.name_constraints import Bounds, parse_constraint
+from csi_driver.core.certificates.verification import Expected, check_answer
 from csi_driver.core.names import URI, DNSName, EmailAddress, IPAddress, Names, spiffe_id
 from csi_driver.core.spec import KeyType, Usage
 from tests.peers.verifiers import Presented, agree, encoding_faults

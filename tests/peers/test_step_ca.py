@@ -22,16 +22,16 @@ from csi_driver.authority.issuers.step_ca.document import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.issuer import StepCA
 from csi_driver.authority.issuers.step_ca.order import claims_of
 from csi_driver.authority.issuers.step_ca.provisioner_key import load_provisioner_key
-from csi_driver.core.bundle import Expected, check_answer
-from csi_driver.core.csr import build_csr, names_of, parse_csr
+from csi_driver.core.certificates.csr import build_csr, names_of, parse_csr
+from csi_driver.core.certificates.keys import PrivateKey, generate_key
+from csi_driver.core.certificates.verification import Expected, check_answer
+from csi_driver.core.config.issuers import FileSource
 from csi_driver.core.durations import format_duration
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
-from csi_driver.core.issuers_document import FileSource
-from csi_driver.core.keys import PrivateKey, generate_key
 from csi_driver.core.names import URI, DNSName, EmailAddress, IPAddress, Names, spiffe_id
-from csi_driver.core.policy import Grant
-from csi_driver.core.rules import ALL_USAGES
+from csi_driver.core.policy.engine import Grant
+from csi_driver.core.policy.rules import ALL_USAGES
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import KeyType, Usage
 from tests.peers.step_ca import RealStepCA, new_jwk

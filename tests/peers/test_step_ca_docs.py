@@ -17,8 +17,8 @@ import yaml
 from csi_driver.core.attributes import parse_attributes
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.core.names import DNSName, Names
-from csi_driver.core.policy import Asked, Subject
-from csi_driver.core.policy_document import parse_policy
+from csi_driver.core.policy.document import parse_policy
+from csi_driver.core.policy.engine import Asked, Subject
 from csi_driver.core.spec import CertificateSpec
 from tests.peers.step_ca import RealStepCA, new_jwk
 from tests.support.provisioner_key import JWE, JWK, PASSWORD

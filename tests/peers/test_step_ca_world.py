@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from csi_driver._proto import authority_pb2
 from csi_driver.authority import server
-from csi_driver.core.bundle import Expected, check_answer
+from csi_driver.core.certificates.verification import Expected, check_answer
 from csi_driver.core.names import DNSName, Names
 from tests.integration.authority.world import NAME, POD, Caller, Cluster, Refusal, World
 from tests.integration.node.world import Shown, kubelet_root

@@ -16,7 +16,7 @@ from cryptography import x509
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 from OpenSSL import crypto
 
-from csi_driver.authority.keyring import Keyring
+from csi_driver.authority.ca.keyring import Keyring
 from csi_driver.core.formats.pem import encode_certificates
 from csi_driver.core.spec import KeyType, Usage
 from tests.support.openssl import openssl_for

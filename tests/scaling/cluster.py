@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.renewal import plan_renewal, retry_delay_s
-from csi_driver.node.agenda import Agenda
-from csi_driver.node.first_calls import FIRST_SIDE_BY_SIDE, PATIENCE_S
-from csi_driver.node.pace import Pace, spread_s
-from csi_driver.node.rotation import wait_s
+from csi_driver.node.issuance.first_calls import FIRST_SIDE_BY_SIDE, PATIENCE_S
+from csi_driver.node.issuance.pace import Pace, spread_s
+from csi_driver.node.renewal.agenda import Agenda
+from csi_driver.node.renewal.rotation import wait_s
 from tests.scaling.authority import Authority
 
 _SILENT = CertmountError(Reason.AUTHORITY_UNAVAILABLE)
@@ -126,7 +126,7 @@ class Cluster:
         heapq.heappush(self._events, (when, self._number, kind, node, volume, stamp))
 
     def _look(self, number: int, now: float) -> None:
-        """As csi_driver.node.rotation.Rotation.run: begins what may begin now, and says when to look again."""
+        """As csi_driver.node.renewal.rotation.Rotation.run: begins what may begin now, and says when to look again."""
         node = self.nodes[number]
         while True:
             wait = wait_s(node.agenda, node.pace, now, now)
@@ -192,7 +192,7 @@ class Cluster:
         node.agenda.schedule(volume.name, volume.renew_at, volume.not_after)
 
     def _mount(self, now: float, number: int, volume: Volume | None, _stamp: int) -> None:
-        """As the kubelet calls, and csi_driver.node.first_calls.FirstCalls.issue begins."""
+        """As the kubelet calls, and csi_driver.node.issuance.first_calls.FirstCalls.issue begins."""
         assert volume is not None
         volume.came = now
         self.nodes[number].queue.schedule(volume.name, now, now)

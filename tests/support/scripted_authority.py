@@ -27,12 +27,12 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from csi_driver._proto import authority_pb2, authority_pb2_grpc
-from csi_driver.core.csr import parse_csr, san_extension
+from csi_driver.core.certificates.csr import parse_csr, san_extension
+from csi_driver.core.certificates.keys import PublicKey, public_bytes
+from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.core.keys import PublicKey, public_bytes
 from csi_driver.core.names import DNSName, Names, spiffe_id
 from csi_driver.core.spec import DEFAULT_ISSUER
-from csi_driver.core.trust import RootSet
 from csi_driver.rpc.server import Interceptor
 
 TRUST_DOMAIN = "cluster.local"

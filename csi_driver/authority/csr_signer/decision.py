@@ -10,20 +10,20 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from csi_driver.authority.cluster_requests import Pods
+from csi_driver.authority.authn.limits import Buckets, Rate
+from csi_driver.authority.authn.token_reviews import patiently
+from csi_driver.authority.csr_api import Pods
 from csi_driver.authority.csr_signer.request import Wish, read_wish
 from csi_driver.authority.csr_signer.requester import check_live, requester_of
-from csi_driver.authority.desk import Subjects
+from csi_driver.authority.issuance.pipeline import Subjects
 from csi_driver.authority.issuers import Issuer, Order
-from csi_driver.authority.limits import Buckets, Rate
-from csi_driver.authority.proofs import patiently
-from csi_driver.core.cluster_csr import ClusterCSR
+from csi_driver.core.certificates.keys import digest
+from csi_driver.core.cluster.csr import ClusterCSR
 from csi_driver.core.durations import format_duration
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
-from csi_driver.core.keys import digest
-from csi_driver.core.policy import Grant, Policy
-from csi_driver.core.rules import DEFAULT_DURATION
+from csi_driver.core.policy.engine import Grant, Policy
+from csi_driver.core.policy.rules import DEFAULT_DURATION
 from csi_driver.core.spec import DEFAULT_ISSUER
 
 ACCOUNT_RATE = Rate(2, 200)

@@ -10,9 +10,9 @@ from typing import Any
 
 import structlog
 
-from csi_driver.authority.cluster_requests import LeaseStore
+from csi_driver.authority.csr_api import LeaseStore
+from csi_driver.core.cluster.lease import Lease
 from csi_driver.core.errors import CertmountError
-from csi_driver.core.lease import Lease
 
 log = structlog.get_logger(__name__)
 

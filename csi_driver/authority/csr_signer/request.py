@@ -8,11 +8,11 @@ import re
 from dataclasses import dataclass
 from datetime import timedelta
 
-from csi_driver.core.cluster_csr import DIGITAL_SIGNATURE, KEY_ENCIPHERMENT, PURPOSES, ClusterCSR
-from csi_driver.core.csr import MAX_CSR_BYTES, SigningRequest, parse_csr
-from csi_driver.core.csr_content import content_faults
+from csi_driver.core.certificates.csr import MAX_CSR_BYTES, SigningRequest, parse_csr
+from csi_driver.core.certificates.csr_content import content_faults
+from csi_driver.core.cluster.csr import DIGITAL_SIGNATURE, KEY_ENCIPHERMENT, PURPOSES, ClusterCSR
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.policy import Asked
+from csi_driver.core.policy.engine import Asked
 from csi_driver.core.spec import Usage
 
 _PEM = re.compile(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from csi_driver.core.cluster_csr import ClusterCSR
+from csi_driver.core.cluster.csr import ClusterCSR
+from csi_driver.core.cluster.pod import LivePod
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
-from csi_driver.core.live_pod import LivePod
 from csi_driver.core.names import NameProblem, parse_object_name
 
 _ACCOUNT = "system:serviceaccount:"

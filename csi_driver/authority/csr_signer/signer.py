@@ -11,11 +11,11 @@ from typing import Any
 
 import structlog
 
-from csi_driver.authority.cluster_requests import Requests
+from csi_driver.authority.csr_api import Requests
 from csi_driver.authority.csr_signer.decision import Decisions, Signed
 from csi_driver.authority.csr_signer.leadership import Leadership
-from csi_driver.authority.desk import Events, milliseconds
-from csi_driver.core.cluster_csr import APPROVED, DENIED, FAILED, OWN_SIGNER, ClusterCSR, Condition
+from csi_driver.authority.issuance.pipeline import Events, milliseconds
+from csi_driver.core.cluster.csr import APPROVED, DENIED, FAILED, OWN_SIGNER, ClusterCSR, Condition
 from csi_driver.core.errors import REASONS, CertmountError, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.kube.csrs import CSRs

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
 
-from csi_driver.core.csr import SigningRequest
+from csi_driver.core.certificates.csr import SigningRequest
 from csi_driver.core.identity import PodIdentity
-from csi_driver.core.policy import Asked, Grant
+from csi_driver.core.policy.engine import Asked, Grant
 
 
 @dataclass(frozen=True, slots=True)

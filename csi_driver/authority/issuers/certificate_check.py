@@ -10,10 +10,10 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from csi_driver.authority.issuers import Order
-from csi_driver.core.csr import names_of
-from csi_driver.core.keys import public_bytes
+from csi_driver.core.certificates.csr import names_of
+from csi_driver.core.certificates.keys import public_bytes
+from csi_driver.core.certificates.parse_errors import UNREADABLE
 from csi_driver.core.spec import Usage
-from csi_driver.core.unreadable import UNREADABLE
 
 _PURPOSES = {ExtendedKeyUsageOID.SERVER_AUTH: Usage.SERVER, ExtendedKeyUsageOID.CLIENT_AUTH: Usage.CLIENT}
 _TOLERANCE = timedelta(minutes=2)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from csi_driver.authority.ca_store import FolderStore, Store
+from csi_driver.authority.config.located_yaml import read_yaml
 from csi_driver.authority.issuers.acme.document import parse_acme
 from csi_driver.authority.issuers.acme.routes import Routes
 from csi_driver.authority.issuers.acme.settings import AcmeSettings
@@ -17,9 +17,9 @@ from csi_driver.authority.issuers.kubernetes_csr.document import KubernetesCSRCo
 from csi_driver.authority.issuers.kubernetes_csr.issuer import KubernetesCSR
 from csi_driver.authority.issuers.secrets import Secrets
 from csi_driver.authority.issuers.step_ca.document import StepCAConfiguration, parse_step_ca
-from csi_driver.authority.located_yaml import read_yaml
+from csi_driver.authority.storage import FolderStore, Store
+from csi_driver.core.config.issuers import Declared, Parse, parse_issuers
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.issuers_document import Declared, Parse, parse_issuers
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,12 @@ from datetime import datetime
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from csi_driver.authority.ca import CertificateAuthority, utc_now
+from csi_driver.authority.ca.authority import CertificateAuthority, utc_now
+from csi_driver.authority.ca.keyring import Keyring
+from csi_driver.authority.ca.leaf import Leaf, sign_leaf
 from csi_driver.authority.issuers import Issued, Order
-from csi_driver.authority.keyring import Keyring
-from csi_driver.authority.leaf import Leaf, sign_leaf
+from csi_driver.core.certificates.name_constraints import Bounds
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.name_constraints import Bounds
 from csi_driver.core.names import Names
 
 _HINT = "ask for names within them, or have an administrator change the CA"

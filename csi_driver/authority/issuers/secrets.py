@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from csi_driver.core.config.issuers import FileSource, Source
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.issuers_document import FileSource, Source
 from csi_driver.core.secret import Secret
 
 MAX_BYTES = 64 * 1024

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from csi_driver import DRIVER_NAME
-from csi_driver.authority.ca_store import replace_file
+from csi_driver.authority.storage import replace_file
 from csi_driver.cli.demo.certificate import describe_certificate, describe_files
 from csi_driver.cli.demo.connections import ConnectionLoop, Meeting, meet
 from csi_driver.cli.demo.failure import DemoFailed

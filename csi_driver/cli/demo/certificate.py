@@ -11,7 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from csi_driver.core.keys import key_type_of
+from csi_driver.core.certificates.keys import key_type_of
 
 _MEANINGS = {
     "root.crt": "whom to trust",

@@ -13,8 +13,8 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric import ec
 from jwt.algorithms import ECAlgorithm
 
+from csi_driver.core.certificates.keys import public_bytes
 from csi_driver.core.identity import ServiceAccount
-from csi_driver.core.keys import public_bytes
 from csi_driver.core.secret import Secret
 
 ISSUER = "https://demo.certmount.invalid"

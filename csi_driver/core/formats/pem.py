@@ -9,9 +9,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from csi_driver.core.keys import PrivateKey, encode_key
+from csi_driver.core.certificates.keys import PrivateKey, encode_key
+from csi_driver.core.certificates.parse_errors import UNREADABLE
 from csi_driver.core.secret import Secret
-from csi_driver.core.unreadable import UNREADABLE
 
 ROOTS, CHAIN, KEY, BUNDLE = "root.crt", "site.crt", "site.key", "site.pem"
 PRIVATE = frozenset({KEY, BUNDLE})

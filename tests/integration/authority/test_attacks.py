@@ -19,14 +19,19 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from structlog.testing import capture_logs
 
 from csi_driver._proto import authority_pb2
-from csi_driver.core.csr import MAX_CSR_BYTES
+from csi_driver.core.certificates.csr import MAX_CSR_BYTES
+from csi_driver.core.cluster.token_review import Reviewed
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.identity import MAX_TOKEN_BYTES
-from csi_driver.core.proof import Reviewed
 from csi_driver.core.secret import Secret
 from tests.integration.authority.world import NAME, POD, Caller, Refusal, World
 from tests.support.tokens import DRIVER, Pod, TokenIssuer
-from tests.unit.authority.test_tokens import claims_changed_after_signing, forged, hmac_by_public_key, with_own_key
+from tests.unit.authority.authn.test_token_verifier import (
+    claims_changed_after_signing,
+    forged,
+    hmac_by_public_key,
+    with_own_key,
+)
 
 DENIED = grpc.StatusCode.PERMISSION_DENIED
 Token = Callable[[TokenIssuer], Secret[str]]
@@ -174,7 +179,7 @@ async def test_nothing_is_issued_while_the_cluster_cannot_be_asked(
     world: World, caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not on the signature's word alone; the caller may try again, and then it works."""
-    monkeypatch.setattr("csi_driver.authority.proofs._PATIENCE_S", 0.0)
+    monkeypatch.setattr("csi_driver.authority.authn.token_reviews._PATIENCE_S", 0.0)
     token = world.issuer.pod_token(POD)
     world.reviewer.pod = CertmountError(Reason.PROOF_UNAVAILABLE, "TokenReview: the API server cannot be reached")
     refusal = await caller.refused(pod=token)

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from csi_driver._proto import authority_pb2
-from csi_driver.authority.limits import MOST_ASKING, MOST_WATCHES, POD_RATE
+from csi_driver.authority.authn.limits import MOST_ASKING, MOST_WATCHES, POD_RATE
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.identity import MAX_TOKEN_BYTES
 from csi_driver.core.secret import Secret
@@ -198,8 +198,8 @@ async def test_an_api_server_that_is_away_for_a_moment_makes_calls_wait(
     world: World, caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is in flight is answered when it is back; nothing is issued before."""
-    monkeypatch.setattr("csi_driver.authority.proofs._FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr("csi_driver.authority.proofs._PAUSE_CAP_S", 0.05)
+    monkeypatch.setattr("csi_driver.authority.authn.token_reviews._FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("csi_driver.authority.authn.token_reviews._PAUSE_CAP_S", 0.05)
     world.reviewer.pod = CertmountError(Reason.PROOF_UNAVAILABLE, "TokenReview: the API server cannot be reached")
     calls = [
         asyncio.create_task(caller.issue(pod=world.issuer.pod_token(POD, jti=str(number)))) for number in range(20)

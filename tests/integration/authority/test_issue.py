@@ -11,11 +11,11 @@ import pytest
 from structlog.testing import capture_logs
 
 from csi_driver._proto import authority_pb2
-from csi_driver.core.bundle import Expected, check_answer
-from csi_driver.core.csr import build_csr
+from csi_driver.core.certificates.csr import build_csr
+from csi_driver.core.certificates.keys import generate_key
+from csi_driver.core.certificates.verification import Expected, check_answer
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.formats.pem import encode_certificates
-from csi_driver.core.keys import generate_key
 from csi_driver.core.names import URI, DNSName, Names, spiffe_id
 from csi_driver.core.spec import DEFAULT_ISSUER, KeyType
 from tests.integration.authority.world import NAME, POD, Caller, Refusal, World
@@ -136,7 +136,7 @@ async def test_too_many_at_once_are_told_to_come_later(
 ) -> None:
     """A bounded queue: the rest gets an answer at once, and memory does not grow."""
     world.reviewer.gate.clear()
-    monkeypatch.setattr("csi_driver.authority.proofs._PATIENCE_S", 0.0)
+    monkeypatch.setattr("csi_driver.authority.authn.token_reviews._PATIENCE_S", 0.0)
     calls = [asyncio.create_task(caller.refused()) for _ in range(512)]
     await until(lambda: world.metric("certmount_authority_issues_in_flight") == 512, "512 calls under way")
     refusal = await caller.refused()

@@ -15,12 +15,12 @@ from cryptography import x509
 from prometheus_client import CollectorRegistry
 
 from csi_driver._proto import authority_pb2
-from csi_driver.authority.ca import utc_now
-from csi_driver.authority.keyring import dump_keyring, make_keyring
-from csi_driver.core.bundle import parse_certificates
+from csi_driver.authority.ca.authority import utc_now
+from csi_driver.authority.ca.keyring import dump_keyring, make_keyring
+from csi_driver.core.certificates.root_sets import RootSet
+from csi_driver.core.certificates.verification import parse_certificates
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.spec import DEFAULT_ISSUER
-from csi_driver.core.trust import RootSet
 from tests.integration.authority.world import SERVING_NAME, Caller, World
 from tests.support.waiting import until
 

@@ -14,11 +14,11 @@ from cryptography.x509.verification import PolicyBuilder, Store
 from prometheus_client import CollectorRegistry
 
 from csi_driver._proto import authority_pb2
-from csi_driver.authority.ca import utc_now
-from csi_driver.authority.keyring import Design, Keyring, dump_keyring, make_keyring
+from csi_driver.authority.ca.authority import utc_now
+from csi_driver.authority.ca.keyring import Design, Keyring, dump_keyring, make_keyring
 from csi_driver.authority.server import AuthorityServer
-from csi_driver.core.keys import generate_key
-from csi_driver.core.name_constraints import parse_constraint
+from csi_driver.core.certificates.keys import generate_key
+from csi_driver.core.certificates.name_constraints import parse_constraint
 from csi_driver.core.spec import DEFAULT_ISSUER, KeyType
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 from tests.integration.authority.world import NAME, Caller, Cluster, World

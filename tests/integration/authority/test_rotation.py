@@ -7,9 +7,9 @@ from datetime import timedelta
 from cryptography import x509
 
 from csi_driver._proto import authority_pb2
-from csi_driver.authority.ca import utc_now
-from csi_driver.authority.ca_sources import StoredCA
-from csi_driver.authority.keyring import make_keyring
+from csi_driver.authority.ca.authority import utc_now
+from csi_driver.authority.ca.keyring import make_keyring
+from csi_driver.authority.ca.sources import StoredCA
 from csi_driver.core.spec import DEFAULT_ISSUER
 from tests.integration.authority.world import Caller, World
 

@@ -20,9 +20,9 @@ from csi_driver._proto import authority_pb2
 from csi_driver.authority.issuers import Issued, Order
 from csi_driver.authority.issuers.configuration import KINDS, Kind
 from csi_driver.authority.issuers.external import Finding
-from csi_driver.core.csr import names_of
+from csi_driver.core.certificates.csr import names_of
+from csi_driver.core.certificates.keys import public_bytes
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.core.keys import public_bytes
 from csi_driver.core.names import Names
 from tests.integration.authority.world import POD, Caller, Cluster, Refusal, World
 from tests.support.scripted_authority import TestCA

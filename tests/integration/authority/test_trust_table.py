@@ -15,7 +15,7 @@ import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from csi_driver.core.csr import build_csr
+from csi_driver.core.certificates.csr import build_csr
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.names import DNSName, Names, spiffe_id
 from csi_driver.core.secret import Secret

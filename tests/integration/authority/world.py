@@ -15,16 +15,16 @@ from prometheus_client import CollectorRegistry
 
 from csi_driver import NODE_AUDIENCE
 from csi_driver._proto import authority_pb2, authority_pb2_grpc
-from csi_driver.authority.ca_store import FolderStore
+from csi_driver.authority.environment import Surroundings
 from csi_driver.authority.server import AuthorityServer, Settings
-from csi_driver.authority.surroundings import Surroundings
-from csi_driver.authority.trust import FolderPublisher
-from csi_driver.core.csr import build_csr
+from csi_driver.authority.storage import FolderStore
+from csi_driver.authority.trust.bundles import FolderPublisher
+from csi_driver.core.certificates.csr import build_csr
+from csi_driver.core.certificates.keys import PrivateKey, generate_key
+from csi_driver.core.cluster.token_review import PublishedKeys, Reviewed
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
-from csi_driver.core.keys import PrivateKey, generate_key
 from csi_driver.core.names import DNSName, Names
-from csi_driver.core.proof import PublishedKeys, Reviewed
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import KeyType
 from csi_driver.rpc.errors import REASON_KEY

@@ -10,8 +10,8 @@ import pytest
 import pytest_asyncio
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.spec import DEFAULT_ISSUER
-from csi_driver.core.trust import RootSet
 from csi_driver.host import syscalls
 from tests.integration.node.world import Node, Request
 from tests.support.kubelet import FakePod

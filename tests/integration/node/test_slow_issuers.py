@@ -13,8 +13,8 @@ import pytest
 import pytest_asyncio
 
 from csi_driver._proto.authority_pb2 import CONDITION_OVERDUE
+from csi_driver.core.certificates.keys import digest
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.core.keys import digest
 from tests.integration.node.world import Failure, Node, Request, failure_of, running_node
 from tests.support.kubelet import FakePod
 from tests.support.scripted_authority import Response, answer_of

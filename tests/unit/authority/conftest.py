@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from prometheus_client import CollectorRegistry
 
-from csi_driver.authority.token_keys import TokenKeys
-from csi_driver.core.proof import PublishedKeys
+from csi_driver.authority.authn.token_keys import TokenKeys
+from csi_driver.core.cluster.token_review import PublishedKeys
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 from tests.support.tokens import TokenIssuer
 

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from cryptography import x509
 from cryptography.x509.oid import ObjectIdentifier
 
-from csi_driver.core.bundle import Bundle, Expected, check_answer
+from csi_driver.core.certificates.verification import Bundle, Expected, check_answer
 from csi_driver.core.names import Names
 from csi_driver.core.spec import KeyType
 from tests.unit.core import pki

@@ -13,11 +13,11 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from csi_driver.core.csr import san_extension
-from csi_driver.core.keys import PrivateKey, generate_key
+from csi_driver.core.certificates.csr import san_extension
+from csi_driver.core.certificates.keys import PrivateKey, generate_key
 from csi_driver.core.names import URI, DNSName, EmailAddress, IPAddress, Names
 from csi_driver.core.spec import KeyType
-from tests.unit.core.reference import kind_of
+from tests.unit.core.policy.reference import kind_of
 
 NOW = datetime(2026, 11, 22, 10, 0, 0, tzinfo=UTC)
 HOUR = timedelta(hours=1)

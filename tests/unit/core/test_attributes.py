@@ -11,10 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from csi_driver.core.attributes import parse_attributes
-from csi_driver.core.csr import build_csr, parse_csr
+from csi_driver.core.certificates.csr import build_csr, parse_csr
+from csi_driver.core.certificates.keys import key_type_of
 from csi_driver.core.durations import parse_duration
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.keys import key_type_of
 from csi_driver.core.names import IPAddress, Names
 from csi_driver.core.spec import LEAST_DURATION, MOST_NAMES, CertificateSpec, KeyType, Usage
 from tests.support.requirements import require_program

@@ -11,8 +11,8 @@ from kubernetes.aio import client
 from csi_driver.authority import cluster_secrets
 from csi_driver.authority.issuers.secrets import Secrets
 from csi_driver.cli import issuer
+from csi_driver.core.config.issuers import SecretSource
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.core.issuers_document import SecretSource
 from tests.unit.kube.api_server import FakeApiServer
 
 JWK = SecretSource("certmount", "step-provisioner", "jwk")

@@ -8,8 +8,8 @@ import pytest
 from kubernetes.aio import client
 
 from csi_driver import DRIVER_NAME
+from csi_driver.core.cluster.nodes import Nodes
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.core.nodes import Nodes
 from csi_driver.kube.csi_nodes import CsiNodes
 from tests.unit.kube.api_server import FakeApiServer
 from tests.unit.kube.collection import Collection

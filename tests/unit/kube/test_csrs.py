@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from kubernetes.aio import client
 
-from csi_driver.core.cluster_csr import APPROVED, DENIED, FAILED, OWN_SIGNER, Condition, Draft, parse_signer
+from csi_driver.core.cluster.csr import APPROVED, DENIED, FAILED, OWN_SIGNER, Condition, Draft, parse_signer
+from csi_driver.core.cluster.lease import Lease
+from csi_driver.core.cluster.pod import LivePod
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.core.lease import Lease
-from csi_driver.core.live_pod import LivePod
 from csi_driver.kube.client import ObjectName
 from csi_driver.kube.csr_requests import ClusterCSRs
 from csi_driver.kube.csrs import CSRs, read_csr

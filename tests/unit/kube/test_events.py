@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from kubernetes.aio import client
 
+from csi_driver.core.cluster.event import EventRefused, PodEvent, Written
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.core.pod_event import EventRefused, PodEvent, Written
 from csi_driver.kube.events import ClusterEvents
 from tests.unit.kube.api_server import FakeApiServer
 

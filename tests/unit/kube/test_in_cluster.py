@@ -12,14 +12,14 @@ import pytest
 from kubernetes.aio.config import incluster_config
 from prometheus_client import CollectorRegistry
 
-from csi_driver.authority.ca import utc_now
-from csi_driver.authority.cluster import Objects, in_a_cluster
-from csi_driver.authority.keyring import make_keyring
-from csi_driver.authority.leaf import Leaf, sign_leaf
+from csi_driver.authority.ca.authority import utc_now
+from csi_driver.authority.ca.keyring import make_keyring
+from csi_driver.authority.ca.leaf import Leaf, sign_leaf
+from csi_driver.authority.cluster_environment import Objects, in_a_cluster
+from csi_driver.core.certificates.keys import encode_key, generate_key
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.formats.pem import encode_certificates
 from csi_driver.core.identity import PodIdentity, ServiceAccount
-from csi_driver.core.keys import encode_key, generate_key
 from csi_driver.core.names import DNSName, Names
 from csi_driver.core.spec import KeyType, Usage
 from csi_driver.kube.client import connect, in_cluster_configuration

@@ -11,11 +11,11 @@ import pytest
 from kubernetes.aio import client
 from prometheus_client import CollectorRegistry
 
-from csi_driver.authority.ca import CertificateAuthority
-from csi_driver.authority.keyring import NAMES
+from csi_driver.authority.ca.authority import CertificateAuthority
+from csi_driver.authority.ca.keyring import NAMES
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
-from csi_driver.core.stored import Stored
+from csi_driver.core.stored_secrets import Stored
 from csi_driver.kube.client import ObjectName
 from csi_driver.kube.config_map import ConfigMapPublisher
 from csi_driver.kube.secret_store import SecretStore

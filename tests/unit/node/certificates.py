@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 
-from csi_driver.core.bundle import Bundle
-from csi_driver.core.csr import build_csr
-from csi_driver.core.keys import PrivateKey, generate_key
+from csi_driver.core.certificates.csr import build_csr
+from csi_driver.core.certificates.keys import PrivateKey, generate_key
+from csi_driver.core.certificates.root_sets import RootSet
+from csi_driver.core.certificates.verification import Bundle
 from csi_driver.core.names import DNSName, Names
 from csi_driver.core.spec import CertificateSpec, KeyType
-from csi_driver.core.trust import RootSet
-from csi_driver.node.enrolled import Enrolled, Wanted
-from csi_driver.node.pending import Prepared
-from csi_driver.node.request import Pod
+from csi_driver.node.csi.publish_request import Pod
+from csi_driver.node.issuance.enrolled import Enrolled, Wanted
+from csi_driver.node.issuance.pending import Prepared
 from tests.support.scripted_authority import TestCA
 
 POD = Pod("web", "shop-0", "uid", "shop")

@@ -7,11 +7,11 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 
-from csi_driver.authority.ca_store import Store
 from csi_driver.authority.issuers.acme.state import MOST_BYTES, OrderRecord, State, decode, encode
+from csi_driver.authority.storage import Store
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret
-from csi_driver.core.stored import Stored
+from csi_driver.core.stored_secrets import Stored
 
 _VALUE = "orders.json"
 _MOST_ATTEMPTS = 50

@@ -16,8 +16,8 @@ from cryptography.x509.oid import NameOID
 from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
 from csi_driver.authority.issuers.acme.connection import CaProblem
-from csi_driver.core.csr import names_of
-from csi_driver.core.unreadable import UNREADABLE
+from csi_driver.core.certificates.csr import names_of
+from csi_driver.core.certificates.parse_errors import UNREADABLE
 
 _MOST_CERTIFICATES = 10
 _LETS_ENCRYPT = "Internet Security Research Group"

@@ -17,9 +17,9 @@ from csi_driver.authority.issuers.acme.settings import (
     Http01,
     StorePlace,
 )
-from csi_driver.core.document import Path, Reader
+from csi_driver.core.config.document_reader import Path, Reader
+from csi_driver.core.config.issuers import parse_file_name, parse_secret_name, parse_source
 from csi_driver.core.durations import parse_duration
-from csi_driver.core.issuers_document import parse_file_name, parse_secret_name, parse_source
 from csi_driver.core.names import EmailAddress
 from csi_driver.core.spec import DEFAULT_ISSUER
 
@@ -36,7 +36,7 @@ _WORD = re.compile(r"[!-~]{1,100}", re.ASCII)
 
 
 def parse_acme(reader: Reader, path: Path, value: object) -> AcmeSettings | None:
-    """Reads what stands below ``acme``; see :data:`csi_driver.core.issuers_document.Parse`."""
+    """Reads what stands below ``acme``; see :data:`csi_driver.core.config.issuers.Parse`."""
     entry = _Entry(reader, path, value, _KEYS, required=("account",))
     if not entry.top:
         return None

@@ -17,7 +17,7 @@ import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from csi_driver.authority.ca_store import Store
+from csi_driver.authority.issuance.interim import PATIENCE_S as STAND_IN_PATIENCE_S
 from csi_driver.authority.issuers import Issued, Order
 from csi_driver.authority.issuers.acme.account import Accounts
 from csi_driver.authority.issuers.acme.book import LeaseLost, OrderBook, claim, released
@@ -37,10 +37,10 @@ from csi_driver.authority.issuers.acme.settings import AcmeSettings
 from csi_driver.authority.issuers.acme.state import OrderRecord, State, order_id
 from csi_driver.authority.issuers.external import Finding
 from csi_driver.authority.issuers.secrets import Secrets
-from csi_driver.authority.stand_ins import PATIENCE_S as STAND_IN_PATIENCE_S
+from csi_driver.authority.storage import Store
+from csi_driver.core.certificates.keys import public_bytes
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import decode_certificates
-from csi_driver.core.keys import public_bytes
 
 log = structlog.get_logger(__name__)
 

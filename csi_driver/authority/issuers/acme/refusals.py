@@ -12,7 +12,7 @@ from csi_driver.authority.issuers.acme.settings import AcmeSettings
 from csi_driver.authority.issuers.acme.state import Block, OrderRecord, State, names_id
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.names import Names
-from csi_driver.core.policy import Asked, Grant
+from csi_driver.core.policy.engine import Asked, Grant
 from csi_driver.core.spec import KeyType, Usage
 
 _FIRST_RETRY_S, _LAST_RETRY_S = 5.0, 300.0

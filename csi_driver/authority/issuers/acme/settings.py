@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
-from csi_driver.core.issuers_document import Source
+from csi_driver.core.config.issuers import Source
 
 STAGING = "https://acme-staging-v02.api.letsencrypt.org/directory"
 """Let's Encrypt's for trying things out: its certificates are trusted by no one, its limits are wide."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from csi_driver.authority.cluster_requests import Requests
+from csi_driver.authority.csr_api import Requests
 
 
 @dataclass(frozen=True, slots=True)

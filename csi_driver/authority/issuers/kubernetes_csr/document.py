@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
-from csi_driver.core.cluster_csr import LEAST_SECONDS, OWN_SIGNER, parse_signer
-from csi_driver.core.document import Path, Reader
+from csi_driver.core.cluster.csr import LEAST_SECONDS, OWN_SIGNER, parse_signer
+from csi_driver.core.config.document_reader import Path, Reader
+from csi_driver.core.config.issuers import Source, parse_source
 from csi_driver.core.durations import format_duration, parse_duration
-from csi_driver.core.issuers_document import Source, parse_source
 
 LEAST_DURATION = timedelta(seconds=LEAST_SECONDS)
 _KEYS = ("signer", "approve", "roots", "min_duration", "max_duration")
@@ -29,7 +29,7 @@ class KubernetesCSRConfiguration:
 
 
 def parse_kubernetes_csr(reader: Reader, path: Path, value: object) -> KubernetesCSRConfiguration | None:
-    """Reads what stands below ``kubernetes_csr``; see :data:`csi_driver.core.issuers_document.Parse`."""
+    """Reads what stands below ``kubernetes_csr``; see :data:`csi_driver.core.config.issuers.Parse`."""
     top = reader.mapping(path, value, allowed=_KEYS, required=("signer",))
     if not top:
         return None

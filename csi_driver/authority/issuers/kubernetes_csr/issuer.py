@@ -19,7 +19,7 @@ from csi_driver.authority.issuers.kubernetes_csr.document import KubernetesCSRCo
 from csi_driver.authority.issuers.kubernetes_csr.order import ORDER_LABEL, draft, order_faults, order_id, selector
 from csi_driver.authority.issuers.kubernetes_csr.survey import Survey, look
 from csi_driver.authority.issuers.secrets import Secrets
-from csi_driver.core.cluster_csr import APPROVED, ClusterCSR, Condition
+from csi_driver.core.cluster.csr import APPROVED, ClusterCSR, Condition
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import decode_certificates
 from csi_driver.kube.csrs import CSRs

@@ -10,10 +10,10 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.issuers import Order
 from csi_driver.authority.issuers.kubernetes_csr.document import KubernetesCSRConfiguration
-from csi_driver.core.cluster_csr import DIGITAL_SIGNATURE, KEY_ENCIPHERMENT, PURPOSES, Draft
+from csi_driver.core.certificates.keys import public_bytes
+from csi_driver.core.cluster.csr import DIGITAL_SIGNATURE, KEY_ENCIPHERMENT, PURPOSES, Draft
 from csi_driver.core.durations import format_duration
 from csi_driver.core.errors import Fault
-from csi_driver.core.keys import public_bytes
 
 ISSUER_LABEL, ORDER_LABEL = "certmount.dev/issuer", "certmount.dev/order"
 _MANAGED = {"app.kubernetes.io/managed-by": "certmount"}

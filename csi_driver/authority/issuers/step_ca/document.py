@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from csi_driver.core.document import Path, Reader
-from csi_driver.core.issuers_document import Source, parse_file_name, parse_source
+from csi_driver.core.config.document_reader import Path, Reader
+from csi_driver.core.config.issuers import Source, parse_file_name, parse_source
 
 _HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]", re.ASCII)
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -33,7 +33,7 @@ class StepCAConfiguration:
 
 
 def parse_step_ca(reader: Reader, path: Path, value: object) -> StepCAConfiguration | None:
-    """Reads what stands below ``step_ca``; see :data:`csi_driver.core.issuers_document.Parse`."""
+    """Reads what stands below ``step_ca``; see :data:`csi_driver.core.config.issuers.Parse`."""
     top = reader.mapping(path, value, allowed=_KEYS, required=("url", "provisioner"))
     if not top:
         return None

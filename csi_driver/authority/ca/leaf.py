@@ -1,0 +1,88 @@
+"""Leaf certificates with exactly the extensions we choose (RFC 5280 section 4.2); nothing is copied from a request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import lru_cache
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from csi_driver.authority.ca.key_pairs import BACKDATE, Signer, authority_key_identifier, signing_hash
+from csi_driver.core.certificates.csr import san_extension
+from csi_driver.core.certificates.keys import PublicKey
+from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.names import Names
+from csi_driver.core.spec import Usage
+
+_PURPOSES = {Usage.SERVER: ExtendedKeyUsageOID.SERVER_AUTH, Usage.CLIENT: ExtendedKeyUsageOID.CLIENT_AUTH}
+_MAX_COMMON_NAME = 64
+"""RFC 5280 appendix A.1, ub-common-name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """What a certificate is to say; it begins a minute ago and ends ``life`` from now."""
+
+    key: PublicKey
+    names: Names
+    life: timedelta
+    usages: Sequence[Usage]
+    subject: bool = True
+    """False leaves it empty whatever the names are."""
+
+
+def sign_leaf(leaf: Leaf, signer: Signer, now: datetime) -> x509.Certificate:
+    """Signs a certificate that ends no later than its signer's own; raises CertmountError IssuerUnavailable where that has ended."""
+    until = min(now + leaf.life, signer.certificate.not_valid_after_utc)
+    if until <= now:
+        raise CertmountError(Reason.ISSUER_UNAVAILABLE, "the intermediate of the internal CA has expired")
+    subject = _subject(leaf.names) if leaf.subject else x509.Name([])
+    builder = (
+        _common(signer.certificate, tuple(leaf.usages), isinstance(leaf.key, rsa.RSAPublicKey))
+        .subject_name(subject)
+        .public_key(leaf.key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - BACKDATE)
+        .not_valid_after(until)
+        # Critical where the subject is empty, as the names are then all that identifies (section 4.2.1.6).
+        .add_extension(san_extension(leaf.names), critical=not subject.rdns)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(leaf.key), critical=False)
+    )
+    return builder.sign(signer.key, signing_hash(signer.key))
+
+
+@lru_cache(maxsize=32)  # of each signer there are as many as combinations of usages and of key kinds
+def _common(signer: x509.Certificate, usages: tuple[Usage, ...], rsa_key: bool) -> x509.CertificateBuilder:
+    """What all leaves of a signer share; a builder never changes, so each leaf goes on from this one."""
+    return (
+        x509.CertificateBuilder()
+        .issuer_name(signer.subject)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(rsa_key), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([_PURPOSES[usage] for usage in usages]), critical=False)
+        .add_extension(authority_key_identifier(signer), critical=False)
+    )
+
+
+def _subject(names: Names) -> x509.Name:
+    if not names.dns or len(names.dns[0].text) > _MAX_COMMON_NAME:
+        return x509.Name([])
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names.dns[0].text)])
+
+
+def _key_usage(rsa_key: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=True,
+        content_commitment=False,
+        key_encipherment=rsa_key,  # for TLS 1.2 without forward secrecy, which others still speak
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=False,
+        crl_sign=False,
+        encipher_only=False,
+        decipher_only=False,
+    )

@@ -1,0 +1,116 @@
+"""Certificate signing requests (PKCS#10, RFC 2986): the node's proof that it holds the key, and the names it asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from csi_driver.core.certificates.keys import PrivateKey, PublicKey, key_type_of
+from csi_driver.core.certificates.parse_errors import UNREADABLE
+from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.names import URI, DNSName, EmailAddress, IPAddress, NameProblem, Names
+from csi_driver.core.spec import MOST_NAMES, KeyType
+
+MAX_CSR_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SigningRequest:
+    """A request whose signature has been checked."""
+
+    der: bytes
+    public_key: PublicKey
+    key_type: KeyType
+    names: Names
+
+
+def build_csr(key: PrivateKey, names: Names) -> bytes:
+    """Makes the DER request for a key and names; the subject stays empty, as the names are the identity (RFC 6125 section 6.4.4)."""
+    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
+    if len(names):
+        builder = builder.add_extension(san_extension(names), critical=True)
+    algorithm = SHA256() if isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) else None
+    return builder.sign(key, algorithm).public_bytes(Encoding.DER)
+
+
+def parse_csr(der: bytes) -> SigningRequest:
+    """Reads and checks a request: size, encoding, signature, key type, names.
+
+    Raises:
+        CertmountError: InvalidCSR with the first thing that makes it unusable.
+    """
+    if len(der) > MAX_CSR_BYTES:
+        raise _invalid(f"is {len(der)} bytes long; at most {MAX_CSR_BYTES} are read")
+    try:
+        csr = x509.load_der_x509_csr(der)
+        key = csr.public_key()
+        signed = csr.is_signature_valid
+    except UNREADABLE:
+        raise _invalid("is not a PKCS#10 request in DER with a key and a signature of known algorithms") from None
+    if not signed:
+        raise _invalid("is not signed by the key it names")
+    key_type = key_type_of(key)
+    if key_type is None:
+        raise _invalid("has a key of another type than " + ", ".join(kind.value for kind in KeyType))
+    return SigningRequest(der, key, key_type, _requested_names(csr))  # type: ignore[arg-type]  # key_type_of admits PublicKey only
+
+
+def san_extension(names: Names) -> x509.SubjectAlternativeName:
+    """The subject alternative name extension for names (RFC 5280 section 4.2.1.6)."""
+    return x509.SubjectAlternativeName(
+        [
+            *(x509.DNSName(name.text) for name in names.dns),
+            *(x509.UniformResourceIdentifier(uri.text) for uri in names.uris),
+            *(x509.IPAddress(ip.address) for ip in names.ips),
+            *(x509.RFC822Name(email.text) for email in names.emails),
+        ]
+    )
+
+
+def names_of(extensions: x509.Extensions) -> Names:
+    """The names in a subject alternative name extension; none if there is no such extension.
+
+    Raises:
+        NameProblem: for a name that is malformed or of a kind that certmount doesn't issue.
+    """
+    try:
+        general_names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return Names()
+    dns: list[DNSName] = []
+    uris: list[URI] = []
+    ips: list[IPAddress] = []
+    emails: list[EmailAddress] = []
+    for general_name in general_names:
+        if isinstance(general_name, x509.DNSName):
+            dns.append(DNSName.parse(general_name.value))
+        elif isinstance(general_name, x509.UniformResourceIdentifier):
+            uris.append(URI.parse(general_name.value))
+        elif isinstance(general_name, x509.IPAddress):
+            ips.append(IPAddress.parse(str(general_name.value)))  # a network has a "/", so it is no address
+        elif isinstance(general_name, x509.RFC822Name):
+            emails.append(EmailAddress.parse(general_name.value))
+        else:
+            kind = type(general_name).__name__
+            raise NameProblem(f"is a {kind}; only DNS names, URIs, IP addresses and e-mail addresses can be asked for")
+    return Names.of(dns, uris, ips, emails)
+
+
+def _requested_names(csr: x509.CertificateSigningRequest) -> Names:
+    try:
+        names = names_of(csr.extensions)
+    except NameProblem as problem:
+        raise _invalid(f"names something that {problem}") from None
+    except UNREADABLE as error:
+        raise _invalid(f"has extensions that cannot be read ({type(error).__name__})") from None
+    if len(names) > MOST_NAMES:
+        raise _invalid(f"names {len(names)} names; a certificate has at most {MOST_NAMES}")
+    return names
+
+
+def _invalid(problem: str) -> CertmountError:
+    return CertmountError(Reason.INVALID_CSR, Fault("certificate signing request", problem))

@@ -1,0 +1,170 @@
+"""Reads a policy from the plain data of its file. Everything wrong is said at once, by its path and line in the file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import TypeVar
+
+from csi_driver.core.config.document_reader import Path, Reader, shown
+from csi_driver.core.durations import format_duration, parse_duration
+from csi_driver.core.errors import Reason
+from csi_driver.core.names import parse_word
+from csi_driver.core.policy.engine import Policy
+from csi_driver.core.policy.patterns import IPRange, NamePattern
+from csi_driver.core.policy.rules import ALL_USAGES, Denial, Limits, Match, Rule
+from csi_driver.core.spec import LEAST_DURATION, parse_key_type, parse_usage
+
+MOST_RULES = 1000
+MOST_ITEMS = 1000
+"""Items of one list, and labels of one match."""
+_GLOB = re.compile(r"[a-z0-9*.-]+", re.ASCII)
+# Kubernetes' own rules for labels: an optional DNS name and a slash before 63 characters; values of up to 63.
+_LABEL_KEY = re.compile(r"(?:[a-z0-9.-]{1,253}/)?[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", re.ASCII)
+_LABEL_GLOB = re.compile(r"[A-Za-z0-9._*-]{0,63}", re.ASCII)
+_REASON = re.compile(r".{1,200}")
+_T = TypeVar("_T")
+
+
+def parse_policy(
+    document: object,
+    *,
+    trust_domain: str,
+    cluster_domain: str,
+    revision: str = "",
+    lines: Mapping[Path, int] | None = None,
+) -> Policy:
+    """Takes the file's content: None for an empty file, else ``{"policy": [...], "deny": [...]}``.
+
+    ``lines`` holds the line of each key and item; what is not in it is told by its path alone.
+
+    Raises:
+        CertmountError: InvalidPolicy, with one fault for everything that is wrong.
+    """
+    reader = _Reader({"trust_domain": trust_domain, "cluster_domain": cluster_domain}, lines or {})
+    top = reader.mapping((), {} if document is None else document, allowed=("policy", "deny"))
+    rules = reader.each(("policy",), top.get("policy"), reader.rule, MOST_RULES)
+    denials = reader.each(("deny",), top.get("deny"), reader.denial, MOST_RULES)
+    reader.finish()
+    return Policy(trust_domain, cluster_domain, rules, denials, revision)
+
+
+class _Reader(Reader):
+    def __init__(self, domains: Mapping[str, str], lines: Mapping[Path, int]) -> None:
+        super().__init__(Reason.INVALID_POLICY, "policy file", lines)
+        self._domains = domains
+
+    def rule(self, path: Path, entry: object) -> Rule | None:
+        top = self.mapping(path, entry, allowed=("match", "allow"), required=("match", "allow"))
+        match = self._match((*path, "match"), top.get("match"), labels=True)
+        at, domains = (*path, "allow"), self._domains
+        allow = self._part(at, top.get("allow"), ("dns", "uris", "ips", "emails", *_LIMITS))
+        return Rule(
+            match=match,
+            dns=self._texts((*at, "dns"), allow.get("dns"), lambda text: NamePattern.for_dns(text, domains)),
+            uris=self._texts((*at, "uris"), allow.get("uris"), lambda text: NamePattern.for_uri(text, domains)),
+            ips=self._texts((*at, "ips"), allow.get("ips"), IPRange.parse),
+            emails=self._texts((*at, "emails"), allow.get("emails"), lambda text: NamePattern.for_email(text, domains)),
+            limits=self._limits(at, allow),
+            label=self.label(path),
+        )
+
+    def _limits(self, at: Path, allow: Mapping[object, object]) -> Limits:
+        usual = Limits()
+        least = self._duration((*at, "min_duration"), allow.get("min_duration"), usual.min_duration)
+        most = self._duration((*at, "max_duration"), allow.get("max_duration"), usual.max_duration)
+        if least > most:
+            problem = f"{format_duration(least)} is longer than max_duration, which is {format_duration(most)}"
+            self.fault((*at, "min_duration"), problem)
+        usages = self._choices((*at, "usages"), allow.get("usages"), parse_usage, usual.usages)
+        return Limits(
+            key_types=self._choices((*at, "key_types"), allow.get("key_types"), parse_key_type, usual.key_types),
+            usages=tuple(usage for usage in ALL_USAGES if usage in usages),
+            min_duration=least,
+            max_duration=most,
+            issuers=self._choices((*at, "issuers"), allow.get("issuers"), parse_word, usual.issuers),
+        )
+
+    def denial(self, path: Path, entry: object) -> Denial | None:
+        top = self.mapping(path, entry, allowed=("match", "reason"), required=("match", "reason"))
+        match = self._match((*path, "match"), top.get("match"), labels=False)
+        reason = top.get("reason")
+        if reason is not None and not (isinstance(reason, str) and _REASON.fullmatch(reason) and reason.isprintable()):
+            self.fault((*path, "reason"), "is not one line of text of up to 200 characters")
+        return Denial(match, str(reason), self.label(path))
+
+    def _match(self, path: Path, value: object, *, labels: bool) -> Match:
+        required = ("namespaces", "serviceAccounts")
+        match = self._part(path, value, (*required, "namespaceLabels") if labels else required, required)
+        return Match(
+            namespaces=self._texts((*path, "namespaces"), match.get("namespaces"), _glob),
+            service_accounts=self._texts((*path, "serviceAccounts"), match.get("serviceAccounts"), _glob),
+            namespace_labels=self._labels((*path, "namespaceLabels"), match.get("namespaceLabels")),
+        )
+
+    def _labels(self, path: Path, value: object) -> tuple[tuple[str, str], ...]:
+        if value is None:
+            return ()
+        if not isinstance(value, Mapping):
+            self.fault(path, "is not a mapping of labels to values or globs")
+            return ()
+        if len(value) > MOST_ITEMS:
+            self.fault(path, f"has {len(value)} labels; at most {MOST_ITEMS} are read")
+            return ()
+        labels: list[tuple[str, str]] = []
+        for key, glob in value.items():
+            at = (*path, str(key))
+            if not isinstance(key, str) or not _LABEL_KEY.fullmatch(key):
+                self.fault(at, "is not the name of a label")
+            elif not isinstance(glob, str):
+                self.fault(at, f"{shown(repr(glob))} is not a text", "put it in quotes")
+            elif not _LABEL_GLOB.fullmatch(glob):
+                self.fault(
+                    at,
+                    f"{shown(repr(glob))} is not a label's value or a glob: up to 63 letters, digits, '-', '_', '.', and * for any characters",
+                )
+            else:
+                labels.append((key, glob))
+        return tuple(labels)
+
+    def _part(
+        self, path: Path, value: object, allowed: tuple[str, ...], required: tuple[str, ...] = ()
+    ) -> Mapping[object, object]:
+        # What is missing as a whole has been said; its parts go without saying.
+        return {} if value is None else self.mapping(path, value, allowed=allowed, required=required)
+
+    def _texts(self, path: Path, value: object, parse: Callable[[str], _T]) -> tuple[_T, ...]:
+        def read(at: Path, item: object) -> _T | None:
+            if item is None:
+                self.fault(at, "is empty")
+            return self.text(at, item, parse)
+
+        return self.each(path, value, read, MOST_ITEMS)
+
+    def _choices(self, path: Path, value: object, parse: Callable[[str], _T], usual: tuple[_T, ...]) -> tuple[_T, ...]:
+        if value is None:
+            return usual
+        if value == []:
+            self.fault(path, "is empty, so that the rule allows nothing", "leave it away for what is usual")
+        return tuple(dict.fromkeys(self._texts(path, value, parse)))
+
+    def _duration(self, path: Path, value: object, usual: timedelta) -> timedelta:
+        duration = self.text(path, value, _duration)
+        return usual if duration is None else duration
+
+
+_LIMITS = ("key_types", "usages", "min_duration", "max_duration", "issuers")
+
+
+def _glob(text: str) -> str:
+    if not _GLOB.fullmatch(text):
+        raise ValueError("is not a name or a glob: lower-case letters, digits, '-', '.', and * for any characters")
+    return text
+
+
+def _duration(text: str) -> timedelta:
+    duration = parse_duration(text)
+    if duration < LEAST_DURATION:
+        raise ValueError(f"is not a duration of {format_duration(LEAST_DURATION)} or more, such as 24h")
+    return duration

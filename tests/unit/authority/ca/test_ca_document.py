@@ -1,0 +1,53 @@
+"""docs/ca.md: what it says to type makes a CA that is taken, and its tables are the code's."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from csi_driver.authority.ca.ca_files import KeyFiles
+from csi_driver.authority.ca.keyring import AUTHORITY_KEY_TYPES, NAMES
+from csi_driver.authority.trust.serving_root import SERVING, SERVING_KEY
+from csi_driver.core.certificates.name_constraints import Bounds, parse_constraint
+from csi_driver.core.formats.pem import fingerprint
+from csi_driver.core.names import DNSName, Names, spiffe_id
+from csi_driver.telemetry.authority_metrics import AuthorityMetrics
+
+DOCUMENT = (Path(__file__).parents[4] / "docs" / "ca.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[str]:
+    """The lines to type that need no cluster, in their order."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if not line.startswith("kubectl ")]
+
+
+@pytest.fixture
+def printed(tmp_path: Path) -> str:
+    """What all of them print."""
+    script = "\n".join(["set -e", *commands()])
+    return subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, check=True, text=True).stdout
+
+
+@pytest.mark.peers("openssl", "bash")
+async def test_a_ca_made_as_the_document_says_is_taken(printed: str, tmp_path: Path, metrics: AuthorityMetrics) -> None:
+    """For names of the cluster and no other; and the last command prints the fingerprint that the authority logs."""
+    assert "intermediate.crt: OK" in printed
+    keyring = await KeyFiles(tmp_path, metrics).refresh(datetime.now(UTC))
+    bounds = Bounds.of((*keyring.intermediates, keyring.root))
+    inside = ["shop.web.svc", "shop.web.svc.cluster.local"]
+    assert bounds.refused(Names.of(map(DNSName.parse, inside), [spiffe_id("cluster.local", "web", "shop")])) == []
+    assert len(bounds.refused(Names.of([DNSName.parse("example.com")], [spiffe_id("other", "web", "shop")]))) == 2
+    assert fingerprint(keyring.root).removeprefix("SHA256:") == printed.strip().rpartition("=")[2]
+
+
+def test_the_document_names_what_there_is() -> None:
+    """Every value of the store, every key type for a CA; and its examples of constraints are read."""
+    assert all(f"`{name}`" in DOCUMENT for name in (*NAMES, SERVING, SERVING_KEY))
+    assert all(f"`{kind.value}`" in DOCUMENT for kind in AUTHORITY_KEY_TYPES)
+    examples = re.findall(r"`((?:dns|uri|ip|email):[^`]+)`", DOCUMENT)
+    assert len({parse_constraint(example) for example in examples}) >= 6

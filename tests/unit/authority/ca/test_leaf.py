@@ -1,0 +1,185 @@
+"""What a leaf holds, and what it doesn't."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
+from hypothesis import given
+from hypothesis import strategies as st
+
+from csi_driver.authority.ca.key_pairs import BACKDATE, INTERMEDIATE_LIFE, make_root
+from csi_driver.authority.ca.keyring import make_keyring
+from csi_driver.authority.ca.leaf import Leaf, sign_leaf
+from csi_driver.core.certificates.csr import names_of
+from csi_driver.core.certificates.keys import PublicKey, generate_key, public_bytes
+from csi_driver.core.errors import CertmountError
+from csi_driver.core.names import URI, DNSName, EmailAddress, IPAddress, Names, spiffe_id
+from csi_driver.core.spec import KeyType, Usage
+from tests.unit.authority.clock import Clock
+
+NOW = Clock().utc()
+KEYRING = make_keyring(NOW)
+ID = spiffe_id("cluster.local", "default", "hello")
+KEYS: dict[KeyType, PublicKey] = {
+    key_type: generate_key(key_type).public_key() for key_type in KeyType if key_type is not KeyType.RSA_4096
+}
+LONG = DNSName.parse(".".join(["a" * 30] * 3))
+
+
+def leaf(
+    names: Names, key: PublicKey = KEYS[KeyType.EC_P256], life: timedelta = timedelta(hours=1)
+) -> x509.Certificate:
+    return sign_leaf(Leaf(key, names, life, (Usage.SERVER, Usage.CLIENT)), KEYRING.intermediate, NOW)
+
+
+def found(certificate: x509.Certificate) -> list[tuple[str, bool]]:
+    return [(extension.oid._name, extension.critical) for extension in certificate.extensions]
+
+
+@pytest.mark.parametrize("key_type", KEYS)
+def test_a_leaf_has_exactly_the_extensions_we_choose(key_type: KeyType) -> None:
+    """Six, for every type of key, and nothing that a request might have asked for."""
+    certificate = leaf(Names.of([DNSName.parse("hello.test")], [ID]), KEYS[key_type])
+    assert sorted(found(certificate)) == [
+        ("authorityKeyIdentifier", False),
+        ("basicConstraints", True),
+        ("extendedKeyUsage", False),
+        ("keyUsage", True),
+        ("subjectAltName", False),
+        ("subjectKeyIdentifier", False),
+    ]
+    extensions = certificate.extensions
+    assert not extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    assert list(extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [
+        ExtendedKeyUsageOID.SERVER_AUTH,
+        ExtendedKeyUsageOID.CLIENT_AUTH,
+    ]
+    usage = extensions.get_extension_for_class(x509.KeyUsage).value
+    assert usage.digital_signature
+    assert usage.key_encipherment == key_type.value.startswith("RSA")
+    assert not any(
+        (usage.content_commitment, usage.data_encipherment, usage.key_agreement, usage.key_cert_sign, usage.crl_sign)
+    )
+    assert public_bytes(certificate.public_key()) == public_bytes(KEYS[key_type])  # type: ignore[arg-type]  # ours
+
+
+def test_the_key_identifiers_lead_to_the_intermediate() -> None:
+    """Path builders find the issuer by them."""
+    extensions = leaf(Names.of(uris=[ID])).extensions
+    issuer = KEYRING.intermediate.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    identifier = extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
+    assert identifier.key_identifier == issuer.digest
+    assert identifier.authority_cert_issuer is None
+
+
+def test_the_first_dns_name_is_the_common_name() -> None:
+    """For the old who look there; never a wish from a request."""
+    certificate = leaf(Names.of([DNSName.parse("a.test"), DNSName.parse("b.test")], [ID]))
+    assert [(item.oid, item.value) for item in certificate.subject] == [(NameOID.COMMON_NAME, "a.test")]
+
+
+@pytest.mark.parametrize("names", [Names.of(uris=[ID]), Names.of([LONG], [ID])], ids=["no dns name", "too long"])
+def test_without_a_subject_the_names_are_critical(names: Names) -> None:
+    """RFC 5280 section 4.2.1.6."""
+    certificate = leaf(names)
+    assert not certificate.subject.rdns
+    assert certificate.extensions.get_extension_for_oid(ExtensionOID.SUBJECT_ALTERNATIVE_NAME).critical
+
+
+def test_a_leaf_begins_a_minute_ago_and_lives_as_granted() -> None:
+    """Clocks differ a little; a life does not."""
+    certificate = leaf(Names.of(uris=[ID]), life=timedelta(minutes=5))
+    assert certificate.not_valid_before_utc == NOW - BACKDATE
+    assert certificate.not_valid_after_utc == NOW + timedelta(minutes=5)
+
+
+def test_a_leaf_never_outlives_its_intermediate() -> None:
+    """Its end is the earlier of the two, and an expired intermediate signs nothing."""
+    certificate = leaf(Names.of(uris=[ID]), life=timedelta(days=4000))
+    assert certificate.not_valid_after_utc == KEYRING.intermediate.certificate.not_valid_after_utc
+    with pytest.raises(CertmountError, match="has expired") as failure:
+        sign_leaf(Leaf(KEYS[KeyType.EC_P256], Names(), timedelta(1), ()), KEYRING.intermediate, NOW + INTERMEDIATE_LIFE)
+    assert failure.value.retryable
+
+
+def test_serial_numbers_cannot_be_guessed() -> None:
+    """Positive, within 20 octets, and far apart (RFC 5280 section 4.1.2.2)."""
+    serials = {leaf(Names.of(uris=[ID])).serial_number for _ in range(20)}
+    assert len(serials) == 20
+    assert all(0 < serial < 2**159 for serial in serials)
+    assert max(serials).bit_length() > 140
+
+
+DNS = st.from_regex(r"[a-z]([a-z0-9-]{0,10}[a-z0-9])?(\.[a-z]{1,10}){1,4}", fullmatch=True).map(DNSName.parse)
+IPS = st.ip_addresses(v=4).map(lambda ip: IPAddress.parse(str(ip)))
+EMAILS = st.from_regex(r"[a-z0-9.]{1,9}@[a-z]{1,9}\.test", fullmatch=True).filter(
+    lambda text: ".." not in text and text[0] != "." and ".@" not in text
+)
+URIS = st.from_regex(r"spiffe://[a-z]{1,9}(/[a-zA-Z0-9_-]{1,9}){0,4}", fullmatch=True).map(URI.parse)
+any_names = st.builds(
+    Names.of,
+    st.lists(DNS, max_size=5),
+    st.lists(URIS, min_size=1, max_size=3),
+    st.lists(IPS, max_size=3),
+    st.lists(EMAILS.map(EmailAddress.parse), max_size=3),
+)
+
+
+@pytest.mark.parametrize("usages", [(Usage.SERVER,), (Usage.CLIENT,), (Usage.CLIENT, Usage.SERVER)])
+def test_a_leaf_has_the_usages_that_were_granted(usages: tuple[Usage, ...]) -> None:
+    """And no other."""
+    certificate = sign_leaf(
+        Leaf(KEYS[KeyType.EC_P256], Names.of(uris=[ID]), timedelta(1), usages), KEYRING.intermediate, NOW
+    )
+    purposes = {Usage.SERVER: ExtendedKeyUsageOID.SERVER_AUTH, Usage.CLIENT: ExtendedKeyUsageOID.CLIENT_AUTH}
+    found = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert list(found) == [purposes[usage] for usage in usages]
+
+
+def test_a_leaf_may_be_without_a_subject() -> None:
+    """As below a CA that constrains directory names."""
+    names = Names.of([DNSName.parse("a.test")])
+    wanted = Leaf(KEYS[KeyType.EC_P256], names, timedelta(1), (Usage.SERVER,), subject=False)
+    certificate = sign_leaf(wanted, KEYRING.intermediate, NOW)
+    assert not certificate.subject.rdns
+    assert certificate.extensions.get_extension_for_oid(ExtensionOID.SUBJECT_ALTERNATIVE_NAME).critical
+
+
+HASHES = {
+    KeyType.EC_P256: "sha256",
+    KeyType.EC_P384: "sha384",
+    KeyType.RSA_3072: "sha256",
+    KeyType.ED25519: None,
+    KeyType.ML_DSA_44: None,
+}
+
+
+@pytest.mark.parametrize("kind", HASHES)
+def test_the_hash_fits_the_signing_key(kind: KeyType) -> None:
+    """As strong as the key; none for algorithms that have their own."""
+    signer = make_root("test", generate_key(kind), NOW, path_length=0)
+    certificate = sign_leaf(
+        Leaf(KEYS[KeyType.EC_P256], Names.of(uris=[ID]), timedelta(1), (Usage.SERVER,)), signer, NOW
+    )
+    algorithm = certificate.signature_hash_algorithm
+    assert (algorithm.name if algorithm else None) == HASHES[kind]
+    certificate.verify_directly_issued_by(signer.certificate)
+
+
+@given(any_names)
+def test_no_subject_is_one_of_kubernetes_own(names: Names) -> None:
+    """An API server that trusted this CA by mistake would take a common name for a user, an organisation for a group."""
+    subject = leaf(names).subject
+    assert all(item.oid == NameOID.COMMON_NAME and ":" not in item.value for item in subject)
+    assert len(subject.rdns) <= 1
+
+
+@given(any_names)
+def test_a_leaf_holds_the_names_granted_and_no_other(names: Names) -> None:
+    """Of every kind, in their order, each once, read back from the encoding."""
+    read = x509.load_der_x509_certificate(leaf(names).public_bytes(Encoding.DER))
+    assert names_of(read.extensions) == names

@@ -1,0 +1,395 @@
+"""An administrator's own CA: all that may be brought, and all that is refused because verifiers would refuse it later."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import itertools
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, rsa
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    KeySerializationEncryption,
+    NoEncryption,
+    PrivateFormat,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
+from hypothesis import given
+from hypothesis import strategies as st
+
+from csi_driver.authority.ca.keyring import Keyring, dump_keyring, make_keyring
+from csi_driver.authority.ca.keyring_loader import load_keyring
+from csi_driver.authority.ca.leaf import Leaf, sign_leaf
+from csi_driver.core.certificates.keys import PrivateKey, encode_key, generate_key
+from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.formats.pem import encode_certificates
+from csi_driver.core.secret import Secret
+from csi_driver.core.spec import KeyType, Usage
+from tests.support.requirements import require_program
+from tests.unit.core import pki
+from tests.unit.core.pki import NOW, Signer, Validity
+
+Values = Mapping[str, Secret[bytes]]
+YEARS = Validity(end=timedelta(days=1000))
+PASSWORD = Secret(b"canary-password")
+CA = functools.partial(pki.authority, validity=YEARS)
+
+
+def key(number: int = 0) -> PrivateKey:
+    return pki.key_of(KeyType.EC_P256, number)
+
+
+ROOT = CA("root", key=key())
+MIDDLE = CA("middle", ROOT, key=key(1))
+LOWER = CA("lower", MIDDLE, key=key(2), path_length=0)
+
+
+def values(roots: Sequence[Signer], intermediates: Sequence[Signer], root_key: PrivateKey | None = None) -> Values:
+    """As they lie in the store; the first intermediate signs."""
+    found = {
+        "root.crt": Secret(encode_certificates([root.certificate for root in roots])),
+        "intermediate.crt": Secret(encode_certificates([one.certificate for one in intermediates])),
+        "intermediate.key": encode_key(intermediates[0].key),
+    }
+    return {**found, "root.key": encode_key(root_key)} if root_key else found
+
+
+def load(given: Values, password: Secret[bytes] | None = None) -> Keyring:
+    return load_keyring(given, NOW, where="here", password=password)
+
+
+def refusal(given: Values, password: Secret[bytes] | None = None) -> str:
+    with pytest.raises(CertmountError) as raised:
+        load(given, password)
+    assert raised.value.reason is Reason.INVALID_CA
+    assert "canary" not in str(raised.value)
+    assert "PRIVATE" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_an_offline_root_is_not_missed() -> None:
+    """Leaves are signed without it; its owner renews the intermediate, and hears of the end in time."""
+    keyring = load(values([ROOT], [MIDDLE]))
+    assert keyring.root_key is None
+    end = MIDDLE.certificate.not_valid_after_utc
+    assert not keyring.wants_intermediate(end)
+    with pytest.raises(ValueError, match="renewed by its owner"):
+        keyring.with_new_intermediate(NOW)
+    assert keyring.ends_soon(end - timedelta(days=91)) == ()
+    assert {(ending.name, ending.at) for ending in keyring.ends_soon(end - timedelta(days=89))} == {
+        ("root.crt", end),
+        ("intermediate.crt", end),
+    }
+
+
+@pytest.mark.parametrize("blank", [b"", b"\n"])
+def test_an_empty_root_key_is_an_offline_root(blank: bytes) -> None:
+    """Some tools can't leave a value away."""
+    assert load({**values([ROOT], [MIDDLE]), "root.key": Secret(blank)}).root_key is None
+
+
+def test_a_ca_of_ours_says_nothing_of_its_intermediate() -> None:
+    """It is renewed by itself; the root's end is its owner's business."""
+    keyring = make_keyring(NOW)
+    assert keyring.ends_soon(NOW + timedelta(days=364)) == ()
+    assert [ending.name for ending in keyring.ends_soon(NOW + timedelta(days=3600))] == ["root.crt"]
+
+
+def test_a_longer_chain_travels_with_each_leaf() -> None:
+    """From the signing intermediate up; the root is left away, even where it was put at the chain's end."""
+    for further in ([], [ROOT]):
+        keyring = load(values([ROOT], [LOWER, MIDDLE, *further], ROOT.key))
+        assert keyring.intermediates == (LOWER.certificate, MIDDLE.certificate)
+        assert not keyring.renewable  # the key of MIDDLE is elsewhere
+
+
+def test_of_several_roots_the_one_that_is_led_to_comes_first() -> None:
+    """All are trusted; a further one may have ended, or begin later, as in the middle of a change of roots."""
+    ended = CA("ended", key=key(3), validity=Validity(end=timedelta(0)))
+    coming = CA("coming", key=key(4), validity=Validity(start=timedelta(1), end=timedelta(9)))
+    keyring = load(values([ended, coming, ROOT], [MIDDLE]))
+    assert keyring.roots == (ROOT.certificate, ended.certificate, coming.certificate)
+    assert keyring.root == ROOT.certificate
+
+
+def test_of_two_certificates_of_one_root_the_better_counts() -> None:
+    """A root may be signed anew with its old key."""
+    former = CA("root", key=key(), validity=Validity(end=timedelta(0)))
+    assert load(values([former, ROOT], [MIDDLE])).root == ROOT.certificate
+
+
+def test_two_keyrings_fit_one_store() -> None:
+    """Each under its prefix; faults name the value as it is in the store."""
+    one, other = make_keyring(NOW), make_keyring(NOW)
+    both = {**dump_keyring(one), **dump_keyring(other, "next-")}
+    assert load(both).root == one.root
+    loaded = load_keyring(both, NOW, where="here", prefix="next-")
+    assert loaded.root == other.root
+    assert dump_keyring(loaded) == dump_keyring(other)
+    damaged = {**both, "next-root.key": both["root.key"]}
+    with pytest.raises(CertmountError, match=r"here next-root\.key: is not the key of the root"):
+        load_keyring(damaged, NOW, where="here", prefix="next-")
+
+
+FORMATS = {"PKCS#8": PrivateFormat.PKCS8, "traditional": PrivateFormat.TraditionalOpenSSL}
+BYO_KEYS: dict[str, Callable[[], PrivateKey]] = {
+    **{kind.value: functools.partial(pki.key_of, kind) for kind in KeyType if kind is not KeyType.RSA_4096},
+    "EC-P521": lambda: ec.generate_private_key(ec.SECP521R1()),
+    "RSA-2560": lambda: rsa.generate_private_key(65537, 2560),
+    "RSA-2048 with e=3": lambda: rsa.generate_private_key(3, 2048),
+}
+
+
+def self_signed(of: PrivateKey) -> Signer:
+    """By ourselves, as the CA of the tests knows fewer keys."""
+    keyring = make_keyring(NOW)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "root")])
+    builder = x509.CertificateBuilder(name, name, of.public_key(), 7, NOW, NOW + timedelta(days=500))
+    for extension in keyring.root.extensions:
+        value = extension.value
+        if isinstance(value, x509.SubjectKeyIdentifier):
+            value = x509.SubjectKeyIdentifier.from_public_key(of.public_key())
+        builder = builder.add_extension(value, extension.critical)
+    return Signer(pki.sign(builder, of), of)
+
+
+@pytest.mark.parametrize("kind", BYO_KEYS)
+def test_every_kind_of_key_signs_and_is_renewed_in_kind(kind: str) -> None:
+    """RSA, EC, Ed25519 and ML-DSA; a new intermediate has a key like the former one's."""
+    root = self_signed(BYO_KEYS[kind]())
+    keyring = load(values([root], [CA("sub", root, key=BYO_KEYS[kind]())], root.key))
+    leaf = Leaf(key().public_key(), pki.names("a.test"), timedelta(hours=1), (Usage.SERVER,))
+    for ring in (keyring, load(dump_keyring(keyring.with_new_intermediate(NOW)))):
+        intermediate = ring.intermediate.certificate
+        sign_leaf(leaf, ring.intermediate, NOW).verify_directly_issued_by(intermediate)
+        intermediate.verify_directly_issued_by(ring.root)
+        assert type(intermediate.public_key()) is type(root.certificate.public_key())
+        assert ring.intermediate.key.public_key() == intermediate.public_key()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("kind", [KeyType.EC_P256, KeyType.RSA_2048])
+@pytest.mark.parametrize("encryption", [NoEncryption(), BestAvailableEncryption(PASSWORD.reveal())])
+def test_keys_are_read_in_every_form(form: str, kind: KeyType, encryption: KeySerializationEncryption) -> None:
+    """PKCS#8, PKCS#1 and SEC1, plain and encrypted; what lay encrypted goes back to the store as it was."""
+    root = CA("root", key=pki.key_of(kind))
+    pem = root.key.private_bytes(Encoding.PEM, FORMATS[form], encryption)
+    sub = CA("sub", root, key=key(1))
+    given = {**values([root], [sub]), "root.key": Secret(pem)}
+    keyring = load(given, password=PASSWORD)
+    assert keyring.root_key is not None
+    assert keyring.encrypted == (not isinstance(encryption, NoEncryption))
+    assert keyring.renewable != keyring.encrypted
+    assert dump_keyring(keyring) == given
+    assert "canary" not in repr(keyring)
+
+
+def test_a_password_that_is_missing_or_wrong_is_told_apart() -> None:
+    """From each other, and from a key that is no key; both keys are looked at."""
+    pem = Secret(ROOT.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(PASSWORD.reveal())))
+    given = {**values([ROOT], [MIDDLE]), "root.key": pem, "intermediate.key": pem}
+    for password in (None, Secret(b"")):
+        text = refusal(given, password)
+        assert text.count("is encrypted, and there is no password for it") == 2
+    assert refusal(given, password=Secret(b"other")).count("is encrypted with another password than the one given") == 2
+    cut = {**given, "root.key": Secret(pem.reveal().replace(b"M", b"A", 3))}
+    assert "root.key: is not a private key in PEM" in refusal(cut, password=PASSWORD)
+
+
+WEAK: dict[str, tuple[Callable[[], object], str]] = {
+    "RSA-1024": (lambda: rsa.generate_private_key(65537, 1024), "an RSA key of 1024 bits; at least 2048"),  # noqa: S505  # weak on purpose
+    "secp256k1": (lambda: ec.generate_private_key(ec.SECP256K1()), "a key that may not sign here"),
+    "Ed448": (ed448.Ed448PrivateKey.generate, "a key that may not sign here"),
+    "DSA": (lambda: dsa.generate_private_key(2048), "a key that may not sign here"),
+}
+
+
+@pytest.mark.parametrize("kind", WEAK)
+def test_a_key_that_verifiers_refuse_is_refused_in_key_and_certificate(kind: str) -> None:
+    """Whichever of the two is brought."""
+    make, words = WEAK[kind]
+    weak: PrivateKey = make()  # type: ignore[assignment]  # of other kinds on purpose
+    pem = Secret(weak.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    assert f"intermediate.key: is {words}" in refusal({**values([ROOT], [MIDDLE]), "intermediate.key": pem})
+    certificate = Secret(encode_certificates([CA("sub", ROOT, key=weak).certificate]))
+    assert f"intermediate.crt: has {words}" in refusal({**values([ROOT], [MIDDLE]), "intermediate.crt": certificate})
+
+
+UNKNOWN = x509.UnrecognizedExtension(ObjectIdentifier("1.2.3.4"), b"\x05\x00")
+OTHER_NAMES = x509.NameConstraints([x509.RegisteredID(ObjectIdentifier("1.2.3"))], None)
+SERVERS_ONLY = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+BOTH_ENDS = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
+ANY = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE])
+LEAF_USAGE = x509.KeyUsage(
+    digital_signature=True,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    key_cert_sign=False,
+    crl_sign=False,
+    encipher_only=False,
+    decipher_only=False,
+)
+SHORT_ROOT = CA("short", key=key(5), path_length=0)
+STRANGER = CA("stranger", key=key(6))
+LATE, ENDED = Validity(start=timedelta(1), end=timedelta(9)), Validity(end=timedelta(0))
+SUB = functools.partial(CA, "sub", ROOT, key=key(7))
+
+FAULTS: dict[str, tuple[Values, str]] = {
+    "no CA": (values([ROOT], [SUB(ca=False)]), "intermediate.crt: is not the certificate of a certificate authority"),
+    "may not sign": (values([ROOT], [SUB(extensions=[LEAF_USAGE])]), "its key usage lacks keyCertSign"),
+    "may not sign, as root": (values([CA("r", extensions=[LEAF_USAGE])], [MIDDLE]), "root.crt: is not the certificate"),
+    "servers only": (
+        values([ROOT], [SUB(extensions=[pki.CA_USAGE, SERVERS_ONLY])]),
+        "intermediate.crt: has an extended key usage that leaves out TLS servers or TLS clients",
+    ),
+    "unknown critical": (
+        values([ROOT], [SUB(extensions=[pki.CA_USAGE, UNKNOWN])]),
+        "intermediate.crt: has the critical extension 1.2.3.4, which can't be honoured here",
+    ),
+    "other names": (
+        values([ROOT], [SUB(extensions=[pki.CA_USAGE, OTHER_NAMES])]),
+        "constrains names of a kind that can't be checked here: RegisteredID",
+    ),
+    "no room": (
+        values([SHORT_ROOT], [CA("sub", SHORT_ROOT, key=key(7))]),
+        "root.crt: has the path length 0; the intermediates below it need 1",
+    ),
+    "no room in the middle": (
+        values([ROOT], [CA("sub", LOWER, key=key(7)), LOWER, MIDDLE]),
+        "intermediate.crt: has the path length 0; the intermediates below it need 1",
+    ),
+    "another's": (values([STRANGER], [MIDDLE]), "intermediate.crt: is not issued by root.crt"),
+    "another's, two roots": (values([STRANGER, SHORT_ROOT], [MIDDLE]), "is not issued by any certificate of root.crt"),
+    "wrong order": (values([ROOT], [MIDDLE, LOWER]), "certificate 1 is not issued by certificate 2"),
+    "a gap": (values([ROOT], [LOWER]), "intermediate.crt: is not issued by root.crt"),
+    "no root": (values([MIDDLE], [LOWER]), "root.crt: is not self-signed"),
+    "ended": (values([ROOT], [SUB(validity=ENDED)]), "intermediate.crt: expired at"),
+    "ended above": (
+        values([ROOT], [CA("low", SUB(validity=ENDED)), SUB(validity=ENDED)], ROOT.key),
+        "intermediate.crt: expired at",
+    ),
+    "not yet": (values([ROOT], [SUB(validity=LATE)], ROOT.key), "intermediate.crt: is not valid before"),
+    "ended root": (values([CA("r", key=key(), validity=ENDED)], [CA("s", CA("r", key=key()))]), "root.crt: expired at"),
+    "too many": (values([ROOT] * 9, [MIDDLE]), "root.crt: holds 9 certificates; at most 8 are taken"),
+    "the second": (
+        values([ROOT], [LOWER, SUB(ca=False)]),
+        "intermediate.crt: certificate 2 is not the certificate of a certificate authority",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_verifiers_would_refuse_is_refused_when_it_is_loaded(name: str) -> None:
+    """In words that say which certificate, and what of it."""
+    given, words = FAULTS[name]
+    assert words in refusal(given)
+
+
+def test_a_certificate_without_key_identifier_is_refused() -> None:
+    """Python's default since 3.13 is OpenSSL's strict mode, which refuses it too."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "root")])
+    builder = x509.CertificateBuilder(name, name, key().public_key(), 7, NOW, NOW + timedelta(days=500))
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    root = Signer(pki.sign(builder, key()), key())
+    assert "root.crt: has no subject key identifier" in refusal(values([root], [MIDDLE]))
+
+
+@pytest.mark.parametrize("extension", [BOTH_ENDS, ANY], ids=["both ends", "any"])
+def test_an_extended_key_usage_for_both_ends_is_taken_and_kept(extension: x509.ExtendedKeyUsage) -> None:
+    """What an administrator wrote into an intermediate is in its successor: it may be what they rely on."""
+    constraints = x509.NameConstraints([x509.DNSName("example.com")], None)
+    sub = SUB(extensions=[pki.CA_USAGE, extension, constraints])
+    keyring = load(values([ROOT], [sub], ROOT.key)).with_new_intermediate(NOW)
+    successor = keyring.intermediate.certificate
+    for value in (extension, constraints):
+        found = successor.extensions.get_extension_for_class(type(value))
+        assert (found.value, found.critical) == (value, True)
+    assert successor.subject != sub.certificate.subject
+    assert successor.subject.rfc4514_string().startswith("CN=sub ")
+
+
+def test_a_successor_keeps_the_name_but_for_its_mark() -> None:
+    """Renewed again and again it does not grow, and other parts of the name stay, as directory names may be constrained."""
+    keyring = make_keyring(NOW)
+    names = set()
+    for _ in range(5):
+        keyring = keyring.with_new_intermediate(NOW)
+        names.add(keyring.intermediate.certificate.subject.rfc4514_string())
+    assert len(names) == 5
+    assert all(name.startswith("CN=certmount intermediate ") and name.endswith(",O=certmount") for name in names)
+    assert {len(name) for name in names} == {len("CN=certmount intermediate 01234567,O=certmount")}
+
+
+def test_a_key_for_rsa_pss_only_is_refused() -> None:
+    """The library reads it as any RSA key, but what it then signs is not verifiable."""
+    command = [require_program("openssl"), "req", "-x509", "-newkey", "rsa-pss", "-pkeyopt", "rsa_keygen_bits:2048"]
+    command += ["-noenc", "-keyout", "/dev/null", "-subj", "/CN=pss", "-days", "30"]
+    pem = subprocess.run(command, capture_output=True, check=True).stdout
+    assert "root.crt: has a key for RSA-PSS only" in refusal({**values([ROOT], [MIDDLE]), "root.crt": Secret(pem)})
+
+
+def test_keys_of_other_certificates_are_found() -> None:
+    """Each key is held against its own certificate, and a root's key against the root that issued."""
+    given = {
+        **values([STRANGER, ROOT], [MIDDLE], STRANGER.key),
+        "intermediate.key": encode_key(generate_key(KeyType.ED25519)),
+    }
+    text = refusal(given)
+    assert "root.key: is not the key of the root that issued intermediate.crt" in text
+    assert "intermediate.key: is not the key of intermediate.crt" in text
+
+
+OFFLINE = {**values([ROOT], [LOWER, MIDDLE]), "root.key": encode_key(ROOT.key)}
+JUNK = st.one_of(
+    st.binary(max_size=80),
+    st.sampled_from([b"", b"-----BEGIN CERTIFICATE-----", *(one.reveal() for one in OFFLINE.values())]),
+)
+
+
+@pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")
+@given(st.sampled_from(sorted(OFFLINE)), st.integers(0, 2000), st.integers(0, 7), st.binary(max_size=3))
+def test_a_spoilt_value_is_refused_or_still_fits(name: str, at: int, bit: int, extra: bytes) -> None:
+    """Whichever bit of whichever value is wrong: InvalidCA, or a keyring that signs what verifies."""
+    content = bytearray(OFFLINE[name].reveal())
+    content[at % len(content)] ^= 1 << bit
+    take_or_refuse({**OFFLINE, name: Secret(bytes(content) + extra)})
+
+
+@pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")
+@given(st.sampled_from(sorted(OFFLINE)), st.integers(0, 10_000), st.integers(0, 7))
+def test_a_spoilt_encoding_is_refused_or_still_fits(name: str, at: int, bit: int) -> None:
+    """Below the PEM too."""
+    label = "PRIVATE KEY" if name.endswith("key") else "CERTIFICATE"
+    der = bytearray(base64.b64decode("".join(OFFLINE[name].reveal().decode().split("-----")[2].split())))
+    der[at % len(der)] ^= 1 << bit
+    pem = f"-----BEGIN {label}-----\n{base64.encodebytes(der).decode()}-----END {label}-----\n".encode()
+    further = OFFLINE[name].reveal().split(b"-----END CERTIFICATE-----\n", 1)[1:] if label == "CERTIFICATE" else []
+    take_or_refuse({**OFFLINE, name: Secret(pem + b"".join(further))})
+
+
+@given(st.dictionaries(st.sampled_from(sorted(OFFLINE)), JUNK.map(Secret)), st.one_of(st.none(), JUNK.map(Secret)))
+def test_no_content_of_a_store_does_worse_than_being_refused(
+    given_values: Values, password: Secret[bytes] | None
+) -> None:
+    """Values in each other's place, parts of them, anything."""
+    take_or_refuse(given_values, password)
+
+
+def take_or_refuse(given_values: Values, password: Secret[bytes] | None = None) -> None:
+    try:
+        keyring = load(given_values, password)
+    except CertmountError as error:
+        assert error.reason is Reason.INVALID_CA
+        return
+    leaf = Leaf(key().public_key(), pki.names("a.test"), timedelta(hours=1), (Usage.SERVER,))
+    issuers = (*keyring.intermediates, keyring.root)
+    for certificate, issuer in itertools.pairwise((sign_leaf(leaf, keyring.intermediate, NOW), *issuers)):
+        certificate.verify_directly_issued_by(issuer)

@@ -1,0 +1,360 @@
+"""The exchange of a root: a table of phases, and a model of replicas, nodes and certificates that looks for an outage."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import pytest
+
+from csi_driver.authority.ca import rotation
+from csi_driver.authority.ca.rotation import CLOCKS_S, STALE_S, Phase, Retired, State
+from csi_driver.core.errors import CertmountError, Reason
+
+NOW = 1_800_000_000
+OLD = b"old"
+WAIT = STALE_S + CLOCKS_S
+STEADY = rotation.first_state(NOW)
+ANNOUNCING = rotation.begin(STEADY, NOW)
+
+
+def step(state: State, now: int, confirmed: str = "", expected: str = "") -> State:
+    return rotation.advance(state, now, set(confirmed), set(expected), [OLD])
+
+
+def test_a_rotation_goes_through_its_phases_in_order() -> None:
+    """Each counts from when it was first read, whatever the clock said when it was decided on."""
+    state = rotation.admit_life(ANNOUNCING, 55)
+    assert (state.phase, state.since) == (Phase.ANNOUNCING, 0)
+    state = step(state, NOW + 100)
+    assert state.since == NOW + 100
+    assert step(state, NOW + 100 + WAIT - 1) == state
+    state = step(state, NOW + 100 + WAIT)
+    assert state.phase is Phase.DISTRIBUTING
+    state = step(state, NOW + 200)
+    assert step(state, NOW + 9999, "a", "ab") == state
+    state = step(state, NOW + 300, "abc", "ab")
+    assert (state.phase, state.longest_life, state.retired) == (Phase.RETIRING, 0, (Retired(OLD, 60),))
+    state = step(state, NOW + 400)
+    assert step(state, NOW + 400 + WAIT + 59) == state
+    state = step(state, NOW + 400 + WAIT + 60)
+    assert (state.phase, state.retired) == (Phase.STEADY, ())
+
+
+def test_each_other_set_of_roots_has_a_higher_generation() -> None:
+    """Also where the clock was set back, and at the end of announcing, so that nodes confirm anew. The switch changes no set."""
+    generations = [STEADY.generation]
+    for state in (
+        announced := rotation.begin(STEADY, NOW - 50),
+        distributing := step(replace(announced, since=1), NOW),
+        rotation.discard(distributing, NOW),
+        step(replace(distributing, phase=Phase.RETIRING, since=1), NOW + 7),
+    ):
+        generations.append(state.generation)
+    assert generations == [NOW, NOW + 1, NOW + 2, NOW + 3, NOW + 7]
+    switched = step(replace(distributing, since=1), NOW)
+    assert (switched.phase, switched.generation) == (Phase.RETIRING, distributing.generation)
+
+
+@pytest.mark.parametrize("phase", [Phase.ANNOUNCING, Phase.DISTRIBUTING, Phase.RETIRING])
+def test_what_is_stopped_stands_still_until_told(phase: Phase) -> None:
+    """In each phase that goes on by itself."""
+    state = State(phase, NOW, since=1, retired=(Retired(OLD, 1),) if phase is Phase.RETIRING else ())
+    stopped = rotation.stop(state)
+    assert step(stopped, NOW) == stopped
+    assert rotation.go_on(stopped) == state
+    assert step(rotation.go_on(stopped), NOW) != state
+
+
+def test_only_what_can_be_undone_is_undone() -> None:
+    """Before the switch the next CA has signed nothing; after it pods live by it."""
+    for phase in (Phase.ANNOUNCING, Phase.DISTRIBUTING):
+        assert rotation.discard(State(phase, NOW, stopped=True), NOW).phase is Phase.STEADY
+    with pytest.raises(CertmountError, match="pods hold certificates that only its root vouches for") as refusal:
+        rotation.discard(State(Phase.RETIRING, NOW), NOW)
+    assert refusal.value.reason is Reason.INVALID_REQUEST
+    for refused in (partial(rotation.discard, STEADY, NOW), partial(rotation.stop, STEADY)):
+        with pytest.raises(CertmountError, match="none is under way"):
+            refused()
+    with pytest.raises(CertmountError, match="under way already"):
+        rotation.begin(ANNOUNCING, NOW)
+
+
+def test_a_life_is_written_a_handful_of_times() -> None:
+    """Rounded up, never down; a longer one than before only."""
+    state, written = STEADY, set()
+    for seconds in range(1, 31 * 86400, 997):
+        state = rotation.admit_life(state, seconds)
+        assert state.longest_life >= seconds
+        written.add(state.longest_life)
+    assert len(written) <= 20
+    assert rotation.admit_life(state, 1) == state
+    assert rotation.admit_life(STEADY, 86400).longest_life == 86400
+
+
+def test_a_ca_that_a_person_put_there_may_have_signed_anything() -> None:
+    """Its certificates are waited for as long as they can be; a rotation begins again with it."""
+    fresh = rotation.adopt(None, NOW, 0, longest_life=500)
+    assert (fresh.phase, fresh.generation, fresh.longest_life) == (Phase.STEADY, NOW, 500)
+    distributing = State(Phase.DISTRIBUTING, NOW + 5, since=3, longest_life=900)
+    again = rotation.adopt(distributing, NOW, NOW + 8, longest_life=500)
+    assert (again.phase, again.since, again.generation, again.longest_life) == (Phase.ANNOUNCING, 0, NOW + 9, 900)
+
+
+@dataclass(frozen=True)
+class Roots:
+    """A set of CAs, which are numbers here."""
+
+    generation: int
+    cas: frozenset[int]
+
+    def or_newer(self, other: Roots) -> Roots:
+        return other if other.generation > self.generation else self
+
+
+NOTHING = Roots(0, frozenset())
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the store of the model holds."""
+
+    state: State
+    signing: int = 0
+    following: int | None = None
+    version: int = 0
+
+    @property
+    def trust(self) -> Roots:
+        cas = {self.signing, *(int.from_bytes(each.root) for each in self.state.retired)}
+        return Roots(self.state.generation, frozenset(cas if self.following is None else {*cas, self.following}))
+
+
+@dataclass
+class Replica:
+    """What it has read last, when it began to, and what it is about to save."""
+
+    view: Stored
+    seen: int
+    plan: Stored | None = None
+
+
+@dataclass
+class Volume:
+    """What a pod trusts, whose certificate it has, and until when that is good."""
+
+    trust: Roots
+    ca: int
+    end: int
+
+
+@dataclass
+class Node:
+    """``known`` is its driver's memory."""
+
+    volumes: list[Volume] = field(default_factory=list)
+    known: Roots = NOTHING
+    driver: bool = True
+
+
+class Outage(AssertionError):
+    """Two pods that follow the protocol don't trust each other."""
+
+
+class Model:
+    """Three replicas and up to three nodes; whoever reads may save much later, or never."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)  # noqa: S311  # a walk, not a secret
+        self.now = NOW
+        self.last_ca = 0
+        self.store = Stored(STEADY)
+        self.replicas = [Replica(self.store, NOW) for _ in range(3)]
+        self.nodes: dict[str, Node] = {}
+        self.confirmed: dict[str, int] = {}
+        self.trace: list[str] = []
+        self.switches = 0
+
+    def walk(self, steps: int) -> None:
+        actions = {
+            self.wait: 10,
+            self.read: 8,
+            self.save: 8,
+            self.issue: 12,
+            self.hear: 10,
+            self.confirm: 10,
+            self.calm: 2,
+            self.person: 2,
+            self.restart_driver: 2,
+            self.leave: 1,
+        }
+        for action in self.random.choices(list(actions), list(actions.values()), k=steps):
+            action()
+            self.trace.append(f"{self.now - NOW} {action.__name__}")
+            self.check()
+
+    def check(self) -> None:
+        """No certificate that is good has a root that any volume lacks."""
+        volumes = [volume for node in self.nodes.values() for volume in node.volumes]
+        good = {volume.ca for volume in volumes if volume.end > self.now}
+        for volume in volumes:
+            if not good <= volume.trust.cas:
+                raise Outage(f"{good} are in use, {volume}; {self.store}; {self.trace[-40:]}")
+
+    def wait(self) -> None:
+        self.now += self.random.choice([1, 1, 2, 5, 5, 10, 29, 31, 45, 130])
+
+    def read(self) -> None:
+        """A replica reads the store, and finds out what is due."""
+        replica, store = self.random.choice(self.replicas), self.store
+        expected = {name for name, node in self.nodes.items() if node.driver or name in self.confirmed}
+        confirmed = {name for name, each in self.confirmed.items() if each >= store.state.generation}
+        after = rotation.advance(store.state, self.now, confirmed, expected, [store.signing.to_bytes(4)])
+        replica.view, replica.seen, replica.plan = store, self.now, None
+        if after.phase is Phase.RETIRING and store.following is not None:
+            replica.plan = Stored(after, store.following, None, store.version + 1)
+        elif after != store.state:
+            replica.plan = replace(store, state=after, version=store.version + 1)
+
+    def save(self) -> None:
+        """It saves that, unless another one came first."""
+        replica = self.random.choice(self.replicas)
+        if replica.plan is not None and self.store.version == replica.view.version:
+            self.switches += replica.plan.signing != self.store.signing
+            self.store = replica.view = replica.plan
+        replica.plan = None
+
+    def person(self) -> None:
+        state, following, now = self.store.state, self.store.following, self.now
+        what = self.random.choice(["rotate", "rotate", "rotate", "rotate", "stop", "discard"])
+        if what == "rotate" and state.phase is Phase.STEADY:
+            self.last_ca += 1
+            state, following = rotation.begin(state, now), self.last_ca
+        elif what == "rotate":
+            state = rotation.go_on(state)
+        elif what == "stop" and state.phase is not Phase.STEADY:
+            state = rotation.stop(state)
+        elif what == "discard" and state.phase.before_switch:
+            state, following = rotation.discard(state, now), None
+        self.store = replace(self.store, state=state, following=following, version=self.store.version + 1)
+
+    def issue(self) -> None:
+        """A volume gets a certificate where the replica may sign; the node keeps the newest roots that it knows."""
+        replica, life = self.random.choice(self.replicas), self.random.choice([10, 30, 60, 120])
+        node = self.nodes.setdefault(self.random.choice("abc"), Node())
+        if self.now - replica.seen > STALE_S or not node.driver:
+            return
+        if life > replica.view.state.longest_life:
+            state = rotation.admit_life(self.store.state, life)
+            self.store = replace(self.store, state=state, version=self.store.version + 1)
+            replica.view, replica.seen, replica.plan = self.store, self.now, None
+        node.known = node.known.or_newer(replica.view.trust)
+        volume = Volume(node.known, replica.view.signing, self.now + life)
+        node.volumes = [*node.volumes[-2:], volume]
+
+    def hear(self) -> None:
+        """By the stream of any replica, however stale."""
+        node = self._node()
+        if node is not None and node.driver:
+            node.known = node.known.or_newer(self.random.choice(self.replicas).view.trust)
+
+    def confirm(self) -> None:
+        """Once all volumes hold what is known; at a replica that knows of it too."""
+        name = self.random.choice("abc")
+        node = self.nodes.get(name)
+        if node is None or not node.driver:
+            return
+        for volume in node.volumes:
+            volume.trust = volume.trust.or_newer(node.known)
+        if node.known.generation == self.random.choice(self.replicas).view.trust.generation:
+            self.confirmed[name] = node.known.generation
+
+    def calm(self) -> None:
+        """What mostly happens within seconds, so that walks get through whole rotations."""
+        for replica in self.replicas:
+            replica.view, replica.seen = self.store, self.now
+        for action in (self.hear, self.confirm, self.read, self.save):
+            for _ in range(9):
+                action()
+
+    def restart_driver(self) -> None:
+        """Its memory is gone but for what its volumes hold; while it is away the kubelet does not list it."""
+        name = self.random.choice("abc")
+        node = self.nodes.get(name)
+        if node is None or name not in self.confirmed:
+            return  # of a driver that left before it ever confirmed anything, no one can know
+        node.driver = not node.driver
+        node.known = NOTHING
+        for volume in node.volumes:
+            node.known = node.known.or_newer(volume.trust)
+
+    def leave(self) -> None:
+        """A node, with all of its pods."""
+        self.nodes.pop(self.random.choice("abc"), None)
+
+    def _node(self) -> Node | None:
+        return self.nodes.get(self.random.choice("abc"))
+
+
+WALKS, STEPS = 500, 600
+
+
+def walk_all(walks: int) -> int:
+    """How often a next CA began to sign in that many walks."""
+    switches = 0
+    for seed in range(walks):
+        model = Model(seed)
+        model.walk(STEPS)
+        switches += model.switches
+    return switches
+
+
+def test_no_walk_of_the_model_ends_in_an_outage() -> None:
+    """Whatever is interleaved: slow and dead writers, stale replicas, stops, nodes that come, go and restart, lives of all lengths."""
+    assert walk_all(WALKS) > WALKS, "the walks went nowhere"
+
+
+BREAKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "confirmations are not waited for": (
+        "advance",
+        lambda advance: lambda s, now, c, _e, out: advance(s, now, c, (), out),
+    ),
+    "the phase counts from the decision": (
+        "_in_phase",
+        lambda _: (
+            lambda s, phase, now: replace(
+                s, phase=phase, since=now, generation=rotation.next_generation(s.generation, now)
+            )
+        ),
+    ),
+    "confirmations of the first round count": (
+        "_in_phase",
+        lambda in_phase: (
+            lambda s, phase, now: (
+                replace(s, phase=phase, since=0) if phase is Phase.DISTRIBUTING else in_phase(s, phase, now)
+            )
+        ),
+    ),
+    "longer lives are not written": ("admit_life", lambda _: lambda s, _life: replace(s, longest_life=10)),
+}
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_the_model_finds_an_outage_where_a_rule_is_broken(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the walks above mean something."""
+    name, change = BREAKS[broken]
+    monkeypatch.setattr(rotation, name, change(getattr(rotation, name)))
+    with pytest.raises(Outage):
+        walk_all(3000)
+
+
+@pytest.mark.parametrize("rule", ["announced_at", "trusted_until"])
+def test_the_model_finds_an_outage_where_a_wait_is_left_out(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each wait is needed: for replicas that have not heard of a phase yet, and for certificates that have not ended."""
+    short = property(lambda state: state.since) if rule == "announced_at" else lambda state, _: state.since
+    monkeypatch.setattr(State, rule, short)
+    with pytest.raises(Outage):
+        walk_all(3000)

@@ -1,0 +1,182 @@
+"""A cluster in memory: requests as the API server keeps them, told to whoever follows them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import copy
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from csi_driver.core.cluster.csr import ClusterCSR, Condition, Draft
+from csi_driver.core.cluster.lease import Lease
+from csi_driver.core.cluster.pod import LivePod
+from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.kube.csrs import CSRs, read_csr
+from tests.unit.core import pki
+
+ACCOUNT = "system:serviceaccount:certmount:certmount-authority"
+Json = dict[str, Any]
+
+
+@dataclass
+class Watch:
+    """A watch that is never behind."""
+
+    cluster: FakeRequests
+    sink: CSRs
+    labels: str
+
+    async def run(self) -> None:
+        self.cluster.sinks.append(self)
+        for name in self.cluster.objects:
+            self.tell(name)
+        self.sink.retain(set(self.cluster.objects))
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.cluster.sinks.remove(self)
+
+    def tell(self, name: str) -> None:
+        key, _, value = self.labels.partition("=")
+        item = copy.deepcopy(self.cluster.objects[name])
+        if not key or item["metadata"]["labels"].get(key) == value:
+            self.sink.put(item)
+
+
+@dataclass
+class FakeRequests:
+    """Requests, with somebody else's hand on them where a test wants it."""
+
+    objects: dict[str, Json] = field(default_factory=dict)
+    sinks: list[Watch] = field(default_factory=list)
+    username: str = ACCOUNT
+    forbidden: set[tuple[str, str]] = field(default_factory=set)
+    broken: str = ""
+    """Why every call fails; empty: none does."""
+    undecidable: str = ""
+    """Why nothing can be approved or denied; empty: it can."""
+    now: datetime = pki.NOW
+    made: int = 0
+    answers: int = 0
+    drafts: list[Draft] = field(default_factory=list)
+
+    def put(self, item: Json) -> str:
+        """Somebody makes a request."""
+        self.made += 1
+        name = item["metadata"].setdefault("name", f"csr-{self.made}")
+        item["metadata"].setdefault("uid", f"uid-{name}")
+        item["metadata"].setdefault("labels", {})
+        item["metadata"].setdefault("creationTimestamp", self.now.isoformat())
+        self.objects[name] = item
+        self._tell(name)
+        return str(name)
+
+    def change(self, name: str, **status: Any) -> None:
+        self.objects[name]["status"] = {**self.objects[name].get("status", {}), **status}
+        self._tell(name)
+
+    def sign(self, name: str, pem: bytes) -> None:
+        """Some signer answers."""
+        self.change(name, certificate=base64.b64encode(pem).decode())
+
+    def remove(self, name: str) -> None:
+        item = self.objects.pop(name)
+        for watch in self.sinks:
+            watch.sink.remove(item)
+
+    def find(self, name: str) -> ClusterCSR:
+        return read_csr(self.objects[name])
+
+    def _tell(self, name: str) -> None:
+        for watch in self.sinks:
+            watch.tell(name)
+
+    async def _reach(self) -> None:
+        await asyncio.sleep(0)
+        if self.broken:
+            raise CertmountError(Reason.ISSUER_UNAVAILABLE, self.broken)
+
+    async def own_username(self) -> str:
+        await self._reach()
+        return self.username
+
+    async def create(self, draft: Draft) -> ClusterCSR:
+        await self._reach()
+        self.drafts.append(draft)
+        spec = {
+            "signerName": draft.signer,
+            "request": base64.b64encode(draft.request).decode(),
+            "usages": list(draft.usages),
+            "expirationSeconds": draft.life_s,
+            "username": self.username,
+        }
+        name = f"{draft.name_prefix}{self.made + 1}"
+        return self.find(self.put({"metadata": {"name": name, "labels": dict(draft.labels)}, "spec": spec}))
+
+    async def decide(self, csr: ClusterCSR, condition: Condition) -> ClusterCSR:
+        await self._reach()
+        if self.undecidable:
+            raise CertmountError(Reason.ISSUER_UNAVAILABLE, self.undecidable)
+        if not self.find(csr.name).conditions:
+            self.change(csr.name, conditions=[_json(condition)])
+        return self.find(csr.name)
+
+    async def answer(self, csr: ClusterCSR, certificate: bytes) -> ClusterCSR:
+        await self._reach()
+        self.answers += 1
+        self.sign(csr.name, certificate)
+        return self.find(csr.name)
+
+    async def fail(self, csr: ClusterCSR, condition: Condition) -> ClusterCSR:
+        await self._reach()
+        self.change(csr.name, conditions=[*self.objects[csr.name]["status"]["conditions"], _json(condition)])
+        return self.find(csr.name)
+
+    async def delete(self, csr: ClusterCSR) -> None:
+        await self._reach()
+        if csr.name in self.objects:
+            self.remove(csr.name)
+
+    async def may(self, verb: str, resource: str, name: str = "") -> bool:
+        await self._reach()
+        return not {(verb, resource), (verb, name)} & self.forbidden
+
+    def follow(self, sink: CSRs, *, signer: str = "", labels: str = "") -> Watch:
+        del signer  # what is of another signer must not be believed to be kept away
+        return Watch(self, sink, labels)
+
+
+def _json(condition: Condition) -> Json:
+    return {"type": condition.kind, "reason": condition.reason, "message": condition.message}
+
+
+@dataclass
+class FakePods:
+    """Pods by namespace and name."""
+
+    pods: dict[tuple[str, str], LivePod] = field(default_factory=dict)
+
+    async def find(self, namespace: str, name: str) -> LivePod | None:
+        return self.pods.get((namespace, name))
+
+
+@dataclass
+class FakeLease:
+    """A lease in memory."""
+
+    lease: Lease = Lease("", 0, "1")
+    broken: bool = False
+
+    async def load(self) -> Lease:
+        if self.broken:
+            raise CertmountError(Reason.ISSUER_UNAVAILABLE, "no API server")
+        return self.lease
+
+    async def save(self, lease: Lease) -> bool:
+        found = await self.load()
+        if lease.version != found.version:
+            return False
+        self.lease = Lease(lease.holder, lease.seconds, str(int(found.version) + 1))
+        return True

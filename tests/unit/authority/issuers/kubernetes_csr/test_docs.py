@@ -1,0 +1,56 @@
+"""docs/kubernetes-csr.md: what a reader copies from it is taken, and the tables are complete."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from csi_driver.authority.issuers.configuration import read_issuers
+from csi_driver.authority.issuers.kubernetes_csr.document import KubernetesCSRConfiguration
+from csi_driver.core.cluster.csr import OWN_SIGNER
+from csi_driver.core.errors import REASONS
+from csi_driver.kube.permissions import SIGNER_LEASE
+
+PAGE = (Path(__file__).parents[5] / "docs" / "kubernetes-csr.md").read_text()
+
+
+def blocks() -> Iterator[Any]:
+    for block in PAGE.split("```yaml\n")[1:]:
+        yield from yaml.safe_load_all(block.split("```")[0])
+
+
+def test_the_issuers_are_taken() -> None:
+    """And the role is for the signer that they name."""
+    (text,) = [yaml.safe_dump(block) for block in blocks() if "issuers" in block]
+    (declared,) = read_issuers(text.encode())
+    assert isinstance(declared.configuration, KubernetesCSRConfiguration)
+    (role,) = [block for block in blocks() if block.get("kind") == "ClusterRole"]
+    named = [name for rule in role["rules"] for name in rule.get("resourceNames", ())]
+    assert named == [declared.configuration.signer]
+
+
+def test_every_key_is_explained() -> None:
+    """And no other."""
+    rows = PAGE.split("| key | meaning |")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in rows.splitlines()[2:]))) == {
+        field.name for field in fields(KubernetesCSRConfiguration)
+    }
+
+
+def test_reasons_are_those_of_the_program() -> None:
+    """People search for them."""
+    rows = PAGE.split("| checked | reason |")[1].split("\n\n")[0].splitlines()[2:]
+    told = {word for row in rows for word in re.findall(r"`(\w+)`", row.split("|")[2])}
+    assert told <= set(REASONS)
+    assert {"InvalidCSR", "IdentityRefused", "IdentityDenied", "NameRefused", "TooManyRequests"} == told
+
+
+def test_names_are_those_of_the_program() -> None:
+    """The signer's and the lease's."""
+    assert OWN_SIGNER in PAGE
+    assert SIGNER_LEASE in PAGE

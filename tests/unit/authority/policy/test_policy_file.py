@@ -1,0 +1,218 @@
+"""The policy file: what is taken from it, and that a bad one never replaces a good one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
+
+from csi_driver.authority.policy import policy_file
+from csi_driver.authority.policy.policy_file import PolicyFile, read_policy
+from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.policy.engine import Policy
+from csi_driver.telemetry.authority_metrics import AuthorityMetrics
+from tests.support.waiting import until
+
+RULE = """
+policy:
+- match: {{namespaces: [{}], serviceAccounts: ["*"]}}
+  allow: {{dns: ["*.example.com"]}}
+"""
+
+
+def read(text: str | bytes) -> Policy:
+    content = text if isinstance(text, bytes) else text.encode()
+    return read_policy(content, trust_domain="cluster.local", cluster_domain="cluster.local")
+
+
+def namespaces(policy: Policy) -> list[str]:
+    return [name for rule in policy.rules for name in rule.match.namespaces]
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# nothing yet\n", "policy:\n", "policy: []\n", "---\n"])
+def test_an_empty_file_is_the_default_policy(text: str) -> None:
+    """Every pod gets its SPIFFE ID and no other name."""
+    assert read(text).rules == ()
+
+
+@pytest.mark.parametrize(
+    "content,words",
+    [
+        ("policy: []\npolicy: []\n", "line 2, column 1: the key 'policy' stands twice"),
+        ("policy:\n- match: {a: 1, a: 2}\n", "the key 'a' stands twice"),
+        ("policy:\n- {match: {}, ? [1]: 2}\n", "is not YAML in line 2"),
+        ("policy: [", "is not YAML in line 2, column 1"),
+        ("a: &a [x]\nb: *a\n", "has an alias"),
+        ("policy: !!python/object/apply:os.system [id]\n", "is not YAML in line 1, column 9: could not determine"),
+        ("policy: !include other.yaml\n", "could not determine a constructor"),
+        ("---\npolicy: []\n---\npolicy: []\n", "is not YAML"),
+        (b"\xff\xfe", "is not UTF-8"),
+        ("\x07", "is not YAML that can be read"),
+        ("[" * 1_000_000, "is nested more than 20 deep"),
+        ("{a: " * 200_000, "is nested more than 20 deep"),
+        (" " * (1024 * 1024 + 1), "is longer than 1048576 bytes"),
+        ("- " * 500_000, "is nested more than 20 deep"),
+        ("just words", "policy file: is not a mapping"),
+        ("polcy: []", "polcy (line 1): is not known; did you mean policy?"),
+        ("# rules\npolicy:\n- match: {namespaces: [a]}\n", "policy[0].match.serviceAccounts (line 3): is missing"),
+        (
+            "policy:\n- match: {}\n-\n  allow:\n    dns:\n    - a.b\n    - A\n",
+            "policy[1].allow.dns[1] (line 7): 'A' has",
+        ),
+        (
+            "policy:\n\n- match:\n    namespace: x\n",
+            "policy[0].match.namespace (line 4): is not known; did you mean namespaces?",
+        ),
+        ("deny:\n- match: {namespaces: [a], serviceAccounts: [b]}\n", "deny[0].reason (line 2): is missing"),
+    ],
+)
+def test_what_is_no_policy_says_where_and_why(content: str | bytes, words: str) -> None:
+    """A slip of an administrator, or an attack by one who may write the file, ends in a sentence."""
+    with pytest.raises(CertmountError) as refusal:
+        read(content)
+    assert refusal.value.reason is Reason.INVALID_POLICY
+    assert words in str(refusal.value)
+
+
+def test_a_few_bytes_cannot_become_gigabytes() -> None:
+    """Aliases are refused before anything is built from them."""
+    bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n"
+        for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+    started = time.process_time()
+    with pytest.raises(CertmountError, match="has an alias"):
+        read(bomb)
+    assert time.process_time() - started < 5
+
+
+def test_the_lines_of_rules_are_known() -> None:
+    """What a decision is told by leads to the line in the file, comments and styles whatever."""
+    text = "# ours\npolicy:\n# all\n- match: {namespaces: ['*'], serviceAccounts: ['*']}\n  allow: {}\n\n-\n  match:\n    namespaces: [a]\n    serviceAccounts: [b]\n  allow:\n    dns: [x.example]\n"
+    assert [rule.label for rule in read(text).rules] == ["policy[0] (line 4)", "policy[1] (line 8)"]
+
+
+def test_merged_keys_are_refused_with_their_aliases() -> None:
+    """<< is the one use of aliases that people know; it is named like the others."""
+    with pytest.raises(CertmountError, match="has an alias"):
+        read("x: &x {a: 1}\npolicy: [{<<: *x}]\n")
+
+
+class Volume:
+    """A ConfigMap volume as the kubelet makes it: files are links through ..data, which is swapped."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.generation = 0
+        folder.mkdir()
+        self.file = folder / "policy.yaml"
+        self.file.symlink_to("..data/policy.yaml")
+
+    def write(self, text: str) -> None:
+        self.generation += 1
+        new = self.folder / f"..{self.generation}"
+        new.mkdir()
+        (new / "policy.yaml").write_text(text)
+        link = self.folder / "..data_tmp"
+        link.symlink_to(new.name)
+        link.replace(self.folder / "..data")
+        shutil.rmtree(self.folder / f"..{self.generation - 1}", ignore_errors=True)
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Volume:
+    return Volume(tmp_path / "policy")
+
+
+@pytest.fixture
+def policy(volume: Volume, metrics: AuthorityMetrics) -> PolicyFile:
+    return PolicyFile(volume.file, metrics, trust_domain="cluster.local", cluster_domain="cluster.local")
+
+
+async def test_a_missing_file_is_an_error_at_the_start(policy: PolicyFile) -> None:
+    """It names the file and the option; running on without the administrator's rules would be a surprise."""
+    with pytest.raises(CertmountError, match=r"policy\.yaml: cannot be read: No such file or directory; see --policy"):
+        await policy.load()
+    assert not policy.loaded
+    with pytest.raises(CertmountError, match="not loaded yet") as failure:
+        _ = policy.current
+    assert failure.value.retryable
+
+
+async def test_a_new_content_replaces_the_policy(volume: Volume, policy: PolicyFile) -> None:
+    """Without a restart, through the swap of a whole folder."""
+    volume.write(RULE.format("web"))
+    await policy.load()
+    assert namespaces(policy.current) == ["web"]
+    volume.write(RULE.format("shop"))
+    await policy.load()
+    assert namespaces(policy.current) == ["shop"]
+
+
+async def test_whoever_follows_hears_of_each_new_policy_once(volume: Volume, metrics: AuthorityMetrics) -> None:
+    """By its revision, which is that of the file's content; a refused one is no news, and what comes back is."""
+    heard: list[str] = []
+    file = PolicyFile(
+        volume.file, metrics, trust_domain="cluster.local", cluster_domain="cluster.local", on_change=heard.append
+    )
+    for text in (RULE.format("web"), RULE.format("web"), "policy: 7", RULE.format("shop"), RULE.format("web")):
+        volume.write(text)
+        with contextlib.suppress(CertmountError):
+            await file.load()
+    web, shop = (hashlib.sha256(RULE.format(name).encode()).hexdigest()[:16] for name in ("web", "shop"))
+    assert heard == [web, shop, web]
+    assert file.current.revision == web
+
+
+async def test_an_invalid_content_keeps_the_policy_in_force(
+    volume: Volume, policy: PolicyFile, registry: CollectorRegistry
+) -> None:
+    """It is reported once for each content, in the log and as a metric, and healed by the next valid one."""
+    volume.write(RULE.format("web"))
+    await policy.load()
+    assert registry.get_sample_value("certmount_policy_valid") == 1
+    volume.write("policy: [")
+    with pytest.raises(CertmountError, match="is not YAML"):
+        await policy.load()
+    await policy.load()
+    assert namespaces(policy.current) == ["web"]
+    assert registry.get_sample_value("certmount_policy_valid") == 0
+    assert registry.get_sample_value("certmount_policy_reload_failures_total") == 1
+    volume.write(RULE.format("web"))
+    await policy.load()
+    assert registry.get_sample_value("certmount_policy_valid") == 1
+
+
+async def test_a_file_that_vanishes_keeps_the_policy_in_force(volume: Volume, policy: PolicyFile) -> None:
+    """An unmounted volume is no new policy."""
+    volume.write(RULE.format("web"))
+    await policy.load()
+    volume.file.unlink()
+    with pytest.raises(CertmountError, match="cannot be read"):
+        await policy.load()
+    assert namespaces(policy.current) == ["web"]
+
+
+async def test_the_file_is_followed(volume: Volume, policy: PolicyFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refused content is logged once, not at every look."""
+    monkeypatch.setattr(policy_file, "_CHECK_S", 0.005)
+    volume.write(RULE.format("web"))
+    await policy.load()
+    with capture_logs() as logs:
+        async with asyncio.TaskGroup() as tasks:
+            following = tasks.create_task(policy.run())
+            volume.write("policy: 7")
+            await until(lambda: any(entry["log_level"] == "error" for entry in logs), "the refusal")
+            volume.write(RULE.format("shop"))
+            await until(lambda: namespaces(policy.current) == ["shop"], "the new policy")
+            following.cancel()
+    refusals = [entry for entry in logs if entry["log_level"] == "error"]
+    assert len(refusals) == 1
+    assert "policy (line 1): is not a list" in refusals[0]["error"]

@@ -1,0 +1,116 @@
+"""When the authority's own certificate is made anew. That handshakes get it is shown over the wire."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+from cryptography import x509
+from prometheus_client import CollectorRegistry
+
+from csi_driver.authority.ca.key_pairs import ROOT_LIFE, make_root
+from csi_driver.authority.ca.keyring import dump_keyring, make_keyring
+from csi_driver.authority.trust.serving_certificate import ServingCertificate
+from csi_driver.authority.trust.serving_root import (
+    SERVING,
+    SERVING_KEY,
+    dump_serving_root,
+    load_serving_root,
+    make_serving_root,
+)
+from csi_driver.core.certificates.keys import generate_key, key_type_of
+from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.names import DNSName, Names
+from csi_driver.core.secret import Secret
+from csi_driver.core.spec import KeyType
+from csi_driver.telemetry.authority_metrics import AuthorityMetrics
+from tests.unit.authority.clock import Clock
+
+NAMES = Names.of([DNSName.parse("certmount-authority.certmount.svc")])
+SIGNER = make_root("test", generate_key(KeyType.EC_P256), Clock().utc(), path_length=0)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def serving(metrics: AuthorityMetrics, clock: Clock) -> ServingCertificate:
+    return ServingCertificate(NAMES, metrics, clock.utc)
+
+
+def test_it_is_made_anew_at_two_thirds_of_its_day(
+    serving: ServingCertificate, clock: Clock, registry: CollectorRegistry
+) -> None:
+    """Not before, as each costs a key."""
+    first = serving.refresh(SIGNER)
+    clock.forward(timedelta(hours=15, minutes=59))
+    assert serving.refresh(SIGNER) is first
+    clock.forward(timedelta(minutes=1))
+    assert serving.refresh(SIGNER) is not first
+    expiry = registry.get_sample_value("certmount_serving_certificate_expiry_timestamp_seconds")
+    assert expiry == (clock.utc() + timedelta(hours=24)).timestamp()
+
+
+def test_it_is_made_anew_with_each_new_intermediate(serving: ServingCertificate, clock: Clock) -> None:
+    """So that a replaced CA is shown at once."""
+    first = serving.refresh(SIGNER)
+    assert serving.refresh(make_root("other", generate_key(KeyType.EC_P256), clock.utc(), path_length=0)) is not first
+
+
+def test_a_handshake_is_told_only_of_changes(serving: ServingCertificate, clock: Clock) -> None:
+    """Parsing the same certificate again would make every handshake slower."""
+    serving.credentials(SIGNER)
+    assert serving._fetch() is None
+    clock.forward(timedelta(hours=17))
+    renewed = serving.refresh(SIGNER)
+    assert serving._fetch() is renewed
+    assert serving._fetch() is None
+
+
+def test_its_root_is_made_and_read_back() -> None:
+    """EC P-256, ten years, no CA below it, and named so that people see what it is for."""
+    now = Clock().utc()
+    root = make_serving_root(now)
+    certificate = root.certificate
+    assert certificate.subject.rfc4514_string().startswith("CN=certmount authority ")
+    assert certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length == 0
+    assert key_type_of(certificate.public_key()) is KeyType.EC_P256
+    assert certificate.not_valid_after_utc - now == ROOT_LIFE
+    values = {**dump_serving_root(root), **dump_keyring(make_keyring(now))}
+    loaded = load_serving_root(values, now, where="here")
+    assert loaded is not None
+    assert dump_serving_root(loaded) == dump_serving_root(root)
+
+
+def test_without_both_its_values_there_is_no_root_yet() -> None:
+    """The store of a CA that was made before, or brought; with one of them something is wrong."""
+    now = Clock().utc()
+    assert load_serving_root(dump_keyring(make_keyring(now)), now, where="here") is None
+    for name in (SERVING, SERVING_KEY):
+        values = {**dump_serving_root(make_serving_root(now)), name: Secret(b"")}
+        with pytest.raises(CertmountError, match=f"here {name}: is missing"):
+            load_serving_root(values, now, where="here")
+
+
+def test_all_faults_of_its_root_are_said_at_once() -> None:
+    """With what to do: nothing of the pods' CA is touched by making a new one."""
+    now = Clock().utc()
+    one, other = dump_serving_root(make_serving_root(now)), dump_serving_root(make_serving_root(now))
+    with pytest.raises(CertmountError) as refusal:
+        load_serving_root({**one, SERVING_KEY: other[SERVING_KEY]}, now + ROOT_LIFE, where="here")
+    assert refusal.value.reason is Reason.INVALID_CA
+    text = str(refusal.value)
+    assert "serving.key: is not the key of serving.crt" in text
+    assert "serving.crt: expired at" in text
+    assert "remove serving.crt and serving.key to have new ones made" in text
+    intermediate = dump_keyring(make_keyring(now))
+    with pytest.raises(CertmountError, match=r"serving\.crt: is not self-signed"):
+        load_serving_root(
+            {SERVING: intermediate["intermediate.crt"], SERVING_KEY: intermediate["intermediate.key"]},
+            now,
+            where="here",
+        )
+    with pytest.raises(CertmountError, match=r"serving\.crt: holds 2 certificates"):
+        load_serving_root({**one, SERVING: Secret(one[SERVING].reveal() + other[SERVING].reveal())}, now, where="here")

@@ -1,0 +1,325 @@
+"""Requests: only one that is signed by its own key, of a type that certmount signs, with names of the kinds it issues."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from ipaddress import ip_address, ip_network
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, rsa
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID, ObjectIdentifier
+from hypothesis import event, example, given, settings
+from hypothesis import strategies as st
+
+from csi_driver.core.certificates.csr import MAX_CSR_BYTES, SigningRequest, build_csr, parse_csr
+from csi_driver.core.certificates.keys import public_bytes
+from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.names import IPAddress, Name, Names
+from csi_driver.core.spec import MOST_NAMES, KeyType
+from tests.unit.core.outcomes import outcome
+from tests.unit.core.pki import key_of, names
+from tests.unit.core.strategies import dns_texts, email_texts, ip_texts, uri_texts
+
+# The library warns of oddities that it still reads; here warnings are errors otherwise.
+pytestmark = pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")
+
+SMALL_KINDS = (KeyType.EC_P256, KeyType.EC_P384, KeyType.RSA_2048, KeyType.ED25519)
+
+
+@functools.cache
+def good_csr(kind: KeyType) -> bytes:
+    return build_csr(key_of(kind), names("www.example.com", "*.example.com", "spiffe://td.example/ns/web/sa/edge"))
+
+
+def csr_with(*general_names: x509.GeneralName, extensions: tuple[x509.ExtensionType, ...] = ()) -> bytes:
+    """A request with these alternative names and extensions, whatever they are."""
+    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
+    if general_names:
+        builder = builder.add_extension(x509.SubjectAlternativeName(general_names), critical=True)
+    for extension in extensions:
+        builder = builder.add_extension(extension, critical=False)
+    return builder.sign(key_of(KeyType.EC_P256), SHA256()).public_bytes(Encoding.DER)
+
+
+def refusal(der: bytes) -> str:
+    with pytest.raises(CertmountError) as raised:
+        parse_csr(der)
+    assert raised.value.reason is Reason.INVALID_CSR
+    assert str(raised.value).isprintable()
+    return str(raised.value)
+
+
+@given(st.sampled_from(SMALL_KINDS), st.lists(st.one_of(dns_texts, uri_texts, ip_texts, email_texts), max_size=10))
+def test_a_request_reads_back(kind: KeyType, texts: list[str]) -> None:
+    """Names in their order, the key, and the very bytes."""
+    wanted = names(*texts)
+    der = build_csr(key_of(kind), wanted)
+    request = parse_csr(der)
+    assert (request.der, request.names, request.key_type) == (der, wanted, kind)
+    assert public_bytes(request.public_key) == public_bytes(key_of(kind).public_key())
+
+
+def says_the_same(one: bytes, other: bytes) -> bool:
+    """True when content and signature are equal: the number of unused bits of the signature's BIT STRING is under none."""
+    first, second = x509.load_der_x509_csr(one), x509.load_der_x509_csr(other)
+    return (first.tbs_certrequest_bytes, first.signature) == (second.tbs_certrequest_bytes, second.signature)
+
+
+@pytest.mark.parametrize("kind", SMALL_KINDS)
+def test_no_flipped_bit_goes_unnoticed(kind: KeyType) -> None:
+    """Each bit of a request is under its signature: one that differs anywhere is refused, and nothing else happens."""
+    der = good_csr(kind)
+    for bit in range(len(der) * 8):
+        flipped = bytearray(der)
+        flipped[bit // 8] ^= 1 << bit % 8
+        request = outcome(functools.partial(parse_csr, bytes(flipped)), CertmountError)
+        assert isinstance(request, CertmountError) or says_the_same(request.der, der), bit
+
+
+@given(
+    st.sampled_from(SMALL_KINDS),
+    st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 255)), min_size=1, max_size=8),
+    st.integers(0, 3000),
+)
+def test_a_damaged_request_is_refused(kind: KeyType, damage: list[tuple[int, int]], length: int) -> None:
+    """Bytes overwritten, cut off or added: the request as it was, or InvalidCSR."""
+    der = good_csr(kind)
+    changed = bytearray(der[:length] if length < len(der) else der + bytes(length % 7))
+    for position, byte in damage:
+        if changed:
+            changed[position % len(changed)] = byte
+    request = outcome(lambda: parse_csr(bytes(changed)), CertmountError)
+    assert isinstance(request, CertmountError) or says_the_same(request.der, der)
+
+
+@given(st.one_of(st.binary(max_size=300), st.binary(max_size=100).map(lambda tail: b"\x30\x82\x01\x00" + tail)))
+@example(b"")
+@example(b"-----BEGIN CERTIFICATE REQUEST-----\n")
+@example(b"\x30" * 10_000)
+def test_garbage_is_refused(der: bytes) -> None:
+    """Bytes that are no request are InvalidCSR, never another error."""
+    assert "certificate signing request" in refusal(der)
+
+
+def test_a_request_without_an_end_is_not_read() -> None:
+    """Size comes before parsing."""
+    assert f"at most {MAX_CSR_BYTES} are read" in refusal(good_csr(KeyType.EC_P256) + bytes(MAX_CSR_BYTES))
+
+
+OTHER_KEYS: dict[str, Callable[[], x509.CertificateSigningRequest]] = {
+    "secp256k1": lambda: empty().sign(ec.generate_private_key(ec.SECP256K1()), SHA256()),
+    "P-521": lambda: empty().sign(ec.generate_private_key(ec.SECP521R1()), SHA256()),
+    "RSA-1024": lambda: empty().sign(rsa.generate_private_key(65537, 1024), SHA256()),  # noqa: S505  # weak on purpose
+    "RSA-2048 with e=3": lambda: empty().sign(rsa.generate_private_key(3, 2048), SHA256()),
+    "DSA": lambda: empty().sign(dsa.generate_private_key(2048), SHA256()),
+    "Ed448": lambda: empty().sign(ed448.Ed448PrivateKey.generate(), None),
+}
+
+
+def empty() -> x509.CertificateSigningRequestBuilder:
+    return x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
+
+
+@pytest.mark.parametrize("name", OTHER_KEYS)
+def test_a_key_of_another_type_is_refused(name: str) -> None:
+    """However well it is signed; the answer lists the types that are taken."""
+    assert "has a key of another type than EC-P256, EC-P384, RSA-2048" in refusal(
+        OTHER_KEYS[name]().public_bytes(Encoding.DER)
+    )
+
+
+def test_someone_elses_key_is_refused() -> None:
+    """A request with a public key that its sender doesn't hold proves nothing."""
+    mine, theirs = key_of(KeyType.EC_P256), key_of(KeyType.EC_P256, 1)
+    der = build_csr(mine, Names())
+    forged = der.replace(public_bytes(mine.public_key()), public_bytes(theirs.public_key()))
+    assert forged != der
+    assert "is not signed by the key it names" in refusal(forged)
+
+
+def email(text: str) -> x509.RFC822Name:
+    """Unchecked, as a hostile request holds it."""
+    return x509.RFC822Name._init_without_validation(text)
+
+
+OTHER_NAMES: dict[str, tuple[x509.GeneralName, str]] = {
+    "IP network": (x509.IPAddress(ip_network("10.0.0.0/8")), "is not an IP address"),
+    "IPv4 address in the dress of IPv6": (x509.IPAddress(ip_address("::ffff:10.0.0.1")), "write 10.0.0.1"),
+    "e-mail without a domain": (email("root"), "is not an e-mail address"),
+    "e-mail with two": (email("root@a.example@b.example"), "has a domain that has the label"),
+    "e-mail with NUL": (email("root@a.example\x00.b.example"), r"has the label 'example\x00'"),
+    "e-mail with newline": (email("root\n@a.example"), "is not an e-mail address"),
+    "e-mail with a quoted part": (email('"a b"@a.example'), "is not an e-mail address"),
+    "directory": (x509.DirectoryName(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "x")])), "DirectoryName"),
+    "registered id": (x509.RegisteredID(ObjectIdentifier("1.2.3")), "RegisteredID"),
+    "other name": (x509.OtherName(ObjectIdentifier("1.3.6.1.4.1.311.20.2.3"), b"\x0c\x01x"), "OtherName"),
+    "bad DNS name": (x509.DNSName("a_b.example"), "has the label 'a_b'"),
+    "DNS name with NUL": (x509.DNSName("a.example\x00.b.example"), r"has the label 'example\x00'"),
+    "DNS name with newline": (x509.DNSName("a\n.example"), r"has the label 'a\n'"),
+    "empty DNS name": (x509.DNSName(""), "is empty"),
+    "top-level wildcard": (x509.DNSName("*.com"), "top-level"),
+    "bad URI": (x509.UniformResourceIdentifier("urn:x"), "is not a URI of the form"),
+    "bad SPIFFE ID": (x509.UniformResourceIdentifier("spiffe://td/a//b"), "is not a SPIFFE ID"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_a_name_that_is_not_issued_is_refused(name: str) -> None:
+    """Other kinds of names, and malformed ones, are told by what is wrong with them."""
+    general_name, words = OTHER_NAMES[name]
+    assert words in refusal(csr_with(x509.DNSName("good.example"), general_name))
+
+
+# SubjectAlternativeName with an x400Address ([3]), which the library cannot read: RFC 5280 section 4.2.1.6.
+X400 = x509.UnrecognizedExtension(ObjectIdentifier("2.5.29.17"), b"\x30\x02\xa3\x00")
+
+
+@pytest.mark.parametrize(
+    "extension",
+    [
+        X400,
+        x509.UnrecognizedExtension(ObjectIdentifier("2.5.29.17"), b"\xff"),
+        x509.UnrecognizedExtension(ObjectIdentifier("2.5.29.30"), b"\xff"),
+        x509.UnrecognizedExtension(ObjectIdentifier("2.5.29.19"), b""),
+    ],
+)
+def test_extensions_that_cannot_be_read_are_refused(extension: x509.ExtensionType) -> None:
+    """Malformed alternative names, name constraints and basic constraints."""
+    assert "has extensions that cannot be read" in refusal(csr_with(extensions=(extension,)))
+
+
+def test_what_else_a_request_asks_for_is_passed_over() -> None:
+    """To be a CA, other usages, a subject: only key and names of a request count."""
+    builder = (
+        x509.CertificateSigningRequestBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "system:masters")]))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("A.Example")]), critical=False)
+    )
+    request = parse_csr(builder.sign(key_of(KeyType.EC_P256), SHA256()).public_bytes(Encoding.DER))
+    assert isinstance(request, SigningRequest)
+    assert request.names == names("a.example")
+
+
+def test_more_names_than_a_certificate_has_are_refused() -> None:
+    """A node that doesn't count is told to."""
+    many = [x509.DNSName(f"n{number}.example") for number in range(MOST_NAMES + 1)]
+    assert f"at most {MOST_NAMES}" in refusal(csr_with(*many))
+    assert len(parse_csr(csr_with(*many[1:])).names) == MOST_NAMES
+
+
+def der_value(tag: int, *contents: bytes) -> bytes:
+    """Tag, length, content (X.690 section 8.1)."""
+    content = b"".join(contents)
+    if len(content) < 0x80:
+        return bytes([tag, len(content)]) + content
+    length = len(content).to_bytes((len(content).bit_length() + 7) // 8, "big")
+    return bytes([tag, 0x80 | len(length)]) + length + content
+
+
+ECDSA_WITH_SHA256 = bytes.fromhex("300a06082a8648ce3d040302")
+
+
+def signed(to_be_signed: bytes) -> bytes:
+    """A request of any content with a right signature over it, as whoever holds the key can make."""
+    key = key_of(KeyType.EC_P256)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    signature = key.sign(to_be_signed, ec.ECDSA(SHA256()))
+    return der_value(0x30, to_be_signed, ECDSA_WITH_SHA256, der_value(0x03, b"\x00", signature))
+
+
+def holds(der: bytes, name: Name) -> bool:
+    """True when the very bytes of the name are in the request, whatever its structure is."""
+    wanted = name.address.packed if isinstance(name, IPAddress) else name.text.lower().encode()
+    return wanted in (der if isinstance(name, IPAddress) else der.lower())
+
+
+FUZZED = names("www.example.com", "*.example.com", "https://example.com/a", "10.0.0.1", "fd00::1", "a.b@example.com")
+TO_BE_SIGNED = x509.load_der_x509_csr(build_csr(key_of(KeyType.EC_P256), FUZZED)).tbs_certrequest_bytes
+SAN_STARTS = TO_BE_SIGNED.index(b"\x55\x1d\x11")
+"""Behind it come the alternative names, which a hostile request would change."""
+
+
+def test_a_request_can_be_signed_again() -> None:
+    """What the fuzzing starts from is a good request."""
+    assert parse_csr(signed(TO_BE_SIGNED)).names == FUZZED
+
+
+edits = st.lists(
+    st.tuples(
+        st.one_of(st.integers(SAN_STARTS, len(TO_BE_SIGNED) - 1), st.integers(0, len(TO_BE_SIGNED) - 1)),
+        st.one_of(
+            st.sampled_from(
+                [b"", b"\x00", b"*", b".", b"@", b"%", b"\x30", b"\x80", b"\x82", b"\x86", b"\x87", b"\xff"]
+            ),
+            st.binary(max_size=3),
+        ),
+        st.integers(0, 2),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=10 * settings().max_examples)
+@given(edits)
+def test_no_content_with_a_right_signature_is_read_as_other_names(changes: list[tuple[int, bytes, int]]) -> None:
+    """Bytes changed, taken out and put in, then signed: refused, or exactly names whose bytes are in the request."""
+    content = TO_BE_SIGNED
+    for position, new, taken in changes:
+        content = content[:position] + new + content[position + taken :]
+    der = signed(content)
+    request = outcome(lambda: parse_csr(der), CertmountError)
+    if isinstance(request, CertmountError):
+        assert request.reason is Reason.INVALID_CSR
+        assert str(request).isprintable()
+        event("refused")
+    else:
+        assert all(holds(der, name) for name in request.names)
+        assert len(request.names) <= MOST_NAMES
+        event("read")
+
+
+general_names = st.builds(
+    der_value,
+    st.sampled_from([0x81, 0x82, 0x86, 0x87, 0xA0, 0xA3, 0xA4, 0x88, 0x30]),
+    st.one_of(
+        st.binary(max_size=20),
+        st.sampled_from(
+            [b"a.example", b"A.Example", b"a@b.example", b"https://a.example/x", bytes(4), bytes(16), bytes(8)]
+        ),
+    ),
+)
+
+
+@settings(max_examples=4 * settings().max_examples)
+@given(st.lists(general_names, max_size=4))
+def test_alternative_names_of_any_content_are_read_or_refused(wanted: list[bytes]) -> None:
+    """Every tag with every content: only names that are valid of their kind come out, each from bytes that are there."""
+    extension = x509.UnrecognizedExtension(ObjectIdentifier("2.5.29.17"), der_value(0x30, *wanted))
+    der = csr_with(extensions=(extension,))
+    request = outcome(lambda: parse_csr(der), CertmountError)
+    if isinstance(request, SigningRequest):
+        assert len(request.names) <= len(wanted)
+        assert all(holds(der, name) for name in request.names)
+        assert parse_csr(build_csr(key_of(KeyType.EC_P256), request.names)).names == request.names
+    else:
+        assert request.reason is Reason.INVALID_CSR
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("tag", [0x30, 0x31, 0xA0, 0xA3, 0xA4], ids=lambda tag: f"{tag:#x}")
+def test_deep_and_wide_requests_are_refused_at_once(tag: int) -> None:
+    """Nested to the limit of size, or made of a very great number of very small things; also behind a right signature."""
+    nested = b""
+    while len(nested) < MAX_CSR_BYTES - 1000:
+        nested = der_value(tag, nested)
+    wide = der_value(tag, b"\x82\x00" * 30_000)
+    for hostile in (nested, wide, nested[:1000] * 60):
+        extension = x509.UnrecognizedExtension(ObjectIdentifier("2.5.29.17"), hostile)
+        for der in (hostile, signed(hostile), csr_with(extensions=(extension,))):
+            assert "certificate signing request" in refusal(der)

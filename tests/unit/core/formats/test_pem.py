@@ -1,0 +1,159 @@
+"""The files of a volume are what TLS libraries expect: OpenSSL's tools and Python's ssl read every one of them."""
+
+from __future__ import annotations
+
+import functools
+import ssl
+import subprocess
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from hypothesis import given
+from hypothesis import strategies as st
+
+from csi_driver.core.certificates.keys import PrivateKey, encode_key
+from csi_driver.core.formats.pem import (
+    RenderedFile,
+    decode_certificates,
+    encode_certificates,
+    fingerprint,
+    render_files,
+)
+from csi_driver.core.spec import KeyType
+from tests.support.openssl import openssl_for
+from tests.unit.core import pki
+from tests.unit.core.outcomes import outcome
+from tests.unit.core.pki import key_of
+
+# The library warns of oddities that it still reads; here warnings are errors otherwise.
+pytestmark = pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")
+
+# Python's ssl can be given no other time than the machine's, whatever that is.
+LONG = pki.Validity(start=-timedelta(days=3650), end=timedelta(days=36_500))
+ROOTS = [
+    pki.authority(name, key=key_of(KeyType.EC_P256, number), validity=LONG)
+    for number, name in enumerate(["root", "next root"])
+]
+MIDDLE = pki.authority("middle", ROOTS[0], key=key_of(KeyType.EC_P256, 2), validity=LONG)
+
+
+@functools.cache
+def files_of(kind: KeyType) -> dict[str, RenderedFile]:
+    """The files of a volume with a key of that type, by name."""
+    leaf = pki.leaf(MIDDLE, key_of(kind), pki.names("localhost", pki.SPIFFE), validity=LONG)
+    rendered = render_files(key_of(kind), [leaf, MIDDLE.certificate], [root.certificate for root in ROOTS])
+    return {file.name: file for file in rendered}
+
+
+def content(kind: KeyType, name: str) -> bytes:
+    return files_of(kind)[name].content.reveal()
+
+
+def openssl(*arguments: str, stdin: bytes, kind: KeyType = KeyType.EC_P256) -> bytes:
+    command = [openssl_for(kind), *arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, check=True).stdout
+
+
+def public_key(key: PrivateKey, kind: KeyType) -> bytes:
+    return openssl("pkey", "-pubout", stdin=encode_key(key).reveal(), kind=kind)
+
+
+def test_these_files_and_no_others() -> None:
+    """Their names are what users mount; only what holds the key is private."""
+    private = {name: file.private for name, file in files_of(KeyType.EC_P256).items()}
+    assert private == {"root.crt": False, "site.crt": False, "site.key": True, "site.pem": True}
+
+
+def test_certificates_are_in_the_order_that_servers_send() -> None:
+    """Leaf first (RFC 8446 section 4.4.2); every root is there."""
+    kind = KeyType.EC_P256
+    leaf, middle = decode_certificates(content(kind, "site.crt"))
+    assert middle == MIDDLE.certificate
+    assert leaf.issuer == middle.subject
+    assert decode_certificates(content(kind, "root.crt")) == [root.certificate for root in ROOTS]
+
+
+def test_site_pem_is_the_key_and_then_the_chain() -> None:
+    """One read gives a pair that fits, at any moment."""
+    for kind in KeyType:
+        assert content(kind, "site.pem") == content(kind, "site.key") + content(kind, "site.crt")
+
+
+@pytest.mark.parametrize("kind", KeyType)
+def test_openssl_reads_every_file(kind: KeyType) -> None:
+    """`openssl x509` finds the leaf, `openssl pkey` the key, and both the same public key, in site.pem too."""
+    expected = public_key(key_of(kind), kind)
+    assert openssl("pkey", "-pubout", stdin=content(kind, "site.key")) == expected
+    assert openssl("pkey", "-pubout", stdin=content(kind, "site.pem")) == expected
+    for name in ("site.crt", "site.pem"):
+        assert openssl("x509", "-noout", "-pubkey", stdin=content(kind, name)) == expected
+        names = openssl("x509", "-noout", "-ext", "subjectAltName", stdin=content(kind, name))
+        assert f"DNS:localhost, URI:{pki.SPIFFE}".encode() in names
+    assert (
+        openssl("x509", "-noout", "-subject", "-nameopt", "RFC2253", stdin=content(kind, "root.crt")).strip()
+        == b"subject=CN=root"
+    )
+
+
+def handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> tuple[ssl.SSLObject, ssl.SSLObject]:
+    """A handshake in memory, no socket: the two ends after it."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = (
+        client.wrap_bio(to_client, to_server, server_hostname="localhost"),
+        server.wrap_bio(to_server, to_client, server_side=True),
+    )
+    waiting = set(ends)
+    for _ in range(10):
+        for end in list(waiting):
+            try:
+                end.do_handshake()
+            except ssl.SSLWantReadError:
+                continue
+            waiting.discard(end)
+    assert not waiting
+    return ends
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KeyType if not kind.value.startswith("ML-DSA")])
+def test_python_talks_tls_with_the_files(kind: KeyType, tmp_path: Path) -> None:
+    """`load_cert_chain` takes site.pem alone, or site.crt and site.key; with root.crt two pods believe each other."""
+    for name in files_of(kind):
+        (tmp_path / name).write_bytes(content(kind, name))
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(tmp_path / "root.crt"))
+    server.verify_mode = ssl.CERT_REQUIRED
+    server.load_cert_chain(tmp_path / "site.pem")
+    client = ssl.create_default_context(cafile=str(tmp_path / "root.crt"))
+    client.load_cert_chain(tmp_path / "site.crt", tmp_path / "site.key")
+    for end in handshake(server, client):
+        assert end.getpeercert()["subjectAltName"] == (("DNS", "localhost"), ("URI", pki.SPIFFE))  # type: ignore[index]  # there is one
+
+
+@given(st.lists(st.sampled_from([MIDDLE, *ROOTS]), min_size=1, max_size=5))
+def test_certificates_read_back(signers: list[pki.Signer]) -> None:
+    """In their order and number."""
+    certificates = [signer.certificate for signer in signers]
+    assert decode_certificates(encode_certificates(certificates)) == certificates
+
+
+def test_a_broken_certificate_in_pem_is_a_value_error() -> None:
+    """No certificate, another kind of PEM, or any bit of one flipped: parsed or ValueError, as the docstring says."""
+    for other in (b"", b"garbage", encode_key(key_of(KeyType.EC_P256)).reveal()):
+        with pytest.raises(ValueError, match=r"."):
+            decode_certificates(other)
+    good = MIDDLE.certificate.public_bytes(Encoding.DER)
+    for bit in range(len(good) * 8):
+        flipped = bytearray(good)
+        flipped[bit // 8] ^= 1 << bit % 8
+        pem = ssl.DER_cert_to_PEM_cert(bytes(flipped)).encode()
+        result = outcome(functools.partial(decode_certificates, pem), ValueError)
+        assert isinstance(result, ValueError) or all(isinstance(one, x509.Certificate) for one in result)
+
+
+def test_a_fingerprint_is_what_openssl_prints() -> None:
+    """So that people compare the two by eye, or by paste."""
+    pem = encode_certificates([ROOTS[0].certificate])
+    printed = openssl("x509", "-noout", "-fingerprint", "-sha256", stdin=pem).decode().strip()
+    assert fingerprint(ROOTS[0].certificate) == "SHA256:" + printed.partition("=")[2]

@@ -1,0 +1,270 @@
+"""The policy file: read whole, or refused with everything that is wrong with it, by its path."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.policy.document import parse_policy
+from csi_driver.core.policy.engine import Policy
+from csi_driver.core.policy.rules import Denial, Limits, Match
+from csi_driver.core.spec import KeyType, Usage
+from tests.unit.core.outcomes import outcome
+from tests.unit.core.strategies import hostile_texts
+
+GOOD: dict[str, Any] = {
+    "match": {
+        "namespaces": ["web", "team-*"],
+        "serviceAccounts": ["*"],
+        "namespaceLabels": {"team": "pay*", "a.example/b": ""},
+    },
+    "allow": {
+        "dns": ["*.{namespace}.svc.{cluster_domain}"],
+        "uris": ["spiffe://{trust_domain}/ns/{namespace}/app/*"],
+        "ips": ["10.0.0.0/8", "fd00::1"],
+        "emails": ["{service_account}@{cluster_domain}"],
+        "key_types": ["EC-P256", "ml-dsa-65"],
+        "usages": ["server"],
+        "min_duration": "5m",
+        "max_duration": "48h",
+        "issuers": ["internal", "acme"],
+    },
+}
+MATCH = {"namespaces": ["*"], "serviceAccounts": ["*"]}
+
+
+def read(document: object) -> Policy:
+    return parse_policy(document, trust_domain="td.example", cluster_domain="cluster.local")
+
+
+def rule(**changes: object) -> dict[str, list[Any]]:
+    """A file of one rule, with ``match_x`` or ``allow_x`` changed, or ``match`` or ``allow`` as a whole."""
+    parts: dict[str, Any] = {"match": dict(GOOD["match"]), "allow": dict(GOOD["allow"])}
+    for key, value in changes.items():
+        part, _, field = key.partition("_")
+        if field:
+            parts[part][field] = value
+        else:
+            parts[part] = value
+    return {"policy": [parts]}
+
+
+def faults_of(document: object) -> dict[str, str]:
+    with pytest.raises(CertmountError) as raised:
+        read(document)
+    assert raised.value.reason is Reason.INVALID_POLICY
+    return {fault.field: str(fault) for fault in raised.value.faults if isinstance(fault, Fault)}
+
+
+@pytest.mark.parametrize("document", [None, {}, {"policy": None}, {"policy": []}])
+def test_an_empty_file_is_the_default_policy(document: object) -> None:
+    """No rules: every pod gets its SPIFFE ID and nothing else."""
+    assert read(document) == Policy("td.example", "cluster.local")
+
+
+def test_a_rule_is_read_with_the_domains_put_in() -> None:
+    """The administrator's own values are known when the file is read; those of pods stay open."""
+    (made,) = read({"policy": [GOOD]}).rules
+    assert made.match == Match(("web", "team-*"), ("*",), (("team", "pay*"), ("a.example/b", "")))
+    assert [str(pattern) for pattern in made.dns] == ["*.{namespace}.svc.cluster.local"]
+    assert [str(pattern) for pattern in made.uris] == ["spiffe://td.example/ns/{namespace}/app/*"]
+    assert [str(known) for known in made.ips] == ["10.0.0.0/8", "fd00::1"]
+    assert [str(pattern) for pattern in made.emails] == ["{service_account}@cluster.local"]
+    assert made.limits == Limits(
+        (KeyType.EC_P256, KeyType.ML_DSA_65),
+        (Usage.SERVER,),
+        timedelta(minutes=5),
+        timedelta(hours=48),
+        ("internal", "acme"),
+    )
+    assert made.label == "policy[0]"
+    (made,) = read(rule(allow={"dns": ["a.example"]}, match={"namespaces": ["*"], "serviceAccounts": ["*"]})).rules
+    assert (made.uris, made.ips, made.emails, made.match.namespace_labels, made.limits) == ((), (), (), (), Limits())
+
+
+def test_a_deny_list_is_read() -> None:
+    """Whom, and why."""
+    match = {"namespaces": ["web"], "serviceAccounts": ["*"]}
+    assert read({"deny": [{"match": match, "reason": "key stolen on 3 May"}]}).denials == (
+        Denial(Match(("web",), ("*",)), "key stolen on 3 May", "deny[0]"),
+    )
+
+
+def test_usages_have_one_order() -> None:
+    """However they are written."""
+    assert read(rule(allow_usages=["client", "server"])).rules[0].limits.usages == (Usage.SERVER, Usage.CLIENT)
+
+
+def test_the_line_of_a_rule_is_in_its_label() -> None:
+    """What the audit log and every refusal say leads to the place in the file."""
+    made = parse_policy(
+        {"policy": [GOOD, GOOD]},
+        trust_domain="td.example",
+        cluster_domain="cluster.local",
+        lines={("policy",): 1, ("policy", 0): 2, ("policy", 1): 14},
+    )
+    assert [made_rule.label for made_rule in made.rules] == ["policy[0] (line 2)", "policy[1] (line 14)"]
+
+
+@pytest.mark.parametrize(
+    "document, field, words",
+    [
+        ("text", "policy file", "is not a mapping"),
+        ([], "policy file", "is not a mapping"),
+        ({"rules": []}, "rules", "is not known; known are policy, deny"),
+        ({"polcy": []}, "polcy", "is not known; did you mean policy?"),
+        ({1: []}, "1", "is not known; known are policy, deny"),
+        ({"policy": [GOOD] * 1001}, "policy", "has 1001 items; at most 1000 are read"),
+        ({"deny": [{"match": MATCH}]}, "deny[0].reason", "is missing"),
+        ({"deny": [{"match": MATCH, "reason": ""}]}, "deny[0].reason", "is not one line of text of up to 200"),
+        ({"deny": [{"match": MATCH, "reason": "a\nb"}]}, "deny[0].reason", "is not one line of text"),
+        ({"deny": [{"match": MATCH, "reason": "x" * 201}]}, "deny[0].reason", "is not one line of text"),
+        ({"deny": [{"match": MATCH, "reason": 7}]}, "deny[0].reason", "is not one line of text"),
+        ({"deny": [{"reason": "x"}]}, "deny[0].match", "is missing"),
+        (
+            {"deny": [{"match": {**MATCH, "namespaceLabels": {}}, "reason": "x"}]},
+            "deny[0].match.namespaceLabels",
+            "is not known; did you mean namespaces?",
+        ),
+        ({"policy": {}}, "policy", "is not a list"),
+        ({"policy": ""}, "policy", "is not a list"),
+        ({"policy": 0}, "policy", "is not a list"),
+        ({"policy": ["x"]}, "policy[0]", "is not a mapping; expected are the keys match, allow"),
+        (
+            rule(match_pods=["x"]),
+            "policy[0].match.pods",
+            "is not known; known are namespaces, serviceAccounts, namespaceLabels",
+        ),
+        (rule(match_namespace=["x"]), "policy[0].match.namespace", "is not known; did you mean namespaces?"),
+        (rule(match_namespaceLabels=["x"]), "policy[0].match.namespaceLabels", "is not a mapping of labels to"),
+        (rule(match_namespaceLabels={"a b": "x"}), "policy[0].match.namespaceLabels.a b", "is not the name of a label"),
+        (rule(match_namespaceLabels={"a": True}), "policy[0].match.namespaceLabels.a", "True is not a text; put it in"),
+        (rule(match_namespaceLabels={"a": "x y"}), "policy[0].match.namespaceLabels.a", "'x y' is not a label's value"),
+        (
+            rule(match_namespaceLabels={f"l{number}": "x" for number in range(1001)}),
+            "policy[0].match.namespaceLabels",
+            "has 1001 labels; at most 1000",
+        ),
+        (rule(allow_ips=["10.0.0.1/8"]), "policy[0].allow.ips[0]", "for that range write 10.0.0.0/8"),
+        (rule(allow_emails=["x"]), "policy[0].allow.emails[0]", "'x' is not of the form name@domain"),
+        (rule(allow_usages=["both"]), "policy[0].allow.usages[0]", "'both' is not a usage; choose server, client"),
+        (rule(allow_usages=[]), "policy[0].allow.usages", "is empty, so that the rule allows nothing"),
+        (rule(allow_usages="server"), "policy[0].allow.usages", "is not a list"),
+        (
+            rule(allow_key_types=["RSA"]),
+            "policy[0].allow.key_types[0]",
+            "'RSA' is not a key type; choose one of EC-P256",
+        ),
+        (rule(allow_issuers=["Let's"]), "policy[0].allow.issuers[0]", "is not a name: 1-63 lower-case letters"),
+        (rule(allow_keytypes=["RSA"]), "policy[0].allow.keytypes", "is not known; did you mean key_types?"),
+        (
+            rule(allow_min_duration="49h"),
+            "policy[0].allow.min_duration",
+            "49h is longer than max_duration, which is 48h",
+        ),
+        (rule(allow={"min_duration": "25h"}), "policy[0].allow.min_duration", "longer than max_duration, which is 24h"),
+        (rule(allow_min_duration="1s"), "policy[0].allow.min_duration", "'1s' is not a duration of 10s or more"),
+        (rule(allow_dns=["x.example"] * 1001), "policy[0].allow.dns", "has 1001 items; at most 1000 are read"),
+        (rule(match={"namespaces": ["*"]}), "policy[0].match.serviceAccounts", "is missing"),
+        (rule(match_namespaces="web"), "policy[0].match.namespaces", "is not a list"),
+        (rule(match_namespaces=[7]), "policy[0].match.namespaces[0]", "7 is not a text; put it in quotes"),
+        (rule(match_namespaces=["we b"]), "policy[0].match.namespaces[0]", "'we b' is not a name or a glob"),
+        (rule(match_namespaces=["Web"]), "policy[0].match.namespaces[0]", "'Web' is not a name or a glob: lower-case"),
+        (rule(match_namespaces=[""]), "policy[0].match.namespaces[0]", "is not a name or a glob"),
+        (rule(allow_hosts=["x"]), "policy[0].allow.hosts", "is not known; known are dns, uris, ips, emails"),
+        (
+            rule(allow_dns=["{sevice}.x"]),
+            "policy[0].allow.dns[0]",
+            "unknown placeholder {sevice}; known are {namespace}",
+        ),
+        (rule(allow_uris=["*://x/"]), "policy[0].allow.uris[0]", "scheme and host written out"),
+        (rule(allow_max_duration="1d"), "policy[0].allow.max_duration", "'1d' is not a duration"),
+        (rule(allow_max_duration="-1h"), "policy[0].allow.max_duration", "'-1h' is negative"),
+        (rule(allow_max_duration="9s"), "policy[0].allow.max_duration", "'9s' is not a duration of 10s or more"),
+        (rule(allow_max_duration=3600), "policy[0].allow.max_duration", "3600 is not a text; put it in quotes"),
+    ],
+)
+def test_what_is_wrong_is_said_by_its_path(document: object, field: str, words: str) -> None:
+    """An administrator finds the place without a line number."""
+    faults = faults_of(document)
+    assert list(faults) == [field]
+    assert words in faults[field]
+
+
+def test_everything_that_is_wrong_is_said_at_once() -> None:
+    """One round of corrections is enough, whatever rule the slips are in."""
+    (first,) = rule(allow_dns=["**"], match_namespaces=["A"])["policy"]
+    faults = faults_of({"policy": [first, GOOD, {"allow": {"uris": ["x"]}}, 7]})
+    assert list(faults) == [
+        "policy[0].match.namespaces[0]",
+        "policy[0].allow.dns[0]",
+        "policy[2].match",
+        "policy[2].allow.uris[0]",
+        "policy[3]",
+    ]
+
+
+def test_a_flood_of_faults_ends_in_a_count() -> None:
+    """A file that is wrong everywhere makes a text that can still be read."""
+    with pytest.raises(CertmountError) as raised:
+        read({"policy": [7] * 1000})
+    assert str(raised.value).endswith("(51) and 950 more faults")
+
+
+plain = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), hostile_texts, st.dates()),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(
+            st.one_of(
+                st.sampled_from(
+                    [
+                        "policy",
+                        "deny",
+                        "match",
+                        "allow",
+                        "reason",
+                        "namespaceLabels",
+                        "dns",
+                        "ips",
+                        "usages",
+                        "max_duration",
+                    ]
+                ),
+                st.integers(),
+            ),
+            inner,
+        ),
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    st.one_of(
+        plain,
+        plain.map(lambda inner: {"policy": [inner]}),
+        plain.map(lambda inner: rule(allow=inner)),
+        plain.map(lambda inner: rule(match=inner)),
+    )
+)
+def test_any_data_is_a_policy_or_one_error(document: object) -> None:
+    """Whatever a YAML file can hold: a policy, or InvalidPolicy with a place for every fault."""
+    result = outcome(lambda: read(document), CertmountError)
+    if isinstance(result, CertmountError):
+        assert result.reason is Reason.INVALID_POLICY
+        assert result.faults
+    else:
+        assert result.trust_domain == "td.example"
+
+
+@given(hostile_texts)
+def test_any_glob_is_one_or_a_fault(text: str) -> None:
+    """What is accepted can match a Kubernetes name; what can't is told."""
+    result = outcome(lambda: read(rule(match_namespaces=[text])), CertmountError)
+    assert isinstance(result, Policy) == (bool(text) and not set(text) - set("abcdefghijklmnopqrstuvwxyz0123456789.-*"))

@@ -1,0 +1,94 @@
+"""The policy's JSON Schema, by which editors help, says what the program does."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from csi_driver.core.errors import CertmountError
+from csi_driver.core.policy.engine import Policy
+from csi_driver.core.spec import KeyType, Usage
+from tests.support.json_schema import valid
+from tests.unit.core.outcomes import outcome
+from tests.unit.core.policy.policies import entries
+from tests.unit.core.policy.reference import Entry
+from tests.unit.core.policy.test_document import GOOD, MATCH, read
+
+SCHEMA = json.loads((Path(__file__).parents[4] / "docs" / "policy.schema.json").read_text())
+# An editor offers one spelling of a key type.
+FILE: dict[str, Any] = {
+    "policy": [{**GOOD, "allow": {**GOOD["allow"], "key_types": ["EC-P256"]}}],
+    "deny": [{"match": MATCH, "reason": "stolen"}],
+}
+Place = tuple[str | int, ...]
+AWAY = object()
+CHANGES: list[Any] = [AWAY, None, "", "x", "*", "**", "A b", "a@b", "{pod}", "{sevice}", "1h", "10.0.0.1", "a://b/{pod}", 5, True, 1.5, [], [1], [None], ["x"], {}, {"x": "y"}, {"x": 1}, {"-": "x"}, "x" * 3000]  # fmt: skip
+
+
+def places(part: object, at: Place = ()) -> Iterator[Place]:
+    yield at
+    items = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
+    for step, inner in items:
+        yield from places(inner, (*at, step))
+
+
+def changed(place: Place, change: object) -> dict[str, Any]:
+    """The good file with one part replaced, or taken away."""
+    document = copy.deepcopy(FILE)
+    part: Any = document
+    for step in place[:-1]:
+        part = part[step]
+    if change is AWAY:
+        del part[place[-1]]
+    else:
+        part[place[-1]] = change
+    return document
+
+
+def is_read(document: object) -> bool:
+    return isinstance(outcome(lambda: read(document), CertmountError), Policy)
+
+
+@pytest.mark.parametrize("place", [place for place in places(FILE) if place], ids=str)
+def test_the_schema_and_the_program_agree_on_each_part(place: Place) -> None:
+    """Each part of a good file replaced by something else, taken away, or with a stranger beside it."""
+    assert valid(SCHEMA, FILE)
+    documents = [changed(place, change) for change in CHANGES]
+    documents += [changed((*place[:-1], "stranger"), "x")] if isinstance(place[-1], str) else []
+    for document in documents:
+        if "namespaceLabels" in place and "stranger" in str(document):
+            continue  # there a stranger is a label
+        assert is_read(document) == valid(SCHEMA, document), document
+
+
+@given(st.lists(entries(), max_size=3))
+def test_what_the_program_reads_the_schema_takes(rules: list[Entry]) -> None:
+    """No editor marks as wrong what works."""
+    document = {"policy": [rule.document() for rule in rules]}
+    assert is_read(document)
+    assert valid(SCHEMA, document)
+
+
+@pytest.mark.parametrize("document", [None, {}, {"policy": None}, {"deny": []}])
+def test_an_empty_file_fits_the_schema(document: object) -> None:
+    """It is the default policy."""
+    assert valid(SCHEMA, document)
+    assert is_read(document)
+
+
+def test_the_schema_offers_what_the_program_knows() -> None:
+    """Every key type and usage, and every key of a rule, so that none is forgotten when one is added."""
+    allow = SCHEMA["$defs"]["rule"]["properties"]["allow"]["properties"]
+    assert allow["key_types"]["items"]["enum"] == [key_type.value for key_type in KeyType]
+    assert allow["usages"]["items"]["enum"] == [usage.value for usage in Usage]
+    text = str(outcome(lambda: read({"policy": [{"match": MATCH, "allow": {"zzzz": 1}}]}), CertmountError))
+    assert f"known are {', '.join(allow)}" in text
+    text = str(outcome(lambda: read({"policy": [{"match": {**MATCH, "zzzz": 1}, "allow": {}}]}), CertmountError))
+    assert f"known are {', '.join(SCHEMA['$defs']['rule']['properties']['match']['properties'])}" in text
