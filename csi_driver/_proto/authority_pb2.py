@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!csi_driver/_proto/authority.proto\x12\x16\x63\x65rtmount.authority.v1\x1a\x1egoogle/protobuf/duration.proto\"\xaf\x01\n\x0cIssueRequest\x12\x0b\n\x03\x63sr\x18\x01 \x01(\x0c\x12\x11\n\tpod_token\x18\x02 \x01(\t\x12+\n\x08\x64uration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\x06usages\x18\x04 \x03(\x0e\x32\x1d.certmount.authority.v1.Usage\x12\x0e\n\x06issuer\x18\x05 \x01(\t\x12\x13\n\x0b\x66\x65\x64\x65rations\x18\x06 \x03(\t\"\xf3\x01\n\rIssueResponse\x12\r\n\x05\x63hain\x18\x01 \x03(\x0c\x12?\n\x05trust\x18\x02 \x03(\x0b\x32\x30.certmount.authority.v1.IssueResponse.TrustEntry\x12.\n\x0brenew_after\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bprovisional\x18\x04 \x01(\x08\x1aM\n\nTrustEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12.\n\x05value\x18\x02 \x01(\x0b\x32\x1f.certmount.authority.v1.RootSet:\x02\x38\x01\",\n\x07RootSet\x12\r\n\x05roots\x18\x01 \x03(\x0c\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"\x13\n\x11WatchTrustRequest\"\xc6\x01\n\x0bTrustBundle\x12;\n\x04sets\x18\x01 \x03(\x0b\x32-.certmount.authority.v1.TrustBundle.SetsEntry\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x0f\n\x07sharing\x18\x03 \x03(\t\x12\x0b\n\x03\x64ue\x18\x04 \x03(\t\x1aL\n\tSetsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12.\n\x05value\x18\x02 \x01(\x0b\x32\x1f.certmount.authority.v1.RootSet:\x02\x38\x01\"6\n\x13\x43onfirmTrustRequest\x12\x0b\n\x03set\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"\x16\n\x14\x43onfirmTrustResponse\"y\n\rReportRequest\x12\x11\n\tpod_token\x18\x01 \x01(\t\x12\x34\n\tcondition\x18\x02 \x01(\x0e\x32!.certmount.authority.v1.Condition\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"\x10\n\x0eReportResponse*B\n\x05Usage\x12\x15\n\x11USAGE_UNSPECIFIED\x10\x00\x12\x10\n\x0cUSAGE_SERVER\x10\x01\x12\x10\n\x0cUSAGE_CLIENT\x10\x02*\xab\x01\n\tCondition\x12\x19\n\x15\x43ONDITION_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x43ONDITION_RENEWAL_FAILING\x10\x01\x12\x15\n\x11\x43ONDITION_OVERDUE\x10\x02\x12\x15\n\x11\x43ONDITION_EXPIRED\x10\x03\x12\x17\n\x13\x43ONDITION_RECOVERED\x10\x04\x12\x1d\n\x19\x43ONDITION_RENEWAL_DROPPED\x10\x05\x32\x85\x03\n\tAuthority\x12T\n\x05Issue\x12$.certmount.authority.v1.IssueRequest\x1a%.certmount.authority.v1.IssueResponse\x12^\n\nWatchTrust\x12).certmount.authority.v1.WatchTrustRequest\x1a#.certmount.authority.v1.TrustBundle0\x01\x12i\n\x0c\x43onfirmTrust\x12+.certmount.authority.v1.ConfirmTrustRequest\x1a,.certmount.authority.v1.ConfirmTrustResponse\x12W\n\x06Report\x12%.certmount.authority.v1.ReportRequest\x1a&.certmount.authority.v1.ReportResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!csi_driver/_proto/authority.proto\x12\x16\x63\x65rtmount.authority.v1\x1a\x1egoogle/protobuf/duration.proto\"\xaf\x01\n\x0cIssueRequest\x12\x0b\n\x03\x63sr\x18\x01 \x01(\x0c\x12\x11\n\tpod_token\x18\x02 \x01(\t\x12+\n\x08\x64uration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\x06usages\x18\x04 \x03(\x0e\x32\x1d.certmount.authority.v1.Usage\x12\x0e\n\x06issuer\x18\x05 \x01(\t\x12\x13\n\x0b\x66\x65\x64\x65rations\x18\x06 \x03(\t\"\xef\x01\n\rIssueResponse\x12\r\n\x05\x63hain\x18\x01 \x03(\x0c\x12?\n\x05trust\x18\x02 \x03(\x0b\x32\x30.certmount.authority.v1.IssueResponse.TrustEntry\x12.\n\x0brenew_after\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07interim\x18\x04 \x01(\x08\x1aM\n\nTrustEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12.\n\x05value\x18\x02 \x01(\x0b\x32\x1f.certmount.authority.v1.RootSet:\x02\x38\x01\",\n\x07RootSet\x12\r\n\x05roots\x18\x01 \x03(\x0c\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"\x13\n\x11WatchTrustRequest\"\xdc\x01\n\x0bTrustBundle\x12;\n\x04sets\x18\x01 \x03(\x0b\x32-.certmount.authority.v1.TrustBundle.SetsEntry\x12\x17\n\x0fpolicy_revision\x18\x02 \x01(\t\x12\x16\n\x0eshared_issuers\x18\x03 \x03(\t\x12\x11\n\trenew_now\x18\x04 \x03(\t\x1aL\n\tSetsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12.\n\x05value\x18\x02 \x01(\x0b\x32\x1f.certmount.authority.v1.RootSet:\x02\x38\x01\"6\n\x13\x43onfirmTrustRequest\x12\x0b\n\x03set\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"\x16\n\x14\x43onfirmTrustResponse\"y\n\rReportRequest\x12\x11\n\tpod_token\x18\x01 \x01(\t\x12\x34\n\tcondition\x18\x02 \x01(\x0e\x32!.certmount.authority.v1.Condition\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"\x10\n\x0eReportResponse*B\n\x05Usage\x12\x15\n\x11USAGE_UNSPECIFIED\x10\x00\x12\x10\n\x0cUSAGE_SERVER\x10\x01\x12\x10\n\x0cUSAGE_CLIENT\x10\x02*\xab\x01\n\tCondition\x12\x19\n\x15\x43ONDITION_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x43ONDITION_RENEWAL_FAILING\x10\x01\x12\x15\n\x11\x43ONDITION_OVERDUE\x10\x02\x12\x15\n\x11\x43ONDITION_EXPIRED\x10\x03\x12\x17\n\x13\x43ONDITION_RECOVERED\x10\x04\x12\x1d\n\x19\x43ONDITION_RENEWAL_DROPPED\x10\x05\x32\x85\x03\n\tAuthority\x12T\n\x05Issue\x12$.certmount.authority.v1.IssueRequest\x1a%.certmount.authority.v1.IssueResponse\x12^\n\nWatchTrust\x12).certmount.authority.v1.WatchTrustRequest\x1a#.certmount.authority.v1.TrustBundle0\x01\x12i\n\x0c\x43onfirmTrust\x12+.certmount.authority.v1.ConfirmTrustRequest\x1a,.certmount.authority.v1.ConfirmTrustResponse\x12W\n\x06Report\x12%.certmount.authority.v1.ReportRequest\x1a&.certmount.authority.v1.ReportResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,32 +36,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ISSUERESPONSE_TRUSTENTRY']._serialized_options = b'8\001'
   _globals['_TRUSTBUNDLE_SETSENTRY']._loaded_options = None
   _globals['_TRUSTBUNDLE_SETSENTRY']._serialized_options = b'8\001'
-  _globals['_USAGE']._serialized_start=1006
-  _globals['_USAGE']._serialized_end=1072
-  _globals['_CONDITION']._serialized_start=1075
-  _globals['_CONDITION']._serialized_end=1246
+  _globals['_USAGE']._serialized_start=1024
+  _globals['_USAGE']._serialized_end=1090
+  _globals['_CONDITION']._serialized_start=1093
+  _globals['_CONDITION']._serialized_end=1264
   _globals['_ISSUEREQUEST']._serialized_start=94
   _globals['_ISSUEREQUEST']._serialized_end=269
   _globals['_ISSUERESPONSE']._serialized_start=272
-  _globals['_ISSUERESPONSE']._serialized_end=515
-  _globals['_ISSUERESPONSE_TRUSTENTRY']._serialized_start=438
-  _globals['_ISSUERESPONSE_TRUSTENTRY']._serialized_end=515
-  _globals['_ROOTSET']._serialized_start=517
-  _globals['_ROOTSET']._serialized_end=561
-  _globals['_WATCHTRUSTREQUEST']._serialized_start=563
-  _globals['_WATCHTRUSTREQUEST']._serialized_end=582
-  _globals['_TRUSTBUNDLE']._serialized_start=585
-  _globals['_TRUSTBUNDLE']._serialized_end=783
-  _globals['_TRUSTBUNDLE_SETSENTRY']._serialized_start=707
-  _globals['_TRUSTBUNDLE_SETSENTRY']._serialized_end=783
-  _globals['_CONFIRMTRUSTREQUEST']._serialized_start=785
-  _globals['_CONFIRMTRUSTREQUEST']._serialized_end=839
-  _globals['_CONFIRMTRUSTRESPONSE']._serialized_start=841
-  _globals['_CONFIRMTRUSTRESPONSE']._serialized_end=863
-  _globals['_REPORTREQUEST']._serialized_start=865
-  _globals['_REPORTREQUEST']._serialized_end=986
-  _globals['_REPORTRESPONSE']._serialized_start=988
-  _globals['_REPORTRESPONSE']._serialized_end=1004
-  _globals['_AUTHORITY']._serialized_start=1249
-  _globals['_AUTHORITY']._serialized_end=1638
+  _globals['_ISSUERESPONSE']._serialized_end=511
+  _globals['_ISSUERESPONSE_TRUSTENTRY']._serialized_start=434
+  _globals['_ISSUERESPONSE_TRUSTENTRY']._serialized_end=511
+  _globals['_ROOTSET']._serialized_start=513
+  _globals['_ROOTSET']._serialized_end=557
+  _globals['_WATCHTRUSTREQUEST']._serialized_start=559
+  _globals['_WATCHTRUSTREQUEST']._serialized_end=578
+  _globals['_TRUSTBUNDLE']._serialized_start=581
+  _globals['_TRUSTBUNDLE']._serialized_end=801
+  _globals['_TRUSTBUNDLE_SETSENTRY']._serialized_start=725
+  _globals['_TRUSTBUNDLE_SETSENTRY']._serialized_end=801
+  _globals['_CONFIRMTRUSTREQUEST']._serialized_start=803
+  _globals['_CONFIRMTRUSTREQUEST']._serialized_end=857
+  _globals['_CONFIRMTRUSTRESPONSE']._serialized_start=859
+  _globals['_CONFIRMTRUSTRESPONSE']._serialized_end=881
+  _globals['_REPORTREQUEST']._serialized_start=883
+  _globals['_REPORTREQUEST']._serialized_end=1004
+  _globals['_REPORTRESPONSE']._serialized_start=1006
+  _globals['_REPORTRESPONSE']._serialized_end=1022
+  _globals['_AUTHORITY']._serialized_start=1267
+  _globals['_AUTHORITY']._serialized_end=1656
 # @@protoc_insertion_point(module_scope)

@@ -151,8 +151,8 @@ class IssueResponse(_message.Message):
     CHAIN_FIELD_NUMBER: _builtins.int
     TRUST_FIELD_NUMBER: _builtins.int
     RENEW_AFTER_FIELD_NUMBER: _builtins.int
-    PROVISIONAL_FIELD_NUMBER: _builtins.int
-    provisional: _builtins.bool
+    INTERIM_FIELD_NUMBER: _builtins.int
+    interim: _builtins.bool
     """The certificate is of another issuer and stands in until the one that was asked for is there: ask for that again, with
     the same CSR, as its key is what is being certified.
     """
@@ -174,11 +174,11 @@ class IssueResponse(_message.Message):
         chain: _abc.Iterable[_builtins.bytes] | None = ...,
         trust: _abc.Mapping[_builtins.str, Global___RootSet] | None = ...,
         renew_after: _duration_pb2.Duration | None = ...,
-        provisional: _builtins.bool = ...,
+        interim: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["renew_after", b"renew_after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain", b"chain", "provisional", b"provisional", "renew_after", b"renew_after", "trust", b"trust"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain", b"chain", "interim", b"interim", "renew_after", b"renew_after", "trust", b"trust"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -251,21 +251,21 @@ class TrustBundle(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     SETS_FIELD_NUMBER: _builtins.int
-    POLICY_FIELD_NUMBER: _builtins.int
-    SHARING_FIELD_NUMBER: _builtins.int
-    DUE_FIELD_NUMBER: _builtins.int
-    policy: _builtins.str
+    POLICY_REVISION_FIELD_NUMBER: _builtins.int
+    SHARED_ISSUERS_FIELD_NUMBER: _builtins.int
+    RENEW_NOW_FIELD_NUMBER: _builtins.int
+    policy_revision: _builtins.str
     """Which policy is in force: another text, another policy. What was refused is worth another try then."""
     @_builtins.property
     def sets(self) -> _containers.MessageMap[_builtins.str, Global___RootSet]:
         """All sets of the authority by name: of its issuers and federations."""
 
     @_builtins.property
-    def sharing(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+    def shared_issuers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Issuers that count each certificate: pods of one service account on one node share theirs."""
 
     @_builtins.property
-    def due(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+    def renew_now(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Keys whose certificates are to be renewed now, sooner than was said when they were issued, as their CA advises (RFC 9773):
         SHA-256 of the SubjectPublicKeyInfo, hexadecimal.
         """
@@ -274,13 +274,13 @@ class TrustBundle(_message.Message):
         self,
         *,
         sets: _abc.Mapping[_builtins.str, Global___RootSet] | None = ...,
-        policy: _builtins.str = ...,
-        sharing: _abc.Iterable[_builtins.str] | None = ...,
-        due: _abc.Iterable[_builtins.str] | None = ...,
+        policy_revision: _builtins.str = ...,
+        shared_issuers: _abc.Iterable[_builtins.str] | None = ...,
+        renew_now: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["due", b"due", "policy", b"policy", "sets", b"sets", "sharing", b"sharing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy_revision", b"policy_revision", "renew_now", b"renew_now", "sets", b"sets", "shared_issuers", b"shared_issuers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry
 
 from csi_driver.authority.cluster_secrets import cluster_secrets
-from csi_driver.authority.csr_api import ClusterRequests
+from csi_driver.authority.csr_api import CSRApi
 from csi_driver.authority.diagnostics import Check, permission_checks
-from csi_driver.authority.environment import Surroundings
+from csi_driver.authority.environment import Environment
 from csi_driver.authority.events.recorder import PodEvents
-from csi_driver.authority.issuers.configuration import Tools
-from csi_driver.authority.issuers.secrets import Secrets
+from csi_driver.authority.issuers.configuration import IssuerDependencies
+from csi_driver.authority.issuers.secrets import CredentialReader
 from csi_driver.authority.policy.subjects import ClusterSubjects
-from csi_driver.authority.trust.acknowledgements import CONFIRMATIONS
+from csi_driver.authority.trust.acknowledgements import ACKNOWLEDGEMENTS_SECRET
 from csi_driver.kube.client import Api, ObjectName, connect, in_cluster_configuration
 from csi_driver.kube.config_map import ConfigMapPublisher
 from csi_driver.kube.csi_nodes import CsiNodes
@@ -40,7 +40,7 @@ ACME_SERVICE, ACME_PORT = "certmount-acme", 80
 
 
 @dataclass(frozen=True, slots=True)
-class Objects:
+class ClusterObjectNames:
     """What the authority keeps in the cluster, each by (namespace, name)."""
 
     ca: tuple[str, str]
@@ -50,11 +50,11 @@ class Objects:
 
 
 @contextlib.asynccontextmanager
-async def in_a_cluster(objects: Objects, registry: CollectorRegistry) -> AsyncIterator[Surroundings]:
+async def in_a_cluster(objects: ClusterObjectNames, registry: CollectorRegistry) -> AsyncIterator[Environment]:
     """The CA in a Secret, its root in a ConfigMap; tokens by the API server's keys and reviews; pods and Services as it tells.
 
     Raises:
-        CertmountError: ProofUnavailable outside a cluster.
+        CertmountError: TokenReviewUnavailable outside a cluster.
     """
     # Reviews have connections of their own: what thousands of pods ask must not keep the CA from being renewed. So have
     # the watches, which never let go of theirs.
@@ -73,24 +73,24 @@ async def in_a_cluster(objects: Objects, registry: CollectorRegistry) -> AsyncIt
                 tasks.create_task(view.run(), name="view of the cluster")
                 tasks.create_task(events.run(), name="events")
 
-        yield Surroundings(
+        yield Environment(
             SecretStore(api, ObjectName("Secret", *objects.ca)),
-            SecretStore(api, ObjectName("Secret", objects.ca[0], CONFIRMATIONS)),
+            SecretStore(api, ObjectName("Secret", objects.ca[0], ACKNOWLEDGEMENTS_SECRET)),
             ConfigMapPublisher(api, ObjectName("ConfigMap", *objects.root)),
             ClusterTokenKeys(api).fetch,
             ClusterReviewer(reviews),
             ClusterSubjects(view.pods, view.services, view.namespaces, view.outdated),
             events,
             lambda _: CsiNodes(api),
-            Tools(
-                Secrets(read_secret),
+            IssuerDependencies(
+                CredentialReader(read_secret),
                 lambda namespace, name: SecretStore(api, ObjectName("Secret", namespace, name)),
                 lambda ingress_class: IngressRoutes(api, objects.ca[0], ACME_SERVICE, ACME_PORT, ingress_class),
             ),
             _checks(api, objects),
             run,
             view.outdated,
-            ClusterRequests(
+            CSRApi(
                 ClusterCSRs(api, watches),
                 LivePods(api),
                 ClusterLease(api, ObjectName("Lease", objects.ca[0], SIGNER_LEASE)),
@@ -99,10 +99,10 @@ async def in_a_cluster(objects: Objects, registry: CollectorRegistry) -> AsyncIt
         )
 
 
-def _checks(api: Api, objects: Objects) -> list[Check]:
+def _checks(api: Api, objects: ClusterObjectNames) -> list[Check]:
     """That the objects are there, and each permission."""
     ca, root = ObjectName("Secret", *objects.ca), ObjectName("ConfigMap", *objects.root)
-    confirmations = ObjectName("Secret", objects.ca[0], CONFIRMATIONS)
+    confirmations = ObjectName("Secret", objects.ca[0], ACKNOWLEDGEMENTS_SECRET)
     lease = ObjectName("Lease", objects.ca[0], SIGNER_LEASE)
     permissions = needed_permissions(ca, confirmations, root)
     return [

@@ -14,7 +14,7 @@ from csi_driver.kube.secret_store import SecretStore
 
 @contextlib.asynccontextmanager
 async def cluster_secrets() -> AsyncIterator[ReadSecret]:
-    """Reads by a connection of its own; raises CertmountError ProofUnavailable outside a cluster."""
+    """Reads by a connection of its own; raises CertmountError TokenReviewUnavailable outside a cluster."""
     async with connect(in_cluster_configuration()) as api:
 
         async def read_secret(namespace: str, name: str, key: str) -> Secret[bytes]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from csi_driver.authority.authn.token_keys import parse_keys
-from csi_driver.authority.ca.ca_files import KeyFiles
+from csi_driver.authority.ca.ca_files import CAFiles
 from csi_driver.authority.ca.keyring import Keyring
 from csi_driver.authority.ca.sources import StoredCA
 from csi_driver.authority.issuers.configuration import read_issuers
@@ -55,12 +55,12 @@ def policy_check(policy: PolicyFile) -> Check:
     return Check("policy", look)
 
 
-def ca_check(source: Store | KeyFiles) -> Check:
+def ca_check(source: Store | CAFiles) -> Check:
     """The CA, read and verified, never made. A store without one is in order: an authority makes it at its first start."""
 
     async def look() -> str:
         now = datetime.now(UTC).replace(microsecond=0)
-        if isinstance(source, KeyFiles):
+        if isinstance(source, CAFiles):
             return _described(await source.refresh(now))
         if not (await source.load()).values:
             return f"{source.name} keeps none yet; an authority makes one when it first starts"

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from csi_driver.authority.authn.token_reviews import OfflineOnly, TokenReviewer
-from csi_driver.authority.csr_api import ClusterRequests
+from csi_driver.authority.authn.token_reviews import OfflineReviewer, TokenReviewer
+from csi_driver.authority.csr_api import CSRApi
 from csi_driver.authority.diagnostics import Check
 from csi_driver.authority.events.recorder import NoEvents
-from csi_driver.authority.issuance.pipeline import Events, Subjects
-from csi_driver.authority.issuers.configuration import Tools
-from csi_driver.authority.issuers.secrets import Secrets
+from csi_driver.authority.issuance.pipeline import EventRecorder, SubjectLookup
+from csi_driver.authority.issuers.configuration import IssuerDependencies
+from csi_driver.authority.issuers.secrets import CredentialReader
 from csi_driver.authority.policy.subjects import NoCluster
 from csi_driver.authority.storage import FolderStore, Store
-from csi_driver.authority.trust.acknowledgements import CONFIRMATIONS_FILE, ConnectedNodes, NodeList
-from csi_driver.authority.trust.bundles import FolderPublisher, RootPublisher, Trust
+from csi_driver.authority.trust.acknowledgements import ACKNOWLEDGEMENTS_FILE, ConnectedNodes, NodeList
+from csi_driver.authority.trust.bundles import FolderPublisher, RootPublisher, TrustBundles
 from csi_driver.core.cluster.token_review import PublishedKeys
 from csi_driver.core.errors import CertmountError, Fault, Reason
 
@@ -30,7 +30,7 @@ async def _nothing() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class Environment:
     """What differs between a cluster and a folder; nothing else of the authority does."""
 
     store: Store
@@ -40,10 +40,10 @@ class Surroundings:
     publisher: RootPublisher
     fetch_keys: Callable[[], Awaitable[PublishedKeys]]
     reviewer: TokenReviewer
-    subjects: Subjects = NoCluster()
-    events: Events = NoEvents()
-    nodes: Callable[[Trust], NodeList] = ConnectedNodes
-    tools: Tools = Tools(Secrets())
+    subjects: SubjectLookup = NoCluster()
+    events: EventRecorder = NoEvents()
+    nodes: Callable[[TrustBundles], NodeList] = ConnectedNodes
+    tools: IssuerDependencies = IssuerDependencies(CredentialReader())
     """What issuers are made with; outside of a cluster all they need is in files."""
     checks: Sequence[Check] = ()
     """What ``--check`` is to look at here."""
@@ -51,11 +51,11 @@ class Surroundings:
     """Keeps what is known of the cluster up to date, for as long as the authority lives."""
     outdated: Callable[[], Sequence[str]] = tuple
     """Why what is known of the cluster can't be believed now, in words."""
-    csrs: ClusterRequests | None = None
+    csrs: CSRApi | None = None
     """The cluster's CertificateSigningRequests; None outside of one."""
 
 
-def outside_a_cluster(ca_dir: Path, jwks: Path, token_issuer: str) -> Surroundings:
+def outside_a_cluster(ca_dir: Path, jwks: Path, token_issuer: str) -> Environment:
     """The CA and its root in ``ca_dir``; tokens by the key set in the file ``jwks`` only."""
 
     def read() -> PublishedKeys:
@@ -64,11 +64,15 @@ def outside_a_cluster(ca_dir: Path, jwks: Path, token_issuer: str) -> Surroundin
                 return PublishedKeys(token_issuer, file.read(_MAX_BYTES))
         except OSError as error:
             problem = f"cannot be read: {error.strerror}"
-            raise CertmountError(Reason.PROOF_UNAVAILABLE, Fault(str(jwks), problem, "see --jwks")) from None
+            raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, Fault(str(jwks), problem, "see --jwks")) from None
 
     async def fetch() -> PublishedKeys:
         return await asyncio.to_thread(read)
 
-    return Surroundings(
-        FolderStore(ca_dir), FolderStore(ca_dir, CONFIRMATIONS_FILE), FolderPublisher(ca_dir), fetch, OfflineOnly()
+    return Environment(
+        FolderStore(ca_dir),
+        FolderStore(ca_dir, ACKNOWLEDGEMENTS_FILE),
+        FolderPublisher(ca_dir),
+        fetch,
+        OfflineReviewer(),
     )

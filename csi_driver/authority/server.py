@@ -14,30 +14,30 @@ import grpc
 import structlog
 
 from csi_driver._proto import authority_pb2_grpc
-from csi_driver.authority.authn.authenticator import Admission
-from csi_driver.authority.authn.limits import Limits
+from csi_driver.authority.authn.authenticator import Authenticator
+from csi_driver.authority.authn.limits import RequestLimits
 from csi_driver.authority.authn.token_keys import TokenKeys
-from csi_driver.authority.authn.token_reviews import Proofs
+from csi_driver.authority.authn.token_reviews import TokenReviewCache
 from csi_driver.authority.authn.token_verifier import TokenVerifier
 from csi_driver.authority.ca.authority import CertificateAuthority, utc_now
-from csi_driver.authority.ca.ca_files import KeyFiles
-from csi_driver.authority.ca.key_pairs import Signer
-from csi_driver.authority.ca.keyring import DEFAULT_DESIGN, Design, Keyring
+from csi_driver.authority.ca.ca_files import CAFiles
+from csi_driver.authority.ca.key_pairs import CAKeyPair
+from csi_driver.authority.ca.keyring import DEFAULT_PROFILE, CAProfile, Keyring
 from csi_driver.authority.ca.rotation import next_generation
 from csi_driver.authority.ca.state import roots_pem
-from csi_driver.authority.csr_api import ClusterRequests
+from csi_driver.authority.csr_api import CSRApi
 from csi_driver.authority.csr_signer.decision import Decisions
 from csi_driver.authority.csr_signer.leadership import Leadership
 from csi_driver.authority.csr_signer.signer import CSRSigner
-from csi_driver.authority.environment import Surroundings
-from csi_driver.authority.issuance.pipeline import Desk
+from csi_driver.authority.environment import Environment
+from csi_driver.authority.issuance.pipeline import IssuancePipeline
 from csi_driver.authority.issuers.internal import InternalIssuer
 from csi_driver.authority.issuers.issuers_file import IssuersFile
 from csi_driver.authority.issuers.kubernetes_csr.access import Access
 from csi_driver.authority.policy.policy_file import PolicyFile
 from csi_driver.authority.service import MAX_MESSAGE_BYTES, AuthorityService
-from csi_driver.authority.trust.acknowledgements import Confirmations, KnownNodes
-from csi_driver.authority.trust.bundles import LONGEST_WATCH, Trust
+from csi_driver.authority.trust.acknowledgements import AcknowledgementStore, AcknowledgingNodes
+from csi_driver.authority.trust.bundles import LONGEST_WATCH, TrustBundles
 from csi_driver.authority.trust.federation import FederationFolder
 from csi_driver.authority.trust.serving_certificate import ServingCertificate
 from csi_driver.authority.trust.serving_root import current_serving_root
@@ -75,7 +75,7 @@ _OPTIONS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class AuthoritySettings:
     """What an administrator decides, whatever the surroundings."""
 
     listen: str
@@ -84,7 +84,7 @@ class Settings:
     policy: Path
     serving_names: Names
     node_account: ServiceAccount
-    ca_design: Design = DEFAULT_DESIGN
+    ca_design: CAProfile = DEFAULT_PROFILE
     """Of the CA that is made where there is none."""
     ca_files: Path | None = None
     """A folder with a CA that others look after."""
@@ -99,18 +99,16 @@ class Settings:
 class AuthorityServer:
     """Owns all parts of one replica."""
 
-    def __init__(self, settings: Settings, surroundings: Surroundings, metrics: AuthorityMetrics) -> None:
+    def __init__(self, settings: AuthoritySettings, surroundings: Environment, metrics: AuthorityMetrics) -> None:
         self._settings = settings
         self._surroundings = surroundings
         self._metrics = metrics
-        self._trust = Trust(metrics)
-        self._confirmations = Confirmations(surroundings.confirmations, lambda: self._ca.trust.generation)
+        self._trust = TrustBundles(metrics)
+        self._confirmations = AcknowledgementStore(surroundings.confirmations, lambda: self._ca.trust.generation)
         self._ca = CertificateAuthority(
-            KeyFiles(settings.ca_files, metrics, settings.ca_password_file)
-            if settings.ca_files
-            else surroundings.store,
+            CAFiles(settings.ca_files, metrics, settings.ca_password_file) if settings.ca_files else surroundings.store,
             metrics,
-            fleet=KnownNodes(self._confirmations, surroundings.nodes(self._trust), metrics),
+            fleet=AcknowledgingNodes(self._confirmations, surroundings.nodes(self._trust), metrics),
             design=settings.ca_design,
             tell=lambda roots: self._trust.set_roots(DEFAULT_ISSUER, roots),
         )
@@ -123,7 +121,7 @@ class AuthorityServer:
             ),
             on_roots=self._set_roots,
             on_load=self._issuers_loaded,
-            on_due=self._trust.set_due,
+            on_due=self._trust.set_renew_now,
         )
         self._federation = (
             FederationFolder(settings.federation_dir, self._trust, metrics, time.time, self._issuers)
@@ -138,7 +136,7 @@ class AuthorityServer:
             on_change=self._trust.set_policy,
         )
         self._keys = TokenKeys(surroundings.fetch_keys, metrics)
-        self._proofs = Proofs(TokenVerifier(self._keys), surroundings.reviewer, metrics)
+        self._proofs = TokenReviewCache(TokenVerifier(self._keys), surroundings.reviewer, metrics)
         self._serving = ServingCertificate(settings.serving_names, metrics)
         self._server: grpc.aio.Server | None = None
         self._port = 0
@@ -220,7 +218,7 @@ class AuthorityServer:
         authority = encode_certificates([own.certificate])
         await self._surroundings.publisher.publish(roots_pem(self._ca.trust), authority)
 
-    def _csr_signer(self, cluster: ClusterRequests) -> CSRSigner:
+    def _csr_signer(self, cluster: CSRApi) -> CSRSigner:
         decisions = Decisions(
             cluster.pods, self._surroundings.subjects, lambda: self._policy.current, InternalIssuer(self._ca)
         )
@@ -236,7 +234,7 @@ class AuthorityServer:
     def _issuers_loaded(self, taken: bool) -> None:
         self._metrics.issuers_loaded(taken)
         if taken:
-            self._trust.set_sharing(self._issuers.sharing)
+            self._trust.set_shared_issuers(self._issuers.sharing)
 
     async def _answer_acme(self, address: str) -> None:
         """Answers HTTP-01 requests for ever; raises OSError where that port can't be listened on."""
@@ -249,14 +247,14 @@ class AuthorityServer:
         finally:
             await server.stop()
 
-    def _bound(self, own: Signer) -> grpc.aio.Server:
+    def _bound(self, own: CAKeyPair) -> grpc.aio.Server:
         def observe(call: Handled) -> None:
             self._metrics.call_ended(call.method, call.seconds, call.reason)
 
         server = grpc.aio.server(interceptors=[Interceptor(observe)], options=_OPTIONS)
-        desk = Desk(
-            admission=Admission(self._proofs, self._settings.node_account),
-            limits=Limits(),
+        desk = IssuancePipeline(
+            admission=Authenticator(self._proofs, self._settings.node_account),
+            limits=RequestLimits(),
             subjects=self._surroundings.subjects,
             policy=self._policy,
             issuers=self._issuers,

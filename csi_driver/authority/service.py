@@ -12,9 +12,9 @@ import grpc
 import structlog
 
 from csi_driver._proto import authority_pb2, authority_pb2_grpc
-from csi_driver.authority.authn.limits import Slots
+from csi_driver.authority.authn.limits import ConcurrencyLimit
 from csi_driver.authority.events.node_reports import MAX_MESSAGE, parse_report
-from csi_driver.authority.issuance.pipeline import Answer, Desk, Wanted, milliseconds
+from csi_driver.authority.issuance.pipeline import IssuancePipeline, IssuanceRequest, IssuanceResult, milliseconds
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity
@@ -40,13 +40,13 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class AuthorityService(authority_pb2_grpc.AuthorityServicer):
     """What its methods raise becomes a status in :class:`csi_driver.rpc.server.Interceptor`."""
 
-    def __init__(self, desk: Desk, most_in_flight: int = _MOST_IN_FLIGHT) -> None:
+    def __init__(self, desk: IssuancePipeline, most_in_flight: int = _MOST_IN_FLIGHT) -> None:
         self._desk = desk
-        self._slots = Slots(most_in_flight, desk.metrics.in_flight)
+        self._slots = ConcurrencyLimit(most_in_flight, desk.metrics.in_flight)
         # Orders at an issuer outside may take their minute; the internal CA's pods must not wait behind them.
-        self._slots_outside = Slots(most_in_flight)
+        self._slots_outside = ConcurrencyLimit(most_in_flight)
         # Of their own: a cluster that reports an outage must not keep it from ending.
-        self._other_slots = Slots(most_in_flight)
+        self._other_slots = ConcurrencyLimit(most_in_flight)
 
     async def Issue(self, request: authority_pb2.IssueRequest, context: _Context) -> authority_pb2.IssueResponse:
         started = time.perf_counter()
@@ -76,7 +76,10 @@ class AuthorityService(authority_pb2_grpc.AuthorityServicer):
             async with contextlib.aclosing(self._desk.trust.watch(node.node_name)) as bundles:
                 async for bundle in bundles:
                     yield authority_pb2.TrustBundle(
-                        sets=_sets(bundle.sets), policy=bundle.policy, sharing=bundle.sharing, due=bundle.due
+                        sets=_sets(bundle.sets),
+                        policy_revision=bundle.policy_revision,
+                        shared_issuers=bundle.shared_issuers,
+                        renew_now=bundle.renew_now,
                     )
 
     async def ConfirmTrust(
@@ -102,7 +105,9 @@ class AuthorityService(authority_pb2_grpc.AuthorityServicer):
         with self._other_slots:
             return await self._desk.admission.prove_node(bearer(context))
 
-    async def _issue(self, pod: PodIdentity, request: authority_pb2.IssueRequest, record: dict[str, Any]) -> Answer:
+    async def _issue(
+        self, pod: PodIdentity, request: authority_pb2.IssueRequest, record: dict[str, Any]
+    ) -> IssuanceResult:
         """A refusal is also said on the pod, where its owner looks first; and what a pod waits for that has a stand-in."""
         try:
             answer = await self._desk.issue(pod, _wanted(request), record)
@@ -125,7 +130,7 @@ def bearer(context: _Context) -> Secret[str]:
     return Secret(token.strip() if scheme.lower() == "bearer" else "")
 
 
-def _wanted(request: authority_pb2.IssueRequest) -> Wanted:
+def _wanted(request: authority_pb2.IssueRequest) -> IssuanceRequest:
     """Raises CertmountError InvalidRequest with all that no node driver of ours would send."""
     faults: list[Fault] = []
     duration = _duration(request, faults)
@@ -140,7 +145,7 @@ def _wanted(request: authority_pb2.IssueRequest) -> Wanted:
         faults.append(Fault("issuer, federations", f"has a name that is empty or longer than {_MAX_SET_NAME}"))
     if faults:
         raise CertmountError(Reason.INVALID_REQUEST, *faults)
-    return Wanted(request.csr, duration, usages, issuer, federations)
+    return IssuanceRequest(request.csr, duration, usages, issuer, federations)
 
 
 def _duration(request: authority_pb2.IssueRequest, faults: list[Fault]) -> timedelta | None:
@@ -155,10 +160,10 @@ def _duration(request: authority_pb2.IssueRequest, faults: list[Fault]) -> timed
     return duration
 
 
-def _response(answer: Answer) -> authority_pb2.IssueResponse:
+def _response(answer: IssuanceResult) -> authority_pb2.IssueResponse:
     issued = answer.issued
     response = authority_pb2.IssueResponse(
-        chain=issued.chain, trust=_sets(answer.trust), provisional=answer.pending is not None
+        chain=issued.chain, trust=_sets(answer.trust), interim=answer.pending is not None
     )
     if issued.renew_after is not None:
         response.renew_after.FromTimedelta(issued.renew_after)

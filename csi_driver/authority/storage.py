@@ -17,7 +17,7 @@ from typing import Protocol
 
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret
-from csi_driver.core.stored_secrets import Stored
+from csi_driver.core.stored_secrets import StoredSecrets
 
 _MAX_BYTES = 1024 * 1024
 _SERVING = "serving."
@@ -30,10 +30,10 @@ class Store(Protocol):
     def name(self) -> str:
         """What errors call it."""
 
-    async def load(self) -> Stored:
+    async def load(self) -> StoredSecrets:
         """The values, none where nothing was saved yet; raises CertmountError where they can't be read."""
 
-    async def save(self, values: Mapping[str, Secret[bytes]], based_on: Stored) -> bool:
+    async def save(self, values: Mapping[str, Secret[bytes]], based_on: StoredSecrets) -> bool:
         """Replaces what ``based_on`` was loaded from, all at once; False when another writer came first."""
 
 
@@ -45,11 +45,11 @@ class Part:
         self._owns = owns
         self.name = store.name
 
-    async def load(self) -> Stored:
+    async def load(self) -> StoredSecrets:
         stored = await self._store.load()
-        return Stored({name: value for name, value in stored.values.items() if self._owns(name)}, stored.version)
+        return StoredSecrets({name: value for name, value in stored.values.items() if self._owns(name)}, stored.version)
 
-    async def save(self, values: Mapping[str, Secret[bytes]], based_on: Stored) -> bool:
+    async def save(self, values: Mapping[str, Secret[bytes]], based_on: StoredSecrets) -> bool:
         whole = await self._store.load()
         if whole.version != based_on.version:
             return False
@@ -75,25 +75,25 @@ class FolderStore:
         self._file = folder / file
         self.name = str(self._file)
 
-    async def load(self) -> Stored:
+    async def load(self) -> StoredSecrets:
         return await asyncio.to_thread(self._load)
 
-    async def save(self, values: Mapping[str, Secret[bytes]], based_on: Stored) -> bool:
+    async def save(self, values: Mapping[str, Secret[bytes]], based_on: StoredSecrets) -> bool:
         return await asyncio.to_thread(self._save, values, based_on)
 
-    def _load(self) -> Stored:
+    def _load(self) -> StoredSecrets:
         try:
             content = self._read()
         except OSError as error:
             raise self._unusable(f"cannot be read: {error.strerror}") from None
         if content is None:
-            return Stored({}, "")
+            return StoredSecrets({}, "")
         try:
             document = json.loads(content)
             values = {str(name): Secret(base64.b64decode(text, validate=True)) for name, text in document.items()}
         except (ValueError, TypeError, AttributeError, RecursionError, binascii.Error):
             raise self._unusable("is damaged", "restore it, or remove it to have a new one made") from None
-        return Stored(values, _version(content))
+        return StoredSecrets(values, _version(content))
 
     def _read(self) -> bytes | None:
         try:
@@ -108,7 +108,7 @@ class FolderStore:
             raise self._unusable(f"is longer than {_MAX_BYTES} bytes")
         return content
 
-    def _save(self, values: Mapping[str, Secret[bytes]], based_on: Stored) -> bool:
+    def _save(self, values: Mapping[str, Secret[bytes]], based_on: StoredSecrets) -> bool:
         document = {name: base64.b64encode(value.reveal()).decode("ascii") for name, value in values.items()}
         content = json.dumps(document, indent=1).encode("ascii")
         try:

@@ -16,12 +16,12 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from csi_driver import __version__
-from csi_driver.authority.ca.ca_files import KeyFiles
-from csi_driver.authority.ca.keyring import AUTHORITY_KEY_TYPES, Design
+from csi_driver.authority.ca.ca_files import CAFiles
+from csi_driver.authority.ca.keyring import AUTHORITY_KEY_TYPES, CAProfile
 from csi_driver.authority.diagnostics import ca_check, check, issuers_check, policy_check, token_keys_check
-from csi_driver.authority.environment import Surroundings, outside_a_cluster
+from csi_driver.authority.environment import Environment, outside_a_cluster
 from csi_driver.authority.policy.policy_file import PolicyFile
-from csi_driver.authority.server import AuthorityServer, Settings
+from csi_driver.authority.server import AuthorityServer, AuthoritySettings
 from csi_driver.cli.common import address, health_server, namespaced, parsed
 from csi_driver.core.certificates.name_constraints import parse_constraint
 from csi_driver.core.errors import CertmountError
@@ -34,7 +34,7 @@ from csi_driver.telemetry.logging import LEVELS, configure_logging
 log = structlog.get_logger(__name__)
 
 _FILE = click.Path(path_type=Path)
-_Opening: TypeAlias = "Callable[[CollectorRegistry], contextlib.AbstractAsyncContextManager[Surroundings]]"
+_Opening: TypeAlias = "Callable[[CollectorRegistry], contextlib.AbstractAsyncContextManager[Environment]]"
 """Makes the surroundings, and counts in a registry what happens there."""
 
 
@@ -137,7 +137,7 @@ def command(log_level: str, http: str, check_only: bool, **options: Any) -> None
     configure_logging(log_level)
     if options["ca_dir"] and not check_only:
         log.warning("no cluster to ask: a token counts until it expires, even if its pod is gone")
-    settings = Settings(
+    settings = AuthoritySettings(
         listen=options["listen"],
         trust_domain=options["trust_domain"],
         cluster_domain=options["cluster_domain"],
@@ -164,7 +164,7 @@ def command(log_level: str, http: str, check_only: bool, **options: Any) -> None
         raise click.ClickException(_first_text(expected)) from None
 
 
-async def _run(settings: Settings, http: str, open_surroundings: _Opening) -> None:
+async def _run(settings: AuthoritySettings, http: str, open_surroundings: _Opening) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -180,7 +180,7 @@ async def _run(settings: Settings, http: str, open_surroundings: _Opening) -> No
             health.stop()
 
 
-async def _check(settings: Settings, open_surroundings: _Opening) -> bool:
+async def _check(settings: AuthoritySettings, open_surroundings: _Opening) -> bool:
     """Prints a line for each thing that was looked at; True where all is well."""
     registry = CollectorRegistry()
     metrics = AuthorityMetrics(registry)
@@ -188,7 +188,7 @@ async def _check(settings: Settings, open_surroundings: _Opening) -> bool:
         settings.policy, metrics, trust_domain=settings.trust_domain, cluster_domain=settings.cluster_domain
     )
     async with open_surroundings(registry) as around:
-        files = KeyFiles(settings.ca_files, metrics, settings.ca_password_file) if settings.ca_files else None
+        files = CAFiles(settings.ca_files, metrics, settings.ca_password_file) if settings.ca_files else None
         findings = await check(
             [
                 policy_check(policy),
@@ -217,14 +217,14 @@ def _surroundings(options: dict[str, Any]) -> _Opening:
         problem = f"needed beside {_flags(given)}" if given else f"needed, or else {_flags(outside)} outside a cluster"
         raise click.UsageError(f"{_flags(missing)}: {problem}")
     if chosen is inside:
-        from csi_driver.authority.cluster_environment import Objects, in_a_cluster
+        from csi_driver.authority.cluster_environment import ClusterObjectNames, in_a_cluster
 
-        return functools.partial(in_a_cluster, Objects(inside["ca_secret"], inside["root_configmap"]))
+        return functools.partial(in_a_cluster, ClusterObjectNames(inside["ca_secret"], inside["root_configmap"]))
     around = outside_a_cluster(outside["ca_dir"], outside["jwks"], outside["token_issuer"])
     return lambda _: contextlib.nullcontext(around)
 
 
-def _design(options: dict[str, Any]) -> Design:
+def _design(options: dict[str, Any]) -> CAProfile:
     """Raises UsageError for options of a CA of ours beside one of others, and the other way round."""
     made = {name: options[name] for name in ("ca_key_type", "ca_permit")}
     if options["ca_files"] and any(made.values()):
@@ -234,7 +234,9 @@ def _design(options: dict[str, Any]) -> Design:
     if options["ca_password_file"] and not options["ca_files"]:
         raise click.UsageError("--ca-password-file: only with --ca-files")
     key_type = options["ca_key_type"]
-    return Design(KeyType(key_type) if key_type else None, options["ca_permit"], path_length=options["ca_path_length"])
+    return CAProfile(
+        KeyType(key_type) if key_type else None, options["ca_permit"], path_length=options["ca_path_length"]
+    )
 
 
 def _flags(names: Iterable[str]) -> str:

@@ -22,26 +22,26 @@ from csi_driver.authority.ca.keyring import (
     ROOT,
     ROOT_KEY,
     Keyring,
-    design_of,
     make_keyring,
+    profile_of,
 )
 from csi_driver.authority.ca.keyring_loader import load_keyring
-from csi_driver.authority.ca.rotation import Phase, go_on, stop
+from csi_driver.authority.ca.rotation import RotationPhase, go_on, stop
 from csi_driver.authority.ca.rotation import drop as drop_roots
 from csi_driver.authority.ca.sources import StoredCA
-from csi_driver.authority.ca.state import Holdings
+from csi_driver.authority.ca.state import CAState
 from csi_driver.authority.storage import FolderStore
 from csi_driver.authority.trust.acknowledgements import (
-    CONFIRMATIONS,
-    CONFIRMATIONS_FILE,
-    Confirmations,
+    ACKNOWLEDGEMENTS_FILE,
+    ACKNOWLEDGEMENTS_SECRET,
+    AcknowledgementStore,
     NodeList,
     judge,
 )
-from csi_driver.cli.ca_report import Report
+from csi_driver.cli.ca_report import CAStatusReport
 from csi_driver.cli.common import namespaced, parsed
 from csi_driver.core.certificates.name_constraints import parse_constraint
-from csi_driver.core.cluster.nodes import Nodes
+from csi_driver.core.cluster.nodes import ClusterNodes
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.secret import Secret
 from csi_driver.telemetry.logging import configure_logging
@@ -58,20 +58,22 @@ class _Place:
     """Where a CA is kept, and what is known of the nodes there."""
 
     ca: StoredCA
-    confirmations: Confirmations
+    confirmations: AcknowledgementStore
     nodes: NodeList
 
-    async def report(self, holdings: Holdings) -> Report:
+    async def report(self, holdings: CAState) -> CAStatusReport:
         marks = await self.confirmations.read()
-        nodes = await self.nodes.list() if holdings.state.phase.before_switch else Nodes(frozenset(), frozenset())
-        return Report(holdings, *judge(nodes, marks, holdings.state.generation), int(time.time()))
+        nodes = (
+            await self.nodes.list() if holdings.state.phase.before_switch else ClusterNodes(frozenset(), frozenset())
+        )
+        return CAStatusReport(holdings, *judge(nodes, marks, holdings.state.generation), int(time.time()))
 
 
 class _Unconnected:
     """Outside of a cluster only the authority knows who is connected."""
 
-    async def list(self) -> Nodes:
-        return Nodes(frozenset(), None)
+    async def list(self) -> ClusterNodes:
+        return ClusterNodes(frozenset(), None)
 
 
 def _placed(command: Callable[..., None]) -> Callable[..., None]:
@@ -93,7 +95,7 @@ def command() -> None:
 def status(ca_secret: tuple[str, str] | None, ca_dir: Path | None, output: str) -> None:
     """Tell which CA signs, which roots are trusted until when, and what a rotation waits for."""
 
-    async def look(place: _Place) -> Report:
+    async def look(place: _Place) -> CAStatusReport:
         return await place.report(await place.ca.look_up(utc_now()))
 
     _tell(_run(ca_secret, ca_dir, look), output)
@@ -120,10 +122,10 @@ def rotate(ca_secret: tuple[str, str] | None, ca_dir: Path | None, **options: An
     """Begin to exchange the CA, or go on after a stop. Nothing is interrupted; it takes from minutes to as long as certificates live."""
     own, design = _own(options), _design(options)
 
-    def step(holdings: Holdings) -> Holdings:
-        if holdings.state.phase is Phase.STEADY:
+    def step(holdings: CAState) -> CAState:
+        if holdings.state.phase is RotationPhase.STEADY:
             # What is not said stays as it is: names that the CA may not sign, the kind of its keys.
-            following = own or make_keyring(utc_now(), replace(design_of(holdings.keyring), **design))
+            following = own or make_keyring(utc_now(), replace(profile_of(holdings.keyring), **design))
             return holdings.begun(following, int(time.time()))
         if own or design:
             raise click.ClickException(
@@ -131,12 +133,12 @@ def rotate(ca_secret: tuple[str, str] | None, ca_dir: Path | None, **options: An
             )
         return replace(holdings, state=go_on(holdings.state))
 
-    async def act(place: _Place) -> tuple[Holdings, Report]:
+    async def act(place: _Place) -> tuple[CAState, CAStatusReport]:
         before = await place.ca.look_up(utc_now())
         return before, await place.report(await place.ca.change(utc_now(), step))
 
     before, report = _run(ca_secret, ca_dir, act)
-    if before.state.phase is Phase.STEADY:
+    if before.state.phase is RotationPhase.STEADY:
         click.echo("The rotation has begun. No pod notices; certificates are renewed when they would have been.")
     elif before.state.stopped:
         click.echo("The rotation goes on.")
@@ -151,12 +153,12 @@ def rotate(ca_secret: tuple[str, str] | None, ca_dir: Path | None, **options: An
 def stop_command(ca_secret: tuple[str, str] | None, ca_dir: Path | None, discard: bool) -> None:
     """Hold a rotation where it is: all that is trusted stays trusted, and the same CA goes on to sign."""
 
-    def step(holdings: Holdings) -> Holdings:
+    def step(holdings: CAState) -> CAState:
         if discard:
             return holdings.discarded(int(time.time()))
         return replace(holdings, state=stop(holdings.state))
 
-    async def act(place: _Place) -> Report:
+    async def act(place: _Place) -> CAStatusReport:
         return await place.report(await place.ca.change(utc_now(), step))
 
     report = _run(ca_secret, ca_dir, act)
@@ -174,10 +176,10 @@ def stop_command(ca_secret: tuple[str, str] | None, ca_dir: Path | None, discard
 def drop(ca_secret: tuple[str, str] | None, ca_dir: Path | None) -> None:
     """Take the former root out of every root.crt now, though certificates of it are in use. For a CA whose key was stolen."""
 
-    def step(holdings: Holdings) -> Holdings:
+    def step(holdings: CAState) -> CAState:
         return replace(holdings, state=drop_roots(holdings.state, int(time.time())))
 
-    async def act(place: _Place) -> Report:
+    async def act(place: _Place) -> CAStatusReport:
         return await place.report(await place.ca.change(utc_now(), step))
 
     report = _run(ca_secret, ca_dir, act)
@@ -198,7 +200,7 @@ def forget(ca_secret: tuple[str, str] | None, ca_dir: Path | None, nodes: tuple[
         click.echo(f"{node}: {'forgotten' if known else 'has never confirmed anything, so there is nothing to forget'}")
 
 
-def _tell(report: Report, output: str = "text") -> None:
+def _tell(report: CAStatusReport, output: str = "text") -> None:
     if output == "json":
         click.echo(json.dumps(report.document(), indent=2))
     else:
@@ -253,7 +255,7 @@ async def _place(ca_secret: tuple[str, str] | None, ca_dir: Path | None) -> Asyn
     if ca_secret and ca_dir:
         raise click.UsageError("--ca-secret is for a cluster, --ca-dir for the outside of one; give one or the other")
     if ca_dir:
-        confirmations = Confirmations(FolderStore(ca_dir, CONFIRMATIONS_FILE), lambda: 0)
+        confirmations = AcknowledgementStore(FolderStore(ca_dir, ACKNOWLEDGEMENTS_FILE), lambda: 0)
         yield _Place(StoredCA(FolderStore(ca_dir)), confirmations, _Unconnected())
         return
     if not ca_secret and "KUBERNETES_SERVICE_HOST" not in os.environ:
@@ -265,5 +267,5 @@ async def _place(ca_secret: tuple[str, str] | None, ca_dir: Path | None) -> Asyn
     namespace, name = ca_secret or _DEFAULT_SECRET
     async with connect(in_cluster_configuration()) as api:
         store = SecretStore(api, ObjectName("Secret", namespace, name))
-        known = SecretStore(api, ObjectName("Secret", namespace, CONFIRMATIONS))
-        yield _Place(StoredCA(store), Confirmations(known, lambda: 0), CsiNodes(api))
+        known = SecretStore(api, ObjectName("Secret", namespace, ACKNOWLEDGEMENTS_SECRET))
+        yield _Place(StoredCA(store), AcknowledgementStore(known, lambda: 0), CsiNodes(api))

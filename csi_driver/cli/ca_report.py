@@ -10,25 +10,25 @@ from typing import Any
 from cryptography import x509
 
 from csi_driver.authority.ca.keyring import Keyring
-from csi_driver.authority.ca.rotation import Phase
-from csi_driver.authority.ca.state import Holdings
+from csi_driver.authority.ca.rotation import RotationPhase
+from csi_driver.authority.ca.state import CAState
 from csi_driver.core.durations import format_duration
 from csi_driver.core.formats.pem import fingerprint
 
 _MOST_NAMES = 10
 _PHASES = {
-    Phase.STEADY: "steady: one CA signs, and pods trust no other",
-    Phase.ANNOUNCING: "announcing: the next CA's root goes to all volumes; the present one signs",
-    Phase.DISTRIBUTING: "distributing: every node must confirm that its volumes hold both roots; the present one signs",
-    Phase.RETIRING: "retiring: the new CA signs; the former root is trusted until its last certificate has ended",
+    RotationPhase.STEADY: "steady: one CA signs, and pods trust no other",
+    RotationPhase.ANNOUNCING: "announcing: the next CA's root goes to all volumes; the present one signs",
+    RotationPhase.DISTRIBUTING: "distributing: every node must confirm that its volumes hold both roots; the present one signs",
+    RotationPhase.RETIRING: "retiring: the new CA signs; the former root is trusted until its last certificate has ended",
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class CAStatusReport:
     """The CA as it is stored, and the nodes as they are now."""
 
-    holdings: Holdings
+    holdings: CAState
     confirmed: frozenset[str]
     expected: frozenset[str]
     now: int
@@ -43,15 +43,15 @@ class Report:
     def next_step(self) -> str:
         """What happens next, and when."""
         state = self.holdings.state
-        if state.phase is Phase.STEADY:
+        if state.phase is RotationPhase.STEADY:
             return "none until you call: certmount ca rotate"
         if state.stopped:
             return f"none, as it is stopped; go on by: certmount ca rotate{_or_discard(state.phase)}"
-        if not state.since and state.phase is not Phase.DISTRIBUTING:
+        if not state.since and state.phase is not RotationPhase.DISTRIBUTING:
             return "within seconds: an authority reads of this phase, and its time begins; is one running?"
-        if state.phase is Phase.ANNOUNCING:
+        if state.phase is RotationPhase.ANNOUNCING:
             return f"{self._moment(state.announced_at)}: every replica knows of the next CA, and the nodes are asked to confirm"
-        if state.phase is Phase.DISTRIBUTING:
+        if state.phase is RotationPhase.DISTRIBUTING:
             if self.missing:
                 have = "has" if len(self.missing) == 1 else "have"
                 return f"when {_nodes(len(self.missing))} more {have} confirmed: the next CA signs"
@@ -72,7 +72,7 @@ class Report:
             yield f"retired    {fingerprint(x509.load_der_x509_certificate(each.root))}"
             if state.since:
                 yield f"           trusted until {_time(state.trusted_until(each))}"
-        if state.phase is Phase.DISTRIBUTING:
+        if state.phase is RotationPhase.DISTRIBUTING:
             yield f"confirmed  by {len(self.confirmed & self.expected)} of {_nodes(len(self.expected))}"
             for name in self.missing[:_MOST_NAMES]:
                 yield f"           not yet: {name}"
@@ -111,7 +111,7 @@ class Report:
         return f"at {_time(seconds)} (in {_ago(left)})" if left > 0 else "within seconds"
 
 
-def _or_discard(phase: Phase) -> str:
+def _or_discard(phase: RotationPhase) -> str:
     return "; give the next CA up by: certmount ca stop --discard" if phase.before_switch else ""
 
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import click
 
-from csi_driver.authority.issuers import Order
+from csi_driver.authority.issuers import IssuerRequest
 from csi_driver.authority.issuers.acme.routes import NoRoutes
-from csi_driver.authority.issuers.configuration import Tools, make_issuer, read_issuers
+from csi_driver.authority.issuers.configuration import IssuerDependencies, make_issuer, read_issuers
 from csi_driver.authority.issuers.external import ExternalIssuer, Finding
-from csi_driver.authority.issuers.secrets import Secrets
+from csi_driver.authority.issuers.secrets import CredentialReader
 from csi_driver.cli.common import parsed
 from csi_driver.core.certificates.csr import build_csr, parse_csr
 from csi_driver.core.certificates.keys import generate_key
-from csi_driver.core.config.issuers import Declared
+from csi_driver.core.config.issuers import IssuerDeclaration
 from csi_driver.core.durations import parse_duration
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.identity import PodIdentity, ServiceAccount
@@ -79,7 +79,7 @@ def check(names: tuple[str, ...], file: Path, issue: DNSName | None, duration: t
         sys.exit(1)
 
 
-def _declared(file: Path) -> tuple[Declared, ...]:
+def _declared(file: Path) -> tuple[IssuerDeclaration, ...]:
     try:
         with file.open("rb") as opened:
             return read_issuers(opened.read(_MAX_BYTES + 1))
@@ -90,7 +90,7 @@ def _declared(file: Path) -> tuple[Declared, ...]:
         raise click.ClickException(f"{file} is not valid:\n{faults}") from None
 
 
-def _chosen(declared: Sequence[Declared], names: Sequence[str], file: Path) -> list[Declared]:
+def _chosen(declared: Sequence[IssuerDeclaration], names: Sequence[str], file: Path) -> list[IssuerDeclaration]:
     by_name = {one.name: one for one in declared}
     if unknown := [name for name in names if name not in by_name]:
         has = f"it has {', '.join(by_name)}" if by_name else "it declares none"
@@ -101,17 +101,17 @@ def _chosen(declared: Sequence[Declared], names: Sequence[str], file: Path) -> l
 
 
 async def _check(
-    chosen: Sequence[Declared], issue: DNSName | None, duration: timedelta, *, in_a_cluster: bool
+    chosen: Sequence[IssuerDeclaration], issue: DNSName | None, duration: timedelta, *, in_a_cluster: bool
 ) -> list[list[Finding]]:
     async with _tools(in_a_cluster=in_a_cluster) as tools:
         return await asyncio.gather(*(_look(declared, tools, issue, duration) for declared in chosen))
 
 
 @contextlib.asynccontextmanager
-async def _tools(*, in_a_cluster: bool) -> AsyncIterator[Tools]:
+async def _tools(*, in_a_cluster: bool) -> AsyncIterator[IssuerDependencies]:
     """Those of the cluster that this runs in; files only, outside of one."""
     if not in_a_cluster:
-        yield Tools(Secrets())
+        yield IssuerDependencies(CredentialReader())
         return
     from csi_driver.authority.cluster_secrets import cluster_secrets
     from csi_driver.authority.issuers.kubernetes_csr.access import Access
@@ -120,15 +120,17 @@ async def _tools(*, in_a_cluster: bool) -> AsyncIterator[Tools]:
     from csi_driver.kube.secret_store import SecretStore
 
     async with cluster_secrets() as read_secret, connect(in_cluster_configuration()) as api:
-        yield Tools(
-            Secrets(read_secret),
+        yield IssuerDependencies(
+            CredentialReader(read_secret),
             lambda namespace, name: SecretStore(api, ObjectName("Secret", namespace, name)),
             lambda _: NoRoutes(),  # a look makes no Ingress
             Access(ClusterCSRs(api, api)),
         )
 
 
-async def _look(declared: Declared, tools: Tools, issue: DNSName | None, duration: timedelta) -> list[Finding]:
+async def _look(
+    declared: IssuerDeclaration, tools: IssuerDependencies, issue: DNSName | None, duration: timedelta
+) -> list[Finding]:
     try:
         issuer = make_issuer(declared, tools)
     except CertmountError as error:
@@ -148,7 +150,7 @@ async def _issued(issuer: ExternalIssuer, name: DNSName, duration: timedelta) ->
     names = Names.of([name])
     nobody = PodIdentity(ServiceAccount("certmount", "check"), "", "check", "", "", "", 0)
     key = await asyncio.to_thread(generate_key, KeyType.EC_P256)
-    order = Order(parse_csr(build_csr(key, names)), Grant(names, duration, ALL_USAGES, ()), nobody)
+    order = IssuerRequest(parse_csr(build_csr(key, names)), Grant(names, duration, ALL_USAGES, ()), nobody)
     try:
         issued = await issuer.issue(order)
     except CertmountError as error:
@@ -156,7 +158,7 @@ async def _issued(issuer: ExternalIssuer, name: DNSName, duration: timedelta) ->
     return Finding("signing", True, f"signed {name} with a chain of {len(issued.chain)}; thrown away")
 
 
-def _print(declared: Declared, findings: Sequence[Finding]) -> None:
+def _print(declared: IssuerDeclaration, findings: Sequence[Finding]) -> None:
     click.echo(f"{declared.name} ({declared.kind})")
     for finding in findings:
         click.echo(f"  {finding}")

@@ -41,7 +41,7 @@ _LOOK_AGAIN_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class NodeSettings:
     """The options of ``certmount node``."""
 
     kubelet_dir: Path
@@ -107,12 +107,12 @@ def command(log_level: str, **options: object) -> None:
     """Run the CSI driver of one node."""
     configure_logging(log_level)
     try:
-        asyncio.run(run(Settings(**options)))  # type: ignore[arg-type]  # click gives each option its type
+        asyncio.run(run(NodeSettings(**options)))  # type: ignore[arg-type]  # click gives each option its type
     except CertmountError as error:
         raise click.ClickException(str(error)) from None
 
 
-async def run(settings: Settings) -> None:
+async def run(settings: NodeSettings) -> None:
     """Serves until SIGTERM or SIGINT."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -134,7 +134,7 @@ async def run(settings: Settings) -> None:
 
 
 async def _serve(
-    settings: Settings,
+    settings: NodeSettings,
     driver: Driver,
     registration: Registration,
     metrics: NodeMetrics,
@@ -166,7 +166,7 @@ async def _serve(
             task.cancel()
 
 
-async def _register(settings: Settings, registration: Registration) -> None:
+async def _register(settings: NodeSettings, registration: Registration) -> None:
     """Makes the driver known once its mounts can reach pods: elsewhere the kubelet would be told of success, and pods see nothing."""
     told = ""
     while True:
@@ -182,7 +182,7 @@ async def _register(settings: Settings, registration: Registration) -> None:
         await asyncio.sleep(_LOOK_AGAIN_S)
 
 
-async def _serve_csi(settings: Settings, publisher: Publisher, metrics: NodeMetrics) -> grpc.aio.Server:
+async def _serve_csi(settings: NodeSettings, publisher: Publisher, metrics: NodeMetrics) -> grpc.aio.Server:
     def observe(call: Handled) -> None:
         metrics.called(call.method, call.reason, call.seconds)
 
@@ -194,13 +194,13 @@ async def _serve_csi(settings: Settings, publisher: Publisher, metrics: NodeMetr
     return server
 
 
-def _driver(settings: Settings, client: AuthorityClient, keys: ThreadPoolExecutor, metrics: NodeMetrics) -> Driver:
+def _driver(settings: NodeSettings, client: AuthorityClient, keys: ThreadPoolExecutor, metrics: NodeMetrics) -> Driver:
     mounts = KernelMounts() if settings.mounts == "kernel" else FolderMounts()
     store = VolumeStore(settings.plugin_dir / "volumes", settings.kubelet_dir, mounts)
     return Driver(settings.kubelet_dir, store, client, keys, metrics, time.time, random.random)
 
 
-def _kubelet_faults(settings: Settings) -> list[str]:
+def _kubelet_faults(settings: NodeSettings) -> list[str]:
     try:
         check_kubelet_dir(settings.kubelet_dir, shared=settings.mounts == "kernel")
     except CertmountError as error:
@@ -208,7 +208,9 @@ def _kubelet_faults(settings: Settings) -> list[str]:
     return []
 
 
-def _readiness(settings: Settings, client: AuthorityClient, registration: Registration) -> Callable[[], Sequence[str]]:
+def _readiness(
+    settings: NodeSettings, client: AuthorityClient, registration: Registration
+) -> Callable[[], Sequence[str]]:
     def reasons() -> Sequence[str]:
         trust = client.trust_fault()
         return [

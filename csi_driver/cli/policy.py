@@ -23,9 +23,9 @@ from csi_driver.core.names import (
     parse_trust_domain,
     parse_word,
 )
-from csi_driver.core.policy.decision import Judged, Verdict
-from csi_driver.core.policy.engine import Asked, Policy, Subject
-from csi_driver.core.policy.test_cases import CaseTable, parse_cases, parse_domain, pod
+from csi_driver.core.policy.decision import NameDecision, PolicyDecision
+from csi_driver.core.policy.engine import Policy, PolicySubject, RequestedCertificate
+from csi_driver.core.policy.test_cases import PolicyTestTable, parse_cases, parse_domain, pod
 from csi_driver.core.spec import DEFAULT_ISSUER, KeyType, parse_key_type, parse_usage
 
 _IN_THE_CLUSTER = "/etc/certmount/policy/policy.yaml"
@@ -99,13 +99,13 @@ def check(file: Path, trust_domain: str, cluster_domain: str) -> None:
 def explain(file: Path, trust_domain: str, cluster_domain: str, **given: Any) -> None:
     """Say whether a pod may have what it asks for, name by name, and by which rule; exit 1 if not."""
     policy = _policy(file, trust_domain, cluster_domain)
-    subject = Subject(
+    subject = PolicySubject(
         pod(given["namespace"], given["service_account"], given["pod"]),
         dict(given["namespace_label"]),
         given["service"],
     )
     names = Names.of(given["name"], given["uri"], given["ip"], given["email"])
-    asked = Asked(names, given["key_type"], given["usage"], given["duration"], given["issuer"])
+    asked = RequestedCertificate(names, given["key_type"], given["usage"], given["duration"], given["issuer"])
     verdict = policy.judge(subject, asked)
     for line in _told(policy, verdict):
         click.echo(line)
@@ -131,7 +131,7 @@ def test(table: Path) -> None:
         _end(_NO)
 
 
-def _told(policy: Policy, verdict: Verdict) -> Iterator[str]:
+def _told(policy: Policy, verdict: PolicyDecision) -> Iterator[str]:
     if verdict.denied is not None:
         yield f"refused  {verdict.account} is denied by {verdict.denied.label}: {verdict.denied.reason}"
         return
@@ -150,7 +150,7 @@ def _told(policy: Policy, verdict: Verdict) -> Iterator[str]:
     yield "refused: a pod gets all that it asks for, or nothing"
 
 
-def _refused(judged: Judged, *, together: bool) -> Iterator[str]:
+def _refused(judged: NameDecision, *, together: bool) -> Iterator[str]:
     yield f"refused  {judged.name}" + ("" if together else "  together with the other names")
     for objection in judged.objections:
         if objection.obstacles:
@@ -166,7 +166,7 @@ def _policy(file: Path, trust_domain: str, cluster_domain: str) -> Policy:
         _end(_UNUSABLE, *(f"{file}: {fault}" for fault in error.faults))
 
 
-def _table(file: Path) -> CaseTable:
+def _table(file: Path) -> PolicyTestTable:
     try:
         located = read_yaml(_content(file), "table of cases", Reason.INVALID_POLICY)
         return parse_cases(located.data, located.lines)

@@ -1,8 +1,8 @@
-"""Every failure certmount can tell a person about, and whether trying again can help.
+"""Every failure that certmount reports, and what each component does about it.
 
-A failure has a :class:`Reason`, a CamelCase word that is the same in events, metrics, volume health
-and the documentation. The reason alone decides the :class:`Kind`, and the kind alone decides what
-the kubelet and the renewal clock do about it; nothing else in the code base does.
+A failure has a :class:`Reason`: a CamelCase word that is the same in events, logs, metrics, volume health and the
+documentation. A reason has a :class:`FailureKind`. The kind alone decides what happens next: the gRPC status, whether and
+when the node retries, and what the failure means for other requests to the same issuer. docs/reasons.md shows the table.
 """
 
 from __future__ import annotations
@@ -12,59 +12,125 @@ from enum import Enum, unique
 
 
 @unique
-class Kind(Enum):
-    """What may be done about a failure. Final for the kubelet are INVALID, REFUSED, FAILED and NOT_FOUND."""
+class Retry(Enum):
+    """When the node driver retries a renewal that failed."""
 
-    INVALID = "the request must be changed by whoever wrote it"
-    REFUSED = "an administrator must allow it first"
-    FAILED = "the node must be put right first"
-    NOT_FOUND = "there is no such volume"
-    UNAVAILABLE = "another component is down; try again"
-    EXHAUSTED = "a limit is reached; try again later"
-    ABORTED = "something changed in between; try again"
+    BACKOFF = "with exponential backoff, at most 30 s apart"
+    SLOW = "with exponential backoff, at most 5 min apart, and when the policy changes"
+    ON_TOKEN = "when the kubelet sends a new token, at the latest after 5 min"
+    ON_POLICY_CHANGE = "when the policy changes"
+
+
+@unique
+class Scope(Enum):
+    """Which other requests to the same issuer would fail in the same way."""
+
+    REQUEST = "only this request"
+    POD = "all requests of this pod"
+    CALLER = "all requests of this pod or node until its rate limit allows more; the issuer is available"
+    LOAD = "requests beyond what the issuer can handle now: the node slows down"
+    ISSUER = "all requests to the issuer: the node sends one probe at a time until one succeeds"
+
+
+@unique
+class FailureKind(Enum):
+    """What is done about a failure: who must act, the gRPC status, when the node retries, and what else is affected.
+
+    The kubelet treats the statuses UNAVAILABLE, RESOURCE_EXHAUSTED and ABORTED as retryable and all others as final.
+    """
+
+    INVALID = ("the author of the request must change it", "INVALID_ARGUMENT", Retry.SLOW, Scope.REQUEST)
+    NOT_ALLOWED = ("an administrator must allow it", "PERMISSION_DENIED", Retry.SLOW, Scope.POD)
+    DENIED = (
+        "an administrator must remove the service account from the deny list",
+        "PERMISSION_DENIED",
+        Retry.ON_POLICY_CHANGE,
+        Scope.POD,
+    )
+    NOT_AUTHENTICATED = (
+        "the token does not prove the identity of the pod or node",
+        "PERMISSION_DENIED",
+        Retry.SLOW,
+        Scope.POD,
+    )
+    NOT_CONFIGURED = (
+        "the author must change the name, or an administrator must configure it",
+        "PERMISSION_DENIED",
+        Retry.SLOW,
+        Scope.REQUEST,
+    )
+    MISCONFIGURED = (
+        "an administrator must fix the node or the cluster",
+        "FAILED_PRECONDITION",
+        Retry.SLOW,
+        Scope.REQUEST,
+    )
+    NOT_FOUND = ("the volume does not exist", "NOT_FOUND", Retry.SLOW, Scope.REQUEST)
+    TOKEN_NEEDED = ("the kubelet must send a new token", "UNAVAILABLE", Retry.ON_TOKEN, Scope.POD)
+    POD_UNKNOWN = (
+        "the API server has not reported the pod to the authority yet",
+        "UNAVAILABLE",
+        Retry.BACKOFF,
+        Scope.POD,
+    )
+    TRANSIENT = ("a retry can succeed", "UNAVAILABLE", Retry.BACKOFF, Scope.REQUEST)
+    PENDING = ("the issuer is still working on the certificate", "UNAVAILABLE", Retry.BACKOFF, Scope.REQUEST)
+    UNAVAILABLE = ("a component that every request needs is unavailable", "UNAVAILABLE", Retry.BACKOFF, Scope.ISSUER)
+    OVERLOADED = ("a component has reached its capacity", "RESOURCE_EXHAUSTED", Retry.BACKOFF, Scope.LOAD)
+    RATE_LIMITED = ("the caller has reached its rate limit", "RESOURCE_EXHAUSTED", Retry.BACKOFF, Scope.CALLER)
+    NO_SPACE = ("a file system on the node is full", "RESOURCE_EXHAUSTED", Retry.BACKOFF, Scope.REQUEST)
+    ABORTED = ("the volume changed during the request", "ABORTED", Retry.BACKOFF, Scope.REQUEST)
+
+    def __init__(self, meaning: str, status: str, retry: Retry, scope: Scope) -> None:
+        self.meaning = meaning
+        self.status = status
+        """The name of the gRPC status code."""
+        self.retry = retry
+        self.scope = scope
 
     @property
     def retryable(self) -> bool:
-        """True when the same request may succeed later without anyone changing anything."""
-        return self in (Kind.UNAVAILABLE, Kind.EXHAUSTED, Kind.ABORTED)
+        """True if the same request can succeed later although nobody changes anything."""
+        return self.status in ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED")
 
 
 @unique
 class Reason(Enum):
-    """Why a request failed: the word people search for, and its kind."""
+    """Why a request failed: the word that users search for, and its kind."""
 
-    INVALID_ATTRIBUTES = ("InvalidAttributes", Kind.INVALID)
-    INVALID_REQUEST = ("InvalidRequest", Kind.INVALID)
-    INVALID_CSR = ("InvalidCSR", Kind.INVALID)
-    INVALID_POLICY = ("InvalidPolicy", Kind.INVALID)
-    INVALID_ISSUERS = ("InvalidIssuers", Kind.INVALID)
-    NAME_REFUSED = ("NameRefused", Kind.REFUSED)
-    IDENTITY_REFUSED = ("IdentityRefused", Kind.REFUSED)
-    IDENTITY_DENIED = ("IdentityDenied", Kind.REFUSED)
-    ISSUER_UNKNOWN = ("IssuerUnknown", Kind.REFUSED)
-    FEDERATION_UNKNOWN = ("FederationUnknown", Kind.REFUSED)
-    KUBELET_DIRECTORY_WRONG = ("KubeletDirectoryWrong", Kind.FAILED)
-    TARGET_UNUSABLE = ("TargetUnusable", Kind.FAILED)
-    CLUSTER_UNSUPPORTED = ("ClusterUnsupported", Kind.FAILED)
-    INVALID_CA = ("InvalidCA", Kind.FAILED)
-    VOLUME_NOT_FOUND = ("VolumeNotFound", Kind.NOT_FOUND)
-    TOKEN_MISSING = ("TokenMissing", Kind.UNAVAILABLE)
-    TOKEN_EXPIRED = ("TokenExpired", Kind.UNAVAILABLE)
-    TRUST_MISSING = ("TrustMissing", Kind.UNAVAILABLE)
-    AUTHORITY_UNAVAILABLE = ("AuthorityUnavailable", Kind.UNAVAILABLE)
-    PROOF_UNAVAILABLE = ("ProofUnavailable", Kind.UNAVAILABLE)
-    POD_UNKNOWN = ("PodUnknown", Kind.UNAVAILABLE)
-    ISSUER_UNAVAILABLE = ("IssuerUnavailable", Kind.UNAVAILABLE)
-    ISSUANCE_PENDING = ("IssuancePending", Kind.UNAVAILABLE)
-    ANSWER_INVALID = ("AnswerInvalid", Kind.UNAVAILABLE)
-    MOUNT_FAILED = ("MountFailed", Kind.UNAVAILABLE)
-    NO_SPACE = ("NoSpace", Kind.EXHAUSTED)
-    OVERLOADED = ("Overloaded", Kind.EXHAUSTED)
-    TOO_MANY_REQUESTS = ("TooManyRequests", Kind.EXHAUSTED)
-    VOLUME_REMOVED = ("VolumeRemoved", Kind.ABORTED)
-    INTERNAL = ("InternalError", Kind.UNAVAILABLE)
+    INVALID_ATTRIBUTES = ("InvalidAttributes", FailureKind.INVALID)
+    INVALID_REQUEST = ("InvalidRequest", FailureKind.INVALID)
+    INVALID_CSR = ("InvalidCSR", FailureKind.INVALID)
+    INVALID_POLICY = ("InvalidPolicy", FailureKind.INVALID)
+    INVALID_ISSUERS = ("InvalidIssuers", FailureKind.INVALID)
+    NAME_NOT_ALLOWED = ("NameNotAllowed", FailureKind.NOT_ALLOWED)
+    TOKEN_REJECTED = ("TokenRejected", FailureKind.NOT_AUTHENTICATED)
+    SERVICE_ACCOUNT_DENIED = ("ServiceAccountDenied", FailureKind.DENIED)
+    ISSUER_NOT_FOUND = ("IssuerNotFound", FailureKind.NOT_CONFIGURED)
+    FEDERATION_NOT_FOUND = ("FederationNotFound", FailureKind.NOT_CONFIGURED)
+    INVALID_KUBELET_DIRECTORY = ("InvalidKubeletDirectory", FailureKind.MISCONFIGURED)
+    INVALID_TARGET_PATH = ("InvalidTargetPath", FailureKind.MISCONFIGURED)
+    CLUSTER_NOT_SUPPORTED = ("ClusterNotSupported", FailureKind.MISCONFIGURED)
+    INVALID_CA = ("InvalidCA", FailureKind.MISCONFIGURED)
+    VOLUME_NOT_FOUND = ("VolumeNotFound", FailureKind.NOT_FOUND)
+    TOKEN_MISSING = ("TokenMissing", FailureKind.TOKEN_NEEDED)
+    TOKEN_EXPIRED = ("TokenExpired", FailureKind.TOKEN_NEEDED)
+    NODE_TOKEN_MISSING = ("NodeTokenMissing", FailureKind.UNAVAILABLE)
+    ROOT_CERTIFICATE_MISSING = ("RootCertificateMissing", FailureKind.UNAVAILABLE)
+    AUTHORITY_UNAVAILABLE = ("AuthorityUnavailable", FailureKind.UNAVAILABLE)
+    TOKEN_REVIEW_UNAVAILABLE = ("TokenReviewUnavailable", FailureKind.UNAVAILABLE)
+    POD_NOT_FOUND = ("PodNotFound", FailureKind.POD_UNKNOWN)
+    ISSUER_UNAVAILABLE = ("IssuerUnavailable", FailureKind.UNAVAILABLE)
+    ISSUANCE_PENDING = ("IssuancePending", FailureKind.PENDING)
+    INVALID_RESPONSE = ("InvalidResponse", FailureKind.TRANSIENT)
+    MOUNT_FAILED = ("MountFailed", FailureKind.TRANSIENT)
+    NO_SPACE = ("NoSpace", FailureKind.NO_SPACE)
+    AUTHORITY_OVERLOADED = ("AuthorityOverloaded", FailureKind.OVERLOADED)
+    TOO_MANY_REQUESTS = ("TooManyRequests", FailureKind.RATE_LIMITED)
+    VOLUME_REMOVED = ("VolumeRemoved", FailureKind.ABORTED)
+    INTERNAL = ("InternalError", FailureKind.TRANSIENT)
 
-    def __init__(self, word: str, kind: Kind) -> None:
+    def __init__(self, word: str, kind: FailureKind) -> None:
         self.word = word
         self.kind = kind
 
@@ -94,7 +160,7 @@ class CertmountError(Exception):
     def __init__(self, reason: Reason, *faults: Fault | str) -> None:
         self.reason = reason
         self.faults = faults
-        super().__init__(_joined([str(fault) for fault in faults]) or reason.kind.value)
+        super().__init__(_joined([str(fault) for fault in faults]) or reason.kind.meaning)
 
     @property
     def retryable(self) -> bool:

@@ -59,8 +59,8 @@ def identity_from_claims(claims: Mapping[str, Any], *, token: str) -> PodIdentit
     """Reads the claims of a projected token; ``token`` says which one in errors ("pod token", "node token").
 
     Raises:
-        CertmountError: IdentityRefused for a token that is not bound to a pod,
-            ClusterUnsupported for one that does not name its node (Kubernetes before 1.30).
+        CertmountError: TokenRejected for a token that is not bound to a pod,
+            ClusterNotSupported for one that does not name its node (Kubernetes before 1.30).
     """
     bound = claims.get("kubernetes.io")
     bound = bound if isinstance(bound, Mapping) else {}
@@ -71,16 +71,16 @@ def identity_from_claims(claims: Mapping[str, Any], *, token: str) -> PodIdentit
     expires_at = _moment(claims.get("exp"))
     if not (namespace and account and pod and expires_at):
         problem = "is not a projected service-account token that is bound to a pod"
-        raise CertmountError(Reason.IDENTITY_REFUSED, Fault(token, problem))
+        raise CertmountError(Reason.TOKEN_REJECTED, Fault(token, problem))
     service_account = ServiceAccount(namespace, account[0])
     if claims.get("sub") != service_account.username:
         raise CertmountError(
-            Reason.IDENTITY_REFUSED, Fault(token, "names one service account as subject and another in its claims")
+            Reason.TOKEN_REJECTED, Fault(token, "names one service account as subject and another in its claims")
         )
     if node is None:
         problem = "does not name the pod's node"
         raise CertmountError(
-            Reason.CLUSTER_UNSUPPORTED, Fault(token, problem, "certmount needs Kubernetes 1.30 or newer")
+            Reason.CLUSTER_NOT_SUPPORTED, Fault(token, problem, "certmount needs Kubernetes 1.30 or newer")
         )
     return PodIdentity(service_account, account[1], pod[0], pod[1], node[0], node[1], expires_at)
 
@@ -89,17 +89,17 @@ def unverified_identity(token: Secret[str]) -> PodIdentity:
     """What a token claims, unchecked: for the node to see that kubelet passed the right pod's token, never for trust.
 
     Raises:
-        CertmountError: IdentityRefused or ClusterUnsupported, as :func:`identity_from_claims`.
+        CertmountError: TokenRejected or ClusterNotSupported, as :func:`identity_from_claims`.
     """
     parts = token.reveal().split(".")
     if len(parts) != 3 or len(token.reveal()) > MAX_TOKEN_BYTES:
-        raise CertmountError(Reason.IDENTITY_REFUSED, Fault("pod token", "is not a JSON Web Token"))
+        raise CertmountError(Reason.TOKEN_REJECTED, Fault("pod token", "is not a JSON Web Token"))
     try:
         claims = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
     except (ValueError, binascii.Error, RecursionError):
-        raise CertmountError(Reason.IDENTITY_REFUSED, Fault("pod token", "has claims that cannot be read")) from None
+        raise CertmountError(Reason.TOKEN_REJECTED, Fault("pod token", "has claims that cannot be read")) from None
     if not isinstance(claims, dict):
-        raise CertmountError(Reason.IDENTITY_REFUSED, Fault("pod token", "has claims that are not an object"))
+        raise CertmountError(Reason.TOKEN_REJECTED, Fault("pod token", "has claims that are not an object"))
     return identity_from_claims(claims, token="pod token")
 
 

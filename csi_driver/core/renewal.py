@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from csi_driver.core.errors import Kind
+from csi_driver.core.errors import FailureKind
 
 RENEWAL_FRACTION = 2 / 3
 """Of a certificate's life, counted from when it was issued; leaves a third of it to outlast an outage."""
@@ -25,7 +25,7 @@ def plan_renewal(
     not_after: float,
     renew_before_s: float | None,
     renew_after_s: float | None,
-    chance: float,
+    jitter: float,
     late_s: float = 0.0,
 ) -> float:
     """The moment to renew: the issuer's hint if it is sooner, else the user's ``renew-before``, else two thirds of the life; jittered.
@@ -46,19 +46,19 @@ def plan_renewal(
     if renew_after_s is not None and 0 < renew_after_s < planned:
         planned, asked = renew_after_s, True
     planned = min(max(planned, margin), life - margin)
-    jitter = JITTER * min(planned, life - planned)
+    half_width = JITTER * min(planned, life - planned)
     forward = 0.0 if asked else min(late_s, planned / 2)
-    return issued_at + planned + jitter - (1 - chance) * (2 * jitter + forward)
+    return issued_at + planned + half_width - (1 - jitter) * (2 * half_width + forward)
 
 
-def retry_delay_s(*, attempt: int, kind: Kind, chance: float) -> float:
+def retry_delay_s(*, attempt: int, kind: FailureKind, jitter: float) -> float:
     """Seconds until the next try after ``attempt`` failures in a row (1 or more): doubling from one second, jittered by a quarter."""
     cap = _RETRY_CAP_S if kind.retryable else _REFUSED_CAP_S
     delay = min(_FIRST_RETRY_S * 2.0 ** min(attempt - 1, 30), cap)
-    return delay * (0.75 + 0.5 * chance)
+    return delay * (0.75 + 0.5 * jitter)
 
 
-def probe_delay_s(*, attempt: float, left_s: float, chance: float) -> float:
+def probe_delay_s(*, attempt: float, left_s: float, jitter: float) -> float:
     """Seconds until a node asks an authority again that gave no certificate ``attempt`` times in a row.
 
     Doubling as :func:`retry_delay_s`, but up to a fortieth of what is left of the life that ends first, from half a minute
@@ -66,13 +66,13 @@ def probe_delay_s(*, attempt: float, left_s: float, chance: float) -> float:
     """
     cap = min(max(left_s / 40, _RETRY_CAP_S), _PROBE_CAP_S)
     doubled: float = _FIRST_RETRY_S * 2.0 ** min(attempt - 1, 30)
-    return min(doubled, cap) * (0.75 + 0.5 * chance)
+    return min(doubled, cap) * (0.75 + 0.5 * jitter)
 
 
-def catch_up_delay_s(*, silence_s: float, left_s: float, chance: float) -> float:
+def catch_up_delay_s(*, silence_s: float, left_s: float, jitter: float) -> float:
     """Seconds by which a renewal that fell due while the authority was silent is put off when it answers again.
 
     So that not all nodes ask for all at once: over as long again as the silence was, but over no more than a quarter of
     what is left of the certificate's life; one that has ended is not put off.
     """
-    return chance * max(min(silence_s, left_s / 4), 0.0)
+    return jitter * max(min(silence_s, left_s / 4), 0.0)

@@ -9,7 +9,7 @@ from csi_driver.core.secret import Secret
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredSecrets:
     """Values by name, none where nothing was stored yet; ``version`` is the store's own mark of this very content."""
 
     values: Mapping[str, Secret[bytes]]

@@ -207,7 +207,7 @@ def _vacant(field: str, point: Path) -> Iterator[int]:
     with _place(point, os.O_DIRECTORY) as here, _place(point.parent) as above:
         if mount_id(here) != mount_id(above):
             problem = f"{point} is a mount point already"
-            raise CertmountError(Reason.TARGET_UNUSABLE, Fault(field, problem, f"run: umount {point}"))
+            raise CertmountError(Reason.INVALID_TARGET_PATH, Fault(field, problem, f"run: umount {point}"))
         yield here
 
 

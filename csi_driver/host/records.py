@@ -29,14 +29,14 @@ class VolumeRecord:
     issued_at: float
     renew_at: float
     not_after: float
-    provisional: bool = False
+    interim: bool = False
     """The certificate stands in until the one that was asked for is there. Written where it does only: earlier drivers don't know it."""
 
     def to_json(self) -> bytes:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["attributes"] = dict(self.attributes)
-        if not self.provisional:
-            del values["provisional"]
+        if not self.interim:
+            del values["interim"]
         return json.dumps(values, allow_nan=False, separators=(",", ":")).encode()
 
     @classmethod
@@ -66,7 +66,7 @@ class VolumeRecord:
             issued_at=_required(values, "issued_at", _seconds),
             renew_at=_required(values, "renew_at", _seconds),
             not_after=_required(values, "not_after", _seconds),
-            provisional=_required({"provisional": False, **values}, "provisional", _boolean),
+            interim=_required({"interim": False, **values}, "interim", _boolean),
         )
 
 

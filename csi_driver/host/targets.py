@@ -27,8 +27,8 @@ _KINDS: Final = ((stat.S_ISLNK, "a symbolic link"), (stat.S_ISREG, "a file"))
 def check_target(kubelet_dir: Path, target: str, pod_uid: str) -> Path:
     """The target as a path, which may not exist yet; costs two stat calls. Raises CertmountError:
 
-    INVALID_REQUEST for text that is no absolute, normalised path or no pod UID, KUBELET_DIRECTORY_WRONG for a path below
-    another kubelet's root, TARGET_UNUSABLE for another pod's folder, a missing parent, or anything there but a folder.
+    INVALID_REQUEST for text that is no absolute, normalised path or no pod UID, INVALID_KUBELET_DIRECTORY for a path below
+    another kubelet's root, INVALID_TARGET_PATH for another pod's folder, a missing parent, or anything there but a folder.
     """
     if not _POD_UID.fullmatch(pod_uid):
         raise CertmountError(Reason.INVALID_REQUEST, Fault("csi.storage.k8s.io/pod.uid", f"{pod_uid!r} is no pod UID"))
@@ -54,7 +54,7 @@ def may_be_target(kubelet_dir: Path, text: str) -> bool:
 
 
 def check_kubelet_dir(path: Path, *, shared: bool = True) -> None:
-    """Refuses a wrong kubelet directory at start, all faults at once (KUBELET_DIRECTORY_WRONG).
+    """Refuses a wrong kubelet directory at start, all faults at once (INVALID_KUBELET_DIRECTORY).
 
     ``shared``: pods must see mounts made here, so its mount must spread them; needless where links stand in for mounts.
     """
@@ -72,7 +72,7 @@ def check_kubelet_dir(path: Path, *, shared: bool = True) -> None:
             problem = f"{path} is not mounted with shared propagation, so no pod would see a mount made there"
             faults.append(Fault(_OPTION, problem, "set mountPropagation: Bidirectional on its volumeMount"))
     if faults:
-        raise CertmountError(Reason.KUBELET_DIRECTORY_WRONG, *faults)
+        raise CertmountError(Reason.INVALID_KUBELET_DIRECTORY, *faults)
 
 
 def _check_place(kubelet_dir: Path, path: Path) -> None:
@@ -102,11 +102,11 @@ def _elsewhere(kubelet_dir: Path, target: str) -> CertmountError:
         f"set {_OPTION} to {root}, and mount that host path" if pods and root else "set it to the kubelet's --root-dir"
     )
     problem = f"is {kubelet_dir}, but the kubelet asks for a mount at {target}"
-    return CertmountError(Reason.KUBELET_DIRECTORY_WRONG, Fault(_OPTION, problem, hint))
+    return CertmountError(Reason.INVALID_KUBELET_DIRECTORY, Fault(_OPTION, problem, hint))
 
 
 def _unusable(problem: str, hint: str = "") -> CertmountError:
-    return CertmountError(Reason.TARGET_UNUSABLE, Fault(_FIELD, problem, hint))
+    return CertmountError(Reason.INVALID_TARGET_PATH, Fault(_FIELD, problem, hint))
 
 
 def _is_shared(path: Path) -> bool:

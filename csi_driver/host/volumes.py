@@ -28,7 +28,7 @@ from csi_driver.host.generations import DATA, erase_files
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.records import VolumeRecord
 
-__all__ = ["Quarantined", "Scan", "Usage", "VolumeRecord", "VolumeStore"]
+__all__ = ["FilesystemUsage", "Quarantined", "Scan", "VolumeRecord", "VolumeStore"]
 
 # Two generations of an RSA-4096 chain take about 60 KiB in pages of 4 KiB, and 12 inodes.
 VOLUME_BYTES: Final = 1 << 20
@@ -44,7 +44,7 @@ _PLAIN_KEY: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}")
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class FilesystemUsage:
     """What a volume's file system holds, in bytes and inodes."""
 
     total_bytes: int
@@ -91,7 +91,7 @@ class VolumeStore:
     def create(self, volume_id: str) -> None:
         """Makes the volume's folder with its tmpfs and an empty files folder; what is there already is used.
 
-        Raises CertmountError: MOUNT_FAILED, NO_SPACE, TARGET_UNUSABLE.
+        Raises CertmountError: MOUNT_FAILED, NO_SPACE, INVALID_TARGET_PATH.
         """
         folder = self._folder(volume_id)
         with reported("volume", "make the volume's folder", folder):
@@ -125,7 +125,7 @@ class VolumeStore:
     def bind(self, volume_id: str, target: Path) -> None:
         """Shows the files at ``target``, whose folder is made; one that is there is mounted over, never twice.
 
-        Raises CertmountError: TARGET_UNUSABLE, MOUNT_FAILED, NO_SPACE; INTERNAL for a volume without files.
+        Raises CertmountError: INVALID_TARGET_PATH, MOUNT_FAILED, NO_SPACE; INTERNAL for a volume without files.
         """
         files = self.files_dir(volume_id)
         if not self.has_files(volume_id):
@@ -196,13 +196,13 @@ class VolumeStore:
                 quarantined.append(Quarantined(folder.name, str(error)))
         return Scan(tuple(records), tuple(orphans), tuple(quarantined), tuple(dropped))
 
-    def usage(self, volume_id: str) -> Usage:
+    def usage(self, volume_id: str) -> FilesystemUsage:
         """What the volume's file system holds. CertmountError VOLUME_NOT_FOUND."""
         try:
             found = os.statvfs(self.files_dir(volume_id))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise _no_volume(volume_id) from error
-        return Usage(
+        return FilesystemUsage(
             total_bytes=found.f_blocks * found.f_frsize,
             used_bytes=(found.f_blocks - found.f_bfree) * found.f_frsize,
             available_bytes=found.f_bavail * found.f_frsize,
@@ -249,7 +249,7 @@ class VolumeStore:
                 target.chmod(0o750)
         if target.is_symlink() or not target.is_dir():
             problem = f"something other than a folder is at {target}"
-            raise CertmountError(Reason.TARGET_UNUSABLE, Fault("target_path", problem, "remove it from the node"))
+            raise CertmountError(Reason.INVALID_TARGET_PATH, Fault("target_path", problem, "remove it from the node"))
         return made
 
     def _drop(self, folder: Path) -> None:

@@ -56,14 +56,16 @@ def in_cluster_configuration() -> client.Configuration:
     """The API server as every pod finds it; the token is read again each minute, as the kubelet renews it.
 
     Raises:
-        CertmountError: ProofUnavailable outside a cluster.
+        CertmountError: TokenReviewUnavailable outside a cluster.
     """
     configuration = client.Configuration()
     try:
         load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]  # has no types
     except ConfigException as error:
         hint = "the pod needs its service-account token (automountServiceAccountToken)"
-        raise CertmountError(Reason.PROOF_UNAVAILABLE, Fault("cluster", f"cannot be found: {error}", hint)) from None
+        raise CertmountError(
+            Reason.TOKEN_REVIEW_UNAVAILABLE, Fault("cluster", f"cannot be found: {error}", hint)
+        ) from None
     return configuration
 
 

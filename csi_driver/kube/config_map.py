@@ -23,7 +23,7 @@ class ConfigMapPublisher:
         """Writes what pods trust and what the authority shows (PEM), both at once, unless they are there.
 
         Raises:
-            CertmountError: TrustMissing.
+            CertmountError: RootCertificateMissing.
         """
         data = {_ROOTS: roots.decode("ascii"), _AUTHORITY: authority.decode("ascii")}
         try:
@@ -35,10 +35,10 @@ class ConfigMapPublisher:
     async def _publish(self, data: Mapping[str, str]) -> None:
         namespace, name = self._name.namespace, self._name.name
         reading = self._api.read_namespaced_config_map(name, namespace, _request_timeout=TIMEOUT_S)
-        config_map = await answered(reading, Reason.TRUST_MISSING, str(self._name))
+        config_map = await answered(reading, Reason.ROOT_CERTIFICATE_MISSING, str(self._name))
         present = config_map.data or {}
         if data.items() <= present.items():
             return
         config_map.data = {**present, **data}
         writing = self._api.replace_namespaced_config_map(name, namespace, config_map, _request_timeout=TIMEOUT_S)
-        await answered(writing, Reason.TRUST_MISSING, str(self._name))
+        await answered(writing, Reason.ROOT_CERTIFICATE_MISSING, str(self._name))

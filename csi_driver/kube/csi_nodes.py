@@ -8,7 +8,7 @@ from typing import Any
 from kubernetes.aio import client
 
 from csi_driver import DRIVER_NAME
-from csi_driver.core.cluster.nodes import Nodes
+from csi_driver.core.cluster.nodes import ClusterNodes
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.kube.client import answered
 from csi_driver.kube.requests import ask
@@ -25,7 +25,7 @@ class CsiNodes:
     def __init__(self, api: client.ApiClient) -> None:
         self._api = api
 
-    async def list(self) -> Nodes:
+    async def list(self) -> ClusterNodes:
         """All nodes as they are now; raises CertmountError IssuerUnavailable."""
         found: dict[bool, set[str]] = {True: set(), False: set()}
         query = {"limit": _PAGE}
@@ -35,7 +35,7 @@ class CsiNodes:
                 found[has_driver].add(name)
             more = (page.get("metadata") or {}).get("continue")
             if not more:
-                return Nodes(frozenset(found[True]), frozenset(found[False]))
+                return ClusterNodes(frozenset(found[True]), frozenset(found[False]))
             query = {"limit": _PAGE, "continue": more}
         raise _strange("it has no end")
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from kubernetes.aio import client
 
-from csi_driver.core.cluster.csr import ClusterCSR, Condition, Draft
+from csi_driver.core.cluster.csr import ClusterCSR, CSRCondition, CSRDraft
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.kube.client import ApiError, Conflict, answered
 from csi_driver.kube.csrs import CSRs, read_csr
@@ -46,7 +46,7 @@ class ClusterCSRs:
             raise _strange("the authority's own account")
         return username
 
-    async def create(self, draft: Draft) -> ClusterCSR:
+    async def create(self, draft: CSRDraft) -> ClusterCSR:
         """Makes it under a name of the API server's choice."""
         metadata = {
             "generateName": draft.name_prefix,
@@ -62,7 +62,7 @@ class ClusterCSRs:
         body = {**_head(), "metadata": metadata, "spec": spec}
         return _read(await self._ask("POST", _PATH, "CertificateSigningRequest", body))
 
-    async def decide(self, csr: ClusterCSR, condition: Condition) -> ClusterCSR:
+    async def decide(self, csr: ClusterCSR, condition: CSRCondition) -> ClusterCSR:
         """Approves or denies it, unless someone has done either; gives what there is then."""
 
         def change(status: Json, now: ClusterCSR) -> bool:
@@ -82,7 +82,7 @@ class ClusterCSRs:
 
         return await self._change(csr, "status", change)
 
-    async def fail(self, csr: ClusterCSR, condition: Condition) -> ClusterCSR:
+    async def fail(self, csr: ClusterCSR, condition: CSRCondition) -> ClusterCSR:
         """Says that it won't be signed though it was approved, unless it is finished by now."""
 
         def change(status: Json, now: ClusterCSR) -> bool:
@@ -153,7 +153,7 @@ def _head() -> Json:
     return {"apiVersion": "certificates.k8s.io/v1", "kind": "CertificateSigningRequest"}
 
 
-def _condition(condition: Condition) -> Json:
+def _condition(condition: CSRCondition) -> Json:
     return {
         "type": condition.kind,
         "status": "True",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterator
 from collections.abc import Set as AbstractSet
 from datetime import datetime
 
-from csi_driver.core.cluster.csr import ClusterCSR, Condition
+from csi_driver.core.cluster.csr import ClusterCSR, CSRCondition
 from csi_driver.kube.awaited import Arrivals
 from csi_driver.kube.metadata import BadObject, Json, read_metadata
 
@@ -119,9 +119,9 @@ def read_csr(item: Json) -> ClusterCSR:
     )
 
 
-def _condition(value: object) -> Condition:
+def _condition(value: object) -> CSRCondition:
     found = _mapping(value)
-    return Condition(*(str(found.get(key) or "") for key in ("type", "reason", "message")))
+    return CSRCondition(*(str(found.get(key) or "") for key in ("type", "reason", "message")))
 
 
 def _mapping(value: object) -> Json:

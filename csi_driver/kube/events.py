@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from kubernetes.aio import client
 
-from csi_driver.core.cluster.event import EventRefused, PodEvent, Written
+from csi_driver.core.cluster.event import EventRefused, PodEvent, RecordedEvent
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.kube.client import ApiError, Conflict, answered
 from csi_driver.kube.metadata import Json
@@ -27,19 +27,19 @@ class ClusterEvents:
         self._api = api
         self._instance = instance[:128] or "unknown"
 
-    async def create(self, event: PodEvent) -> Written:
+    async def create(self, event: PodEvent) -> RecordedEvent:
         """Makes it, or counts it once more where another replica has made it.
 
         Raises:
             EventRefused: for good.
-            CertmountError: ProofUnavailable for what may pass.
+            CertmountError: TokenReviewUnavailable for what may pass.
         """
         try:
             return _written(await self._send("POST", event, "", self._body(event)))
         except Conflict:
             return await self.repeat(event, await self._read(event), 1, event.first_at)
 
-    async def repeat(self, event: PodEvent, known: Written, more: int, last_at: float) -> Written:
+    async def repeat(self, event: PodEvent, known: RecordedEvent, more: int, last_at: float) -> RecordedEvent:
         """It has been said ``more`` times, at last at ``last_at`` (unix seconds); raises as :meth:`create`."""
         for _ in range(_MOST_CONFLICTS):
             try:
@@ -49,12 +49,12 @@ class ClusterEvents:
                 known = await self._read(event)
         return await self._count(event, known, more, last_at)
 
-    async def _count(self, event: PodEvent, known: Written, more: int, last_at: float) -> Written:
+    async def _count(self, event: PodEvent, known: RecordedEvent, more: int, last_at: float) -> RecordedEvent:
         series = {"count": known.count + more, "lastObservedTime": _micro_time(last_at)}
         body = {"metadata": {"resourceVersion": known.version}, "series": series}
         return _written(await self._send("PATCH", event, f"/{event.name}", body))
 
-    async def _read(self, event: PodEvent) -> Written:
+    async def _read(self, event: PodEvent) -> RecordedEvent:
         """By a patch that changes nothing, so that no permission to read events is needed."""
         return _written(await self._send("PATCH", event, f"/{event.name}", {}))
 
@@ -63,7 +63,7 @@ class ClusterEvents:
         headers = {"Content-Type": MERGE_PATCH} if method == "PATCH" else {}
         try:
             sending = ask(self._api, method, path, body=body, headers=headers)
-            return await answered(sending, Reason.PROOF_UNAVAILABLE, f"Event in namespace {event.namespace}")
+            return await answered(sending, Reason.TOKEN_REVIEW_UNAVAILABLE, f"Event in namespace {event.namespace}")
         except ApiError as error:
             if error.status in _FINAL:
                 raise EventRefused(str(error)) from None
@@ -91,14 +91,14 @@ class ClusterEvents:
         }
 
 
-def _written(found: Json) -> Written:
+def _written(found: Json) -> RecordedEvent:
     """What the API server has now; an event without a series was said once."""
     try:
         version, series = str(found["metadata"]["resourceVersion"]), found.get("series") or {}
-        return Written(version, int(series.get("count", 1)))
+        return RecordedEvent(version, int(series.get("count", 1)))
     except (KeyError, TypeError, ValueError, AttributeError):
         problem = "the API server's answer is strange (no event)"
-        raise CertmountError(Reason.PROOF_UNAVAILABLE, Fault("Event", problem)) from None
+        raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, Fault("Event", problem)) from None
 
 
 def _micro_time(seconds: float) -> str:

@@ -19,11 +19,11 @@ class LivePods:
         self._api = api
 
     async def find(self, namespace: str, name: str) -> LivePod | None:
-        """The pod; None where there is none. Raises CertmountError ProofUnavailable."""
+        """The pod; None where there is none. Raises CertmountError TokenReviewUnavailable."""
         what = f"pod {namespace}/{name}"
         path = f"/api/v1/namespaces/{namespace}/pods/{name}"
         try:
-            item = await answered(ask(self._api, "GET", path), Reason.PROOF_UNAVAILABLE, what)
+            item = await answered(ask(self._api, "GET", path), Reason.TOKEN_REVIEW_UNAVAILABLE, what)
         except ApiError as error:
             if error.status == 404:
                 return None
@@ -37,4 +37,4 @@ class LivePods:
             )
         except (KeyError, TypeError, AttributeError):
             problem = "the API server's answer is strange"
-            raise CertmountError(Reason.PROOF_UNAVAILABLE, Fault(what, problem)) from None
+            raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, Fault(what, problem)) from None

@@ -60,7 +60,7 @@ def _each(verbs: tuple[str, ...], group: str, resources: tuple[str, ...]) -> Ite
 
 
 async def has_permission(api: client.ApiClient, permission: Permission) -> bool:
-    """Asks the API server whether the authority's own account may; raises CertmountError ProofUnavailable where it can't be asked."""
+    """Asks the API server whether the authority's own account may; raises CertmountError TokenReviewUnavailable where it can't be asked."""
     resource, _, subresource = permission.resource.partition("/")
     attributes = {
         "verb": permission.verb,
@@ -75,13 +75,13 @@ async def has_permission(api: client.ApiClient, permission: Permission) -> bool:
         "kind": "SelfSubjectAccessReview",
         "spec": {"resourceAttributes": {key: value for key, value in attributes.items() if value}},
     }
-    answer = await answered(ask(api, "POST", _REVIEWS, body=body), Reason.PROOF_UNAVAILABLE, str(permission))
+    answer = await answered(ask(api, "POST", _REVIEWS, body=body), Reason.TOKEN_REVIEW_UNAVAILABLE, str(permission))
     status = answer.get("status")
     return isinstance(status, dict) and status.get("allowed") is True
 
 
 async def find_object(api: client.ApiClient, found: ObjectName) -> None:
-    """Reads a Secret, ConfigMap or Lease that the manifests make; raises CertmountError ProofUnavailable where that fails."""
+    """Reads a Secret, ConfigMap or Lease that the manifests make; raises CertmountError TokenReviewUnavailable where that fails."""
     group = "/apis/coordination.k8s.io/v1" if found.kind == "Lease" else "/api/v1"
     path = f"{group}/namespaces/{found.namespace}/{found.kind.lower()}s/{found.name}"
-    await answered(ask(api, "GET", path), Reason.PROOF_UNAVAILABLE, str(found))
+    await answered(ask(api, "GET", path), Reason.TOKEN_REVIEW_UNAVAILABLE, str(found))

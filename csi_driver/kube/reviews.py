@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from kubernetes.aio import client
 
-from csi_driver.core.cluster.token_review import Reviewed
+from csi_driver.core.cluster.token_review import ReviewedToken
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.kube.client import TIMEOUT_S, answered
@@ -21,25 +21,23 @@ class ClusterReviewer:
     def __init__(self, api: client.ApiClient) -> None:
         self._api = client.AuthenticationV1Api(api)
 
-    async def review(self, token: Secret[str], audience: str) -> Reviewed:
+    async def review(self, token: Secret[str], audience: str) -> ReviewedToken:
         """The live token's owner.
 
         Raises:
-            CertmountError: IdentityRefused where the API server says no, ProofUnavailable where it can't be asked.
+            CertmountError: TokenRejected where the API server says no, TokenReviewUnavailable where it can't be asked.
         """
         spec = client.V1TokenReviewSpec(token=token.reveal(), audiences=[audience])
         call = self._api.create_token_review(client.V1TokenReview(spec=spec), _request_timeout=TIMEOUT_S)
-        review = await answered(call, Reason.PROOF_UNAVAILABLE, "TokenReview")
+        review = await answered(call, Reason.TOKEN_REVIEW_UNAVAILABLE, "TokenReview")
         status = review.status
         if status is None or not status.authenticated or status.user is None:
             said = _shown(status.error if status is not None else None, token)
-            raise CertmountError(
-                Reason.IDENTITY_REFUSED, f"the API server does not accept it{said}; its pod may be gone"
-            )
+            raise CertmountError(Reason.TOKEN_REJECTED, f"the API server does not accept it{said}; its pod may be gone")
         if audience not in (status.audiences or ()):
-            raise CertmountError(Reason.IDENTITY_REFUSED, f"the API server does not accept it for audience {audience}")
+            raise CertmountError(Reason.TOKEN_REJECTED, f"the API server does not accept it for audience {audience}")
         extra = status.user.extra or {}
-        return Reviewed(
+        return ReviewedToken(
             username=status.user.username or "",
             uid=status.user.uid or "",
             pod_name=_only(extra, "pod-name"),

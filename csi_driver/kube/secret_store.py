@@ -10,7 +10,7 @@ from kubernetes.aio import client
 
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret
-from csi_driver.core.stored_secrets import Stored
+from csi_driver.core.stored_secrets import StoredSecrets
 from csi_driver.kube.client import TIMEOUT_S, Conflict, ObjectName, answered
 
 
@@ -22,7 +22,7 @@ class SecretStore:
         self._secret = secret
         self.name = str(secret)
 
-    async def load(self) -> Stored:
+    async def load(self) -> StoredSecrets:
         """The values; raises CertmountError IssuerUnavailable, or InvalidCA where they are no base64."""
         secret = await self._read()
         try:
@@ -32,9 +32,9 @@ class SecretStore:
             }
         except binascii.Error:
             raise CertmountError(Reason.INVALID_CA, Fault(self.name, "holds a value that is not base64")) from None
-        return Stored(values, _version(secret))
+        return StoredSecrets(values, _version(secret))
 
-    async def save(self, values: Mapping[str, Secret[bytes]], based_on: Stored) -> bool:
+    async def save(self, values: Mapping[str, Secret[bytes]], based_on: StoredSecrets) -> bool:
         """Replaces the Secret's data and nothing else of it; False when another writer came first."""
         secret = await self._read()
         if _version(secret) != based_on.version:

@@ -23,7 +23,7 @@ class ClusterTokenKeys:
         self._keys = client.OpenidApi(api)
 
     async def fetch(self) -> PublishedKeys:
-        """Both as they are now; raises CertmountError ProofUnavailable."""
+        """Both as they are now; raises CertmountError TokenReviewUnavailable."""
         # The typed calls would turn the JSON into Python's notation of a dict.
         configuration = await _body(
             self._discovery.get_service_account_issuer_open_id_configuration_without_preload_content(
@@ -39,7 +39,7 @@ class ClusterTokenKeys:
             issuer = None
         if not isinstance(issuer, str) or not issuer:
             problem = "the API server names no issuer"
-            raise CertmountError(Reason.PROOF_UNAVAILABLE, Fault(_WHAT, problem))
+            raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, Fault(_WHAT, problem))
         return PublishedKeys(issuer, jwks)
 
 
@@ -51,4 +51,4 @@ async def _body(call: Awaitable[aiohttp.ClientResponse]) -> bytes:
             raise client.ApiException(status=response.status)
         return body
 
-    return await answered(read(), Reason.PROOF_UNAVAILABLE, _WHAT)
+    return await answered(read(), Reason.TOKEN_REVIEW_UNAVAILABLE, _WHAT)

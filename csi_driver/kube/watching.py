@@ -47,7 +47,7 @@ class Pace:
     """How patient a reflector is, in seconds."""
 
     watch: float = 280.0
-    """After which the API server ends a watch and a new one begins; moved by chance, so that replicas don't do so together."""
+    """After which the API server ends a watch and a new one begins; moved by rng, so that replicas don't do so together."""
     silence: float = 100.0
     """A watch that says nothing for so long may be dead, and is replaced: that costs one request where all was quiet."""
     page: float = 30.0
@@ -220,7 +220,7 @@ class Reflector:
         return {"Accept": _METADATA.format(suffix)} if self.resource.metadata_only else {}
 
     async def _answered(self, call: Awaitable[_T]) -> _T:
-        return await answered(call, Reason.PROOF_UNAVAILABLE, self.resource.name)
+        return await answered(call, Reason.TOKEN_REVIEW_UNAVAILABLE, self.resource.name)
 
     def _works(self) -> None:
         if self.failing_since is not None:
@@ -235,7 +235,7 @@ class Reflector:
             log.warning("not followed", resource=self.resource.name, error=error)
 
     def _delay(self) -> float:
-        """Doubled with each failure; moved by chance, so that an API server that comes back is not met by all at once."""
+        """Doubled with each failure; moved by rng, so that an API server that comes back is not met by all at once."""
         longest = min(self._pace.first_retry * 2.0 ** min(self._failures, 16), self._pace.longest_retry)
         delay = max(longest * random.uniform(0.5, 1.0), self._retry_after_s)  # noqa: S311  # not a secret
         self._retry_after_s = 0.0

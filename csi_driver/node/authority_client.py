@@ -18,7 +18,7 @@ from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import decode_certificates
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import CertificateSpec, Usage
-from csi_driver.node.renewal.reports import Condition, Report
+from csi_driver.node.renewal.reports import CertificateCondition, CertificateReport
 from csi_driver.rpc.errors import from_rpc
 
 ISSUE_TIMEOUT_S = 90.0
@@ -29,11 +29,11 @@ _PATIENCE_S = 6.0
 _PAUSE_S = 0.2
 _MAX_FILE_BYTES = 1024 * 1024
 _CONDITIONS = {
-    Condition.RENEWAL_FAILING: authority_pb2.CONDITION_RENEWAL_FAILING,
-    Condition.OVERDUE: authority_pb2.CONDITION_OVERDUE,
-    Condition.EXPIRED: authority_pb2.CONDITION_EXPIRED,
-    Condition.RECOVERED: authority_pb2.CONDITION_RECOVERED,
-    Condition.RENEWAL_DROPPED: authority_pb2.CONDITION_RENEWAL_DROPPED,
+    CertificateCondition.RENEWAL_FAILING: authority_pb2.CONDITION_RENEWAL_FAILING,
+    CertificateCondition.OVERDUE: authority_pb2.CONDITION_OVERDUE,
+    CertificateCondition.EXPIRED: authority_pb2.CONDITION_EXPIRED,
+    CertificateCondition.RECOVERED: authority_pb2.CONDITION_RECOVERED,
+    CertificateCondition.RENEWAL_DROPPED: authority_pb2.CONDITION_RENEWAL_DROPPED,
 }
 _USAGES = {Usage.SERVER: authority_pb2.USAGE_SERVER, Usage.CLIENT: authority_pb2.USAGE_CLIENT}
 # RFC 6750 section 2.1. gRPC refuses other characters in metadata, and servers refuse more than 8 KiB of it.
@@ -56,13 +56,13 @@ _OPTIONS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class IssuedAnswer:
     """What the authority answered, unchecked (X.509 DER)."""
 
     chain: Sequence[bytes]
     trust: Mapping[str, RootSet]
     renew_after: timedelta | None
-    provisional: bool = False
+    interim: bool = False
     """The certificate is the internal CA's, and stands in until the one that was asked for is there."""
 
 
@@ -71,10 +71,10 @@ class TrustBundle:
     """All sets of roots that the authority has by their names, unchecked, and a text that differs for each policy it has."""
 
     sets: Mapping[str, RootSet]
-    policy: str
-    sharing: frozenset[str] = frozenset()
+    policy_revision: str
+    shared_issuers: frozenset[str] = frozenset()
     """Issuers that count certificates, whose pods share theirs."""
-    due: frozenset[str] = frozenset()
+    renew_now: frozenset[str] = frozenset()
     """Digests of the keys whose certificates are to be renewed now, as their CA advises."""
 
 
@@ -94,13 +94,13 @@ class AuthorityClient:
         # Channels of earlier roots: what is under way on them ends in peace. Roots change once in years.
         self._retired: list[grpc.aio.Channel] = []
 
-    async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> Answer:
+    async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuedAnswer:
         """Asks for a certificate as ``spec`` says; its names are in the CSR (DER).
 
         The end of a replica costs a call some seconds, and no failure.
 
         Raises:
-            CertmountError: the authority's reason, TrustMissing while there is no root file, AuthorityUnavailable.
+            CertmountError: the authority's reason, RootCertificateMissing while there is no root file, AuthorityUnavailable.
         """
         request = authority_pb2.IssueRequest(
             csr=csr,
@@ -113,7 +113,7 @@ class AuthorityClient:
             request.duration.FromTimedelta(spec.duration)
         response = await self._answered(request)
         renew_after = response.renew_after.ToTimedelta() if response.HasField("renew_after") else None
-        return Answer(response.chain, _root_sets(response.trust), renew_after, response.provisional)
+        return IssuedAnswer(response.chain, _root_sets(response.trust), renew_after, response.interim)
 
     async def watch_trust(self) -> AsyncIterator[TrustBundle]:
         """Yields what is to be trusted now and at each change; ends when the authority ends the stream.
@@ -126,7 +126,10 @@ class AuthorityClient:
         try:
             async for bundle in call:
                 yield TrustBundle(
-                    _root_sets(bundle.sets), bundle.policy, frozenset(bundle.sharing), frozenset(bundle.due)
+                    _root_sets(bundle.sets),
+                    bundle.policy_revision,
+                    frozenset(bundle.shared_issuers),
+                    frozenset(bundle.renew_now),
                 )
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error) from None
@@ -145,7 +148,7 @@ class AuthorityClient:
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error) from None
 
-    async def report(self, report: Report) -> None:
+    async def report(self, report: CertificateReport) -> None:
         """Tells what has become of a pod's certificate.
 
         Raises:
@@ -211,11 +214,11 @@ class AuthorityClient:
                 return content
         except ValueError:
             raise CertmountError(
-                Reason.TRUST_MISSING, Fault(str(self._root_file), "holds no certificate in PEM")
+                Reason.ROOT_CERTIFICATE_MISSING, Fault(str(self._root_file), "holds no certificate in PEM")
             ) from None
         hint = "the authority publishes it to the ConfigMap certmount-root when it first starts; is it running?"
         raise CertmountError(
-            Reason.TRUST_MISSING, Fault(str(self._root_file), "the authority's root is not there yet", hint)
+            Reason.ROOT_CERTIFICATE_MISSING, Fault(str(self._root_file), "the authority's root is not there yet", hint)
         )
 
     def _bearer(self) -> tuple[tuple[str, str], ...]:

@@ -29,7 +29,7 @@ from csi_driver.telemetry.node_metrics import NodeMetrics
 
 
 class Driver:
-    """All that a node does with volumes. ``clock`` gives unix seconds, ``chance`` numbers from 0 to 1, ``keys`` threads for keys."""
+    """All that a node does with volumes. ``clock`` gives unix seconds, ``rng`` numbers from 0 to 1, ``keys`` threads for keys."""
 
     def __init__(
         self,
@@ -39,17 +39,17 @@ class Driver:
         keys: Executor,
         metrics: NodeMetrics,
         clock: Callable[[], float],
-        chance: Callable[[], float],
+        rng: Callable[[], float],
     ) -> None:
         self._client = client
-        self._chance = chance
+        self._rng = rng
         volumes = Volumes()
-        self._lanes = Lanes(clock, chance)
+        self._lanes = Lanes(clock, rng)
         paced = self._lanes.paced(client)
-        self._first_calls = FirstCalls(paced, chance)
-        self._first_calls_outside = FirstCalls(paced, chance, OUTSIDE_SIDE_BY_SIDE)
-        self._removal = Removal(store, volumes, clock, chance)
-        self._roots = Roots(store, volumes, self._removal, metrics, clock, chance)
+        self._first_calls = FirstCalls(paced, rng)
+        self._first_calls_outside = FirstCalls(paced, rng, OUTSIDE_SIDE_BY_SIDE)
+        self._removal = Removal(store, volumes, clock, rng)
+        self._roots = Roots(store, volumes, self._removal, metrics, clock, rng)
         metrics.count_waiting(self._lanes.backlog)
         live = LiveCertificates(store, volumes, lambda: self._roots.known, clock)
         self._pending = Pending(clock)
@@ -58,12 +58,12 @@ class Driver:
             Enrolment,
             keys=keys,
             clock=clock,
-            chance=chance,
+            rng=rng,
             pending=self._pending,
             shared=self._shared,
             orders=live,
         )
-        self._reports = Reports(client, chance)
+        self._reports = Reports(client, rng)
         self._conditions = Conditions(volumes, self._removal, self._lanes, self._reports, clock)
         self._renewals = Renewals(
             store,
@@ -75,7 +75,7 @@ class Driver:
             self._conditions,
             metrics,
             clock,
-            chance,
+            rng,
         )
         self._advice = Advice(store, volumes, self._renewals.advised)
         self.publisher = Publisher(
@@ -88,7 +88,7 @@ class Driver:
             self._removal,
             metrics,
             clock,
-            chance,
+            rng,
         )
 
     async def run(self) -> None:
@@ -102,12 +102,12 @@ class Driver:
             tasks.create_task(self._advice.run(), name="advice")
             tasks.create_task(self._roots.writing.run(), name="roots")
             tasks.create_task(self._removal.again.run(), name="removals")
-            tasks.create_task(follow_trust(self._client, self._take, self._roots, self._chance), name="trust")
+            tasks.create_task(follow_trust(self._client, self._take, self._roots, self._rng), name="trust")
 
     def _take(self, bundle: TrustBundle) -> None:
         # The stream begins anew each half hour, which is the clock of what memory holds for pods that may be gone.
         self._pending.forget_old()
-        self._shared.streamed(bundle.sharing, bundle.due)
-        self._advice.streamed(bundle.due)
+        self._shared.streamed(bundle.shared_issuers, bundle.renew_now)
+        self._advice.streamed(bundle.renew_now)
         self._roots.streamed(bundle.sets)
-        self._renewals.policy_is(bundle.policy)
+        self._renewals.policy_is(bundle.policy_revision)

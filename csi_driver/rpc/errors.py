@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
 from typing import Any, NoReturn
 
 import grpc
 
-from csi_driver.core.errors import REASONS, CertmountError, Kind, Reason
+from csi_driver.core.errors import REASONS, CertmountError, Reason
 
 REASON_KEY = "certmount-reason"
 """Trailing metadata that holds the reason's word."""
 
-STATUS = MappingProxyType(
-    {
-        Kind.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
-        Kind.REFUSED: grpc.StatusCode.PERMISSION_DENIED,
-        Kind.FAILED: grpc.StatusCode.FAILED_PRECONDITION,
-        Kind.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
-        Kind.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
-        Kind.EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
-        Kind.ABORTED: grpc.StatusCode.ABORTED,
-    }
-)
 _MAX_MESSAGE = 2000
 """Status messages travel in HTTP/2 headers, which peers cut or refuse above a few kilobytes."""
 
@@ -31,7 +19,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: CertmountErr
     """Ends the call with the error's status, text and reason."""
     text = str(error)
     message = text if len(text) <= _MAX_MESSAGE else text[: _MAX_MESSAGE - 3] + "..."
-    await context.abort(STATUS[error.reason.kind], message, ((REASON_KEY, error.reason.word),))
+    await context.abort(grpc.StatusCode[error.reason.kind.status], message, ((REASON_KEY, error.reason.word),))
 
 
 def from_rpc(error: grpc.aio.AioRpcError) -> CertmountError:

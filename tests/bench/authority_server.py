@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from csi_driver.core.cluster.token_review import PublishedKeys, Reviewed
+from csi_driver.core.cluster.token_review import PublishedKeys, ReviewedToken
 from csi_driver.core.identity import unverified_identity
 from csi_driver.core.secret import Secret
 from csi_driver.telemetry.logging import configure_logging
@@ -36,10 +36,10 @@ policy:
 class Reviewer:
     """Every token is live."""
 
-    async def review(self, token: Secret[str], _audience: str) -> Reviewed:
+    async def review(self, token: Secret[str], _audience: str) -> ReviewedToken:
         await asyncio.sleep(REVIEW_S)
         claimed = unverified_identity(token)
-        return Reviewed(
+        return ReviewedToken(
             claimed.service_account.username,
             claimed.service_account_uid,
             claimed.pod_name,

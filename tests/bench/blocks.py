@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.core.certificates.csr import build_csr
 from csi_driver.core.certificates.keys import generate_key
-from csi_driver.core.certificates.verification import Expected, check_answer
+from csi_driver.core.certificates.verification import ExpectedCertificate, verify_certificate
 from csi_driver.core.formats.pem import render_files
 from csi_driver.core.names import DNSName, Names, spiffe_id
 from csi_driver.core.spec import KeyType
@@ -31,12 +31,12 @@ def measure_blocks(folder: Path) -> list[Figure]:
     key = generate_key(KeyType.EC_P256)
     signed = Names.of(names.dns, [spiffe_id(TRUST_DOMAIN, "web", "shop")])
     leaf = ca.sign(key.public_key(), signed, timedelta(hours=1)).public_bytes(Encoding.DER)
-    expected = Expected(key.public_key(), names, "web", "shop")
+    expected = ExpectedCertificate(key.public_key(), names, "web", "shop")
 
     def check() -> None:
-        check_answer([leaf], [ca.der], expected, datetime.now(UTC))
+        verify_certificate([leaf], [ca.der], expected, datetime.now(UTC))
 
-    bundle = check_answer([leaf], [ca.der], expected, datetime.now(UTC))
+    bundle = verify_certificate([leaf], [ca.der], expected, datetime.now(UTC))
     files = [
         VolumeFile(file.name, file.content, 0o440, 1000 if MOUNTS == "kernel" else None)
         for file in render_files(key, bundle.chain, bundle.roots)

@@ -156,14 +156,14 @@ def test_pod_alone_gets_nothing() -> None:
     wait_for("jsonpath={.status.phase}=Succeeded", f"pod/{HOSTILE.name}", namespace=NAMESPACE)
     outcomes = json.loads(kubectl("-n", NAMESPACE, "logs", HOSTILE.name))
     assert len(outcomes) == 6
-    assert set(outcomes.values()) == {"IdentityRefused"}, outcomes
+    assert set(outcomes.values()) == {"TokenRejected"}, outcomes
 
 
 def test_token_of_a_pod_on_another_node_is_refused(node_token: str) -> None:
     """A stolen node gets nothing for pods of other nodes."""
     stolen = authority.token("default", NAMESPACE, FOREIGN.name, "certmount")
     outcome = authority.issue(stolen, node_token)
-    assert outcome.reason == "IdentityRefused"
+    assert outcome.reason == "TokenRejected"
     assert f"is of a pod on node {OTHER_NODE}, but the driver on node {host.NODE} shows it" in outcome.message
 
 
@@ -177,7 +177,7 @@ def test_token_of_another_nodes_driver_is_refused(pod_token: str) -> None:
     (driver, *_) = wait_until(drivers, seconds=30, what=f"the DaemonSet makes a pod for {OTHER_NODE}")
     other = authority.token("certmount-node", CERTMOUNT, driver["metadata"]["name"], "certmount-node")
     outcome = authority.issue(pod_token, other)
-    assert outcome.reason == "IdentityRefused"
+    assert outcome.reason == "TokenRejected"
     assert f"is of a pod on node {host.NODE}, but the driver on node {OTHER_NODE} shows it" in outcome.message
 
 
@@ -197,7 +197,7 @@ def test_forged_and_misused_tokens_are_refused(pod_token: str, node_token: str) 
         "empty": "",
     }
     for what, token in wrong_pod_tokens.items():
-        assert authority.issue(token, node_token).reason == "IdentityRefused", f"pod token {what}"
+        assert authority.issue(token, node_token).reason == "TokenRejected", f"pod token {what}"
     wrong_node_tokens = {
         "of another account": authority.token("default", NAMESPACE, SUBJECT.name, "certmount-node"),
         "the pod's own": pod_token,
@@ -207,7 +207,7 @@ def test_forged_and_misused_tokens_are_refused(pod_token: str, node_token: str) 
         "missing": None,
     }
     for what, wrong in wrong_node_tokens.items():
-        assert authority.issue(pod_token, wrong).reason == "IdentityRefused", f"node token {what}"
+        assert authority.issue(pod_token, wrong).reason == "TokenRejected", f"node token {what}"
 
 
 def test_token_outlives_its_pod_by_seconds_only(pod_token: str, node_token: str) -> None:
@@ -219,6 +219,6 @@ def test_token_outlives_its_pod_by_seconds_only(pod_token: str, node_token: str)
         return outcome if outcome.reason in reasons else None
 
     # The authority hears that the pod is gone; a review from before counts for some seconds more.
-    wait_until(lambda: refusal("PodUnknown", "IdentityRefused"), seconds=10, what="nothing for a deleted pod")
-    refused = wait_until(lambda: refusal("IdentityRefused"), seconds=15, what="its token itself is refused")
+    wait_until(lambda: refusal("PodNotFound", "TokenRejected"), seconds=10, what="nothing for a deleted pod")
+    refused = wait_until(lambda: refusal("TokenRejected"), seconds=15, what="its token itself is refused")
     assert "the API server does not accept it" in refused.message

@@ -289,15 +289,15 @@ DENIED: dict[str, tuple[Callable[[], Request], str, str]] = {
     ),
     "a name that no rule allows": (
         lambda: Request(pem(generate_key(KeyType.EC_P256), "shop.example.com")),
-        "NameRefused",
+        "NameNotAllowed",
         "shop.example.com",
     ),
     "another account's identity": (
         lambda: Request(pem(generate_key(KeyType.EC_P256), "spiffe://cluster.local/ns/kube-system/sa/admin")),
-        "NameRefused",
+        "NameNotAllowed",
         "spiffe://cluster.local/ns/kube-system/sa/admin",
     ),
-    "too long a life": (lambda: Request(good(), seconds=48 * 3600), "NameRefused", "not 48h"),
+    "too long a life": (lambda: Request(good(), seconds=48 * 3600), "NameNotAllowed", "not 48h"),
     "forged notes": (
         lambda: Request(
             pem(generate_key(KeyType.EC_P256), "shop.example.com"),
@@ -307,7 +307,7 @@ DENIED: dict[str, tuple[Callable[[], Request], str, str]] = {
                 "certmount.dev/names": "shop.example.com",
             },
         ),
-        "NameRefused",
+        "NameNotAllowed",
         "shop.example.com",
     ),
     "a forged requester": (
@@ -315,7 +315,7 @@ DENIED: dict[str, tuple[Callable[[], Request], str, str]] = {
             pem(generate_key(KeyType.EC_P256), "shop.example.com"),
             spec={"username": "system:serviceaccount:certmount:certmount-authority", "groups": ["system:masters"]},
         ),
-        "NameRefused",
+        "NameNotAllowed",
         "shop.example.com",
     ),
 }
@@ -364,7 +364,7 @@ def test_whoever_is_no_live_pod_is_denied() -> None:
     cases[send(Request(good()), {"Authorization": f"Bearer {unbound}"}, admin=False)] = "came without pod-name"
     for name, text in cases.items():
         kind, reason, message = condition(finished(name))
-        assert (kind, reason) == ("Denied", "IdentityRefused"), text
+        assert (kind, reason) == ("Denied", "TokenRejected"), text
         assert text in message
 
 
@@ -382,7 +382,7 @@ def test_a_pod_in_its_end_gets_nothing() -> None:
     )
     kind, reason, message = condition(finished(name))
     kubectl("-n", NAMESPACE, "patch", "pod", ending.name, "--type=merge", "-p", '{"metadata": {"finalizers": null}}')
-    assert (kind, reason) == ("Denied", "IdentityRefused")
+    assert (kind, reason) == ("Denied", "TokenRejected")
     assert "is ending" in message
 
 
@@ -398,7 +398,7 @@ def test_an_approval_by_hand_makes_no_name_allowed() -> None:
     roll_out("deployment/certmount-authority")
     conditions = finished(name)["status"]["conditions"]
     assert [one["type"] for one in conditions] == ["Approved", "Failed"]
-    assert conditions[1]["reason"] == "NameRefused"
+    assert conditions[1]["reason"] == "NameNotAllowed"
     assert "certificate" not in get("csr", name)["status"]
 
 

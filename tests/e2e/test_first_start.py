@@ -111,7 +111,7 @@ def test_four_replicas_that_race_for_an_empty_secret_end_with_one_ca() -> None:
         outcome = authority.issue(
             "", None, address=f"{pod['status']['podIP']}:8443", trusted=authority.serving_root(RACE)
         )
-        assert outcome.reason == "IdentityRefused", pod["metadata"]["name"]
+        assert outcome.reason == "TokenRejected", pod["metadata"]["name"]
     kubectl("-n", RACE, "delete", "deployment", "certmount-authority", "--wait=false")
 
 

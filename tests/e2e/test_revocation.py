@@ -51,13 +51,15 @@ def test_a_denied_account_gets_nothing_more_until_it_is_allowed_again(logs: LogK
     """Its renewals and its new pods are refused, each with the administrator's reason; lifted, both go on by themselves."""
     uid, denied = STOLEN.uid, {"match": {"namespaces": [NAMESPACE], "serviceAccounts": ["default"]}, "reason": WHY}
     _set_policy(lambda policy: policy.update(deny=[denied]))
-    said = wait_until(lambda: _event("IdentityDenied"), seconds=150, what="the event IdentityDenied on the running pod")
+    said = wait_until(
+        lambda: _event("ServiceAccountDenied"), seconds=150, what="the event ServiceAccountDenied on the running pod"
+    )
     assert WHY in said
     held, issued = STOLEN.read("site.crt"), logs.issued(uid)
 
     apply(manifest(NEXT, {}))
     (refused, *_) = wait_until(lambda: warnings_of(NEXT.name, NAMESPACE), seconds=60, what="a FailedMount event")
-    assert "IdentityDenied" in refused
+    assert "ServiceAccountDenied" in refused
     assert WHY in refused
     # The pod keeps what it has: what ends it is the certificate's own end.
     assert (STOLEN.read("site.crt"), logs.issued(uid)) == (held, issued)

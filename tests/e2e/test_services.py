@@ -89,7 +89,7 @@ def test_a_pod_that_no_service_selects_is_refused_and_told_by_an_event() -> None
     """The event is on the pod itself, with its uid; refused again it is counted, not written again."""
     (event, *others) = wait_until(lambda: _events(STRANGER), seconds=60, what="an event of the authority")
     assert others == []
-    assert (event["type"], event["reason"]) == ("Warning", "NameRefused")
+    assert (event["type"], event["reason"]) == ("Warning", "NameNotAllowed")
     assert f"shop.{NAMESPACE}.svc" in event["message"]
     assert event["involvedObject"]["uid"] == STRANGER.uid
 

@@ -159,7 +159,7 @@ def test_refused_name_is_told_and_the_pod_starts_once_policy_allows_it() -> None
     """The event says which name and why; when the policy is fixed, the very same pod starts."""
     refused = pod("refused")
     (message, *_) = wait_until(lambda: warnings_of("refused", NAMESPACE), seconds=30, what="a FailedMount event")
-    assert "NameRefused" in message
+    assert "NameNotAllowed" in message
     assert f"{REFUSED_NAME}: no policy rule allows this name for service account {NAMESPACE}/default" in message
     uid = refused.uid
     policy = yaml.safe_load(get("configmap", "certmount-policy")["data"]["policy.yaml"])

@@ -20,7 +20,7 @@ from csi_driver import DRIVER_NAME
 from csi_driver.authority.ca.authority import CertificateAuthority, utc_now
 from csi_driver.authority.ca.keyring import INTERMEDIATE_KEY, Keyring, dump_keyring, make_keyring
 from csi_driver.authority.storage import FolderStore
-from csi_driver.authority.trust.acknowledgements import CONFIRMATIONS_FILE, mark
+from csi_driver.authority.trust.acknowledgements import ACKNOWLEDGEMENTS_FILE, mark
 from csi_driver.cli.ca import command
 from csi_driver.core.formats.pem import fingerprint
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
@@ -248,7 +248,7 @@ async def test_in_a_cluster_the_nodes_that_are_waited_for_are_named(
     server.objects["secrets/certmount-ca"]["data"] = data
     document = json.dumps({"set": "internal", "nodes": {mark("updating"): 1, mark("gone"): 1}})
     known = server._object("Secret", "certmount-confirmations")
-    known["data"] = {CONFIRMATIONS_FILE: base64.b64encode(document.encode()).decode()}
+    known["data"] = {ACKNOWLEDGEMENTS_FILE: base64.b64encode(document.encode()).decode()}
     server.objects["secrets/certmount-confirmations"] = known
     nodes = server.collections["/apis/storage.k8s.io/v1/csinodes"] = Collection()
     for number in range(12):

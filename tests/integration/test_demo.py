@@ -159,7 +159,7 @@ def test_the_certificate_rotates_twice_without_one_failed_connection(told: Told)
 def test_a_name_that_policy_does_not_allow_is_refused_in_one_line(told: Told) -> None:
     """The refusal has its reason, the name, the service account, and what to do."""
     line = next(line for line in told.output.splitlines() if "its event says:" in line)
-    for expected in ("NameRefused", "shop.web.svc.cluster.local", "web/thief", "ask an administrator"):
+    for expected in ("NameNotAllowed", "shop.web.svc.cluster.local", "web/thief", "ask an administrator"):
         assert expected in line
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from csi_driver.authority.issuers import Issued, Order
+from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
 from csi_driver.authority.issuers.acme.issuer import AcmeIssuer
 from csi_driver.authority.issuers.acme.settings import AcmeSettings, Dns01, StorePlace
 from csi_driver.authority.storage import FolderStore
@@ -22,7 +22,7 @@ from csi_driver.core.certificates.keys import PrivateKey
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.core.names import DNSName, Names, spiffe_id
-from csi_driver.core.policy.engine import Asked, Grant
+from csi_driver.core.policy.engine import Grant, RequestedCertificate
 from csi_driver.core.spec import Usage
 from tests.peers.bind9 import Bind9, bind9
 from tests.peers.pebble import Pebble
@@ -31,13 +31,13 @@ POD = PodIdentity(ServiceAccount("web", "edge"), "uid-1", "edge-0", "uid-2", "no
 ZONE = "example.test"
 
 
-def order_for(*names: str, key: PrivateKey | None = None) -> Order:
+def order_for(*names: str, key: PrivateKey | None = None) -> IssuerRequest:
     """As the desk hands it in for a pod that asks for these DNS names; a new key where none is given."""
     asked = Names.of([DNSName.parse(name) for name in names])
     granted = replace(asked, uris=(spiffe_id("cluster.local", "web", "edge"),))
     request = parse_csr(build_csr(key or ec.generate_private_key(ec.SECP256R1()), asked))
     grant = Grant(granted, timedelta(days=1), (Usage.SERVER, Usage.CLIENT), ("policy[0]",))
-    return Order(request, grant, POD, Asked(asked))
+    return IssuerRequest(request, grant, POD, RequestedCertificate(asked))
 
 
 @contextlib.asynccontextmanager
@@ -54,7 +54,7 @@ async def at_work(*issuers: AcmeIssuer) -> AsyncIterator[None]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def patiently(issuer: AcmeIssuer, order: Order) -> Issued:
+async def patiently(issuer: AcmeIssuer, order: IssuerRequest) -> IssuedCertificate:
     """As a node asks: again with the same request, for as long as the answer is that it is pending."""
     async with asyncio.timeout(60):
         while True:
@@ -66,7 +66,7 @@ async def patiently(issuer: AcmeIssuer, order: Order) -> Issued:
                 await asyncio.sleep(0.2)
 
 
-async def told(issuer: AcmeIssuer, order: Order) -> CertmountError:
+async def told(issuer: AcmeIssuer, order: IssuerRequest) -> CertmountError:
     """What a pod hears that gets no certificate: the first answer that says more than that the CA is at it."""
     async with asyncio.timeout(60):
         while True:

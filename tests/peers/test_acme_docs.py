@@ -17,7 +17,7 @@ import yaml
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from csi_driver.authority.issuers import Order
+from csi_driver.authority.issuers import IssuerRequest
 from csi_driver.authority.issuers.acme.challenge_server import ChallengeServer
 from csi_driver.authority.issuers.acme.refusals import judge
 from csi_driver.authority.issuers.acme.settings import PRODUCTION, STAGING, AcmeSettings, Dns01, Http01
@@ -29,7 +29,7 @@ from csi_driver.core.certificates.verification import parse_certificates
 from csi_driver.core.formats.pem import encode_certificates
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.core.policy.document import parse_policy
-from csi_driver.core.policy.engine import Asked, Subject
+from csi_driver.core.policy.engine import PolicySubject, RequestedCertificate
 from csi_driver.core.secret import Secret
 from tests.peers.acme import at_work, dns_names, dns_settings, site
 from tests.peers.bind9 import Bind9, bind9, key_source
@@ -65,7 +65,7 @@ def settings(name: str) -> list[AcmeSettings]:
 class Asking:
     """The pod of a page, asking by the page's policy."""
 
-    order: Order
+    order: IssuerRequest
     key: ec.EllipticCurvePrivateKey
 
 
@@ -82,9 +82,9 @@ def asking(name: str) -> Asking:
     policy = parse_policy(rule, trust_domain="cluster.local", cluster_domain="cluster.local")
     key = ec.generate_private_key(ec.SECP256R1())
     request = parse_csr(build_csr(key, spec.names))
-    asked = Asked(request.names, request.key_type, spec.usages, spec.duration, spec.issuer)
-    grant = policy.decide(Subject(identity), asked)
-    return Asking(Order(request, grant, identity, asked), key)
+    asked = RequestedCertificate(request.names, request.key_type, spec.usages, spec.duration, spec.issuer)
+    grant = policy.decide(PolicySubject(identity), asked)
+    return Asking(IssuerRequest(request, grant, identity, asked), key)
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -14,7 +14,7 @@ import pytest
 
 from csi_driver.authority.issuers.acme.challenge_server import ChallengeServer
 from csi_driver.authority.issuers.acme.settings import AcmeSettings, Http01
-from csi_driver.authority.issuers.external import Answering
+from csi_driver.authority.issuers.external import Http01Responder
 from csi_driver.core.errors import CertmountError, Reason
 from tests.peers.acme import Site, at_work, dns_names, order_for, patiently, site, told
 from tests.peers.nginx import ROUTE, Nginx
@@ -49,7 +49,7 @@ async def edge(folder: Path, locations: str = ROUTE) -> AsyncIterator[Edge]:
 
 
 @contextlib.asynccontextmanager
-async def answering(port: int, *issuers: Answering) -> AsyncIterator[None]:
+async def answering(port: int, *issuers: Http01Responder) -> AsyncIterator[None]:
     server = ChallengeServer(f"{LOOPBACK}:{port}", lambda: issuers)
     await server.start()
     try:
@@ -118,7 +118,7 @@ async def test_a_wildcard_is_refused(tmp_path: Path) -> None:
         issuer = one.site.issuer(one.settings)
         with pytest.raises(CertmountError, match="wildcard can't be proven by HTTP") as refusal:
             await issuer.issue(order_for("*.example.test"))
-        assert refusal.value.reason is Reason.NAME_REFUSED
+        assert refusal.value.reason is Reason.NAME_NOT_ALLOWED
 
 
 async def test_the_port_tells_nothing_else(tmp_path: Path) -> None:

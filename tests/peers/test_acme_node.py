@@ -16,7 +16,7 @@ from cryptography import x509
 from csi_driver import NODE_AUDIENCE
 from csi_driver._proto import csi_pb2
 from csi_driver.core.certificates.csr import names_of
-from csi_driver.core.cluster.token_review import Reviewed
+from csi_driver.core.cluster.token_review import ReviewedToken
 from csi_driver.core.secret import Secret
 from tests.integration.authority.world import Cluster, World
 from tests.integration.node.world import Shown, kubelet_root
@@ -41,7 +41,7 @@ Request = csi_pb2.NodePublishVolumeRequest
 class AllPods:
     """A cluster in which each token's pod lives."""
 
-    async def review(self, token: Secret[str], audience: str) -> Reviewed:
+    async def review(self, token: Secret[str], audience: str) -> ReviewedToken:
         if audience == NODE_AUDIENCE:
             return DRIVER.reviewed
         return _pod_of(jwt.decode(token.reveal(), options={"verify_signature": False})["kubernetes.io"]).reviewed

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from csi_driver import NODE_AUDIENCE
 from csi_driver._proto import csi_pb2
 from csi_driver.authority import server
-from csi_driver.core.cluster.token_review import Reviewed
+from csi_driver.core.cluster.token_review import ReviewedToken
 from csi_driver.core.names import DNSName, Names
 from csi_driver.core.secret import Secret
 from tests.integration.authority.world import POD, Cluster, World
@@ -91,7 +91,7 @@ async def node(
         file.write_text(yaml.safe_dump({"issuers": [{"name": "public", "acme": {**acme, **(entry or {})}}]}))
         usual = server.AuthorityServer
 
-        def with_issuers(settings: server.Settings, *others: Any) -> server.AuthorityServer:
+        def with_issuers(settings: server.AuthoritySettings, *others: Any) -> server.AuthorityServer:
             local = Names.of([*settings.serving_names.dns, DNSName("localhost")])
             return usual(dataclasses.replace(settings, issuers=file, serving_names=local), *others)
 
@@ -128,7 +128,7 @@ async def test_twenty_pods_of_one_deployment(tmp_path: Path, monkeypatch: pytest
     pods = [dataclasses.replace(POD, name=f"hello-{number}", uid=str(uuid.uuid4())) for number in range(20)]
     by_uid = {pod.uid: pod for pod in pods}
 
-    async def review(token: Secret[str], audience: str) -> Reviewed:
+    async def review(token: Secret[str], audience: str) -> ReviewedToken:
         if audience == NODE_AUDIENCE:
             return DRIVER.reviewed
         claims = jwt.decode(token.reveal(), options={"verify_signature": False})

@@ -16,11 +16,11 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.authority.ca.keyring import Design, Keyring, make_keyring
+from csi_driver.authority.ca.keyring import CAProfile, Keyring, make_keyring
 from csi_driver.authority.ca.leaf import Leaf, sign_leaf
 from csi_driver.core.certificates.keys import public_bytes
-from csi_driver.core.certificates.name_constraints import Bounds, parse_constraint
-from csi_driver.core.certificates.verification import Expected, check_answer
+from csi_driver.core.certificates.name_constraints import NameConstraintSet, parse_constraint
+from csi_driver.core.certificates.verification import ExpectedCertificate, verify_certificate
 from csi_driver.core.names import URI, DNSName, EmailAddress, IPAddress, Names, spiffe_id
 from csi_driver.core.spec import KeyType, Usage
 from tests.peers.verifiers import Presented, agree, encoding_faults
@@ -39,7 +39,7 @@ BOTH = (Usage.SERVER, Usage.CLIENT)
 @functools.cache
 def ca(kind: KeyType | None, *permitted: str) -> Keyring:
     """One of each, as keys are slow to make."""
-    return make_keyring(NOW - timedelta(days=1), Design(kind, tuple(map(parse_constraint, permitted))))
+    return make_keyring(NOW - timedelta(days=1), CAProfile(kind, tuple(map(parse_constraint, permitted))))
 
 
 @contextmanager
@@ -127,7 +127,7 @@ near_names = st.builds(
 def test_name_constraints_are_read_as_openssl_and_go_read_them(words: frozenset[str], names: Names) -> None:
     """What is issued below them is believed by both; what is refused, at least one of them would not have believed."""
     keyring = ca(None, *sorted(words))
-    permitted = not Bounds.of((*keyring.intermediates, keyring.root)).refused(names)
+    permitted = not NameConstraintSet.of((*keyring.intermediates, keyring.root)).refused(names)
     with presented(keyring, names) as shown:
         answers = [shown.openssl(Usage.SERVER), shown.go(Usage.SERVER).get("error", "")]
     assert permitted == (not any(answers)), answers
@@ -162,8 +162,8 @@ def test_a_chain_of_ml_dsa_is_believed(kind: KeyType) -> None:
         assert shown.webpki(Usage.SERVER, x509.DNSName("shop.web.svc")) == ""
         assert shown.webpki(Usage.CLIENT) == ""
         chain = [one.public_bytes(Encoding.DER) for one in (shown.leaf, *keyring.intermediates)]
-        expected = Expected(key_of(kind).public_key(), names, "web", "shop")
-        bundle = check_answer(chain, keyring.roots_der, expected, NOW)
+        expected = ExpectedCertificate(key_of(kind).public_key(), names, "web", "shop")
+        bundle = verify_certificate(chain, keyring.roots_der, expected, NOW)
         assert public_bytes(bundle.leaf.public_key()) == public_bytes(key_of(kind).public_key())  # type: ignore[arg-type]  # ours
         usage = shown.leaf.extensions.get_extension_for_class(x509.KeyUsage).value
         assert usage.digital_signature
@@ -182,7 +182,7 @@ def test_the_newest_openssl_believes_a_chain_of_ml_dsa_and_no_other(kind: KeyTyp
     """The one within the cryptography package, wherever the tests run; below another root of the same kind it believes nothing."""
     with presented(ca(kind), Names.of([DNSName.parse("shop.web.svc")], [ID]), kind) as shown:
         assert shown.newest_openssl() == ""
-        stranger = make_keyring(NOW, Design(kind))
+        stranger = make_keyring(NOW, CAProfile(kind))
         other = replace(shown, keyring=replace(shown.keyring, roots=stranger.roots))
         assert "unable to get local issuer certificate" in other.newest_openssl()
 

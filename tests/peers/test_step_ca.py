@@ -15,8 +15,8 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from csi_driver.authority.issuers import Issued, Order
-from csi_driver.authority.issuers.secrets import Secrets
+from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
+from csi_driver.authority.issuers.secrets import CredentialReader
 from csi_driver.authority.issuers.step_ca.client import Client
 from csi_driver.authority.issuers.step_ca.document import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.issuer import StepCA
@@ -24,7 +24,7 @@ from csi_driver.authority.issuers.step_ca.order import claims_of
 from csi_driver.authority.issuers.step_ca.provisioner_key import load_provisioner_key
 from csi_driver.core.certificates.csr import build_csr, names_of, parse_csr
 from csi_driver.core.certificates.keys import PrivateKey, generate_key
-from csi_driver.core.certificates.verification import Expected, check_answer
+from csi_driver.core.certificates.verification import ExpectedCertificate, verify_certificate
 from csi_driver.core.config.issuers import FileSource
 from csi_driver.core.durations import format_duration
 from csi_driver.core.errors import CertmountError, Reason
@@ -50,10 +50,10 @@ def order(
     asked: Names = Names.of([DNSName.parse(NAME)]),  # noqa: B008  # frozen
     life: timedelta = timedelta(hours=1),
     usages: tuple[Usage, ...] = ALL_USAGES,
-) -> Order:
+) -> IssuerRequest:
     """What the desk hands over for a pod: the request, and its names with the SPIFFE ID."""
     granted = Names.of(asked.dns, (OWN, *asked.uris), asked.ips, asked.emails)
-    return Order(parse_csr(build_csr(key, asked)), Grant(granted, life, usages, ("built-in",)), POD)
+    return IssuerRequest(parse_csr(build_csr(key, asked)), Grant(granted, life, usages, ("built-in",)), POD)
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Pair:
     issuer: StepCA
     key: PrivateKey
 
-    async def issue(self, **changes: Any) -> Issued:
+    async def issue(self, **changes: Any) -> IssuedCertificate:
         return await self.issuer.issue(order(self.key, **changes))
 
     async def refused(self, **changes: Any) -> CertmountError:
@@ -71,16 +71,16 @@ class Pair:
             await self.issue(**changes)
         return refusal.value
 
-    def judge(self, issued: Issued) -> x509.Certificate:
+    def judge(self, issued: IssuedCertificate) -> x509.Certificate:
         """The leaf, once the node's own judgement is passed."""
-        expected = Expected(self.key.public_key(), Names.of([DNSName.parse(NAME)]), "default", "hello")
-        return check_answer(issued.chain, issued.roots, expected, datetime.now(UTC)).leaf
+        expected = ExpectedCertificate(self.key.public_key(), Names.of([DNSName.parse(NAME)]), "default", "hello")
+        return verify_certificate(issued.chain, issued.roots, expected, datetime.now(UTC)).leaf
 
 
 @contextlib.asynccontextmanager
 async def using(configuration: StepCAConfiguration, key_type: KeyType = KeyType.EC_P256) -> AsyncIterator[Pair]:
     """An issuer at work, as the authority runs it."""
-    issuer = StepCA("step", configuration, Secrets())
+    issuer = StepCA("step", configuration, CredentialReader())
     running = asyncio.create_task(issuer.run())
     try:
         yield Pair(issuer, generate_key(key_type))
@@ -129,7 +129,7 @@ async def test_a_request_with_some_of_the_uris_is_refused_with_the_way_out(ca: R
     """Step-ca would refuse it with less words: it takes all URIs of the certificate in the request, or none."""
     async with using(ca.configuration()) as pair:
         refusal = await pair.refused(asked=Names.of(uris=[URI.parse("https://example.com/a")]))
-    assert refusal.reason is Reason.NAME_REFUSED
+    assert refusal.reason is Reason.NAME_NOT_ALLOWED
     assert f"add {OWN} to the volume's uri-sans" in str(refusal)
 
 
@@ -225,7 +225,7 @@ async def test_an_unlike_clock_is_found(ca: RealStepCA) -> None:
     def slow() -> datetime:
         return datetime.now(UTC) - timedelta(minutes=10)
 
-    issuer = StepCA("step", ca.configuration(), Secrets(), clock=slow)
+    issuer = StepCA("step", ca.configuration(), CredentialReader(), clock=slow)
     running = asyncio.create_task(issuer.run())
     try:
         with pytest.raises(CertmountError, match=r"clock: step-ca's is (599|600|601) s ahead"):
@@ -241,7 +241,7 @@ async def test_a_life_outside_the_limits_is_refused_before_it_is_asked_for(tmp_p
     async with RealStepCA(tmp_path / "limited", claims=limits) as ca, using(ca.configuration()) as pair:
         for life in (timedelta(minutes=9), timedelta(hours=3)):
             refusal = await pair.refused(life=life)
-            assert refusal.reason is Reason.NAME_REFUSED
+            assert refusal.reason is Reason.NAME_NOT_ALLOWED
             assert f"duration: {format_duration(life)} is not within what the provisioner signs, 10m to 2h" in str(
                 refusal
             )
@@ -249,7 +249,7 @@ async def test_a_life_outside_the_limits_is_refused_before_it_is_asked_for(tmp_p
         pair.judge(await pair.issue(life=timedelta(hours=2)))
     async with RealStepCA(tmp_path / "usual") as ca, using(ca.configuration()) as pair:
         refusal = await pair.refused(life=timedelta(hours=48))
-        assert refusal.reason is Reason.NAME_REFUSED
+        assert refusal.reason is Reason.NAME_NOT_ALLOWED
         assert "step-ca refuses it: requested duration of 48h1m0s is more than the authorized maximum" in str(refusal)
 
 
@@ -263,7 +263,7 @@ async def test_usages_need_a_template_that_heeds_the_token(ca: RealStepCA, tmp_p
     """The usual template gives both: no certificate with more usages than granted leaves the authority."""
     async with using(ca.configuration()) as pair:
         refusal = await pair.refused(usages=(Usage.SERVER,))
-        assert refusal.reason is Reason.ANSWER_INVALID
+        assert refusal.reason is Reason.INVALID_RESPONSE
         assert "the certificate is for client and server, not for server" in str(refusal)
     options = {"x509": {"template": documented_template()}}
     async with (
@@ -287,7 +287,7 @@ async def wire(ca: RealStepCA) -> AsyncIterator[Client]:
         yield client
 
 
-def captured(ca: RealStepCA, wanted: Order) -> dict[str, str]:
+def captured(ca: RealStepCA, wanted: IssuerRequest) -> dict[str, str]:
     """The request that the issuer would send for an order."""
     key = load_provisioner_key(Secret(ca.key_file.read_bytes()), None)
     token = key.token(claims_of(wanted, ca.configuration(), "nonce-1"), datetime.now(UTC)).reveal()
@@ -324,8 +324,8 @@ async def test_pods_trust_whom_step_ca_federates_with(tmp_path: Path) -> None:
         assert set((await one.issue()).roots) == {east.root_der, west.root_der}
         # A pod of the west shows its certificate to a pod of the east.
         theirs = await other.issue()
-        expected = Expected(other.key.public_key(), Names.of([DNSName.parse(NAME)]), "default", "hello")
-        check_answer(theirs.chain, one.issuer.roots, expected, datetime.now(UTC))
+        expected = ExpectedCertificate(other.key.public_key(), Names.of([DNSName.parse(NAME)]), "default", "hello")
+        verify_certificate(theirs.chain, one.issuer.roots, expected, datetime.now(UTC))
 
 
 async def test_an_encrypted_key_is_decrypted_by_its_password(tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ async def test_an_encrypted_key_is_decrypted_by_its_password(tmp_path: Path) -> 
 
 async def test_a_check_says_all_that_issuing_needs(ca: RealStepCA) -> None:
     """In the order in which one thing needs the other."""
-    findings = await StepCA("step", ca.configuration(), Secrets()).check()
+    findings = await StepCA("step", ca.configuration(), CredentialReader()).check()
     assert all(finding.ok for finding in findings)
     assert [finding.subject for finding in findings] == ["reachable", "roots", "provisioner", "key", "lives", "clock"]
     assert ca.log.read_text().count('path="/1.0/sign"') == 0

@@ -18,7 +18,7 @@ from csi_driver.core.attributes import parse_attributes
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.core.names import DNSName, Names
 from csi_driver.core.policy.document import parse_policy
-from csi_driver.core.policy.engine import Asked, Subject
+from csi_driver.core.policy.engine import PolicySubject, RequestedCertificate
 from csi_driver.core.spec import CertificateSpec
 from tests.peers.step_ca import RealStepCA, new_jwk
 from tests.support.provisioner_key import JWE, JWK, PASSWORD
@@ -151,13 +151,15 @@ def test_autocerts_own_name_gets_through_policy_and_attributes() -> None:
     assert spec.issuer == "step"
     rules = next(one for one in page if "policy" in one)
     policy = parse_policy(rules, trust_domain="cluster.local", cluster_domain="cluster.local")
-    asked = Asked(spec.names, spec.key_type, spec.usages, spec.duration, spec.issuer)
+    asked = RequestedCertificate(spec.names, spec.key_type, spec.usages, spec.duration, spec.issuer)
     enabled = {"autocert.step.sm": "enabled"}
-    assert policy.decide(Subject(_pod("default"), enabled), asked).names.dns == spec.names.dns
-    client = Asked(Names.of([DNSName.parse("hello-mtls-client.default.pod.cluster.local")]), issuer="step")
-    assert policy.decide(Subject(_pod("default"), enabled), client).duration
-    assert not policy.judge(Subject(_pod("default"), {}), asked).allowed
-    assert not policy.judge(Subject(_pod("other"), enabled), asked).allowed
+    assert policy.decide(PolicySubject(_pod("default"), enabled), asked).names.dns == spec.names.dns
+    client = RequestedCertificate(
+        Names.of([DNSName.parse("hello-mtls-client.default.pod.cluster.local")]), issuer="step"
+    )
+    assert policy.decide(PolicySubject(_pod("default"), enabled), client).duration
+    assert not policy.judge(PolicySubject(_pod("default"), {}), asked).allowed
+    assert not policy.judge(PolicySubject(_pod("other"), enabled), asked).allowed
 
 
 @pytest.mark.parametrize("name", ["issuers.md", "from-autocert.md"])

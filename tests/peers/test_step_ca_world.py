@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from csi_driver._proto import authority_pb2
 from csi_driver.authority import server
-from csi_driver.core.certificates.verification import Expected, check_answer
+from csi_driver.core.certificates.verification import ExpectedCertificate, verify_certificate
 from csi_driver.core.names import DNSName, Names
 from tests.integration.authority.world import NAME, POD, Caller, Cluster, Refusal, World
 from tests.integration.node.world import Shown, kubelet_root
@@ -53,7 +53,7 @@ async def world(tmp_path: Path, ca: RealStepCA, monkeypatch: pytest.MonkeyPatch)
     file.write_text(yaml.safe_dump({"issuers": [{"name": "step", "step_ca": declared}]}))
     usual = server.AuthorityServer
 
-    def with_issuers(settings: server.Settings, *others: Any) -> server.AuthorityServer:
+    def with_issuers(settings: server.AuthoritySettings, *others: Any) -> server.AuthorityServer:
         local = Names.of([*settings.serving_names.dns, DNSName("localhost")])
         return usual(dataclasses.replace(settings, issuers=file, serving_names=local), *others)
 
@@ -107,8 +107,8 @@ async def test_a_pod_gets_a_chain_to_step_cas_root(world: World, caller: Caller,
     with capture_logs() as logs:
         answer = await caller.send(request(world))
     assert set(answer.trust) == {"step"}
-    expected = Expected(world.key.public_key(), Names.of([DNSName.parse(NAME)]), "default", "hello")
-    checked = check_answer(answer.chain, answer.trust["step"].roots, expected, datetime.now(UTC))
+    expected = ExpectedCertificate(world.key.public_key(), Names.of([DNSName.parse(NAME)]), "default", "hello")
+    checked = verify_certificate(answer.chain, answer.trust["step"].roots, expected, datetime.now(UTC))
     assert checked.roots == (ca.root,)
     audit = next(entry for entry in logs if entry["event"] == "certificate")
     assert (audit["decision"], audit["issuer"]) == ("issued", "step")
@@ -130,7 +130,7 @@ async def test_step_cas_refusal_reaches_the_pod_in_words(world: World, caller: C
     wanted = request(world)
     wanted.duration.FromTimedelta(timedelta(hours=30))
     refusal = await refused(caller, wanted)
-    assert (refusal.code, refusal.reason) == (grpc.StatusCode.PERMISSION_DENIED, "NameRefused")
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.PERMISSION_DENIED, "NameNotAllowed")
     assert "issuer step: step-ca refuses it: requested duration of 30h1m0s is more than the authorized" in refusal.text
 
 

@@ -19,7 +19,7 @@ class Figures:
     refuse_s: float = 0.0004
     """A core's time for a call that is refused for want of room: the call itself, as in an echo over TLS."""
     most_in_flight: int = 512
-    """Calls under way in one replica; one more is Overloaded (csi_driver/authority/service.py)."""
+    """Calls under way in one replica; one more is AuthorityOverloaded (csi_driver/authority/service.py)."""
     review_s: float = 0.005
     """A TokenReview's latency."""
     patience_s: float = 6.0

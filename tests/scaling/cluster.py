@@ -16,7 +16,7 @@ from csi_driver.node.renewal.rotation import wait_s
 from tests.scaling.authority import Authority
 
 _SILENT = CertmountError(Reason.AUTHORITY_UNAVAILABLE)
-_BUSY = CertmountError(Reason.OVERLOADED)
+_BUSY = CertmountError(Reason.AUTHORITY_OVERLOADED)
 _KUBELET_FIRST_S, _KUBELET_CAP_S, _KUBELET_LOOK_S = 0.5, 122.0, 0.1
 """Kubelet tries a failed mount again after half a second, doubling to 2 min 2 s, and looks for what is due ten times a second."""
 _TRY, _ARRIVE, _END, _MOUNT, _TRY_FIRST, _FIRST_END, _GIVE_UP = range(7)
@@ -53,11 +53,9 @@ class Cluster:
     def __init__(self, nodes: int, life_s: float, authority: Authority, seed: int) -> None:
         self.life_s = life_s
         self.authority = authority
-        self._chance = random.Random(seed).random  # noqa: S311  # chance that can be repeated
+        self._rng = random.Random(seed).random  # noqa: S311  # chance that can be repeated
         self.nodes = [
-            _Node(
-                Agenda(), Pace(self._chance), {}, Agenda(), Pace(self._chance, FIRST_SIDE_BY_SIDE, FIRST_SIDE_BY_SIDE)
-            )
+            _Node(Agenda(), Pace(self._rng), {}, Agenda(), Pace(self._rng, FIRST_SIDE_BY_SIDE, FIRST_SIDE_BY_SIDE))
             for _ in range(nodes)
         ]
         self._events: list[tuple[float, int, int, int, Volume | None, int]] = []
@@ -98,7 +96,7 @@ class Cluster:
             not_after=issued_at + self.life_s,
             renew_before_s=None,
             renew_after_s=None,
-            chance=self._chance(),
+            jitter=self._rng(),
             late_s=late_s,
         )
 
@@ -151,7 +149,7 @@ class Cluster:
         authority = self.authority
         if authority.away(now):
             self._push(now + authority.figures.patience_s, _END, number, volume, ~stamp)
-        elif (arrival := authority.arrival(now, self._chance())) > now:
+        elif (arrival := authority.arrival(now, self._rng())) > now:
             self._push(arrival, _ARRIVE, number, volume, stamp)
         else:
             self._arrive(now, number, volume, stamp)
@@ -172,12 +170,12 @@ class Cluster:
             volume.attempt += 1
         silence = node.pace.heard(stamp, error, now)
         if silence is not None:
-            node.agenda.put_off(now, lambda left: spread_s(silence, self._chance, left))
+            node.agenda.put_off(now, lambda left: spread_s(silence, self._rng, left))
         node.pace.end()
         if error is None:
             self._issued(now, node, volume)
         else:
-            delay = retry_delay_s(attempt=volume.attempt, kind=error.reason.kind, chance=self._chance())
+            delay = retry_delay_s(attempt=volume.attempt, kind=error.reason.kind, jitter=self._rng())
             node.agenda.schedule(volume.name, now + delay, volume.not_after)
         self._look(number, now)
 
@@ -252,4 +250,4 @@ class Cluster:
         """As the kubelet does with an error."""
         volume.mounts += 1
         delay = min(_KUBELET_FIRST_S * 2.0 ** min(volume.mounts - 1, 30), _KUBELET_CAP_S)
-        self._push(now + delay + self._chance() * _KUBELET_LOOK_S, _MOUNT, number, volume, 0)
+        self._push(now + delay + self._rng() * _KUBELET_LOOK_S, _MOUNT, number, volume, 0)

@@ -69,7 +69,7 @@ def play(case: Case, figures: Figures, seed: int = 1) -> Result:
     return {"steady": _steady, "outage": _outage, "zone": _zone}[case.story](case, figures, seed)
 
 
-def _fill(cluster: Cluster, chance: random.Random, since: float, horizon: float, nodes: range) -> None:
+def _fill(cluster: Cluster, rng: random.Random, since: float, horizon: float, nodes: range) -> None:
     """Volumes as a long quiet time leaves them: at ``since`` each one is somewhere between issuance and renewal.
 
     What falls due after the horizon is left out.
@@ -77,30 +77,30 @@ def _fill(cluster: Cluster, chance: random.Random, since: float, horizon: float,
     for node in nodes:
         for number in range(PODS):
             planned = cluster.plan(0.0, 0.0)
-            issued_at = since - chance.random() * planned
+            issued_at = since - rng.random() * planned
             if issued_at + planned < horizon:
                 cluster.add(node, str(number), issued_at, issued_at + planned)
 
 
 def _cluster(case: Case, figures: Figures, seed: int, back_at: float) -> tuple[Cluster, random.Random]:
-    chance = random.Random(seed)  # noqa: S311  # chance that can be repeated
+    rng = random.Random(seed)  # noqa: S311  # rng that can be repeated
     nodes = round(case.nodes * case.share)
-    authority = Authority(case.replicas, figures.of(case.share), back_at, [chance.random() for _ in range(nodes)])
-    return Cluster(nodes, case.life_s, authority, seed + 1), chance
+    authority = Authority(case.replicas, figures.of(case.share), back_at, [rng.random() for _ in range(nodes)])
+    return Cluster(nodes, case.life_s, authority, seed + 1), rng
 
 
 def _steady(case: Case, figures: Figures, seed: int) -> Result:
     end = 3600.0 if case.life_s > 3600 else 600.0
-    cluster, chance = _cluster(case, figures, seed, back_at=-math.inf)
-    _fill(cluster, chance, 0.0, end, range(len(cluster.nodes)))
+    cluster, rng = _cluster(case, figures, seed, back_at=-math.inf)
+    _fill(cluster, rng, 0.0, end, range(len(cluster.nodes)))
     cluster.run(0.0, end)
     return _result(case, cluster, int(end), int(end))
 
 
 def _outage(case: Case, figures: Figures, seed: int) -> Result:
     end = min(case.life_s * 1.1, 1.5 * _OUTAGE_S)
-    cluster, chance = _cluster(case, figures, seed, back_at=0.0)
-    _fill(cluster, chance, -_OUTAGE_S, end, range(len(cluster.nodes)))
+    cluster, rng = _cluster(case, figures, seed, back_at=0.0)
+    _fill(cluster, rng, -_OUTAGE_S, end, range(len(cluster.nodes)))
     for number in range(len(cluster.nodes)):
         cluster.silence(number, -_BEFORE_S)
     cluster.run(-_BEFORE_S, end)
@@ -109,13 +109,13 @@ def _outage(case: Case, figures: Figures, seed: int) -> Result:
 
 def _zone(case: Case, figures: Figures, seed: int) -> Result:
     end = case.life_s * 1.1 if case.life_s <= 3600 else 600.0
-    cluster, chance = _cluster(case, figures, seed, back_at=-math.inf)
+    cluster, rng = _cluster(case, figures, seed, back_at=-math.inf)
     zone = len(cluster.nodes) // 3
-    _fill(cluster, chance, 0.0, end, range(zone, len(cluster.nodes)))
+    _fill(cluster, rng, 0.0, end, range(zone, len(cluster.nodes)))
     for node in range(zone):
-        boot = chance.random() * _BOOT_SPREAD_S
+        boot = rng.random() * _BOOT_SPREAD_S
         for number in range(PODS):
-            cluster.first(node, str(number), boot + chance.random() * _MOUNTS_SPREAD_S)
+            cluster.first(node, str(number), boot + rng.random() * _MOUNTS_SPREAD_S)
     cluster.run(0.0, end)
     return _result(case, cluster, max(math.ceil(cluster.caught_up_at), 1), int(end))
 

@@ -239,7 +239,7 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         if script.stand_in is None:
             raise CertmountError(Reason.ISSUANCE_PENDING, "the CA is at it")
         response = self._signed(request, DEFAULT_ISSUER, request.issuer)
-        response.provisional = True
+        response.interim = True
         response.renew_after.FromTimedelta(script.stand_in)
         return response
 
@@ -270,7 +270,10 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
             while True:
                 told = self._told
                 yield authority_pb2.TrustBundle(
-                    sets=self._wire(self.sets), policy=self.policy, sharing=self.sharing, due=self.due
+                    sets=self._wire(self.sets),
+                    policy_revision=self.policy,
+                    shared_issuers=self.sharing,
+                    renew_now=self.due,
                 )
                 async with self._changed:
                     await self._changed.wait_for(lambda told=told: self._told != told)  # type: ignore[misc]
@@ -286,7 +289,7 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
 
 def refused(name: str) -> CertmountError:
     """What the real authority answers for a name that no rule allows."""
-    return CertmountError(Reason.NAME_REFUSED, f"{name}: no policy rule allows this name")
+    return CertmountError(Reason.NAME_NOT_ALLOWED, f"{name}: no policy rule allows this name")
 
 
 async def _serve(folder: Path, delay_ms: float) -> None:

@@ -11,7 +11,7 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from csi_driver import NODE_AUDIENCE, POD_AUDIENCE
-from csi_driver.core.cluster.token_review import PublishedKeys, Reviewed
+from csi_driver.core.cluster.token_review import PublishedKeys, ReviewedToken
 from csi_driver.core.secret import Secret
 
 ISSUER = "https://kubernetes.default.svc.cluster.local"
@@ -34,9 +34,9 @@ class Pod:
         return f"system:serviceaccount:{self.namespace}:{self.service_account}"
 
     @property
-    def reviewed(self) -> Reviewed:
+    def reviewed(self) -> ReviewedToken:
         """What a live cluster says of its tokens."""
-        return Reviewed(self.username, self.service_account_uid, self.name, self.uid, self.node, self.node_uid)
+        return ReviewedToken(self.username, self.service_account_uid, self.name, self.uid, self.node, self.node_uid)
 
 
 DRIVER = Pod("certmount-node-x7k2p", "certmount", "certmount-node", uid="44444444-4444-4444-8444-444444444444")

@@ -41,7 +41,7 @@ _MOST_KEYS = 50_000
 _FORGET_AT_ONCE = 4
 
 
-class Buckets:
+class RateLimiter:
     """A token bucket for each key. Memory is bounded: keys whose bucket is full again are dropped, at the bound the oldest."""
 
     def __init__(self, rate: Rate, clock: Callable[[], float] = time.monotonic, most_keys: int = _MOST_KEYS) -> None:
@@ -82,7 +82,7 @@ class Counted(Protocol):
         """Takes the number as it is now."""
 
 
-class Slots:
+class ConcurrencyLimit:
     """A bounded number of calls under way; ``with slots:`` is one of them."""
 
     __slots__ = ("_gauge", "_most", "_taken")
@@ -94,7 +94,7 @@ class Slots:
 
     def __enter__(self) -> None:
         if self._taken >= self._most:
-            raise CertmountError(Reason.OVERLOADED, f"{self._taken} calls are under way already")
+            raise CertmountError(Reason.AUTHORITY_OVERLOADED, f"{self._taken} calls are under way already")
         self._taken += 1
         if self._gauge is not None:
             self._gauge.set(self._taken)
@@ -107,13 +107,13 @@ class Slots:
             self._gauge.set(self._taken)
 
 
-class Limits:
+class RequestLimits:
     """Those of one replica. The keys are uids that have been proven, so no one can use up what is another's."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._nodes = Buckets(NODE_RATE, clock)
-        self._pods = Buckets(POD_RATE, clock)
-        self._reports = Buckets(REPORT_RATE, clock)
+        self._nodes = RateLimiter(NODE_RATE, clock)
+        self._pods = RateLimiter(POD_RATE, clock)
+        self._reports = RateLimiter(REPORT_RATE, clock)
         self._watches: Counter[str] = Counter()
         self._asking: Counter[str] = Counter()
 
@@ -151,7 +151,7 @@ def _one_of(taken: Counter[str], most: int, node: PodIdentity, problem: str) -> 
             del taken[node.node_uid]
 
 
-def _count(buckets: Buckets, key: str, who: str) -> None:
+def _count(buckets: RateLimiter, key: str, who: str) -> None:
     wait_s = buckets.take(key)
     if wait_s:
         hint = f"come again in {max(1, math.ceil(wait_s))} s"

@@ -13,7 +13,7 @@ import jwt
 import structlog
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from csi_driver.authority.authn.limits import Slots
+from csi_driver.authority.authn.limits import ConcurrencyLimit
 from csi_driver.core.cluster.token_review import PublishedKeys
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
@@ -41,17 +41,17 @@ class KeySet:
 
 
 def parse_keys(published: PublishedKeys) -> KeySet:
-    """Takes the asymmetric signing keys with an id; raises CertmountError ProofUnavailable where there is none."""
+    """Takes the asymmetric signing keys with an id; raises CertmountError TokenReviewUnavailable where there is none."""
     try:
         entries = json.loads(published.jwks)["keys"]
         candidates = [_parse_key(entry) for entry in entries[:_MOST_KEYS]]
     except (ValueError, TypeError, KeyError, RecursionError):
         problem = "is not a JSON Web Key Set (RFC 7517)"
-        raise CertmountError(Reason.PROOF_UNAVAILABLE, Fault("token keys", problem)) from None
+        raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, Fault("token keys", problem)) from None
     keys = {candidate.key_id: candidate for candidate in candidates if candidate is not None and candidate.key_id}
     if not keys:
         problem = "hold no signing key with an id for one of " + ", ".join(ALGORITHMS)
-        raise CertmountError(Reason.PROOF_UNAVAILABLE, Fault("token keys", problem))
+        raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, Fault("token keys", problem))
     return KeySet(published.issuer, keys)
 
 
@@ -86,7 +86,7 @@ class TokenKeys:
         self._asked_at = -_LEAST_REFRESH_S
         self._failure: CertmountError | None = None
         self._lock = asyncio.Lock()
-        self._waiting = Slots(_MOST_WAITING)
+        self._waiting = ConcurrencyLimit(_MOST_WAITING)
 
     @property
     def known(self) -> bool:
@@ -95,11 +95,11 @@ class TokenKeys:
 
     @property
     def issuer(self) -> str:
-        """The issuer that tokens must name; raises CertmountError ProofUnavailable before the first fetch."""
+        """The issuer that tokens must name; raises CertmountError TokenReviewUnavailable before the first fetch."""
         return self._held().issuer
 
     async def find(self, key_id: str) -> jwt.PyJWK | None:
-        """The key of that id, or None when the cluster publishes none; raises CertmountError ProofUnavailable, or Overloaded."""
+        """The key of that id, or None when the cluster publishes none; raises CertmountError TokenReviewUnavailable, or AuthorityOverloaded."""
         key = self._held().keys.get(key_id)
         if key is None:
             with self._waiting:
@@ -108,11 +108,11 @@ class TokenKeys:
                         await self._refresh()
             key = self._held().keys.get(key_id)
             if key is None and self._failure is not None:
-                raise CertmountError(Reason.PROOF_UNAVAILABLE, *self._failure.faults)
+                raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, *self._failure.faults)
         return key
 
     async def load(self) -> None:
-        """Fetches the key set; raises CertmountError ProofUnavailable where that fails."""
+        """Fetches the key set; raises CertmountError TokenReviewUnavailable where that fails."""
         async with self._lock:
             await self._refresh()
         if self._failure is not None:
@@ -138,6 +138,6 @@ class TokenKeys:
     def _held(self) -> KeySet:
         if self._current is None:
             raise CertmountError(
-                Reason.PROOF_UNAVAILABLE, "the keys that the cluster signs tokens with are not known yet"
+                Reason.TOKEN_REVIEW_UNAVAILABLE, "the keys that the cluster signs tokens with are not known yet"
             )
         return self._current

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from csi_driver.authority.authn.token_verifier import TokenVerifier
-from csi_driver.core.cluster.token_review import Reviewed
+from csi_driver.core.cluster.token_review import ReviewedToken
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity
 from csi_driver.core.secret import Secret
@@ -34,15 +34,15 @@ _FAILURE_COUNTS_S = 30.0
 class TokenReviewer(Protocol):
     """Asks the cluster whether a token is live."""
 
-    async def review(self, token: Secret[str], audience: str) -> Reviewed | None:
+    async def review(self, token: Secret[str], audience: str) -> ReviewedToken | None:
         """The token's owner; None where there is no cluster to ask.
 
         Raises:
-            CertmountError: IdentityRefused where the cluster says no, ProofUnavailable where it can't be asked.
+            CertmountError: TokenRejected where the cluster says no, TokenReviewUnavailable where it can't be asked.
         """
 
 
-class OfflineOnly:
+class OfflineReviewer:
     """Outside a cluster no one knows whether a pod still lives: there a token counts until it expires."""
 
     async def review(self, token: Secret[str], audience: str) -> None:
@@ -64,7 +64,7 @@ class _Outcome:
         return self.result
 
 
-class Proofs:
+class TokenReviewCache:
     """Proves tokens, each by one review at a time; what a review said counts for a few seconds, never past the token's end."""
 
     def __init__(
@@ -132,13 +132,13 @@ class Proofs:
 
     async def _review(self, token: Secret[str], audience: str, which: str, identity: PodIdentity) -> None:
         try:
-            reviewed = await patiently(functools.partial(self._ask, token, audience))
+            reviewed = await retry_while_unavailable(functools.partial(self._ask, token, audience))
         except CertmountError as error:
             raise CertmountError(error.reason, *(Fault(which, str(fault)) for fault in error.faults)) from None
         if reviewed is not None:
             _check_agreement(identity, reviewed, which)
 
-    async def _ask(self, token: Secret[str], audience: str) -> Reviewed | None:
+    async def _ask(self, token: Secret[str], audience: str) -> ReviewedToken | None:
         started = time.perf_counter()
         try:
             reviewed = await self._reviewer.review(token, audience)
@@ -166,7 +166,7 @@ class Proofs:
                 break
 
 
-async def patiently(ask: Callable[[], Awaitable[_T]]) -> _T:
+async def retry_while_unavailable(ask: Callable[[], Awaitable[_T]]) -> _T:
     """What the cluster answers, asked again for a while where it can't be asked; the caller's own deadline calls this off.
 
     Raises:
@@ -178,14 +178,14 @@ async def patiently(ask: Callable[[], Awaitable[_T]]) -> _T:
         try:
             return await ask()
         except CertmountError as error:
-            if error.reason is not Reason.PROOF_UNAVAILABLE or time.monotonic() + pause >= give_up:
+            if error.reason is not Reason.TOKEN_REVIEW_UNAVAILABLE or time.monotonic() + pause >= give_up:
                 raise
         # Apart from each other, as all that wait here began to wait at the same moment.
         await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311  # spreads load, keeps no secret
         pause = min(pause * 2, _PAUSE_CAP_S)
 
 
-def _check_agreement(identity: PodIdentity, reviewed: Reviewed, which: str) -> None:
+def _check_agreement(identity: PodIdentity, reviewed: ReviewedToken, which: str) -> None:
     """Claims and cluster must say the same in every field: a token made for one pod must not pass for its successor."""
     claimed = {
         "service account": (identity.service_account.username, reviewed.username),
@@ -201,4 +201,4 @@ def _check_agreement(identity: PodIdentity, reviewed: Reviewed, which: str) -> N
         if claim != answer
     ]
     if faults:
-        raise CertmountError(Reason.IDENTITY_REFUSED, *faults)
+        raise CertmountError(Reason.TOKEN_REJECTED, *faults)

@@ -34,11 +34,11 @@ class TokenVerifier:
         """The identity that the token proves; ``which`` names the token in errors ("pod token").
 
         Raises:
-            CertmountError: TokenExpired, IdentityRefused, ClusterUnsupported, or ProofUnavailable without keys.
+            CertmountError: TokenExpired, TokenRejected, ClusterNotSupported, or TokenReviewUnavailable without keys.
         """
         text = token.reveal()
         if not text:
-            raise CertmountError(Reason.IDENTITY_REFUSED, Fault(which, "is missing"))
+            raise CertmountError(Reason.TOKEN_REJECTED, Fault(which, "is missing"))
         if len(text) > MAX_TOKEN_BYTES or not text.isascii():
             raise _refused(which, f"is not a JSON Web Token of at most {MAX_TOKEN_BYTES} bytes")
         key = await self._key_for(text, which)
@@ -112,4 +112,4 @@ def _explained(error: jwt.PyJWTError, which: str, audience: str, issuer: str) ->
 
 
 def _refused(which: str, problem: str, hint: str = "") -> CertmountError:
-    return CertmountError(Reason.IDENTITY_REFUSED, Fault(which, problem, hint))
+    return CertmountError(Reason.TOKEN_REJECTED, Fault(which, problem, hint))

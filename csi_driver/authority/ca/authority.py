@@ -9,11 +9,11 @@ from datetime import UTC, datetime, timedelta
 
 import structlog
 
-from csi_driver.authority.ca.ca_files import KeyFiles
-from csi_driver.authority.ca.keyring import DEFAULT_DESIGN, Design, Keyring
-from csi_driver.authority.ca.rotation import STALE_S, Phase
-from csi_driver.authority.ca.sources import FileCA, Fleet, Source, StoredCA
-from csi_driver.authority.ca.state import Holdings
+from csi_driver.authority.ca.ca_files import CAFiles
+from csi_driver.authority.ca.keyring import DEFAULT_PROFILE, CAProfile, Keyring
+from csi_driver.authority.ca.rotation import STALE_S, RotationPhase
+from csi_driver.authority.ca.sources import CASource, FileCA, NodeAcknowledgements, StoredCA
+from csi_driver.authority.ca.state import CAState
 from csi_driver.authority.storage import Store
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Reason
@@ -44,22 +44,22 @@ class CertificateAuthority:
 
     def __init__(
         self,
-        source: Store | KeyFiles,
+        source: Store | CAFiles,
         metrics: AuthorityMetrics,
         clock: Callable[[], datetime] = utc_now,
         *,
-        fleet: Fleet | None = None,
-        design: Design = DEFAULT_DESIGN,
+        fleet: NodeAcknowledgements | None = None,
+        design: CAProfile = DEFAULT_PROFILE,
         tell: Callable[[RootSet], None] = lambda _roots: None,
         elapsed: Callable[[], float] = _since_boot,
     ) -> None:
         """``tell`` hears what pods are to trust, at once: no answer may be older than what this replica signs by."""
-        self._source: Source = FileCA(source) if isinstance(source, KeyFiles) else StoredCA(source, fleet, design)
+        self._source: CASource = FileCA(source) if isinstance(source, CAFiles) else StoredCA(source, fleet, design)
         self._metrics = metrics
         self._clock = clock
         self._tell = tell
         self._elapsed = elapsed
-        self._held: Holdings | None = None
+        self._held: CAState | None = None
         self._seen = 0.0
         self._said = ""
         self._warned: dict[str, float] = {}
@@ -109,7 +109,7 @@ class CertificateAuthority:
 
     async def run(self, after: Callable[[Keyring], Awaitable[None]]) -> None:
         """Refreshes for ever, and calls ``after`` for each change, and every minute. A failure is logged, once while it lasts."""
-        told: Holdings | None = None
+        told: CAState | None = None
         told_at = 0.0
         while True:
             await asyncio.sleep(REFRESH_S)
@@ -125,7 +125,7 @@ class CertificateAuthority:
                     self._said = str(error)
                     log.error("certificate authority not refreshed", reason=error.reason.word, error=str(error))  # noqa: TRY400  # the text says all
 
-    async def _read(self, read: Callable[[datetime], Awaitable[Holdings]]) -> Keyring:
+    async def _read(self, read: Callable[[datetime], Awaitable[CAState]]) -> Keyring:
         began = self._elapsed()
         try:
             held = await read(self._clock())
@@ -139,7 +139,7 @@ class CertificateAuthority:
         self._show(held)
         return held.keyring
 
-    def _fresh(self) -> Holdings:
+    def _fresh(self) -> CAState:
         held = self._held
         if held is None:
             raise CertmountError(Reason.ISSUER_UNAVAILABLE, "the internal CA is not loaded yet")
@@ -149,13 +149,13 @@ class CertificateAuthority:
             raise CertmountError(Reason.ISSUER_UNAVAILABLE, problem)
         return held
 
-    def _show(self, held: Holdings) -> None:
+    def _show(self, held: CAState) -> None:
         keyring = held.keyring
         for role, certificate in (("root", keyring.root), ("intermediate", keyring.intermediate.certificate)):
             self._metrics.ca_expiry.labels(role).set(certificate.not_valid_after_utc.timestamp())
-        for phase in Phase:
+        for phase in RotationPhase:
             self._metrics.ca_rotation.labels(phase.value).set(phase is held.state.phase)
-        if held.state.phase is not Phase.DISTRIBUTING:
+        if held.state.phase is not RotationPhase.DISTRIBUTING:
             self._metrics.unconfirmed.set(0)
         for ending in keyring.ends_soon(self._clock()):
             if self._elapsed() - self._warned.get(ending.name, -_WARN_AGAIN_S) >= _WARN_AGAIN_S:

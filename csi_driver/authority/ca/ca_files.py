@@ -42,7 +42,7 @@ class _Content:
     digest: str
 
 
-class KeyFiles:
+class CAFiles:
     """The folder of a CA: ``root.crt``, ``intermediate.crt`` and ``intermediate.key``.
 
     ``name`` is what errors call it. Call :meth:`refresh` every few seconds: what has not changed costs its reading only.

@@ -9,7 +9,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, PublicKeyAl
 
 from csi_driver.core.certificates.keys import authority_key_problem
 from csi_driver.core.certificates.name_constraints import unknown_kinds
-from csi_driver.core.certificates.parse_errors import UNREADABLE
+from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
 
 _UNDERSTOOD = frozenset(
     {
@@ -32,7 +32,7 @@ def problems_of(certificate: x509.Certificate) -> list[str]:
     """All that is wrong with a CA's certificate, in words that follow its name; times and issuers are not looked at."""
     try:
         extensions, key = certificate.extensions, certificate.public_key()
-    except UNREADABLE:
+    except PARSE_ERRORS:
         return ["has extensions or a key that can't be read"]
     return [*_key_problems(certificate, key), *_extension_problems(extensions)]
 

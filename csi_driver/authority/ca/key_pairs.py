@@ -45,7 +45,7 @@ _TAG = re.compile(r" [0-9a-f]{8}\Z")
 
 
 @dataclass(frozen=True, slots=True)
-class Signer:
+class CAKeyPair:
     """A CA certificate with its key."""
 
     certificate: x509.Certificate
@@ -54,22 +54,24 @@ class Signer:
 
 def make_root(
     role: str, key: PrivateKey, now: datetime, *, path_length: int, extra: Iterable[x509.ExtensionType] = ()
-) -> Signer:
+) -> CAKeyPair:
     """A self-signed certificate of ten years; ``role`` is in its name, ``extra`` are further extensions, critical."""
     subject = _subject(f"certmount {role}")
     builder = _builder(subject, key.public_key(), now, now + ROOT_LIFE, path_length=path_length)
     for value in extra:
         builder = builder.add_extension(value, critical=True)
-    return Signer(builder.issuer_name(subject).sign(key, signing_hash(key)), key)
+    return CAKeyPair(builder.issuer_name(subject).sign(key, signing_hash(key)), key)
 
 
-def make_intermediate(root: Signer, key: PrivateKey, now: datetime, extra: Iterable[x509.ExtensionType] = ()) -> Signer:
+def make_intermediate(
+    root: CAKeyPair, key: PrivateKey, now: datetime, extra: Iterable[x509.ExtensionType] = ()
+) -> CAKeyPair:
     """A certificate of one year below ``root``, at most as long as that lives, which may sign leaves only."""
     further = [x509.Extension(value.oid, True, value) for value in extra]
     return _sign_below(root, key, now, _subject("certmount intermediate"), further)
 
 
-def renew_intermediate(root: Signer, former: x509.Certificate, now: datetime) -> Signer:
+def renew_intermediate(root: CAKeyPair, former: x509.Certificate, now: datetime) -> CAKeyPair:
     """A successor of ``former``: like it in its kind of key, its name but for a mark of its own, and its constraints."""
     key = generate_key_like(former.public_key())  # type: ignore[arg-type]  # of the kinds that a keyring was checked for
     further = [extension for extension in former.extensions if extension.oid not in _OF_THE_KEY]
@@ -94,12 +96,12 @@ def authority_key_identifier(issuer: x509.Certificate) -> x509.AuthorityKeyIdent
 
 
 def _sign_below(
-    root: Signer,
+    root: CAKeyPair,
     key: PrivateKey,
     now: datetime,
     subject: x509.Name,
     further: Sequence[x509.Extension[x509.ExtensionType]],
-) -> Signer:
+) -> CAKeyPair:
     until = min(now + INTERMEDIATE_LIFE, root.certificate.not_valid_after_utc)
     builder = _builder(subject, key.public_key(), now, until, path_length=0)
     builder = builder.issuer_name(root.certificate.subject).add_extension(
@@ -107,7 +109,7 @@ def _sign_below(
     )
     for extension in further:
         builder = builder.add_extension(extension.value, critical=extension.critical)
-    return Signer(builder.sign(root.key, signing_hash(root.key)), key)
+    return CAKeyPair(builder.sign(root.key, signing_hash(root.key)), key)
 
 
 def _subject(name: str) -> x509.Name:

@@ -9,9 +9,9 @@ from datetime import datetime, timedelta
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from csi_driver.authority.ca.key_pairs import Signer, make_intermediate, make_root, renew_intermediate
+from csi_driver.authority.ca.key_pairs import CAKeyPair, make_intermediate, make_root, renew_intermediate
 from csi_driver.core.certificates.keys import PrivateKey, encode_key, generate_key, key_type_of
-from csi_driver.core.certificates.name_constraints import Bounds
+from csi_driver.core.certificates.name_constraints import NameConstraintSet
 from csi_driver.core.formats.pem import encode_certificates
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import KeyType
@@ -27,7 +27,7 @@ _MOST_NOTICE = timedelta(days=90)
 
 
 @dataclass(frozen=True, slots=True)
-class Design:
+class CAProfile:
     """How a CA is made. ``path_length`` is the root's: how many intermediates one below the other it allows, at least 1."""
 
     key_type: KeyType | None = None
@@ -46,11 +46,11 @@ class Design:
         return x509.NameConstraints(self.permitted or None, self.excluded or None)
 
 
-DEFAULT_DESIGN = Design()
+DEFAULT_PROFILE = CAProfile()
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class ExpiringCertificate:
     """A certificate of the CA that nobody renews but its owner."""
 
     name: str
@@ -65,7 +65,7 @@ class Keyring:
     """What is trusted; the first is the one that the intermediate's chain leads to."""
     root_key: PrivateKey | None
     """The first root's; None where it is kept offline."""
-    intermediate: Signer
+    intermediate: CAKeyPair
     chain: tuple[x509.Certificate, ...] = ()
     """Further intermediates from the signing one's issuer on; the root is not among them."""
     encrypted: bool = False
@@ -102,15 +102,15 @@ class Keyring:
         if self.root_key is None or not self.renewable:
             raise ValueError("this keyring's intermediate is renewed by its owner")
         former = self.intermediate.certificate
-        return Keyring(self.roots, self.root_key, renew_intermediate(Signer(self.root, self.root_key), former, now))
+        return Keyring(self.roots, self.root_key, renew_intermediate(CAKeyPair(self.root, self.root_key), former, now))
 
-    def ends_soon(self, now: datetime) -> tuple[Ending, ...]:
+    def ends_soon(self, now: datetime) -> tuple[ExpiringCertificate, ...]:
         """The certificates that their owner must replace soon: in the last third of their life, at most 90 days before the end."""
         own = [(ROOT, self.root), *((INTERMEDIATE, certificate) for certificate in self.chain)]
         if not self.renewable:
             own.append((INTERMEDIATE, self.intermediate.certificate))
         return tuple(
-            Ending(name, certificate.not_valid_after_utc)
+            ExpiringCertificate(name, certificate.not_valid_after_utc)
             for name, certificate in own
             if certificate.not_valid_after_utc - now < _notice(certificate)
         )
@@ -131,7 +131,7 @@ class Keyring:
         return encode_certificates(self.roots)
 
 
-def make_keyring(now: datetime, design: Design = DEFAULT_DESIGN) -> Keyring:
+def make_keyring(now: datetime, design: CAProfile = DEFAULT_PROFILE) -> Keyring:
     """Makes a new CA: a root of ten years and an intermediate of one.
 
     Name constraints stand in both certificates: in the root, so that whoever has its key gets no further; in the
@@ -143,20 +143,20 @@ def make_keyring(now: datetime, design: Design = DEFAULT_DESIGN) -> Keyring:
     return Keyring((root.certificate,), root.key, make_intermediate(root, generate_key(type_below), now, extra))
 
 
-def design_of(keyring: Keyring) -> Design:
+def profile_of(keyring: Keyring) -> CAProfile:
     """How a CA is made that takes this one's place: with keys of the same kind and for the same names."""
     kinds = {key_type_of(certificate.public_key()) for certificate in (keyring.root, keyring.intermediate.certificate)}
     kind = kinds.pop() if len(kinds) == 1 else None
     permitted: dict[type[x509.GeneralName], list[x509.GeneralName]] = {}
     excluded: list[x509.GeneralName] = []
-    for constraints in Bounds.of((*keyring.intermediates, keyring.root)).constraints:
+    for constraints in NameConstraintSet.of((*keyring.intermediates, keyring.root)).constraints:
         trees = constraints.permitted_subtrees or []
         # Of a kind that several certificates constrain the lowest counts, as it is within the others.
         for other in dict.fromkeys(type(tree) for tree in trees if type(tree) not in permitted):
             permitted[other] = [tree for tree in trees if type(tree) is other]
         excluded += constraints.excluded_subtrees or []
     length = keyring.root.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length
-    return Design(
+    return CAProfile(
         kind if kind in AUTHORITY_KEY_TYPES else None,
         tuple(tree for trees in permitted.values() for tree in trees),
         tuple(dict.fromkeys(excluded)),

@@ -10,7 +10,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 
 from csi_driver.authority.ca.certificate_check import problems_of
-from csi_driver.authority.ca.key_pairs import Signer
+from csi_driver.authority.ca.key_pairs import CAKeyPair
 from csi_driver.authority.ca.keyring import INTERMEDIATE, INTERMEDIATE_KEY, NAMES, ROOT, ROOT_KEY, Keyring
 from csi_driver.core.certificates.keys import AuthorityKey, load_authority_key
 from csi_driver.core.errors import CertmountError, Fault, Reason
@@ -54,7 +54,7 @@ def load_keyring(
     keyring = Keyring(
         tuple(roots),
         root_key.key if root_key else None,
-        Signer(intermediates[0], key.key),
+        CAKeyPair(intermediates[0], key.key),
         tuple(intermediates[1:]),
         encrypted=key.encrypted or (root_key is not None and root_key.encrypted),
         source=source,

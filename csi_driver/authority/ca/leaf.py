@@ -11,7 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from csi_driver.authority.ca.key_pairs import BACKDATE, Signer, authority_key_identifier, signing_hash
+from csi_driver.authority.ca.key_pairs import BACKDATE, CAKeyPair, authority_key_identifier, signing_hash
 from csi_driver.core.certificates.csr import san_extension
 from csi_driver.core.certificates.keys import PublicKey
 from csi_driver.core.errors import CertmountError, Reason
@@ -35,7 +35,7 @@ class Leaf:
     """False leaves it empty whatever the names are."""
 
 
-def sign_leaf(leaf: Leaf, signer: Signer, now: datetime) -> x509.Certificate:
+def sign_leaf(leaf: Leaf, signer: CAKeyPair, now: datetime) -> x509.Certificate:
     """Signs a certificate that ends no later than its signer's own; raises CertmountError IssuerUnavailable where that has ended."""
     until = min(now + leaf.life, signer.certificate.not_valid_after_utc)
     if until <= now:

@@ -32,7 +32,7 @@ _STEPS_S = (30, 60, 120, 300, 600, 1800, 3600, *(hours * 3600 for hours in (2, 4
 
 
 @unique
-class Phase(Enum):
+class RotationPhase(Enum):
     """Where a rotation stands."""
 
     STEADY = "steady"
@@ -43,11 +43,11 @@ class Phase(Enum):
     @property
     def before_switch(self) -> bool:
         """True while there is a next CA that signs nothing yet."""
-        return self in (Phase.ANNOUNCING, Phase.DISTRIBUTING)
+        return self in (RotationPhase.ANNOUNCING, RotationPhase.DISTRIBUTING)
 
 
 @dataclass(frozen=True, slots=True)
-class Retired:
+class RetiredRoot:
     """A root (X.509 DER) that signs no more; ``life`` is the longest, in seconds, that its CA gave a certificate."""
 
     root: bytes
@@ -55,10 +55,10 @@ class Retired:
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class RotationState:
     """All times are unix seconds."""
 
-    phase: Phase
+    phase: RotationPhase
     generation: int
     """Of the trusted roots: each other set of them has a higher one."""
     since: int = 0
@@ -67,9 +67,9 @@ class State:
     """True: nothing goes on by itself until a person says so."""
     longest_life: int = 0
     """Seconds: no certificate of the CA that signs was given a longer one."""
-    retired: tuple[Retired, ...] = ()
+    retired: tuple[RetiredRoot, ...] = ()
 
-    def trusted_until(self, retired: Retired) -> int:
+    def trusted_until(self, retired: RetiredRoot) -> int:
         """When the last certificate of a retired root has ended."""
         # A replica that has missed the switch goes on for STALE_S at the most, and gives no longer life unwritten.
         return self.since + STALE_S + CLOCKS_S + retired.life
@@ -80,66 +80,66 @@ class State:
         return self.since + STALE_S + CLOCKS_S
 
 
-def first_state(now: int) -> State:
+def first_state(now: int) -> RotationState:
     """Of a CA that has signed nothing yet."""
-    return State(Phase.STEADY, generation=now, since=now)
+    return RotationState(RotationPhase.STEADY, generation=now, since=now)
 
 
-def begin(state: State, now: int) -> State:
+def begin(state: RotationState, now: int) -> RotationState:
     """From now on the next CA's roots are trusted too.
 
     Raises:
         CertmountError: InvalidRequest while another rotation is under way.
     """
-    if state.phase is not Phase.STEADY:
+    if state.phase is not RotationPhase.STEADY:
         raise _refused("a rotation is under way already", "see certmount ca status")
-    return _in_phase(state, Phase.ANNOUNCING, now)
+    return _in_phase(state, RotationPhase.ANNOUNCING, now)
 
 
-def stop(state: State) -> State:
+def stop(state: RotationState) -> RotationState:
     """Nothing goes on until :func:`go_on`; raises CertmountError InvalidRequest where nothing is under way."""
-    if state.phase is Phase.STEADY:
+    if state.phase is RotationPhase.STEADY:
         raise _refused("none is under way, so there is nothing to stop")
     return replace(state, stopped=True)
 
 
-def go_on(state: State) -> State:
+def go_on(state: RotationState) -> RotationState:
     """After :func:`stop`: whatever is due comes at the next :func:`advance`."""
     return replace(state, stopped=False)
 
 
-def discard(state: State, now: int) -> State:
+def discard(state: RotationState, now: int) -> RotationState:
     """Gives the next CA up.
 
     Raises:
         CertmountError: InvalidRequest after the switch, as there are certificates then that only its root vouches for.
     """
-    if state.phase is Phase.STEADY:
+    if state.phase is RotationPhase.STEADY:
         raise _refused("none is under way, so there is nothing to discard")
-    if state.phase is Phase.RETIRING:
+    if state.phase is RotationPhase.RETIRING:
         raise _refused(
             "the new CA signs already, and pods hold certificates that only its root vouches for",
             "let it end, then rotate once more if you want another CA",
         )
-    return replace(_in_phase(state, Phase.STEADY, now), stopped=False)
+    return replace(_in_phase(state, RotationPhase.STEADY, now), stopped=False)
 
 
-def drop(state: State, now: int) -> State:
+def drop(state: RotationState, now: int) -> RotationState:
     """The former roots go now, with all that they vouch for; for a CA whose key was stolen.
 
     Raises:
         CertmountError: InvalidRequest while nothing is retired, or a replica may not have heard yet that it must not sign.
     """
-    if state.phase is not Phase.RETIRING:
+    if state.phase is not RotationPhase.RETIRING:
         raise _refused("no root is retired", "a root can be dropped when another CA signs: certmount ca rotate")
     if not state.since or now < state.announced_at:
         raise _refused("the new CA has only begun to sign", f"try again in {STALE_S + CLOCKS_S} s")
-    return replace(_in_phase(state, Phase.STEADY, now), stopped=False, retired=())
+    return replace(_in_phase(state, RotationPhase.STEADY, now), stopped=False, retired=())
 
 
 def advance(
-    state: State, now: int, confirmed: Collection[str], expected: Collection[str], leaving: Collection[bytes]
-) -> State:
+    state: RotationState, now: int, confirmed: Collection[str], expected: Collection[str], leaving: Collection[bytes]
+) -> RotationState:
     """The state after all that is due, one phase at a time.
 
     ``confirmed`` and ``expected`` are nodes, read after ``now``: those that have confirmed the state's generation, and
@@ -149,28 +149,28 @@ def advance(
         return replace(state, since=now)
     if state.stopped:
         return state
-    if state.phase is Phase.ANNOUNCING and now >= state.announced_at:
-        return _in_phase(state, Phase.DISTRIBUTING, now)
-    if state.phase is Phase.DISTRIBUTING and set(expected) <= set(confirmed):
-        retired = tuple(Retired(root, state.longest_life) for root in leaving)
-        return replace(state, phase=Phase.RETIRING, since=0, longest_life=0, retired=retired)
-    if state.phase is Phase.RETIRING and all(now >= state.trusted_until(each) for each in state.retired):
-        return replace(_in_phase(state, Phase.STEADY, now), retired=())
+    if state.phase is RotationPhase.ANNOUNCING and now >= state.announced_at:
+        return _in_phase(state, RotationPhase.DISTRIBUTING, now)
+    if state.phase is RotationPhase.DISTRIBUTING and set(expected) <= set(confirmed):
+        retired = tuple(RetiredRoot(root, state.longest_life) for root in leaving)
+        return replace(state, phase=RotationPhase.RETIRING, since=0, longest_life=0, retired=retired)
+    if state.phase is RotationPhase.RETIRING and all(now >= state.trusted_until(each) for each in state.retired):
+        return replace(_in_phase(state, RotationPhase.STEADY, now), retired=())
     return state
 
 
-def admit_life(state: State, seconds: float) -> State:
+def admit_life(state: RotationState, seconds: float) -> RotationState:
     """A certificate of this life is about to be signed: write the state first, where it changes."""
     return replace(state, longest_life=max(state.longest_life, _rounded_up(seconds)))
 
 
-def adopt(state: State | None, now: int, last_generation: int, longest_life: int) -> State:
+def adopt(state: RotationState | None, now: int, last_generation: int, longest_life: int) -> RotationState:
     """A CA that a person has put there: what it has signed is unknown, ``longest_life`` what it may have given at the most.
 
     A rotation that was under way before its switch begins again with the CA that is there now.
     """
     state = state or first_state(now)
-    phase = Phase.ANNOUNCING if state.phase.before_switch else state.phase
+    phase = RotationPhase.ANNOUNCING if state.phase.before_switch else state.phase
     generation = next_generation(last_generation, now)
     life = max(state.longest_life, longest_life)
     return replace(state, phase=phase, since=0, generation=generation, longest_life=life)
@@ -181,7 +181,7 @@ def next_generation(generation: int, now: int) -> int:
     return max(generation + 1, now)
 
 
-def _in_phase(state: State, phase: Phase, now: int) -> State:
+def _in_phase(state: RotationState, phase: RotationPhase, now: int) -> RotationState:
     return replace(state, phase=phase, since=0, generation=next_generation(state.generation, now))
 
 

@@ -11,10 +11,10 @@ from typing import Protocol
 import structlog
 
 from csi_driver.authority.ca import rotation
-from csi_driver.authority.ca.ca_files import KeyFiles
-from csi_driver.authority.ca.keyring import DEFAULT_DESIGN, Design, Keyring, make_keyring
-from csi_driver.authority.ca.rotation import Phase, State
-from csi_driver.authority.ca.state import Holdings, first_holdings, load_holdings
+from csi_driver.authority.ca.ca_files import CAFiles
+from csi_driver.authority.ca.keyring import DEFAULT_PROFILE, CAProfile, Keyring, make_keyring
+from csi_driver.authority.ca.rotation import RotationPhase, RotationState
+from csi_driver.authority.ca.state import CAState, first_holdings, load_holdings
 from csi_driver.authority.storage import Store, ca_part
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Fault, Reason
@@ -30,68 +30,70 @@ _UNKNOWN = frozenset({"unknown"})
 """Stands for nodes that nobody can ask for: they have not confirmed."""
 
 
-class Fleet(Protocol):
+class NodeAcknowledgements(Protocol):
     """Whoever knows the nodes."""
 
     async def look(self, generation: int) -> tuple[frozenset[str], frozenset[str]]:
         """The nodes that have confirmed this generation of the CA's roots, and those that must; raises CertmountError."""
 
 
-class Source(Protocol):
+class CASource(Protocol):
     """Gives the CA as it is now. ``name`` is what errors call it."""
 
     name: str
 
-    async def refresh(self, now: datetime) -> Holdings:
+    async def refresh(self, now: datetime) -> CAState:
         """The CA, after all that was due; raises CertmountError."""
 
-    async def admit_life(self, now: datetime, seconds: float) -> Holdings:
+    async def admit_life(self, now: datetime, seconds: float) -> CAState:
         """The CA, once it is written that it gives certificates of such a life; raises CertmountError."""
 
 
 class StoredCA:
     """A CA in a store. What the store holds wrongly is never overwritten."""
 
-    def __init__(self, store: Store, fleet: Fleet | None = None, design: Design = DEFAULT_DESIGN) -> None:
+    def __init__(
+        self, store: Store, fleet: NodeAcknowledgements | None = None, design: CAProfile = DEFAULT_PROFILE
+    ) -> None:
         """Without a fleet no rotation gets as far as its switch. ``design`` is that of the CA that is made where there is none."""
         self.name = store.name
         self._store = ca_part(store)
         self._fleet = fleet
         self._design = design
-        self._held: Holdings | None = None
+        self._held: CAState | None = None
         self._version = ""
         self._known: RootSet | None = None
 
-    async def refresh(self, now: datetime) -> Holdings:
-        async def due(holdings: Holdings) -> Holdings:
+    async def refresh(self, now: datetime) -> CAState:
+        async def due(holdings: CAState) -> CAState:
             return await self._advanced(holdings.renewed(now), now)
 
         return await self._change(now, due, make=True)
 
-    async def admit_life(self, now: datetime, seconds: float) -> Holdings:
-        async def admitted(holdings: Holdings) -> Holdings:
+    async def admit_life(self, now: datetime, seconds: float) -> CAState:
+        async def admitted(holdings: CAState) -> CAState:
             return replace(holdings, state=rotation.admit_life(holdings.state, seconds))
 
         return await self._change(now, admitted)
 
-    async def look_up(self, now: datetime) -> Holdings:
+    async def look_up(self, now: datetime) -> CAState:
         """What is stored, with nothing done about it; raises CertmountError, also InvalidCA where nothing is stored yet."""
         stored = await self._store.load()
         if not stored.values:
             raise self._empty()
         return load_holdings(stored.values, now, where=self.name)
 
-    async def change(self, now: datetime, step: Callable[[Holdings], Holdings]) -> Holdings:
+    async def change(self, now: datetime, step: Callable[[CAState], CAState]) -> CAState:
         """Does what a person wants; raises CertmountError, also what ``step`` raises."""
 
-        async def stepped(holdings: Holdings) -> Holdings:
+        async def stepped(holdings: CAState) -> CAState:
             return step(holdings)
 
         return await self._change(now, stepped)
 
     async def _change(
-        self, now: datetime, step: Callable[[Holdings], Awaitable[Holdings]], *, make: bool = False
-    ) -> Holdings:
+        self, now: datetime, step: Callable[[CAState], Awaitable[CAState]], *, make: bool = False
+    ) -> CAState:
         for _ in range(_MOST_CONFLICTS):
             stored = await self._store.load()
             if self._held is not None and stored.version == self._version:
@@ -111,9 +113,13 @@ class StoredCA:
                 return self._hold(replace(after, saved=True), "")
         raise CertmountError(Reason.ISSUER_UNAVAILABLE, f"{self.name}: other writers came first again and again")
 
-    async def _advanced(self, holdings: Holdings, now: datetime) -> Holdings:
+    async def _advanced(self, holdings: CAState, now: datetime) -> CAState:
         confirmed, expected = frozenset[str](), _UNKNOWN
-        if holdings.state.phase is Phase.DISTRIBUTING and not holdings.state.stopped and self._fleet is not None:
+        if (
+            holdings.state.phase is RotationPhase.DISTRIBUTING
+            and not holdings.state.stopped
+            and self._fleet is not None
+        ):
             try:
                 async with asyncio.timeout(_LOOK_S):
                     confirmed, expected = await self._fleet.look(holdings.state.generation)
@@ -131,7 +137,7 @@ class StoredCA:
         )
         return CertmountError(Reason.INVALID_CA, Fault(self.name, "keeps no CA", hint))
 
-    def _hold(self, holdings: Holdings, version: str) -> Holdings:
+    def _hold(self, holdings: CAState, version: str) -> CAState:
         self._held, self._version, self._known = holdings, version, holdings.trust
         return holdings
 
@@ -139,30 +145,30 @@ class StoredCA:
 class FileCA:
     """A CA in files: no state is kept, as nobody here decides what is trusted or who signs."""
 
-    def __init__(self, files: KeyFiles) -> None:
+    def __init__(self, files: CAFiles) -> None:
         self.name = files.name
         self._files = files
-        self._held: Holdings | None = None
+        self._held: CAState | None = None
 
-    async def refresh(self, now: datetime) -> Holdings:
+    async def refresh(self, now: datetime) -> CAState:
         keyring = await self._files.refresh(now)
         held = self._held
         if held is None or held.keyring is not keyring:
             self._held = held = _from_files(keyring, held, int(now.timestamp()))
         return held
 
-    async def admit_life(self, now: datetime, seconds: float) -> Holdings:  # noqa: ARG002  # any is admitted
+    async def admit_life(self, now: datetime, seconds: float) -> CAState:  # noqa: ARG002  # any is admitted
         return await self.refresh(now)
 
 
-def _from_files(keyring: Keyring, before: Holdings | None, now: int) -> Holdings:
+def _from_files(keyring: Keyring, before: CAState | None, now: int) -> CAState:
     generation = before.state.generation if before else 0
     if before is None or set(before.keyring.roots_der) != set(keyring.roots_der):
         generation = rotation.next_generation(generation, now)
-    return Holdings(keyring, None, State(Phase.STEADY, generation, since=now, longest_life=_ANY_LIFE))
+    return CAState(keyring, None, RotationState(RotationPhase.STEADY, generation, since=now, longest_life=_ANY_LIFE))
 
 
-def _tell(store: str, before: Holdings, after: Holdings) -> None:
+def _tell(store: str, before: CAState, after: CAState) -> None:
     if after.keyring != before.keyring or not before.saved:
         ends = f"{after.keyring.intermediate.certificate.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}"
         log.info(

@@ -16,8 +16,8 @@ from cryptography import x509
 from csi_driver.authority.ca import rotation
 from csi_driver.authority.ca.keyring import NAMES, Keyring, dump_keyring
 from csi_driver.authority.ca.keyring_loader import load_keyring
-from csi_driver.authority.ca.rotation import Phase, Retired, State
-from csi_driver.core.certificates.parse_errors import UNREADABLE
+from csi_driver.authority.ca.rotation import RetiredRoot, RotationPhase, RotationState
+from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import encode_certificates
@@ -35,12 +35,12 @@ _HINT = f"restore it, or remove {STATE} to have it made anew"
 
 
 @dataclass(frozen=True, slots=True)
-class Holdings:
+class CAState:
     """A CA as it is stored. ``following`` is the next one, there before the switch only."""
 
     keyring: Keyring
     following: Keyring | None
-    state: State
+    state: RotationState
     kept: Mapping[str, Secret[bytes]] = field(default_factory=dict, repr=False)
     """Values of names that are not ours."""
     saved: bool = True
@@ -53,7 +53,7 @@ class Holdings:
         following = self.following.roots_der if self.following else ()
         return RootSet(tuple(dict.fromkeys((*retired, *self.keyring.roots_der, *following))), self.state.generation)
 
-    def begun(self, following: Keyring, now: int) -> Holdings:
+    def begun(self, following: Keyring, now: int) -> CAState:
         """A rotation to ``following`` begins.
 
         Raises:
@@ -65,22 +65,22 @@ class Holdings:
             raise CertmountError(Reason.INVALID_CA, Fault("root.crt", problem, f"nodes take {_MOST_ROOTS}"))
         return after
 
-    def discarded(self, now: int) -> Holdings:
+    def discarded(self, now: int) -> CAState:
         """The next CA is given up; raises CertmountError InvalidRequest where it is too late or none is there."""
         return replace(self, following=None, state=rotation.discard(self.state, now))
 
-    def advanced(self, now: int, confirmed: Collection[str], expected: Collection[str]) -> Holdings:
+    def advanced(self, now: int, confirmed: Collection[str], expected: Collection[str]) -> CAState:
         """After all that is due, see :func:`csi_driver.authority.ca.rotation.advance`."""
         leaving = [root for root in self.keyring.roots_der if self.following and root not in self.following.roots_der]
         state = rotation.advance(self.state, now, confirmed, expected, leaving)
         if state == self.state:
             return self
-        if self.state.phase.before_switch and state.phase is Phase.RETIRING and self.following is not None:
+        if self.state.phase.before_switch and state.phase is RotationPhase.RETIRING and self.following is not None:
             # The former keys are of no more use to anyone, so the store forgets them.
             return replace(self, keyring=self.following, following=None, state=state)
         return replace(self, state=state)
 
-    def renewed(self, now: datetime) -> Holdings:
+    def renewed(self, now: datetime) -> CAState:
         """With new intermediates where they are due."""
         keyring, following = _renewed(self.keyring, now), self.following and _renewed(self.following, now)
         if keyring is self.keyring and following is self.following:
@@ -93,17 +93,17 @@ class Holdings:
         return {**self.kept, **dump_keyring(self.keyring), **following, STATE: Secret(_dump_state(self))}
 
 
-def first_holdings(keyring: Keyring, now: int, known: RootSet | None = None) -> Holdings:
+def first_holdings(keyring: Keyring, now: int, known: RootSet | None = None) -> CAState:
     """Of a CA that is made now; ``known`` is what nodes were told before, where the store has been emptied."""
     state = rotation.first_state(now)
     if known is not None:
         state = replace(state, generation=rotation.next_generation(known.generation, now))
-    return Holdings(keyring, None, state, saved=False)
+    return CAState(keyring, None, state, saved=False)
 
 
 def load_holdings(
     values: Mapping[str, Secret[bytes]], now: datetime, *, where: str, known: RootSet | None = None
-) -> Holdings:
+) -> CAState:
     """Takes the values of a store, which ``where`` names in errors; ``known`` is what this replica told nodes last.
 
     Where a person has put another CA there, or an older state, the result is not ``saved``, and its generation is a new one.
@@ -118,10 +118,10 @@ def load_holdings(
     if before_switch and any(name in values for name in _NEXT_NAMES):
         following = load_keyring(values, now, where=where, prefix=NEXT, hint=_NEXT_HINT)
     elif state is not None and before_switch:
-        state, trusted = replace(state, phase=Phase.STEADY, stopped=False), ""
+        state, trusted = replace(state, phase=RotationPhase.STEADY, stopped=False), ""
     kept = {name: value for name, value in values.items() if name not in (*NAMES, *_NEXT_NAMES, STATE)}
     seconds = int(now.timestamp())
-    found = Holdings(keyring, following, state or rotation.first_state(seconds), kept)
+    found = CAState(keyring, following, state or rotation.first_state(seconds), kept)
     if state is not None and trusted == _digest(found) and not _behind(found.trust, known):
         return found
     last = max(state.generation if state else 0, known.generation if known else 0)
@@ -140,13 +140,13 @@ def _renewed(keyring: Keyring, now: datetime) -> Keyring:
     return keyring.with_new_intermediate(now) if keyring.wants_intermediate(now) else keyring
 
 
-def _digest(holdings: Holdings) -> str:
+def _digest(holdings: CAState) -> str:
     """Of the trusted roots, in any order, as a generation stands for them."""
     digests = sorted(hashlib.sha256(root).hexdigest() for root in holdings.trust.roots)
     return hashlib.sha256(" ".join(digests).encode("ascii")).hexdigest()
 
 
-def _dump_state(holdings: Holdings) -> bytes:
+def _dump_state(holdings: CAState) -> bytes:
     state = holdings.state
     document = {
         "phase": state.phase.value,
@@ -162,13 +162,13 @@ def _dump_state(holdings: Holdings) -> bytes:
     return json.dumps(document, indent=1).encode("ascii")
 
 
-def _parse_state(content: Secret[bytes], where: str) -> tuple[State, str]:
+def _parse_state(content: Secret[bytes], where: str) -> tuple[RotationState, str]:
     """The state, and the digest of the roots that its generation stands for; raises CertmountError InvalidCA."""
     try:
         document = json.loads(content.reveal())
         retired = tuple(_retired(each) for each in _of(document["retired"], list))
-        state = State(
-            Phase(document["phase"]),
+        state = RotationState(
+            RotationPhase(document["phase"]),
             since=_number(document["since"]),
             generation=_number(document["generation"]),
             stopped=_of(document["stopped"], bool),
@@ -182,13 +182,13 @@ def _parse_state(content: Secret[bytes], where: str) -> tuple[State, str]:
     return state, trusted
 
 
-def _retired(document: Any) -> Retired:
+def _retired(document: Any) -> RetiredRoot:
     try:
         der = base64.b64decode(document["certificate"], validate=True)
         x509.load_der_x509_certificate(der)
-    except (binascii.Error, *UNREADABLE):
+    except (binascii.Error, *PARSE_ERRORS):
         raise ValueError("no certificate") from None
-    return Retired(der, _number(document["life"]))
+    return RetiredRoot(der, _number(document["life"]))
 
 
 def _number(value: Any) -> int:

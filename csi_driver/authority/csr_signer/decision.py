@@ -10,14 +10,14 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from csi_driver.authority.authn.limits import Buckets, Rate
-from csi_driver.authority.authn.token_reviews import patiently
-from csi_driver.authority.csr_api import Pods
+from csi_driver.authority.authn.limits import Rate, RateLimiter
+from csi_driver.authority.authn.token_reviews import retry_while_unavailable
+from csi_driver.authority.csr_api import PodReader
 from csi_driver.authority.csr_signer.request import Wish, read_wish
 from csi_driver.authority.csr_signer.requester import check_live, requester_of
-from csi_driver.authority.issuance.pipeline import Subjects
-from csi_driver.authority.issuers import Issuer, Order
-from csi_driver.core.certificates.keys import digest
+from csi_driver.authority.issuance.pipeline import SubjectLookup
+from csi_driver.authority.issuers import Issuer, IssuerRequest
+from csi_driver.core.certificates.keys import key_fingerprint
 from csi_driver.core.cluster.csr import ClusterCSR
 from csi_driver.core.durations import format_duration
 from csi_driver.core.errors import CertmountError, Fault, Reason
@@ -43,12 +43,14 @@ class Signed:
 class Decisions:
     """Judges requests for our own signer."""
 
-    def __init__(self, pods: Pods, subjects: Subjects, policy: Callable[[], Policy], internal: Issuer) -> None:
+    def __init__(
+        self, pods: PodReader, subjects: SubjectLookup, policy: Callable[[], Policy], internal: Issuer
+    ) -> None:
         self._pods = pods
         self._subjects = subjects
         self._policy = policy
         self._internal = internal
-        self._limits = Buckets(ACCOUNT_RATE)
+        self._limits = RateLimiter(ACCOUNT_RATE)
 
     async def decide(
         self, csr: ClusterCSR, own_username: str, record: dict[str, Any], *, again: bool = False
@@ -74,10 +76,10 @@ class Decisions:
                 self._count(csr.username)
         wish = read_wish(csr)
         record["asked"] = [str(name) for name in wish.request.names]
-        record["key_sha256"] = digest(wish.request.public_key)
+        record["key_sha256"] = key_fingerprint(wish.request.public_key)
         grant = _decided_before(wish) if own else await self._granted(pod, wish)
         record.update(names=[str(name) for name in grant.names], rules=grant.rules)
-        issued = await self._internal.issue(Order(wish.request, grant, pod, wish.asked))
+        issued = await self._internal.issue(IssuerRequest(wish.request, grant, pod, wish.asked))
         chain = [x509.load_der_x509_certificate(der) for der in issued.chain]
         record.update(
             serial=f"{chain[0].serial_number:x}", not_after=f"{chain[0].not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}"
@@ -87,8 +89,10 @@ class Decisions:
 
     async def _granted(self, pod: PodIdentity, wish: Wish) -> Grant:
         account = pod.service_account
-        check_live(pod, await patiently(functools.partial(self._pods.find, account.namespace, pod.pod_name)))
-        subject = await patiently(functools.partial(self._subjects.find, pod))
+        check_live(
+            pod, await retry_while_unavailable(functools.partial(self._pods.find, account.namespace, pod.pod_name))
+        )
+        subject = await retry_while_unavailable(functools.partial(self._subjects.find, pod))
         return self._policy().decide(subject, wish.asked)
 
     def _count(self, username: str) -> None:

@@ -8,11 +8,11 @@ import re
 from dataclasses import dataclass
 from datetime import timedelta
 
-from csi_driver.core.certificates.csr import MAX_CSR_BYTES, SigningRequest, parse_csr
+from csi_driver.core.certificates.csr import MAX_CSR_BYTES, ParsedCSR, parse_csr
 from csi_driver.core.certificates.csr_content import content_faults
 from csi_driver.core.cluster.csr import DIGITAL_SIGNATURE, KEY_ENCIPHERMENT, PURPOSES, ClusterCSR
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.policy.engine import Asked
+from csi_driver.core.policy.engine import RequestedCertificate
 from csi_driver.core.spec import Usage
 
 _PEM = re.compile(
@@ -28,14 +28,14 @@ _HARMLESS = {*_USAGES, DIGITAL_SIGNATURE, KEY_ENCIPHERMENT}
 class Wish:
     """A request that is well formed, whoever has made it."""
 
-    request: SigningRequest
+    request: ParsedCSR
     usages: tuple[Usage, ...]
     duration: timedelta | None
 
     @property
-    def asked(self) -> Asked:
+    def asked(self) -> RequestedCertificate:
         """In the policy's words: the issuer is the internal CA, which this signer is a way to."""
-        return Asked(self.request.names, self.request.key_type, self.usages, self.duration)
+        return RequestedCertificate(self.request.names, self.request.key_type, self.usages, self.duration)
 
 
 def read_wish(csr: ClusterCSR) -> Wish:

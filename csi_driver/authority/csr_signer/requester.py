@@ -17,7 +17,7 @@ def requester_of(csr: ClusterCSR) -> PodIdentity:
     """The pod whose token made the request (KEP-4193: Kubernetes 1.30 and newer stamp all of it).
 
     Raises:
-        CertmountError: IdentityRefused for anyone else: a person, a node, a token that is bound to no pod.
+        CertmountError: TokenRejected for anyone else: a person, a node, a token that is bound to no pod.
     """
     namespace, colon, account = csr.username.removeprefix(_ACCOUNT).partition(":")
     if not csr.username.startswith(_ACCOUNT) or not colon or not (_is_name(namespace) and _is_name(account)):
@@ -32,7 +32,7 @@ def requester_of(csr: ClusterCSR) -> PodIdentity:
 
 
 def check_live(pod: PodIdentity, found: LivePod | None) -> None:
-    """Raises CertmountError IdentityRefused unless the cluster has this very pod, on that node, and not in its end."""
+    """Raises CertmountError TokenRejected unless the cluster has this very pod, on that node, and not in its end."""
     if found is None or found.uid != pod.pod_uid:
         raise _refused(str(pod), "is gone" if found is None else "was made anew since; its token is of the one before")
     faults = []
@@ -43,7 +43,7 @@ def check_live(pod: PodIdentity, found: LivePod | None) -> None:
     if found.ending:
         faults.append("is ending")
     if faults:
-        raise CertmountError(Reason.IDENTITY_REFUSED, *(Fault(str(pod), fault) for fault in faults))
+        raise CertmountError(Reason.TOKEN_REJECTED, *(Fault(str(pod), fault) for fault in faults))
 
 
 def _is_name(text: str) -> bool:
@@ -55,4 +55,4 @@ def _is_name(text: str) -> bool:
 
 
 def _refused(field: str, problem: str, hint: str = "") -> CertmountError:
-    return CertmountError(Reason.IDENTITY_REFUSED, Fault(field, problem, hint))
+    return CertmountError(Reason.TOKEN_REJECTED, Fault(field, problem, hint))

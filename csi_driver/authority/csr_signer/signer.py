@@ -11,11 +11,11 @@ from typing import Any
 
 import structlog
 
-from csi_driver.authority.csr_api import Requests
+from csi_driver.authority.csr_api import CSRClient
 from csi_driver.authority.csr_signer.decision import Decisions, Signed
 from csi_driver.authority.csr_signer.leadership import Leadership
-from csi_driver.authority.issuance.pipeline import Events, milliseconds
-from csi_driver.core.cluster.csr import APPROVED, DENIED, FAILED, OWN_SIGNER, ClusterCSR, Condition
+from csi_driver.authority.issuance.pipeline import EventRecorder, milliseconds
+from csi_driver.core.cluster.csr import APPROVED, DENIED, FAILED, OWN_SIGNER, ClusterCSR, CSRCondition
 from csi_driver.core.errors import REASONS, CertmountError, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.kube.csrs import CSRs
@@ -74,10 +74,10 @@ class CSRSigner:
 
     def __init__(
         self,
-        requests: Requests,
+        requests: CSRClient,
         decisions: Decisions,
         leadership: Leadership,
-        events: Events,
+        events: EventRecorder,
         ended: Callable[[float, Reason | None], None],
     ) -> None:
         """``ended`` gets, of each request that was looked at, the seconds and why there is no certificate, if there is none."""
@@ -164,7 +164,7 @@ class CSRSigner:
     async def _handed_out(self, csr: ClusterCSR, signed: Signed) -> ClusterCSR:
         now = csr
         if now.condition(APPROVED) is None:
-            now = await self._requests.decide(csr, Condition(APPROVED, _GRANTED, signed.why))
+            now = await self._requests.decide(csr, CSRCondition(APPROVED, _GRANTED, signed.why))
         return now if now.finished else await self._requests.answer(csr, signed.certificate)
 
     async def _refused(self, csr: ClusterCSR, error: CertmountError, record: dict[str, Any]) -> ClusterCSR:
@@ -175,8 +175,8 @@ class CSRSigner:
             self._events.record(identity, warning=True, reason=error.reason.word, message=text)
         now = csr
         if now.condition(APPROVED) is None:
-            now = await self._requests.decide(csr, Condition(DENIED, error.reason.word, text))
+            now = await self._requests.decide(csr, CSRCondition(DENIED, error.reason.word, text))
         if now.finished:
             return now
         # Someone has approved it by hand, which makes no name theirs; it can't be denied any more.
-        return await self._requests.fail(csr, Condition(FAILED, error.reason.word, text))
+        return await self._requests.fail(csr, CSRCondition(FAILED, error.reason.word, text))

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from csi_driver.core.cluster.event import PodEvent, Written
+from csi_driver.core.cluster.event import PodEvent, RecordedEvent
 from csi_driver.core.identity import PodIdentity
 
 WINDOW_S = 600
@@ -25,7 +25,7 @@ Key = tuple[str, str, str]
 
 
 @dataclass(slots=True, eq=False)
-class Entry:
+class AggregatedEvent:
     """One event, and how far the API server knows of it."""
 
     event: PodEvent
@@ -35,19 +35,19 @@ class Entry:
     said: int = 1
     told: int = 0
     updates: int = 0
-    written: Written | None = None
+    written: RecordedEvent | None = None
 
     @property
     def untold(self) -> int:
         return self.said - self.told
 
 
-class Ledger:
+class EventAggregator:
     """Events of the last minutes. ``dropped`` is told why each time that one is not to be written."""
 
     def __init__(self, dropped: Callable[[str], None]) -> None:
         self._dropped = dropped
-        self._entries: dict[Key, Entry] = {}
+        self._entries: dict[Key, AggregatedEvent] = {}
         self._minute = 0
         self._of_pod: Counter[str] = Counter()
         self._tokens = BURST
@@ -70,7 +70,7 @@ class Ledger:
         namespace = pod.service_account.namespace
         name = _name(pod.pod_name, key, window)
         event = PodEvent(name, namespace, pod.pod_name, pod.pod_uid, warning, reason, message, now)
-        self._entries[key] = Entry(event, window, now, now)
+        self._entries[key] = AggregatedEvent(event, window, now, now)
 
     def wait(self, now: float) -> float | None:
         """Seconds until there is one to write; None while there is none."""
@@ -81,7 +81,7 @@ class Ledger:
         for_token = 0.0 if self._tokens >= _NEARLY_ONE else (1 - self._tokens) / RATE
         return max(0.0, due - now, self._not_before - now, for_token)
 
-    def take(self, now: float) -> Entry | None:
+    def take(self, now: float) -> AggregatedEvent | None:
         """The next one to write now; it has to be settled, or will be taken again. Counts against the rate."""
         self._expire(now)
         if self.wait(now) != 0.0:
@@ -89,13 +89,13 @@ class Ledger:
         self._tokens -= 1
         return min((entry for entry in self._entries.values() if entry.untold), key=lambda entry: entry.due)
 
-    def settle(self, entry: Entry, told: int, written: Written, now: float) -> None:
+    def settle(self, entry: AggregatedEvent, told: int, written: RecordedEvent, now: float) -> None:
         """The API server knows that it was said ``told`` times here; the next count goes out later each time."""
         entry.written, entry.told = written, told
         entry.due = now + _FIRST_REPEAT_S * 2**entry.updates
         entry.updates += 1
 
-    def give_up(self, entry: Entry, why: str) -> None:
+    def give_up(self, entry: AggregatedEvent, why: str) -> None:
         """It is never written; what repeats it within its window neither."""
         entry.told = entry.said = 0
         entry.due = float("inf")

@@ -27,7 +27,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class NodeReport:
     """An Event of type Warning, or of type Normal."""
 
     warning: bool
@@ -35,7 +35,7 @@ class Report:
     message: str
 
 
-def parse_report(condition: int, reason: str, message: str) -> Report:
+def parse_report(condition: int, reason: str, message: str) -> NodeReport:
     """Takes what stands on the wire.
 
     Raises:
@@ -52,4 +52,4 @@ def parse_report(condition: int, reason: str, message: str) -> Report:
     if faults:
         raise CertmountError(Reason.INVALID_REQUEST, *faults)
     text = _CONTROL.sub(" ", f"{reason}: {message}" if reason else message)
-    return Report(word != RECOVERED, word, text[:MAX_MESSAGE])
+    return NodeReport(word != RECOVERED, word, text[:MAX_MESSAGE])

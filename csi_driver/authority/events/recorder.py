@@ -11,8 +11,8 @@ from typing import Protocol
 
 import structlog
 
-from csi_driver.authority.events.aggregator import Entry, Ledger
-from csi_driver.core.cluster.event import EventRefused, PodEvent, Written
+from csi_driver.authority.events.aggregator import AggregatedEvent, EventAggregator
+from csi_driver.core.cluster.event import EventRefused, PodEvent, RecordedEvent
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.identity import PodIdentity
 from csi_driver.telemetry.cluster_metrics import ClusterMetrics
@@ -34,10 +34,10 @@ class EventWriter(Protocol):
     Both raise EventRefused for good, and CertmountError for what may pass.
     """
 
-    async def create(self, event: PodEvent) -> Written:
+    async def create(self, event: PodEvent) -> RecordedEvent:
         """Makes it, or counts it where it was made already."""
 
-    async def repeat(self, event: PodEvent, known: Written, more: int, last_at: float) -> Written:
+    async def repeat(self, event: PodEvent, known: RecordedEvent, more: int, last_at: float) -> RecordedEvent:
         """Counts it."""
 
 
@@ -55,7 +55,7 @@ class PodEvents:
         self._writer = writer
         self._metrics = metrics
         self._clock = clock
-        self._ledger = Ledger(metrics.event_dropped)
+        self._ledger = EventAggregator(metrics.event_dropped)
         self._news = asyncio.Event()
         self._failures = 0
 
@@ -78,7 +78,7 @@ class PodEvents:
                 async with asyncio.timeout(self._ledger.wait(self._clock())):
                     await self._news.wait()
 
-    async def _write(self, entry: Entry) -> None:
+    async def _write(self, entry: AggregatedEvent) -> None:
         said = entry.said
         try:
             if entry.written is None:

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from datetime import timedelta
 
-from csi_driver.authority.issuers import Issued, Issuer, Order
+from csi_driver.authority.issuers import IssuedCertificate, Issuer, IssuerRequest
 from csi_driver.core.certificates.keys import public_bytes
 from csi_driver.core.errors import CertmountError, Fault, Reason
 
@@ -33,7 +33,7 @@ def while_pending(issuer: Issuer) -> str | None:
     return named
 
 
-class StandIns:
+class InterimCertificates:
     """How long each order is waited for, by its key, so that nodes ask less often for an old one. ``clock`` gives seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, at_once_s: float = AT_ONCE_S) -> None:
@@ -41,7 +41,7 @@ class StandIns:
         self._at_once_s = at_once_s
         self._since: OrderedDict[bytes, tuple[float, float]] = OrderedDict()
 
-    async def issued_soon(self, issuer: Issuer, order: Order) -> Issued:
+    async def issued_soon(self, issuer: Issuer, order: IssuerRequest) -> IssuedCertificate:
         """As :meth:`Issuer.issue`, but an issuer that a stand-in waits for is not waited for itself: IssuancePending."""
         if while_pending(issuer) is None:
             return await issuer.issue(order)
@@ -52,7 +52,7 @@ class StandIns:
             problem = f"takes longer than {self._at_once_s:.0f} s"
             raise CertmountError(Reason.ISSUANCE_PENDING, Fault("certificate", problem)) from None
 
-    def ask_again_after(self, order: Order) -> timedelta:
+    def ask_again_after(self, order: IssuerRequest) -> timedelta:
         """When the node is to look whether the certificate is there."""
         now, key = self._clock(), _key(order)
         since, asked = self._since.pop(key, (now, now))
@@ -63,11 +63,11 @@ class StandIns:
             self._since.popitem(last=False)
         return timedelta(seconds=min(max((now - since) / _GROWTH, _FIRST_S), _LAST_S))
 
-    def over(self, order: Order) -> None:
+    def over(self, order: IssuerRequest) -> None:
         """The certificate is there."""
         if self._since:
             self._since.pop(_key(order), None)
 
 
-def _key(order: Order) -> bytes:
+def _key(order: IssuerRequest) -> bytes:
     return hashlib.sha256(public_bytes(order.request.public_key)).digest()

@@ -11,41 +11,41 @@ from typing import Any, Protocol
 
 from cryptography import x509
 
-from csi_driver.authority.authn.authenticator import Admission
-from csi_driver.authority.authn.limits import Limits
-from csi_driver.authority.authn.token_reviews import patiently
-from csi_driver.authority.issuance.interim import StandIns, while_pending
-from csi_driver.authority.issuers import Issued, Issuer, Order
+from csi_driver.authority.authn.authenticator import Authenticator
+from csi_driver.authority.authn.limits import RequestLimits
+from csi_driver.authority.authn.token_reviews import retry_while_unavailable
+from csi_driver.authority.issuance.interim import InterimCertificates, while_pending
+from csi_driver.authority.issuers import IssuedCertificate, Issuer, IssuerRequest
 from csi_driver.authority.policy.policy_file import PolicyFile
-from csi_driver.authority.trust.bundles import Trust
+from csi_driver.authority.trust.bundles import TrustBundles
 from csi_driver.core.certificates.csr import parse_csr
 from csi_driver.core.certificates.csr_content import content_faults
-from csi_driver.core.certificates.keys import digest
+from csi_driver.core.certificates.keys import key_fingerprint
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity
 from csi_driver.core.names import Names
-from csi_driver.core.policy.engine import Asked, Subject
+from csi_driver.core.policy.engine import PolicySubject, RequestedCertificate
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import DEFAULT_ISSUER, Usage
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
 
-class Events(Protocol):
+class EventRecorder(Protocol):
     """What is said on pods for people to see."""
 
     def record(self, pod: PodIdentity, *, warning: bool, reason: str, message: str) -> None:
         """Says it as soon as it can; never waits, never raises."""
 
 
-class Subjects(Protocol):
+class SubjectLookup(Protocol):
     """What the cluster says of pods beside their identity."""
 
-    async def find(self, pod: PodIdentity) -> Subject:
-        """The pod as policy sees it; raises CertmountError PodUnknown, or ProofUnavailable where the cluster can't be followed."""
+    async def find(self, pod: PodIdentity) -> PolicySubject:
+        """The pod as policy sees it; raises CertmountError PodNotFound, or TokenReviewUnavailable where the cluster can't be followed."""
 
 
-class Confirmations(Protocol):
+class TrustAcknowledger(Protocol):
     """What nodes have said they trust."""
 
     async def confirm(self, node: str, set: str, generation: int, /) -> None:  # noqa: A002  # the wire's word
@@ -53,7 +53,7 @@ class Confirmations(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class IssuanceRequest:
     """What a proven pod's node asks for, in values."""
 
     csr: bytes
@@ -65,32 +65,32 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class IssuanceResult:
     """The certificate, and the sets of roots that the pod is to trust, by name."""
 
-    issued: Issued
+    issued: IssuedCertificate
     trust: Mapping[str, RootSet]
     pending: CertmountError | None = None
     """Where the certificate stands in for one that is on its way: what that one waits for."""
 
 
 @dataclass(frozen=True, slots=True)
-class Desk:
+class IssuancePipeline:
     """Those whom a request passes. What they find goes into ``record``, so that a refusal tells how far it came."""
 
-    admission: Admission
-    limits: Limits
-    subjects: Subjects
+    admission: Authenticator
+    limits: RequestLimits
+    subjects: SubjectLookup
     policy: PolicyFile
     issuers: Mapping[str, Issuer]
     metrics: AuthorityMetrics
-    events: Events
-    confirmations: Confirmations
-    trust: Trust
-    stand_ins: StandIns = field(default_factory=StandIns)
+    events: EventRecorder
+    confirmations: TrustAcknowledger
+    trust: TrustBundles
+    stand_ins: InterimCertificates = field(default_factory=InterimCertificates)
 
     async def prove_node(self, caller: Secret[str], record: dict[str, Any]) -> PodIdentity:
-        """The driver that calls; raises CertmountError as :class:`Admission`, and TooManyRequests."""
+        """The driver that calls; raises CertmountError as :class:`Authenticator`, and TooManyRequests."""
         started = time.perf_counter()
         try:
             node = await self.admission.prove_node(caller)
@@ -101,7 +101,7 @@ class Desk:
         return node
 
     async def prove_pod(self, token: Secret[str], node: PodIdentity, record: dict[str, Any]) -> PodIdentity:
-        """The pod on that node; raises CertmountError as :class:`Admission`, and TooManyRequests."""
+        """The pod on that node; raises CertmountError as :class:`Authenticator`, and TooManyRequests."""
         started = time.perf_counter()
         try:
             pod = await self.admission.prove_pod(token, node)
@@ -112,27 +112,27 @@ class Desk:
         self.limits.count_pod(pod)
         return pod
 
-    async def issue(self, pod: PodIdentity, wanted: Wanted, record: dict[str, Any]) -> Answer:
+    async def issue(self, pod: PodIdentity, wanted: IssuanceRequest, record: dict[str, Any]) -> IssuanceResult:
         """A certificate for a proven pod.
 
         Raises:
-            CertmountError: InvalidCSR, IssuerUnknown, FederationUnknown, or as subjects, policy and issuer say.
+            CertmountError: InvalidCSR, IssuerNotFound, FederationNotFound, or as subjects, policy and issuer say.
         """
         started = time.perf_counter()
         record["issuer"] = wanted.issuer
         request = parse_csr(wanted.csr)
         record["asked"] = _texts(request.names)
-        record["key_sha256"] = digest(request.public_key)
+        record["key_sha256"] = key_fingerprint(request.public_key)
         issuer = self._issuer(wanted.issuer)
         if wanted.issuer != DEFAULT_ISSUER and (faults := content_faults(request)):
             # A signer outside may copy whatever there is, and a node's request may be a stolen node's.
             raise CertmountError(Reason.INVALID_CSR, *faults)
         self.trust.select(wanted.issuer, wanted.federations)  # what is refused for them is refused before it is signed
-        subject = await patiently(functools.partial(self.subjects.find, pod))
-        asked = Asked(request.names, request.key_type, wanted.usages, wanted.duration, wanted.issuer)
+        subject = await retry_while_unavailable(functools.partial(self.subjects.find, pod))
+        asked = RequestedCertificate(request.names, request.key_type, wanted.usages, wanted.duration, wanted.issuer)
         grant = self.policy.current.decide(subject, asked)
         record.update(policy_ms=milliseconds(started), names=_texts(grant.names), rules=grant.rules)
-        order = Order(request, grant, pod, asked)
+        order = IssuerRequest(request, grant, pod, asked)
         try:
             issued = await self._signed(issuer, wanted.issuer, order, record)
         except CertmountError as pending:
@@ -141,15 +141,20 @@ class Desk:
             issued = await self._stand_in(subject, order, asked, pending, record)
             _record_leaf(issued.chain, record)
             sets = self.trust.select(DEFAULT_ISSUER, (wanted.issuer, *wanted.federations))
-            return Answer(issued, sets, pending)
+            return IssuanceResult(issued, sets, pending)
         self.stand_ins.over(order)
         _record_leaf(issued.chain, record)
         # As of now, not as of the question: whoever signed may have taken its time.
-        return Answer(issued, self.trust.select(wanted.issuer, wanted.federations))
+        return IssuanceResult(issued, self.trust.select(wanted.issuer, wanted.federations))
 
     async def _stand_in(
-        self, subject: Subject, order: Order, asked: Asked, pending: CertmountError, record: dict[str, Any]
-    ) -> Issued:
+        self,
+        subject: PolicySubject,
+        order: IssuerRequest,
+        asked: RequestedCertificate,
+        pending: CertmountError,
+        record: dict[str, Any],
+    ) -> IssuedCertificate:
         """A certificate of the internal CA for the same key, where policy allows the pod these names from it as well.
 
         Raises:
@@ -160,7 +165,7 @@ class Desk:
             grant = self.policy.current.decide(subject, asked)
         except CertmountError:
             raise pending from None
-        record.update(provisional=True, pending=str(pending), names=_texts(grant.names), rules=grant.rules)
+        record.update(interim=True, pending=str(pending), names=_texts(grant.names), rules=grant.rules)
         own = replace(order, grant=grant, asked=asked)
         issued = await self._signed(self._issuer(DEFAULT_ISSUER), DEFAULT_ISSUER, own, record)
         return replace(issued, renew_after=self.stand_ins.ask_again_after(order))
@@ -170,11 +175,13 @@ class Desk:
         if issuer is None:
             problem = f"the authority has no issuer {name}"
             raise CertmountError(
-                Reason.ISSUER_UNKNOWN, Fault("issuer", problem, f"it has {', '.join(sorted(self.issuers))}")
+                Reason.ISSUER_NOT_FOUND, Fault("issuer", problem, f"it has {', '.join(sorted(self.issuers))}")
             )
         return issuer
 
-    async def _signed(self, issuer: Issuer, name: str, order: Order, record: dict[str, Any]) -> Issued:
+    async def _signed(
+        self, issuer: Issuer, name: str, order: IssuerRequest, record: dict[str, Any]
+    ) -> IssuedCertificate:
         started = time.perf_counter()
         reason: Reason | None = Reason.INTERNAL
         try:

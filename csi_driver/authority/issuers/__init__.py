@@ -9,24 +9,24 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
 
-from csi_driver.core.certificates.csr import SigningRequest
+from csi_driver.core.certificates.csr import ParsedCSR
 from csi_driver.core.identity import PodIdentity
-from csi_driver.core.policy.engine import Asked, Grant
+from csi_driver.core.policy.engine import Grant, RequestedCertificate
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class IssuerRequest:
     """What to sign: the key of a checked request, with what policy granted, for a proven pod."""
 
-    request: SigningRequest
+    request: ParsedCSR
     grant: Grant
     identity: PodIdentity
-    asked: Asked | None = None
+    asked: RequestedCertificate | None = None
     """In the pod's own words, for an issuer that can't give all that policy grants; None where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
-class Issued:
+class IssuedCertificate:
     """X.509 DER: ``chain`` is the leaf, then its intermediates; ``roots`` are what the pod is to trust."""
 
     chain: tuple[bytes, ...]
@@ -40,5 +40,5 @@ class Issued:
 class Issuer(Protocol):
     """Signs orders."""
 
-    async def issue(self, order: Order) -> Issued:
-        """Signs; raises CertmountError IssuerUnavailable for what may pass, NameRefused for what the issuer won't sign."""
+    async def issue(self, order: IssuerRequest) -> IssuedCertificate:
+        """Signs; raises CertmountError IssuerUnavailable for what may pass, NameNotAllowed for what the issuer won't sign."""

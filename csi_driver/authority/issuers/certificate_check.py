@@ -9,10 +9,10 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from csi_driver.authority.issuers import Order
+from csi_driver.authority.issuers import IssuerRequest
 from csi_driver.core.certificates.csr import names_of
 from csi_driver.core.certificates.keys import public_bytes
-from csi_driver.core.certificates.parse_errors import UNREADABLE
+from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
 from csi_driver.core.spec import Usage
 
 _PURPOSES = {ExtendedKeyUsageOID.SERVER_AUTH: Usage.SERVER, ExtendedKeyUsageOID.CLIENT_AUTH: Usage.CLIENT}
@@ -20,13 +20,13 @@ _TOLERANCE = timedelta(minutes=2)
 """Between the clocks: a life is counted from the issuer's now."""
 
 
-def certificate_problems(leaf: x509.Certificate, order: Order, now: datetime) -> list[str]:
+def certificate_problems(leaf: x509.Certificate, order: IssuerRequest, now: datetime) -> list[str]:
     """Every way in which a leaf is not what was ordered, in words that follow "the certificate"."""
     grant = order.grant
     try:
         key, extensions = leaf.public_key(), leaf.extensions
         names = names_of(extensions)
-    except UNREADABLE:
+    except PARSE_ERRORS:
         return ["cannot be read"]
     problems: list[str] = []
     if public_bytes(key) != public_bytes(order.request.public_key):  # type: ignore[arg-type]  # all keys have this method
@@ -53,7 +53,7 @@ def ends_at(chain: Sequence[x509.Certificate], roots: Sequence[bytes]) -> bool:
             return True
         try:
             chain[-1].verify_directly_issued_by(root)
-        except (InvalidSignature, *UNREADABLE):
+        except (InvalidSignature, *PARSE_ERRORS):
             continue
         return True
     return False

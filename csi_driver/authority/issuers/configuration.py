@@ -15,18 +15,18 @@ from csi_driver.authority.issuers.external import ExternalIssuer
 from csi_driver.authority.issuers.kubernetes_csr.access import Access
 from csi_driver.authority.issuers.kubernetes_csr.document import KubernetesCSRConfiguration, parse_kubernetes_csr
 from csi_driver.authority.issuers.kubernetes_csr.issuer import KubernetesCSR
-from csi_driver.authority.issuers.secrets import Secrets
+from csi_driver.authority.issuers.secrets import CredentialReader
 from csi_driver.authority.issuers.step_ca.document import StepCAConfiguration, parse_step_ca
 from csi_driver.authority.storage import FolderStore, Store
-from csi_driver.core.config.issuers import Declared, Parse, parse_issuers
+from csi_driver.core.config.issuers import IssuerDeclaration, Parse, parse_issuers
 from csi_driver.core.errors import CertmountError, Fault, Reason
 
 
 @dataclass(frozen=True, slots=True)
-class Tools:
+class IssuerDependencies:
     """What issuers are made with."""
 
-    secrets: Secrets
+    secrets: CredentialReader
     secret_store: Callable[[str, str], Store] | None = None
     """Takes namespace and name of a Secret that may be read and updated, for state that all replicas share; None outside a cluster."""
     ingress_routes: Callable[[str], Routes] | None = None
@@ -36,21 +36,21 @@ class Tools:
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class IssuerKind:
     """One kind of issuer."""
 
     parse: Parse
-    make: Callable[[str, Any, Tools], ExternalIssuer]
+    make: Callable[[str, Any, IssuerDependencies], ExternalIssuer]
     """Takes the issuer's name and the value that ``parse`` made. It does no I/O: that begins with the issuer's ``run``."""
 
 
-def _make_step_ca(name: str, configuration: StepCAConfiguration, tools: Tools) -> ExternalIssuer:
+def _make_step_ca(name: str, configuration: StepCAConfiguration, tools: IssuerDependencies) -> ExternalIssuer:
     from csi_driver.authority.issuers.step_ca.issuer import StepCA  # with aiohttp: 8 MB for those who use it
 
     return StepCA(name, configuration, tools.secrets)
 
 
-def _make_acme(name: str, settings: AcmeSettings, tools: Tools) -> ExternalIssuer:
+def _make_acme(name: str, settings: AcmeSettings, tools: IssuerDependencies) -> ExternalIssuer:
     try:
         from csi_driver.authority.issuers.acme.issuer import AcmeIssuer
     except ModuleNotFoundError as error:
@@ -77,20 +77,22 @@ def _impossible(name: str, problem: str, hint: str) -> CertmountError:
     return CertmountError(Reason.INVALID_ISSUERS, Fault(f"issuer {name}", problem, hint))
 
 
-def _make_kubernetes_csr(name: str, configuration: KubernetesCSRConfiguration, tools: Tools) -> ExternalIssuer:
+def _make_kubernetes_csr(
+    name: str, configuration: KubernetesCSRConfiguration, tools: IssuerDependencies
+) -> ExternalIssuer:
     if tools.csrs is None:
         raise _impossible(name, "has a signer of a cluster, but there is no cluster", "run it inside of one")
     return KubernetesCSR(name, configuration, tools.secrets, tools.csrs)
 
 
-KINDS: Mapping[str, Kind] = {
-    "step_ca": Kind(parse_step_ca, _make_step_ca),
-    "acme": Kind(parse_acme, _make_acme),
-    "kubernetes_csr": Kind(parse_kubernetes_csr, _make_kubernetes_csr),
+ISSUER_KINDS: Mapping[str, IssuerKind] = {
+    "step_ca": IssuerKind(parse_step_ca, _make_step_ca),
+    "acme": IssuerKind(parse_acme, _make_acme),
+    "kubernetes_csr": IssuerKind(parse_kubernetes_csr, _make_kubernetes_csr),
 }
 
 
-def read_issuers(content: bytes, kinds: Mapping[str, Kind] = KINDS) -> tuple[Declared, ...]:
+def read_issuers(content: bytes, kinds: Mapping[str, IssuerKind] = ISSUER_KINDS) -> tuple[IssuerDeclaration, ...]:
     """Takes the content of an issuers' file (YAML); an empty one declares none.
 
     Raises:
@@ -100,6 +102,8 @@ def read_issuers(content: bytes, kinds: Mapping[str, Kind] = KINDS) -> tuple[Dec
     return parse_issuers(located.data, {name: kind.parse for name, kind in kinds.items()}, located.lines)
 
 
-def make_issuer(declared: Declared, tools: Tools, kinds: Mapping[str, Kind] = KINDS) -> ExternalIssuer:
+def make_issuer(
+    declared: IssuerDeclaration, tools: IssuerDependencies, kinds: Mapping[str, IssuerKind] = ISSUER_KINDS
+) -> ExternalIssuer:
     """The issuer that is declared."""
     return kinds[declared.kind].make(declared.name, declared.configuration, tools)

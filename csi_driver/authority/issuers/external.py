@@ -55,7 +55,7 @@ class ExternalIssuer(Issuer, Protocol):
 
 
 @runtime_checkable
-class Answering(Protocol):
+class Http01Responder(Protocol):
     """An issuer whose CA asks back over HTTP (RFC 8555 section 8.3)."""
 
     async def http_answer(self, token: str) -> str | None:
@@ -63,7 +63,7 @@ class Answering(Protocol):
 
 
 @runtime_checkable
-class Advised(Protocol):
+class RenewalAdvisor(Protocol):
     """An issuer whose CA may want certificates renewed sooner than it said (RFC 9773)."""
 
     def due(self) -> tuple[str, ...]:

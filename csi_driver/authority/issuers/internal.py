@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from csi_driver.authority.ca.authority import CertificateAuthority, utc_now
 from csi_driver.authority.ca.keyring import Keyring
 from csi_driver.authority.ca.leaf import Leaf, sign_leaf
-from csi_driver.authority.issuers import Issued, Order
-from csi_driver.core.certificates.name_constraints import Bounds
+from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
+from csi_driver.core.certificates.name_constraints import NameConstraintSet
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.names import Names
 
@@ -26,11 +26,11 @@ class InternalIssuer:
         self._ca = ca
         self._clock = clock
         self._known: Keyring | None = None
-        self._bounds = Bounds()
+        self._bounds = NameConstraintSet()
         self._above: tuple[bytes, ...] = ()
         self._roots: tuple[bytes, ...] = ()
 
-    async def issue(self, order: Order) -> Issued:
+    async def issue(self, order: IssuerRequest) -> IssuedCertificate:
         """See :class:`csi_driver.authority.issuers.Issuer`."""
         # From here on nothing is waited for: a keyring that was retired meanwhile must not sign.
         keyring, grant = await self._ca.admit_life(order.grant.duration), order.grant
@@ -38,22 +38,22 @@ class InternalIssuer:
         names = _within(bounds, order)
         leaf = Leaf(order.request.public_key, names, grant.duration, grant.usages, subject=not bounds.bind_subjects)
         certificate = sign_leaf(leaf, keyring.intermediate, self._clock())
-        return Issued(
+        return IssuedCertificate(
             chain=(certificate.public_bytes(Encoding.DER), *self._above),
             roots=self._roots,
         )
 
-    def _bounds_of(self, keyring: Keyring) -> Bounds:
+    def _bounds_of(self, keyring: Keyring) -> NameConstraintSet:
         """Those of the keyring; found anew only where it is another one."""
         if keyring is not self._known:
-            self._known, self._bounds = keyring, Bounds.of((*keyring.intermediates, keyring.root))
+            self._known, self._bounds = keyring, NameConstraintSet.of((*keyring.intermediates, keyring.root))
             self._above = tuple(one.public_bytes(Encoding.DER) for one in keyring.intermediates)
             self._roots = keyring.roots_der
         return self._bounds
 
 
-def _within(bounds: Bounds, order: Order) -> Names:
-    """The names to sign; raises CertmountError NameRefused for one that was asked for and is out of bounds."""
+def _within(bounds: NameConstraintSet, order: IssuerRequest) -> Names:
+    """The names to sign; raises CertmountError NameNotAllowed for one that was asked for and is out of bounds."""
     refused, names = bounds.refused(order.grant.names), order.grant.names
     if refused and not len(order.request.names):
         # Nobody asked for its Services' names, so the pod does without those that this CA may not sign.
@@ -61,5 +61,5 @@ def _within(bounds: Bounds, order: Order) -> Names:
         names = replace(names, dns=tuple(name for name in names.dns if name.text not in outside))
         refused = bounds.refused(names)
     if refused:
-        raise CertmountError(Reason.NAME_REFUSED, *(Fault(name, problem, _HINT) for name, problem in refused))
+        raise CertmountError(Reason.NAME_NOT_ALLOWED, *(Fault(name, problem, _HINT) for name, problem in refused))
     return names

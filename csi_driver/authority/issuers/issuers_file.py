@@ -11,9 +11,15 @@ import structlog
 
 from csi_driver.authority.config.located_yaml import MAX_BYTES
 from csi_driver.authority.issuers import Issuer
-from csi_driver.authority.issuers.configuration import KINDS, Kind, Tools, make_issuer, read_issuers
-from csi_driver.authority.issuers.external import Advised, Answering, ExternalIssuer
-from csi_driver.core.config.issuers import Declared
+from csi_driver.authority.issuers.configuration import (
+    ISSUER_KINDS,
+    IssuerDependencies,
+    IssuerKind,
+    make_issuer,
+    read_issuers,
+)
+from csi_driver.authority.issuers.external import ExternalIssuer, Http01Responder, RenewalAdvisor
+from csi_driver.core.config.issuers import IssuerDeclaration
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.spec import DEFAULT_ISSUER
 
@@ -36,12 +42,12 @@ class IssuersFile(Mapping[str, Issuer]):
         self,
         file: Path | None,
         internal: Issuer,
-        tools: Tools,
+        tools: IssuerDependencies,
         *,
         on_roots: Callable[[str, tuple[bytes, ...]], None],
         on_load: Callable[[bool], None],
         on_due: Callable[[frozenset[str]], None],
-        kinds: Mapping[str, Kind] = KINDS,
+        kinds: Mapping[str, IssuerKind] = ISSUER_KINDS,
     ) -> None:
         self._file = file
         self._internal = internal
@@ -51,7 +57,7 @@ class IssuersFile(Mapping[str, Issuer]):
         self._on_due = on_due
         self._kinds = kinds
         self._seen: str | None = None
-        self._external: dict[Declared, ExternalIssuer] = {}
+        self._external: dict[IssuerDeclaration, ExternalIssuer] = {}
         self._by_name: dict[str, ExternalIssuer] = {}
         self._told: dict[str, tuple[bytes, ...]] = {}
 
@@ -77,14 +83,14 @@ class IssuersFile(Mapping[str, Issuer]):
 
     @property
     def due(self) -> frozenset[str]:
-        """The keys (as :meth:`Advised.due`) whose certificates are to be renewed now."""
+        """The keys (as :meth:`RenewalAdvisor.due`) whose certificates are to be renewed now."""
         return frozenset(
-            key for issuer in self._by_name.values() if isinstance(issuer, Advised) for key in issuer.due()
+            key for issuer in self._by_name.values() if isinstance(issuer, RenewalAdvisor) for key in issuer.due()
         )
 
-    def answering(self) -> list[Answering]:
+    def answering(self) -> list[Http01Responder]:
         """Those that a CA may ask over HTTP."""
-        return [issuer for issuer in self._by_name.values() if isinstance(issuer, Answering)]
+        return [issuer for issuer in self._by_name.values() if isinstance(issuer, Http01Responder)]
 
     async def load(self) -> None:
         """Reads the file if its content is new; raises CertmountError InvalidIssuers, once for each content, and keeps the issuers before."""
@@ -126,7 +132,7 @@ class IssuersFile(Mapping[str, Issuer]):
                 except CertmountError as error:
                     log.error("issuers refused; those before stay", reason=error.reason.word, error=str(error))  # noqa: TRY400  # the text says all
 
-    def _kept(self, declared: Declared) -> ExternalIssuer:
+    def _kept(self, declared: IssuerDeclaration) -> ExternalIssuer:
         """The issuer that there is for an entry already, with its connections and all it knows; else a new one."""
         return self._external.get(declared) or make_issuer(declared, self._tools, self._kinds)
 

@@ -18,7 +18,7 @@ ReadSecret = Callable[[str, str, str], Awaitable[Secret[bytes]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Secrets:
+class CredentialReader:
     """Credentials as they are now: read anew each time, so that one that is replaced needs no restart."""
 
     read_secret: ReadSecret | None = None

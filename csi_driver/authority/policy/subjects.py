@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity
-from csi_driver.core.policy.engine import Subject
+from csi_driver.core.policy.engine import PolicySubject
 from csi_driver.kube.namespaces import Namespaces
 from csi_driver.kube.pods import Pods
 from csi_driver.kube.services import Services
@@ -34,15 +34,15 @@ class ClusterSubjects:
         self._outdated = outdated
         self._patience_s = patience_s
 
-    async def find(self, pod: PodIdentity) -> Subject:
+    async def find(self, pod: PodIdentity) -> PolicySubject:
         """The pod as the cluster has it now.
 
         Raises:
-            CertmountError: PodUnknown where the API server has not told of it, ProofUnavailable while the API server
-                can't be followed, IdentityRefused where it says that the uid is of another namespace's pod.
+            CertmountError: PodNotFound where the API server has not told of it, TokenReviewUnavailable while the API server
+                can't be followed, TokenRejected where it says that the uid is of another namespace's pod.
         """
         if reasons := self._outdated():
-            raise CertmountError(Reason.PROOF_UNAVAILABLE, *reasons)
+            raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, *reasons)
         namespace = pod.service_account.namespace
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._patience_s
@@ -51,20 +51,20 @@ class ClusterSubjects:
             raise _unknown(str(pod), "the API server has not told the authority of it yet")
         if known.namespace != namespace:
             problem = f"the API server knows its uid in namespace {known.namespace}"
-            raise CertmountError(Reason.IDENTITY_REFUSED, Fault(str(pod), problem))
+            raise CertmountError(Reason.TOKEN_REJECTED, Fault(str(pod), problem))
         labels = await self._namespaces.wait(namespace, deadline - loop.time())
         if labels is None:
             raise _unknown(f"namespace {namespace}", "the API server has not told the authority of it yet")
-        return Subject(pod, labels, self._services.select(namespace, known.labels))
+        return PolicySubject(pod, labels, self._services.select(namespace, known.labels))
 
 
 class NoCluster:
     """Outside a cluster there are no labels and no Services."""
 
-    async def find(self, pod: PodIdentity) -> Subject:
+    async def find(self, pod: PodIdentity) -> PolicySubject:
         """The pod, with nothing said of it."""
-        return Subject(pod)
+        return PolicySubject(pod)
 
 
 def _unknown(what: str, problem: str) -> CertmountError:
-    return CertmountError(Reason.POD_UNKNOWN, Fault(what, problem, "it is tried again"))
+    return CertmountError(Reason.POD_NOT_FOUND, Fault(what, problem, "it is tried again"))

@@ -12,8 +12,8 @@ from typing import Protocol
 import structlog
 
 from csi_driver.authority.storage import Store
-from csi_driver.authority.trust.bundles import Trust
-from csi_driver.core.cluster.nodes import Nodes
+from csi_driver.authority.trust.bundles import TrustBundles
+from csi_driver.core.cluster.nodes import ClusterNodes
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import DEFAULT_ISSUER
@@ -21,9 +21,9 @@ from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
 log = structlog.get_logger(__name__)
 
-CONFIRMATIONS_FILE = "confirmations.json"
+ACKNOWLEDGEMENTS_FILE = "confirmations.json"
 """In a store; outside a cluster also the file, beside the CA's."""
-CONFIRMATIONS = "certmount-confirmations"
+ACKNOWLEDGEMENTS_SECRET = "certmount-confirmations"
 """In a cluster, in the namespace of the CA's."""
 MOST_NODES = 20_000
 """Four times the nodes of the largest supported cluster, as names come and go; 620 kB, of which a Secret takes 1 MiB."""
@@ -35,7 +35,7 @@ _MOST_CONFLICTS = 10
 class NodeList(Protocol):
     """Whoever knows which nodes there are."""
 
-    async def list(self) -> Nodes:
+    async def list(self) -> ClusterNodes:
         """As of now; raises CertmountError."""
 
 
@@ -46,7 +46,7 @@ class _Batch:
     failure: CertmountError | None = None
 
 
-class Confirmations:
+class AcknowledgementStore:
     """Kept by a node's mark, see :func:`mark`, with the highest generation that it has confirmed."""
 
     def __init__(self, store: Store, generation: Callable[[], int], pause_s: float = _PAUSE_S) -> None:
@@ -117,15 +117,15 @@ class Confirmations:
             if after == before:
                 return False
             document = json.dumps({"set": DEFAULT_ISSUER, "nodes": after}, separators=(",", ":"))
-            if await self._store.save({CONFIRMATIONS_FILE: Secret(document.encode("ascii"))}, stored):
+            if await self._store.save({ACKNOWLEDGEMENTS_FILE: Secret(document.encode("ascii"))}, stored):
                 return True
         raise CertmountError(Reason.ISSUER_UNAVAILABLE, f"{self._store.name}: other writers came first again and again")
 
 
-class KnownNodes:
+class AcknowledgingNodes:
     """Joins the nodes that there are with what they have confirmed."""
 
-    def __init__(self, confirmations: Confirmations, nodes: NodeList, metrics: AuthorityMetrics) -> None:
+    def __init__(self, confirmations: AcknowledgementStore, nodes: NodeList, metrics: AuthorityMetrics) -> None:
         self._confirmations = confirmations
         self._nodes = nodes
         self._metrics = metrics
@@ -140,15 +140,15 @@ class KnownNodes:
 class ConnectedNodes:
     """Outside of a cluster: the nodes with a trust stream at this replica; of others no one can say more than that they confirmed once."""
 
-    def __init__(self, trust: Trust) -> None:
+    def __init__(self, trust: TrustBundles) -> None:
         self._trust = trust
 
-    async def list(self) -> Nodes:
+    async def list(self) -> ClusterNodes:
         """Those that are connected now."""
-        return Nodes(self._trust.nodes, None)
+        return ClusterNodes(self._trust.nodes, None)
 
 
-def judge(nodes: Nodes, marks: Mapping[str, int], generation: int) -> tuple[frozenset[str], frozenset[str]]:
+def judge(nodes: ClusterNodes, marks: Mapping[str, int], generation: int) -> tuple[frozenset[str], frozenset[str]]:
     """The nodes that have confirmed, and those that must: where the driver is, or was while its volumes may still be there.
 
     A driver that is being updated is not registered for a while, but its pods go on. Where no one can say which other
@@ -176,10 +176,10 @@ def _bounded(marks: Mapping[str, int]) -> Mapping[str, int]:
 
 def _parse(values: Mapping[str, Secret[bytes]], where: str) -> Mapping[str, int]:
     """What is damaged counts for nothing: nodes confirm again with their next stream, within half an hour."""
-    if CONFIRMATIONS_FILE not in values:
+    if ACKNOWLEDGEMENTS_FILE not in values:
         return {}
     try:
-        document = json.loads(values[CONFIRMATIONS_FILE].reveal())
+        document = json.loads(values[ACKNOWLEDGEMENTS_FILE].reveal())
         return {str(each): int(value) for each, value in document["nodes"].items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         log.error("confirmations are damaged and begun anew", store=where)  # noqa: TRY400  # no traceback is of use

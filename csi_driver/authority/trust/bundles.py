@@ -31,7 +31,7 @@ class RootPublisher(Protocol):
         """What pods trust and what the authority itself shows; written unless both are there.
 
         Raises:
-            CertmountError: TrustMissing where that fails.
+            CertmountError: RootCertificateMissing where that fails.
         """
 
 
@@ -52,24 +52,24 @@ def _publish(file: Path, pem: bytes) -> None:
             replace_file(file, pem, mode=0o644)
     except OSError as error:
         problem = f"cannot be written: {error.strerror}"
-        raise CertmountError(Reason.TRUST_MISSING, Fault(str(file), problem)) from None
+        raise CertmountError(Reason.ROOT_CERTIFICATE_MISSING, Fault(str(file), problem)) from None
 
 
 @dataclass(frozen=True, slots=True)
-class Bundle:
+class TrustSnapshot:
     """All that a node follows."""
 
     sets: Mapping[str, RootSet]
     """Of issuers and federations, by their names."""
-    policy: str
+    policy_revision: str
     """The revision of the policy in force."""
-    sharing: tuple[str, ...] = ()
+    shared_issuers: tuple[str, ...] = ()
     """Issuers that count certificates: pods of one service account on one node share theirs."""
-    due: tuple[str, ...] = ()
+    renew_now: tuple[str, ...] = ()
     """SHA-256 (hexadecimal) of the public keys whose certificates are to be renewed now."""
 
 
-class Trust:
+class TrustBundles:
     """The current sets of roots, and a stream of them for each watcher."""
 
     def __init__(
@@ -79,7 +79,7 @@ class Trust:
         self._most_watchers = most_watchers
         self._longest = longest
         self._watchers: Counter[str] = Counter()
-        self._bundle = Bundle({}, "")
+        self._bundle = TrustSnapshot({}, "")
         self._changed = asyncio.Event()
         self._closed = False
 
@@ -96,26 +96,26 @@ class Trust:
 
     def set_policy(self, revision: str) -> None:
         """Tells all watchers, if another policy is in force."""
-        if self._bundle.policy != revision:
-            self._replace(replace(self._bundle, policy=revision))
+        if self._bundle.policy_revision != revision:
+            self._replace(replace(self._bundle, policy_revision=revision))
 
-    def set_sharing(self, issuers: Iterable[str]) -> None:
+    def set_shared_issuers(self, issuers: Iterable[str]) -> None:
         """Tells all watchers, if pods are to share the certificates of other issuers than before."""
         names = tuple(sorted(issuers))
-        if self._bundle.sharing != names:
-            self._replace(replace(self._bundle, sharing=names))
+        if self._bundle.shared_issuers != names:
+            self._replace(replace(self._bundle, shared_issuers=names))
 
-    def set_due(self, keys: Iterable[str]) -> None:
+    def set_renew_now(self, keys: Iterable[str]) -> None:
         """Tells all watchers, if other keys' certificates are to be renewed now than before."""
         due = tuple(sorted(keys)[:_MOST_DUE])
-        if self._bundle.due != due:
-            self._replace(replace(self._bundle, due=due))
+        if self._bundle.renew_now != due:
+            self._replace(replace(self._bundle, renew_now=due))
 
     def select(self, issuer: str, federations: Sequence[str]) -> Mapping[str, RootSet]:
         """The sets that a pod with a certificate of ``issuer`` is to trust.
 
         Raises:
-            CertmountError: FederationUnknown, or IssuerUnavailable while the issuer's own roots are not known.
+            CertmountError: FederationNotFound, or IssuerUnavailable while the issuer's own roots are not known.
         """
         sets = self._bundle.sets
         if issuer not in sets:
@@ -123,7 +123,7 @@ class Trust:
         if unknown := [name for name in federations if name not in sets]:
             known = f"known are {', '.join(sorted(sets))}"
             faults = [Fault("federations", f"the authority has no roots by the name {name}", known) for name in unknown]
-            raise CertmountError(Reason.FEDERATION_UNKNOWN, *faults)
+            raise CertmountError(Reason.FEDERATION_NOT_FOUND, *faults)
         return {name: sets[name] for name in (issuer, *federations)}
 
     def close(self) -> None:
@@ -136,17 +136,19 @@ class Trust:
         """The nodes that watch now."""
         return frozenset(self._watchers)
 
-    async def watch(self, node: str = "") -> AsyncGenerator[Bundle, None]:
+    async def watch(self, node: str = "") -> AsyncGenerator[TrustSnapshot, None]:
         """What is trusted now, then each change, for half an hour or until :meth:`close`. ``node`` is who watches.
 
         Raises:
-            CertmountError: Overloaded with too many watchers.
+            CertmountError: AuthorityOverloaded with too many watchers.
         """
         if self._watchers.total() >= self._most_watchers:
-            raise CertmountError(Reason.OVERLOADED, f"{self._watchers.total()} callers watch the roots already")
+            raise CertmountError(
+                Reason.AUTHORITY_OVERLOADED, f"{self._watchers.total()} callers watch the roots already"
+            )
         self._watchers[node] += 1
         self._metrics.watchers.inc()
-        sent: Bundle | None = None
+        sent: TrustSnapshot | None = None
         loop = asyncio.get_running_loop()
         end = loop.time() + self._longest.total_seconds()
         try:
@@ -167,7 +169,7 @@ class Trust:
                 del self._watchers[node]
             self._metrics.watchers.dec()
 
-    def _replace(self, bundle: Bundle) -> None:
+    def _replace(self, bundle: TrustSnapshot) -> None:
         self._bundle = bundle
         self._wake()
 

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.ca.certificate_check import problems_of
 from csi_driver.authority.ca.rotation import next_generation
-from csi_driver.authority.trust.bundles import Trust
+from csi_driver.authority.trust.bundles import TrustBundles
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import decode_certificates, fingerprint
@@ -36,12 +36,12 @@ _KUBELETS = "..data"
 
 
 class FederationFolder:
-    """Keeps :class:`Trust` in step with a folder. A file that becomes bad keeps its former roots; one that goes takes its set along."""
+    """Keeps :class:`TrustBundles` in step with a folder. A file that becomes bad keeps its former roots; one that goes takes its set along."""
 
     def __init__(
         self,
         folder: Path,
-        trust: Trust,
+        trust: TrustBundles,
         metrics: AuthorityMetrics,
         clock: Callable[[], float],
         reserved: Container[str],

@@ -10,7 +10,7 @@ import structlog
 from cryptography import x509
 
 from csi_driver.authority.ca.authority import utc_now
-from csi_driver.authority.ca.key_pairs import Signer
+from csi_driver.authority.ca.key_pairs import CAKeyPair
 from csi_driver.authority.ca.leaf import Leaf, sign_leaf
 from csi_driver.core.certificates.keys import encode_key, generate_key
 from csi_driver.core.formats.pem import encode_certificates
@@ -36,7 +36,7 @@ class ServingCertificate:
         self._configuration: grpc.ServerCertificateConfiguration | None = None
         self._taken: grpc.ServerCertificateConfiguration | None = None
 
-    def refresh(self, signer: Signer) -> grpc.ServerCertificateConfiguration:
+    def refresh(self, signer: CAKeyPair) -> grpc.ServerCertificateConfiguration:
         """Makes a new key and certificate where that is due; the current ones are returned."""
         now = self._clock()
         if self._configuration is not None and now < self._renew_at and signer.certificate == self._issuer:
@@ -54,7 +54,7 @@ class ServingCertificate:
         )
         return self._configuration
 
-    def credentials(self, signer: Signer) -> grpc.ServerCredentials:
+    def credentials(self, signer: CAKeyPair) -> grpc.ServerCredentials:
         """Credentials that show the certificate which is current at each handshake."""
         self._taken = self.refresh(signer)
         return grpc.dynamic_ssl_server_credentials(

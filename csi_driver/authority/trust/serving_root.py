@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime
 
-from csi_driver.authority.ca.key_pairs import Signer, make_root
+from csi_driver.authority.ca.key_pairs import CAKeyPair, make_root
 from csi_driver.authority.ca.keyring_loader import MaterialReader
 from csi_driver.authority.storage import Store, serving_part
 from csi_driver.core.certificates.keys import encode_key, generate_key
@@ -24,17 +24,17 @@ _MOST_CONFLICTS = 10
 _HINT = "put the right value back, or remove serving.crt and serving.key to have new ones made"
 
 
-def make_serving_root(now: datetime) -> Signer:
+def make_serving_root(now: datetime) -> CAKeyPair:
     """EC P-256, self-signed, ten years; the name says what it is to whoever finds it in a trust store."""
     return make_root("authority", generate_key(KeyType.EC_P256), now, path_length=0)
 
 
-def dump_serving_root(root: Signer) -> Mapping[str, Secret[bytes]]:
+def dump_serving_root(root: CAKeyPair) -> Mapping[str, Secret[bytes]]:
     """The values for a store, PEM; :func:`load_serving_root` reads them back."""
     return {SERVING: Secret(encode_certificates([root.certificate])), SERVING_KEY: encode_key(root.key)}
 
 
-def load_serving_root(values: Mapping[str, Secret[bytes]], now: datetime, *, where: str) -> Signer | None:
+def load_serving_root(values: Mapping[str, Secret[bytes]], now: datetime, *, where: str) -> CAKeyPair | None:
     """Takes the values of a store, which ``where`` names in errors; None where neither value is there.
 
     Raises:
@@ -52,10 +52,10 @@ def load_serving_root(values: Mapping[str, Secret[bytes]], now: datetime, *, whe
         reader.check_validity(SERVING, certificate, now)
     if reader.faults or key is None:
         raise CertmountError(Reason.INVALID_CA, *reader.faults)
-    return Signer(certificates[0], key.key)
+    return CAKeyPair(certificates[0], key.key)
 
 
-async def current_serving_root(store: Store, now: datetime) -> Signer:
+async def current_serving_root(store: Store, now: datetime) -> CAKeyPair:
     """The root in the store, shared by all replicas; made where there is none.
 
     Raises:

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.core.certificates.keys import PrivateKey, PublicKey, key_type_of
-from csi_driver.core.certificates.parse_errors import UNREADABLE
+from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.names import URI, DNSName, EmailAddress, IPAddress, NameProblem, Names
 from csi_driver.core.spec import MOST_NAMES, KeyType
@@ -19,7 +19,7 @@ MAX_CSR_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class SigningRequest:
+class ParsedCSR:
     """A request whose signature has been checked."""
 
     der: bytes
@@ -37,7 +37,7 @@ def build_csr(key: PrivateKey, names: Names) -> bytes:
     return builder.sign(key, algorithm).public_bytes(Encoding.DER)
 
 
-def parse_csr(der: bytes) -> SigningRequest:
+def parse_csr(der: bytes) -> ParsedCSR:
     """Reads and checks a request: size, encoding, signature, key type, names.
 
     Raises:
@@ -49,14 +49,14 @@ def parse_csr(der: bytes) -> SigningRequest:
         csr = x509.load_der_x509_csr(der)
         key = csr.public_key()
         signed = csr.is_signature_valid
-    except UNREADABLE:
+    except PARSE_ERRORS:
         raise _invalid("is not a PKCS#10 request in DER with a key and a signature of known algorithms") from None
     if not signed:
         raise _invalid("is not signed by the key it names")
     key_type = key_type_of(key)
     if key_type is None:
         raise _invalid("has a key of another type than " + ", ".join(kind.value for kind in KeyType))
-    return SigningRequest(der, key, key_type, _requested_names(csr))  # type: ignore[arg-type]  # key_type_of admits PublicKey only
+    return ParsedCSR(der, key, key_type, _requested_names(csr))  # type: ignore[arg-type]  # key_type_of admits PublicKey only
 
 
 def san_extension(names: Names) -> x509.SubjectAlternativeName:
@@ -105,7 +105,7 @@ def _requested_names(csr: x509.CertificateSigningRequest) -> Names:
         names = names_of(csr.extensions)
     except NameProblem as problem:
         raise _invalid(f"names something that {problem}") from None
-    except UNREADABLE as error:
+    except PARSE_ERRORS as error:
         raise _invalid(f"has extensions that cannot be read ({type(error).__name__})") from None
     if len(names) > MOST_NAMES:
         raise _invalid(f"names {len(names)} names; a certificate has at most {MOST_NAMES}")

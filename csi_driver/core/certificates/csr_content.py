@@ -5,8 +5,8 @@ from __future__ import annotations
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from csi_driver.core.certificates.csr import SigningRequest
-from csi_driver.core.certificates.parse_errors import UNREADABLE
+from csi_driver.core.certificates.csr import ParsedCSR
+from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
 from csi_driver.core.errors import Fault
 
 _PURPOSES = {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH}
@@ -14,18 +14,18 @@ _SYSTEM = "system:"
 _FOREIGN = "no certificate for pods has that"
 
 
-def content_faults(request: SigningRequest) -> list[Fault]:
+def content_faults(request: ParsedCSR) -> list[Fault]:
     """Everything in a request that would not come out in the certificate, or should not."""
     csr = x509.load_der_x509_csr(request.der)
     try:
         faults = [_subject_fault(attribute, request) for attribute in csr.subject]
         faults += [_extension_fault(extension) for extension in csr.extensions]
-    except UNREADABLE:
+    except PARSE_ERRORS:
         return [Fault("certificate signing request", "has a subject or extensions that cannot be read")]
     return [fault for fault in faults if fault is not None]
 
 
-def _subject_fault(attribute: x509.NameAttribute[str | bytes], request: SigningRequest) -> Fault | None:
+def _subject_fault(attribute: x509.NameAttribute[str | bytes], request: ParsedCSR) -> Fault | None:
     """A certificate has no subject but its first DNS name; scripts of old write that as CN."""
     field, value = f"subject {attribute.rfc4514_attribute_name}", str(attribute.value)
     if value.lower().startswith(_SYSTEM):

@@ -125,7 +125,7 @@ def generate_key_like(key: PublicKey) -> PrivateKey:
     return generate_key(next(kind for kind in KeyType if kind is key_type_of(key)))
 
 
-def digest(key: PublicKey) -> str:
+def key_fingerprint(key: PublicKey) -> str:
     """SHA-256 (hexadecimal) of :func:`public_bytes`: how logs and the wire call a key."""
     return hashlib.sha256(public_bytes(key)).hexdigest()
 

@@ -90,19 +90,19 @@ def format_constraint(constraint: x509.GeneralName) -> str:
 
 
 def unknown_kinds(constraints: x509.NameConstraints) -> list[str]:
-    """The kinds of names that are constrained and can't be checked by :class:`Bounds`."""
+    """The kinds of names that are constrained and can't be checked by :class:`NameConstraintSet`."""
     subtrees = [*(constraints.permitted_subtrees or ()), *(constraints.excluded_subtrees or ())]
     return sorted({type(tree).__name__ for tree in subtrees if not isinstance(tree, _KINDS)})
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class NameConstraintSet:
     """The name constraints of a chain: a certificate below it must keep to those of every certificate in it."""
 
     constraints: tuple[x509.NameConstraints, ...] = ()
 
     @classmethod
-    def of(cls, chain: Iterable[x509.Certificate]) -> Bounds:
+    def of(cls, chain: Iterable[x509.Certificate]) -> NameConstraintSet:
         """Those of the certificates of a chain, its root included, as verifiers differ in whether they heed it."""
         values = (extension.value for certificate in chain for extension in certificate.extensions)
         return cls(tuple(value for value in values if isinstance(value, x509.NameConstraints)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 
-UNREADABLE = (
+PARSE_ERRORS = (
     ValueError,
     TypeError,
     UnsupportedAlgorithm,

@@ -12,7 +12,7 @@ from cryptography.exceptions import InvalidSignature
 
 from csi_driver.core.certificates.csr import MAX_CSR_BYTES, names_of
 from csi_driver.core.certificates.keys import PublicKey, key_type_of, public_bytes
-from csi_driver.core.certificates.parse_errors import UNREADABLE
+from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.names import DNSName, Names
 
@@ -25,7 +25,7 @@ _MAX_CERTIFICATE_BYTES = MAX_CSR_BYTES
 
 
 @dataclass(frozen=True, slots=True)
-class Bundle:
+class VerifiedCertificate:
     """A certificate that fits its request: ``chain`` is the leaf, then its intermediates; it ends at one of ``roots``."""
 
     chain: tuple[x509.Certificate, ...]
@@ -38,7 +38,7 @@ class Bundle:
 
 
 @dataclass(frozen=True, slots=True)
-class Expected:
+class ExpectedCertificate:
     """What the answer must fit: the request's key and names, and whose SPIFFE ID it must hold.
 
     Where no names were asked for, names of the namespace's Services may come beside the SPIFFE ID.
@@ -53,17 +53,19 @@ class Expected:
     identity_optional: bool = False
 
 
-def check_answer(chain: Sequence[bytes], roots: Sequence[bytes], expected: Expected, now: datetime) -> Bundle:
+def verify_certificate(
+    chain: Sequence[bytes], roots: Sequence[bytes], expected: ExpectedCertificate, now: datetime
+) -> VerifiedCertificate:
     """Parses the answer (X.509 DER) and checks it against the request.
 
     Raises:
-        CertmountError: AnswerInvalid, with every way in which the answer does not fit.
+        CertmountError: InvalidResponse, with every way in which the answer does not fit.
     """
-    bundle = Bundle(parse_certificates(chain, "chain"), parse_certificates(roots, "roots", _MAX_ROOTS))
+    bundle = VerifiedCertificate(parse_certificates(chain, "chain"), parse_certificates(roots, "roots", _MAX_ROOTS))
     faults = [*_key_faults(bundle.leaf, expected), *_name_faults(bundle.leaf, expected), *_chain_faults(bundle, now)]
     if faults:
         raise CertmountError(
-            Reason.ANSWER_INVALID, *(Fault("certificate from the authority", fault) for fault in faults)
+            Reason.INVALID_RESPONSE, *(Fault("certificate from the authority", fault) for fault in faults)
         )
     return bundle
 
@@ -71,31 +73,31 @@ def check_answer(chain: Sequence[bytes], roots: Sequence[bytes], expected: Expec
 def parse_certificates(
     ders: Sequence[bytes], field: str, most: int = _MAX_CERTIFICATES
 ) -> tuple[x509.Certificate, ...]:
-    """Parses 1 to ``most`` DER certificates; raises CertmountError AnswerInvalid."""
+    """Parses 1 to ``most`` DER certificates; raises CertmountError InvalidResponse."""
     if not 1 <= len(ders) <= most:
         raise _invalid(f"{field} holds {len(ders)} certificates; expected were 1 to {most}")
     if any(len(der) > _MAX_CERTIFICATE_BYTES for der in ders):
         raise _invalid(f"{field} holds a certificate of more than {_MAX_CERTIFICATE_BYTES} bytes")
     try:
         return tuple(x509.load_der_x509_certificate(der) for der in ders)
-    except UNREADABLE:
+    except PARSE_ERRORS:
         raise _invalid(f"{field} does not parse as X.509 in DER") from None
 
 
-def _key_faults(leaf: x509.Certificate, expected: Expected) -> list[str]:
+def _key_faults(leaf: x509.Certificate, expected: ExpectedCertificate) -> list[str]:
     try:
         key = leaf.public_key()
-    except UNREADABLE:
+    except PARSE_ERRORS:
         return ["its key cannot be read"]
     if key_type_of(key) is None or public_bytes(key) != public_bytes(expected.public_key):  # type: ignore[arg-type]  # key_type_of admits PublicKey only
         return ["it is for another key than the one made for this volume"]
     return []
 
 
-def _name_faults(leaf: x509.Certificate, expected: Expected) -> list[str]:
+def _name_faults(leaf: x509.Certificate, expected: ExpectedCertificate) -> list[str]:
     try:
         names = names_of(leaf.extensions)
-    except UNREADABLE:
+    except PARSE_ERRORS:
         return ["its names cannot be read"]
     path = f"/ns/{expected.namespace}/sa/{expected.service_account}"
     # Among the URIs one is the pod's SPIFFE ID, which the authority adds; its trust domain is the authority's to know.
@@ -123,7 +125,7 @@ def _is_service_of(namespace: str, name: DNSName) -> bool:
     return not name.is_wildcard and labels[1:3] == [namespace, "svc"]
 
 
-def _chain_faults(bundle: Bundle, now: datetime) -> list[str]:
+def _chain_faults(bundle: VerifiedCertificate, now: datetime) -> list[str]:
     faults = [
         fault
         for position, certificate in enumerate(bundle.chain)
@@ -178,7 +180,7 @@ def _issued_by(subject: x509.Certificate, issuer: x509.Certificate, *, below: in
         return False  # OpenSSL finds its way by these (RFC 5280 section 4.2.1.1), and would find none
     try:
         subject.verify_directly_issued_by(issuer)
-    except (InvalidSignature, *UNREADABLE):
+    except (InvalidSignature, *PARSE_ERRORS):
         return False
     return True
 
@@ -187,7 +189,7 @@ def _extension(certificate: x509.Certificate, kind: type[_Extension]) -> _Extens
     """The certificate's extension of a kind; None where there is none or its extensions cannot be read."""
     try:
         return certificate.extensions.get_extension_for_class(kind).value
-    except (x509.ExtensionNotFound, *UNREADABLE):
+    except (x509.ExtensionNotFound, *PARSE_ERRORS):
         return None
 
 
@@ -199,9 +201,9 @@ def _not_understood(certificate: x509.Certificate) -> list[str]:
             for extension in certificate.extensions
             if extension.critical and isinstance(extension.value, x509.UnrecognizedExtension)
         ]
-    except UNREADABLE:
+    except PARSE_ERRORS:
         return []
 
 
 def _invalid(problem: str) -> CertmountError:
-    return CertmountError(Reason.ANSWER_INVALID, Fault("certificate from the authority", problem))
+    return CertmountError(Reason.INVALID_RESPONSE, Fault("certificate from the authority", problem))

@@ -23,7 +23,7 @@ _SIGNER = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Condition:
+class CSRCondition:
     """What someone has decided on a request, in the API's words: Approved, Denied or Failed."""
 
     kind: str
@@ -35,7 +35,7 @@ class Condition:
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class CSRDraft:
     """A request that is to be made."""
 
     name_prefix: str
@@ -64,15 +64,15 @@ class ClusterCSR:
     username: str
     extra: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
-    conditions: tuple[Condition, ...] = ()
+    conditions: tuple[CSRCondition, ...] = ()
     certificate: bytes = b""
     """PEM: the leaf, then its intermediates; empty while there is none."""
 
-    def condition(self, kind: str) -> Condition | None:
+    def condition(self, kind: str) -> CSRCondition | None:
         return next((one for one in self.conditions if one.kind == kind), None)
 
     @property
-    def refusal(self) -> Condition | None:
+    def refusal(self) -> CSRCondition | None:
         """Why there will be no certificate; None while there may still be one."""
         return self.condition(DENIED) or self.condition(FAILED)
 

@@ -24,7 +24,7 @@ class PodEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class RecordedEvent:
     """The Event as the API server has it."""
 
     version: str

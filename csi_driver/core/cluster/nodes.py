@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Nodes:
+class ClusterNodes:
     """Names of nodes."""
 
     serving: frozenset[str]

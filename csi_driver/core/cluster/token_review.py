@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Reviewed:
+class ReviewedToken:
     """A live token's owner by a TokenReview (authentication.k8s.io/v1); what the API server left out is the empty text."""
 
     username: str

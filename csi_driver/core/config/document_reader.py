@@ -15,7 +15,7 @@ _MOST_FAULTS = 50
 _T = TypeVar("_T")
 
 
-class Reader:
+class DocumentReader:
     """Collects what is wrong while values are taken out of a document; :meth:`finish` says it."""
 
     def __init__(self, reason: Reason, file: str, lines: Mapping[Path, int]) -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from csi_driver.core.config.document_reader import Path, Reader
+from csi_driver.core.config.document_reader import DocumentReader, Path
 from csi_driver.core.errors import Reason
 from csi_driver.core.names import parse_word
 from csi_driver.core.spec import DEFAULT_ISSUER
@@ -19,7 +19,7 @@ _MAX_FILE_NAME = 4096
 _SECRET_NAME = re.compile(r"(?P<namespace>[a-z0-9][a-z0-9-]{0,62})/(?P<name>[a-z0-9][a-z0-9.-]{0,252})", re.ASCII)
 _SECRET_KEY = re.compile(r"[A-Za-z0-9._-]{1,253}", re.ASCII)
 
-Parse = Callable[[Reader, Path, object], object]
+Parse = Callable[[DocumentReader, Path, object], object]
 """Reads what stands below the kind's key into the kind's own frozen value; faults go to the reader."""
 
 
@@ -49,7 +49,7 @@ Source = FileSource | SecretSource
 
 
 @dataclass(frozen=True, slots=True)
-class Declared:
+class IssuerDeclaration:
     """One issuer as it is declared: two that are equal are the same issuer."""
 
     name: str
@@ -60,16 +60,16 @@ class Declared:
 
 def parse_issuers(
     document: object, kinds: Mapping[str, Parse], lines: Mapping[Path, int] | None = None
-) -> tuple[Declared, ...]:
+) -> tuple[IssuerDeclaration, ...]:
     """Takes the file's content: None for an empty file, else ``{"issuers": [{"name": ..., KIND: {...}}, ...]}``.
 
     Raises:
         CertmountError: InvalidIssuers, with one fault for everything that is wrong.
     """
-    reader = Reader(Reason.INVALID_ISSUERS, "issuers file", lines or {})
+    reader = DocumentReader(Reason.INVALID_ISSUERS, "issuers file", lines or {})
     seen: dict[str, Path] = {}
 
-    def declared(path: Path, entry: object) -> Declared | None:
+    def declared(path: Path, entry: object) -> IssuerDeclaration | None:
         top = reader.mapping(path, entry, allowed=("name", *kinds), required=("name",))
         name = reader.text((*path, "name"), top.get("name"), _issuer_name)
         if name is not None and name in seen:
@@ -80,7 +80,7 @@ def parse_issuers(
             problem = f"is of {len(given)} kinds: {', '.join(given)}" if given else "says not of which kind it is"
             reader.fault(path, problem, f"give exactly one of {', '.join(kinds)}")
         values = [kinds[kind](reader, (*path, kind), top[kind]) for kind in given]
-        return Declared(name or "", given[0], values[0]) if given else None
+        return IssuerDeclaration(name or "", given[0], values[0]) if given else None
 
     top = reader.mapping((), {} if document is None else document, allowed=("issuers",))
     issuers = reader.each(("issuers",), top.get("issuers"), declared, MOST_ISSUERS)
@@ -88,7 +88,7 @@ def parse_issuers(
     return issuers
 
 
-def parse_source(reader: Reader, path: Path, value: object) -> Source | None:
+def parse_source(reader: DocumentReader, path: Path, value: object) -> Source | None:
     """Reads ``{file: PATH}`` or ``{secret: NAMESPACE/NAME, key: KEY}``; None where there is nothing, or a fault."""
     if value is None:
         return None
@@ -115,7 +115,7 @@ def parse_file_name(text: str) -> str:
     return text
 
 
-def _present(reader: Reader, path: Path, top: Mapping[object, object]) -> object:
+def _present(reader: DocumentReader, path: Path, top: Mapping[object, object]) -> object:
     value = top.get(path[-1])
     if value is None:
         reader.fault(path, "is missing")

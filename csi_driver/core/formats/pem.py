@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.core.certificates.keys import PrivateKey, encode_key
-from csi_driver.core.certificates.parse_errors import UNREADABLE
+from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
 from csi_driver.core.secret import Secret
 
 ROOTS, CHAIN, KEY, BUNDLE = "root.crt", "site.crt", "site.key", "site.pem"
@@ -53,7 +53,7 @@ def decode_certificates(pem: bytes) -> list[x509.Certificate]:
     """Reads PEM certificates; raises ValueError where there is none or one is broken."""
     try:
         return x509.load_pem_x509_certificates(pem)
-    except UNREADABLE as error:
+    except PARSE_ERRORS as error:
         raise ValueError("not certificates in PEM") from error
 
 

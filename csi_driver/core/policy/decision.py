@@ -16,7 +16,7 @@ _MOST_OBJECTIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Objection:
+class RuleMismatch:
     """Why a rule that is for the pod does not allow a name."""
 
     rule: str
@@ -25,24 +25,24 @@ class Objection:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class NameDecision:
     """A name, and the label of a rule that allows it; or, where it is empty, what each rule for this pod has against it."""
 
     name: Name
     rule: str = ""
-    objections: tuple[Objection, ...] = ()
+    objections: tuple[RuleMismatch, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class PolicyDecision:
     """The judgement of a whole request: all of it is granted, or nothing."""
 
     account: ServiceAccount
     rules: tuple[Rule, ...] = ()
     """Those that are for this pod."""
-    names: tuple[Judged, ...] = ()
+    names: tuple[NameDecision, ...] = ()
     """What was asked for, and the pod's own SPIFFE ID as the last."""
-    implied: tuple[Judged, ...] = ()
+    implied: tuple[NameDecision, ...] = ()
     """What a pod that names nothing gets beside it."""
     usages: tuple[Usage, ...] = ()
     duration: timedelta = timedelta()
@@ -72,7 +72,7 @@ class Verdict:
         # The own SPIFFE ID is told of only where nothing else tells as much.
         return [self._fault(judged) for judged in refused or ([] if own.rule else [own])]
 
-    def _fault(self, judged: Judged) -> Fault:
+    def _fault(self, judged: NameDecision) -> Fault:
         near = [objection for objection in judged.objections if objection.obstacles]
         told = "; ".join(
             f"{objection.rule} allows it only with {' and '.join(objection.obstacles)}"

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TypeVar
 
-from csi_driver.core.config.document_reader import Path, Reader, shown
+from csi_driver.core.config.document_reader import DocumentReader, Path, shown
 from csi_driver.core.durations import format_duration, parse_duration
 from csi_driver.core.errors import Reason
 from csi_driver.core.names import parse_word
 from csi_driver.core.policy.engine import Policy
 from csi_driver.core.policy.patterns import IPRange, NamePattern
-from csi_driver.core.policy.rules import ALL_USAGES, Denial, Limits, Match, Rule
+from csi_driver.core.policy.rules import ALL_USAGES, Denial, Match, Rule, RuleLimits
 from csi_driver.core.spec import LEAST_DURATION, parse_key_type, parse_usage
 
 MOST_RULES = 1000
@@ -50,7 +50,7 @@ def parse_policy(
     return Policy(trust_domain, cluster_domain, rules, denials, revision)
 
 
-class _Reader(Reader):
+class _Reader(DocumentReader):
     def __init__(self, domains: Mapping[str, str], lines: Mapping[Path, int]) -> None:
         super().__init__(Reason.INVALID_POLICY, "policy file", lines)
         self._domains = domains
@@ -70,15 +70,15 @@ class _Reader(Reader):
             label=self.label(path),
         )
 
-    def _limits(self, at: Path, allow: Mapping[object, object]) -> Limits:
-        usual = Limits()
+    def _limits(self, at: Path, allow: Mapping[object, object]) -> RuleLimits:
+        usual = RuleLimits()
         least = self._duration((*at, "min_duration"), allow.get("min_duration"), usual.min_duration)
         most = self._duration((*at, "max_duration"), allow.get("max_duration"), usual.max_duration)
         if least > most:
             problem = f"{format_duration(least)} is longer than max_duration, which is {format_duration(most)}"
             self.fault((*at, "min_duration"), problem)
         usages = self._choices((*at, "usages"), allow.get("usages"), parse_usage, usual.usages)
-        return Limits(
+        return RuleLimits(
             key_types=self._choices((*at, "key_types"), allow.get("key_types"), parse_key_type, usual.key_types),
             usages=tuple(usage for usage in ALL_USAGES if usage in usages),
             min_duration=least,

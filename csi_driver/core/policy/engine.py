@@ -9,7 +9,7 @@ from datetime import timedelta
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.core.names import URI, DNSName, Name, NameProblem, Names, spiffe_id
-from csi_driver.core.policy.decision import Judged, Objection, Verdict
+from csi_driver.core.policy.decision import NameDecision, PolicyDecision, RuleMismatch
 from csi_driver.core.policy.patterns import NamePattern
 from csi_driver.core.policy.rules import ALL_USAGES, DEFAULT_DURATION, Denial, Match, Rule
 from csi_driver.core.spec import DEFAULT_ISSUER, MOST_NAMES, KeyType, Usage
@@ -23,7 +23,7 @@ _USAGES_BY_DEFAULT = (ALL_USAGES, (Usage.SERVER,), (Usage.CLIENT,))
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RequestedCertificate:
     """What a pod asks for: names and key type of its request, and what its volume says beside."""
 
     names: Names = Names()
@@ -36,7 +36,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class PolicySubject:
     """Who asks: a proven pod, and what the cluster says of it."""
 
     identity: PodIdentity
@@ -86,16 +86,16 @@ class Policy:
         denied = self._denied(account)
         return denied.reason if denied else None
 
-    def decide(self, subject: Subject, asked: Asked) -> Grant:
+    def decide(self, subject: PolicySubject, asked: RequestedCertificate) -> Grant:
         """Grants all that is asked for, or nothing.
 
         Raises:
-            CertmountError: IdentityDenied; or NameRefused with a fault for each refused name, which says what would have to change.
+            CertmountError: ServiceAccountDenied; or NameNotAllowed with a fault for each refused name, which says what would have to change.
         """
         verdict = self.judge(subject, asked)
         if not verdict.allowed:
             raise CertmountError(
-                Reason.NAME_REFUSED if verdict.denied is None else Reason.IDENTITY_DENIED, *verdict.faults()
+                Reason.NAME_NOT_ALLOWED if verdict.denied is None else Reason.SERVICE_ACCOUNT_DENIED, *verdict.faults()
             )
         own, _ = self._matching(verdict.account, subject.namespace_labels)
         implied = (judged.name for judged in verdict.implied if isinstance(judged.name, DNSName))
@@ -111,12 +111,12 @@ class Policy:
             verdict.behind,
         )
 
-    def judge(self, subject: Subject, asked: Asked) -> Verdict:
+    def judge(self, subject: PolicySubject, asked: RequestedCertificate) -> PolicyDecision:
         """What the policy says of each name that is asked for, of the pod's own SPIFFE ID, and of what is implied."""
         account = subject.identity.service_account
         denied = self._denied(account)
         if denied is not None:
-            return Verdict(account, denied=denied)
+            return PolicyDecision(account, denied=denied)
         own, rules = self._matching(account, subject.namespace_labels)
         return _Case(subject, asked, own, rules).verdict(self.cluster_domain)
 
@@ -139,7 +139,7 @@ class Policy:
 class _Case:
     """One request before the rules for its pod."""
 
-    def __init__(self, subject: Subject, asked: Asked, own: URI, rules: tuple[Rule, ...]) -> None:
+    def __init__(self, subject: PolicySubject, asked: RequestedCertificate, own: URI, rules: tuple[Rule, ...]) -> None:
         account = subject.identity.service_account
         self._account = account
         self._values = {
@@ -154,7 +154,7 @@ class _Case:
         self._own = own
         self._names = (*(name for name in asked.names if name != own), own)
 
-    def verdict(self, cluster_domain: str) -> Verdict:
+    def verdict(self, cluster_domain: str) -> PolicyDecision:
         usages = self._usages or ALL_USAGES
         duration = DEFAULT_DURATION if self._asked.duration is None else self._asked.duration
         names = self._granted(self._rules, usages, duration)
@@ -162,25 +162,27 @@ class _Case:
             permitting = [rule for rule in self._rules if self._permits(rule, self._usages, self._asked.duration)]
             able = [[rule for rule in permitting if self._fits(rule, name)] for name in self._names]
             if not all(able):
-                return Verdict(self._account, self._rules, tuple(map(self._judged, self._names, able)))
+                return PolicyDecision(self._account, self._rules, tuple(map(self._judged, self._names, able)))
             choice = next(self._choices(able), None)
             if choice is None:
-                return Verdict(self._account, self._rules, tuple(map(_offered, self._names, able)), together=False)
+                return PolicyDecision(
+                    self._account, self._rules, tuple(map(_offered, self._names, able)), together=False
+                )
             usages, duration = choice
             names = self._granted(permitting, usages, duration) or ()
         implied = () if self._asked.names else tuple(self._implied(usages, duration, cluster_domain))
-        return Verdict(self._account, self._rules, names, implied, usages, duration)
+        return PolicyDecision(self._account, self._rules, names, implied, usages, duration)
 
     def _granted(
         self, rules: Sequence[Rule], usages: Sequence[Usage], duration: timedelta
-    ) -> tuple[Judged, ...] | None:
+    ) -> tuple[NameDecision, ...] | None:
         """Each name with the first of the rules that allows it with these usages and this life; None where one has no such rule."""
         permitting = [rule for rule in rules if self._permits(rule, usages, duration)]
-        granted: list[Judged] = []
+        granted: list[NameDecision] = []
         for name in self._names:
             for rule in permitting:
                 if self._fits(rule, name):
-                    granted.append(Judged(name, rule.label))
+                    granted.append(NameDecision(name, rule.label))
                     break
             else:
                 return None
@@ -192,15 +194,15 @@ class _Case:
     def _fits(self, rule: Rule, name: Name) -> bool:
         return name == self._own or rule.allows(name, self._values, self._services)
 
-    def _judged(self, name: Name, able: Sequence[Rule]) -> Judged:
+    def _judged(self, name: Name, able: Sequence[Rule]) -> NameDecision:
         """The judgement of a name where not all are allowed."""
         if able:
-            return Judged(name, able[0].label)
+            return NameDecision(name, able[0].label)
         asked = self._asked
-        return Judged(
+        return NameDecision(
             name,
             objections=tuple(
-                Objection(
+                RuleMismatch(
                     rule.label,
                     rule.limits.obstacles(asked.key_type, asked.issuer, self._usages, asked.duration)
                     if self._fits(rule, name)
@@ -226,7 +228,7 @@ class _Case:
         ends = {end for rule in self._rules for end in (rule.limits.min_duration, rule.limits.max_duration)}
         yield from sorted(ends, key=lambda end: (abs(end - DEFAULT_DURATION), end))
 
-    def _implied(self, usages: tuple[Usage, ...], duration: timedelta, cluster_domain: str) -> Iterator[Judged]:
+    def _implied(self, usages: tuple[Usage, ...], duration: timedelta, cluster_domain: str) -> Iterator[NameDecision]:
         """The names of the pod's Services, as far as they are allowed like the rest."""
         rules = [rule for rule in self._rules if self._permits(rule, usages, duration)]
         for service in self._services:
@@ -237,9 +239,9 @@ class _Case:
                     continue  # too long with this cluster's domain: it is nobody's name
                 allowing = next((rule for rule in rules if rule.allows(name, self._values, self._services)), None)
                 if allowing is not None:
-                    yield Judged(name, allowing.label)
+                    yield NameDecision(name, allowing.label)
 
 
-def _offered(name: Name, able: Sequence[Rule]) -> Judged:
+def _offered(name: Name, able: Sequence[Rule]) -> NameDecision:
     """The judgement of a name that may be had, but not with what the other names may be had with."""
-    return Judged(name, objections=tuple(Objection(rule.label, (rule.limits.offer,)) for rule in able))
+    return NameDecision(name, objections=tuple(RuleMismatch(rule.label, (rule.limits.offer,)) for rule in able))

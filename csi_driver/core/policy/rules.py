@@ -35,7 +35,7 @@ class Match:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class RuleLimits:
     """What a rule's names may be had with."""
 
     key_types: tuple[KeyType, ...] = tuple(KeyType)
@@ -91,7 +91,7 @@ class Rule:
     uris: tuple[NamePattern, ...] = ()
     ips: tuple[IPRange, ...] = ()
     emails: tuple[NamePattern, ...] = ()
-    limits: Limits = Limits()
+    limits: RuleLimits = RuleLimits()
     label: str = ""
     """Where it stands, for people: ``policy[1] (line 12)``."""
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from csi_driver.core.attributes import parse_attributes
-from csi_driver.core.config.document_reader import Path, Reader
+from csi_driver.core.config.document_reader import DocumentReader, Path
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.core.names import DNSName, parse_object_name, parse_trust_domain, parse_word
-from csi_driver.core.policy.engine import Asked, Policy, Subject
+from csi_driver.core.policy.engine import Policy, PolicySubject, RequestedCertificate
 
 MOST_CASES = 10_000
 _MOST_SERVICES = 1000
@@ -18,13 +18,13 @@ _MOST_TEXT = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class PolicyTestCase:
     """A pod that asks, and what the policy is to say."""
 
     label: str
     """Where it stands, for people: ``cases[1] (line 12)``."""
-    subject: Subject
-    asked: Asked
+    subject: PolicySubject
+    asked: RequestedCertificate
     allowed: bool
     rule: str
     """The rule or entry of the deny list that is to be behind it, such as ``policy[1]``; empty: whichever."""
@@ -48,17 +48,17 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class CaseTable:
+class PolicyTestTable:
     """The cases of one file, and what they are about."""
 
     policy: str
     """The path of the policy's file, seen from the table's."""
     trust_domain: str
     cluster_domain: str
-    cases: tuple[Case, ...]
+    cases: tuple[PolicyTestCase, ...]
 
 
-def parse_cases(document: object, lines: Mapping[Path, int]) -> CaseTable:
+def parse_cases(document: object, lines: Mapping[Path, int]) -> PolicyTestTable:
     """Takes the table's content: ``{"policy": PATH, "cases": [{"pod": ..., "ask": ..., "expect": "allowed"}, ...]}``.
 
     Raises:
@@ -67,7 +67,7 @@ def parse_cases(document: object, lines: Mapping[Path, int]) -> CaseTable:
     reader = _Reader(Reason.INVALID_POLICY, "table of cases", lines)
     allowed = ("policy", "trust_domain", "cluster_domain", "cases")
     top = reader.mapping((), document, allowed=allowed, required=("policy", "cases"))
-    table = CaseTable(
+    table = PolicyTestTable(
         policy=reader.text(("policy",), top.get("policy"), _text) or "",
         trust_domain=reader.text(("trust_domain",), top.get("trust_domain"), parse_trust_domain) or "cluster.local",
         cluster_domain=reader.text(("cluster_domain",), top.get("cluster_domain"), parse_domain) or "cluster.local",
@@ -82,11 +82,11 @@ def pod(namespace: str, service_account: str, name: str) -> PodIdentity:
     return PodIdentity(ServiceAccount(namespace, service_account), "", name, "", "", "", 0)
 
 
-class _Reader(Reader):
-    def case(self, path: Path, entry: object) -> Case | None:
+class _Reader(DocumentReader):
+    def case(self, path: Path, entry: object) -> PolicyTestCase | None:
         allowed = ("pod", "ask", "expect", "rule")
         top = self.mapping(path, entry, allowed=allowed, required=("pod", "expect"))
-        return Case(
+        return PolicyTestCase(
             label=self.label(path),
             subject=self._subject((*path, "pod"), top.get("pod")),
             asked=self._asked((*path, "ask"), top.get("ask")),
@@ -94,10 +94,10 @@ class _Reader(Reader):
             rule=self.text((*path, "rule"), top.get("rule"), _text) or "",
         )
 
-    def _subject(self, path: Path, value: object) -> Subject:
+    def _subject(self, path: Path, value: object) -> PolicySubject:
         known = ("namespace", "serviceAccount", "name", "services", "namespaceLabels")
         top = {} if value is None else self.mapping(path, value, allowed=known, required=("namespace",))
-        return Subject(
+        return PolicySubject(
             pod(
                 self.text((*path, "namespace"), top.get("namespace"), parse_word) or "default",
                 self.text((*path, "serviceAccount"), top.get("serviceAccount"), parse_object_name) or "default",
@@ -112,7 +112,7 @@ class _Reader(Reader):
             ),
         )
 
-    def _asked(self, path: Path, value: object) -> Asked:
+    def _asked(self, path: Path, value: object) -> RequestedCertificate:
         """The attributes of a pod's volume, as they stand in its manifest."""
         try:
             spec = parse_attributes(self._texts(path, value))
@@ -120,8 +120,8 @@ class _Reader(Reader):
             for fault in error.faults:
                 if isinstance(fault, Fault):
                     self.fault((*path, fault.field.removeprefix("volumeAttributes.")), fault.problem, fault.hint)
-            return Asked()
-        return Asked(spec.names, spec.key_type, spec.usages, spec.duration, spec.issuer)
+            return RequestedCertificate()
+        return RequestedCertificate(spec.names, spec.key_type, spec.usages, spec.duration, spec.issuer)
 
     def _texts(self, path: Path, value: object) -> dict[str, str]:
         if value is None:

@@ -63,7 +63,7 @@ def parse_publish(request: csi_pb2.NodePublishVolumeRequest) -> PublishRequest:
     """Reads a call; the token is taken from ``secrets``, else from ``volume_context``.
 
     Raises:
-        CertmountError: InvalidRequest with every fault, or IdentityRefused for a token that is not this pod's.
+        CertmountError: InvalidRequest with every fault, or TokenRejected for a token that is not this pod's.
     """
     context = request.volume_context
     capability = request.volume_capability
@@ -134,11 +134,11 @@ def _own_token(tokens: str, pod: Pod) -> PodToken | None:
         text = json.loads(tokens[:_MAX_TOKENS_LENGTH])[POD_AUDIENCE]["token"]
     except (ValueError, KeyError, TypeError, RecursionError):
         hint = f"the CSIDriver object must ask for tokenRequests with audience {POD_AUDIENCE}"
-        raise CertmountError(Reason.IDENTITY_REFUSED, Fault("pod token", "is not in what kubelet sent", hint)) from None
+        raise CertmountError(Reason.TOKEN_REJECTED, Fault("pod token", "is not in what kubelet sent", hint)) from None
     if not isinstance(text, str) or not text:
         return None
     if not text.isascii():
-        raise CertmountError(Reason.IDENTITY_REFUSED, Fault("pod token", "is not a JSON Web Token"))
+        raise CertmountError(Reason.TOKEN_REJECTED, Fault("pod token", "is not a JSON Web Token"))
     token = PodToken(Secret(text), unverified_identity(Secret(text)))
     claimed = token.claims
     if (claimed.service_account.namespace, claimed.pod_name, claimed.pod_uid, claimed.service_account.name) != (
@@ -148,5 +148,5 @@ def _own_token(tokens: str, pod: Pod) -> PodToken | None:
         pod.service_account,
     ):
         # kubelet's keys win over the pod's own attributes, but where kubelet sends no token a forged one gets through.
-        raise CertmountError(Reason.IDENTITY_REFUSED, Fault("pod token", f"is {claimed}'s, not pod {pod}'s"))
+        raise CertmountError(Reason.TOKEN_REJECTED, Fault("pod token", f"is {claimed}'s, not pod {pod}'s"))
     return token

@@ -19,14 +19,14 @@ _LONGEST_SOCKET = 107
 
 
 def listen(server: grpc.aio.Server, socket: Path) -> None:
-    """Has the server listen at a unix socket, whatever lay there before. Raises CertmountError KubeletDirectoryWrong."""
+    """Has the server listen at a unix socket, whatever lay there before. Raises CertmountError InvalidKubeletDirectory."""
     try:
         socket.unlink(missing_ok=True)
         server.add_insecure_port(f"unix:{socket}")
     except (OSError, RuntimeError):  # gRPC says no more than that it failed
         problem = f"no socket can be made at {socket}"
         hint = f"its folder must be there and writable, and the path be {_LONGEST_SOCKET} bytes long at the most"
-        raise CertmountError(Reason.KUBELET_DIRECTORY_WRONG, Fault("--kubelet-dir", problem, hint)) from None
+        raise CertmountError(Reason.INVALID_KUBELET_DIRECTORY, Fault("--kubelet-dir", problem, hint)) from None
 
 
 class Registration(registration_pb2_grpc.RegistrationServicer):

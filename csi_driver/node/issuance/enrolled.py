@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from csi_driver.core.certificates.keys import PrivateKey
 from csi_driver.core.certificates.root_sets import RootSet
-from csi_driver.core.certificates.verification import Bundle
+from csi_driver.core.certificates.verification import VerifiedCertificate
 from csi_driver.core.names import Name
 from csi_driver.core.spec import CertificateSpec, KeyType, Usage
 from csi_driver.node.csi.publish_request import Pod
@@ -48,10 +48,10 @@ class Enrolled:
     """A key with a certificate that fits, and the sets that came with it for the pod to trust; times in unix seconds."""
 
     key: PrivateKey = field(repr=False)
-    bundle: Bundle
+    bundle: VerifiedCertificate
     trust: Mapping[str, RootSet]
     issued_at: float
     renew_at: float
     not_after: float
-    provisional: bool = False
+    interim: bool = False
     """The certificate is the internal CA's, and stands in until the one that was asked for is there."""

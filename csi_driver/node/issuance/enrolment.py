@@ -12,13 +12,13 @@ from typing import Protocol
 from csi_driver.core.certificates.csr import build_csr
 from csi_driver.core.certificates.keys import PrivateKey, generate_key
 from csi_driver.core.certificates.root_sets import RootSet
-from csi_driver.core.certificates.verification import check_answer, parse_certificates
+from csi_driver.core.certificates.verification import parse_certificates, verify_certificate
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.names import Names
 from csi_driver.core.renewal import plan_renewal
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import DEFAULT_ISSUER, CertificateSpec, KeyType
-from csi_driver.node.authority_client import Answer
+from csi_driver.node.authority_client import IssuedAnswer
 from csi_driver.node.csi.publish_request import Pod, PodToken
 from csi_driver.node.issuance.enrolled import Enrolled, Wanted
 from csi_driver.node.issuance.pending import Pending, Prepared
@@ -31,7 +31,7 @@ from csi_driver.node.workers import in_thread
 class Authority(Protocol):
     """Whoever signs."""
 
-    async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> Answer:
+    async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuedAnswer:
         """As :meth:`csi_driver.node.authority_client.AuthorityClient.issue`."""
 
 
@@ -43,14 +43,14 @@ class Orders(Protocol):
 
 
 class Enrolment:
-    """Obtains certificates. ``clock`` gives unix seconds, ``chance`` numbers from 0 to 1, ``keys`` the threads that make keys."""
+    """Obtains certificates. ``clock`` gives unix seconds, ``rng`` numbers from 0 to 1, ``keys`` the threads that make keys."""
 
     def __init__(
         self,
         authority: Authority,
         keys: Executor,
         clock: Callable[[], float],
-        chance: Callable[[], float],
+        rng: Callable[[], float],
         *,
         pending: Pending,
         shared: Shared,
@@ -59,7 +59,7 @@ class Enrolment:
         self._authority = authority
         self._keys = keys
         self._clock = clock
-        self._chance = chance
+        self._rng = rng
         self._pending = pending
         self._shared = shared
         self._orders = orders
@@ -70,7 +70,7 @@ class Enrolment:
         """A key and its certificate, for this volume alone or shared; ``late_s`` as for :func:`csi_driver.core.renewal.plan_renewal`.
 
         Raises:
-            CertmountError: TokenMissing, TokenExpired, AnswerInvalid, or the authority's own reason. After one that is
+            CertmountError: TokenMissing, TokenExpired, InvalidResponse, or the authority's own reason. After one that is
                 worth another try, the next one is made with the same key and CSR.
         """
         usable = self._check_token(token)
@@ -92,7 +92,7 @@ class Enrolment:
             if not error.retryable:
                 self._pending.drop(wanted)
             raise
-        if not enrolled.provisional:
+        if not enrolled.interim:
             self._pending.drop(wanted)
         return enrolled
 
@@ -102,11 +102,13 @@ class Enrolment:
         key = await self._orders.key_on_its_way(wanted)
         return await in_thread(self._keys, _prepare, key, spec.key_type, spec.names)
 
-    def _judged(self, answer: Answer, key: PrivateKey, pod: Pod, spec: CertificateSpec, late_s: float) -> Enrolled:
+    def _judged(
+        self, answer: IssuedAnswer, key: PrivateKey, pod: Pod, spec: CertificateSpec, late_s: float
+    ) -> Enrolled:
         now = self._clock()
-        signer = DEFAULT_ISSUER if answer.provisional else spec.issuer
-        trust = _trust(answer, trusted_names(spec, provisional=answer.provisional))
-        bundle = check_answer(
+        signer = DEFAULT_ISSUER if answer.interim else spec.issuer
+        trust = _trust(answer, trusted_names(spec, interim=answer.interim))
+        bundle = verify_certificate(
             answer.chain,
             trust[signer].roots,
             expected_of(key, spec, pod, signer),
@@ -118,10 +120,10 @@ class Enrolment:
             not_after=not_after,
             renew_before_s=spec.renew_before.total_seconds() if spec.renew_before else None,
             renew_after_s=answer.renew_after.total_seconds() if answer.renew_after else None,
-            chance=self._chance(),
+            jitter=self._rng(),
             late_s=late_s,
         )
-        return Enrolled(key, bundle, trust, now, renew_at, not_after, answer.provisional)
+        return Enrolled(key, bundle, trust, now, renew_at, not_after, answer.interim)
 
     def _check_token(self, token: PodToken | None) -> PodToken:
         if token is None:
@@ -133,11 +135,11 @@ class Enrolment:
         return token
 
 
-def _trust(answer: Answer, names: Sequence[str]) -> Mapping[str, RootSet]:
+def _trust(answer: IssuedAnswer, names: Sequence[str]) -> Mapping[str, RootSet]:
     """The sets that the volume is to trust, of which each one must have come."""
     if missing := [name for name in names if name not in answer.trust]:
         fault = Fault("certificate from the authority", f"came without the roots of {', '.join(missing)}")
-        raise CertmountError(Reason.ANSWER_INVALID, fault)
+        raise CertmountError(Reason.INVALID_RESPONSE, fault)
     trust = {name: answer.trust[name] for name in names}
     for name, roots in trust.items():
         parse_certificates(roots.roots, f"roots of {name}")

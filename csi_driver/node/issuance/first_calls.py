@@ -13,7 +13,7 @@ from collections.abc import Callable
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import DEFAULT_ISSUER, CertificateSpec
-from csi_driver.node.authority_client import Answer
+from csi_driver.node.authority_client import IssuedAnswer
 from csi_driver.node.issuance.enrolment import Authority
 from csi_driver.node.issuance.pace import Pace
 from csi_driver.node.renewal.rotation import Rotation
@@ -29,26 +29,24 @@ PATIENCE_S = 60.0
 class FirstCalls:
     """An authority for first certificates; ``turns`` is the clock that gives each call its turn, in the order of their coming."""
 
-    def __init__(
-        self, authority: Authority, chance: Callable[[], float], side_by_side: int = FIRST_SIDE_BY_SIDE
-    ) -> None:
+    def __init__(self, authority: Authority, rng: Callable[[], float], side_by_side: int = FIRST_SIDE_BY_SIDE) -> None:
         self._authority = authority
-        self._pace = Pace(chance, side_by_side, side_by_side)
+        self._pace = Pace(rng, side_by_side, side_by_side)
         self._numbers = itertools.count()
         self._waiting: dict[str, tuple[asyncio.Event, asyncio.Event]] = {}
         self.turns = Rotation(_now, self._serve, self._pace)
 
-    async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> Answer:
-        """As :meth:`csi_driver.node.authority_client.AuthorityClient.issue`; Overloaded after a minute without a turn."""
+    async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuedAnswer:
+        """As :meth:`csi_driver.node.authority_client.AuthorityClient.issue`; AuthorityOverloaded after a minute without a turn."""
         came = _now()
         while True:
             try:
                 return await self._in_turn(came, csr, token, spec)
             except CertmountError as error:
-                if error.reason is not Reason.OVERLOADED or _now() >= came + PATIENCE_S:
+                if error.reason is not Reason.AUTHORITY_OVERLOADED or _now() >= came + PATIENCE_S:
                     raise
 
-    async def _in_turn(self, came: float, csr: bytes, token: Secret[str], spec: CertificateSpec) -> Answer:
+    async def _in_turn(self, came: float, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuedAnswer:
         number = f"{next(self._numbers):020}"  # of those that came in the same moment, the least is first
         turn, done = self._waiting[number] = asyncio.Event(), asyncio.Event()
         self.turns.schedule(number, came, came)
@@ -57,7 +55,7 @@ class FirstCalls:
                 await turn.wait()
         except TimeoutError:
             busy = "the authority is busy, and others of this node come first"
-            raise CertmountError(Reason.OVERLOADED, busy) from None
+            raise CertmountError(Reason.AUTHORITY_OVERLOADED, busy) from None
         else:
             return await self._call(csr, token, spec)
         finally:
@@ -65,12 +63,12 @@ class FirstCalls:
             self._waiting.pop(number)
             done.set()
 
-    async def _call(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> Answer:
+    async def _call(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuedAnswer:
         stamp = self._pace.stamp
         try:
             answer = await self._authority.issue(csr, token, spec)
         except CertmountError as error:
-            if error.reason in (Reason.OVERLOADED, Reason.TOO_MANY_REQUESTS):
+            if error.reason in (Reason.AUTHORITY_OVERLOADED, Reason.TOO_MANY_REQUESTS):
                 self._pace.heard(stamp, error, _now())
             raise
         self._pace.heard(stamp, None, _now())
@@ -90,7 +88,7 @@ class Apart:
         self._internal = internal
         self._outside = outside
 
-    async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> Answer:
+    async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuedAnswer:
         """As :meth:`csi_driver.node.authority_client.AuthorityClient.issue`."""
         queue = self._internal if spec.issuer == DEFAULT_ISSUER else self._outside
         return await queue.issue(csr, token, spec)

@@ -13,7 +13,7 @@ import structlog
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import CertificateSpec
-from csi_driver.node.authority_client import Answer
+from csi_driver.node.authority_client import IssuedAnswer
 from csi_driver.node.issuance.enrolment import Authority
 from csi_driver.node.issuance.pace import Pace, spread_s
 from csi_driver.node.renewal.rotation import Rotation
@@ -30,9 +30,9 @@ class _Lane:
 class Lanes:
     """A clock and a pace for each issuer that a volume of this node has."""
 
-    def __init__(self, clock: Callable[[], float], chance: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], rng: Callable[[], float]) -> None:
         self._clock = clock
-        self._chance = chance
+        self._rng = rng
         self._lanes: dict[str, _Lane] = {}
         self._act: Callable[[str], Awaitable[None]] | None = None
         self._running: asyncio.TaskGroup | None = None
@@ -40,7 +40,7 @@ class Lanes:
     def schedule(self, volume_id: str, issuer: str, when: float, until: float) -> None:
         """Sets the moment (unix seconds) of a volume, whose certificate ends at ``until``."""
         if issuer not in self._lanes:
-            pace = Pace(self._chance)
+            pace = Pace(self._rng)
             self._lanes[issuer] = _Lane(pace, Rotation(self._clock, self._act_on, pace))
             self._start(issuer)
         self._lanes[issuer].rotation.schedule(volume_id, when, until)
@@ -89,7 +89,7 @@ class Lanes:
         if (silence := lane.pace.heard(stamp, error, _now())) is not None:
             waiting = lane.rotation.backlog()
             log.info("certificates again", issuer=issuer, after_s=round(silence, 1), waiting=waiting)
-            lane.rotation.put_off(partial(spread_s, silence, self._chance))
+            lane.rotation.put_off(partial(spread_s, silence, self._rng))
         lane.rotation.look()
 
     def _start(self, issuer: str) -> None:
@@ -110,7 +110,7 @@ class _Paced:
         self._authority = authority
         self._lanes = lanes
 
-    async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> Answer:
+    async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuedAnswer:
         stamp = self._lanes.stamp(spec.issuer)
         try:
             answer = await self._authority.issue(csr, token, spec)

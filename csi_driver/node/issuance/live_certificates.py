@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from csi_driver.core.certificates.keys import PrivateKey
 from csi_driver.core.certificates.root_sets import RootSet
-from csi_driver.core.certificates.verification import check_answer
+from csi_driver.core.certificates.verification import verify_certificate
 from csi_driver.core.errors import CertmountError
 from csi_driver.host.volumes import VolumeStore
 from csi_driver.node.issuance.enrolled import Enrolled, Wanted
@@ -36,14 +36,14 @@ class LiveCertificates:
         roots = self._known().get(wanted.issuer)
         if roots is None:
             return None
-        for volume in self._alike(wanted, provisional=False):
+        for volume in self._alike(wanted, interim=False):
             record = volume.record
             if record.renew_at <= self._clock():
                 continue  # its renewal may have been refused
             try:
                 key, chain = await in_thread(None, read_pair, self._store.files_dir(record.volume_id))
                 expected = expected_of(key, volume.spec, volume.pod, wanted.issuer)
-                bundle = check_answer(chain, roots.roots, expected, datetime.fromtimestamp(self._clock(), UTC))
+                bundle = verify_certificate(chain, roots.roots, expected, datetime.fromtimestamp(self._clock(), UTC))
             except CertmountError:
                 continue  # as good as none: it is renewed for other reasons
             trust = {wanted.issuer: roots}
@@ -52,18 +52,18 @@ class LiveCertificates:
 
     async def key_on_its_way(self, wanted: Wanted) -> PrivateKey | None:
         """The key of a volume with a stand-in: an order for it is on its way."""
-        for volume in self._alike(wanted, provisional=True):
+        for volume in self._alike(wanted, interim=True):
             try:
                 return (await in_thread(None, read_pair, self._store.files_dir(volume.record.volume_id)))[0]
             except CertmountError:
                 continue
         return None
 
-    def _alike(self, wanted: Wanted, *, provisional: bool) -> Iterator[Volume]:
+    def _alike(self, wanted: Wanted, *, interim: bool) -> Iterator[Volume]:
         alike = (
             volume
             for volume in self._volumes
-            if volume.record.provisional == provisional
+            if volume.record.interim == interim
             and Wanted.of(volume.pod, volume.spec, volume.record.volume_id if wanted.volume_id else "") == wanted
         )
         yield from sorted(alike, key=lambda volume: volume.record.issued_at, reverse=True)

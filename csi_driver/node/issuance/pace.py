@@ -21,29 +21,29 @@ SIDE_BY_SIDE = 8
 SILENCE = frozenset(
     {
         Reason.AUTHORITY_UNAVAILABLE,
-        Reason.PROOF_UNAVAILABLE,
+        Reason.TOKEN_REVIEW_UNAVAILABLE,
         Reason.ISSUER_UNAVAILABLE,
-        Reason.TRUST_MISSING,
+        Reason.ROOT_CERTIFICATE_MISSING,
         Reason.TOKEN_MISSING,  # of a call: the node's own
     }
 )
 """Reasons that every other call to the same issuer would most likely meet as well."""
-PACED = SILENCE | {Reason.OVERLOADED, Reason.TOO_MANY_REQUESTS}
+PACED = SILENCE | {Reason.AUTHORITY_OVERLOADED, Reason.TOO_MANY_REQUESTS}
 """Reasons that slow a node down."""
 
 
 class Pace:
     """Of one issuer's calls. Those that nobody paces (a kubelet waits for them) are told to it all the same."""
 
-    def __init__(self, chance: Callable[[], float], width: float = 1.0, most: int = SIDE_BY_SIDE) -> None:
-        self._chance = chance
+    def __init__(self, rng: Callable[[], float], width: float = 1.0, most: int = SIDE_BY_SIDE) -> None:
+        self._rng = rng
         self._width = width
         self._most = most
         self._under_way = 0
         # Calls in a row that failed, less what answers undid of them.
         self._failures = 0.0
         self._paused_at = -math.inf
-        self._pause_chance = 0.0
+        self._pause_jitter = 0.0
         self._silent_since: float | None = None
         self.stamp = 0
         """Counts the pauses. A failure of a call that began before the last one tells nothing new."""
@@ -71,7 +71,7 @@ class Pace:
         """Seconds of a pause that are left; 0 where there is none."""
         if not self._failures:
             return 0.0
-        pause = probe_delay_s(attempt=self._failures, left_s=left_s, chance=self._pause_chance)
+        pause = probe_delay_s(attempt=self._failures, left_s=left_s, jitter=self._pause_jitter)
         return max(self._paused_at + pause - now, 0.0)
 
     def heard(self, stamp: int, error: CertmountError | None, now: float) -> float | None:
@@ -101,9 +101,9 @@ class Pace:
             self._width = 1.0
         self.stamp += 1
         self._failures += 1
-        self._paused_at, self._pause_chance = now, self._chance()
+        self._paused_at, self._pause_jitter = now, self._rng()
 
 
-def spread_s(silence_s: float, chance: Callable[[], float], left_s: float) -> float:
+def spread_s(silence_s: float, rng: Callable[[], float], left_s: float) -> float:
     """Seconds by which to put off what waited for the end of a silence; ``left_s`` of its certificate's life are left."""
-    return catch_up_delay_s(silence_s=silence_s, left_s=left_s, chance=chance())
+    return catch_up_delay_s(silence_s=silence_s, left_s=left_s, jitter=rng())

@@ -17,9 +17,9 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Protocol
 
-from csi_driver.core.certificates.keys import digest
+from csi_driver.core.certificates.keys import key_fingerprint
 from csi_driver.core.certificates.root_sets import RootSet, newer
-from csi_driver.core.errors import CertmountError, Fault, Kind, Reason
+from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.renewal import plan_renewal
 from csi_driver.core.spec import DEFAULT_ISSUER, CertificateSpec
 from csi_driver.node.issuance.enrolled import Enrolled, Wanted
@@ -29,9 +29,9 @@ _MOST = 1_000
 """Certificates held; a node runs a few hundred pods."""
 _PATIENCE_S = 20.0
 """For the authority's first word on what is shared: it comes with the first roots, within a second or so of the start."""
-_OWN = frozenset({Reason.TOKEN_MISSING, Reason.TOKEN_EXPIRED, Reason.POD_UNKNOWN})
+_OWN = frozenset({Reason.TOKEN_MISSING, Reason.TOKEN_EXPIRED, Reason.POD_NOT_FOUND})
 """Failures beside refusals that are of the pod that asked, and say nothing of the next one's."""
-_TAKEN_BACK = frozenset({Reason.IDENTITY_DENIED, Reason.NAME_REFUSED, Reason.ISSUER_UNKNOWN})
+_TAKEN_BACK = frozenset({Reason.SERVICE_ACCOUNT_DENIED, Reason.NAME_NOT_ALLOWED, Reason.ISSUER_NOT_FOUND})
 
 
 class Live(Protocol):
@@ -90,7 +90,7 @@ class Shared:
         A volume's ``first`` one may be due for renewal: its pod starts with it, and renews it then.
 
         Raises:
-            CertmountError: as ``ask``; or FederationUnknown.
+            CertmountError: as ``ask``; or FederationNotFound.
         """
         while True:
             if (held := self._good(wanted, spec, first=first)) is not None:
@@ -120,7 +120,7 @@ class Shared:
             if error.reason in _TAKEN_BACK:
                 self._held.pop(wanted, None)
                 self._note(wanted)
-            if error.reason.kind is not Kind.REFUSED and error.reason not in _OWN:
+            if error.reason.kind.status != "PERMISSION_DENIED" and error.reason not in _OWN:
                 outcome = error
             raise
         else:
@@ -131,7 +131,7 @@ class Shared:
 
     def _good(self, wanted: Wanted, spec: CertificateSpec, *, first: bool) -> Enrolled | None:
         held = self._held.get(wanted)
-        if held is None or (self._due and digest(held.key.public_key()) in self._due):
+        if held is None or (self._due and key_fingerprint(held.key.public_key()) in self._due):
             return None
         fitted = self._fitted(held, spec)
         until = (fitted.renew_at + fitted.not_after) / 2 if first else fitted.renew_at
@@ -142,11 +142,11 @@ class Shared:
 
     def _fitted(self, enrolled: Enrolled, spec: CertificateSpec) -> Enrolled:
         """The same, with the roots that a volume asks for, and renewed earlier where it asks for that."""
-        names = trusted_names(spec, provisional=enrolled.provisional)
+        names = trusted_names(spec, interim=enrolled.interim)
         sets = newer(self._known(), enrolled.trust)
         if unknown := [name for name in names if name not in sets]:
             faults = (Fault("federations", f"the authority has no roots by the name {name}") for name in unknown)
-            raise CertmountError(Reason.FEDERATION_UNKNOWN, *faults)
+            raise CertmountError(Reason.FEDERATION_NOT_FOUND, *faults)
         renew_at = enrolled.renew_at
         if spec.renew_before is not None:
             own = plan_renewal(
@@ -154,7 +154,7 @@ class Shared:
                 not_after=enrolled.not_after,
                 renew_before_s=spec.renew_before.total_seconds(),
                 renew_after_s=None,
-                chance=0.5,
+                jitter=0.5,
             )
             renew_at = min(renew_at, own)
         return replace(enrolled, trust={name: sets[name] for name in names}, renew_at=renew_at)

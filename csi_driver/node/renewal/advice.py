@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 
 import structlog
 
-from csi_driver.core.certificates.keys import digest
+from csi_driver.core.certificates.keys import key_fingerprint
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.spec import DEFAULT_ISSUER
 from csi_driver.host.volumes import VolumeStore
@@ -29,7 +29,7 @@ class Advice:
         self._news = asyncio.Event()
 
     def streamed(self, due: Collection[str]) -> None:
-        """Takes the digests (:func:`csi_driver.core.certificates.keys.digest`) of the keys whose certificates are to be renewed now."""
+        """Takes the digests (:func:`csi_driver.core.certificates.keys.key_fingerprint`) of the keys whose certificates are to be renewed now."""
         if due != self._due:
             self._due = due
             self._news.set()
@@ -50,4 +50,4 @@ class Advice:
             key, _ = await in_thread(None, read_pair, self._store.files_dir(volume.record.volume_id))
         except CertmountError:
             return ""  # told where it is renewed
-        return digest(key.public_key())
+        return key_fingerprint(key.public_key())

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from csi_driver.core.errors import Reason
 from csi_driver.node.issuance.lanes import Lanes
-from csi_driver.node.renewal.reports import Condition, Reports, report_of
+from csi_driver.node.renewal.reports import CertificateCondition, Reports, report_of
 from csi_driver.node.renewal.rotation import Rotation
 from csi_driver.node.volumes.removal import Removal
 from csi_driver.node.volumes.volume import Volume, Volumes
@@ -40,7 +40,7 @@ class Conditions:
 
     def renewed(self, volume: Volume) -> None:
         """A renewal came through."""
-        self._tell(volume, Condition.RECOVERED, "", "the certificate was renewed")
+        self._tell(volume, CertificateCondition.RECOVERED, "", "the certificate was renewed")
 
     def failed(self, volume: Volume) -> None:
         """A renewal failed; ``volume`` says why, and whether there will be another."""
@@ -49,15 +49,23 @@ class Conditions:
         reason, text = volume.failure.reason, str(volume.failure)
         if volume.dropped:
             self._tell(
-                volume, Condition.RENEWAL_DROPPED, reason.word, f"the certificate is not renewed any more: {text}"
+                volume,
+                CertificateCondition.RENEWAL_DROPPED,
+                reason.word,
+                f"the certificate is not renewed any more: {text}",
             )
         elif (
             volume.attempt >= _FAILURES
-            and reason is not Reason.OVERLOADED  # it asks for less, and not to be told so
+            and reason is not Reason.AUTHORITY_OVERLOADED  # it asks for less, and not to be told so
             and reason is not Reason.ISSUANCE_PENDING  # it is on its way, and there is time
             and self._clock() < volume.overdue_at
         ):
-            self._tell(volume, Condition.RENEWAL_FAILING, reason.word, f"the certificate could not be renewed: {text}")
+            self._tell(
+                volume,
+                CertificateCondition.RENEWAL_FAILING,
+                reason.word,
+                f"the certificate could not be renewed: {text}",
+            )
 
     async def _look(self, volume_id: str) -> None:
         """The moment has come at which a certificate that was not renewed is overdue, or has ended."""
@@ -68,14 +76,18 @@ class Conditions:
         if now < volume.overdue_at:  # renewed meanwhile
             return
         why = volume.failure or self._lanes.trouble(volume.spec.issuer)
-        reason, text = (why.reason.word, str(why)) if why else (Reason.OVERLOADED.word, "others are more urgent")
+        reason, text = (
+            (why.reason.word, str(why)) if why else (Reason.AUTHORITY_OVERLOADED.word, "others are more urgent")
+        )
         if now >= volume.record.not_after:
-            self._tell(volume, Condition.EXPIRED, reason, f"the certificate has expired: {text}")
+            self._tell(volume, CertificateCondition.EXPIRED, reason, f"the certificate has expired: {text}")
             return
         self.clock_of_ends.schedule(volume_id, volume.record.not_after)
         if not volume.dropped:
-            self._tell(volume, Condition.OVERDUE, reason, f"the renewal of the certificate is overdue: {text}")
+            self._tell(
+                volume, CertificateCondition.OVERDUE, reason, f"the renewal of the certificate is overdue: {text}"
+            )
 
-    def _tell(self, volume: Volume, condition: Condition, reason: str, message: str) -> None:
+    def _tell(self, volume: Volume, condition: CertificateCondition, reason: str, message: str) -> None:
         if volume.token is not None:
             self._reports.tell(volume.record.volume_id, report_of(volume.token.text, condition, reason, message))

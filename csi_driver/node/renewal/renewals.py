@@ -8,7 +8,7 @@ from dataclasses import replace
 import structlog
 
 from csi_driver.core.certificates.root_sets import union
-from csi_driver.core.errors import CertmountError, Kind, Reason
+from csi_driver.core.errors import CertmountError, FailureKind, Reason
 from csi_driver.core.renewal import retry_delay_s
 from csi_driver.host.volumes import VolumeStore
 from csi_driver.node.issuance.enrolled import Enrolled
@@ -25,6 +25,9 @@ from csi_driver.telemetry.node_metrics import NodeMetrics
 
 log = structlog.get_logger(__name__)
 
+_DECIDED_BY_POLICY = frozenset(
+    {FailureKind.NOT_ALLOWED, FailureKind.DENIED, FailureKind.NOT_CONFIGURED, FailureKind.NOT_AUTHENTICATED}
+)
 _AWAITING_TOKEN_S = 300.0
 """Kubelet's next look brings the token and brings the renewal forward; this is for the case that it never looks."""
 _POLICY_SPREAD_S = 30.0
@@ -49,7 +52,7 @@ class Renewals:
         conditions: Conditions,
         metrics: NodeMetrics,
         clock: Callable[[], float],
-        chance: Callable[[], float],
+        rng: Callable[[], float],
     ) -> None:
         self._store = store
         self._volumes = volumes
@@ -60,7 +63,7 @@ class Renewals:
         self._conditions = conditions
         self._metrics = metrics
         self._clock = clock
-        self._chance = chance
+        self._rng = rng
         self._policy: str | None = None
         self._policy_settled_at = 0.0
         volumes.when_forgotten(lanes.cancel)
@@ -91,14 +94,14 @@ class Renewals:
         now = self._clock()
         self._policy_settled_at = now + _POLICY_SETTLES_S
         for volume in self._volumes:
-            if volume.failure is not None and volume.failure.reason.kind is Kind.REFUSED and not volume.renewing:
+            if volume.failure is not None and volume.failure.reason.kind in _DECIDED_BY_POLICY and not volume.renewing:
                 volume.attempt = 0
-                self._schedule(volume, now + self._chance() * _POLICY_SPREAD_S)
+                self._schedule(volume, now + self._rng() * _POLICY_SPREAD_S)
 
     def advised(self, volume: Volume) -> None:
         """Renews a volume soon, though its moment has not come; where a renewal has failed, that is tried again anyway."""
         if volume.failure is None and not volume.renewing:
-            self._schedule(volume, min(self._clock() + self._chance() * _ADVICE_SPREAD_S, volume.record.renew_at))
+            self._schedule(volume, min(self._clock() + self._rng() * _ADVICE_SPREAD_S, volume.record.renew_at))
 
     async def renew(self, volume_id: str) -> None:
         """Renews one volume in place. Never raises: what fails is reported and tried again."""
@@ -130,7 +133,7 @@ class Renewals:
             self._failed(volume, CertmountError(Reason.INTERNAL, defect))
 
     async def _write(self, volume: Volume, enrolled: Enrolled) -> None:
-        if enrolled.provisional and volume.stands_in_well(self._clock()):
+        if enrolled.interim and volume.stands_in_well(self._clock()):
             await self._ask_again(volume, enrolled.renew_at)
             return
         record = replace(
@@ -138,9 +141,9 @@ class Renewals:
             issued_at=enrolled.issued_at,
             renew_at=enrolled.renew_at,
             not_after=enrolled.not_after,
-            provisional=enrolled.provisional,
+            interim=enrolled.interim,
         )
-        trusted = trusted_names(volume.spec, provisional=enrolled.provisional)
+        trusted = trusted_names(volume.spec, interim=enrolled.interim)
         trusts = self._roots.answered(trusted, enrolled.trust)
         await in_thread(
             None,
@@ -159,7 +162,7 @@ class Renewals:
         self._metrics.renewed()
         await self._roots.catch_up(volume)
         await in_thread(None, self._store.write_record, record)
-        log.info("renewed", not_after=enrolled.not_after, renew_at=enrolled.renew_at, provisional=enrolled.provisional)
+        log.info("renewed", not_after=enrolled.not_after, renew_at=enrolled.renew_at, interim=enrolled.interim)
 
     async def _ask_again(self, volume: Volume, when: float) -> None:
         """The certificate that was asked for is not there yet, and the one that stands in need not be another."""
@@ -194,9 +197,9 @@ class Renewals:
 
     def _delay_s(self, volume: Volume, reason: Reason) -> float | None:
         """Seconds until the next try at the soonest; None where there is to be none until the policy changes."""
-        if reason is Reason.IDENTITY_DENIED:
+        if reason is Reason.SERVICE_ACCOUNT_DENIED:
             settles_in = self._policy_settled_at - self._clock()
-            return settles_in + self._chance() * _POLICY_SPREAD_S if settles_in > 0 else None
+            return settles_in + self._rng() * _POLICY_SPREAD_S if settles_in > 0 else None
         if reason in (Reason.TOKEN_MISSING, Reason.TOKEN_EXPIRED):
             return _AWAITING_TOKEN_S
-        return retry_delay_s(attempt=volume.attempt, kind=reason.kind, chance=self._chance())
+        return retry_delay_s(attempt=volume.attempt, kind=reason.kind, jitter=self._rng())

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import structlog
 
-from csi_driver.core.errors import CertmountError, Kind, Reason
+from csi_driver.core.errors import CertmountError, FailureKind, Reason
 from csi_driver.core.renewal import retry_delay_s
 from csi_driver.core.secret import Secret
 
@@ -28,7 +28,7 @@ _MESSAGE_LENGTH = 1024
 
 
 @unique
-class Condition(Enum):
+class CertificateCondition(Enum):
     """What has become of a certificate."""
 
     RENEWAL_FAILING = "a renewal failed twice in a row"
@@ -39,11 +39,11 @@ class Condition(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class CertificateReport:
     """One change, with the token that proves whose it is."""
 
     token: Secret[str]
-    condition: Condition
+    condition: CertificateCondition
     reason: str
     message: str
 
@@ -51,7 +51,7 @@ class Report:
 class Listener(Protocol):
     """Whoever is told."""
 
-    async def report(self, report: Report) -> None:
+    async def report(self, report: CertificateReport) -> None:
         """As :meth:`csi_driver.node.authority_client.AuthorityClient.report`."""
 
 
@@ -62,17 +62,17 @@ class Reports:
     flood of reports.
     """
 
-    def __init__(self, listener: Listener, chance: Callable[[], float]) -> None:
+    def __init__(self, listener: Listener, rng: Callable[[], float]) -> None:
         self._listener = listener
-        self._chance = chance
-        self._waiting: dict[str, Report] = {}
-        self._told: dict[str, Condition] = {}
+        self._rng = rng
+        self._waiting: dict[str, CertificateReport] = {}
+        self._told: dict[str, CertificateCondition] = {}
         self._under_way = ""
         self._came = asyncio.Event()
         self._allowed = float(_AT_ONCE)
         self._failures = 0
 
-    def tell(self, volume_id: str, report: Report) -> None:
+    def tell(self, volume_id: str, report: CertificateReport) -> None:
         """Puts a change in the queue, where it is passed over if that is full."""
         if volume_id not in self._waiting and len(self._waiting) >= _MOST_WAITING:
             log.warning("not reported", volume=volume_id, condition=report.condition.name, error="too many wait")
@@ -94,18 +94,18 @@ class Reports:
         while True:
             await self._came.wait()
             if self._allowed < 1:
-                await asyncio.sleep((1 - self._allowed) * _GAP_S * (0.75 + 0.5 * self._chance()))
+                await asyncio.sleep((1 - self._allowed) * _GAP_S * (0.75 + 0.5 * self._rng()))
             self._allowed, filled_at = min(self._allowed + (clock() - filled_at) / _GAP_S, _AT_ONCE), clock()
             if not self._waiting:
                 self._came.clear()
                 continue
             volume_id = next(iter(self._waiting))
             report = self._waiting.pop(volume_id)
-            if report.condition is not self._told.get(volume_id, Condition.RECOVERED):
+            if report.condition is not self._told.get(volume_id, CertificateCondition.RECOVERED):
                 self._allowed -= 1
                 await self._send(volume_id, report)
 
-    async def _send(self, volume_id: str, report: Report) -> None:
+    async def _send(self, volume_id: str, report: CertificateReport) -> None:
         """Tries some times, while nothing newer has come for the volume."""
         self._under_way = volume_id
         failure: CertmountError | None = None
@@ -120,12 +120,12 @@ class Reports:
                 break
             self._failures += 1
             self._allowed = 0.0
-            await asyncio.sleep(retry_delay_s(attempt=self._failures, kind=Kind.UNAVAILABLE, chance=self._chance()))
+            await asyncio.sleep(retry_delay_s(attempt=self._failures, kind=FailureKind.UNAVAILABLE, jitter=self._rng()))
             if volume_id in self._waiting or not self._under_way:
                 return
         log.warning("not reported", volume=volume_id, condition=report.condition.name, error=str(failure))
 
-    async def _try(self, report: Report) -> CertmountError | None:
+    async def _try(self, report: CertificateReport) -> CertmountError | None:
         try:
             await self._listener.report(report)
         except CertmountError as error:
@@ -135,7 +135,7 @@ class Reports:
         return None
 
 
-def report_of(token: Secret[str], condition: Condition, reason: str, message: str) -> Report:
+def report_of(token: Secret[str], condition: CertificateCondition, reason: str, message: str) -> CertificateReport:
     """A report whose message is as long as may be."""
     short = message if len(message) <= _MESSAGE_LENGTH else message[: _MESSAGE_LENGTH - 3] + "..."
-    return Report(token, condition, reason, short)
+    return CertificateReport(token, condition, reason, short)

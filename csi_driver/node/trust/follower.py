@@ -8,7 +8,7 @@ from typing import Protocol
 
 import structlog
 
-from csi_driver.core.errors import CertmountError, Kind, Reason
+from csi_driver.core.errors import CertmountError, FailureKind, Reason
 from csi_driver.core.renewal import retry_delay_s
 from csi_driver.node.authority_client import TrustBundle
 
@@ -42,7 +42,7 @@ async def follow_trust(
     source: TrustSource,
     take: Callable[[TrustBundle], None],
     holdings: Holdings,
-    chance: Callable[[], float],
+    rng: Callable[[], float],
 ) -> None:
     """Hands every bundle to ``take`` and confirms what the volumes hold; asks again with backoff where the stream ends.
 
@@ -57,14 +57,14 @@ async def follow_trust(
 
     while True:
         try:
-            await _first_end(_watch(source, taken), _confirm(source, holdings, chance))
+            await _first_end(_watch(source, taken), _confirm(source, holdings, rng))
         except CertmountError as error:
             if attempt == 0:
                 log.warning("roots not followed", reason=error.reason.word, error=str(error))
         except Exception as error:  # noqa: BLE001  # renewals must outlive a defect here; its text may quote a token
             log.error("roots not followed", reason=Reason.INTERNAL.word, error=type(error).__name__)  # noqa: TRY400  # likewise
         attempt += 1
-        await asyncio.sleep(retry_delay_s(attempt=attempt, kind=Kind.UNAVAILABLE, chance=chance()))
+        await asyncio.sleep(retry_delay_s(attempt=attempt, kind=FailureKind.UNAVAILABLE, jitter=rng()))
 
 
 async def _watch(source: TrustSource, taken: Callable[[TrustBundle], None]) -> None:
@@ -72,14 +72,14 @@ async def _watch(source: TrustSource, taken: Callable[[TrustBundle], None]) -> N
         taken(bundle)
 
 
-async def _confirm(source: TrustSource, holdings: Holdings, chance: Callable[[], float]) -> None:
+async def _confirm(source: TrustSource, holdings: Holdings, rng: Callable[[], float]) -> None:
     """Confirms each set once it is held, and again with each newer state of it."""
     confirmed: dict[str, int] = {}
     while True:
         news = {name: each for name, each in holdings.held().items() if each > confirmed.get(name, -1)}
         # The first ones follow the connection, whose moment is the node's own already.
         if news.keys() & confirmed.keys():
-            await asyncio.sleep(chance() * _CONFIRM_SPREAD_S)
+            await asyncio.sleep(rng() * _CONFIRM_SPREAD_S)
         for name, generation in news.items():
             await source.confirm_trust(name, generation)
             log.info("roots confirmed", set=name, generation=generation)

@@ -52,6 +52,6 @@ class KnownRoots:
         return found if self._complete or len(found) == len(names) else {}
 
 
-def trusted_names(spec: CertificateSpec, *, provisional: bool = False) -> tuple[str, ...]:
+def trusted_names(spec: CertificateSpec, *, interim: bool = False) -> tuple[str, ...]:
     """The sets that a volume trusts by name: that of its issuer first. With a certificate that stands in, the internal CA's, too."""
-    return tuple(dict.fromkeys((spec.issuer, *spec.federations, *((DEFAULT_ISSUER,) if provisional else ()))))
+    return tuple(dict.fromkeys((spec.issuer, *spec.federations, *((DEFAULT_ISSUER,) if interim else ()))))

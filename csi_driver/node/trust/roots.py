@@ -41,14 +41,14 @@ class Roots:
         removal: Removal,
         metrics: NodeMetrics,
         clock: Callable[[], float],
-        chance: Callable[[], float],
+        rng: Callable[[], float],
     ) -> None:
         self._store = store
         self._volumes = volumes
         self._removal = removal
         self._metrics = metrics
         self._clock = clock
-        self._chance = chance
+        self._rng = rng
         self._known = KnownRoots()
         self._unsettled: set[str] = set()
         self._moved = asyncio.Event()
@@ -59,7 +59,7 @@ class Roots:
         """Takes all sets that the authority has, and sees to it that the volumes get them.
 
         Raises:
-            CertmountError: AnswerInvalid for what are no certificates; then nothing is taken.
+            CertmountError: InvalidResponse for what are no certificates; then nothing is taken.
         """
         for name, roots in sets.items():
             parse_certificates(roots.roots, f"roots of {name}")
@@ -172,7 +172,7 @@ class Roots:
 
     def _failed(self, volume: Volume, error: CertmountError) -> None:
         volume.trust_attempt += 1
-        delay = retry_delay_s(attempt=volume.trust_attempt, kind=error.reason.kind, chance=self._chance())
+        delay = retry_delay_s(attempt=volume.trust_attempt, kind=error.reason.kind, jitter=self._rng())
         if self._volumes.has(volume):
             self.writing.schedule(volume.record.volume_id, self._clock() + delay)
             self._metrics.roots_behind(volume.record.volume_id, behind=True)

@@ -11,7 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.core.certificates.keys import PrivateKey, load_key
-from csi_driver.core.certificates.verification import Bundle, Expected, check_answer
+from csi_driver.core.certificates.verification import ExpectedCertificate, VerifiedCertificate, verify_certificate
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import (
     CHAIN,
@@ -67,15 +67,15 @@ def replace_roots(files_dir: Path, roots: Sequence[bytes], readers: Readers, now
     return True
 
 
-def read_certificate(files_dir: Path, spec: CertificateSpec, pod: Pod, now: float) -> Bundle:
+def read_certificate(files_dir: Path, spec: CertificateSpec, pod: Pod, now: float) -> VerifiedCertificate:
     """Reads the present generation and judges it as if the authority had just sent it.
 
     Raises:
-        CertmountError: AnswerInvalid where it is not a certificate that fits; or the volume can't be read.
+        CertmountError: InvalidResponse where it is not a certificate that fits; or the volume can't be read.
     """
     key, chain, roots = _read(files_dir)
     # The issuer's roots come first, before those of federations.
-    return check_answer(
+    return verify_certificate(
         chain, roots[:_MOST_ROOTS], expected_of(key, spec, pod, spec.issuer), datetime.fromtimestamp(now, UTC)
     )
 
@@ -86,11 +86,13 @@ def read_pair(files_dir: Path) -> tuple[PrivateKey, list[bytes]]:
     return key, chain
 
 
-def expected_of(key: PrivateKey, spec: CertificateSpec, pod: Pod, signer: str) -> Expected:
+def expected_of(key: PrivateKey, spec: CertificateSpec, pod: Pod, signer: str) -> ExpectedCertificate:
     """What a certificate for a pod's volume must fit that ``signer`` has issued."""
     # Which names an issuer outside can sign is the authority's to know; that it signs no others is checked in any case.
     outside = signer != DEFAULT_ISSUER
-    return Expected(key.public_key(), spec.names, pod.namespace, pod.service_account, identity_optional=outside)
+    return ExpectedCertificate(
+        key.public_key(), spec.names, pod.namespace, pod.service_account, identity_optional=outside
+    )
 
 
 def _read(files_dir: Path) -> tuple[PrivateKey, list[bytes], list[bytes]]:
@@ -103,7 +105,7 @@ def _read(files_dir: Path) -> tuple[PrivateKey, list[bytes], list[bytes]]:
         )
     except (KeyError, ValueError):
         raise CertmountError(
-            Reason.ANSWER_INVALID, Fault("volume", "its files are not a key, a chain and roots")
+            Reason.INVALID_RESPONSE, Fault("volume", "its files are not a key, a chain and roots")
         ) from None
     return key, chain, roots
 

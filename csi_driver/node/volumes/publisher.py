@@ -14,7 +14,7 @@ from csi_driver.core.certificates.root_sets import union
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.renewal import plan_renewal
 from csi_driver.host.targets import check_target, may_be_target
-from csi_driver.host.volumes import Usage, VolumeStore
+from csi_driver.host.volumes import FilesystemUsage, VolumeStore
 from csi_driver.node.csi.publish_request import PublishRequest
 from csi_driver.node.issuance.enrolled import Enrolled
 from csi_driver.node.issuance.enrolment import Enrolment
@@ -43,7 +43,7 @@ class Publisher:
         removal: Removal,
         metrics: NodeMetrics,
         clock: Callable[[], float],
-        chance: Callable[[], float],
+        rng: Callable[[], float],
     ) -> None:
         self._kubelet_dir = kubelet_dir
         self._store = store
@@ -54,7 +54,7 @@ class Publisher:
         self._removal = removal
         self._metrics = metrics
         self._clock = clock
-        self._chance = chance
+        self._rng = rng
         volumes.when_forgotten(metrics.forget)
 
     async def publish(self, request: PublishRequest) -> None:
@@ -105,7 +105,7 @@ class Publisher:
         """What is wrong with a volume's certificate, as :meth:`Volume.trouble`; raises CertmountError VolumeNotFound."""
         return self._renewals.trouble(self.find(volume_id, path))
 
-    def usage(self, volume_id: str) -> Usage:
+    def usage(self, volume_id: str) -> FilesystemUsage:
         """Space and inodes of the volume's own file system."""
         return self._store.usage(volume_id)
 
@@ -140,7 +140,7 @@ class Publisher:
             enrolled.issued_at,
             enrolled.renew_at,
             enrolled.not_after,
-            provisional=enrolled.provisional,
+            interim=enrolled.interim,
         )
         volume = Volume(record, spec, request.token)
         volume.trusts = self._roots.answered(volume.trusted, enrolled.trust)
@@ -153,7 +153,7 @@ class Publisher:
             names=str(spec.names),
             not_after=enrolled.not_after,
             renew_at=enrolled.renew_at,
-            provisional=enrolled.provisional,
+            interim=enrolled.interim,
         )
 
     def _materialise(self, volume: Volume, target: Path, enrolled: Enrolled) -> None:
@@ -205,7 +205,7 @@ class Publisher:
                 not_after=not_after,
                 renew_before_s=before,
                 renew_after_s=None,
-                chance=self._chance(),
+                jitter=self._rng(),
             )
             record = new_record(request, request.target, issued_at, renew_at, not_after)
         volume = Volume(record, spec, request.token)

@@ -21,12 +21,12 @@ class Removal:
     """Removes the volumes of pods that are gone, and tries again where that fails; ``again`` is the clock that does so."""
 
     def __init__(
-        self, store: VolumeStore, volumes: Volumes, clock: Callable[[], float], chance: Callable[[], float]
+        self, store: VolumeStore, volumes: Volumes, clock: Callable[[], float], rng: Callable[[], float]
     ) -> None:
         self._store = store
         self._volumes = volumes
         self._clock = clock
-        self._chance = chance
+        self._rng = rng
         self._left: dict[str, tuple[VolumeRecord, int]] = {}
         self.again = Rotation(clock, self._again)
         volumes.when_forgotten(self._forget)
@@ -58,7 +58,7 @@ class Removal:
                 await in_thread(None, self._store.unbind, Path(target))
             await in_thread(None, self._store.remove, volume_id)
         except CertmountError as error:
-            delay = retry_delay_s(attempt=attempt, kind=error.reason.kind, chance=self._chance())
+            delay = retry_delay_s(attempt=attempt, kind=error.reason.kind, jitter=self._rng())
             self._left[volume_id] = record, attempt
             self.again.schedule(volume_id, self._clock() + delay)
             log.warning(

@@ -44,7 +44,7 @@ class Volume:
     @property
     def trusted(self) -> tuple[str, ...]:
         """The sets that it trusts by name: that of its issuer first."""
-        return trusted_names(self.spec, provisional=self.record.provisional)
+        return trusted_names(self.spec, interim=self.record.interim)
 
     @property
     def readers(self) -> Readers:
@@ -58,7 +58,7 @@ class Volume:
 
     def stands_in_well(self, now: float) -> bool:
         """True while it holds a certificate that stands in, of which half of the life is left: applications read each new one."""
-        return self.record.provisional and now < (self.record.issued_at + self.record.not_after) / 2
+        return self.record.interim and now < (self.record.issued_at + self.record.not_after) / 2
 
     def trouble(self, now: float, away: CertmountError | None = None) -> tuple[str, str] | None:
         """What is wrong with the certificate at a moment (unix seconds): a CamelCase reason and a text for people; None when it is well.
@@ -123,7 +123,7 @@ def new_record(
     renew_at: float,
     not_after: float,
     *,
-    provisional: bool = False,
+    interim: bool = False,
 ) -> VolumeRecord:
     return VolumeRecord(
         volume_id=request.volume_id,
@@ -137,5 +137,5 @@ def new_record(
         issued_at=issued_at,
         renew_at=renew_at,
         not_after=not_after,
-        provisional=provisional,
+        interim=interim,
     )

@@ -20,7 +20,7 @@ from structlog.testing import capture_logs
 
 from csi_driver._proto import authority_pb2
 from csi_driver.core.certificates.csr import MAX_CSR_BYTES
-from csi_driver.core.cluster.token_review import Reviewed
+from csi_driver.core.cluster.token_review import ReviewedToken
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.identity import MAX_TOKEN_BYTES
 from csi_driver.core.secret import Secret
@@ -37,21 +37,21 @@ DENIED = grpc.StatusCode.PERMISSION_DENIED
 Token = Callable[[TokenIssuer], Secret[str]]
 
 POD_TOKENS: dict[str, tuple[Token, str]] = {
-    "missing": (lambda _: Secret(""), "IdentityRefused"),
-    "garbage": (lambda _: Secret("garbage"), "IdentityRefused"),
+    "missing": (lambda _: Secret(""), "TokenRejected"),
+    "garbage": (lambda _: Secret("garbage"), "TokenRejected"),
     "expired": (lambda i: i.pod_token(POD, exp=int(time.time()) - 5), "TokenExpired"),
-    "not yet valid": (lambda i: i.pod_token(POD, nbf=int(time.time()) + 600), "IdentityRefused"),
-    "other audience": (lambda i: i.pod_token(POD, aud=["vault"]), "IdentityRefused"),
-    "other issuer": (lambda i: i.pod_token(POD, iss="https://mallory.test"), "IdentityRefused"),
-    "alg none": (lambda i: forged(i, {"alg": "none", "kid": i.key_id}, lambda _: b""), "IdentityRefused"),
-    "HS256 by the public key": (hmac_by_public_key, "IdentityRefused"),
-    "unknown key": (lambda i: i.rotated("key-9").pod_token(POD), "IdentityRefused"),
-    "key in the header": (with_own_key, "IdentityRefused"),
-    "claims changed": (claims_changed_after_signing, "IdentityRefused"),
-    "over-long": (lambda i: i.pod_token(POD, padding="x" * MAX_TOKEN_BYTES), "IdentityRefused"),
-    "node token": (lambda i: i.node_token(), "IdentityRefused"),
-    "of a pod on another node": (lambda i: i.pod_token(replace(POD, node="node-b")), "IdentityRefused"),
-    "of the node's former self": (lambda i: i.pod_token(replace(POD, node_uid="old")), "IdentityRefused"),
+    "not yet valid": (lambda i: i.pod_token(POD, nbf=int(time.time()) + 600), "TokenRejected"),
+    "other audience": (lambda i: i.pod_token(POD, aud=["vault"]), "TokenRejected"),
+    "other issuer": (lambda i: i.pod_token(POD, iss="https://mallory.test"), "TokenRejected"),
+    "alg none": (lambda i: forged(i, {"alg": "none", "kid": i.key_id}, lambda _: b""), "TokenRejected"),
+    "HS256 by the public key": (hmac_by_public_key, "TokenRejected"),
+    "unknown key": (lambda i: i.rotated("key-9").pod_token(POD), "TokenRejected"),
+    "key in the header": (with_own_key, "TokenRejected"),
+    "claims changed": (claims_changed_after_signing, "TokenRejected"),
+    "over-long": (lambda i: i.pod_token(POD, padding="x" * MAX_TOKEN_BYTES), "TokenRejected"),
+    "node token": (lambda i: i.node_token(), "TokenRejected"),
+    "of a pod on another node": (lambda i: i.pod_token(replace(POD, node="node-b")), "TokenRejected"),
+    "of the node's former self": (lambda i: i.pod_token(replace(POD, node_uid="old")), "TokenRejected"),
 }
 
 
@@ -70,14 +70,14 @@ async def test_a_bad_pod_token_gets_no_certificate(attack: str, world: World, ca
 
 
 NODE_TOKENS: dict[str, tuple[Token, str]] = {
-    "garbage": (lambda _: Secret("garbage"), "IdentityRefused"),
+    "garbage": (lambda _: Secret("garbage"), "TokenRejected"),
     "expired": (lambda i: i.node_token(exp=int(time.time()) - 5), "TokenExpired"),
-    "other audience": (lambda i: i.node_token(aud=["vault"]), "IdentityRefused"),
-    "pod token": (lambda i: i.pod_token(DRIVER), "IdentityRefused"),
-    "of another service account": (lambda i: i.node_token(replace(DRIVER, service_account="x")), "IdentityRefused"),
-    "of the pod itself": (lambda i: i.node_token(POD), "IdentityRefused"),
-    "unknown key": (lambda i: i.rotated("key-9").node_token(), "IdentityRefused"),
-    "over-long": (lambda i: i.node_token(padding="x" * MAX_TOKEN_BYTES), "IdentityRefused"),
+    "other audience": (lambda i: i.node_token(aud=["vault"]), "TokenRejected"),
+    "pod token": (lambda i: i.pod_token(DRIVER), "TokenRejected"),
+    "of another service account": (lambda i: i.node_token(replace(DRIVER, service_account="x")), "TokenRejected"),
+    "of the pod itself": (lambda i: i.node_token(POD), "TokenRejected"),
+    "unknown key": (lambda i: i.rotated("key-9").node_token(), "TokenRejected"),
+    "over-long": (lambda i: i.node_token(padding="x" * MAX_TOKEN_BYTES), "TokenRejected"),
 }
 
 
@@ -113,8 +113,8 @@ async def test_without_the_node_drivers_token_nothing_is_answered(attack: str, w
 async def test_a_call_must_show_exactly_one_bearer_token(metadata: Any, caller: Caller) -> None:
     """Nothing is guessed where there is none or too much."""
     refusal = await caller.refused(metadata=metadata)
-    assert (refusal.code, refusal.reason) == (DENIED, "IdentityRefused")
-    assert refusal.text == "IdentityRefused: node token: is missing"
+    assert (refusal.code, refusal.reason) == (DENIED, "TokenRejected")
+    assert refusal.text == "TokenRejected: node token: is missing"
 
 
 async def test_a_token_of_another_node_is_refused_both_ways(world: World, caller: Caller) -> None:
@@ -122,28 +122,26 @@ async def test_a_token_of_another_node_is_refused_both_ways(world: World, caller
     elsewhere = replace(DRIVER, node="node-b", node_uid="b")
     world.reviewer.node = elsewhere.reviewed
     refusal = await caller.refused(node=world.issuer.node_token(elsewhere))
-    assert refusal.reason == "IdentityRefused"
+    assert refusal.reason == "TokenRejected"
     assert "pod on node node-a, but the driver on node node-b shows it" in refusal.text
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Reviewed)])
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ReviewedToken)])
 @pytest.mark.parametrize("which", ["pod", "node"])
 async def test_the_live_cluster_has_the_last_word(which: str, field: str, world: World, caller: Caller) -> None:
     """A well-signed token whose pod, account or node is another by now is worth nothing."""
     live = (POD if which == "pod" else DRIVER).reviewed
     setattr(world.reviewer, which, replace(live, **{field: "other"}))
     refusal = await caller.refused()
-    assert (refusal.code, refusal.reason) == (DENIED, "IdentityRefused")
+    assert (refusal.code, refusal.reason) == (DENIED, "TokenRejected")
     assert f"{which} token: its claims name another" in refusal.text
 
 
 async def test_a_deleted_pods_token_is_refused(world: World, caller: Caller) -> None:
     """As soon as the API server says so."""
-    world.reviewer.pod = CertmountError(
-        Reason.IDENTITY_REFUSED, "the API server does not accept it; its pod may be gone"
-    )
+    world.reviewer.pod = CertmountError(Reason.TOKEN_REJECTED, "the API server does not accept it; its pod may be gone")
     refusal = await caller.refused()
-    assert (refusal.code, refusal.reason) == (DENIED, "IdentityRefused")
+    assert (refusal.code, refusal.reason) == (DENIED, "TokenRejected")
 
 
 async def test_no_log_field_holds_a_token_before_redaction(world: World, caller: Caller) -> None:
@@ -181,9 +179,11 @@ async def test_nothing_is_issued_while_the_cluster_cannot_be_asked(
     """Not on the signature's word alone; the caller may try again, and then it works."""
     monkeypatch.setattr("csi_driver.authority.authn.token_reviews._PATIENCE_S", 0.0)
     token = world.issuer.pod_token(POD)
-    world.reviewer.pod = CertmountError(Reason.PROOF_UNAVAILABLE, "TokenReview: the API server cannot be reached")
+    world.reviewer.pod = CertmountError(
+        Reason.TOKEN_REVIEW_UNAVAILABLE, "TokenReview: the API server cannot be reached"
+    )
     refusal = await caller.refused(pod=token)
-    assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "ProofUnavailable")
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "TokenReviewUnavailable")
     world.reviewer.pod = POD.reviewed
     await caller.issue(pod=token)
 
@@ -286,7 +286,7 @@ async def test_two_pods_of_one_node_do_not_get_each_others_names(world: World, c
     other = Pod(name="other-0", service_account="other", uid="o", service_account_uid="oo")
     world.reviewer.pod = other.reviewed
     refusal = await caller.refused(pod=world.issuer.pod_token(other))
-    assert refusal.reason == "NameRefused"
+    assert refusal.reason == "NameNotAllowed"
     answer = await caller.issue(csr=world.csr(), pod=world.issuer.pod_token(other))
     leaf = x509.load_der_x509_certificate(answer.chain[0])
     names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value

@@ -118,8 +118,8 @@ async def test_what_no_node_driver_sends_is_refused(fault: str, world: World, ca
 async def test_an_issuer_or_federation_that_is_not_there_is_named(world: World, caller: Caller) -> None:
     """With those that are; nothing is signed for it."""
     for field, value, reason in (
-        ("issuer", "letsencrypt", "IssuerUnknown"),
-        ("federations", ["partner"], "FederationUnknown"),
+        ("issuer", "letsencrypt", "IssuerNotFound"),
+        ("federations", ["partner"], "FederationNotFound"),
     ):
         request = authority_pb2.IssueRequest(csr=world.csr(NAME), pod_token=world.issuer.pod_token(POD).reveal())
         if field == "issuer":
@@ -155,20 +155,20 @@ async def test_a_bomb_of_metadata_is_cut_off(caller: Caller) -> None:
 
 async def test_a_report_is_said_on_the_pod(world: World, caller: Caller) -> None:
     """What failed and why as a warning, the end of it as good news; a line break can't make a second message of it."""
-    await caller.report(authority_pb2.CONDITION_RENEWAL_FAILING, "NameRefused", "no rule\nallows it")
+    await caller.report(authority_pb2.CONDITION_RENEWAL_FAILING, "NameNotAllowed", "no rule\nallows it")
     await caller.report(authority_pb2.CONDITION_RECOVERED, "", "renewed")
     assert world.heard.events == [
-        (POD.name, True, "RenewalFailing", "NameRefused: no rule allows it"),
+        (POD.name, True, "RenewalFailing", "NameNotAllowed: no rule allows it"),
         (POD.name, False, "CertificateRecovered", "renewed"),
     ]
 
 
 REPORTS: dict[str, tuple[tuple[int, str, str], str]] = {
-    "unknown condition": ((99, "NameRefused", ""), "condition: is not known"),
-    "no condition": ((0, "NameRefused", ""), "condition: is not known"),
+    "unknown condition": ((99, "NameNotAllowed", ""), "condition: is not known"),
+    "no condition": ((0, "NameNotAllowed", ""), "condition: is not known"),
     "made-up reason": ((1, "Mallory", ""), "reason: is none of certmount's reasons"),
     "no reason": ((3, "", ""), "reason: is none of certmount's reasons"),
-    "endless message": ((1, "NameRefused", "x" * 1025), "message: is longer than 1024"),
+    "endless message": ((1, "NameNotAllowed", "x" * 1025), "message: is longer than 1024"),
 }
 
 
@@ -189,8 +189,8 @@ async def test_no_one_reports_on_anothers_pod(world: World, caller: Caller) -> N
     world.reviewer.pod = Pod(node="node-b").reviewed
     for token in (Secret("garbage"), world.issuer.pod_token(Pod(node="node-b"))):
         with pytest.raises(grpc.aio.AioRpcError) as failure:
-            await caller.report(authority_pb2.CONDITION_EXPIRED, "NameRefused", "", token)
-        assert Refusal.of(failure.value).reason == "IdentityRefused"
+            await caller.report(authority_pb2.CONDITION_EXPIRED, "NameNotAllowed", "", token)
+        assert Refusal.of(failure.value).reason == "TokenRejected"
     assert not world.heard.events
 
 
@@ -200,7 +200,9 @@ async def test_an_api_server_that_is_away_for_a_moment_makes_calls_wait(
     """What is in flight is answered when it is back; nothing is issued before."""
     monkeypatch.setattr("csi_driver.authority.authn.token_reviews._FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr("csi_driver.authority.authn.token_reviews._PAUSE_CAP_S", 0.05)
-    world.reviewer.pod = CertmountError(Reason.PROOF_UNAVAILABLE, "TokenReview: the API server cannot be reached")
+    world.reviewer.pod = CertmountError(
+        Reason.TOKEN_REVIEW_UNAVAILABLE, "TokenReview: the API server cannot be reached"
+    )
     calls = [
         asyncio.create_task(caller.issue(pod=world.issuer.pod_token(POD, jti=str(number)))) for number in range(20)
     ]

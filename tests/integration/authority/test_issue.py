@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from csi_driver._proto import authority_pb2
 from csi_driver.core.certificates.csr import build_csr
 from csi_driver.core.certificates.keys import generate_key
-from csi_driver.core.certificates.verification import Expected, check_answer
+from csi_driver.core.certificates.verification import ExpectedCertificate, verify_certificate
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.formats.pem import encode_certificates
 from csi_driver.core.names import URI, DNSName, Names, spiffe_id
@@ -31,8 +31,8 @@ async def test_what_is_issued_passes_the_nodes_judgement(key_type: KeyType, worl
     key = generate_key(key_type)
     names = Names.of([DNSName.parse(NAME)], [URI.parse("spiffe://cluster.local/extra/a")])
     answer = await caller.issue(csr=build_csr(key, names), duration=timedelta(minutes=5))
-    expected = Expected(key.public_key(), names, "default", "hello")
-    bundle = check_answer(answer.chain, answer.trust[DEFAULT_ISSUER].roots, expected, datetime.now(UTC))
+    expected = ExpectedCertificate(key.public_key(), names, "default", "hello")
+    bundle = verify_certificate(answer.chain, answer.trust[DEFAULT_ISSUER].roots, expected, datetime.now(UTC))
     life = bundle.leaf.not_valid_after_utc - datetime.now(UTC)
     assert timedelta(minutes=4, seconds=50) < life <= timedelta(minutes=5)
     assert not answer.HasField("renew_after")
@@ -42,10 +42,10 @@ async def test_what_is_issued_passes_the_nodes_judgement(key_type: KeyType, worl
 async def test_a_pod_that_asks_for_nothing_gets_its_spiffe_id(caller: Caller, world: World) -> None:
     """For a day, by default."""
     answer = await caller.issue(csr=world.csr())
-    bundle = check_answer(
+    bundle = verify_certificate(
         answer.chain,
         answer.trust[DEFAULT_ISSUER].roots,
-        Expected(world.key.public_key(), Names(), "default", "hello"),
+        ExpectedCertificate(world.key.public_key(), Names(), "default", "hello"),
         datetime.now(UTC),
     )
     life = bundle.leaf.not_valid_after_utc - datetime.now(UTC)
@@ -56,10 +56,10 @@ async def test_a_pod_that_asks_for_nothing_gets_its_spiffe_id(caller: Caller, wo
 async def test_openssl_agrees(caller: Caller, world: World) -> None:
     """Another program verifies what came over the wire."""
     answer = await caller.issue()
-    bundle = check_answer(
+    bundle = verify_certificate(
         answer.chain,
         answer.trust[DEFAULT_ISSUER].roots,
-        Expected(world.key.public_key(), Names.of([DNSName.parse(NAME)]), "default", "hello"),
+        ExpectedCertificate(world.key.public_key(), Names.of([DNSName.parse(NAME)]), "default", "hello"),
         datetime.now(UTC),
     )
     (world.folder / "chain.pem").write_bytes(encode_certificates(bundle.chain))
@@ -74,7 +74,7 @@ async def test_a_name_that_no_rule_allows_is_refused_by_name(caller: Caller) -> 
     """All refused names at once, with the account and what to do."""
     names = Names.of([DNSName.parse("bank.example.com"), DNSName.parse(NAME)], [URI.parse("https://mallory.test/")])
     refusal = await caller.refused(csr=build_csr(generate_key(KeyType.EC_P256), names))
-    assert (refusal.code, refusal.reason) == (grpc.StatusCode.PERMISSION_DENIED, "NameRefused")
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.PERMISSION_DENIED, "NameNotAllowed")
     assert "bank.example.com: no policy rule allows this name for service account default/hello" in refusal.text
     assert "https://mallory.test/" in refusal.text
     assert NAME not in refusal.text
@@ -84,15 +84,15 @@ async def test_another_pods_spiffe_id_is_refused(caller: Caller) -> None:
     """It can be asked for like any name, and is granted by a rule only."""
     names = Names.of(uris=[spiffe_id("cluster.local", "kube-system", "admin")])
     refusal = await caller.refused(csr=build_csr(generate_key(KeyType.EC_P256), names))
-    assert refusal.reason == "NameRefused"
+    assert refusal.reason == "NameNotAllowed"
 
 
 @pytest.mark.parametrize(
     "duration,reason",
     [
-        (timedelta(days=400), "NameRefused"),
-        (timedelta(seconds=1), "NameRefused"),
-        (timedelta(0), "NameRefused"),
+        (timedelta(days=400), "NameNotAllowed"),
+        (timedelta(seconds=1), "NameNotAllowed"),
+        (timedelta(0), "NameNotAllowed"),
         (timedelta(seconds=-1), "InvalidRequest"),
     ],
 )
@@ -100,7 +100,7 @@ async def test_a_life_that_policy_does_not_allow_is_refused(duration: timedelta,
     """Too long, too short, or none at all: never silently something else."""
     refusal = await caller.refused(duration=duration)
     assert refusal.reason == reason
-    assert ("duration 10s to 24h" if reason == "NameRefused" else "duration") in refusal.text
+    assert ("duration 10s to 24h" if reason == "NameNotAllowed" else "duration") in refusal.text
 
 
 async def test_a_duration_beyond_all_calendars_is_refused(caller: Caller, world: World) -> None:
@@ -115,7 +115,7 @@ async def test_a_duration_beyond_all_calendars_is_refused(caller: Caller, world:
 async def test_a_fixed_policy_works_without_a_restart(caller: Caller, world: World) -> None:
     """What was refused is issued some seconds after the administrator's change."""
     csr = build_csr(world.key, Names.of([DNSName.parse("www.example.com")]))
-    assert (await caller.refused(csr=csr)).reason == "NameRefused"
+    assert (await caller.refused(csr=csr)).reason == "NameNotAllowed"
     rule = "policy:\n- match: {namespaces: [default], serviceAccounts: [hello]}\n  allow: {dns: [www.example.com]}\n"
     world.policy.write_text(rule)
     async with asyncio.timeout(20):
@@ -140,11 +140,11 @@ async def test_too_many_at_once_are_told_to_come_later(
     calls = [asyncio.create_task(caller.refused()) for _ in range(512)]
     await until(lambda: world.metric("certmount_authority_issues_in_flight") == 512, "512 calls under way")
     refusal = await caller.refused()
-    assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "Overloaded")
-    world.reviewer.pod = CertmountError(Reason.PROOF_UNAVAILABLE, "down")
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "AuthorityOverloaded")
+    world.reviewer.pod = CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, "down")
     world.reviewer.gate.set()
     # All are of one node, which may wait for half as many.
-    assert {refusal.reason for refusal in await asyncio.gather(*calls)} <= {"ProofUnavailable", "TooManyRequests"}
+    assert {refusal.reason for refusal in await asyncio.gather(*calls)} <= {"TokenReviewUnavailable", "TooManyRequests"}
     assert world.metric("certmount_authority_issues_in_flight") == 0
 
 
@@ -176,10 +176,10 @@ async def test_each_decision_is_one_line_of_the_audit_log(world: World, caller: 
     )
     steps = [issued[f"{step}_ms"] for step in ("proof", "policy", "sign")]
     assert 0 < sum(steps) <= issued["duration_ms"] + 0.02
-    assert (refused["decision"], refused["reason"]) == ("refused", "NameRefused")
+    assert (refused["decision"], refused["reason"]) == ("refused", "NameNotAllowed")
     assert refused["asked"] == ["bank.example.com"]
     assert "sign_ms" not in refused
-    assert (foreign["reason"], foreign["node"]) == ("IdentityRefused", "node-a")
+    assert (foreign["reason"], foreign["node"]) == ("TokenRejected", "node-a")
     assert "names" not in foreign
 
 

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from csi_driver._proto import authority_pb2
 from csi_driver.authority.ca.authority import utc_now
-from csi_driver.authority.ca.keyring import Design, Keyring, dump_keyring, make_keyring
+from csi_driver.authority.ca.keyring import CAProfile, Keyring, dump_keyring, make_keyring
 from csi_driver.authority.server import AuthorityServer
 from csi_driver.core.certificates.keys import generate_key
 from csi_driver.core.certificates.name_constraints import parse_constraint
@@ -81,7 +81,7 @@ async def test_the_kind_of_the_cas_keys_does_not_touch_the_nodes(
     kind: KeyType, tmp_path: Path, issuer: TokenIssuer
 ) -> None:
     """GRPC knows neither ML-DSA nor Ed25519: the nodes' connection has a CA of its own, and pods get what was wanted."""
-    async with served(tmp_path, issuer, kind, ca_design=Design(kind)) as (world, caller):
+    async with served(tmp_path, issuer, kind, ca_design=CAProfile(kind)) as (world, caller):
         answer = await caller.issue()
         leaf = x509.load_der_x509_certificate(answer.chain[0])
         assert leaf.public_key() == world.key.public_key()
@@ -92,12 +92,12 @@ async def test_the_kind_of_the_cas_keys_does_not_touch_the_nodes(
 async def test_a_ca_of_few_names_refuses_others(tmp_path: Path, issuer: TokenIssuer) -> None:
     """Policy allows more than the CA: the pod's owner hears which name it is, and what is permitted."""
     permitted = (parse_constraint("dns:default.svc.cluster.local"),)
-    async with served(tmp_path, issuer, ca_design=Design(permitted=permitted)) as (world, caller):
+    async with served(tmp_path, issuer, ca_design=CAProfile(permitted=permitted)) as (world, caller):
         verified(await caller.issue())
         world.policy.write_text(
             "policy: [{match: {namespaces: ['*'], serviceAccounts: ['*']}, allow: {dns: ['*.test']}}]"
         )
         await world.server._policy.load()
         refusal = await caller.refused(csr=world.csr("shop.test"))
-        assert refusal.reason == "NameRefused"
+        assert refusal.reason == "NameNotAllowed"
         assert "shop.test: the CA's certificate permits dns:default.svc.cluster.local only" in refusal.text

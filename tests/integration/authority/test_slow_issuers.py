@@ -17,8 +17,8 @@ from cryptography.x509.oid import NameOID
 from structlog.testing import capture_logs
 
 from csi_driver._proto import authority_pb2
-from csi_driver.authority.issuers import Issued, Order
-from csi_driver.authority.issuers.configuration import KINDS, Kind
+from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
+from csi_driver.authority.issuers.configuration import ISSUER_KINDS, IssuerKind
 from csi_driver.authority.issuers.external import Finding
 from csi_driver.core.certificates.csr import names_of
 from csi_driver.core.certificates.keys import public_bytes
@@ -57,12 +57,12 @@ class SlowIssuer:
     def roots(self) -> tuple[bytes, ...]:
         return (self.ca.der,)
 
-    async def issue(self, order: Order) -> Issued:
+    async def issue(self, order: IssuerRequest) -> IssuedCertificate:
         self.orders.append(public_bytes(order.request.public_key))
         if self.failure is not None:
             raise self.failure
         leaf = self.ca.sign(order.request.public_key, Names.of(order.grant.names.dns), timedelta(days=90))
-        return Issued((leaf.public_bytes(Encoding.DER),), self.roots, identity_included=False)
+        return IssuedCertificate((leaf.public_bytes(Encoding.DER),), self.roots, identity_included=False)
 
     async def run(self) -> None:
         await asyncio.Event().wait()
@@ -81,7 +81,7 @@ async def world(
     tmp_path: Path, issuer: TokenIssuer, slow: SlowIssuer, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[World]:
     """An authority with the slow issuer beside its own CA."""
-    monkeypatch.setitem(KINDS, "slow", Kind(lambda *_: "slow", lambda *_: slow))
+    monkeypatch.setitem(ISSUER_KINDS, "slow", IssuerKind(lambda *_: "slow", lambda *_: slow))
     file = tmp_path / "issuers.yaml"
     file.write_text("issuers: [{name: slow, slow: {}}]")
     world = World(tmp_path, issuer, Cluster(issuer), issuers=file)
@@ -138,7 +138,7 @@ async def test_a_stand_in_for_the_same_key_comes_at_once(world: World, caller: C
     slow.while_pending = "internal"
     with capture_logs() as logs:
         response = await caller.send(_request(world, BOTH))
-    assert response.provisional
+    assert response.interim
     assert _names(response) == {BOTH, SPIFFE_ID}
     leaf = x509.load_der_x509_certificate(response.chain[0])
     assert leaf.public_key() == world.key.public_key()
@@ -146,7 +146,7 @@ async def test_a_stand_in_for_the_same_key_comes_at_once(world: World, caller: C
     assert response.trust["slow"].roots == [slow.ca.der]
     assert response.renew_after.ToTimedelta() == timedelta(seconds=15)
     (line,) = [line for line in logs if line["event"] == "certificate"]
-    assert (line["decision"], line["issuer"], line["provisional"]) == ("issued", "slow", True)
+    assert (line["decision"], line["issuer"], line["interim"]) == ("issued", "slow", True)
     assert "the CA is at it" in line["pending"]
     ((_, warning, reason, message),) = world.heard.events
     assert (warning, reason) == (False, "IssuancePending")
@@ -159,10 +159,10 @@ async def test_the_same_request_gets_the_certificate_itself_in_the_end(
     """The stand-in, asked again with the same CSR, becomes the public certificate: DNS names only, and its own roots."""
     slow.while_pending = "internal"
     request = _request(world, BOTH)
-    assert (await caller.send(request)).provisional
+    assert (await caller.send(request)).interim
     slow.failure = None
     response = await caller.send(request)
-    assert not response.provisional
+    assert not response.interim
     assert _names(response) == {BOTH}
     assert set(response.trust) == {"slow"}
     assert len(set(slow.orders)) == 1
@@ -174,11 +174,11 @@ async def test_policy_decides_on_the_stand_in_as_well(world: World, caller: Call
     refusal = await _refused(caller, _request(world, OUTSIDE_ONLY))
     assert refusal.reason == "IssuancePending"
     refusal = await _refused(caller, _request(world, "stranger.example.com"))
-    assert refusal.reason == "NameRefused"
+    assert refusal.reason == "NameNotAllowed"
     assert len(slow.orders) == 1
 
 
-@pytest.mark.parametrize("reason", [Reason.ISSUER_UNAVAILABLE, Reason.TOO_MANY_REQUESTS, Reason.NAME_REFUSED])
+@pytest.mark.parametrize("reason", [Reason.ISSUER_UNAVAILABLE, Reason.TOO_MANY_REQUESTS, Reason.NAME_NOT_ALLOWED])
 async def test_no_other_failure_has_a_stand_in(world: World, caller: Caller, slow: SlowIssuer, reason: Reason) -> None:
     """What is refused, limited or broken is said to be."""
     slow.while_pending, slow.failure = "internal", CertmountError(reason, "no")
@@ -192,7 +192,7 @@ async def test_a_denied_pod_gets_no_stand_in(world: World, caller: Caller, slow:
     revision = world.server._policy.current.revision
     world.policy.write_text(POLICY + denied)
     await until(lambda: world.server._policy.current.revision != revision, "the policy")
-    assert (await _refused(caller, _request(world, BOTH))).reason == "IdentityDenied"
+    assert (await _refused(caller, _request(world, BOTH))).reason == "ServiceAccountDenied"
     assert slow.orders == []
 
 

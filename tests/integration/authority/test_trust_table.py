@@ -36,11 +36,11 @@ async def test_hostile_pod(world: World, caller: Caller) -> None:
         world.issuer.pod_token(POD, aud=["https://kubernetes.default.svc"]),
     ):
         world.reviewer.node = POD.reviewed
-        assert (await caller.refused(pod=world.issuer.pod_token(POD), node=own)).reason == "IdentityRefused"
-    assert (await caller.refused(metadata=())).reason == "IdentityRefused"
+        assert (await caller.refused(pod=world.issuer.pod_token(POD), node=own)).reason == "TokenRejected"
+    assert (await caller.refused(metadata=())).reason == "TokenRejected"
     world.reviewer.node = DRIVER.reviewed
     foreign = Names.of([DNSName.parse("bank.bank.svc")], [spiffe_id("cluster.local", "bank", "bank")])
-    assert (await caller.refused(csr=build_csr(world.key, foreign))).reason == "NameRefused"
+    assert (await caller.refused(csr=build_csr(world.key, foreign))).reason == "NameNotAllowed"
     leaf = x509.load_der_x509_certificate((await caller.issue()).chain[0])
     assert names_of(leaf) == {NAME, "spiffe://cluster.local/ns/default/sa/hello"}
     assert not leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
@@ -53,8 +53,8 @@ async def test_hostile_pod_author(world: World, caller: Caller) -> None:
     in words, and the error is said on the pod.
     """
     for csr, reason in (
-        (world.csr("kubernetes.default.svc"), "NameRefused"),
-        (build_csr(world.key, Names.of(uris=[spiffe_id("cluster.local", "kube-system", "admin")])), "NameRefused"),
+        (world.csr("kubernetes.default.svc"), "NameNotAllowed"),
+        (build_csr(world.key, Names.of(uris=[spiffe_id("cluster.local", "kube-system", "admin")])), "NameNotAllowed"),
         (world.csr(*(f"{number}.default.svc.cluster.local" for number in range(101))), "InvalidCSR"),
     ):
         assert (await caller.refused(csr=csr)).reason == reason
@@ -72,7 +72,7 @@ async def test_stolen_pod_token(where: str, world: World, caller: Caller) -> Non
         assert "pod on node node-a, but the driver on node node-b shows it" in refusal.text
     else:
         refusal = await caller.refused(pod=stolen, node=stolen)
-    assert refusal.reason == "IdentityRefused"
+    assert refusal.reason == "TokenRejected"
     assert not world.heard.events  # nothing is proven, so nothing is said on anyone's pod
 
 
@@ -82,16 +82,16 @@ async def test_stolen_node(world: World, caller: Caller) -> None:
     """
     await caller.issue()
     world.reviewer.pod = ELSEWHERE.reviewed
-    assert (await caller.refused(pod=world.issuer.pod_token(ELSEWHERE))).reason == "IdentityRefused"
+    assert (await caller.refused(pod=world.issuer.pod_token(ELSEWHERE))).reason == "TokenRejected"
     # A token that an API server would never sign, as the attacker has no key of the cluster's.
     mallory = TokenIssuer(key_id=world.issuer.key_id)
-    assert (await caller.refused(pod=mallory.pod_token(VICTIM))).reason == "IdentityRefused"
+    assert (await caller.refused(pod=mallory.pod_token(VICTIM))).reason == "TokenRejected"
     # A pod that ran here and is gone: signed, not expired, and dead.
-    world.reviewer.pod = CertmountError(Reason.IDENTITY_REFUSED, "the API server does not accept it")
-    assert (await caller.refused(pod=world.issuer.pod_token(POD, jti="of the deleted"))).reason == "IdentityRefused"
+    world.reviewer.pod = CertmountError(Reason.TOKEN_REJECTED, "the API server does not accept it")
+    assert (await caller.refused(pod=world.issuer.pod_token(POD, jti="of the deleted"))).reason == "TokenRejected"
     # The token of a pod that is now somebody else's: the name was given again.
     world.reviewer.pod = replace(POD.reviewed, pod_uid="its successor")
-    assert (await caller.refused(pod=world.issuer.pod_token(POD, jti="of the former"))).reason == "IdentityRefused"
+    assert (await caller.refused(pod=world.issuer.pod_token(POD, jti="of the former"))).reason == "TokenRejected"
 
 
 async def test_stolen_node_token(world: World, caller: Caller) -> None:
@@ -99,7 +99,7 @@ async def test_stolen_node_token(world: World, caller: Caller) -> None:
     node = world.issuer.node_token()
     mallory = TokenIssuer(key_id=world.issuer.key_id)
     for pod in (Secret(""), node, mallory.pod_token(POD), mallory.pod_token(DRIVER)):
-        assert (await caller.refused(pod=pod, node=node)).reason == "IdentityRefused"
+        assert (await caller.refused(pod=pod, node=node)).reason == "TokenRejected"
     assert not world.heard.events
 
 

@@ -15,13 +15,13 @@ from prometheus_client import CollectorRegistry
 
 from csi_driver import NODE_AUDIENCE
 from csi_driver._proto import authority_pb2, authority_pb2_grpc
-from csi_driver.authority.environment import Surroundings
-from csi_driver.authority.server import AuthorityServer, Settings
+from csi_driver.authority.environment import Environment
+from csi_driver.authority.server import AuthorityServer, AuthoritySettings
 from csi_driver.authority.storage import FolderStore
 from csi_driver.authority.trust.bundles import FolderPublisher
 from csi_driver.core.certificates.csr import build_csr
 from csi_driver.core.certificates.keys import PrivateKey, generate_key
-from csi_driver.core.cluster.token_review import PublishedKeys, Reviewed
+from csi_driver.core.cluster.token_review import PublishedKeys, ReviewedToken
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.core.names import DNSName, Names
@@ -46,13 +46,13 @@ class Reviewer:
     """The live cluster: knows the driver and one pod; a test may let it say something else, or nothing."""
 
     def __init__(self) -> None:
-        self.pod: Reviewed | Exception = POD.reviewed
-        self.node: Reviewed | Exception = DRIVER.reviewed
+        self.pod: ReviewedToken | Exception = POD.reviewed
+        self.node: ReviewedToken | Exception = DRIVER.reviewed
         self.asked = 0
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def review(self, _token: Secret[str], audience: str) -> Reviewed:
+    async def review(self, _token: Secret[str], audience: str) -> ReviewedToken:
         self.asked += 1
         await self.gate.wait()
         answer = self.node if audience == NODE_AUDIENCE else self.pod
@@ -80,7 +80,7 @@ class Cluster:
 
     async def fetch(self) -> PublishedKeys:
         if self.down:
-            raise CertmountError(Reason.PROOF_UNAVAILABLE, "the API server cannot be reached")
+            raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, "the API server cannot be reached")
         return self.issuer.published
 
 
@@ -122,7 +122,7 @@ class World:
 
     def replica(self, registry: CollectorRegistry) -> AuthorityServer:
         """An authority on the same store; each call makes another one."""
-        settings = Settings(
+        settings = AuthoritySettings(
             listen="127.0.0.1:0",
             trust_domain="cluster.local",
             cluster_domain="cluster.local",
@@ -131,7 +131,7 @@ class World:
             node_account=ServiceAccount("certmount", "certmount-node"),
             issuers=self.issuers,
         )
-        around = Surroundings(
+        around = Environment(
             FolderStore(self.ca),
             FolderStore(self.ca, "confirmations.json"),
             FolderPublisher(self.ca),

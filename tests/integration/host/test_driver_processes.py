@@ -105,7 +105,7 @@ def test_only_a_shared_kubelet_directory_will_do(shared_kubelet: Path) -> None:
     syscalls.mount(None, str(shared_kubelet), None, 1 << 18)
     with pytest.raises(CertmountError, match="mountPropagation: Bidirectional") as caught:
         check_kubelet_dir(shared_kubelet)
-    assert caught.value.reason is Reason.KUBELET_DIRECTORY_WRONG
+    assert caught.value.reason is Reason.INVALID_KUBELET_DIRECTORY
     mount_stranger(shared_kubelet)
     with pytest.raises(CertmountError, match="has no plugins_registry and no pods") as caught:
         check_kubelet_dir(shared_kubelet)

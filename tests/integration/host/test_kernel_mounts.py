@@ -86,7 +86,7 @@ def test_mounts_never_stack(mounts: KernelMounts, source: Path, target: Path) ->
     for again in (partial(mounts.bind_read_only, source, target), partial(mounts.make_tmpfs, target, SIZE, INODES)):
         with pytest.raises(CertmountError, match="is a mount point already") as caught:
             again()
-        assert caught.value.reason is Reason.TARGET_UNUSABLE
+        assert caught.value.reason is Reason.INVALID_TARGET_PATH
     assert mounts_below(target.parent) == before
     assert open_descriptors() == descriptors
 

@@ -186,7 +186,7 @@ def test_a_strangers_mount_at_the_target_stays(store: VolumeStore, target: Path)
     (target / "file").write_text("mine")
     with pytest.raises(CertmountError, match="umount") as caught:
         publish(store, target)
-    assert caught.value.reason is Reason.TARGET_UNUSABLE
+    assert caught.value.reason is Reason.INVALID_TARGET_PATH
     store.unbind(target)
     assert len(mounts_at(target)) == 1
     assert (target / "file").read_text() == "mine"
@@ -213,7 +213,7 @@ def test_a_link_at_the_target_is_refused(store: VolumeStore, target: Path, tmp_p
     target.symlink_to(tmp_path)
     with pytest.raises(CertmountError) as caught:
         publish(store, target)
-    assert caught.value.reason is Reason.TARGET_UNUSABLE
+    assert caught.value.reason is Reason.INVALID_TARGET_PATH
     assert target.is_symlink()
     assert store.read_record(VOLUME_ID).volume_id == VOLUME_ID
 

@@ -69,56 +69,56 @@ class BadToken:
 BAD_TOKENS = {
     "none": BadToken(lambda _: "", UNAVAILABLE, "TokenMissing", "tokenRequests in the CSIDriver object"),
     "empty": BadToken(lambda _: tokens_of(""), UNAVAILABLE, "TokenMissing", "tokenRequests in the CSIDriver object"),
-    "no-json": BadToken(lambda _: "{", DENIED, "IdentityRefused", "tokenRequests with audience certmount"),
-    "no-object": BadToken(lambda _: "[1]", DENIED, "IdentityRefused", "tokenRequests with audience certmount"),
-    "deep": BadToken(lambda _: "[" * 100_000, DENIED, "IdentityRefused", "tokenRequests with audience certmount"),
+    "no-json": BadToken(lambda _: "{", DENIED, "TokenRejected", "tokenRequests with audience certmount"),
+    "no-object": BadToken(lambda _: "[1]", DENIED, "TokenRejected", "tokenRequests with audience certmount"),
+    "deep": BadToken(lambda _: "[" * 100_000, DENIED, "TokenRejected", "tokenRequests with audience certmount"),
     "other-audience": BadToken(
-        lambda pod: json.dumps({"vault": {"token": pod.token()}}), DENIED, "IdentityRefused", "with audience certmount"
+        lambda pod: json.dumps({"vault": {"token": pod.token()}}), DENIED, "TokenRejected", "with audience certmount"
     ),
-    "garbage": BadToken(lambda _: tokens_of("garbage"), DENIED, "IdentityRefused", "is not a JSON Web Token"),
+    "garbage": BadToken(lambda _: tokens_of("garbage"), DENIED, "TokenRejected", "is not a JSON Web Token"),
     "no-text": BadToken(lambda _: tokens_of(5), UNAVAILABLE, "TokenMissing", "tokenRequests in the CSIDriver object"),
-    "no-base64": BadToken(lambda _: tokens_of("a.%%%.c"), DENIED, "IdentityRefused", "cannot be read"),
-    "huge": BadToken(lambda pod: tokens_of(pod.token(x="y" * 20_000)), DENIED, "IdentityRefused", "pod token"),
-    "surrogates": BadToken(lambda pod: tokens_of("\ud800" + pod.token()), DENIED, "IdentityRefused", "pod token"),
+    "no-base64": BadToken(lambda _: tokens_of("a.%%%.c"), DENIED, "TokenRejected", "cannot be read"),
+    "huge": BadToken(lambda pod: tokens_of(pod.token(x="y" * 20_000)), DENIED, "TokenRejected", "pod token"),
+    "surrogates": BadToken(lambda pod: tokens_of("\ud800" + pod.token()), DENIED, "TokenRejected", "pod token"),
     "expired": BadToken(
         lambda pod: tokens_of(pod.token(exp=int(time.time()) - 60)), UNAVAILABLE, "TokenExpired", "the node's clock"
     ),
     "expiry-beyond-numbers": BadToken(
-        lambda pod: tokens_of(pod.token(exp=10**400)), DENIED, "IdentityRefused", "pod token"
+        lambda pod: tokens_of(pod.token(exp=10**400)), DENIED, "TokenRejected", "pod token"
     ),
     "no-pod": BadToken(
         lambda pod: tokens_of(pod.token(**{"kubernetes.io": {"namespace": "web"}})),
         DENIED,
-        "IdentityRefused",
+        "TokenRejected",
         "bound to a pod",
     ),
-    "other-pod": BadToken(lambda _: tokens_of(FakePod().token()), DENIED, "IdentityRefused", "not pod web/shop"),
+    "other-pod": BadToken(lambda _: tokens_of(FakePod().token()), DENIED, "TokenRejected", "not pod web/shop"),
     "other-account": BadToken(
         lambda pod: tokens_of(FakePod(service_account="root", uid=pod.uid).token()),
         DENIED,
-        "IdentityRefused",
+        "TokenRejected",
         "pod token",
     ),
     "other-namespace": BadToken(
         lambda pod: tokens_of(FakePod(namespace="prod", uid=pod.uid).token()),
         DENIED,
-        "IdentityRefused",
+        "TokenRejected",
         "not pod web/shop",
     ),
     "two-subjects": BadToken(
         lambda pod: tokens_of(pod.token(sub="system:serviceaccount:web:root")),
         DENIED,
-        "IdentityRefused",
+        "TokenRejected",
         "another in its claims",
     ),
     "hostile-name": BadToken(
         lambda pod: tokens_of(FakePod(name="a\n\x1b[2J\ud800" * 50, uid=pod.uid).token()),
         DENIED,
-        "IdentityRefused",
+        "TokenRejected",
         "pod token",
     ),
     "no-node": BadToken(
-        lambda pod: tokens_of(_unsigned(_without_node(pod))), FAILED, "ClusterUnsupported", "needs Kubernetes 1.30"
+        lambda pod: tokens_of(_unsigned(_without_node(pod))), FAILED, "ClusterNotSupported", "needs Kubernetes 1.30"
     ),
 }
 

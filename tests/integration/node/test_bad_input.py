@@ -52,9 +52,9 @@ async def test_tokens(node: Node, kind: str, in_secrets: bool) -> None:
 async def test_an_alg_none_token_is_the_authoritys_to_refuse(node: Node) -> None:
     """The node does not judge signatures: it passes the token on and gives the authority's refusal to the pod's event."""
     pod = FakePod()
-    node.script.failure = CertmountError(Reason.IDENTITY_REFUSED, "pod token: is not signed by this cluster")
+    node.script.failure = CertmountError(Reason.TOKEN_REJECTED, "pod token: is not signed by this cluster")
     request = node.request(pod, token=jwt.encode(pod.claims(), "", algorithm="none"))
-    await refuses(node, request, DENIED, "IdentityRefused", "pod token: is not signed by this cluster")
+    await refuses(node, request, DENIED, "TokenRejected", "pod token: is not signed by this cluster")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -97,7 +97,7 @@ async def test_the_authoritys_refusal_reaches_the_user(node: Node) -> None:
     """The reason and the words of the authority are the kubelet's error, and so the pod's event; a fixed policy lets the pod start."""
     node.script.failure = refused("shop.example.com")
     request = node.request(attributes={"name": "shop.example.com"})
-    await refuses(node, request, DENIED, "NameRefused", "shop.example.com: no policy rule allows this name")
+    await refuses(node, request, DENIED, "NameNotAllowed", "shop.example.com: no policy rule allows this name")
     node.script.failure = None
     await node.publish(request)
     assert node.shown(request).names
@@ -181,4 +181,4 @@ SOMEBODY = TestCA("somebody")
 async def test_answers(node: Node, answer: Response, words: str) -> None:
     """An answer that does not fit is not written; it may be better next time, so it is not final for the kubelet."""
     node.script.tamper = lambda _: answer
-    await refuses(node, node.request(), UNAVAILABLE, "AnswerInvalid", words)
+    await refuses(node, node.request(), UNAVAILABLE, "InvalidResponse", words)

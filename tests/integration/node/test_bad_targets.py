@@ -33,7 +33,7 @@ async def test_a_target_that_is_no_folder(node: Node, thing: str) -> None:
         target.symlink_to(elsewhere if thing == "symlink" else node.folder / "nowhere")
     before = target.lstat()
     failure = await failure_of(node.publish(request))
-    assert (failure.code, failure.reason) == (FAILED, "TargetUnusable")
+    assert (failure.code, failure.reason) == (FAILED, "InvalidTargetPath")
     assert str(target) in failure.text
     assert "remove it from the node" in failure.text
     assert (target.lstat().st_ino, target.lstat().st_mode) == (before.st_ino, before.st_mode)
@@ -53,7 +53,7 @@ async def test_a_target_that_others_mounted_on(node: Node) -> None:
     target.mkdir()
     syscalls.mount("stranger", str(target), "tmpfs", 0, "size=64k")
     failure = await failure_of(node.publish(request))
-    assert (failure.code, failure.reason) == (FAILED, "TargetUnusable")
+    assert (failure.code, failure.reason) == (FAILED, "InvalidTargetPath")
     assert f"umount {target}" in failure.text
     assert [mount.source for mount in node.mounts(node.kubelet.root)] == ["stranger"]
     assert not node.volume_dir(request).exists()
@@ -68,17 +68,17 @@ async def test_a_target_that_others_mounted_on(node: Node) -> None:
         (
             "/var/lib/other/pods/{uid}/volumes/x/mount",
             FAILED,
-            "KubeletDirectoryWrong",
+            "InvalidKubeletDirectory",
             "set --kubelet-dir to /var/lib/other",
         ),
-        ("/somewhere/else", FAILED, "KubeletDirectoryWrong", "--kubelet-dir"),
-        ("{root}/pods/another-pod/volumes/x/mount", FAILED, "TargetUnusable", "its own pod's folder only"),
-        ("{root}/pods/{uid}/volumes/none/x/mount", FAILED, "TargetUnusable", "does not exist"),
+        ("/somewhere/else", FAILED, "InvalidKubeletDirectory", "--kubelet-dir"),
+        ("{root}/pods/another-pod/volumes/x/mount", FAILED, "InvalidTargetPath", "its own pod's folder only"),
+        ("{root}/pods/{uid}/volumes/none/x/mount", FAILED, "InvalidTargetPath", "does not exist"),
         ("{root}/pods/{uid}/volumes/../../mount", INVALID, "InvalidRequest", "target_path"),
         ("{root}/pods/{uid}/volumes/x\0/mount", INVALID, "InvalidRequest", "target_path"),
         ("relative/path", INVALID, "InvalidRequest", "is not an absolute path"),
         ("{root}/pods/{uid}/volumes/" + "long/" * 1000 + "mount", INVALID, "InvalidRequest", "target_path"),
-        ("{root}/pods/{uid}/volumes/" + "n" * 300 + "/mount", FAILED, "TargetUnusable", "too long"),
+        ("{root}/pods/{uid}/volumes/" + "n" * 300 + "/mount", FAILED, "InvalidTargetPath", "too long"),
     ],
     ids=["other-root", "elsewhere", "other-pod", "no-parent", "dots", "nul", "relative", "long-path", "long-name"],
 )

@@ -98,9 +98,9 @@ async def _failing_authority(cage: _Cage) -> None:
     """Each failure meets a first publish, a republish and a renewal."""
     node = cage.node
     failures: dict[str, CertmountError | None] = {
-        "NameRefused": refused("shop.example.com"),
-        "IdentityRefused": CertmountError(Reason.IDENTITY_REFUSED, "pod token: is not signed by this cluster"),
-        "AnswerInvalid": None,
+        "NameNotAllowed": refused("shop.example.com"),
+        "TokenRejected": CertmountError(Reason.TOKEN_REJECTED, "pod token: is not signed by this cluster"),
+        "InvalidResponse": None,
         "AuthorityUnavailable": None,
     }
     for reason, failure in failures.items():
@@ -109,7 +109,7 @@ async def _failing_authority(cage: _Cage) -> None:
         await cage.publish(request)
         cage.note_key(request)
         node.script.failure = failure
-        if reason == "AnswerInvalid":
+        if reason == "InvalidResponse":
             node.script.tamper = lambda _: answer_of([b"x"], [b"y"])
         if reason == "AuthorityUnavailable":
             await node.authority.stop()

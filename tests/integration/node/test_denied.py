@@ -26,15 +26,15 @@ async def test_a_denied_renewal_is_dropped_until_the_policy_changes(node: Node) 
     node.script.renew_after = timedelta(seconds=1)
     request = await node.published()
     before = node.shown(request)
-    node.script.failure = CertmountError(Reason.IDENTITY_DENIED, "web/shop: compromised")
+    node.script.failure = CertmountError(Reason.SERVICE_ACCOUNT_DENIED, "web/shop: compromised")
     await until(lambda: node.driver.events("renewal dropped"), "dropped")
     await until(lambda: _reported(node), "the report")
-    assert _reported(node) == [(authority_pb2.CONDITION_RENEWAL_DROPPED, "IdentityDenied")]
+    assert _reported(node) == [(authority_pb2.CONDITION_RENEWAL_DROPPED, "ServiceAccountDenied")]
     assert "compromised" in node.authority.reports[0].message
     ((_, reason, message),) = await node.health(request)
-    assert reason == "IdentityDenied"
+    assert reason == "ServiceAccountDenied"
     assert "will not be before the policy changes" in message
-    assert node.metric("certmount_node_volumes_unhealthy", reason="IdentityDenied") == 1
+    assert node.metric("certmount_node_volumes_unhealthy", reason="ServiceAccountDenied") == 1
     node.script.failure = node.script.renew_after = None
     await node.publish(request)
     await node.authority.tell()
@@ -58,7 +58,7 @@ async def test_a_renewal_that_fails_twice_is_reported(node: Node) -> None:
     before = node.shown(request)
     node.script.failure = refused("shop.example.com")
     await until(lambda: node.script.calls > 3, "three failures")
-    assert _reported(node) == [(authority_pb2.CONDITION_RENEWAL_FAILING, "NameRefused")]
+    assert _reported(node) == [(authority_pb2.CONDITION_RENEWAL_FAILING, "NameNotAllowed")]
     assert node.authority.reports[0].pod_token == token
     node.script.failure = node.script.renew_after = None
     await until(lambda: node.shown(request).serial != before.serial, "renewed")
@@ -71,8 +71,8 @@ async def test_an_expired_certificate_is_reported(node: Node) -> None:
     node.script.life = timedelta(seconds=3)
     request = await node.published()
     before = node.shown(request)
-    node.script.failure = CertmountError(Reason.ANSWER_INVALID, "nonsense")
-    await until(lambda: (authority_pb2.CONDITION_EXPIRED, "AnswerInvalid") in _reported(node), "expired")
+    node.script.failure = CertmountError(Reason.INVALID_RESPONSE, "nonsense")
+    await until(lambda: (authority_pb2.CONDITION_EXPIRED, "InvalidResponse") in _reported(node), "expired")
     assert authority_pb2.CONDITION_OVERDUE in [condition for condition, _ in _reported(node)]
     node.script.failure, node.script.life = None, timedelta(hours=1)
     await until(lambda: node.shown(request).serial != before.serial, "healed")

@@ -65,7 +65,7 @@ async def test_not_ready_without_the_authoritys_root(node: Node) -> None:
         assert (status, problem in text) == (503, True)
         request = node.request()
         failure = await failure_of(node.publish(request))
-        assert (failure.code, failure.reason) == (grpc.StatusCode.UNAVAILABLE, "TrustMissing")
+        assert (failure.code, failure.reason) == (grpc.StatusCode.UNAVAILABLE, "RootCertificateMissing")
         assert problem in failure.text
         node.assert_nothing_of(request)
     node.authority.root_file.write_bytes(pem)

@@ -188,9 +188,9 @@ async def _refuses(
     node.script.tamper, node.script.life = tamper, life
     request = node.request(FakePod(name="new"))
     failure = await failure_of(node.publish(request))
-    assert (failure.code, failure.reason) == (grpc.StatusCode.UNAVAILABLE, "AnswerInvalid")
+    assert (failure.code, failure.reason) == (grpc.StatusCode.UNAVAILABLE, "InvalidResponse")
     node.assert_nothing_of(request)
-    await until(lambda: node.metric("certmount_node_volumes_unhealthy", reason="AnswerInvalid"), "a failed renewal")
+    await until(lambda: node.metric("certmount_node_volumes_unhealthy", reason="InvalidResponse"), "a failed renewal")
     assert node.shown(live) == before
     node.script.tamper, node.script.life = good, timedelta(hours=1)
     await node.publish(request)

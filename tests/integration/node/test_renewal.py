@@ -141,7 +141,7 @@ async def test_a_refused_renewal_heals_when_the_policy_is_fixed(node: Node) -> N
     node.script.failure = refused("shop.example.com")
     await until(lambda: node.script.calls > 2, "refused twice")
     ((status, reason, message),) = await node.health(request)
-    assert (status, reason) == (DEGRADED, "NameRefused")
+    assert (status, reason) == (DEGRADED, "NameNotAllowed")
     assert "shop.example.com: no policy rule allows this name" in message
     assert node.shown(request) == before
     node.script.failure = node.script.renew_after = None
@@ -212,7 +212,7 @@ async def test_roots_that_make_no_sense_change_nothing(node: Node) -> None:
     state = node.state(request)
     await node.authority.trust(b"not a certificate")
     await until(
-        lambda: any(line["reason"] == "AnswerInvalid" for line in node.driver.events("roots not followed")), "seen"
+        lambda: any(line["reason"] == "InvalidResponse" for line in node.driver.events("roots not followed")), "seen"
     )
     assert node.state(request) == state
     other = TestCA("another root")
@@ -279,7 +279,7 @@ async def test_a_wrong_answer_is_not_written(node: Node) -> None:
     request = await node.published()
     before = node.shown(request)
     node.script.tamper = lambda answer: answer_of(roots_of(answer), roots_of(answer))
-    await until(lambda: node.metric("certmount_node_volumes_unhealthy", reason="AnswerInvalid"), "a failed renewal")
+    await until(lambda: node.metric("certmount_node_volumes_unhealthy", reason="InvalidResponse"), "a failed renewal")
     assert node.shown(request) == before
     node.script.tamper, node.script.renew_after = (lambda answer: answer), None
     await until(lambda: node.shown(request).serial != before.serial, "healed")

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from csi_driver._proto.authority_pb2 import CONDITION_OVERDUE
-from csi_driver.core.certificates.keys import digest
+from csi_driver.core.certificates.keys import key_fingerprint
 from csi_driver.core.errors import CertmountError, Reason
 from tests.integration.node.world import Failure, Node, Request, failure_of, running_node
 from tests.support.kubelet import FakePod
@@ -126,9 +126,9 @@ async def test_nobody_else_gets_it(
 async def test_what_the_authority_refuses_is_not_taken_from_another(node: Node, shop: FakePod) -> None:
     """A hostile service account asks for the names that a held certificate has: the refusal is all it gets."""
     await node.published(shop, EDGE)
-    node.script.failure = CertmountError(Reason.NAME_REFUSED, "shop.example.com: no policy rule allows this name")
+    node.script.failure = CertmountError(Reason.NAME_NOT_ALLOWED, "shop.example.com: no policy rule allows this name")
     hostile = node.request(FakePod(shop.namespace, "hostile", "hostile"), EDGE)
-    assert (await failure_of(node.publish(hostile))).reason == "NameRefused"
+    assert (await failure_of(node.publish(hostile))).reason == "NameNotAllowed"
     node.assert_nothing_of(hostile)
 
 
@@ -225,7 +225,7 @@ async def test_a_certificate_that_does_not_fit_costs_one_order(node: Node, shop:
     node.script.tamper = lambda answer: _with_root(answer, stranger.der)
     request = node.request(shop, EDGE)
     for _ in range(3):
-        assert (await failure_of(node.publish(request))).reason == "AnswerInvalid"
+        assert (await failure_of(node.publish(request))).reason == "InvalidResponse"
     assert len(node.script.orders) == 1
 
 
@@ -238,8 +238,8 @@ def _with_root(answer: Response, root: bytes) -> Response:
 async def test_after_a_refusal_the_next_question_has_another_key(node: Node, shop: FakePod) -> None:
     """A final answer ends the request: what comes next is a new one."""
     request = node.request(shop, EDGE)
-    node.script.failure = CertmountError(Reason.NAME_REFUSED, "no")
-    assert (await failure_of(node.publish(request))).reason == "NameRefused"
+    node.script.failure = CertmountError(Reason.NAME_NOT_ALLOWED, "no")
+    assert (await failure_of(node.publish(request))).reason == "NameNotAllowed"
     node.script.failure = None
     await node.publish(request)
     assert len(set(node.script.csrs)) == 2
@@ -271,7 +271,7 @@ async def test_what_a_ca_wants_renewed_at_once_is_renewed(node: Node, shop: Fake
         for request in shared:  # the kubelet brings the tokens again
             await node.publish(request)
     orders = len(node.script.orders)
-    node.authority.due = (digest(before.leaf.public_key()),)  # type: ignore[arg-type]  # a key of ours
+    node.authority.due = (key_fingerprint(before.leaf.public_key()),)  # type: ignore[arg-type]  # a key of ours
     await node.authority.tell()
     await until(
         lambda: all(node.shown(request).serial != before.serial for request in shared), "the renewal", patience_s=60
@@ -287,12 +287,12 @@ async def test_who_is_denied_at_the_renewal_ends_the_sharing(node: Node, shop: F
     """A renewal is refused by the deny list: a new pod of the service account is not given what is held."""
     node.script.renew_after = timedelta(seconds=2)
     await node.published(_again(shop, 1), EDGE)
-    denied = CertmountError(Reason.IDENTITY_DENIED, "the service account is denied")
+    denied = CertmountError(Reason.SERVICE_ACCOUNT_DENIED, "the service account is denied")
     node.script.failure = denied
     await until(lambda: node.driver.events("renewal dropped"), "the refusal", patience_s=20)
     calls = node.script.calls
     request = node.request(_again(shop, 2), EDGE)
-    assert (await failure_of(node.publish(request))).reason == "IdentityDenied"
+    assert (await failure_of(node.publish(request))).reason == "ServiceAccountDenied"
     assert node.script.calls == calls + 1
 
 

@@ -57,7 +57,7 @@ async def test_a_kubelet_directory_that_is_none(tmp_path: Path, place: str) -> N
     (tmp_path / "file").touch()
     wrong = "relative/path" if place == "relative" else str(tmp_path / place)
     await _refuses_to_start(
-        "KubeletDirectoryWrong: --kubelet-dir", wrong, "the kubelet's --root-dir", kubelet_dir=wrong
+        "InvalidKubeletDirectory: --kubelet-dir", wrong, "the kubelet's --root-dir", kubelet_dir=wrong
     )
     assert _names(tmp_path) == ["file"]
 

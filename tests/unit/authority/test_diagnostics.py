@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.authority.ca.authority import CertificateAuthority
-from csi_driver.authority.ca.ca_files import KeyFiles
+from csi_driver.authority.ca.ca_files import CAFiles
 from csi_driver.authority.diagnostics import (
     Check,
     ca_check,
@@ -109,7 +109,7 @@ async def test_a_damaged_ca_is_told(tmp_path: Path, metrics: AuthorityMetrics) -
     """In a store, and in files that others write."""
     (tmp_path / "ca.json").write_text("{")
     (tmp_path / "ca.json").chmod(0o600)
-    for source in (FolderStore(tmp_path), KeyFiles(tmp_path, metrics)):
+    for source in (FolderStore(tmp_path), CAFiles(tmp_path, metrics)):
         finding = await one(ca_check(source))
         assert not finding.ok
         assert "InvalidCA: " in finding.text

@@ -20,7 +20,7 @@ from csi_driver.authority.ca.keyring import NAMES
 from csi_driver.authority.storage import FolderStore, ca_part, replace_file, serving_part
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
-from csi_driver.core.stored_secrets import Stored
+from csi_driver.core.stored_secrets import StoredSecrets
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
 VALUES = {"root.crt": Secret(b"certificate"), "root.key": Secret(b"\x00key\xff")}
@@ -38,7 +38,7 @@ def store(ca_file: Path) -> FolderStore:
 
 async def test_an_empty_folder_holds_no_ca(store: FolderStore, ca_file: Path) -> None:
     """Also one that is not there yet; looking makes nothing."""
-    assert await store.load() == Stored({}, "")
+    assert await store.load() == StoredSecrets({}, "")
     assert not ca_file.parent.exists()
 
 
@@ -126,7 +126,7 @@ async def test_a_folder_that_is_a_file_says_so(tmp_path: Path) -> None:
     with pytest.raises(CertmountError, match="cannot be"):
         await store.load()
     with pytest.raises(CertmountError, match="cannot be written"):
-        await store.save(VALUES, Stored({}, ""))
+        await store.save(VALUES, StoredSecrets({}, ""))
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from cryptography import x509
 from cryptography.x509.oid import ObjectIdentifier
 
-from csi_driver.core.certificates.verification import Bundle, Expected, check_answer
+from csi_driver.core.certificates.verification import ExpectedCertificate, VerifiedCertificate, verify_certificate
 from csi_driver.core.names import Names
 from csi_driver.core.spec import KeyType
 from tests.unit.core import pki
@@ -50,8 +50,10 @@ class Answer:
     asked: Names = pki.names("www.example.com")
     now: datetime = NOW
 
-    def check(self) -> Bundle:
-        return check_answer(self.chain, self.roots, Expected(KEY.public_key(), self.asked, "web", "edge"), self.now)
+    def check(self) -> VerifiedCertificate:
+        return verify_certificate(
+            self.chain, self.roots, ExpectedCertificate(KEY.public_key(), self.asked, "web", "edge"), self.now
+        )
 
 
 def leaf(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.core.errors import REASONS, CertmountError, Fault, Kind, Reason
+from csi_driver.core.errors import REASONS, CertmountError, FailureKind, Fault, Reason, Retry
 
 
 def test_every_reason_has_its_own_camel_case_word() -> None:
@@ -19,17 +19,17 @@ def test_every_reason_has_its_own_camel_case_word() -> None:
     assert {word: REASONS[word] for word in words} == {str(reason): reason for reason in Reason}
 
 
-@pytest.mark.parametrize("reason", Reason)
-def test_the_kind_alone_decides_on_trying_again(reason: Reason) -> None:
-    """Unavailable, exhausted and aborted pass by themselves; the others wait for a person."""
-    retryable = {Kind.UNAVAILABLE, Kind.EXHAUSTED, Kind.ABORTED}
-    assert CertmountError(reason).retryable == reason.kind.retryable == (reason.kind in retryable)
+@pytest.mark.parametrize("kind", FailureKind)
+def test_only_a_failure_that_can_pass_by_itself_is_retryable_for_the_kubelet(kind: FailureKind) -> None:
+    """The kubelet retries on UNAVAILABLE, RESOURCE_EXHAUSTED and ABORTED; the node retries those within 30 s, or with the next token."""
+    assert kind.retryable == (kind.retry in (Retry.BACKOFF, Retry.ON_TOKEN))
+    assert kind.retryable == (kind.status in ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED"))
 
 
 @pytest.mark.parametrize("reason", Reason)
 def test_an_error_without_faults_still_says_something(reason: Reason) -> None:
     """The word, and what may be done about it."""
-    assert str(CertmountError(reason)) == f"{reason.word}: {reason.kind.value}"
+    assert str(CertmountError(reason)) == f"{reason.word}: {reason.kind.meaning}"
 
 
 def test_one_fault_is_told_plainly() -> None:
@@ -43,9 +43,9 @@ def test_one_fault_is_told_plainly() -> None:
 def test_several_faults_are_numbered() -> None:
     """Each can be found in the one line of an event."""
     error = CertmountError(
-        Reason.NAME_REFUSED, Fault("a.example", "no rule"), Fault("b.example", "no rule", "ask"), "more"
+        Reason.NAME_NOT_ALLOWED, Fault("a.example", "no rule"), Fault("b.example", "no rule", "ask"), "more"
     )
-    assert str(error) == "NameRefused: (1) a.example: no rule (2) b.example: no rule; ask (3) more"
+    assert str(error) == "NameNotAllowed: (1) a.example: no rule (2) b.example: no rule; ask (3) more"
 
 
 @given(st.sampled_from(Reason), st.lists(st.builds(Fault, st.text(min_size=1), st.text(min_size=1), st.text())))

@@ -109,7 +109,7 @@ def test_the_token_of_a_pod_names_it_all() -> None:
 @example({**claims(namespace="a/b"), "sub": "system:serviceaccount:a/b:edge.v2"})
 @example({**claims(namespace="a\ud800"), "sub": "system:serviceaccount:a\ud800:edge.v2"})
 def test_any_claims_are_a_sound_identity_or_a_refusal(content: dict[str, Any]) -> None:
-    """Claims of any shape: an identity whose names are Kubernetes names, or IdentityRefused or ClusterUnsupported, never another error."""
+    """Claims of any shape: an identity whose names are Kubernetes names, or TokenRejected or ClusterNotSupported, never another error."""
     for read in (lambda: identity_from_claims(content, token="pod token"), lambda: unverified_identity(token(content))):
         identity = outcome(read, CertmountError)
         if isinstance(identity, PodIdentity):
@@ -117,7 +117,7 @@ def test_any_claims_are_a_sound_identity_or_a_refusal(content: dict[str, Any]) -
             assert content["sub"] == identity.service_account.username
             assert str(spiffe_id("td", identity.service_account.namespace, identity.service_account.name))
         else:
-            assert identity.reason in (Reason.IDENTITY_REFUSED, Reason.CLUSTER_UNSUPPORTED)
+            assert identity.reason in (Reason.TOKEN_REJECTED, Reason.CLUSTER_NOT_SUPPORTED)
             assert str(identity).isprintable()
 
 
@@ -138,7 +138,7 @@ def test_garbage_is_a_refusal_that_does_not_repeat_it(text: str) -> None:
     """Whatever comes in a token's place is refused, and its text stays out of the error."""
     with pytest.raises(CertmountError) as raised:
         unverified_identity(Secret("canary" + text))
-    assert raised.value.reason is Reason.IDENTITY_REFUSED
+    assert raised.value.reason is Reason.TOKEN_REJECTED
     assert "canary" not in str(raised.value)
     assert raised.value.__suppress_context__ or raised.value.__context__ is None
 
@@ -168,7 +168,7 @@ def test_an_old_cluster_is_refused_in_clear_words(change: dict[str, Any]) -> Non
     with pytest.raises(CertmountError) as raised:
         identity_from_claims(claims(**change), token="node token")
     assert str(raised.value) == (
-        "ClusterUnsupported: node token: does not name the pod's node; certmount needs Kubernetes 1.30 or newer"
+        "ClusterNotSupported: node token: does not name the pod's node; certmount needs Kubernetes 1.30 or newer"
     )
 
 
@@ -177,7 +177,7 @@ def test_an_old_cluster_is_refused_in_clear_words(change: dict[str, Any]) -> Non
 )
 def test_a_token_that_is_not_bound_to_a_pod_is_refused(change: dict[str, Any]) -> None:
     """Tokens of Secrets, of `kubectl create token` and of other issuers prove no pod."""
-    with pytest.raises(CertmountError, match="IdentityRefused: pod token: is not a projected service-account token"):
+    with pytest.raises(CertmountError, match="TokenRejected: pod token: is not a projected service-account token"):
         identity_from_claims(claims(**change), token="pod token")
 
 

@@ -8,46 +8,46 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from csi_driver.core.errors import Kind
+from csi_driver.core.errors import FailureKind
 from csi_driver.core.renewal import JITTER, RENEWAL_FRACTION, plan_renewal, retry_delay_s
 
 HOUR = 3600.0
 ISSUED = 1_795_341_600.0
 
-chances = st.floats(0, 1)
+jitters = st.floats(0, 1)
 lives = st.one_of(st.floats(0.01, 60), st.floats(60, 36_500 * 24 * HOUR))
 spans = st.one_of(st.none(), st.floats(-10, 10), st.floats(0, 36_500 * 24 * HOUR))
 
 
 def after(
-    life: float, *, before: float | None = None, hint: float | None = None, chance: float = 0.5, issued: float = ISSUED
+    life: float, *, before: float | None = None, hint: float | None = None, jitter: float = 0.5, issued: float = ISSUED
 ) -> float:
     """Seconds from issuance to renewal."""
     planned = plan_renewal(
-        issued_at=issued, not_after=issued + life, renew_before_s=before, renew_after_s=hint, chance=chance
+        issued_at=issued, not_after=issued + life, renew_before_s=before, renew_after_s=hint, jitter=jitter
     )
     return planned - issued
 
 
-@given(lives, spans, spans, chances)
+@given(lives, spans, spans, jitters)
 @example(HOUR, HOUR, None, 0)
 @example(HOUR, HOUR - 1e-3, None, 0)
 @example(HOUR, 1e-6, None, 1)
 @example(HOUR, None, 1e-6, 0)
 def test_a_renewal_is_neither_late_nor_early(
-    life: float, before: float | None, hint: float | None, chance: float
+    life: float, before: float | None, hint: float | None, jitter: float
 ) -> None:
     """Whatever user and issuer say, it lies inside the life, with room for it at the end and without a loop at the start."""
     margin = 0.85 * min(1.0, life / 3)
-    assert margin - 1e-6 <= after(life, before=before, hint=hint, chance=chance) <= life - margin + 1e-6
+    assert margin - 1e-6 <= after(life, before=before, hint=hint, jitter=jitter) <= life - margin + 1e-6
 
 
-@given(st.floats(-1e6, 0), spans, spans, chances)
+@given(st.floats(-1e6, 0), spans, spans, jitters)
 def test_a_certificate_without_a_life_is_renewed_at_once(
-    life: float, before: float | None, hint: float | None, chance: float
+    life: float, before: float | None, hint: float | None, jitter: float
 ) -> None:
     """A clock that went wrong asks for a new one, not for a crash."""
-    assert after(life, before=before, hint=hint, chance=chance) == 0
+    assert after(life, before=before, hint=hint, jitter=jitter) == 0
 
 
 @given(lives)
@@ -93,84 +93,84 @@ def test_a_hint_that_has_passed_is_no_hint(life: float, data: st.DataObject, hin
     assert after(life, before=before, hint=hint) == after(life, before=before)
 
 
-@given(lives, spans, spans, chances)
+@given(lives, spans, spans, jitters)
 def test_chance_moves_a_renewal_both_ways_by_a_tenth_of_the_room(
-    life: float, before: float | None, hint: float | None, chance: float
+    life: float, before: float | None, hint: float | None, jitter: float
 ) -> None:
     """Volumes mounted together drift apart, and none leaves its side of the plan."""
     planned = after(life, before=before, hint=hint)
     room = min(planned, life - planned)
-    moved = after(life, before=before, hint=hint, chance=chance) - planned
-    assert moved == pytest.approx((2 * chance - 1) * JITTER * room, abs=1e-6)
+    moved = after(life, before=before, hint=hint, jitter=jitter) - planned
+    assert moved == pytest.approx((2 * jitter - 1) * JITTER * room, abs=1e-6)
 
 
-@given(lives, spans, spans, chances, chances)
+@given(lives, spans, spans, jitters, jitters)
 def test_more_chance_is_never_sooner(
     life: float, before: float | None, hint: float | None, one: float, other: float
 ) -> None:
     """Chance spreads evenly: its order is the renewals' order."""
     sooner, later = sorted([one, other])
-    first = after(life, before=before, hint=hint, chance=sooner)
-    assert first <= after(life, before=before, hint=hint, chance=later)
+    first = after(life, before=before, hint=hint, jitter=sooner)
+    assert first <= after(life, before=before, hint=hint, jitter=later)
 
 
-@given(st.floats(60, 1e9), chances, st.data())
-def test_asking_for_an_earlier_renewal_never_makes_it_later(life: float, chance: float, data: st.DataObject) -> None:
+@given(st.floats(60, 1e9), jitters, st.data())
+def test_asking_for_an_earlier_renewal_never_makes_it_later(life: float, jitter: float, data: st.DataObject) -> None:
     """A longer ``renew-before`` within the life, or a sooner hint, is a sooner renewal."""
     less, more = sorted(data.draw(st.tuples(*[st.floats(0.001, life - 0.001)] * 2)))
     slack = 1e-6
-    assert after(life, before=more, chance=chance) <= after(life, before=less, chance=chance) + slack
-    assert after(life, hint=less, chance=chance) <= after(life, hint=more, chance=chance) + slack
+    assert after(life, before=more, jitter=jitter) <= after(life, before=less, jitter=jitter) + slack
+    assert after(life, hint=less, jitter=jitter) <= after(life, hint=more, jitter=jitter) + slack
 
 
-@given(lives, lives, chances)
-def test_a_longer_life_is_never_renewed_sooner(one: float, other: float, chance: float) -> None:
+@given(lives, lives, jitters)
+def test_a_longer_life_is_never_renewed_sooner(one: float, other: float, jitter: float) -> None:
     """Where only the life differs."""
     shorter, longer = sorted([one, other])
-    assert after(shorter, chance=chance) <= after(longer, chance=chance) + 1e-6
+    assert after(shorter, jitter=jitter) <= after(longer, jitter=jitter) + 1e-6
 
 
-@given(st.sampled_from(Kind), st.integers(1, 10**6), chances)
-def test_a_retry_comes_within_its_bounds(kind: Kind, attempt: int, chance: float) -> None:
+@given(st.sampled_from(FailureKind), st.integers(1, 10**6), jitters)
+def test_a_retry_comes_within_its_bounds(kind: FailureKind, attempt: int, jitter: float) -> None:
     """Never at once; within 37.5 s where the cause may pass by itself, else within seven minutes."""
-    delay = retry_delay_s(attempt=attempt, kind=kind, chance=chance)
+    delay = retry_delay_s(attempt=attempt, kind=kind, jitter=jitter)
     assert math.isfinite(delay)
     assert 0.75 <= delay <= (37.5 if kind.retryable else 375)
 
 
-@given(st.sampled_from(Kind), st.integers(1, 100), chances, chances)
-def test_retries_back_off(kind: Kind, attempt: int, chance: float, other: float) -> None:
+@given(st.sampled_from(FailureKind), st.integers(1, 100), jitters, jitters)
+def test_retries_back_off(kind: FailureKind, attempt: int, jitter: float, other: float) -> None:
     """The same chance never makes a later retry shorter; two retries in a row differ by no more than doubling and chance."""
-    delay = retry_delay_s(attempt=attempt, kind=kind, chance=chance)
-    assert delay <= retry_delay_s(attempt=attempt + 1, kind=kind, chance=chance)
-    assert retry_delay_s(attempt=attempt + 1, kind=kind, chance=other) <= delay * 2 * 1.25 / 0.75 + 1e-9
+    delay = retry_delay_s(attempt=attempt, kind=kind, jitter=jitter)
+    assert delay <= retry_delay_s(attempt=attempt + 1, kind=kind, jitter=jitter)
+    assert retry_delay_s(attempt=attempt + 1, kind=kind, jitter=other) <= delay * 2 * 1.25 / 0.75 + 1e-9
 
 
 def test_the_first_hour_of_an_outage() -> None:
     """Doubling from a second to half a minute, then steadily: at most about two tries a minute."""
-    delays = [retry_delay_s(attempt=attempt, kind=Kind.UNAVAILABLE, chance=0.5) for attempt in range(1, 9)]
+    delays = [retry_delay_s(attempt=attempt, kind=FailureKind.UNAVAILABLE, jitter=0.5) for attempt in range(1, 9)]
     assert delays == [1, 2, 4, 8, 16, 30, 30, 30]
-    assert retry_delay_s(attempt=20, kind=Kind.REFUSED, chance=0.5) == 300
+    assert retry_delay_s(attempt=20, kind=FailureKind.NOT_ALLOWED, jitter=0.5) == 300
 
 
-@given(st.floats(60, 1e9), st.one_of(st.floats(0, 1e9), st.just(math.inf)), chances)
-def test_what_came_late_or_first_is_renewed_earlier(life: float, late: float, chance: float) -> None:
-    """By chance, by as much as it was late and half of the time at most, and never later than without; so a crowd disperses."""
-    usual = after(life, chance=chance)
+@given(st.floats(60, 1e9), st.one_of(st.floats(0, 1e9), st.just(math.inf)), jitters)
+def test_what_came_late_or_first_is_renewed_earlier(life: float, late: float, jitter: float) -> None:
+    """With jitter, by as much as it was late and half of the time at most, and never later than without; so a crowd disperses."""
+    usual = after(life, jitter=jitter)
     moved = plan_renewal(
-        issued_at=0, not_after=life, renew_before_s=None, renew_after_s=None, chance=chance, late_s=late
+        issued_at=0, not_after=life, renew_before_s=None, renew_after_s=None, jitter=jitter, late_s=late
     )
     assert usual - min(late, life * RENEWAL_FRACTION / 2) - 1e-3 <= moved <= usual + 1e-3
 
 
-@given(st.floats(60, 1e9), chances, st.data())
+@given(st.floats(60, 1e9), jitters, st.data())
 def test_what_a_user_writes_is_kept_for_the_first_certificate_too(
-    life: float, chance: float, data: st.DataObject
+    life: float, jitter: float, data: st.DataObject
 ) -> None:
     """``renew-before`` and an issuer's hint say when: lateness changes nothing then."""
     before = data.draw(st.floats(1, life - 1))
     plans = {
-        plan_renewal(issued_at=0, not_after=life, renew_before_s=before, renew_after_s=None, chance=chance, late_s=late)
+        plan_renewal(issued_at=0, not_after=life, renew_before_s=before, renew_after_s=None, jitter=jitter, late_s=late)
         for late in (0.0, math.inf)
     }
     assert len(plans) == 1

@@ -117,7 +117,7 @@ def test_a_strangers_file_at_the_target_stays(store: VolumeStore, published: Pat
     store.unbind(target)
     with pytest.raises(CertmountError) as caught:
         store.bind(VOLUME_ID, target)
-    assert caught.value.reason is Reason.TARGET_UNUSABLE
+    assert caught.value.reason is Reason.INVALID_TARGET_PATH
     assert target.read_text() == "mine"
     target.unlink()
     target.mkdir()

@@ -28,7 +28,7 @@ records = st.builds(
     issued_at=seconds,
     renew_at=seconds,
     not_after=seconds,
-    provisional=st.booleans(),
+    interim=st.booleans(),
 )
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | text,
@@ -70,7 +70,7 @@ def test_one_field_of_another_type_is_refused_by_name(name: str, value: object) 
         assert json.loads(read.to_json()).get(name, False) == value
 
 
-@pytest.mark.parametrize("name", [name for name in FIELDS if name != "provisional"])
+@pytest.mark.parametrize("name", [name for name in FIELDS if name != "interim"])
 def test_a_missing_field_is_named(name: str) -> None:
     """No field has a default when it is read, but one that earlier drivers have not written."""
     changed = json.loads(record().to_json())

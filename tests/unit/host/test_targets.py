@@ -52,9 +52,9 @@ def test_a_file_at_the_target_is_named(kubelet: Path, target: Path) -> None:
     """The message says what is there, where, and what to do; the file stays."""
     target.write_text("mine")
     error = refusal(kubelet, target)
-    assert error.reason is Reason.TARGET_UNUSABLE
+    assert error.reason is Reason.INVALID_TARGET_PATH
     assert str(error) == (
-        f"TargetUnusable: target_path: a file is at {target}; remove it from the node; the kubelet then tries again"
+        f"InvalidTargetPath: target_path: a file is at {target}; remove it from the node; the kubelet then tries again"
     )
     assert target.read_text() == "mine"
 
@@ -64,7 +64,7 @@ def test_a_symbolic_link_at_the_target_is_refused(kubelet: Path, target: Path, l
     """A link is refused wherever it leads, also to a folder, and is not followed."""
     target.symlink_to(leads_to)
     error = refusal(kubelet, target)
-    assert error.reason is Reason.TARGET_UNUSABLE
+    assert error.reason is Reason.INVALID_TARGET_PATH
     assert "a symbolic link is at" in str(error)
 
 
@@ -98,31 +98,31 @@ def test_another_kubelets_root_is_named_with_the_option(kubelet: Path, target: P
     """Distributions differ in the kubelet's root: one line names the option, both paths and the value to set."""
     other = f"/var/lib/k0s/kubelet/pods/{POD_UID}/volumes/kubernetes.io~csi/tls/mount"
     error = refusal(kubelet, other)
-    assert error.reason is Reason.KUBELET_DIRECTORY_WRONG
+    assert error.reason is Reason.INVALID_KUBELET_DIRECTORY
     for words in ("--kubelet-dir", str(kubelet), other, "set --kubelet-dir to /var/lib/k0s/kubelet,"):
         assert words in str(error)
     assert "--root-dir" in str(refusal(kubelet, "/mnt/x"))
-    assert refusal(kubelet, f"{kubelet}-2/pods/{POD_UID}/volumes/x").reason is Reason.KUBELET_DIRECTORY_WRONG
-    assert refusal(Path("/var/lib/kubelet"), target).reason is Reason.KUBELET_DIRECTORY_WRONG
+    assert refusal(kubelet, f"{kubelet}-2/pods/{POD_UID}/volumes/x").reason is Reason.INVALID_KUBELET_DIRECTORY
+    assert refusal(Path("/var/lib/kubelet"), target).reason is Reason.INVALID_KUBELET_DIRECTORY
 
 
 def test_another_pods_folder_is_refused(kubelet: Path, target: Path) -> None:
     """A volume is mounted for the pod that the request is about, nowhere else below the kubelet's root."""
     for path in (target, kubelet / "plugins" / "x", kubelet / "pods" / "uid" / "volumes"):
-        assert refusal(kubelet, path, "uid").reason is Reason.TARGET_UNUSABLE
+        assert refusal(kubelet, path, "uid").reason is Reason.INVALID_TARGET_PATH
 
 
 def test_a_missing_parent_is_explained(kubelet: Path, target: Path) -> None:
     """The kubelet makes it, so where it is missing the driver sees another folder than the kubelet does."""
     target.parent.rmdir()
     error = refusal(kubelet, target)
-    assert error.reason is Reason.TARGET_UNUSABLE
+    assert error.reason is Reason.INVALID_TARGET_PATH
     assert "mounted at the same path" in str(error)
 
 
 def test_a_name_too_long_for_the_kernel_is_refused(kubelet: Path, target: Path) -> None:
     """The kernel's own refusal is told like any other."""
-    assert refusal(kubelet, target.with_name("x" * 300)).reason is Reason.TARGET_UNUSABLE
+    assert refusal(kubelet, target.with_name("x" * 300)).reason is Reason.INVALID_TARGET_PATH
 
 
 @given(
@@ -150,7 +150,7 @@ def test_a_wrong_kubelet_directory_is_told_at_start(kubelet: Path, tmp_path: Pat
     (kubelet / "plugins_registry").rmdir()
     with pytest.raises(CertmountError, match="has no plugins_registry, which every kubelet makes") as caught:
         check_kubelet_dir(kubelet, shared=False)
-    assert caught.value.reason is Reason.KUBELET_DIRECTORY_WRONG
+    assert caught.value.reason is Reason.INVALID_KUBELET_DIRECTORY
     with pytest.raises(CertmountError, match="has no plugins_registry and no pods"):
         check_kubelet_dir(tmp_path, shared=False)
     with pytest.raises(CertmountError, match="there is no folder /nowhere"):

@@ -68,7 +68,7 @@ async def test_no_answer_at_all(error: Exception, words: str) -> None:
         raise error
 
     with pytest.raises(CertmountError, match=words) as failure:
-        await answered(fail(), Reason.PROOF_UNAVAILABLE, "TokenReview")
+        await answered(fail(), Reason.TOKEN_REVIEW_UNAVAILABLE, "TokenReview")
     assert not isinstance(failure.value, ApiError)
     assert "secret" not in str(failure.value)
 

@@ -9,7 +9,7 @@ import pytest
 from kubernetes.aio import client
 
 from csi_driver.authority import cluster_secrets
-from csi_driver.authority.issuers.secrets import Secrets
+from csi_driver.authority.issuers.secrets import CredentialReader
 from csi_driver.cli import issuer
 from csi_driver.core.config.issuers import SecretSource
 from csi_driver.core.errors import CertmountError, Reason
@@ -48,7 +48,7 @@ def keep(server: FakeApiServer, **values: bytes) -> None:
 
 async def read(source: SecretSource = JWK) -> bytes:
     async with cluster_secrets.cluster_secrets() as read_secret:
-        return (await Secrets(read_secret).read(source)).reveal()
+        return (await CredentialReader(read_secret).read(source)).reveal()
 
 
 async def test_one_key_of_one_secret_is_read(in_a_cluster: FakeApiServer) -> None:

@@ -8,7 +8,7 @@ import pytest
 from kubernetes.aio import client
 
 from csi_driver import DRIVER_NAME
-from csi_driver.core.cluster.nodes import Nodes
+from csi_driver.core.cluster.nodes import ClusterNodes
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.kube.csi_nodes import CsiNodes
 from tests.unit.kube.api_server import FakeApiServer
@@ -33,7 +33,7 @@ async def test_nodes_are_told_apart_by_the_driver(nodes: Collection, api: client
     put(nodes, "both", "ebs.csi.aws.com", DRIVER_NAME)
     put(nodes, "other", "ebs.csi.aws.com")
     put(nodes, "bare")
-    assert await CsiNodes(api).list() == Nodes(frozenset({"both"}), frozenset({"other", "bare"}))
+    assert await CsiNodes(api).list() == ClusterNodes(frozenset({"both"}), frozenset({"other", "bare"}))
 
 
 async def test_large_clusters_come_in_pages(nodes: Collection, api: client.ApiClient) -> None:
@@ -47,7 +47,7 @@ async def test_large_clusters_come_in_pages(nodes: Collection, api: client.ApiCl
 async def test_no_nodes_are_no_error(nodes: Collection, api: client.ApiClient) -> None:
     """As before the first kubelet joins."""
     assert not nodes.objects
-    assert await CsiNodes(api).list() == Nodes(frozenset(), frozenset())
+    assert await CsiNodes(api).list() == ClusterNodes(frozenset(), frozenset())
 
 
 @pytest.mark.parametrize(

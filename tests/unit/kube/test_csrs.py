@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from kubernetes.aio import client
 
-from csi_driver.core.cluster.csr import APPROVED, DENIED, FAILED, OWN_SIGNER, Condition, Draft, parse_signer
+from csi_driver.core.cluster.csr import APPROVED, DENIED, FAILED, OWN_SIGNER, CSRCondition, CSRDraft, parse_signer
 from csi_driver.core.cluster.lease import Lease
 from csi_driver.core.cluster.pod import LivePod
 from csi_driver.core.errors import CertmountError, Reason
@@ -24,9 +24,11 @@ from csi_driver.kube.metadata import BadObject
 from tests.unit.kube.api_server import FakeApiServer
 from tests.unit.kube.csr_api import ACCOUNT
 
-DRAFT = Draft("certmount-own-", "example.com/pods", b"PEM", ("server auth",), 3600, {"a": "b"}, {"note": "web/hello-0"})
-GRANTED = Condition(APPROVED, "PolicyAllows", "by built-in")
-REFUSED = Condition(DENIED, "NameRefused", "a.test: no rule allows it")
+DRAFT = CSRDraft(
+    "certmount-own-", "example.com/pods", b"PEM", ("server auth",), 3600, {"a": "b"}, {"note": "web/hello-0"}
+)
+GRANTED = CSRCondition(APPROVED, "PolicyAllows", "by built-in")
+REFUSED = CSRCondition(DENIED, "NameNotAllowed", "a.test: no rule allows it")
 LEASE_PATH = "/apis/coordination.k8s.io/v1/namespaces/certmount/leases/certmount-csr-signer"
 POD_PATH = "/api/v1/namespaces/web/pods/hello-0"
 
@@ -61,7 +63,7 @@ async def test_a_request_is_made_as_the_draft_says(server: FakeApiServer, reques
 
 @pytest.mark.parametrize("condition", [GRANTED, REFUSED], ids=lambda one: one.kind)
 async def test_a_decision_has_reason_message_and_time(
-    condition: Condition, server: FakeApiServer, requests: ClusterCSRs
+    condition: CSRCondition, server: FakeApiServer, requests: ClusterCSRs
 ) -> None:
     """As ``kubectl describe csr`` shows them; someone else's change at the same moment is no obstacle."""
     csr = await requests.create(DRAFT)
@@ -77,12 +79,12 @@ async def test_what_someone_has_decided_stays(server: FakeApiServer, requests: C
     """A denial by hand is not overruled, and a certificate is not replaced."""
     csr = await requests.create(DRAFT)
     server.csrs.change(csr.name, conditions=[{"type": DENIED, "reason": "ByHand", "message": ""}])
-    assert (await requests.decide(csr, GRANTED)).refusal == Condition(DENIED, "ByHand", "")
+    assert (await requests.decide(csr, GRANTED)).refusal == CSRCondition(DENIED, "ByHand", "")
     assert not (await requests.answer(csr, b"chain")).certificate
     other = await requests.create(DRAFT)
     server.csrs.change(other.name, certificate=base64.b64encode(b"first").decode())
     assert (await requests.answer(other, b"second")).certificate == b"first"
-    assert (await requests.fail(other, Condition(FAILED, "x", "y"))).refusal is None
+    assert (await requests.fail(other, CSRCondition(FAILED, "x", "y"))).refusal is None
     assert not [path for method, path, _ in server.requests if method == "PUT"]
 
 
@@ -92,7 +94,7 @@ async def test_a_certificate_and_a_failure_go_into_the_status(server: FakeApiSer
     await requests.decide(csr, GRANTED)
     assert (await requests.answer(csr, b"chain")).certificate == b"chain"
     await requests.decide(other, GRANTED)
-    failed = await requests.fail(other, Condition(FAILED, "NameRefused", "x"))
+    failed = await requests.fail(other, CSRCondition(FAILED, "NameNotAllowed", "x"))
     assert [one.kind for one in failed.conditions] == [APPROVED, FAILED]
     assert [path.rpartition("/")[2] for method, path, _ in server.requests if method == "PUT"] == [
         "approval",
@@ -255,7 +257,7 @@ async def test_a_pod_is_read_as_it_is(server: FakeApiServer, api: client.ApiClie
     server.objects[POD_PATH] = {"metadata": {}}
     with pytest.raises(CertmountError) as failure:
         await pods.find("web", "hello-0")
-    assert failure.value.reason is Reason.PROOF_UNAVAILABLE
+    assert failure.value.reason is Reason.TOKEN_REVIEW_UNAVAILABLE
 
 
 @pytest.mark.parametrize("text", ["example.com/signer", "certmount.dev/pod", "a.b-c.d/E.f_g:h"])

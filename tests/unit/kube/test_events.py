@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from kubernetes.aio import client
 
-from csi_driver.core.cluster.event import EventRefused, PodEvent, Written
+from csi_driver.core.cluster.event import EventRefused, PodEvent, RecordedEvent
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.kube.events import ClusterEvents
 from tests.unit.kube.api_server import FakeApiServer
@@ -16,7 +16,7 @@ EVENT = PodEvent(
     pod_name="hello-0",
     pod_uid="pod-uid",
     warning=True,
-    reason="NameRefused",
+    reason="NameNotAllowed",
     message="shop.example.com: no rule allows it",
     first_at=1_800_000_000.25,
 )
@@ -36,7 +36,7 @@ async def test_an_event_is_about_the_pod(server: FakeApiServer, api: client.ApiC
         "reportingController": "certmount.dev/authority",
         "reportingInstance": "certmount-authority-7d-x",
         "action": "IssueCertificate",
-        "reason": "NameRefused",
+        "reason": "NameNotAllowed",
         "type": "Warning",
         "note": "shop.example.com: no rule allows it",
         "regarding": {"apiVersion": "v1", "kind": "Pod", "namespace": "web", "name": "hello-0", "uid": "pod-uid"},
@@ -47,7 +47,7 @@ async def test_what_repeats_is_counted_in_its_series(server: FakeApiServer, api:
     """By one patch, which two replicas can't lose to each other."""
     events = ClusterEvents(api, "one")
     written = await events.create(EVENT)
-    assert await events.repeat(EVENT, written, 4, 1_800_000_060.0) == Written("2", 5)
+    assert await events.repeat(EVENT, written, 4, 1_800_000_060.0) == RecordedEvent("2", 5)
     assert server.events[KEY]["series"] == {"count": 5, "lastObservedTime": "2027-01-15T08:01:00.000000Z"}
     assert [method for method, _, _ in server.requests] == ["POST", "PATCH"]
 
@@ -84,4 +84,4 @@ async def test_what_may_pass_is_tried_again(
     server.fail = (status, body)
     with pytest.raises(CertmountError) as failure:
         await ClusterEvents(api, "one").create(EVENT)
-    assert failure.value.reason is Reason.PROOF_UNAVAILABLE
+    assert failure.value.reason is Reason.TOKEN_REVIEW_UNAVAILABLE

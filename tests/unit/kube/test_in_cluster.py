@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from csi_driver.authority.ca.authority import utc_now
 from csi_driver.authority.ca.keyring import make_keyring
 from csi_driver.authority.ca.leaf import Leaf, sign_leaf
-from csi_driver.authority.cluster_environment import Objects, in_a_cluster
+from csi_driver.authority.cluster_environment import ClusterObjectNames, in_a_cluster
 from csi_driver.core.certificates.keys import encode_key, generate_key
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.formats.pem import encode_certificates
@@ -117,7 +117,7 @@ async def test_all_that_an_authority_needs_is_found(
     server.collection("namespaces").put({"metadata": {"name": "web"}})
     async with server.running(tls):
         point_at(server, monkeypatch)
-        objects = Objects(ca=("certmount", "certmount-ca"), root=("certmount", "certmount-root"))
+        objects = ClusterObjectNames(ca=("certmount", "certmount-ca"), root=("certmount", "certmount-root"))
         async with in_a_cluster(objects, CollectorRegistry()) as around:
             assert (await around.store.load()).values == (await around.confirmations.load()).values == {}
             await around.publisher.publish(b"root", b"own")
@@ -126,7 +126,7 @@ async def test_all_that_an_authority_needs_is_found(
             following = asyncio.create_task(around.run())
             await until(lambda: not around.outdated(), "all lists")
             assert (await around.subjects.find(POD)).services == ()
-            around.events.record(POD, warning=True, reason="NameRefused", message="x")
+            around.events.record(POD, warning=True, reason="NameNotAllowed", message="x")
             await until(lambda: server.events, "the event")
             following.cancel()
             await asyncio.wait([following])

@@ -15,7 +15,7 @@ from csi_driver.authority.ca.authority import CertificateAuthority
 from csi_driver.authority.ca.keyring import NAMES
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
-from csi_driver.core.stored_secrets import Stored
+from csi_driver.core.stored_secrets import StoredSecrets
 from csi_driver.kube.client import ObjectName
 from csi_driver.kube.config_map import ConfigMapPublisher
 from csi_driver.kube.secret_store import SecretStore
@@ -39,7 +39,7 @@ def publisher(api: client.ApiClient) -> ConfigMapPublisher:
 
 async def test_the_empty_secret_of_the_manifests_holds_no_ca(store: SecretStore) -> None:
     """It has a version all the same, to base the first save on."""
-    assert await store.load() == Stored({}, "100")
+    assert await store.load() == StoredSecrets({}, "100")
 
 
 async def test_values_are_read_back_as_saved(store: SecretStore, server: FakeApiServer) -> None:
@@ -120,7 +120,7 @@ async def test_a_root_that_cannot_be_published_says_why(publisher: ConfigMapPubl
     server.before_put = [CONFIG_MAP] * 2
     with pytest.raises(CertmountError, match="ConfigMap certmount/certmount-root: someone else changed it") as failure:
         await publisher.publish(b"root", b"own")
-    assert failure.value.reason is Reason.TRUST_MISSING
+    assert failure.value.reason is Reason.ROOT_CERTIFICATE_MISSING
     server.fail = (403, b'{"message": "configmaps is forbidden"}')
     with pytest.raises(CertmountError, match="403: configmaps is forbidden"):
         await publisher.publish(b"root", b"own")
@@ -151,7 +151,7 @@ async def test_a_strange_discovery_document_is_no_issuer(
     server.documents[path] = document
     with pytest.raises(CertmountError, match="names no issuer") as failure:
         await ClusterTokenKeys(api).fetch()
-    assert failure.value.reason is Reason.PROOF_UNAVAILABLE
+    assert failure.value.reason is Reason.TOKEN_REVIEW_UNAVAILABLE
 
 
 async def test_keys_that_cannot_be_had_may_be_later(server: FakeApiServer, api: client.ApiClient) -> None:

@@ -72,7 +72,7 @@ async def test_an_api_server_that_cannot_be_asked_is_not_a_no(server: FakeApiSer
         CertmountError, match=r"create tokenreviews\.authentication\.k8s\.io: .* answers 503"
     ) as failure:
         await has_permission(api, NEEDED[0])
-    assert failure.value.reason is Reason.PROOF_UNAVAILABLE
+    assert failure.value.reason is Reason.TOKEN_REVIEW_UNAVAILABLE
 
 
 async def test_an_object_that_the_manifests_make_is_looked_for(server: FakeApiServer, api: client.ApiClient) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from kubernetes.aio import client
 
-from csi_driver.core.cluster.token_review import Reviewed
+from csi_driver.core.cluster.token_review import ReviewedToken
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.kube.client import connect
@@ -39,7 +39,7 @@ async def test_a_live_tokens_owner_is_read(server: FakeApiServer, api: client.Ap
     """The token and our audience are asked about; every field of the answer that admission compares comes back."""
     server.review = LIVE
     reviewed = await ClusterReviewer(api).review(TOKEN, "certmount")
-    assert reviewed == Reviewed(
+    assert reviewed == ReviewedToken(
         "system:serviceaccount:default:hello", "sa-uid", "hello-0", "pod-uid", "node-a", "node-uid"
     )
     method, path, body = server.requests[0]
@@ -67,7 +67,7 @@ async def test_anything_but_a_clear_yes_for_our_audience_is_a_no(
     server.review = status
     with pytest.raises(CertmountError) as refusal:
         await ClusterReviewer(api).review(TOKEN, "certmount")
-    assert refusal.value.reason is Reason.IDENTITY_REFUSED
+    assert refusal.value.reason is Reason.TOKEN_REJECTED
     assert words in str(refusal.value)
 
 
@@ -116,7 +116,7 @@ async def test_an_api_server_that_fails_has_said_nothing(
     server.fail = fail
     with pytest.raises(CertmountError) as failure:
         await ClusterReviewer(api).review(TOKEN, "certmount")
-    assert failure.value.reason is Reason.PROOF_UNAVAILABLE
+    assert failure.value.reason is Reason.TOKEN_REVIEW_UNAVAILABLE
     assert words in str(failure.value)
     assert TOKEN.reveal() not in str(failure.value)
     assert failure.value.__cause__ is None
@@ -130,7 +130,7 @@ async def test_a_hanging_api_server_is_given_up(
     server.gate.clear()
     with pytest.raises(CertmountError, match="does not answer in time") as failure:
         await ClusterReviewer(api).review(TOKEN, "certmount")
-    assert failure.value.reason is Reason.PROOF_UNAVAILABLE
+    assert failure.value.reason is Reason.TOKEN_REVIEW_UNAVAILABLE
     server.gate.set()
 
 
@@ -139,7 +139,7 @@ async def test_an_api_server_that_is_not_there_is_said_in_words() -> None:
     async with connect(client.Configuration(host="http://127.0.0.1:1")) as api:
         with pytest.raises(CertmountError, match="cannot be reached") as failure:
             await ClusterReviewer(api).review(TOKEN, "certmount")
-    assert failure.value.reason is Reason.PROOF_UNAVAILABLE
+    assert failure.value.reason is Reason.TOKEN_REVIEW_UNAVAILABLE
 
 
 async def test_reviews_run_side_by_side(server: FakeApiServer, api: client.ApiClient) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from csi_driver.core.certificates.csr import build_csr
 from csi_driver.core.certificates.keys import PrivateKey, generate_key
 from csi_driver.core.certificates.root_sets import RootSet
-from csi_driver.core.certificates.verification import Bundle
+from csi_driver.core.certificates.verification import VerifiedCertificate
 from csi_driver.core.names import DNSName, Names
 from csi_driver.core.spec import CertificateSpec, KeyType
 from csi_driver.node.csi.publish_request import Pod
@@ -29,10 +29,10 @@ def key() -> PrivateKey:
 
 
 @functools.cache
-def bundle() -> Bundle:
+def bundle() -> VerifiedCertificate:
     """A root that is its own chain."""
     ca = TestCA()
-    return Bundle((ca.certificate,), (ca.certificate,))
+    return VerifiedCertificate((ca.certificate,), (ca.certificate,))
 
 
 def prepared() -> Prepared:

@@ -11,7 +11,7 @@ from csi_driver.authority.issuers.acme.state import MOST_BYTES, OrderRecord, Sta
 from csi_driver.authority.storage import Store
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret
-from csi_driver.core.stored_secrets import Stored
+from csi_driver.core.stored_secrets import StoredSecrets
 
 _VALUE = "orders.json"
 _MOST_ATTEMPTS = 50
@@ -86,14 +86,16 @@ class OrderBook:
             async with asyncio.timeout(timeout_s):
                 await self._changed.wait()
 
-    async def _saved(self, state: State, based_on: Stored) -> bool:
+    async def _saved(self, state: State, based_on: StoredSecrets) -> bool:
         content = encode(state)
         if len(content) > MOST_BYTES:
             problem = f"is full: {len(state.orders)} orders, {len(content)} bytes"
-            raise CertmountError(Reason.OVERLOADED, Fault(self._store.name, problem, "some end within the hour"))
+            raise CertmountError(
+                Reason.AUTHORITY_OVERLOADED, Fault(self._store.name, problem, "some end within the hour")
+            )
         return await self._store.save({**based_on.values, _VALUE: Secret(content)}, based_on)
 
-    def _decode(self, stored: Stored) -> State:
+    def _decode(self, stored: StoredSecrets) -> State:
         value = stored.values.get(_VALUE)
         return State() if value is None else decode(value.reveal(), self._store.name)
 

@@ -17,7 +17,7 @@ from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
 from csi_driver.authority.issuers.acme.connection import CaProblem
 from csi_driver.core.certificates.csr import names_of
-from csi_driver.core.certificates.parse_errors import UNREADABLE
+from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
 
 _MOST_CERTIFICATES = 10
 _LETS_ENCRYPT = "Internet Security Research Group"
@@ -27,7 +27,7 @@ def parse_chain(pem: str) -> tuple[x509.Certificate, ...]:
     """The certificates of an answer (RFC 8555 section 9.1), leaf first; raises CaProblem."""
     try:
         chain = tuple(x509.load_pem_x509_certificates(pem.encode("ascii")))
-    except (UnicodeEncodeError, *UNREADABLE):
+    except (UnicodeEncodeError, *PARSE_ERRORS):
         raise CaProblem("", "answers with something that is no chain of certificates") from None
     if len(chain) > _MOST_CERTIFICATES:
         raise CaProblem("", f"answers with {len(chain)} certificates; more than {_MOST_CERTIFICATES} are not taken")
@@ -49,7 +49,7 @@ def check_chain(chain: Sequence[x509.Certificate], csr: bytes) -> None:
     try:
         held = {name.text for name in names_of(chain[0].extensions)}
         same_key = _key(chain[0].public_key()) == _key(request.public_key())
-    except UNREADABLE:
+    except PARSE_ERRORS:
         raise CaProblem("", "answers with a certificate that cannot be read") from None
     asked = {name.text for name in names_of(request.extensions)}
     if not same_key:
@@ -70,7 +70,7 @@ def certificate_id(leaf: x509.Certificate) -> str:
     """How the CA calls a certificate in renewal information (RFC 9773 section 4.1); empty without an authority key identifier."""
     try:
         authority = leaf.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
-    except (x509.ExtensionNotFound, *UNREADABLE):
+    except (x509.ExtensionNotFound, *PARSE_ERRORS):
         authority = None
     if authority is None:
         return ""
@@ -95,14 +95,14 @@ def _readable(pem: bytes) -> Iterable[x509.Certificate]:
         for block in pem.split(end)[:-1]:
             try:
                 yield x509.load_pem_x509_certificate(block[block.index(b"-----BEGIN") :] + end)
-            except UNREADABLE:
+            except PARSE_ERRORS:
                 continue  # one root of unknown kind is no reason to trust none
 
 
 def _signed(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     try:
         certificate.verify_directly_issued_by(issuer)
-    except (InvalidSignature, *UNREADABLE):
+    except (InvalidSignature, *PARSE_ERRORS):
         return False
     return True
 

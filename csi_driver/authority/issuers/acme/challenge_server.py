@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from aiohttp import web
 
 from csi_driver.authority.issuers.acme.http01 import PATH
-from csi_driver.authority.issuers.external import Answering
+from csi_driver.authority.issuers.external import Http01Responder
 from csi_driver.core.errors import CertmountError
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
@@ -18,7 +18,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
 class ChallengeServer:
     """One port for all issuers. It is open to the world: it reads no bodies and knows one path."""
 
-    def __init__(self, address: str, issuers: Callable[[], Iterable[Answering]]) -> None:
+    def __init__(self, address: str, issuers: Callable[[], Iterable[Http01Responder]]) -> None:
         host, _, port = address.rpartition(":")
         self._host = host.strip("[]") or None
         self._port = int(port)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from csi_driver.authority.issuers.acme.settings import AcmeSettings
 from csi_driver.authority.issuers.acme.tsig import TsigKey
-from csi_driver.authority.issuers.secrets import Secrets
+from csi_driver.authority.issuers.secrets import CredentialReader
 from csi_driver.core.config.issuers import Source
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret
@@ -13,7 +13,7 @@ from csi_driver.core.secret import Secret
 class Credentials:
     """Reads them anew each time; each method raises CertmountError IssuerUnavailable that says where, and shows nothing."""
 
-    def __init__(self, settings: AcmeSettings, secrets: Secrets) -> None:
+    def __init__(self, settings: AcmeSettings, secrets: CredentialReader) -> None:
         self._settings = settings
         self._secrets = secrets
 

@@ -17,7 +17,7 @@ from csi_driver.authority.issuers.acme.settings import (
     Http01,
     StorePlace,
 )
-from csi_driver.core.config.document_reader import Path, Reader
+from csi_driver.core.config.document_reader import DocumentReader, Path
 from csi_driver.core.config.issuers import parse_file_name, parse_secret_name, parse_source
 from csi_driver.core.durations import parse_duration
 from csi_driver.core.names import EmailAddress
@@ -35,7 +35,7 @@ _LINE = re.compile(r"(?=.*[!-~])[ -~]{1,200}", re.ASCII)
 _WORD = re.compile(r"[!-~]{1,100}", re.ASCII)
 
 
-def parse_acme(reader: Reader, path: Path, value: object) -> AcmeSettings | None:
+def parse_acme(reader: DocumentReader, path: Path, value: object) -> AcmeSettings | None:
     """Reads what stands below ``acme``; see :data:`csi_driver.core.config.issuers.Parse`."""
     entry = _Entry(reader, path, value, _KEYS, required=("account",))
     if not entry.top:
@@ -67,7 +67,12 @@ class _Entry:
     """A mapping of the file; what is empty in it has been noted."""
 
     def __init__(
-        self, reader: Reader, path: Path, value: object, allowed: tuple[str, ...], required: tuple[str, ...] = ()
+        self,
+        reader: DocumentReader,
+        path: Path,
+        value: object,
+        allowed: tuple[str, ...],
+        required: tuple[str, ...] = (),
     ) -> None:
         self.reader = reader
         self.path = path
@@ -76,7 +81,7 @@ class _Entry:
             if word in self.top and self.top[word] is None and word not in required:
                 reader.fault((*path, word), "is empty", "leave it away, or say what it is")
 
-    def below(self, word: str) -> tuple[Reader, Path, object] | None:
+    def below(self, word: str) -> tuple[DocumentReader, Path, object] | None:
         """What stands there, for another reader; None where nothing does."""
         value = self.top.get(word)
         return None if value is None else (self.reader, (*self.path, word), value)
@@ -105,7 +110,7 @@ class _Entry:
         return self.reader.text(path, value, _address)
 
 
-_Below = tuple[Reader, Path, object]
+_Below = tuple[DocumentReader, Path, object]
 
 
 def _account(below: _Below | None) -> StorePlace:

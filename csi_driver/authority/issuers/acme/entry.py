@@ -34,7 +34,7 @@ def entered(state: State, own: str, names: tuple[str, ...], csr: bytes, now: flo
         raise refusal(block, names)
     if sum(one.is_open for one in state.orders) >= MOST_ORDERS:
         problem = f"{MOST_ORDERS} orders are open, which is as many as are kept"
-        raise CertmountError(Reason.OVERLOADED, Fault("issuer", problem))
+        raise CertmountError(Reason.AUTHORITY_OVERLOADED, Fault("issuer", problem))
     left_behind = known.proofs if known is not None else ()
     record = OrderRecord(own, names, csr, now, now, replaces=_replaced(state, names, now), proofs=left_behind)
     return _with_room(state).with_order(record)

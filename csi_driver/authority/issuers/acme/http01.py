@@ -35,9 +35,9 @@ class HttpProofs:
         self._routes = routes or NoRoutes()
 
     async def examine(self, names: Sequence[str]) -> None:
-        """Raises CertmountError NameRefused for wildcards, which only DNS can prove (RFC 8555 section 8.3)."""
+        """Raises CertmountError NameNotAllowed for wildcards, which only DNS can prove (RFC 8555 section 8.3)."""
         if faults := wildcard_faults(names):
-            raise CertmountError(Reason.NAME_REFUSED, *faults)
+            raise CertmountError(Reason.NAME_NOT_ALLOWED, *faults)
 
     async def prepare(self, name: str, token: str, key_authorization: str) -> Proof:
         """What the CA is to find."""

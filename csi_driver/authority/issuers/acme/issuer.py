@@ -18,7 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.issuance.interim import PATIENCE_S as STAND_IN_PATIENCE_S
-from csi_driver.authority.issuers import Issued, Order
+from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
 from csi_driver.authority.issuers.acme.account import Accounts
 from csi_driver.authority.issuers.acme.book import LeaseLost, OrderBook, claim, released
 from csi_driver.authority.issuers.acme.chain import ends_at, lets_encrypt_roots
@@ -36,7 +36,7 @@ from csi_driver.authority.issuers.acme.routes import Routes
 from csi_driver.authority.issuers.acme.settings import AcmeSettings
 from csi_driver.authority.issuers.acme.state import OrderRecord, State, order_id
 from csi_driver.authority.issuers.external import Finding
-from csi_driver.authority.issuers.secrets import Secrets
+from csi_driver.authority.issuers.secrets import CredentialReader
 from csi_driver.authority.storage import Store
 from csi_driver.core.certificates.keys import public_bytes
 from csi_driver.core.errors import CertmountError, Fault, Reason
@@ -51,7 +51,7 @@ _MOST_AT_ONCE = 32
 """Most of them wait, for name servers or the CA: those that wait in vain must not hold up the others."""
 _THREADS = 4
 _TICK_S = 5.0
-_FILES_ONLY = Secrets()
+_FILES_ONLY = CredentialReader()
 _ACCOUNT_LOOK_S = 300.0
 _LONGEST_RETRY_S = 300.0
 
@@ -70,7 +70,7 @@ class AcmeIssuer:
         name: str,
         settings: AcmeSettings,
         store: Store,
-        secrets: Secrets = _FILES_ONLY,
+        secrets: CredentialReader = _FILES_ONLY,
         *,
         routes: Routes | None = None,
         clock: Callable[[], float] = time.time,
@@ -113,11 +113,11 @@ class AcmeIssuer:
         """See :class:`csi_driver.authority.issuers.external.ExternalIssuer`."""
         return self._store_problem or self._account_problem
 
-    async def issue(self, order: Order) -> Issued:
+    async def issue(self, order: IssuerRequest) -> IssuedCertificate:
         """The certificate, if it is there within ``patience_s``.
 
         Raises:
-            CertmountError: IssuancePending while it is on its way; NameRefused for what the CA won't sign;
+            CertmountError: IssuancePending while it is on its way; NameNotAllowed for what the CA won't sign;
                 TooManyRequests and IssuerUnavailable with the time at which the CA is asked again.
         """
         request = order.request
@@ -162,7 +162,7 @@ class AcmeIssuer:
         return await findings(self._settings, self._shop)
 
     async def http_answer(self, token: str) -> str | None:
-        """See :class:`csi_driver.authority.issuers.external.Answering`."""
+        """See :class:`csi_driver.authority.issuers.external.Http01Responder`."""
         for max_age_s in (
             1.0,
             STALE_S,
@@ -178,7 +178,7 @@ class AcmeIssuer:
         now = self._clock()
         return tuple(one.key_sha256 for one in self._book.known.live if one.renew_at <= now < one.not_after)
 
-    def _issued(self, record: OrderRecord, state: State) -> Issued:
+    def _issued(self, record: OrderRecord, state: State) -> IssuedCertificate:
         live = state.live_certificate(record.id)
         renew_after = None if live is None else timedelta(seconds=max(live.renew_at - self._clock(), 1.0))
         if not ends_at(record.chain, self._roots):
@@ -186,7 +186,7 @@ class AcmeIssuer:
             hint = "add it to acme.roots; the certificate is kept for an hour"
             fault = Fault("acme.roots", f"the CA's chain leads to {name}, which is not among them", hint)
             raise CertmountError(Reason.ISSUER_UNAVAILABLE, fault)
-        return Issued(record.chain, self._roots, renew_after, identity_included=False)
+        return IssuedCertificate(record.chain, self._roots, renew_after, identity_included=False)
 
     async def _read_roots(self) -> None:
         """As they are now; raises CertmountError IssuerUnavailable."""

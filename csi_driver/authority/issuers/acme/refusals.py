@@ -12,7 +12,7 @@ from csi_driver.authority.issuers.acme.settings import AcmeSettings
 from csi_driver.authority.issuers.acme.state import Block, OrderRecord, State, names_id
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.names import Names
-from csi_driver.core.policy.engine import Asked, Grant
+from csi_driver.core.policy.engine import Grant, RequestedCertificate
 from csi_driver.core.spec import KeyType, Usage
 
 _FIRST_RETRY_S, _LAST_RETRY_S = 5.0, 300.0
@@ -27,9 +27,13 @@ _PASSING = ("", "badNonce", "serverInternal", "orderNotReady", "userActionRequir
 
 
 def judge(
-    names: Names, grant: Grant, asked: Asked | None, settings: AcmeSettings, key_type: KeyType = KeyType.EC_P256
+    names: Names,
+    grant: Grant,
+    asked: RequestedCertificate | None,
+    settings: AcmeSettings,
+    key_type: KeyType = KeyType.EC_P256,
 ) -> tuple[str, ...]:
-    """The DNS names to order; raises CertmountError NameRefused with all that an ACME CA can't sign."""
+    """The DNS names to order; raises CertmountError NameNotAllowed with all that an ACME CA can't sign."""
     faults = [
         Fault(str(name), "a public CA does not sign this kind of name", "ask another issuer for it")
         for name in (*names.uris, *names.ips, *names.emails)
@@ -57,7 +61,7 @@ def judge(
     if settings.dns01 is None:
         faults += wildcard_faults(texts)
     if faults:
-        raise CertmountError(Reason.NAME_REFUSED, *faults)
+        raise CertmountError(Reason.NAME_NOT_ALLOWED, *faults)
     return texts
 
 
@@ -79,7 +83,7 @@ def after_problem(state: State, order: OrderRecord, problem: CaProblem, now: flo
         return state.with_order(_again(order, problem.text, now))
     failures = state.failures(order.names) + 1
     pause = min(_FIRST_BLOCK_S * 2.0 ** min(failures - 1, 20), _LAST_BLOCK_S)
-    reason = Reason.NAME_REFUSED if problem.code in _REFUSED else Reason.ISSUER_UNAVAILABLE
+    reason = Reason.NAME_NOT_ALLOWED if problem.code in _REFUSED else Reason.ISSUER_UNAVAILABLE
     text = f"{problem.text} ({problem.code})"
     return _given_up(state, order).with_block(Block(names_id(order.names), now + pause, failures, reason.word, text))
 

@@ -25,11 +25,11 @@ class Window:
     end: float
     look_at: float
 
-    def moment(self, chance: float, planned: float | None = None) -> float:
-        """A moment in the window (RFC 9773 section 4.2): the one that was planned while it still lies there, else by ``chance`` (0 to 1)."""
+    def moment(self, jitter: float, planned: float | None = None) -> float:
+        """A moment in the window (RFC 9773 section 4.2): the one that was planned while it still lies there, else by ``rng`` (0 to 1)."""
         if planned is not None and self.start <= planned <= self.end:
             return planned
-        return self.start + chance * max(self.end - self.start, 0.0)
+        return self.start + jitter * max(self.end - self.start, 0.0)
 
 
 def renewal_without_advice(leaf: x509.Certificate) -> float:

@@ -57,12 +57,12 @@ class RenewalWatch:
                 await self._move(certificate, window)
 
     async def _move(self, certificate: str, window: Window) -> None:
-        chance = random.random()  # noqa: S311  # spreads load, hides nothing
+        jitter = random.random()  # noqa: S311  # spreads load, hides nothing
 
         def moved(state: State) -> State:
             for one in state.live:
                 if one.certificate_id == certificate:
-                    moment = window.moment(chance, one.renew_at)
+                    moment = window.moment(jitter, one.renew_at)
                     return state.with_live(dataclasses.replace(one, renew_at=moment, look_at=window.look_at))
             return state
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from csi_driver.authority.csr_api import Requests
+from csi_driver.authority.csr_api import CSRClient
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
     """The cluster, for issuers of this kind."""
 
-    requests: Requests
+    requests: CSRClient
     internal_roots: Callable[[], tuple[bytes, ...]] = tuple
     """Of the internal CA: X.509 DER; none where it is not known."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from csi_driver.core.cluster.csr import LEAST_SECONDS, OWN_SIGNER, parse_signer
-from csi_driver.core.config.document_reader import Path, Reader
+from csi_driver.core.config.document_reader import DocumentReader, Path
 from csi_driver.core.config.issuers import Source, parse_source
 from csi_driver.core.durations import format_duration, parse_duration
 
@@ -28,7 +28,7 @@ class KubernetesCSRConfiguration:
     """None: as long as the policy allows."""
 
 
-def parse_kubernetes_csr(reader: Reader, path: Path, value: object) -> KubernetesCSRConfiguration | None:
+def parse_kubernetes_csr(reader: DocumentReader, path: Path, value: object) -> KubernetesCSRConfiguration | None:
     """Reads what stands below ``kubernetes_csr``; see :data:`csi_driver.core.config.issuers.Parse`."""
     top = reader.mapping(path, value, allowed=_KEYS, required=("signer",))
     if not top:

@@ -11,15 +11,15 @@ import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from csi_driver.authority.issuers import Issued, Order
+from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
 from csi_driver.authority.issuers.certificate_check import certificate_problems, ends_at
 from csi_driver.authority.issuers.external import Finding
 from csi_driver.authority.issuers.kubernetes_csr.access import Access
 from csi_driver.authority.issuers.kubernetes_csr.document import KubernetesCSRConfiguration
 from csi_driver.authority.issuers.kubernetes_csr.order import ORDER_LABEL, draft, order_faults, order_id, selector
 from csi_driver.authority.issuers.kubernetes_csr.survey import Survey, look
-from csi_driver.authority.issuers.secrets import Secrets
-from csi_driver.core.cluster.csr import APPROVED, ClusterCSR, Condition
+from csi_driver.authority.issuers.secrets import CredentialReader
+from csi_driver.core.cluster.csr import APPROVED, ClusterCSR, CSRCondition
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import decode_certificates
 from csi_driver.kube.csrs import CSRs
@@ -50,7 +50,7 @@ class KubernetesCSR:
         self,
         name: str,
         configuration: KubernetesCSRConfiguration,
-        secrets: Secrets,
+        secrets: CredentialReader,
         access: Access,
         *,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
@@ -98,10 +98,10 @@ class KubernetesCSR:
         self._problem = survey.problem
         return survey.findings
 
-    async def issue(self, order: Order) -> Issued:
+    async def issue(self, order: IssuerRequest) -> IssuedCertificate:
         """See :class:`csi_driver.authority.issuers.Issuer`."""
         if faults := order_faults(order, self._configuration):
-            raise CertmountError(Reason.NAME_REFUSED, *faults)
+            raise CertmountError(Reason.NAME_NOT_ALLOWED, *faults)
         if not self._survey.username:
             await self.check()
         if not self.roots or not self._survey.username:
@@ -118,7 +118,7 @@ class KubernetesCSR:
         finally:
             await self._delete(found)
 
-    async def _asked(self, order: Order) -> ClusterCSR:
+    async def _asked(self, order: IssuerRequest) -> ClusterCSR:
         """The order's request: the one that there is from an earlier call, to whichever replica, or a new one."""
         try:
             async with asyncio.timeout(_LIST_S):
@@ -134,7 +134,7 @@ class KubernetesCSR:
             account = order.identity.service_account
             text = f"pod {account.namespace}/{order.identity.pod_name} may have it by {', '.join(order.grant.rules)}"
             try:
-                await self._access.requests.decide(csr, Condition(APPROVED, "PolicyAllows", text))
+                await self._access.requests.decide(csr, CSRCondition(APPROVED, "PolicyAllows", text))
             except CertmountError:
                 await self._delete(csr)
                 raise
@@ -144,11 +144,11 @@ class KubernetesCSR:
         """Those that the authority has made. Anyone may write its labels on others; the user name is stamped."""
         return [one for one in self._known if one.username == self._survey.username]
 
-    def _checked(self, found: ClusterCSR, order: Order) -> Issued:
+    def _checked(self, found: ClusterCSR, order: IssuerRequest) -> IssuedCertificate:
         if (refusal := found.refusal) is not None:
             denied = "failed to sign" if found.condition(APPROVED) else "denied"
             subject, text = f"issuer {self._name}", f"{self._configuration.signer} {denied} the request: {refusal}"
-            raise CertmountError(Reason.NAME_REFUSED, Fault(subject, text))
+            raise CertmountError(Reason.NAME_NOT_ALLOWED, Fault(subject, text))
         try:
             chain = decode_certificates(found.certificate)
         except ValueError:
@@ -159,11 +159,11 @@ class KubernetesCSR:
         if problems := certificate_problems(chain[0], seen, self._clock()):
             signer = self._configuration.signer
             raise CertmountError(
-                Reason.ANSWER_INVALID, *(Fault(signer, f"the certificate {problem}") for problem in problems)
+                Reason.INVALID_RESPONSE, *(Fault(signer, f"the certificate {problem}") for problem in problems)
             )
         if not ends_at(chain, self.roots):
             raise self._unavailable("it signs by a root that is not among the configured ones; see its roots")
-        return Issued(
+        return IssuedCertificate(
             tuple(one.public_bytes(Encoding.DER) for one in chain),
             self.roots,
             self._renew_after(chain),

@@ -8,10 +8,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from csi_driver.authority.issuers import Order
+from csi_driver.authority.issuers import IssuerRequest
 from csi_driver.authority.issuers.kubernetes_csr.document import KubernetesCSRConfiguration
 from csi_driver.core.certificates.keys import public_bytes
-from csi_driver.core.cluster.csr import DIGITAL_SIGNATURE, KEY_ENCIPHERMENT, PURPOSES, Draft
+from csi_driver.core.cluster.csr import DIGITAL_SIGNATURE, KEY_ENCIPHERMENT, PURPOSES, CSRDraft
 from csi_driver.core.durations import format_duration
 from csi_driver.core.errors import Fault
 
@@ -26,7 +26,7 @@ def selector(issuer: str) -> str:
     return f"{ISSUER_LABEL}={issuer}"
 
 
-def order_faults(order: Order, configuration: KubernetesCSRConfiguration) -> list[Fault]:
+def order_faults(order: IssuerRequest, configuration: KubernetesCSRConfiguration) -> list[Fault]:
     """Why it can't be asked for, told before anything is made."""
     faults: list[Fault] = []
     duration, least, most = order.grant.duration, configuration.min_duration, configuration.max_duration
@@ -44,7 +44,7 @@ def order_faults(order: Order, configuration: KubernetesCSRConfiguration) -> lis
     return faults
 
 
-def order_id(order: Order) -> str:
+def order_id(order: IssuerRequest) -> str:
     """The same for the same order, whichever replica gets it: for a label of at most 63 characters."""
     content = [
         public_bytes(order.request.public_key).hex(),
@@ -56,10 +56,10 @@ def order_id(order: Order) -> str:
     return hashlib.sha256("\n".join(content).encode()).hexdigest()[:40]
 
 
-def draft(issuer: str, configuration: KubernetesCSRConfiguration, order: Order) -> Draft:
+def draft(issuer: str, configuration: KubernetesCSRConfiguration, order: IssuerRequest) -> CSRDraft:
     """The request that is to be made."""
     account, rsa_key = order.identity.service_account, isinstance(order.request.public_key, rsa.RSAPublicKey)
-    return Draft(
+    return CSRDraft(
         name_prefix=f"certmount-{issuer[:40]}-",
         signer=configuration.signer,
         request=x509.load_der_x509_csr(order.request.der).public_bytes(Encoding.PEM),

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from csi_driver.authority.csr_api import Requests
+from csi_driver.authority.csr_api import CSRClient
 from csi_driver.authority.issuers.external import Finding
 from csi_driver.authority.issuers.kubernetes_csr.access import Access
 from csi_driver.authority.issuers.kubernetes_csr.document import KubernetesCSRConfiguration
-from csi_driver.authority.issuers.secrets import Secrets
+from csi_driver.authority.issuers.secrets import CredentialReader
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.formats.pem import decode_certificates, fingerprint
 
@@ -39,7 +39,7 @@ class Survey:
         self.findings.append(Finding(subject, ok, text))
 
 
-async def look(configuration: KubernetesCSRConfiguration, secrets: Secrets, access: Access) -> Survey:
+async def look(configuration: KubernetesCSRConfiguration, secrets: CredentialReader, access: Access) -> Survey:
     """Looks at all of it; makes nothing and raises nothing."""
     survey = Survey()
     await _look_at_roots(configuration, secrets, survey)
@@ -52,7 +52,7 @@ async def look(configuration: KubernetesCSRConfiguration, secrets: Secrets, acce
     return survey
 
 
-async def _look_at_roots(configuration: KubernetesCSRConfiguration, secrets: Secrets, survey: Survey) -> None:
+async def _look_at_roots(configuration: KubernetesCSRConfiguration, secrets: CredentialReader, survey: Survey) -> None:
     if configuration.roots is None:
         survey.note("roots", True, "those of the internal CA, whose signer this is")
         return
@@ -73,7 +73,7 @@ async def _look_at_roots(configuration: KubernetesCSRConfiguration, secrets: Sec
     survey.note("roots", True, "for pods: " + ", ".join(f"{fingerprint(one)[:21]}..." for one in found))
 
 
-async def _look_at_permissions(configuration: KubernetesCSRConfiguration, requests: Requests, survey: Survey) -> None:
+async def _look_at_permissions(configuration: KubernetesCSRConfiguration, requests: CSRClient, survey: Survey) -> None:
     lacking = [verb for verb in ("create", "get", "list", "watch", "delete") if not await requests.may(verb, _REQUESTS)]
     if lacking:
         survey.note("permissions", False, f"the authority may not {', '.join(lacking)} {_REQUESTS}; {_HINT}")

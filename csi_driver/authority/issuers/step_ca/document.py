@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from csi_driver.core.config.document_reader import Path, Reader
+from csi_driver.core.config.document_reader import DocumentReader, Path
 from csi_driver.core.config.issuers import Source, parse_file_name, parse_source
 
 _HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]", re.ASCII)
@@ -32,7 +32,7 @@ class StepCAConfiguration:
     """What an encrypted JWK is decrypted with."""
 
 
-def parse_step_ca(reader: Reader, path: Path, value: object) -> StepCAConfiguration | None:
+def parse_step_ca(reader: DocumentReader, path: Path, value: object) -> StepCAConfiguration | None:
     """Reads what stands below ``step_ca``; see :data:`csi_driver.core.config.issuers.Parse`."""
     top = reader.mapping(path, value, allowed=_KEYS, required=("url", "provisioner"))
     if not top:
@@ -59,7 +59,7 @@ def parse_step_ca(reader: Reader, path: Path, value: object) -> StepCAConfigurat
     return configuration
 
 
-def _root_file(reader: Reader, path: Path, value: object) -> str | None:
+def _root_file(reader: DocumentReader, path: Path, value: object) -> str | None:
     if value is None:
         return None
     top = reader.mapping(path, value, allowed=("file",), required=("file",))

@@ -12,10 +12,10 @@ import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from csi_driver.authority.issuers import Issued, Order
+from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
 from csi_driver.authority.issuers.certificate_check import certificate_problems, ends_at
 from csi_driver.authority.issuers.external import Finding
-from csi_driver.authority.issuers.secrets import Secrets
+from csi_driver.authority.issuers.secrets import CredentialReader
 from csi_driver.authority.issuers.step_ca.client import Answer, Client, Unreachable
 from csi_driver.authority.issuers.step_ca.document import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.order import claims_of, order_faults
@@ -46,7 +46,7 @@ class StepCA:
         self,
         name: str,
         configuration: StepCAConfiguration,
-        secrets: Secrets,
+        secrets: CredentialReader,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._name = name
@@ -97,13 +97,13 @@ class StepCA:
             if not self._running:
                 await self._disconnect()
 
-    async def issue(self, order: Order) -> Issued:
+    async def issue(self, order: IssuerRequest) -> IssuedCertificate:
         """See :class:`csi_driver.authority.issuers.Issuer`."""
         key = self._known.key or (await self._survey()).key
         if key is None or self._known.provisioner is None:
             raise self._unavailable(self._problem or "")
         if faults := order_faults(order, self._known.provisioner.lives):
-            raise CertmountError(Reason.NAME_REFUSED, *faults)
+            raise CertmountError(Reason.NAME_NOT_ALLOWED, *faults)
         answer = await self._signed(order, key)
         if answer.status == 401:
             survey = await self._survey()
@@ -115,13 +115,13 @@ class StepCA:
             text = answer.message.rpartition("certificate authority: ")[2] or f"HTTP {answer.status}"
             hint = "see the provisioner's claims and policy in step-ca's configuration"
             raise CertmountError(
-                Reason.NAME_REFUSED, Fault(f"issuer {self._name}", f"step-ca refuses it: {text}", hint)
+                Reason.NAME_NOT_ALLOWED, Fault(f"issuer {self._name}", f"step-ca refuses it: {text}", hint)
             )
         if answer.status != 201:
             raise self._unavailable(f"step-ca answers HTTP {answer.status} {answer.message}".rstrip())
         return await self._checked(answer, order)
 
-    async def _signed(self, order: Order, key: ProvisionerKey) -> Answer:
+    async def _signed(self, order: IssuerRequest, key: ProvisionerKey) -> Answer:
         """Step-ca's answer. Each try has a token of its own, as one is used up whatever came of it."""
         loop = asyncio.get_running_loop()
         end = loop.time() + _PATIENCE_S
@@ -141,17 +141,19 @@ class StepCA:
             await asyncio.sleep(delay or 0)
         raise AssertionError("the last try returns or raises")
 
-    async def _checked(self, answer: Answer, order: Order) -> Issued:
+    async def _checked(self, answer: Answer, order: IssuerRequest) -> IssuedCertificate:
         chain = self._chain(answer)
         if problems := certificate_problems(chain[0], order, self._clock()):
             hint = "look at the template and the webhooks of the provisioner; docs/issuers.md has a template for usages"
             faults = [Fault("step-ca", f"the certificate {problem}") for problem in problems]
-            raise CertmountError(Reason.ANSWER_INVALID, *faults[:-1], Fault("step-ca", faults[-1].problem, hint))
+            raise CertmountError(Reason.INVALID_RESPONSE, *faults[:-1], Fault("step-ca", faults[-1].problem, hint))
         if not ends_at(chain, self.roots):
             await self._survey()  # it may have changed its root a moment ago
             if not ends_at(chain, self.roots):
                 raise self._unavailable("it signs by a root that it does not hand out at /roots")
-        return Issued(tuple(one.public_bytes(Encoding.DER) for one in chain), self.roots, self._renew_after(chain))
+        return IssuedCertificate(
+            tuple(one.public_bytes(Encoding.DER) for one in chain), self.roots, self._renew_after(chain)
+        )
 
     def _chain(self, answer: Answer) -> list[x509.Certificate]:
         listed = answer.document.get("certChain")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from csi_driver.authority.issuers import Order
+from csi_driver.authority.issuers import IssuerRequest
 from csi_driver.authority.issuers.step_ca.document import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.provisioner_key import Claims
 from csi_driver.authority.issuers.step_ca.provisioners import Lives
@@ -19,7 +19,7 @@ _MAX_COMMON_NAME = 64
 """RFC 5280 appendix A.1, ub-common-name."""
 
 
-def order_faults(order: Order, lives: Lives) -> list[Fault]:
+def order_faults(order: IssuerRequest, lives: Lives) -> list[Fault]:
     """Why step-ca won't sign it, told before it is asked, as it would say less."""
     faults: list[Fault] = []
     if not isinstance(
@@ -39,7 +39,7 @@ def order_faults(order: Order, lives: Lives) -> list[Fault]:
     return faults
 
 
-def claims_of(order: Order, configuration: StepCAConfiguration, nonce: str) -> Claims:
+def claims_of(order: IssuerRequest, configuration: StepCAConfiguration, nonce: str) -> Claims:
     """What a token for the order is to say."""
     return Claims(
         issuer=configuration.provisioner,

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.issuers.external import Finding
-from csi_driver.authority.issuers.secrets import Secrets
+from csi_driver.authority.issuers.secrets import CredentialReader
 from csi_driver.authority.issuers.step_ca.client import Client, Unreachable, fetch_unverified
 from csi_driver.authority.issuers.step_ca.document import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.provisioner_key import ProvisionerKey, load_provisioner_key
@@ -53,7 +53,7 @@ class Survey:
 class KeyRing:
     """The provisioner's private key as it is now; decrypted only when it is another one than before, as that takes long."""
 
-    def __init__(self, configuration: StepCAConfiguration, secrets: Secrets) -> None:
+    def __init__(self, configuration: StepCAConfiguration, secrets: CredentialReader) -> None:
         self._configuration = configuration
         self._secrets = secrets
         self._content: tuple[Secret[bytes], Secret[bytes] | None] | None = None

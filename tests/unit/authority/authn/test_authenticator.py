@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from csi_driver.authority.authn.authenticator import Admission
+from csi_driver.authority.authn.authenticator import Authenticator
 from csi_driver.authority.authn.token_keys import TokenKeys
-from csi_driver.authority.authn.token_reviews import OfflineOnly, Proofs
+from csi_driver.authority.authn.token_reviews import OfflineReviewer, TokenReviewCache
 from csi_driver.authority.authn.token_verifier import TokenVerifier
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.identity import ServiceAccount
@@ -19,12 +19,12 @@ POD = Pod()
 
 
 @pytest.fixture
-def admission(keys: TokenKeys, metrics: AuthorityMetrics) -> Admission:
-    proofs = Proofs(TokenVerifier(keys), OfflineOnly(), metrics)
-    return Admission(proofs, ServiceAccount("certmount", "certmount-node"))
+def admission(keys: TokenKeys, metrics: AuthorityMetrics) -> Authenticator:
+    proofs = TokenReviewCache(TokenVerifier(keys), OfflineReviewer(), metrics)
+    return Authenticator(proofs, ServiceAccount("certmount", "certmount-node"))
 
 
-async def test_the_driver_of_the_pods_own_node_may_ask(admission: Admission, issuer: TokenIssuer) -> None:
+async def test_the_driver_of_the_pods_own_node_may_ask(admission: Authenticator, issuer: TokenIssuer) -> None:
     """Both tokens name the same node."""
     node = await admission.prove_node(issuer.node_token())
     assert (await admission.prove_pod(issuer.pod_token(POD), node)).pod_name == POD.name
@@ -40,15 +40,15 @@ async def test_the_driver_of_the_pods_own_node_may_ask(admission: Admission, iss
     ids=["other account", "other namespace", "a pod's own"],
 )
 async def test_only_the_node_drivers_service_account_may_call(
-    caller: Pod, admission: Admission, issuer: TokenIssuer
+    caller: Pod, admission: Authenticator, issuer: TokenIssuer
 ) -> None:
     """Any pod can have a token for our audience, so the audience alone proves nothing."""
     with pytest.raises(CertmountError, match="not of the node driver's certmount/certmount-node") as refusal:
         await admission.prove_node(issuer.node_token(caller))
-    assert refusal.value.reason is Reason.IDENTITY_REFUSED
+    assert refusal.value.reason is Reason.TOKEN_REJECTED
 
 
-async def test_a_pod_token_does_not_open_the_door(admission: Admission, issuer: TokenIssuer) -> None:
+async def test_a_pod_token_does_not_open_the_door(admission: Authenticator, issuer: TokenIssuer) -> None:
     """Not even the driver's own, as it is for another audience."""
     with pytest.raises(CertmountError, match="node token: is for another audience than certmount-node"):
         await admission.prove_node(issuer.pod_token(DRIVER))
@@ -64,10 +64,10 @@ async def test_a_pod_token_does_not_open_the_door(admission: Admission, issuer: 
     ids=["name", "uid", "both"],
 )
 async def test_a_stolen_pod_token_is_worthless_on_another_node(
-    pod: Pod, words: str, admission: Admission, issuer: TokenIssuer
+    pod: Pod, words: str, admission: Authenticator, issuer: TokenIssuer
 ) -> None:
     """Name and uid of the node must be equal: a node that takes over a name does not take over its pods."""
     node = await admission.prove_node(issuer.node_token())
     with pytest.raises(CertmountError, match=words) as refusal:
         await admission.prove_pod(issuer.pod_token(pod), node)
-    assert refusal.value.reason is Reason.IDENTITY_REFUSED
+    assert refusal.value.reason is Reason.TOKEN_REJECTED

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.authority.authn.limits import MOST_WATCHES, NODE_RATE, POD_RATE, Buckets, Limits, Rate, Slots
+from csi_driver.authority.authn.limits import (
+    MOST_WATCHES,
+    NODE_RATE,
+    POD_RATE,
+    ConcurrencyLimit,
+    Rate,
+    RateLimiter,
+    RequestLimits,
+)
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from tests.unit.authority.clock import Clock
@@ -17,12 +25,12 @@ def pod(number: int = 0, node: str = "node-a") -> PodIdentity:
     return PodIdentity(account, "account-uid", f"hello-{number}", f"uid-{number}", node, f"uid-{node}", 2e9)
 
 
-def ask(limits: Limits, number: int, node: str = "node-a") -> None:
+def ask(limits: RequestLimits, number: int, node: str = "node-a") -> None:
     limits.count_node(pod(number, node))
     limits.count_pod(pod(number, node))
 
 
-def refused(limits: Limits, asker: PodIdentity) -> CertmountError:
+def refused(limits: RequestLimits, asker: PodIdentity) -> CertmountError:
     for _ in range(POD_RATE.burst):
         limits.count_pod(asker)
     with pytest.raises(CertmountError) as refusal:
@@ -34,7 +42,7 @@ def refused(limits: Limits, asker: PodIdentity) -> CertmountError:
 def test_a_pod_with_many_short_lives_is_never_slowed_down(volumes: int, life_s: int) -> None:
     """All its volumes start at once and renew at half of their life, the earliest that the node ever does, for an hour."""
     clock = Clock(0.0)
-    limits = Limits(clock)
+    limits = RequestLimits(clock)
     for _ in range(min(720, 7200 // life_s)):
         for _ in range(volumes):
             ask(limits, 1)
@@ -45,7 +53,7 @@ def test_a_pod_with_many_short_lives_is_never_slowed_down(volumes: int, life_s: 
 def test_a_whole_node_may_start_at_once_and_come_back_from_an_outage(pods: int) -> None:
     """Each pod with four volumes, and half a minute later again."""
     clock = Clock(0.0)
-    limits = Limits(clock)
+    limits = RequestLimits(clock)
     for _ in range(2):
         for number in range(pods):
             for _ in range(4):
@@ -56,7 +64,7 @@ def test_a_whole_node_may_start_at_once_and_come_back_from_an_outage(pods: int) 
 def test_a_node_full_of_the_shortest_lives_is_not_slowed_down() -> None:
     """250 pods that renew a certificate of 10 s after 6.7 s, spread as the node spreads them."""
     clock = Clock(0.0)
-    limits = Limits(clock)
+    limits = RequestLimits(clock)
     for step in range(250 * 60):
         ask(limits, step % 250)
         clock.forward(6.7 / 250)
@@ -65,7 +73,7 @@ def test_a_node_full_of_the_shortest_lives_is_not_slowed_down() -> None:
 def test_a_loop_gets_its_share_and_is_told_when_to_come_again() -> None:
     """A pod that asks without a pause for a minute gets the burst and then five a second; its neighbour does not notice."""
     clock = Clock(0.0)
-    limits = Limits(clock)
+    limits = RequestLimits(clock)
     error = refused(limits, pod(1))
     assert error.reason is Reason.TOO_MANY_REQUESTS
     assert error.retryable
@@ -87,7 +95,7 @@ def test_a_loop_gets_its_share_and_is_told_when_to_come_again() -> None:
 def test_a_node_that_asks_without_a_pause_leaves_room_for_the_others() -> None:
     """Whatever pods it shows, also ever new ones."""
     clock = Clock(0.0)
-    limits = Limits(clock)
+    limits = RequestLimits(clock)
     granted = 0
     for number in range(NODE_RATE.burst * 3):
         try:
@@ -110,7 +118,7 @@ def test_a_bucket_never_gives_more_than_burst_and_rate(
 ) -> None:
     """In any stretch of time, for each key by itself, however calls fall; and who waits as long as told is let in."""
     clock = Clock(0.0)
-    buckets = Buckets(Rate(a_second, burst), clock, most_keys=10)
+    buckets = RateLimiter(Rate(a_second, burst), clock, most_keys=10)
     granted: dict[str, list[float]] = {"a": [], "b": [], "c": []}
     for pause, key in calls:
         clock.forward(pause)
@@ -128,7 +136,7 @@ def test_a_bucket_never_gives_more_than_burst_and_rate(
 def test_memory_is_bounded_and_who_rests_is_forgotten() -> None:
     """Ever new pods push out the ones that have not asked for longest; a full bucket is dropped as soon as it is full."""
     clock = Clock(0.0)
-    buckets = Buckets(Rate(1, 10), clock, most_keys=100)
+    buckets = RateLimiter(Rate(1, 10), clock, most_keys=100)
     for number in range(1000):
         buckets.take(f"pod-{number}")
         assert len(buckets) <= 100
@@ -140,7 +148,7 @@ def test_memory_is_bounded_and_who_rests_is_forgotten() -> None:
 
 def test_streams_of_a_node_are_few_and_their_places_come_back() -> None:
     """A thousand of one node are refused; another node's is not; one that ends makes room."""
-    limits = Limits()
+    limits = RequestLimits()
     with limits.watching(pod()), limits.watching(pod()), limits.watching(pod()):
         with limits.watching(pod()):
             with pytest.raises(CertmountError, match=f"watches the roots {MOST_WATCHES} times already") as refusal:
@@ -155,11 +163,11 @@ def test_streams_of_a_node_are_few_and_their_places_come_back() -> None:
 
 def test_slots_come_back_whatever_happens() -> None:
     """A call that fails takes none with it."""
-    slots = Slots(1)
+    slots = ConcurrencyLimit(1)
     with pytest.raises(RuntimeError, match="in the middle"), slots:
         raise RuntimeError("in the middle")
     with slots, pytest.raises(CertmountError, match="1 calls are under way already") as refusal, slots:
         pass
-    assert refusal.value.reason is Reason.OVERLOADED
+    assert refusal.value.reason is Reason.AUTHORITY_OVERLOADED
     with slots:
         pass

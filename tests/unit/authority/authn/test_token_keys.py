@@ -31,7 +31,7 @@ class Cluster:
         self.asked += 1
         await asyncio.sleep(0)
         if self.down:
-            raise CertmountError(Reason.PROOF_UNAVAILABLE, "the API server cannot be reached")
+            raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, "the API server cannot be reached")
         return PublishedKeys(ISSUER, json.dumps({"keys": [issuer.jwk for issuer in self.issuers]}).encode())
 
 
@@ -84,7 +84,7 @@ async def test_made_up_key_ids_hold_few_places(
     await asyncio.sleep(0)
     with pytest.raises(CertmountError) as refusal:
         await keys.find("made-up-4")
-    assert refusal.value.reason is Reason.OVERLOADED
+    assert refusal.value.reason is Reason.AUTHORITY_OVERLOADED
     assert await keys.find(issuer.key_id) is not None
     gate.set()
     assert await asyncio.gather(*tasks) == [None] * 3
@@ -102,7 +102,7 @@ async def test_an_unknown_key_is_no_refusal_while_the_cluster_cannot_be_asked(
     for _ in range(2):
         with pytest.raises(CertmountError) as failure:
             await keys.find("key-2")
-        assert failure.value.reason is Reason.PROOF_UNAVAILABLE
+        assert failure.value.reason is Reason.TOKEN_REVIEW_UNAVAILABLE
     assert cluster.asked == 2
     assert await keys.find(issuer.key_id) is not None
     assert registry.get_sample_value("certmount_token_proof_failures_total", {"proof": "keys"}) == 1

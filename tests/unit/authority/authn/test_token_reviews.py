@@ -11,9 +11,9 @@ from prometheus_client import CollectorRegistry
 
 from csi_driver import POD_AUDIENCE
 from csi_driver.authority.authn.token_keys import TokenKeys
-from csi_driver.authority.authn.token_reviews import OfflineOnly, Proofs, TokenReviewer
+from csi_driver.authority.authn.token_reviews import OfflineReviewer, TokenReviewCache, TokenReviewer
 from csi_driver.authority.authn.token_verifier import TokenVerifier
-from csi_driver.core.cluster.token_review import Reviewed
+from csi_driver.core.cluster.token_review import ReviewedToken
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.identity import PodIdentity
 from csi_driver.core.secret import Secret
@@ -23,19 +23,19 @@ from tests.support.waiting import until
 from tests.unit.authority.clock import Clock
 
 POD = Pod()
-DOWN = CertmountError(Reason.PROOF_UNAVAILABLE, "TokenReview: the API server cannot be reached")
+DOWN = CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, "TokenReview: the API server cannot be reached")
 
 
 class Reviewer:
     """Answers as told; ``gate`` holds every answer back until it is set."""
 
-    def __init__(self, answer: Reviewed | CertmountError = POD.reviewed) -> None:
+    def __init__(self, answer: ReviewedToken | CertmountError = POD.reviewed) -> None:
         self.answer = answer
         self.asked = 0
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def review(self, _token: Secret[str], _audience: str) -> Reviewed:
+    async def review(self, _token: Secret[str], _audience: str) -> ReviewedToken:
         self.asked += 1
         await self.gate.wait()
         if isinstance(self.answer, CertmountError):
@@ -48,7 +48,7 @@ class World:
 
     def __init__(self, keys: TokenKeys, metrics: AuthorityMetrics, reviewer: TokenReviewer) -> None:
         self.clock = Clock(time.time())
-        self.proofs = Proofs(TokenVerifier(keys), reviewer, metrics, self.clock)
+        self.proofs = TokenReviewCache(TokenVerifier(keys), reviewer, metrics, self.clock)
 
     async def prove(self, token: Secret[str]) -> PodIdentity:
         return await self.proofs.prove(token, POD_AUDIENCE, "pod token")
@@ -92,7 +92,7 @@ async def test_a_live_token_is_proven_by_claims_and_cluster(
     assert reviewer.asked == 1
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Reviewed)])
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ReviewedToken)])
 @pytest.mark.parametrize("value", ["other", ""])
 async def test_the_cluster_must_agree_on_every_field(
     field: str, value: str, world: World, reviewer: Reviewer, issuer: TokenIssuer
@@ -101,7 +101,7 @@ async def test_the_cluster_must_agree_on_every_field(
     reviewer.answer = dataclasses.replace(POD.reviewed, **{field: value})
     with pytest.raises(CertmountError, match="than the API server does") as refusal:
         await world.prove(issuer.pod_token(POD))
-    assert refusal.value.reason is Reason.IDENTITY_REFUSED
+    assert refusal.value.reason is Reason.TOKEN_REJECTED
 
 
 async def test_a_forged_token_never_reaches_the_cluster(world: World, reviewer: Reviewer, issuer: TokenIssuer) -> None:
@@ -135,7 +135,7 @@ async def test_a_review_never_counts_past_the_tokens_end(world: World, reviewer:
 
 async def test_a_refusal_counts_as_long_as_a_proof(world: World, reviewer: Reviewer, issuer: TokenIssuer) -> None:
     """A dead token that is shown again and again is asked about once."""
-    reviewer.answer = CertmountError(Reason.IDENTITY_REFUSED, "its pod may be gone")
+    reviewer.answer = CertmountError(Reason.TOKEN_REJECTED, "its pod may be gone")
     token = issuer.pod_token(POD)
     for _ in range(3):
         with pytest.raises(CertmountError, match="pod token: its pod may be gone"):
@@ -153,7 +153,7 @@ async def test_without_the_cluster_nothing_is_proven(
     for _ in range(2):
         with pytest.raises(CertmountError) as failure:
             await world.prove(token)
-        assert failure.value.reason is Reason.PROOF_UNAVAILABLE
+        assert failure.value.reason is Reason.TOKEN_REVIEW_UNAVAILABLE
         assert failure.value.retryable
     assert reviewer.asked == 2
     assert registry.get_sample_value("certmount_token_proof_failures_total", {"proof": "review"}) == 2
@@ -180,7 +180,7 @@ async def test_patience_ends(world: World, reviewer: Reviewer, issuer: TokenIssu
     reviewer.answer = DOWN
     with pytest.raises(CertmountError, match="pod token: TokenReview: the API server cannot be reached") as failure:
         await world.prove(issuer.pod_token(POD))
-    assert failure.value.reason is Reason.PROOF_UNAVAILABLE
+    assert failure.value.reason is Reason.TOKEN_REVIEW_UNAVAILABLE
     assert 3 <= reviewer.asked <= 15
 
 
@@ -190,7 +190,7 @@ async def test_a_no_after_a_silence_is_final(world: World, reviewer: Reviewer, i
     reviewer.answer = DOWN
     task = asyncio.create_task(world.prove(issuer.pod_token(POD)))
     await until(lambda: reviewer.asked >= 2, "a second try")
-    reviewer.answer = CertmountError(Reason.IDENTITY_REFUSED, "gone")
+    reviewer.answer = CertmountError(Reason.TOKEN_REJECTED, "gone")
     with pytest.raises(CertmountError, match="gone"):
         await task
 
@@ -215,7 +215,7 @@ async def test_it_is_known_since_when_reviews_fail(world: World, reviewer: Revie
     with pytest.raises(CertmountError):
         await world.prove(issuer.pod_token(POD))
     assert since(world) == began
-    reviewer.answer = CertmountError(Reason.IDENTITY_REFUSED, "gone")
+    reviewer.answer = CertmountError(Reason.TOKEN_REJECTED, "gone")
     with pytest.raises(CertmountError):
         await world.prove(issuer.pod_token(POD))
     assert since(world) is None
@@ -224,11 +224,15 @@ async def test_it_is_known_since_when_reviews_fail(world: World, reviewer: Revie
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
     "answer",
-    [POD.reviewed, CertmountError(Reason.PROOF_UNAVAILABLE, "down"), CertmountError(Reason.IDENTITY_REFUSED, "gone")],
+    [
+        POD.reviewed,
+        CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, "down"),
+        CertmountError(Reason.TOKEN_REJECTED, "gone"),
+    ],
     ids=["yes", "down", "no"],
 )
 async def test_one_review_at_a_time_for_a_token(
-    answer: Reviewed | CertmountError, world: World, reviewer: Reviewer, issuer: TokenIssuer
+    answer: ReviewedToken | CertmountError, world: World, reviewer: Reviewer, issuer: TokenIssuer
 ) -> None:
     """All volumes of a node that start at once wait for the same review, and share its answer, good or bad."""
     reviewer.answer = answer
@@ -296,5 +300,5 @@ async def test_outside_a_cluster_the_signature_is_all_there_is(
     keys: TokenKeys, metrics: AuthorityMetrics, issuer: TokenIssuer
 ) -> None:
     """There is no one to ask, so a token counts until it expires."""
-    world = World(keys, metrics, OfflineOnly())
+    world = World(keys, metrics, OfflineReviewer())
     assert (await world.prove(issuer.pod_token(POD))).pod_name == POD.name

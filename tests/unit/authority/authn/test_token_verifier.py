@@ -70,82 +70,82 @@ def hours(number: float) -> int:
 ATTACKS: dict[str, tuple[Callable[[TokenIssuer], Secret[str]], Reason, str]] = {
     "expired": (lambda i: i.pod_token(POD, exp=hours(-1)), Reason.TOKEN_EXPIRED, "has expired"),
     "expired a second ago": (lambda i: i.pod_token(POD, exp=int(time.time()) - 1), Reason.TOKEN_EXPIRED, "has expired"),
-    "not yet valid": (lambda i: i.pod_token(POD, nbf=hours(1)), Reason.IDENTITY_REFUSED, "not valid yet"),
-    "issued in the future": (lambda i: i.pod_token(POD, iat=hours(1)), Reason.IDENTITY_REFUSED, "not valid yet"),
-    "never expires": (lambda i: i.pod_token(POD, exp=None), Reason.IDENTITY_REFUSED, "lacks one of the claims"),
-    "other audience": (lambda i: i.pod_token(POD, aud=["vault"]), Reason.IDENTITY_REFUSED, "another audience"),
-    "audience of the node": (lambda i: i.node_token(POD), Reason.IDENTITY_REFUSED, "another audience"),
+    "not yet valid": (lambda i: i.pod_token(POD, nbf=hours(1)), Reason.TOKEN_REJECTED, "not valid yet"),
+    "issued in the future": (lambda i: i.pod_token(POD, iat=hours(1)), Reason.TOKEN_REJECTED, "not valid yet"),
+    "never expires": (lambda i: i.pod_token(POD, exp=None), Reason.TOKEN_REJECTED, "lacks one of the claims"),
+    "other audience": (lambda i: i.pod_token(POD, aud=["vault"]), Reason.TOKEN_REJECTED, "another audience"),
+    "audience of the node": (lambda i: i.node_token(POD), Reason.TOKEN_REJECTED, "another audience"),
     "two audiences": (
         lambda i: i.pod_token(POD, aud=[POD_AUDIENCE, "vault"]),
-        Reason.IDENTITY_REFUSED,
+        Reason.TOKEN_REJECTED,
         "other audiences",
     ),
-    "no audience": (lambda i: i.pod_token(POD, aud=None), Reason.IDENTITY_REFUSED, "lacks one of the claims"),
-    "other issuer": (lambda i: i.pod_token(POD, iss="https://mallory.test"), Reason.IDENTITY_REFUSED, "another issuer"),
-    "no issuer": (lambda i: i.pod_token(POD, iss=None), Reason.IDENTITY_REFUSED, "lacks one of the claims"),
-    "no subject": (lambda i: i.pod_token(POD, sub=None), Reason.IDENTITY_REFUSED, "lacks one of the claims"),
+    "no audience": (lambda i: i.pod_token(POD, aud=None), Reason.TOKEN_REJECTED, "lacks one of the claims"),
+    "other issuer": (lambda i: i.pod_token(POD, iss="https://mallory.test"), Reason.TOKEN_REJECTED, "another issuer"),
+    "no issuer": (lambda i: i.pod_token(POD, iss=None), Reason.TOKEN_REJECTED, "lacks one of the claims"),
+    "no subject": (lambda i: i.pod_token(POD, sub=None), Reason.TOKEN_REJECTED, "lacks one of the claims"),
     "other subject": (
         lambda i: i.pod_token(POD, sub="system:admin"),
-        Reason.IDENTITY_REFUSED,
+        Reason.TOKEN_REJECTED,
         "names one service account",
     ),
     "alg none": (
         lambda i: forged(i, {"alg": "none", "kid": i.key_id}, lambda _: b""),
-        Reason.IDENTITY_REFUSED,
+        Reason.TOKEN_REJECTED,
         "whose header names its key",
     ),
-    "HS256 by the public key": (hmac_by_public_key, Reason.IDENTITY_REFUSED, "whose header names its key"),
+    "HS256 by the public key": (hmac_by_public_key, Reason.TOKEN_REJECTED, "whose header names its key"),
     "algorithm of another key type": (
         lambda i: forged(i, {"alg": "ES256", "kid": i.key_id}, lambda _: b"x" * 64),
-        Reason.IDENTITY_REFUSED,
+        Reason.TOKEN_REJECTED,
         "another algorithm",
     ),
-    "unknown key id": (lambda i: i.rotated("key-9").pod_token(POD), Reason.IDENTITY_REFUSED, "does not publish"),
-    "no key id": (lambda i: i.sign(i.claims(POD, POD_AUDIENCE), kid=""), Reason.IDENTITY_REFUSED, "does not publish"),
+    "unknown key id": (lambda i: i.rotated("key-9").pod_token(POD), Reason.TOKEN_REJECTED, "does not publish"),
+    "no key id": (lambda i: i.sign(i.claims(POD, POD_AUDIENCE), kid=""), Reason.TOKEN_REJECTED, "does not publish"),
     "known key id, other key": (
         lambda i: i.rotated(i.key_id).pod_token(POD),
-        Reason.IDENTITY_REFUSED,
+        Reason.TOKEN_REJECTED,
         "another algorithm",
     ),
     "known key id, other key of its type": (
         lambda i: TokenIssuer(key_id=i.key_id).pod_token(POD),
-        Reason.IDENTITY_REFUSED,
+        Reason.TOKEN_REJECTED,
         "signature that does not fit",
     ),
-    "key in the header": (with_own_key, Reason.IDENTITY_REFUSED, "signature that does not fit"),
-    "claims changed": (claims_changed_after_signing, Reason.IDENTITY_REFUSED, "signature that does not fit"),
+    "key in the header": (with_own_key, Reason.TOKEN_REJECTED, "signature that does not fit"),
+    "claims changed": (claims_changed_after_signing, Reason.TOKEN_REJECTED, "signature that does not fit"),
     "unknown critical header": (
         lambda i: i.sign(i.claims(POD, POD_AUDIENCE), crit=["exp"]),
-        Reason.IDENTITY_REFUSED,
+        Reason.TOKEN_REJECTED,
         "is not a JSON Web Token",
     ),
     "not bound to a pod": (
         lambda i: i.pod_token(POD, **{"kubernetes.io": BOUND}),
-        Reason.IDENTITY_REFUSED,
+        Reason.TOKEN_REJECTED,
         "bound to a pod",
     ),
     "without its node": (
         lambda i: i.pod_token(POD, **{"kubernetes.io": {**BOUND, "pod": {"name": "a", "uid": "b"}}}),
-        Reason.CLUSTER_UNSUPPORTED,
+        Reason.CLUSTER_NOT_SUPPORTED,
         "Kubernetes 1.30",
     ),
-    "missing": (lambda _: Secret(""), Reason.IDENTITY_REFUSED, "is missing"),
-    "garbage": (lambda _: Secret("garbage"), Reason.IDENTITY_REFUSED, "is not a JSON Web Token"),
-    "dots": (lambda _: Secret(".."), Reason.IDENTITY_REFUSED, "is not a JSON Web Token"),
-    "not ASCII": (lambda _: Secret("é.é.é"), Reason.IDENTITY_REFUSED, "is not a JSON Web Token"),
+    "missing": (lambda _: Secret(""), Reason.TOKEN_REJECTED, "is missing"),
+    "garbage": (lambda _: Secret("garbage"), Reason.TOKEN_REJECTED, "is not a JSON Web Token"),
+    "dots": (lambda _: Secret(".."), Reason.TOKEN_REJECTED, "is not a JSON Web Token"),
+    "not ASCII": (lambda _: Secret("é.é.é"), Reason.TOKEN_REJECTED, "is not a JSON Web Token"),
     "deeply nested header": (
         lambda _: Secret(encoded("") + base64.urlsafe_b64encode(b"[" * 700).decode() + ".e30.e30"),
-        Reason.IDENTITY_REFUSED,
+        Reason.TOKEN_REJECTED,
         "is not a JSON Web Token",
     ),
     "over-long": (
         lambda i: i.pod_token(POD, padding="x" * MAX_TOKEN_BYTES),
-        Reason.IDENTITY_REFUSED,
+        Reason.TOKEN_REJECTED,
         f"at most {MAX_TOKEN_BYTES} bytes",
     ),
     "over-long header": (
         lambda i: i.sign(i.claims(POD, POD_AUDIENCE), padding="x" * 2000),
-        Reason.IDENTITY_REFUSED,
+        Reason.TOKEN_REJECTED,
         "whose header names its key",
     ),
 }
@@ -216,7 +216,7 @@ async def test_any_text_in_place_of_a_token_is_refused_cleanly(text: str) -> Non
     """Nothing but our own refusal comes out, whatever goes in."""
     with pytest.raises(CertmountError) as refusal:
         await TokenVerifier(_KEYS).verify(Secret(text), POD_AUDIENCE, "pod token")
-    assert refusal.value.reason is Reason.IDENTITY_REFUSED
+    assert refusal.value.reason is Reason.TOKEN_REJECTED
 
 
 # The cluster of the properties: one key of each kind, made once.
@@ -237,7 +237,7 @@ async def _is_refused(text: str) -> None:
     verifier: Any = TokenVerifier(_TwoKeys())  # type: ignore[arg-type]  # what of the keys a verifier needs
     with pytest.raises(CertmountError) as refusal:
         await verifier.verify(Secret(text), POD_AUDIENCE, "pod token")
-    assert refusal.value.reason in (Reason.IDENTITY_REFUSED, Reason.TOKEN_EXPIRED, Reason.CLUSTER_UNSUPPORTED)
+    assert refusal.value.reason in (Reason.TOKEN_REJECTED, Reason.TOKEN_EXPIRED, Reason.CLUSTER_NOT_SUPPORTED)
 
 
 def _urlsafe(data: bytes) -> str:

@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from csi_driver.authority.ca.authority import CertificateAuthority
-from csi_driver.authority.ca.ca_files import KeyFiles
+from csi_driver.authority.ca.ca_files import CAFiles
 from csi_driver.authority.ca.key_pairs import INTERMEDIATE_LIFE, ROOT_LIFE
 from csi_driver.authority.ca.keyring import Keyring, dump_keyring, make_keyring
-from csi_driver.authority.ca.rotation import Phase, Retired, State
+from csi_driver.authority.ca.rotation import RetiredRoot, RotationPhase, RotationState
 from csi_driver.authority.ca.sources import StoredCA
-from csi_driver.authority.ca.state import Holdings, load_holdings
+from csi_driver.authority.ca.state import CAState, load_holdings
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
-from csi_driver.core.stored_secrets import Stored
+from csi_driver.core.stored_secrets import StoredSecrets
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 from tests.support.waiting import until
 from tests.unit.authority.clock import Clock
@@ -42,13 +42,13 @@ class MemoryStore:
         self.down = False
         self.others: list[Mapping[str, Secret[bytes]]] = []
 
-    async def load(self) -> Stored:
+    async def load(self) -> StoredSecrets:
         await asyncio.sleep(0)
         if self.down:
             raise CertmountError(Reason.ISSUER_UNAVAILABLE, "memory: lost")
-        return Stored(self.values, str(self.version))
+        return StoredSecrets(self.values, str(self.version))
 
-    async def save(self, values: Mapping[str, Secret[bytes]], based_on: Stored) -> bool:
+    async def save(self, values: Mapping[str, Secret[bytes]], based_on: StoredSecrets) -> bool:
         await asyncio.sleep(0)
         if self.others:
             self.values, self.version = self.others.pop(), self.version + 1
@@ -440,7 +440,7 @@ async def test_a_next_ca_that_is_damaged_can_be_given_up_by_hand(store: MemorySt
     ca = authority(store, clock)
     await ca.refresh()
     assert (ca.current.roots, ca.trust.roots) == (old.roots, old.roots_der)
-    assert (await StoredCA(store).look_up(clock.utc())).state.phase is Phase.STEADY
+    assert (await StoredCA(store).look_up(clock.utc())).state.phase is RotationPhase.STEADY
 
 
 async def test_more_roots_than_nodes_take_are_refused(store: MemoryStore, clock: Clock) -> None:
@@ -461,7 +461,7 @@ async def test_a_ca_in_files_is_followed(tmp_path: Path, clock: Clock, metrics: 
 
     first = make_keyring(clock.utc())
     put(first)
-    ca = CertificateAuthority(KeyFiles(tmp_path, metrics), metrics, clock.utc, elapsed=clock)
+    ca = CertificateAuthority(CAFiles(tmp_path, metrics), metrics, clock.utc, elapsed=clock)
     await ca.refresh()
     told = ca.trust
     assert (await ca.admit_life(timedelta(days=900))).roots == first.roots
@@ -482,7 +482,8 @@ async def test_the_phase_is_a_metric(store: MemoryStore, clock: Clock) -> None:
     await rotate(store, clock)
     await ca.refresh()
     phases = {
-        phase.value: registry.get_sample_value("certmount_ca_rotation", {"phase": phase.value}) for phase in Phase
+        phase.value: registry.get_sample_value("certmount_ca_rotation", {"phase": phase.value})
+        for phase in RotationPhase
     }
     assert phases == {"steady": 0, "announcing": 1, "distributing": 0, "retiring": 0}
 
@@ -509,7 +510,7 @@ CA, NEXT_CA, FORMER_CA = (make_keyring(Clock().utc()) for _ in range(3))
 
 
 @given(
-    phase=st.sampled_from(Phase),
+    phase=st.sampled_from(RotationPhase),
     generation=NUMBERS,
     since=NUMBERS,
     stopped=st.booleans(),
@@ -517,14 +518,14 @@ CA, NEXT_CA, FORMER_CA = (make_keyring(Clock().utc()) for _ in range(3))
     lives=st.lists(NUMBERS, max_size=2),
 )
 def test_what_is_saved_is_read_back(
-    phase: Phase, generation: int, since: int, stopped: bool, life: int, lives: list[int]
+    phase: RotationPhase, generation: int, since: int, stopped: bool, life: int, lives: list[int]
 ) -> None:
     """Every state, with both CAs while there are two."""
     retired = tuple(
-        Retired(root, each) for root, each in zip((*FORMER_CA.roots_der, *NEXT_CA.roots_der), lives, strict=False)
+        RetiredRoot(root, each) for root, each in zip((*FORMER_CA.roots_der, *NEXT_CA.roots_der), lives, strict=False)
     )
-    state = State(phase, generation, since, stopped, life, retired)
-    held = Holdings(CA, NEXT_CA if phase.before_switch else None, state)
+    state = RotationState(phase, generation, since, stopped, life, retired)
+    held = CAState(CA, NEXT_CA if phase.before_switch else None, state)
     found = load_holdings(held.dump(), Clock().utc(), where="memory")
     assert found.saved
     assert (found.state, found.trust) == (held.state, held.trust)

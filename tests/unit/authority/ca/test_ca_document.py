@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.authority.ca.ca_files import KeyFiles
+from csi_driver.authority.ca.ca_files import CAFiles
 from csi_driver.authority.ca.keyring import AUTHORITY_KEY_TYPES, NAMES
 from csi_driver.authority.trust.serving_root import SERVING, SERVING_KEY
-from csi_driver.core.certificates.name_constraints import Bounds, parse_constraint
+from csi_driver.core.certificates.name_constraints import NameConstraintSet, parse_constraint
 from csi_driver.core.formats.pem import fingerprint
 from csi_driver.core.names import DNSName, Names, spiffe_id
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
@@ -37,8 +37,8 @@ def printed(tmp_path: Path) -> str:
 async def test_a_ca_made_as_the_document_says_is_taken(printed: str, tmp_path: Path, metrics: AuthorityMetrics) -> None:
     """For names of the cluster and no other; and the last command prints the fingerprint that the authority logs."""
     assert "intermediate.crt: OK" in printed
-    keyring = await KeyFiles(tmp_path, metrics).refresh(datetime.now(UTC))
-    bounds = Bounds.of((*keyring.intermediates, keyring.root))
+    keyring = await CAFiles(tmp_path, metrics).refresh(datetime.now(UTC))
+    bounds = NameConstraintSet.of((*keyring.intermediates, keyring.root))
     inside = ["shop.web.svc", "shop.web.svc.cluster.local"]
     assert bounds.refused(Names.of(map(DNSName.parse, inside), [spiffe_id("cluster.local", "web", "shop")])) == []
     assert len(bounds.refused(Names.of([DNSName.parse("example.com")], [spiffe_id("other", "web", "shop")]))) == 2

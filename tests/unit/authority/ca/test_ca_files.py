@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
-from csi_driver.authority.ca.ca_files import KeyFiles
+from csi_driver.authority.ca.ca_files import CAFiles
 from csi_driver.authority.ca.key_pairs import INTERMEDIATE_LIFE
 from csi_driver.authority.ca.keyring import Keyring, dump_keyring, make_keyring
 from csi_driver.core.errors import CertmountError, Reason
@@ -44,15 +44,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def files(folder: Path, metrics: AuthorityMetrics) -> KeyFiles:
-    return KeyFiles(folder, metrics)
+def files(folder: Path, metrics: AuthorityMetrics) -> CAFiles:
+    return CAFiles(folder, metrics)
 
 
 def failures(registry: CollectorRegistry) -> float | None:
     return registry.get_sample_value("certmount_ca_refresh_failures_total")
 
 
-async def test_files_are_taken_and_their_fingerprints_logged(files: KeyFiles) -> None:
+async def test_files_are_taken_and_their_fingerprints_logged(files: CAFiles) -> None:
     """So that people can compare; what has not changed is not read into a new keyring."""
     with capture_logs() as logs:
         first = await files.refresh(NOW)
@@ -63,7 +63,7 @@ async def test_files_are_taken_and_their_fingerprints_logged(files: KeyFiles) ->
     ]
 
 
-async def test_a_root_key_beside_them_is_not_read(files: KeyFiles) -> None:
+async def test_a_root_key_beside_them_is_not_read(files: CAFiles) -> None:
     """It isn't needed, as nothing is written there; so who writes the files renews, and hears of it in time."""
     keyring = await files.refresh(NOW)
     assert keyring.root_key is None
@@ -72,14 +72,14 @@ async def test_a_root_key_beside_them_is_not_read(files: KeyFiles) -> None:
     assert [ending.name for ending in keyring.ends_soon(later)] == ["intermediate.crt"]
 
 
-async def test_new_files_are_taken(files: KeyFiles, folder: Path) -> None:
+async def test_new_files_are_taken(files: CAFiles, folder: Path) -> None:
     """Without a restart, by their content."""
     await files.refresh(NOW)
     write(folder, dump_keyring(OTHER))
     assert (await files.refresh(NOW)).root == OTHER.root
 
 
-async def test_bad_new_files_change_nothing(files: KeyFiles, folder: Path, registry: CollectorRegistry) -> None:
+async def test_bad_new_files_change_nothing(files: CAFiles, folder: Path, registry: CollectorRegistry) -> None:
     """The former CA goes on signing; that is said and counted once for each content, and forgotten when they are good."""
     first = await files.refresh(NOW)
     with capture_logs() as logs:
@@ -95,7 +95,7 @@ async def test_bad_new_files_change_nothing(files: KeyFiles, folder: Path, regis
 
 async def test_files_that_are_not_valid_yet_become_good_by_themselves(folder: Path, metrics: AuthorityMetrics) -> None:
     """What issues them may have a clock that is ahead."""
-    files = KeyFiles(folder, metrics)
+    files = CAFiles(folder, metrics)
     await files.refresh(NOW)
     ahead = make_keyring(NOW + INTERMEDIATE_LIFE / 100)
     write(folder, dump_keyring(ahead))
@@ -108,7 +108,7 @@ async def test_without_any_good_files_there_is_no_ca(folder: Path, metrics: Auth
     (folder / "root.crt").unlink()
     (folder / "intermediate.key").write_bytes(b"hello")
     with pytest.raises(CertmountError, match=r"\(1\).*root\.crt: is missing.*\(2\).*intermediate\.key") as refusal:
-        await KeyFiles(folder, metrics).refresh(NOW)
+        await CAFiles(folder, metrics).refresh(NOW)
     assert refusal.value.reason is Reason.INVALID_CA
     assert str(folder) in str(refusal.value)
     assert "new CA" not in str(refusal.value)
@@ -134,7 +134,7 @@ async def test_what_is_no_folder_of_files_is_said(what: str, folder: Path, metri
     """In words, and without waiting for a pipe's writer."""
     spoil(folder, what)
     with pytest.raises(CertmountError, match=r"cannot be read: \w+"):
-        await KeyFiles(folder, metrics).refresh(NOW)
+        await CAFiles(folder, metrics).refresh(NOW)
 
 
 async def test_an_encrypted_key_opens_with_the_password_file(
@@ -143,9 +143,9 @@ async def test_an_encrypted_key_opens_with_the_password_file(
     """Whose line end does not count; without the file, or with another word in it, the message says which it is."""
     write(folder, encrypted(ONE, b"canary-password"))
     with pytest.raises(CertmountError, match=r"intermediate\.key: is encrypted, and there is no password"):
-        await KeyFiles(folder, metrics).refresh(NOW)
+        await CAFiles(folder, metrics).refresh(NOW)
     password = tmp_path / "password"
-    files = KeyFiles(folder, metrics, password)
+    files = CAFiles(folder, metrics, password)
     with pytest.raises(CertmountError, match=r"password: cannot be read: there is no such file"):
         await files.refresh(NOW)
     password.write_bytes(b"canary-passwort\n")
@@ -178,7 +178,7 @@ async def test_a_secret_mounted_by_the_kubelet_is_read_as_one(
     mount = tmp_path / "secret"
     mount.mkdir()
     swap(mount, "..1", dump_keyring(ONE))
-    files = KeyFiles(mount, metrics)
+    files = CAFiles(mount, metrics)
     assert (await files.refresh(NOW)).root == ONE.root
     opened = os.open
     swapped: list[str] = []
@@ -194,7 +194,7 @@ async def test_a_secret_mounted_by_the_kubelet_is_read_as_one(
     assert swapped
 
 
-async def test_files_that_change_all_the_time_are_no_ca(files: KeyFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_files_that_change_all_the_time_are_no_ca(files: CAFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says so, rather than to read for ever."""
     monkeypatch.setattr(os.path, "samestat", lambda *_: False)
     with pytest.raises(CertmountError, match="changes faster than it can be read"):

@@ -12,14 +12,14 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.verification import PolicyBuilder, Store
 
-from csi_driver.authority.ca.key_pairs import INTERMEDIATE_LIFE, ROOT_LIFE, Signer
+from csi_driver.authority.ca.key_pairs import INTERMEDIATE_LIFE, ROOT_LIFE, CAKeyPair
 from csi_driver.authority.ca.keyring import (
     AUTHORITY_KEY_TYPES,
-    Design,
+    CAProfile,
     Keyring,
-    design_of,
     dump_keyring,
     make_keyring,
+    profile_of,
 )
 from csi_driver.authority.ca.keyring_loader import load_keyring
 from csi_driver.authority.ca.leaf import Leaf, sign_leaf
@@ -128,9 +128,9 @@ def from_other(*names: str) -> Callable[[Values], Values]:
     return lambda values: {**values, **{name: other[name] for name in names}}
 
 
-def root_of(keyring: Keyring) -> Signer:
+def root_of(keyring: Keyring) -> CAKeyPair:
     assert keyring.root_key is not None
-    return Signer(keyring.root, keyring.root_key)
+    return CAKeyPair(keyring.root, keyring.root_key)
 
 
 def leaf_as_intermediate(values: Values) -> Values:
@@ -263,7 +263,7 @@ BOUNDS = tuple(map(parse_constraint, ("dns:example.com", "uri:cluster.local", "i
 @pytest.mark.parametrize("kind", DESIGNED)
 def test_a_ca_is_made_of_the_keys_that_are_wanted(kind: KeyType) -> None:
     """Root and intermediate alike; it survives the store, and a new intermediate is of the same kind."""
-    keyring = load_keyring(dump_keyring(make_keyring(NOW, Design(kind))), NOW, where="here")
+    keyring = load_keyring(dump_keyring(make_keyring(NOW, CAProfile(kind))), NOW, where="here")
     for ring in (keyring, keyring.with_new_intermediate(NOW)):
         for certificate in (ring.root, ring.intermediate.certificate):
             assert key_type_of(certificate.public_key()) is kind
@@ -271,7 +271,7 @@ def test_a_ca_is_made_of_the_keys_that_are_wanted(kind: KeyType) -> None:
 
 def test_name_constraints_stand_in_root_and_intermediate() -> None:
     """Critical in both (RFC 5280 section 4.2.1.10), and in every later intermediate."""
-    keyring = make_keyring(NOW, Design(permitted=BOUNDS))
+    keyring = make_keyring(NOW, CAProfile(permitted=BOUNDS))
     for ring in (keyring, keyring.with_new_intermediate(NOW)):
         for certificate in (ring.root, ring.intermediate.certificate):
             found = certificate.extensions.get_extension_for_class(x509.NameConstraints)
@@ -281,7 +281,7 @@ def test_name_constraints_stand_in_root_and_intermediate() -> None:
 
 def test_a_wanted_path_length_is_the_roots() -> None:
     """The intermediate signs leaves only, whatever the root would allow."""
-    keyring = make_keyring(NOW, Design(path_length=3))
+    keyring = make_keyring(NOW, CAProfile(path_length=3))
     lengths = [
         certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length
         for certificate in (keyring.root, keyring.intermediate.certificate)
@@ -295,17 +295,17 @@ EXCLUDED = (x509.DNSName("b.example.com"),)
 @pytest.mark.parametrize(
     "design",
     [
-        Design(),
-        Design(KeyType.ED25519),
-        Design(KeyType.ML_DSA_44, path_length=2),
-        Design(permitted=BOUNDS),
-        Design(KeyType.EC_P256, BOUNDS[:2], EXCLUDED),
+        CAProfile(),
+        CAProfile(KeyType.ED25519),
+        CAProfile(KeyType.ML_DSA_44, path_length=2),
+        CAProfile(permitted=BOUNDS),
+        CAProfile(KeyType.EC_P256, BOUNDS[:2], EXCLUDED),
     ],
 )
-def test_the_design_of_a_ca_is_found_in_it(design: Design) -> None:
+def test_the_design_of_a_ca_is_found_in_it(design: CAProfile) -> None:
     """So the next one is made for the same names; nobody has to remember how the first one was made."""
     keyring = load_keyring(dump_keyring(make_keyring(NOW, design)), NOW, where="here")
-    found = design_of(keyring)
+    found = profile_of(keyring)
     assert set(found.permitted) == set(design.permitted)
     assert (found.key_type, found.excluded, found.path_length) == (design.key_type, design.excluded, design.path_length)
 
@@ -317,5 +317,5 @@ def test_the_design_of_a_brought_ca_gathers_what_its_chain_constrains() -> None:
     below = x509.NameConstraints([names["dns:a.test"]], EXCLUDED)
     root = pki.authority("root", extensions=[pki.CA_USAGE, above])
     lower = pki.authority("lower", root, extensions=[pki.CA_USAGE, below])
-    found = design_of(Keyring((root.certificate,), None, Signer(lower.certificate, lower.key)))
-    assert found == Design(KeyType.EC_P256, (names["dns:a.test"], names["ip:10.0.0.0/8"]), EXCLUDED)
+    found = profile_of(Keyring((root.certificate,), None, CAKeyPair(lower.certificate, lower.key)))
+    assert found == CAProfile(KeyType.EC_P256, (names["dns:a.test"], names["ip:10.0.0.0/8"]), EXCLUDED)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from csi_driver.authority.ca import rotation
-from csi_driver.authority.ca.rotation import CLOCKS_S, STALE_S, Phase, Retired, State
+from csi_driver.authority.ca.rotation import CLOCKS_S, STALE_S, RetiredRoot, RotationPhase, RotationState
 from csi_driver.core.errors import CertmountError, Reason
 
 NOW = 1_800_000_000
@@ -21,27 +21,27 @@ STEADY = rotation.first_state(NOW)
 ANNOUNCING = rotation.begin(STEADY, NOW)
 
 
-def step(state: State, now: int, confirmed: str = "", expected: str = "") -> State:
+def step(state: RotationState, now: int, confirmed: str = "", expected: str = "") -> RotationState:
     return rotation.advance(state, now, set(confirmed), set(expected), [OLD])
 
 
 def test_a_rotation_goes_through_its_phases_in_order() -> None:
     """Each counts from when it was first read, whatever the clock said when it was decided on."""
     state = rotation.admit_life(ANNOUNCING, 55)
-    assert (state.phase, state.since) == (Phase.ANNOUNCING, 0)
+    assert (state.phase, state.since) == (RotationPhase.ANNOUNCING, 0)
     state = step(state, NOW + 100)
     assert state.since == NOW + 100
     assert step(state, NOW + 100 + WAIT - 1) == state
     state = step(state, NOW + 100 + WAIT)
-    assert state.phase is Phase.DISTRIBUTING
+    assert state.phase is RotationPhase.DISTRIBUTING
     state = step(state, NOW + 200)
     assert step(state, NOW + 9999, "a", "ab") == state
     state = step(state, NOW + 300, "abc", "ab")
-    assert (state.phase, state.longest_life, state.retired) == (Phase.RETIRING, 0, (Retired(OLD, 60),))
+    assert (state.phase, state.longest_life, state.retired) == (RotationPhase.RETIRING, 0, (RetiredRoot(OLD, 60),))
     state = step(state, NOW + 400)
     assert step(state, NOW + 400 + WAIT + 59) == state
     state = step(state, NOW + 400 + WAIT + 60)
-    assert (state.phase, state.retired) == (Phase.STEADY, ())
+    assert (state.phase, state.retired) == (RotationPhase.STEADY, ())
 
 
 def test_each_other_set_of_roots_has_a_higher_generation() -> None:
@@ -51,18 +51,20 @@ def test_each_other_set_of_roots_has_a_higher_generation() -> None:
         announced := rotation.begin(STEADY, NOW - 50),
         distributing := step(replace(announced, since=1), NOW),
         rotation.discard(distributing, NOW),
-        step(replace(distributing, phase=Phase.RETIRING, since=1), NOW + 7),
+        step(replace(distributing, phase=RotationPhase.RETIRING, since=1), NOW + 7),
     ):
         generations.append(state.generation)
     assert generations == [NOW, NOW + 1, NOW + 2, NOW + 3, NOW + 7]
     switched = step(replace(distributing, since=1), NOW)
-    assert (switched.phase, switched.generation) == (Phase.RETIRING, distributing.generation)
+    assert (switched.phase, switched.generation) == (RotationPhase.RETIRING, distributing.generation)
 
 
-@pytest.mark.parametrize("phase", [Phase.ANNOUNCING, Phase.DISTRIBUTING, Phase.RETIRING])
-def test_what_is_stopped_stands_still_until_told(phase: Phase) -> None:
+@pytest.mark.parametrize("phase", [RotationPhase.ANNOUNCING, RotationPhase.DISTRIBUTING, RotationPhase.RETIRING])
+def test_what_is_stopped_stands_still_until_told(phase: RotationPhase) -> None:
     """In each phase that goes on by itself."""
-    state = State(phase, NOW, since=1, retired=(Retired(OLD, 1),) if phase is Phase.RETIRING else ())
+    state = RotationState(
+        phase, NOW, since=1, retired=(RetiredRoot(OLD, 1),) if phase is RotationPhase.RETIRING else ()
+    )
     stopped = rotation.stop(state)
     assert step(stopped, NOW) == stopped
     assert rotation.go_on(stopped) == state
@@ -71,10 +73,10 @@ def test_what_is_stopped_stands_still_until_told(phase: Phase) -> None:
 
 def test_only_what_can_be_undone_is_undone() -> None:
     """Before the switch the next CA has signed nothing; after it pods live by it."""
-    for phase in (Phase.ANNOUNCING, Phase.DISTRIBUTING):
-        assert rotation.discard(State(phase, NOW, stopped=True), NOW).phase is Phase.STEADY
+    for phase in (RotationPhase.ANNOUNCING, RotationPhase.DISTRIBUTING):
+        assert rotation.discard(RotationState(phase, NOW, stopped=True), NOW).phase is RotationPhase.STEADY
     with pytest.raises(CertmountError, match="pods hold certificates that only its root vouches for") as refusal:
-        rotation.discard(State(Phase.RETIRING, NOW), NOW)
+        rotation.discard(RotationState(RotationPhase.RETIRING, NOW), NOW)
     assert refusal.value.reason is Reason.INVALID_REQUEST
     for refused in (partial(rotation.discard, STEADY, NOW), partial(rotation.stop, STEADY)):
         with pytest.raises(CertmountError, match="none is under way"):
@@ -98,10 +100,15 @@ def test_a_life_is_written_a_handful_of_times() -> None:
 def test_a_ca_that_a_person_put_there_may_have_signed_anything() -> None:
     """Its certificates are waited for as long as they can be; a rotation begins again with it."""
     fresh = rotation.adopt(None, NOW, 0, longest_life=500)
-    assert (fresh.phase, fresh.generation, fresh.longest_life) == (Phase.STEADY, NOW, 500)
-    distributing = State(Phase.DISTRIBUTING, NOW + 5, since=3, longest_life=900)
+    assert (fresh.phase, fresh.generation, fresh.longest_life) == (RotationPhase.STEADY, NOW, 500)
+    distributing = RotationState(RotationPhase.DISTRIBUTING, NOW + 5, since=3, longest_life=900)
     again = rotation.adopt(distributing, NOW, NOW + 8, longest_life=500)
-    assert (again.phase, again.since, again.generation, again.longest_life) == (Phase.ANNOUNCING, 0, NOW + 9, 900)
+    assert (again.phase, again.since, again.generation, again.longest_life) == (
+        RotationPhase.ANNOUNCING,
+        0,
+        NOW + 9,
+        900,
+    )
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ NOTHING = Roots(0, frozenset())
 class Stored:
     """What the store of the model holds."""
 
-    state: State
+    state: RotationState
     signing: int = 0
     following: int | None = None
     version: int = 0
@@ -214,7 +221,7 @@ class Model:
         confirmed = {name for name, each in self.confirmed.items() if each >= store.state.generation}
         after = rotation.advance(store.state, self.now, confirmed, expected, [store.signing.to_bytes(4)])
         replica.view, replica.seen, replica.plan = store, self.now, None
-        if after.phase is Phase.RETIRING and store.following is not None:
+        if after.phase is RotationPhase.RETIRING and store.following is not None:
             replica.plan = Stored(after, store.following, None, store.version + 1)
         elif after != store.state:
             replica.plan = replace(store, state=after, version=store.version + 1)
@@ -230,12 +237,12 @@ class Model:
     def person(self) -> None:
         state, following, now = self.store.state, self.store.following, self.now
         what = self.random.choice(["rotate", "rotate", "rotate", "rotate", "stop", "discard"])
-        if what == "rotate" and state.phase is Phase.STEADY:
+        if what == "rotate" and state.phase is RotationPhase.STEADY:
             self.last_ca += 1
             state, following = rotation.begin(state, now), self.last_ca
         elif what == "rotate":
             state = rotation.go_on(state)
-        elif what == "stop" and state.phase is not Phase.STEADY:
+        elif what == "stop" and state.phase is not RotationPhase.STEADY:
             state = rotation.stop(state)
         elif what == "discard" and state.phase.before_switch:
             state, following = rotation.discard(state, now), None
@@ -334,7 +341,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "_in_phase",
         lambda in_phase: (
             lambda s, phase, now: (
-                replace(s, phase=phase, since=0) if phase is Phase.DISTRIBUTING else in_phase(s, phase, now)
+                replace(s, phase=phase, since=0) if phase is RotationPhase.DISTRIBUTING else in_phase(s, phase, now)
             )
         ),
     ),
@@ -355,6 +362,6 @@ def test_the_model_finds_an_outage_where_a_rule_is_broken(broken: str, monkeypat
 def test_the_model_finds_an_outage_where_a_wait_is_left_out(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each wait is needed: for replicas that have not heard of a phase yet, and for certificates that have not ended."""
     short = property(lambda state: state.since) if rule == "announced_at" else lambda state, _: state.since
-    monkeypatch.setattr(State, rule, short)
+    monkeypatch.setattr(RotationState, rule, short)
     with pytest.raises(Outage):
         walk_all(3000)

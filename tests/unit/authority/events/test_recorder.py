@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from csi_driver.authority.events import aggregator as event_ledger
-from csi_driver.authority.events.aggregator import MOST_KEPT, MOST_PER_POD, Entry, Ledger
+from csi_driver.authority.events.aggregator import MOST_KEPT, MOST_PER_POD, AggregatedEvent, EventAggregator
 from csi_driver.authority.events.node_reports import CONDITIONS, RECOVERED
 from csi_driver.authority.events.recorder import NoEvents, PodEvents, presentable
-from csi_driver.core.cluster.event import EventRefused, PodEvent, Written
+from csi_driver.core.cluster.event import EventRefused, PodEvent, RecordedEvent
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.telemetry.cluster_metrics import ClusterMetrics
@@ -39,21 +39,21 @@ class Book:
 
     def __init__(self, now: float = START) -> None:
         self.dropped: Counter[str] = Counter()
-        self.ledger = Ledger(lambda why: self.dropped.update([why]))
+        self.ledger = EventAggregator(lambda why: self.dropped.update([why]))
         self.now = now
 
-    def note(self, message: str = "refused", *, pod: PodIdentity = HELLO, reason: str = "NameRefused") -> None:
+    def note(self, message: str = "refused", *, pod: PodIdentity = HELLO, reason: str = "NameNotAllowed") -> None:
         self.ledger.note(pod, warning=True, reason=reason, message=message, now=self.now)
 
-    def write(self) -> Entry | None:
+    def write(self) -> AggregatedEvent | None:
         """What is due now, written without a fault."""
         entry = self.ledger.take(self.now)
         if entry is not None:
             told = entry.said if entry.written else 1
-            self.ledger.settle(entry, told, Written("1", told), self.now)
+            self.ledger.settle(entry, told, RecordedEvent("1", told), self.now)
         return entry
 
-    def next(self) -> Entry:
+    def next(self) -> AggregatedEvent:
         """Turns the clock to what is due next, and writes it."""
         wait = self.ledger.wait(self.now)
         assert wait is not None
@@ -211,16 +211,16 @@ class Writer:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def create(self, event: PodEvent) -> Written:
+    async def create(self, event: PodEvent) -> RecordedEvent:
         await self._try()
         self.created.append(event)
-        return Written("1", 1)
+        return RecordedEvent("1", 1)
 
-    async def repeat(self, event: PodEvent, known: Written, more: int, last_at: float) -> Written:
+    async def repeat(self, event: PodEvent, known: RecordedEvent, more: int, last_at: float) -> RecordedEvent:
         del last_at
         await self._try()
         self.repeated.append((event.name, known.count, more))
-        return Written("2", known.count + more)
+        return RecordedEvent("2", known.count + more)
 
     async def _try(self) -> None:
         self.tries += 1
@@ -256,7 +256,7 @@ async def events(writer: Writer, registry: CollectorRegistry, clock: Clock) -> A
 
 
 def say(events: PodEvents, message: str = "refused", pod: PodIdentity = HELLO) -> None:
-    events.record(pod, warning=True, reason="NameRefused", message=message)
+    events.record(pod, warning=True, reason="NameNotAllowed", message=message)
 
 
 async def test_what_is_recorded_is_written(events: PodEvents, writer: Writer, registry: CollectorRegistry) -> None:
@@ -265,7 +265,7 @@ async def test_what_is_recorded_is_written(events: PodEvents, writer: Writer, re
     await until(lambda: writer.created, "the event")
     event = writer.created[0]
     assert (event.namespace, event.pod_name, event.pod_uid) == ("web", "hello-0", "pod-uid")
-    assert (event.warning, event.reason, event.message, event.first_at) == (True, "NameRefused", "refused", START)
+    assert (event.warning, event.reason, event.message, event.first_at) == (True, "NameNotAllowed", "refused", START)
     await until(lambda: registry.get_sample_value("certmount_events_written_total") == 1, "the count")
 
 
@@ -297,7 +297,7 @@ async def test_repeats_while_the_first_is_on_its_way_are_counted_later(
 
 async def test_events_wait_for_the_api_server_to_come_back(events: PodEvents, writer: Writer, clock: Clock) -> None:
     """One try at a time with growing pauses, whatever else is recorded; nothing is lost in between."""
-    writer.failure = CertmountError(Reason.PROOF_UNAVAILABLE, Fault("Event", "the API server cannot be reached"))
+    writer.failure = CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, Fault("Event", "the API server cannot be reached"))
     say(events)
     await until(lambda: writer.tries == 1, "the first try")
     say(events, "another")
@@ -332,7 +332,7 @@ async def test_recording_never_raises(message: str, events: PodEvents, writer: W
 
 def test_outside_a_cluster_no_one_is_told() -> None:
     """And no one minds."""
-    NoEvents().record(HELLO, warning=True, reason="NameRefused", message="x")
+    NoEvents().record(HELLO, warning=True, reason="NameNotAllowed", message="x")
 
 
 def test_how_long_the_cluster_could_not_be_followed_is_shown(registry: CollectorRegistry) -> None:

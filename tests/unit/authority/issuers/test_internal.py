@@ -13,9 +13,9 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from csi_driver.authority.ca.authority import CertificateAuthority
-from csi_driver.authority.ca.key_pairs import Signer
-from csi_driver.authority.ca.keyring import Design, Keyring, make_keyring
-from csi_driver.authority.issuers import Order
+from csi_driver.authority.ca.key_pairs import CAKeyPair
+from csi_driver.authority.ca.keyring import CAProfile, Keyring, make_keyring
+from csi_driver.authority.issuers import IssuerRequest
 from csi_driver.authority.issuers.internal import InternalIssuer
 from csi_driver.core.certificates.csr import build_csr, names_of, parse_csr
 from csi_driver.core.certificates.keys import generate_key
@@ -43,18 +43,18 @@ class HeldCA:
         return self.current
 
 
-def order(*names: str, usages: tuple[Usage, ...] = (Usage.SERVER, Usage.CLIENT), asked: bool = True) -> Order:
+def order(*names: str, usages: tuple[Usage, ...] = (Usage.SERVER, Usage.CLIENT), asked: bool = True) -> IssuerRequest:
     identity = cast("PodIdentity", None)  # nothing here looks at it
     granted = pki.names(*names)
     request = parse_csr(build_csr(KEY, granted if asked else Names()))
-    return Order(request, Grant(granted, timedelta(hours=1), usages, ("test",)), identity)
+    return IssuerRequest(request, Grant(granted, timedelta(hours=1), usages, ("test",)), identity)
 
 
 def issuer(ca: HeldCA) -> InternalIssuer:
     return InternalIssuer(cast("CertificateAuthority", ca), lambda: NOW)
 
 
-async def issue(keyring: Keyring, wanted: Order) -> tuple[list[x509.Certificate], Sequence[bytes]]:
+async def issue(keyring: Keyring, wanted: IssuerRequest) -> tuple[list[x509.Certificate], Sequence[bytes]]:
     issued = await issuer(HeldCA(keyring)).issue(wanted)
     return [x509.load_der_x509_certificate(one) for one in issued.chain], issued.roots
 
@@ -65,7 +65,7 @@ async def test_a_leaf_comes_with_its_chain_and_roots() -> None:
     middle = pki.authority("middle", root)
     lower = pki.authority("lower", middle)
     keyring = Keyring(
-        (root.certificate, stranger.certificate), None, Signer(lower.certificate, lower.key), (middle.certificate,)
+        (root.certificate, stranger.certificate), None, CAKeyPair(lower.certificate, lower.key), (middle.certificate,)
     )
     (leaf, *chain), roots = await issue(keyring, order("a.test", usages=(Usage.CLIENT,)))
     assert chain == [lower.certificate, middle.certificate]
@@ -77,13 +77,13 @@ async def test_a_leaf_comes_with_its_chain_and_roots() -> None:
 
 async def test_names_that_the_ca_does_not_permit_are_refused() -> None:
     """All of them, in words for the pod's owner and for the administrator."""
-    design = Design(permitted=tuple(map(parse_constraint, ("dns:example.com", "uri:cluster.local"))))
+    design = CAProfile(permitted=tuple(map(parse_constraint, ("dns:example.com", "uri:cluster.local"))))
     keyring = make_keyring(NOW, design)
     (leaf, _), _ = await issue(keyring, order("a.example.com", pki.SPIFFE))
     assert names_of(leaf.extensions) == pki.names("a.example.com", pki.SPIFFE)
     with pytest.raises(CertmountError) as refusal:
         await issue(keyring, order("a.example.com", "a.test", "spiffe://other/x", pki.SPIFFE))
-    assert refusal.value.reason is Reason.NAME_REFUSED
+    assert refusal.value.reason is Reason.NAME_NOT_ALLOWED
     assert [str(fault) for fault in refusal.value.faults] == [
         f"{name}: the CA's certificate permits {permitted} only; "
         "ask for names within them, or have an administrator change the CA"
@@ -93,10 +93,10 @@ async def test_names_that_the_ca_does_not_permit_are_refused() -> None:
 
 async def test_names_that_nobody_asked_for_are_left_out_where_the_ca_does_not_permit_them() -> None:
     """A pod that names nothing gets what its CA may sign of its Services' names; its SPIFFE ID is never left out."""
-    keyring = make_keyring(NOW, Design(permitted=(parse_constraint("dns:example.com"),)))
+    keyring = make_keyring(NOW, CAProfile(permitted=(parse_constraint("dns:example.com"),)))
     (leaf, _), _ = await issue(keyring, order("shop.example.com", "shop.web.svc", pki.SPIFFE, asked=False))
     assert names_of(leaf.extensions) == pki.names("shop.example.com", pki.SPIFFE)
-    strict = make_keyring(NOW, Design(permitted=(parse_constraint("uri:elsewhere"),)))
+    strict = make_keyring(NOW, CAProfile(permitted=(parse_constraint("uri:elsewhere"),)))
     with pytest.raises(CertmountError, match="spiffe://"):
         await issue(strict, order("shop.web.svc", pki.SPIFFE, asked=False))
 
@@ -106,7 +106,7 @@ async def test_a_new_keyring_brings_its_own_constraints() -> None:
     ca = HeldCA(make_keyring(NOW))
     internal = issuer(ca)
     await internal.issue(order("a.test"))
-    ca.current = make_keyring(NOW, Design(permitted=(parse_constraint("dns:example.com"),)))
+    ca.current = make_keyring(NOW, CAProfile(permitted=(parse_constraint("dns:example.com"),)))
     with pytest.raises(CertmountError, match=r"a\.test"):
         await internal.issue(order("a.test"))
 
@@ -118,7 +118,7 @@ async def test_constraints_of_a_ca_that_was_brought_count_too() -> None:
     root = pki.authority("root")
     middle = pki.authority("middle", root, extensions=[pki.CA_USAGE, constraints])
     lower = pki.authority("lower", middle)
-    keyring = Keyring((root.certificate,), None, Signer(lower.certificate, lower.key), (middle.certificate,))
+    keyring = Keyring((root.certificate,), None, CAKeyPair(lower.certificate, lower.key), (middle.certificate,))
     (leaf, *_), _ = await issue(keyring, order("a.test"))
     assert not leaf.subject.rdns
     with pytest.raises(CertmountError, match=r"x\.b\.test: the CA's certificate excludes dns:b\.test"):

@@ -16,14 +16,14 @@ import pytest
 import yaml
 from structlog.testing import capture_logs
 
-from csi_driver.authority.issuers import Issued, Order, issuers_file
-from csi_driver.authority.issuers.configuration import KINDS, Kind, Tools, read_issuers
+from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest, issuers_file
+from csi_driver.authority.issuers.configuration import ISSUER_KINDS, IssuerDependencies, IssuerKind, read_issuers
 from csi_driver.authority.issuers.external import Finding
 from csi_driver.authority.issuers.issuers_file import IssuersFile
-from csi_driver.authority.issuers.secrets import Secrets
+from csi_driver.authority.issuers.secrets import CredentialReader
 from csi_driver.authority.issuers.step_ca.document import StepCAConfiguration
+from csi_driver.core.config.document_reader import DocumentReader
 from csi_driver.core.config.document_reader import Path as Place
-from csi_driver.core.config.document_reader import Reader
 from csi_driver.core.config.issuers import FileSource, SecretSource
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
@@ -185,15 +185,15 @@ def test_the_schema_knows_every_kind() -> None:
     """An editor that checks by the schema offers what the program has."""
     schema = json.loads((ROOT / "docs" / "issuers.schema.json").read_text())
     entry = schema["properties"]["issuers"]["items"]
-    assert set(entry["properties"]) == {"name", *KINDS}
-    assert [{"required": [kind]} for kind in KINDS] == entry["oneOf"]
+    assert set(entry["properties"]) == {"name", *ISSUER_KINDS}
+    assert [{"required": [kind]} for kind in ISSUER_KINDS] == entry["oneOf"]
 
 
 def test_every_kind_is_in_the_documents() -> None:
     """docs/issuers.md lists what the file may declare."""
     page = (ROOT / "docs" / "issuers.md").read_text()
     rows = page.split("| kind | signs |")[1].split("\n\n")[0]
-    assert re.findall(r"^\| `(\w+)`", rows, flags=re.MULTILINE) == list(KINDS)
+    assert re.findall(r"^\| `(\w+)`", rows, flags=re.MULTILINE) == list(ISSUER_KINDS)
 
 
 def test_every_yaml_example_in_the_documents_is_taken() -> None:
@@ -229,11 +229,11 @@ class FakeIssuer:
     async def check(self) -> list[Finding]:
         return []
 
-    async def issue(self, order: Order) -> Issued:
+    async def issue(self, order: IssuerRequest) -> IssuedCertificate:
         raise NotImplementedError
 
 
-def parse_fake(reader: Reader, path: Place, value: object) -> object:
+def parse_fake(reader: DocumentReader, path: Place, value: object) -> object:
     if value == "wrong":
         reader.fault(path, "is wrong")
     return value
@@ -248,12 +248,12 @@ class Office:
     loads: list[bool] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        fake = Kind(parse_fake, lambda name, configuration, _: FakeIssuer(name, configuration))
+        fake = IssuerKind(parse_fake, lambda name, configuration, _: FakeIssuer(name, configuration))
         self.internal = FakeIssuer("internal", None)
         self.issuers = IssuersFile(
             self.file,
             self.internal,
-            Tools(Secrets()),
+            IssuerDependencies(CredentialReader()),
             on_roots=self.roots.__setitem__,
             on_load=self.loads.append,
             on_due=lambda _: None,
@@ -351,7 +351,12 @@ async def test_without_a_file_there_is_the_internal_ca() -> None:
     """As before there was such a file."""
     internal = FakeIssuer("internal", None)
     issuers = IssuersFile(
-        None, internal, Tools(Secrets()), on_roots=lambda *_: None, on_load=lambda _: None, on_due=lambda _: None
+        None,
+        internal,
+        IssuerDependencies(CredentialReader()),
+        on_roots=lambda *_: None,
+        on_load=lambda _: None,
+        on_due=lambda _: None,
     )
     await issuers.load()
     assert dict(issuers) == {"internal": internal}
@@ -368,14 +373,14 @@ async def test_credentials_are_read_from_where_they_are(tmp_path: Path) -> None:
 
     file = tmp_path / "key"
     file.write_bytes(b"from a file")
-    assert (await Secrets().read(FileSource(str(file)))).reveal() == b"from a file"
+    assert (await CredentialReader().read(FileSource(str(file)))).reveal() == b"from a file"
     in_cluster = SecretSource("certmount", "step", "jwk")
-    assert (await Secrets(read_secret).read(in_cluster)).reveal() == b"from the cluster"
+    assert (await CredentialReader(read_secret).read(in_cluster)).reveal() == b"from the cluster"
     assert asked == [("certmount", "step", "jwk")]
     with pytest.raises(CertmountError, match="there is no cluster to read it from; keep it in a file"):
-        await Secrets().read(in_cluster)
+        await CredentialReader().read(in_cluster)
     file.write_bytes(b"")
     with pytest.raises(CertmountError, match="is empty"):
-        await Secrets().read(FileSource(str(file)))
+        await CredentialReader().read(FileSource(str(file)))
     with pytest.raises(CertmountError, match="cannot be read: Is a directory"):
-        await Secrets().read(FileSource(str(tmp_path)))
+        await CredentialReader().read(FileSource(str(tmp_path)))

@@ -114,7 +114,7 @@ async def test_a_successor_under_the_same_name_is_another_pod(cluster: Cluster) 
     cluster.pods.put(pod(uid=successor, app="stranger"))
     with pytest.raises(CertmountError) as failure:
         await cluster.subjects(patience_s=0.01).find(HELLO)
-    assert failure.value.reason is Reason.POD_UNKNOWN
+    assert failure.value.reason is Reason.POD_NOT_FOUND
     assert await cluster.services_of(dataclasses.replace(HELLO, pod_uid=successor)) == ()
 
 
@@ -123,7 +123,7 @@ async def test_a_uid_of_another_namespace_is_refused(cluster: Cluster) -> None:
     cluster.pods.put(pod(namespace="bank", app="hello"))
     with pytest.raises(CertmountError, match="knows its uid in namespace bank") as failure:
         await cluster.subjects().find(HELLO)
-    assert failure.value.reason is Reason.IDENTITY_REFUSED
+    assert failure.value.reason is Reason.TOKEN_REJECTED
 
 
 async def test_changed_labels_count_from_now_on(cluster: Cluster) -> None:
@@ -179,7 +179,7 @@ async def test_caches_that_are_not_kept_up_to_date_prove_nothing(cluster: Cluste
     cluster.outdated = ["the cluster's pods are not known yet", "the cluster's services could not be followed for 70 s"]
     with pytest.raises(CertmountError, match=r"pods are not known yet .*followed for 70 s") as failure:
         await cluster.subjects().find(HELLO)
-    assert failure.value.reason is Reason.PROOF_UNAVAILABLE
+    assert failure.value.reason is Reason.TOKEN_REVIEW_UNAVAILABLE
 
 
 async def test_thousands_of_services(cluster: Cluster) -> None:

@@ -11,17 +11,17 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from csi_driver.authority.trust.acknowledgements import (
-    CONFIRMATIONS_FILE,
+    ACKNOWLEDGEMENTS_FILE,
     MOST_NODES,
-    Confirmations,
+    AcknowledgementStore,
+    AcknowledgingNodes,
     ConnectedNodes,
-    KnownNodes,
     judge,
     mark,
 )
-from csi_driver.authority.trust.bundles import Trust
+from csi_driver.authority.trust.bundles import TrustBundles
 from csi_driver.core.certificates.root_sets import RootSet
-from csi_driver.core.cluster.nodes import Nodes
+from csi_driver.core.cluster.nodes import ClusterNodes
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
@@ -35,12 +35,12 @@ def store() -> MemoryStore:
     return MemoryStore()
 
 
-def replica(store: MemoryStore, generation: int = GENERATION) -> Confirmations:
-    return Confirmations(store, lambda: generation, pause_s=0)
+def replica(store: MemoryStore, generation: int = GENERATION) -> AcknowledgementStore:
+    return AcknowledgementStore(store, lambda: generation, pause_s=0)
 
 
 @contextlib.asynccontextmanager
-async def running(*replicas: Confirmations) -> AsyncIterator[None]:
+async def running(*replicas: AcknowledgementStore) -> AsyncIterator[None]:
     async with asyncio.TaskGroup() as tasks:
         runners = [tasks.create_task(each.run()) for each in replicas]
         try:
@@ -107,7 +107,7 @@ async def test_a_conflict_loses_nothing(store: MemoryStore) -> None:
     """Another replica came first: both are there."""
     confirmations = replica(store)
     document = json.dumps({"set": "internal", "nodes": {mark("node-2"): GENERATION}}).encode()
-    store.others = [{CONFIRMATIONS_FILE: Secret(document)}]
+    store.others = [{ACKNOWLEDGEMENTS_FILE: Secret(document)}]
     async with running(confirmations):
         await confirmations.confirm("node-1", "internal", GENERATION)
     assert await confirmations.read() == {mark("node-1"): GENERATION, mark("node-2"): GENERATION}
@@ -116,7 +116,7 @@ async def test_a_conflict_loses_nothing(store: MemoryStore) -> None:
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"nodes": 7}', b'{"nodes": {"a": "x"}}', b"[" * 90_000])
 async def test_damaged_confirmations_are_begun_anew(content: bytes, store: MemoryStore) -> None:
     """Nodes confirm again within half an hour; an error would hold a rotation for ever."""
-    store.values = {CONFIRMATIONS_FILE: Secret(content)}
+    store.values = {ACKNOWLEDGEMENTS_FILE: Secret(content)}
     confirmations = replica(store)
     assert await confirmations.read() == {}
     async with running(confirmations):
@@ -127,19 +127,19 @@ async def test_damaged_confirmations_are_begun_anew(content: bytes, store: Memor
 async def test_what_is_kept_is_bounded(store: MemoryStore) -> None:
     """The nodes that have not been heard of for longest go first, and all of them fit a Secret."""
     old = {mark(f"old-{number}"): GENERATION - 1 for number in range(MOST_NODES)}
-    store.values = {CONFIRMATIONS_FILE: Secret(json.dumps({"nodes": old}).encode())}
+    store.values = {ACKNOWLEDGEMENTS_FILE: Secret(json.dumps({"nodes": old}).encode())}
     confirmations = replica(store)
     async with running(confirmations):
         await confirmations.confirm("node-1", "internal", GENERATION)
     kept = await confirmations.read()
     assert len(kept) == MOST_NODES
     assert kept[mark("node-1")] == GENERATION
-    assert len(store.values[CONFIRMATIONS_FILE].reveal()) < 700_000
+    assert len(store.values[ACKNOWLEDGEMENTS_FILE].reveal()) < 700_000
 
 
 async def test_a_node_can_be_forgotten(store: MemoryStore) -> None:
     """By its name or its mark, once."""
-    store.values = {CONFIRMATIONS_FILE: Secret(json.dumps({"nodes": {mark("a"): 1, mark("b"): 1}}).encode())}
+    store.values = {ACKNOWLEDGEMENTS_FILE: Secret(json.dumps({"nodes": {mark("a"): 1, mark("b"): 1}}).encode())}
     confirmations = replica(store)
     assert [await confirmations.forget(name) for name in ("a", mark("b"), "a")] == [True, True, False]
     assert await confirmations.read() == {}
@@ -150,13 +150,13 @@ MARKS: Mapping[str, int] = {mark("now"): 7, mark("late"): 6, mark("updating"): 6
 
 def test_nodes_with_the_driver_must_confirm() -> None:
     """And those that had it and are still there, as their pods go on while a driver is updated; not those that are gone."""
-    nodes = Nodes(frozenset({"now", "late", "new"}), frozenset({"updating", "windows"}))
+    nodes = ClusterNodes(frozenset({"now", "late", "new"}), frozenset({"updating", "windows"}))
     assert judge(nodes, MARKS, 7) == (frozenset({"now"}), frozenset({"now", "late", "new", "updating"}))
 
 
 def test_where_nodes_cannot_be_listed_all_that_ever_confirmed_must() -> None:
     """Those that are not connected are called by their marks."""
-    nodes = Nodes(frozenset({"now"}), None)
+    nodes = ClusterNodes(frozenset({"now"}), None)
     assert judge(nodes, MARKS, 7) == (
         frozenset({"now"}),
         frozenset({"now", mark("late"), mark("updating"), mark("gone")}),
@@ -167,9 +167,9 @@ async def test_outside_a_cluster_the_connected_nodes_are_known(
     store: MemoryStore, metrics: AuthorityMetrics, registry: CollectorRegistry
 ) -> None:
     """For as long as their streams last; how many are missing is a metric."""
-    trust = Trust(metrics)
+    trust = TrustBundles(metrics)
     trust.set_roots("internal", RootSet((b"1",), GENERATION))
-    fleet = KnownNodes(replica(store), ConnectedNodes(trust), metrics)
+    fleet = AcknowledgingNodes(replica(store), ConnectedNodes(trust), metrics)
     streams = [trust.watch("node-1"), trust.watch("node-1"), trust.watch("node-2")]
     for stream in streams:
         await anext(stream)

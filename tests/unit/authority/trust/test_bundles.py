@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from csi_driver.authority.trust.bundles import Bundle, FolderPublisher, Trust
+from csi_driver.authority.trust.bundles import FolderPublisher, TrustBundles, TrustSnapshot
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
@@ -19,16 +19,16 @@ ONE, TWO = RootSet((b"1",), 1), RootSet((b"1", b"2"), 2)
 
 
 @pytest.fixture
-def trust(metrics: AuthorityMetrics) -> Trust:
-    trust = Trust(metrics)
+def trust(metrics: AuthorityMetrics) -> TrustBundles:
+    trust = TrustBundles(metrics)
     trust.set_roots("internal", ONE)
     return trust
 
 
-async def test_a_watcher_gets_the_sets_now_and_each_change(trust: Trust) -> None:
+async def test_a_watcher_gets_the_sets_now_and_each_change(trust: TrustBundles) -> None:
     """Of roots and of the policy; setting the same again is no change."""
     watch = trust.watch()
-    assert await anext(watch) == Bundle({"internal": ONE}, "")
+    assert await anext(watch) == TrustSnapshot({"internal": ONE}, "")
     trust.set_roots("internal", ONE)
     trust.set_policy("")
     trust.drop_roots("unknown")
@@ -36,17 +36,17 @@ async def test_a_watcher_gets_the_sets_now_and_each_change(trust: Trust) -> None
     await asyncio.sleep(0)
     assert not waiting.done()
     trust.set_roots("internal", TWO)
-    assert await waiting == Bundle({"internal": TWO}, "")
+    assert await waiting == TrustSnapshot({"internal": TWO}, "")
     trust.set_policy("a")
-    assert await anext(watch) == Bundle({"internal": TWO}, "a")
+    assert await anext(watch) == TrustSnapshot({"internal": TWO}, "a")
     trust.set_roots("partner", ONE)
-    assert await anext(watch) == Bundle({"internal": TWO, "partner": ONE}, "a")
+    assert await anext(watch) == TrustSnapshot({"internal": TWO, "partner": ONE}, "a")
     trust.drop_roots("partner")
-    assert await anext(watch) == Bundle({"internal": TWO}, "a")
+    assert await anext(watch) == TrustSnapshot({"internal": TWO}, "a")
     await watch.aclose()
 
 
-async def test_a_slow_watcher_gets_the_latest_roots(trust: Trust) -> None:
+async def test_a_slow_watcher_gets_the_latest_roots(trust: TrustBundles) -> None:
     """What came and went in between is of no use to anyone."""
     watch = trust.watch()
     await anext(watch)
@@ -58,35 +58,35 @@ async def test_a_slow_watcher_gets_the_latest_roots(trust: Trust) -> None:
 
 async def test_a_watcher_that_comes_before_the_roots_waits(metrics: AuthorityMetrics) -> None:
     """No empty bundle is ever sent: a node would take it for the end of all trust."""
-    trust = Trust(metrics)
+    trust = TrustBundles(metrics)
     trust.set_policy("a")
     watch = trust.watch()
     waiting = asyncio.create_task(anext(watch))
     await asyncio.sleep(0)
     assert not waiting.done()
     trust.set_roots("internal", ONE)
-    assert await waiting == Bundle({"internal": ONE}, "a")
+    assert await waiting == TrustSnapshot({"internal": ONE}, "a")
     await watch.aclose()
 
 
-async def test_closing_ends_all_watches(trust: Trust, registry: CollectorRegistry) -> None:
+async def test_closing_ends_all_watches(trust: TrustBundles, registry: CollectorRegistry) -> None:
     """Those that wait, and those that come later; so a stop is not held up by streams that never end."""
 
-    async def follow() -> list[Bundle]:
+    async def follow() -> list[TrustSnapshot]:
         return [bundle async for bundle in trust.watch()]
 
     async with asyncio.TaskGroup() as tasks:
         watchers = [tasks.create_task(follow()) for _ in range(5)]
         await until(lambda: registry.get_sample_value("certmount_authority_trust_watchers") == 5, "five watchers")
         trust.close()
-    assert [watcher.result() for watcher in watchers] == [[Bundle({"internal": ONE}, "")]] * 5
+    assert [watcher.result() for watcher in watchers] == [[TrustSnapshot({"internal": ONE}, "")]] * 5
     assert await follow() == []
     assert registry.get_sample_value("certmount_authority_trust_watchers") == 0
 
 
 async def test_a_watch_ends_by_itself(metrics: AuthorityMetrics, registry: CollectorRegistry) -> None:
     """Cleanly, so that its caller proves itself again, and no replica keeps its callers for ever."""
-    trust = Trust(metrics, longest=timedelta(milliseconds=20))
+    trust = TrustBundles(metrics, longest=timedelta(milliseconds=20))
     trust.set_roots("internal", ONE)
     assert len([bundle async for bundle in trust.watch()]) == 1
     assert registry.get_sample_value("certmount_authority_trust_watchers") == 0
@@ -94,14 +94,14 @@ async def test_a_watch_ends_by_itself(metrics: AuthorityMetrics, registry: Colle
 
 async def test_watchers_are_bounded(metrics: AuthorityMetrics) -> None:
     """One too many is told to come later; a place is free again when someone leaves."""
-    trust = Trust(metrics, most_watchers=2)
+    trust = TrustBundles(metrics, most_watchers=2)
     trust.set_roots("internal", ONE)
     first, second = trust.watch(), trust.watch()
     await anext(first)
     await anext(second)
     with pytest.raises(CertmountError) as refusal:
         await anext(trust.watch())
-    assert refusal.value.reason is Reason.OVERLOADED
+    assert refusal.value.reason is Reason.AUTHORITY_OVERLOADED
     await first.aclose()
     third = trust.watch()
     assert (await anext(third)).sets == {"internal": ONE}
@@ -109,7 +109,7 @@ async def test_watchers_are_bounded(metrics: AuthorityMetrics) -> None:
     await third.aclose()
 
 
-async def test_a_pod_gets_the_sets_of_its_issuer_and_of_what_it_asks_for(trust: Trust) -> None:
+async def test_a_pod_gets_the_sets_of_its_issuer_and_of_what_it_asks_for(trust: TrustBundles) -> None:
     """And none that it did not ask for: a partner's root could vouch for any name."""
     trust.set_roots("partner", TWO)
     trust.set_roots("other", TWO)
@@ -117,28 +117,28 @@ async def test_a_pod_gets_the_sets_of_its_issuer_and_of_what_it_asks_for(trust: 
     assert trust.select("internal", ("partner",)) == {"internal": ONE, "partner": TWO}
 
 
-async def test_watchers_hear_whose_certificates_are_shared(trust: Trust) -> None:
+async def test_watchers_hear_whose_certificates_are_shared(trust: TrustBundles) -> None:
     """With all the rest, and again when it changes; in one order, so that no change is none."""
     watch = trust.watch()
-    assert (await anext(watch)).sharing == ()
-    trust.set_sharing({"b", "a"})
+    assert (await anext(watch)).shared_issuers == ()
+    trust.set_shared_issuers({"b", "a"})
     trust.set_policy("new")
-    assert (await anext(watch)).sharing == ("a", "b")
+    assert (await anext(watch)).shared_issuers == ("a", "b")
     before = trust._bundle
-    trust.set_sharing(["a", "b"])
+    trust.set_shared_issuers(["a", "b"])
     assert trust._bundle is before
     trust.set_roots("partner", TWO)
     bundle = await anext(watch)
-    assert (bundle.sharing, bundle.policy) == (("a", "b"), "new")
+    assert (bundle.shared_issuers, bundle.policy_revision) == (("a", "b"), "new")
     await watch.aclose()
 
 
-async def test_all_unknown_federations_are_named(trust: Trust) -> None:
+async def test_all_unknown_federations_are_named(trust: TrustBundles) -> None:
     """With those that there are."""
     trust.set_roots("partner", TWO)
     with pytest.raises(CertmountError) as refusal:
         trust.select("internal", ("a", "partner", "b"))
-    assert refusal.value.reason is Reason.FEDERATION_UNKNOWN
+    assert refusal.value.reason is Reason.FEDERATION_NOT_FOUND
     assert [fault.problem for fault in refusal.value.faults if isinstance(fault, Fault)] == [
         "the authority has no roots by the name a",
         "the authority has no roots by the name b",
@@ -146,7 +146,7 @@ async def test_all_unknown_federations_are_named(trust: Trust) -> None:
     assert "known are internal, partner" in str(refusal.value)
 
 
-async def test_without_roots_of_the_issuer_no_one_is_answered(trust: Trust) -> None:
+async def test_without_roots_of_the_issuer_no_one_is_answered(trust: TrustBundles) -> None:
     """A certificate that its own pod could not verify is worth another try, not more."""
     with pytest.raises(CertmountError, match="the roots of issuer acme are not known yet") as refusal:
         trust.select("acme", ())

@@ -15,7 +15,7 @@ from cryptography.x509.oid import NameOID, ObjectIdentifier
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
-from csi_driver.core.certificates.csr import MAX_CSR_BYTES, SigningRequest, build_csr, parse_csr
+from csi_driver.core.certificates.csr import MAX_CSR_BYTES, ParsedCSR, build_csr, parse_csr
 from csi_driver.core.certificates.keys import public_bytes
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.names import IPAddress, Name, Names
@@ -201,7 +201,7 @@ def test_what_else_a_request_asks_for_is_passed_over() -> None:
         .add_extension(x509.SubjectAlternativeName([x509.DNSName("A.Example")]), critical=False)
     )
     request = parse_csr(builder.sign(key_of(KeyType.EC_P256), SHA256()).public_bytes(Encoding.DER))
-    assert isinstance(request, SigningRequest)
+    assert isinstance(request, ParsedCSR)
     assert request.names == names("a.example")
 
 
@@ -303,7 +303,7 @@ def test_alternative_names_of_any_content_are_read_or_refused(wanted: list[bytes
     extension = x509.UnrecognizedExtension(ObjectIdentifier("2.5.29.17"), der_value(0x30, *wanted))
     der = csr_with(extensions=(extension,))
     request = outcome(lambda: parse_csr(der), CertmountError)
-    if isinstance(request, SigningRequest):
+    if isinstance(request, ParsedCSR):
         assert len(request.names) <= len(wanted)
         assert all(holds(der, name) for name in request.names)
         assert parse_csr(build_csr(key_of(KeyType.EC_P256), request.names)).names == request.names

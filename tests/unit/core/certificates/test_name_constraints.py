@@ -10,7 +10,12 @@ from cryptography.x509.oid import NameOID, ObjectIdentifier
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.core.certificates.name_constraints import Bounds, format_constraint, parse_constraint, unknown_kinds
+from csi_driver.core.certificates.name_constraints import (
+    NameConstraintSet,
+    format_constraint,
+    parse_constraint,
+    unknown_kinds,
+)
 from csi_driver.core.names import URI, DNSName, EmailAddress, IPAddress, NameProblem, Names
 from tests.unit.core import pki, strategies
 
@@ -75,9 +80,9 @@ def test_no_text_does_worse_than_being_refused(text: str) -> None:
     x509.NameConstraints([constraint], None).public_bytes()
 
 
-def bounds(permitted: tuple[str, ...] = (), excluded: tuple[x509.GeneralName, ...] = ()) -> Bounds:
+def bounds(permitted: tuple[str, ...] = (), excluded: tuple[x509.GeneralName, ...] = ()) -> NameConstraintSet:
     found = [parse_constraint(text) for text in permitted]
-    return Bounds((x509.NameConstraints(found or None, excluded or None),))
+    return NameConstraintSet((x509.NameConstraints(found or None, excluded or None),))
 
 
 def names(*texts: str) -> Names:
@@ -140,7 +145,7 @@ def test_each_name_outside_is_told_with_what_is_permitted(constraint: str) -> No
 
 def test_each_certificate_of_a_chain_counts() -> None:
     """A name must pass all of them."""
-    both = Bounds((*bounds(("dns:test",)).constraints, *bounds(("dns:a.test", "dns:b.test")).constraints))
+    both = NameConstraintSet((*bounds(("dns:test",)).constraints, *bounds(("dns:a.test", "dns:b.test")).constraints))
     assert both.refused(names("dns:x.a.test", "dns:b.test")) == []
     assert both.refused(names("dns:c.test")) == [("c.test", "the CA's certificate permits dns:a.test, dns:b.test only")]
 
@@ -174,8 +179,8 @@ def test_constraints_are_found_in_certificates() -> None:
     middle = pki.authority("middle", root, extensions=[pki.CA_USAGE, other])
     lower = pki.authority("lower", middle)
     chain = [signer.certificate for signer in (lower, middle, root)]
-    assert Bounds.of(chain) == Bounds((other, one))
-    assert Bounds.of(chain[:1]).refused(names("dns:b.test")) == []
+    assert NameConstraintSet.of(chain) == NameConstraintSet((other, one))
+    assert NameConstraintSet.of(chain[:1]).refused(names("dns:b.test")) == []
 
 
 def test_directory_names_bind_subjects_only() -> None:

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.core.certificates.verification import Expected, check_answer, parse_certificates
+from csi_driver.core.certificates.verification import ExpectedCertificate, parse_certificates, verify_certificate
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.names import Names
 from csi_driver.core.spec import KeyType
@@ -243,7 +243,7 @@ BAD: dict[str, tuple[Callable[[], Answer], str]] = {
 def refusal(answer: Answer) -> str:
     with pytest.raises(CertmountError) as raised:
         answer.check()
-    assert raised.value.reason is Reason.ANSWER_INVALID
+    assert raised.value.reason is Reason.INVALID_RESPONSE
     assert str(raised.value).isprintable()
     return str(raised.value)
 
@@ -315,8 +315,8 @@ def test_an_issuer_of_dns_names_may_leave_the_spiffe_id_away(
 ) -> None:
     """Where it was asked for names, and for these exactly; nobody else's SPIFFE ID is ever taken."""
     chain = der(leaf(MIDDLE, pki.names(*held)), MIDDLE.certificate)
-    expected = Expected(KEY.public_key(), pki.names(*asked), "web", "edge", identity_optional=True)
-    told = outcome(lambda: check_answer(chain, der(ROOT.certificate), expected, NOW), CertmountError)
+    expected = ExpectedCertificate(KEY.public_key(), pki.names(*asked), "web", "edge", identity_optional=True)
+    told = outcome(lambda: verify_certificate(chain, der(ROOT.certificate), expected, NOW), CertmountError)
     if problem is None:
         assert not isinstance(told, CertmountError)
     else:
@@ -331,10 +331,10 @@ def test_an_issuer_of_dns_names_may_leave_the_spiffe_id_away(
     st.sampled_from(["chain", "roots"]),
 )
 def test_garbage_is_one_error(ders: list[bytes], field: str) -> None:
-    """Any bytes in any number: parsed as they are, or AnswerInvalid that says which list."""
+    """Any bytes in any number: parsed as they are, or InvalidResponse that says which list."""
     parsed = outcome(lambda: parse_certificates(ders, field), CertmountError)
     if isinstance(parsed, CertmountError):
-        assert parsed.reason is Reason.ANSWER_INVALID
+        assert parsed.reason is Reason.INVALID_RESPONSE
         assert field in str(parsed)
     else:
         assert der(*parsed) == ders
@@ -347,5 +347,5 @@ def test_the_largest_certificate_that_can_be_asked_for_passes(kind: KeyType) -> 
     key = key_of(kind)
     authority = pki.authority("root", key=key)
     certificate = pki.leaf(authority, key, Names.of(asked.dns, [*asked.uris, *pki.names(SPIFFE).uris]))
-    expected = Expected(key.public_key(), asked, "web", "edge")
-    check_answer(der(certificate), der(authority.certificate), expected, NOW)
+    expected = ExpectedCertificate(key.public_key(), asked, "web", "edge")
+    verify_certificate(der(certificate), der(authority.certificate), expected, NOW)

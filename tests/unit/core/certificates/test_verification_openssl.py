@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
-from csi_driver.core.certificates.verification import Bundle
+from csi_driver.core.certificates.verification import VerifiedCertificate
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.spec import KeyType
 from tests.support.requirements import require_program
@@ -73,7 +73,7 @@ shapes = st.builds(
 PLAIN = Shape(True, None, CA_USAGE, False, Validity(), KeyType.EC_P256)
 
 
-def openssl_verifies(folder: Path, bundle: Bundle, now: datetime) -> bool:
+def openssl_verifies(folder: Path, bundle: VerifiedCertificate, now: datetime) -> bool:
     """True when `openssl verify` finds a way from the leaf to a root at that time."""
     openssl = require_program("openssl")
     for name, certificates in (("roots", bundle.roots), ("chain", bundle.chain[1:]), ("leaf", bundle.chain[:1])):
@@ -106,8 +106,8 @@ def test_what_passes_openssl_passes_too(
     certificates = [signer.certificate for signer in reversed(signers)]
     chain = der(leaf(signers[-1], extensions=extensions), *certificates[: None if send_root else -1])
     bundle = outcome(Answer(chain, der(signers[0].certificate)).check, CertmountError)
-    event("passes" if isinstance(bundle, Bundle) else "refused")
-    if isinstance(bundle, Bundle):
+    event("passes" if isinstance(bundle, VerifiedCertificate) else "refused")
+    if isinstance(bundle, VerifiedCertificate):
         assert openssl_verifies(tmp_path_factory.mktemp("pki"), bundle, NOW)
 
 

@@ -12,7 +12,7 @@ from csi_driver.core.errors import CertmountError
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.core.names import NameProblem, Names
 from csi_driver.core.policy.document import parse_policy
-from csi_driver.core.policy.engine import Asked, Grant, Policy, Subject
+from csi_driver.core.policy.engine import Grant, Policy, PolicySubject, RequestedCertificate
 from csi_driver.core.spec import KeyType, Usage
 from tests.unit.core.outcomes import outcome
 from tests.unit.core.pki import names
@@ -39,16 +39,16 @@ def everyone(*patterns: str, hours: int | None = None) -> Entry:
     return Entry(names=patterns, most=None if hours is None else hours * HOUR)
 
 
-def subject(pod: Pod = POD) -> Subject:
+def subject(pod: Pod = POD) -> PolicySubject:
     """The pod as the authority has proven it."""
     account = ServiceAccount(pod.namespace, pod.account)
     identity = PodIdentity(account, "sa-uid", pod.name, "pod-uid", "node-1", "node-uid", 2e9)
-    return Subject(identity, dict(pod.labels), pod.services)
+    return PolicySubject(identity, dict(pod.labels), pod.services)
 
 
-def asked(wish: Wish) -> Asked:
+def asked(wish: Wish) -> RequestedCertificate:
     """The wish as the authority has read it."""
-    return Asked(
+    return RequestedCertificate(
         names(*wish.names),
         KeyType(wish.key_type),
         tuple(Usage(usage) for usage in wish.usages),

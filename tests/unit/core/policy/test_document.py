@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.policy.document import parse_policy
 from csi_driver.core.policy.engine import Policy
-from csi_driver.core.policy.rules import Denial, Limits, Match
+from csi_driver.core.policy.rules import Denial, Match, RuleLimits
 from csi_driver.core.spec import KeyType, Usage
 from tests.unit.core.outcomes import outcome
 from tests.unit.core.strategies import hostile_texts
@@ -75,7 +75,7 @@ def test_a_rule_is_read_with_the_domains_put_in() -> None:
     assert [str(pattern) for pattern in made.uris] == ["spiffe://td.example/ns/{namespace}/app/*"]
     assert [str(known) for known in made.ips] == ["10.0.0.0/8", "fd00::1"]
     assert [str(pattern) for pattern in made.emails] == ["{service_account}@cluster.local"]
-    assert made.limits == Limits(
+    assert made.limits == RuleLimits(
         (KeyType.EC_P256, KeyType.ML_DSA_65),
         (Usage.SERVER,),
         timedelta(minutes=5),
@@ -84,7 +84,13 @@ def test_a_rule_is_read_with_the_domains_put_in() -> None:
     )
     assert made.label == "policy[0]"
     (made,) = read(rule(allow={"dns": ["a.example"]}, match={"namespaces": ["*"], "serviceAccounts": ["*"]})).rules
-    assert (made.uris, made.ips, made.emails, made.match.namespace_labels, made.limits) == ((), (), (), (), Limits())
+    assert (made.uris, made.ips, made.emails, made.match.namespace_labels, made.limits) == (
+        (),
+        (),
+        (),
+        (),
+        RuleLimits(),
+    )
 
 
 def test_a_deny_list_is_read() -> None:

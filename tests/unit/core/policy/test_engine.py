@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.identity import ServiceAccount
 from csi_driver.core.names import URI, Names
-from csi_driver.core.policy.engine import Asked, Grant, Subject
+from csi_driver.core.policy.engine import Grant, PolicySubject, RequestedCertificate
 from csi_driver.core.policy.rules import ALL_USAGES
 from csi_driver.core.spec import LEAST_DURATION, KeyType, Usage
 from tests.unit.core.outcomes import outcome
@@ -26,7 +26,7 @@ SHOP = Pod("web", "edge", "edge-0", (("team", "a"),), ("shop", "api"))
 
 def refusal(rules_and_wish: Grant | CertmountError) -> str:
     assert isinstance(rules_and_wish, CertmountError)
-    assert rules_and_wish.reason is Reason.NAME_REFUSED
+    assert rules_and_wish.reason is Reason.NAME_NOT_ALLOWED
     assert not rules_and_wish.retryable
     return str(rules_and_wish)
 
@@ -40,15 +40,15 @@ def test_without_rules_a_pod_has_its_spiffe_id_and_its_services_names(pod: Pod) 
         for service in sorted(pod.services)
         for domain in ("", ".cluster.local")
     ]
-    grant = policy().decide(subject(pod), Asked())
+    grant = policy().decide(subject(pod), RequestedCertificate())
     assert grant == Grant(names(own, *services), DAY, ALL_USAGES, ("built-in",))
     for name in services:
-        assert policy().decide(subject(pod), Asked(names(name))).names == names(own, name)
+        assert policy().decide(subject(pod), RequestedCertificate(names(name))).names == names(own, name)
 
 
 def test_who_asks_for_its_spiffe_id_gets_nothing_else() -> None:
     """What a pod names is what it gets."""
-    assert policy().decide(subject(SHOP), Asked(names(OWN))).names == names(OWN)
+    assert policy().decide(subject(SHOP), RequestedCertificate(names(OWN))).names == names(OWN)
 
 
 def test_a_service_that_does_not_select_the_pod_is_refused() -> None:
@@ -60,7 +60,7 @@ def test_a_service_that_does_not_select_the_pod_is_refused() -> None:
 def test_what_is_implied_is_left_away_where_it_is_not_allowed() -> None:
     """A pod that names nothing is not refused for a Service's name that it didn't ask for."""
     rules = policy(everyone(hours=48), Entry(names=("api.web.svc",), most=48 * HOUR))
-    grant = rules.decide(subject(SHOP), Asked(duration=timedelta(hours=48)))
+    grant = rules.decide(subject(SHOP), RequestedCertificate(duration=timedelta(hours=48)))
     assert grant.names == names(OWN, "api.web.svc")
     assert grant.rules == ("policy[0]", "policy[1]")
 
@@ -69,7 +69,7 @@ def test_a_services_name_that_is_too_long_is_left_away() -> None:
     """A cluster's domain may make a name that no certificate can hold."""
     rules = policy()
     object.__setattr__(rules, "cluster_domain", ".".join(["a" * 60] * 4))
-    assert rules.decide(subject(SHOP), Asked()).names == names(OWN, "api.web.svc", "shop.web.svc")
+    assert rules.decide(subject(SHOP), RequestedCertificate()).names == names(OWN, "api.web.svc", "shop.web.svc")
 
 
 @given(requests())
@@ -78,7 +78,7 @@ def test_the_own_spiffe_id_is_always_granted(request: tuple[list[Entry], Pod, Wi
     entries, pod, _ = request
     own = URI.parse(f"spiffe://td.example/ns/{pod.namespace}/sa/{pod.account}")
     for wanted in (Names(), Names.of(uris=[own])):
-        grant = policy(*entries).decide(subject(pod), Asked(wanted))
+        grant = policy(*entries).decide(subject(pod), RequestedCertificate(wanted))
         assert own in grant.names.uris
         assert (grant.duration, grant.usages) == (DAY, ALL_USAGES)
 
@@ -119,7 +119,7 @@ def test_what_is_remembered_has_a_bound() -> None:
     """Who makes namespaces and service accounts without end doesn't fill the authority's memory."""
     rules = policy()
     for number in range(10_000):
-        rules.decide(subject(Pod("web", f"a{number}", "p")), Asked())
+        rules.decide(subject(Pod("web", f"a{number}", "p")), RequestedCertificate())
     assert len(rules._remembered) <= 4096
 
 
@@ -169,10 +169,10 @@ def test_the_longest_life_of_the_rules_that_allow_a_name_counts(hours: tuple[int
 @given(st.timedeltas(max_value=LEAST_DURATION - timedelta(milliseconds=1), min_value=timedelta(days=-400)))
 def test_a_life_too_short_to_renew_is_refused(duration: timedelta) -> None:
     """Zero and negative lives too, whoever sends them; the least life itself is granted."""
-    assert policy().decide(subject(), Asked(duration=LEAST_DURATION)).duration == LEAST_DURATION
+    assert policy().decide(subject(), RequestedCertificate(duration=LEAST_DURATION)).duration == LEAST_DURATION
     for short in (duration, timedelta()):
         with pytest.raises(CertmountError, match="only with duration 10s to 24h, not"):
-            policy().decide(subject(), Asked(duration=short))
+            policy().decide(subject(), RequestedCertificate(duration=short))
 
 
 @pytest.mark.parametrize(
@@ -211,16 +211,16 @@ def test_a_server_comes_before_a_client() -> None:
 def test_key_types_and_issuers_are_kept() -> None:
     """A rule without a word on issuers is for the internal one; the refusal says all that is in the way."""
     rules = policy(Entry(names=("x.example",), key_types=("EC-P256", "ML-DSA-65")), Entry(issuers=("acme",)))
-    ask = Asked(names("x.example"), KeyType.RSA_2048, issuer="acme")
+    ask = RequestedCertificate(names("x.example"), KeyType.RSA_2048, issuer="acme")
     text = refusal(outcome(lambda: rules.decide(subject(), ask), CertmountError))
     assert (
         "policy[0] allows it only with key-type EC-P256 or ML-DSA-65, not RSA-2048 and issuer internal, not acme"
         in text
     )
-    granted = rules.decide(subject(), Asked(names("x.example"), KeyType.ML_DSA_65))
+    granted = rules.decide(subject(), RequestedCertificate(names("x.example"), KeyType.ML_DSA_65))
     assert granted.rules == ("policy[0]", "built-in")
-    assert rules.decide(subject(), Asked(issuer="acme")).names == names(OWN)
-    nothing = refusal(outcome(lambda: policy().decide(subject(), Asked(issuer="acme")), CertmountError))
+    assert rules.decide(subject(), RequestedCertificate(issuer="acme")).names == names(OWN)
+    nothing = refusal(outcome(lambda: policy().decide(subject(), RequestedCertificate(issuer="acme")), CertmountError))
     assert f"{OWN}: is refused as it is asked for: built-in allows it only with issuer internal, not acme" in nothing
 
 
@@ -258,7 +258,7 @@ def test_the_deny_list_goes_before_everything() -> None:
     for wanted in ((), ("x.example",), (OWN,)):
         result = decide(rules, *wanted)
         assert isinstance(result, CertmountError)
-        assert result.reason is Reason.IDENTITY_DENIED
+        assert result.reason is Reason.SERVICE_ACCOUNT_DENIED
         assert not result.retryable
         assert "service account web/edge: is denied: stolen; an administrator may take it off the list: deny[0]" in str(
             result
@@ -279,4 +279,4 @@ def test_the_rules_behind_a_grant_are_named() -> None:
 
 def test_a_subject_has_no_labels_and_services_unless_said() -> None:
     """Outside a cluster there are none."""
-    assert Subject(subject(POD).identity) == subject(POD)
+    assert PolicySubject(subject(POD).identity) == subject(POD)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.names import IPAddress
-from csi_driver.core.policy.engine import Asked, Grant
+from csi_driver.core.policy.engine import Grant, RequestedCertificate
 from csi_driver.core.policy.patterns import IPRange, NamePattern, PatternProblem
 from csi_driver.core.spec import MOST_NAMES
 from tests.unit.core import strategies
@@ -255,4 +255,4 @@ def test_no_number_of_services_makes_a_decision_slow() -> None:
     patterns = [f"*{{service}}*.{{service}}.x{number}.example" for number in range(100)]
     wanted = [f"{'s0' * 30}.s.x{number}.example" for number in range(100)]
     assert isinstance(decide(policy(everyone(*patterns)), *wanted, pod=pod), CertmountError)
-    assert len(policy().decide(subject(pod), Asked()).names) == MOST_NAMES - 1
+    assert len(policy().decide(subject(pod), RequestedCertificate()).names) == MOST_NAMES - 1

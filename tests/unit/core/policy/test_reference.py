@@ -55,7 +55,7 @@ def test_policy_and_reference_agree(request: tuple[list[Entry], Pod, Wish]) -> N
         return
     assert not isinstance(expected, Granted)
     event("refused together" if not expected.names else "refused by name")
-    assert result.reason is Reason.NAME_REFUSED
+    assert result.reason is Reason.NAME_NOT_ALLOWED
     faulty = {fault.field for fault in result.faults if isinstance(fault, Fault)}
     own = f"spiffe://td.example/ns/{pod.namespace}/sa/{pod.account}"
     assert faulty == (expected.names or set(wish.names) - {own})
@@ -94,7 +94,7 @@ def test_a_denied_service_account_gets_nothing(request: tuple[list[Entry], Pod, 
     denying = policy(*rules, deny=((pod.namespace, "*"),))
     result = outcome(lambda: denying.decide(subject(pod), asked(wish)), CertmountError)
     assert isinstance(result, CertmountError)
-    assert result.reason is Reason.IDENTITY_DENIED
+    assert result.reason is Reason.SERVICE_ACCOUNT_DENIED
 
 
 @given(
@@ -110,7 +110,7 @@ def test_a_deny_list_takes_away_from_whom_it_names(
     result = outcome(lambda: policy(*rules, deny=tuple(deny)).decide(subject(pod), asked(wish)), CertmountError)
     if any(glob_fits(namespace, pod.namespace) and glob_fits(account, pod.account) for namespace, account in deny):
         assert isinstance(result, CertmountError)
-        assert result.reason is Reason.IDENTITY_DENIED
+        assert result.reason is Reason.SERVICE_ACCOUNT_DENIED
     else:
         assert str(result) == str(without)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from csi_driver import POD_AUDIENCE
 from csi_driver._proto import csi_pb2
-from csi_driver.core.errors import CertmountError, Kind, Reason
+from csi_driver.core.errors import CertmountError, FailureKind, Reason
 from csi_driver.node.csi.publish_request import parse_publish
 from tests.support.kubelet import FakePod, Kubelet
 
@@ -57,7 +57,7 @@ def test_anything_is_a_value_or_an_error(
     try:
         parsed = parse_publish(call)
     except CertmountError as error:
-        assert error.reason.kind in (Kind.INVALID, Kind.REFUSED, Kind.FAILED)
+        assert error.reason.kind in (FailureKind.INVALID, FailureKind.NOT_AUTHENTICATED, FailureKind.MISCONFIGURED)
         assert str(error).isprintable()
     else:
         assert not any(key.startswith(_PREFIX) for key in parsed.attributes)

@@ -9,11 +9,11 @@ import pytest
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import CertificateSpec
-from csi_driver.node.authority_client import Answer
+from csi_driver.node.authority_client import IssuedAnswer
 from csi_driver.node.issuance.first_calls import FIRST_SIDE_BY_SIDE, PATIENCE_S, FirstCalls
 from tests.unit.node.virtual_time import run_virtually
 
-_ANSWER = Answer([b"chain"], {}, None)
+_ANSWER = IssuedAnswer([b"chain"], {}, None)
 
 
 class _Authority:
@@ -27,12 +27,12 @@ class _Authority:
         self.calls = 0
         self.order: list[bytes] = []
 
-    async def issue(self, csr: bytes, _token: Secret[str], _spec: CertificateSpec) -> Answer:
+    async def issue(self, csr: bytes, _token: Secret[str], _spec: CertificateSpec) -> IssuedAnswer:
         self.calls += 1
         if self.failure is not None:
             raise self.failure
         if self.under_way >= self.places:
-            raise CertmountError(Reason.OVERLOADED, "busy")
+            raise CertmountError(Reason.AUTHORITY_OVERLOADED, "busy")
         self.under_way += 1
         self.most = max(self.most, self.under_way)
         await asyncio.sleep(1)
@@ -41,10 +41,10 @@ class _Authority:
         return _ANSWER
 
 
-def _ask(authority: _Authority, pods: int) -> tuple[list[Answer | BaseException], float]:
+def _ask(authority: _Authority, pods: int) -> tuple[list[IssuedAnswer | BaseException], float]:
     """All pods at once; the answers and when the last one came."""
 
-    async def story() -> tuple[list[Answer | BaseException], float]:
+    async def story() -> tuple[list[IssuedAnswer | BaseException], float]:
         calls = FirstCalls(authority, lambda: 0.5)
         clock = asyncio.create_task(calls.turns.run())
         asked = (calls.issue(bytes([number]), Secret("token"), CertificateSpec()) for number in range(pods))
@@ -80,12 +80,14 @@ def test_a_busy_authority_is_asked_again_here() -> None:
 def test_patience_ends() -> None:
     """An authority that takes no one: after a minute or so the kubelet hears why, within its own two."""
     answers, ended = _ask(_Authority(places=0), 30)
-    assert {answer.reason for answer in answers if isinstance(answer, CertmountError)} == {Reason.OVERLOADED}
+    assert {answer.reason for answer in answers if isinstance(answer, CertmountError)} == {Reason.AUTHORITY_OVERLOADED}
     assert len(answers) == 30
     assert ended <= PATIENCE_S + 1
 
 
-@pytest.mark.parametrize("reason", [Reason.AUTHORITY_UNAVAILABLE, Reason.NAME_REFUSED, Reason.IDENTITY_DENIED])
+@pytest.mark.parametrize(
+    "reason", [Reason.AUTHORITY_UNAVAILABLE, Reason.NAME_NOT_ALLOWED, Reason.SERVICE_ACCOUNT_DENIED]
+)
 def test_other_failures_are_told_at_once(reason: Reason) -> None:
     """No one waits for what waiting does not change, or for an outage: the reason goes to the pod's events."""
     answers, ended = _ask(_Authority(1000, CertmountError(reason, "no")), 50)

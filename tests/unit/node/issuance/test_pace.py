@@ -17,7 +17,7 @@ from csi_driver.node.renewal.agenda import Agenda
 from csi_driver.node.renewal.rotation import wait_s
 
 _HOUR = 3600.0
-_AWAY, _BUSY = CertmountError(Reason.AUTHORITY_UNAVAILABLE, "gone"), CertmountError(Reason.OVERLOADED, "busy")
+_AWAY, _BUSY = CertmountError(Reason.AUTHORITY_UNAVAILABLE, "gone"), CertmountError(Reason.AUTHORITY_OVERLOADED, "busy")
 
 
 def _pace(width: float = 1.0) -> Pace:
@@ -118,17 +118,17 @@ def test_other_failures_are_answers(reason: Reason) -> None:
 
 
 @given(st.floats(1, 50), st.floats(-1e6, 1e9), st.floats(0, 1))
-def test_who_can_wait_probes_less_often(attempt: float, left_s: float, chance: float) -> None:
+def test_who_can_wait_probes_less_often(attempt: float, left_s: float, jitter: float) -> None:
     """A pause is under a minute for what ends soon, and never over a fortieth of what is left but for that, nor 12.5 minutes."""
-    delay = probe_delay_s(attempt=attempt, left_s=left_s, chance=chance)
+    delay = probe_delay_s(attempt=attempt, left_s=left_s, jitter=jitter)
     assert 0.75 <= delay <= 1.25 * max(30.0, min(left_s / 40, 600.0))
-    assert delay >= probe_delay_s(attempt=attempt, left_s=min(left_s, 60.0), chance=chance) - 1e-9
+    assert delay >= probe_delay_s(attempt=attempt, left_s=min(left_s, 60.0), jitter=jitter) - 1e-9
 
 
 @given(st.floats(0, 1e6), st.floats(-1e6, 1e9), st.floats(0, 1))
-def test_catching_up_takes_no_one_to_the_end_of_its_life(silence_s: float, left_s: float, chance: float) -> None:
+def test_catching_up_takes_no_one_to_the_end_of_its_life(silence_s: float, left_s: float, jitter: float) -> None:
     """It is put off by as long as the silence was at most, by a quarter of what is left at most, and not at all once it has ended."""
-    delay = catch_up_delay_s(silence_s=silence_s, left_s=left_s, chance=chance)
+    delay = catch_up_delay_s(silence_s=silence_s, left_s=left_s, jitter=jitter)
     assert 0 <= delay <= max(min(silence_s, left_s / 4), 0)
 
 

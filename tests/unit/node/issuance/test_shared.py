@@ -127,7 +127,7 @@ def test_each_volume_gets_the_roots_that_it_asks_for() -> None:
         assert set((await world.obtain(federated)).trust) == {"acme", "partner"}
         with pytest.raises(CertmountError, match="no roots by the name nobody") as failure:
             await world.obtain(unknown)
-        assert failure.value.reason is Reason.FEDERATION_UNKNOWN
+        assert failure.value.reason is Reason.FEDERATION_NOT_FOUND
         assert world.asked == 1
 
     _told(story)
@@ -137,7 +137,7 @@ def test_a_stand_in_brings_the_internal_roots() -> None:
     """For as long as it stands in."""
 
     async def story(world: World) -> None:
-        world.answer = enrolled(0, 15, 100, provisional=True)
+        world.answer = enrolled(0, 15, 100, interim=True)
         assert set((await world.obtain()).trust) == {"acme", "internal"}
         await asyncio.sleep(20)
         world.answer = enrolled(20, 60, 100)
@@ -159,7 +159,7 @@ def test_a_failure_of_the_order_is_everybodys() -> None:
 
 
 @pytest.mark.parametrize(
-    "reason", [Reason.TOKEN_EXPIRED, Reason.POD_UNKNOWN, Reason.IDENTITY_REFUSED, Reason.NAME_REFUSED]
+    "reason", [Reason.TOKEN_EXPIRED, Reason.POD_NOT_FOUND, Reason.TOKEN_REJECTED, Reason.NAME_NOT_ALLOWED]
 )
 def test_a_failure_of_the_pod_is_its_own(reason: Reason) -> None:
     """The next one asks: its token may be good where another's was not."""
@@ -193,7 +193,7 @@ def test_who_is_cancelled_leaves_the_question_to_the_next() -> None:
     _told(story)
 
 
-@pytest.mark.parametrize("reason", [Reason.IDENTITY_DENIED, Reason.NAME_REFUSED])
+@pytest.mark.parametrize("reason", [Reason.SERVICE_ACCOUNT_DENIED, Reason.NAME_NOT_ALLOWED])
 def test_what_is_refused_at_the_renewal_is_given_to_nobody_any_more(reason: Reason) -> None:
     """Not out of memory, nor out of a volume that still shows it."""
 

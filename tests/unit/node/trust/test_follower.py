@@ -76,7 +76,7 @@ def _follow(
 
     def take(bundle: TrustBundle) -> None:
         if refused is not None and refused(bundle):
-            raise CertmountError(Reason.ANSWER_INVALID, "makes no sense")
+            raise CertmountError(Reason.INVALID_RESPONSE, "makes no sense")
         seen.append(bundle)
 
     async def follow() -> None:
@@ -106,7 +106,7 @@ def test_it_asks_again(end: Exception | None, capsys: pytest.CaptureFixture[str]
 
 def test_it_backs_off_and_starts_afresh_after_a_success() -> None:
     """Tries grow apart up to half a minute while nothing comes; roots that arrive end that."""
-    down: tuple[list[TrustBundle], Exception | None] = ([], CertmountError(Reason.TRUST_MISSING, "no root"))
+    down: tuple[list[TrustBundle], Exception | None] = ([], CertmountError(Reason.ROOT_CERTIFICATE_MISSING, "no root"))
     source = _Source([*[down] * 8, ([_bundle(1)], None), down])
     _follow(source)
     gaps = [later - sooner for sooner, later in zip(source.asked_at, source.asked_at[1:], strict=False)]
@@ -120,7 +120,7 @@ def test_what_makes_no_sense_is_passed_over() -> None:
 
 
 def test_what_is_held_is_confirmed_once() -> None:
-    """Each set at once when it is first held on a stream, each newer state later by chance, and none twice."""
+    """Each set at once when it is first held on a stream, each newer state later by rng, and none twice."""
     source = _Source([])
     _follow(
         source,

@@ -111,6 +111,6 @@ def test_the_issuers_set_comes_first() -> None:
 def test_with_a_stand_in_the_internal_roots_come_too() -> None:
     """Last, and once where the pod asks for them anyway."""
     spec = CertificateSpec(Names(), issuer="acme", federations=("partner",))
-    assert trusted_names(spec, provisional=True) == ("acme", "partner", "internal")
+    assert trusted_names(spec, interim=True) == ("acme", "partner", "internal")
     spec = CertificateSpec(Names(), issuer="acme", federations=("internal",))
-    assert trusted_names(spec, provisional=True) == ("acme", "internal")
+    assert trusted_names(spec, interim=True) == ("acme", "internal")

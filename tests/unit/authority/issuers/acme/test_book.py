@@ -14,7 +14,7 @@ from csi_driver.authority.issuers.acme.state import MOST_BYTES, State
 from csi_driver.authority.storage import FolderStore
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
-from csi_driver.core.stored_secrets import Stored
+from csi_driver.core.stored_secrets import StoredSecrets
 from tests.unit.authority.clock import Clock
 from tests.unit.authority.issuers.acme.samples import record
 
@@ -26,11 +26,11 @@ class CountingStore(FolderStore):
         super().__init__(folder, "acme.json")
         self.loads = 0
 
-    async def load(self) -> Stored:
+    async def load(self) -> StoredSecrets:
         self.loads += 1
         return await super().load()
 
-    async def save(self, values: Mapping[str, Secret[bytes]], based_on: Stored) -> bool:
+    async def save(self, values: Mapping[str, Secret[bytes]], based_on: StoredSecrets) -> bool:
         await asyncio.sleep(0)
         return await super().save(values, based_on)
 
@@ -78,7 +78,7 @@ async def test_there_is_an_end(tmp_path: Path) -> None:
     await book.change(lambda state: state.with_order(record()))
     with pytest.raises(CertmountError, match="is full") as refusal:
         await book.change(lambda state: state.with_order(record(id="large", csr=bytes(MOST_BYTES))))
-    assert refusal.value.reason is Reason.OVERLOADED
+    assert refusal.value.reason is Reason.AUTHORITY_OVERLOADED
     assert [order.id for order in (await book.read(0.0)).orders] == [record().id]
 
 

@@ -25,8 +25,8 @@ from csi_driver.authority.issuers.acme.settings import (
     Http01,
     StorePlace,
 )
-from csi_driver.authority.issuers.configuration import Tools, make_issuer, read_issuers
-from csi_driver.authority.issuers.secrets import Secrets
+from csi_driver.authority.issuers.configuration import IssuerDependencies, make_issuer, read_issuers
+from csi_driver.authority.issuers.secrets import CredentialReader
 from csi_driver.authority.storage import FolderStore
 from csi_driver.core.config.document_reader import Path as Place
 from csi_driver.core.config.issuers import FileSource, SecretSource
@@ -173,11 +173,11 @@ def test_the_schema_says_what_the_program_does(path: Place) -> None:
 def test_it_is_made_without_looking_around(tmp_path: Path) -> None:
     """An issuer is made of its entry alone; what only a cluster has is asked for, and said to be missing outside of one."""
 
-    def made(entry: object, tools: Tools) -> object:
+    def made(entry: object, tools: IssuerDependencies) -> object:
         (declared,) = read_issuers(yaml.safe_dump(_document(entry)).encode())
         return make_issuer(declared, tools)
 
-    alone = Tools(Secrets())
+    alone = IssuerDependencies(CredentialReader())
     assert isinstance(made(LEAST, alone), AcmeIssuer)
     with pytest.raises(CertmountError, match="issuer public: keeps its account in a Secret"):
         made(FULL, alone)
@@ -188,6 +188,6 @@ def test_it_is_made_without_looking_around(tmp_path: Path) -> None:
         return FolderStore(tmp_path)
 
     with pytest.raises(CertmountError, match="issuer public: makes Ingresses"):
-        made(FULL, Tools(Secrets(), store))
-    assert isinstance(made(FULL, Tools(Secrets(), store, lambda _: NoRoutes())), AcmeIssuer)
+        made(FULL, IssuerDependencies(CredentialReader(), store))
+    assert isinstance(made(FULL, IssuerDependencies(CredentialReader(), store, lambda _: NoRoutes())), AcmeIssuer)
     assert stores == [("certmount", "letsencrypt")]

@@ -63,7 +63,7 @@ def test_there_is_an_end_to_what_is_kept() -> None:
     full = State(tuple(record(id=str(number)) for number in range(MOST_ORDERS)))
     with pytest.raises(CertmountError) as refusal:
         _entered(full)
-    assert refusal.value.reason is Reason.OVERLOADED
+    assert refusal.value.reason is Reason.AUTHORITY_OVERLOADED
     done = State(tuple(record(id=str(number), finished_at=NOW + number) for number in range(MOST_ORDERS)))
     state = _entered(done)
     assert len(state.orders) == MOST_ORDERS

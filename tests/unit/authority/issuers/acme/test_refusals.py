@@ -13,7 +13,7 @@ from csi_driver.authority.issuers.acme.settings import AcmeSettings, Dns01, Http
 from csi_driver.authority.issuers.acme.state import State
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.names import URI, DNSName, EmailAddress, IPAddress, Names, spiffe_id
-from csi_driver.core.policy.engine import Asked, Grant
+from csi_driver.core.policy.engine import Grant, RequestedCertificate
 from csi_driver.core.spec import KeyType, Usage
 from tests.unit.authority.issuers.acme.samples import NAMES, NOW, PROOF, record
 
@@ -23,7 +23,10 @@ ALL = (Usage.SERVER, Usage.CLIENT)
 
 
 def _judged(
-    names: Names, settings: AcmeSettings = BY_DNS, usages: tuple[Usage, ...] = ALL, asked: Asked | None = None
+    names: Names,
+    settings: AcmeSettings = BY_DNS,
+    usages: tuple[Usage, ...] = ALL,
+    asked: RequestedCertificate | None = None,
 ) -> tuple[str, ...]:
     granted = replace(names, uris=(*names.uris, spiffe_id("cluster.local", "web", "edge")))
     return judge(names, Grant(granted, timedelta(days=1), usages, ()), asked, settings)
@@ -46,10 +49,10 @@ def test_all_that_a_public_ca_does_not_sign_is_said_at_once() -> None:
         [IPAddress.parse("192.0.2.1")],
         [EmailAddress.parse("a@example.test")],
     )
-    asked = Asked(names, usages=(Usage.CLIENT,), duration=timedelta(hours=1))
+    asked = RequestedCertificate(names, usages=(Usage.CLIENT,), duration=timedelta(hours=1))
     with pytest.raises(CertmountError) as refused:
         _judged(names, BY_HTTP, asked=asked)
-    assert refused.value.reason is Reason.NAME_REFUSED
+    assert refused.value.reason is Reason.NAME_NOT_ALLOWED
     fields = [str(fault).split(":")[0] for fault in refused.value.faults]
     assert fields == ["spiffe", "192.0.2.1", "a@example.test", "usages", "duration", "*.example.test"]
 
@@ -110,7 +113,7 @@ def test_failures_are_repeated_ever_more_slowly() -> None:
 
 @pytest.mark.parametrize(
     "code, reason",
-    [("rejectedIdentifier", Reason.NAME_REFUSED), ("caa", Reason.NAME_REFUSED), ("badCSR", Reason.NAME_REFUSED),
+    [("rejectedIdentifier", Reason.NAME_NOT_ALLOWED), ("caa", Reason.NAME_NOT_ALLOWED), ("badCSR", Reason.NAME_NOT_ALLOWED),
      ("unauthorized", Reason.ISSUER_UNAVAILABLE), ("connection", Reason.ISSUER_UNAVAILABLE)],
 )  # fmt: skip
 def test_what_a_pod_is_told(code: str, reason: Reason) -> None:

@@ -52,10 +52,10 @@ def test_renewal_without_advice(life: int, lead: int) -> None:
 
 
 @given(st.floats(0, 1e9), st.floats(0, 1e9), st.floats(0, 1), st.floats(0, 2e9) | st.none())
-def test_the_moment_lies_in_the_window(start: float, length: float, chance: float, planned: float | None) -> None:
+def test_the_moment_lies_in_the_window(start: float, length: float, jitter: float, planned: float | None) -> None:
     """Whatever was planned before; and what was planned stays, while the window allows it."""
     window = Window(start, start + length, 0)
-    moment = window.moment(chance, planned)
+    moment = window.moment(jitter, planned)
     assert window.start <= moment <= window.end or moment == pytest.approx(window.end)
     if planned is not None and window.start <= planned <= window.end:
         assert moment == planned

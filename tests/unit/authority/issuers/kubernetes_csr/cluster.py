@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from csi_driver.core.cluster.csr import ClusterCSR, Condition, Draft
+from csi_driver.core.cluster.csr import ClusterCSR, CSRCondition, CSRDraft
 from csi_driver.core.cluster.lease import Lease
 from csi_driver.core.cluster.pod import LivePod
 from csi_driver.core.errors import CertmountError, Reason
@@ -60,7 +60,7 @@ class FakeRequests:
     now: datetime = pki.NOW
     made: int = 0
     answers: int = 0
-    drafts: list[Draft] = field(default_factory=list)
+    drafts: list[CSRDraft] = field(default_factory=list)
 
     def put(self, item: Json) -> str:
         """Somebody makes a request."""
@@ -102,7 +102,7 @@ class FakeRequests:
         await self._reach()
         return self.username
 
-    async def create(self, draft: Draft) -> ClusterCSR:
+    async def create(self, draft: CSRDraft) -> ClusterCSR:
         await self._reach()
         self.drafts.append(draft)
         spec = {
@@ -115,7 +115,7 @@ class FakeRequests:
         name = f"{draft.name_prefix}{self.made + 1}"
         return self.find(self.put({"metadata": {"name": name, "labels": dict(draft.labels)}, "spec": spec}))
 
-    async def decide(self, csr: ClusterCSR, condition: Condition) -> ClusterCSR:
+    async def decide(self, csr: ClusterCSR, condition: CSRCondition) -> ClusterCSR:
         await self._reach()
         if self.undecidable:
             raise CertmountError(Reason.ISSUER_UNAVAILABLE, self.undecidable)
@@ -129,7 +129,7 @@ class FakeRequests:
         self.sign(csr.name, certificate)
         return self.find(csr.name)
 
-    async def fail(self, csr: ClusterCSR, condition: Condition) -> ClusterCSR:
+    async def fail(self, csr: ClusterCSR, condition: CSRCondition) -> ClusterCSR:
         await self._reach()
         self.change(csr.name, conditions=[*self.objects[csr.name]["status"]["conditions"], _json(condition)])
         return self.find(csr.name)
@@ -148,7 +148,7 @@ class FakeRequests:
         return Watch(self, sink, labels)
 
 
-def _json(condition: Condition) -> Json:
+def _json(condition: CSRCondition) -> Json:
     return {"type": condition.kind, "reason": condition.reason, "message": condition.message}
 
 

@@ -47,7 +47,7 @@ def test_reasons_are_those_of_the_program() -> None:
     rows = PAGE.split("| checked | reason |")[1].split("\n\n")[0].splitlines()[2:]
     told = {word for row in rows for word in re.findall(r"`(\w+)`", row.split("|")[2])}
     assert told <= set(REASONS)
-    assert {"InvalidCSR", "IdentityRefused", "IdentityDenied", "NameRefused", "TooManyRequests"} == told
+    assert {"InvalidCSR", "TokenRejected", "ServiceAccountDenied", "NameNotAllowed", "TooManyRequests"} == told
 
 
 def test_names_are_those_of_the_program() -> None:

@@ -15,13 +15,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from csi_driver.authority.issuers import Issued, Order
-from csi_driver.authority.issuers.configuration import Tools, make_issuer, read_issuers
+from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
+from csi_driver.authority.issuers.configuration import IssuerDependencies, make_issuer, read_issuers
 from csi_driver.authority.issuers.kubernetes_csr.access import Access
 from csi_driver.authority.issuers.kubernetes_csr.document import KubernetesCSRConfiguration
 from csi_driver.authority.issuers.kubernetes_csr.issuer import KubernetesCSR
 from csi_driver.authority.issuers.kubernetes_csr.order import ORDER_LABEL, order_id
-from csi_driver.authority.issuers.secrets import Secrets
+from csi_driver.authority.issuers.secrets import CredentialReader
 from csi_driver.core.certificates.csr import build_csr, parse_csr
 from csi_driver.core.certificates.keys import PrivateKey, generate_key
 from csi_driver.core.cluster.csr import APPROVED, DENIED, FAILED, ClusterCSR
@@ -44,11 +44,11 @@ POD = PodIdentity(ServiceAccount("web", "edge"), "sa", "edge-0", "pod-uid", "nod
 KEY = pki.key_of(KeyType.EC_P256, 7)
 
 
-def order(*asked: str, key: PrivateKey = KEY, life: timedelta = pki.HOUR, pod: PodIdentity = POD) -> Order:
+def order(*asked: str, key: PrivateKey = KEY, life: timedelta = pki.HOUR, pod: PodIdentity = POD) -> IssuerRequest:
     """A pod's, which has also been granted its SPIFFE ID."""
     names = pki.names(*asked)
     granted = names if pki.SPIFFE in asked else pki.names(*asked, pki.SPIFFE)
-    return Order(
+    return IssuerRequest(
         parse_csr(build_csr(key, names)), Grant(granted, life, (Usage.SERVER, Usage.CLIENT), ("built-in",)), pod
     )
 
@@ -78,7 +78,7 @@ class World:
         issuer = KubernetesCSR(
             "corporate",
             configuration,
-            Secrets(),
+            CredentialReader(),
             Access(self.cluster, lambda: self.internal),
             clock=lambda: self.now,
             patience_s=patience_s,
@@ -97,7 +97,7 @@ class World:
         (name,) = self.cluster.objects
         return self.cluster.find(name)
 
-    async def issue(self, issuer: KubernetesCSR, wanted: Order, pem: bytes) -> Issued:
+    async def issue(self, issuer: KubernetesCSR, wanted: IssuerRequest, pem: bytes) -> IssuedCertificate:
         """With a signer that answers."""
         issuing = asyncio.create_task(issuer.issue(wanted))
         self.cluster.sign((await self.asked()).name, pem)
@@ -147,10 +147,10 @@ async def test_the_identity_is_included_where_the_volume_asks_for_it(world: Worl
 
 
 WRONG: dict[str, tuple[bytes, Reason, str]] = {
-    "a name more": (answer(NAME, "b.web.svc"), Reason.ANSWER_INVALID, "also holds b.web.svc"),
-    "a name less": (answer("b.web.svc"), Reason.ANSWER_INVALID, f"lacks {NAME}"),
-    "another key": (answer(NAME, key=generate_key(KeyType.EC_P256)), Reason.ANSWER_INVALID, "is for another key"),
-    "a longer life": (answer(NAME, hours=30), Reason.ANSWER_INVALID, "longer than was granted"),
+    "a name more": (answer(NAME, "b.web.svc"), Reason.INVALID_RESPONSE, "also holds b.web.svc"),
+    "a name less": (answer("b.web.svc"), Reason.INVALID_RESPONSE, f"lacks {NAME}"),
+    "another key": (answer(NAME, key=generate_key(KeyType.EC_P256)), Reason.INVALID_RESPONSE, "is for another key"),
+    "a longer life": (answer(NAME, hours=30), Reason.INVALID_RESPONSE, "longer than was granted"),
     "another root": (answer(NAME, by=OTHER), Reason.ISSUER_UNAVAILABLE, "not among the configured ones"),
     "no certificate": (b"hello", Reason.ISSUER_UNAVAILABLE, "is no certificate"),
 }
@@ -182,7 +182,7 @@ async def test_a_refusal_is_told_in_its_own_words(conditions: list[object], word
         world.cluster.change(next(iter(world.cluster.objects)), conditions=conditions)
         with pytest.raises(CertmountError, match=f"{word} the request: Unwanted: not on Sundays") as failure:
             await issuing
-    assert failure.value.reason is Reason.NAME_REFUSED
+    assert failure.value.reason is Reason.NAME_NOT_ALLOWED
     assert world.cluster.objects == {}
 
 
@@ -266,7 +266,7 @@ async def test_what_cannot_be_asked_for_is_told_before_anything_is_made(world: W
     async with world.running(most=2 * pki.HOUR) as issuer:
         with pytest.raises(CertmountError, match="5m is shorter than this issuer's least, 10m") as failure:
             await issuer.issue(order(life=timedelta(minutes=5)))
-        assert (failure.value.reason, len(failure.value.faults)) == (Reason.NAME_REFUSED, 2)
+        assert (failure.value.reason, len(failure.value.faults)) == (Reason.NAME_NOT_ALLOWED, 2)
         assert f"name what is needed, such as uri-sans: {pki.SPIFFE}" in str(failure.value)
         with pytest.raises(CertmountError, match="24h is longer than this issuer's most, 2h"):
             await issuer.issue(order(NAME, life=timedelta(hours=24)))
@@ -390,7 +390,7 @@ def test_outside_a_cluster_there_is_no_such_issuer(world: World) -> None:
     """It is said when the file is read."""
     (declared,) = read_issuers(b"issuers: [{name: own, kubernetes_csr: {signer: certmount.dev/pod}}]")
     with pytest.raises(CertmountError, match="there is no cluster"):
-        make_issuer(declared, Tools(Secrets()))
-    made = make_issuer(declared, Tools(Secrets(), csrs=Access(world.cluster)))
+        make_issuer(declared, IssuerDependencies(CredentialReader()))
+    made = make_issuer(declared, IssuerDependencies(CredentialReader(), csrs=Access(world.cluster)))
     assert isinstance(made, KubernetesCSR)
     assert made.roots == ()

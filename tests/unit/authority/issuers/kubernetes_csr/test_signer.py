@@ -29,12 +29,12 @@ from csi_driver.authority.csr_signer.requester import requester_of
 from csi_driver.authority.csr_signer.signer import CSRSigner
 from csi_driver.authority.issuers.internal import InternalIssuer
 from csi_driver.core.certificates.csr import build_csr, names_of
-from csi_driver.core.cluster.csr import APPROVED, DENIED, FAILED, OWN_SIGNER, ClusterCSR, Condition
+from csi_driver.core.cluster.csr import APPROVED, DENIED, FAILED, OWN_SIGNER, ClusterCSR, CSRCondition
 from csi_driver.core.cluster.pod import LivePod
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.formats.pem import decode_certificates
 from csi_driver.core.identity import PodIdentity, ServiceAccount
-from csi_driver.core.policy.engine import Policy, Subject
+from csi_driver.core.policy.engine import Policy, PolicySubject
 from csi_driver.core.policy.rules import Denial, Match
 from csi_driver.core.spec import KeyType
 from tests.support.waiting import until
@@ -94,8 +94,8 @@ class HeldCA:
 class KnownPods:
     """What the caches say of a pod: one Service selects it."""
 
-    async def find(self, pod: PodIdentity) -> Subject:
-        return Subject(pod, services=("hello",))
+    async def find(self, pod: PodIdentity) -> PolicySubject:
+        return PolicySubject(pod, services=("hello",))
 
 
 @dataclass
@@ -302,7 +302,7 @@ async def test_whoever_is_no_live_pod_is_denied(what: str, world: World) -> None
     made, text = REFUSED[what]
     denied = (await world.decided(made)).condition(DENIED)
     assert denied is not None
-    assert denied.reason == "IdentityRefused"
+    assert denied.reason == "TokenRejected"
     assert text in denied.message
 
 
@@ -326,7 +326,7 @@ async def test_what_policy_does_not_allow_is_denied(made: dict[str, Any], text: 
     """The very policy that decides on volumes."""
     denied = (await world.decided(made)).condition(DENIED)
     assert denied is not None
-    assert denied.reason == "NameRefused"
+    assert denied.reason == "NameNotAllowed"
     assert text in denied.message
 
 
@@ -336,7 +336,7 @@ async def test_a_denied_account_gets_nothing(world: World) -> None:
     world.policy = Policy("cluster.local", "cluster.local", denials=(denial,))
     denied = (await world.decided(item())).condition(DENIED)
     assert denied is not None
-    assert denied.reason == "IdentityDenied"
+    assert denied.reason == "ServiceAccountDenied"
     assert "its key was in a bug report" in denied.message
 
 
@@ -373,7 +373,7 @@ async def test_an_approval_by_hand_makes_no_name_allowed(world: World) -> None:
         await until(lambda: all(world.cluster.find(name).finished for name in (bad, good)), "decisions")
     failed = world.cluster.find(bad).condition(FAILED)
     assert failed is not None
-    assert failed.reason == "NameRefused"
+    assert failed.reason == "NameNotAllowed"
     assert world.cluster.find(good).certificate
 
 
@@ -398,7 +398,7 @@ async def test_an_approval_in_the_moment_of_a_refusal_is_no_gap(world: World) ->
     approved = [{"type": APPROVED, "reason": "KubectlApprove", "message": ""}]
     decide = world.cluster.decide
 
-    async def late(csr: ClusterCSR, condition: Condition) -> ClusterCSR:
+    async def late(csr: ClusterCSR, condition: CSRCondition) -> ClusterCSR:
         world.cluster.objects[csr.name]["status"] = {"conditions": approved}  # before the watch tells of it
         return await decide(csr, condition)
 

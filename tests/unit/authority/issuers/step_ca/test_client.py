@@ -18,8 +18,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from csi_driver.authority.issuers import Order
-from csi_driver.authority.issuers.secrets import Secrets
+from csi_driver.authority.issuers import IssuerRequest
+from csi_driver.authority.issuers.secrets import CredentialReader
 from csi_driver.authority.issuers.step_ca.document import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.issuer import StepCA
 from csi_driver.core.certificates.csr import build_csr, parse_csr
@@ -86,7 +86,7 @@ class FakeStepCA:
             "root_sha256": self.root.certificate.fingerprint(SHA256()).hex(),
             "key": FileSource(str(key)),
         }
-        issuer = StepCA("step", StepCAConfiguration(**{**usual, **changes}), Secrets())
+        issuer = StepCA("step", StepCAConfiguration(**{**usual, **changes}), CredentialReader())
         running = asyncio.create_task(issuer.run())
         try:
             yield issuer
@@ -154,11 +154,11 @@ async def ca(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[F
         yield fake
 
 
-def order() -> Order:
+def order() -> IssuerRequest:
     asked = Names.of([DNSName(NAME)])
     grant = Grant(Names.of(asked.dns, [OWN]), timedelta(hours=1), ALL_USAGES, ())
     pod = PodIdentity(ServiceAccount("default", "hello"), "", "pod", "uid", "node", "", 0)
-    return Order(parse_csr(build_csr(generate_key(KeyType.EC_P256), asked)), grant, pod)
+    return IssuerRequest(parse_csr(build_csr(generate_key(KeyType.EC_P256), asked)), grant, pod)
 
 
 async def refusal(issuer: StepCA) -> CertmountError:
@@ -214,7 +214,7 @@ async def test_a_strange_answer_ends_in_words(path: str, ca: FakeStepCA) -> None
             try:
                 issued = await issuer.issue(order())
             except CertmountError as error:
-                assert error.reason in (Reason.ISSUER_UNAVAILABLE, Reason.NAME_REFUSED)  # either is right
+                assert error.reason in (Reason.ISSUER_UNAVAILABLE, Reason.NAME_NOT_ALLOWED)  # either is right
             else:
                 assert issued.roots == (ca.root.certificate.public_bytes(Encoding.DER),)
 
@@ -243,7 +243,7 @@ async def test_a_certificate_that_was_not_ordered_is_not_handed_on(ca: FakeStepC
 
         ca.others["/1.0/sign"] = other_key
         refused = await refusal(issuer)
-        assert refused.reason is Reason.ANSWER_INVALID
+        assert refused.reason is Reason.INVALID_RESPONSE
         assert "the certificate is for another key" in str(refused)
 
 
