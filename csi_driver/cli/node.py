@@ -21,15 +21,15 @@ from csi_driver import DRIVER_NAME, __version__
 from csi_driver._proto import csi_pb2_grpc
 from csi_driver.cli.common import address, health_server, parsed
 from csi_driver.core.errors import CertmountError
-from csi_driver.host.folder_mounts import FolderMounts
+from csi_driver.host.directory_mounts import DirectoryMounts
 from csi_driver.host.mounts import KernelMounts
-from csi_driver.host.targets import check_kubelet_dir
-from csi_driver.host.volumes import VolumeStore
+from csi_driver.host.target_paths import check_kubelet_dir
+from csi_driver.host.volume_store import VolumeStore
 from csi_driver.node.authority_client import AuthorityClient
 from csi_driver.node.csi.registration import Registration, listen
 from csi_driver.node.csi.service import IdentityService, NodeService, describe_call
 from csi_driver.node.driver import Driver
-from csi_driver.node.volumes.publisher import Publisher
+from csi_driver.node.publishing.publish import Publisher
 from csi_driver.rpc.server import Handled, Interceptor
 from csi_driver.telemetry.logging import LEVELS, configure_logging
 from csi_driver.telemetry.node_metrics import NodeMetrics
@@ -195,7 +195,7 @@ async def _serve_csi(settings: NodeSettings, publisher: Publisher, metrics: Node
 
 
 def _driver(settings: NodeSettings, client: AuthorityClient, keys: ThreadPoolExecutor, metrics: NodeMetrics) -> Driver:
-    mounts = KernelMounts() if settings.mounts == "kernel" else FolderMounts()
+    mounts = KernelMounts() if settings.mounts == "kernel" else DirectoryMounts()
     store = VolumeStore(settings.plugin_dir / "volumes", settings.kubelet_dir, mounts)
     return Driver(settings.kubelet_dir, store, client, keys, metrics, time.time, random.random)
 

@@ -21,7 +21,7 @@ from typing import Final
 
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret
-from csi_driver.host.failures import reported
+from csi_driver.host.os_errors import translate_os_errors
 
 DATA: Final = "..data"
 MAX_READ_BYTES: Final = 1 << 20
@@ -69,7 +69,7 @@ def write_generation(files_dir: Path, files: Sequence[VolumeFile], stamp: str) -
         raise ValueError("a generation needs files, each with its own name")
     if not _STAMP.fullmatch(stamp) or f"..{stamp}" in (DATA, _DATA_TMP, _LINK_TMP):
         raise ValueError(f"{stamp!r} is no name for a generation")
-    with reported("volume", "write the files in", files_dir, _FULL_HINT), _opened(files_dir) as root:
+    with translate_os_errors("volume", "write the files in", files_dir, _FULL_HINT), _opened(files_dir) as root:
         _remove_hidden(root, keep=_current(root))
         generation = _unused(root, f"..{stamp}")
         links: list[str] = []
@@ -95,7 +95,11 @@ def read_generation(files_dir: Path) -> dict[str, bytes]:
     """
     data = files_dir / DATA
     for _ in range(_READ_ATTEMPTS):
-        with reported("volume", "read the files in", files_dir), suppress(FileNotFoundError), _opened(data) as folder:
+        with (
+            translate_os_errors("volume", "read the files in", files_dir),
+            suppress(FileNotFoundError),
+            _opened(data) as folder,
+        ):
             found = _read_all(folder)
             # A generation is deleted only after the swap, so if it is still current now, nothing was missing before.
             if os.path.samestat(os.fstat(folder), data.stat()):

@@ -15,7 +15,7 @@ _ESCAPE: Final = re.compile(rb"\\([0-3][0-7]{2})")
 
 
 @dataclass(frozen=True, slots=True)
-class Mount:
+class MountEntry:
     """One line of the table; paths as this process sees them, symbolic links resolved by the kernel."""
 
     id: int
@@ -30,7 +30,7 @@ class Mount:
     super_options: frozenset[str]  # of the file system, for all its mounts
 
 
-def read_mounts(path: Path = MOUNTINFO) -> Iterator[Mount]:
+def read_mounts(path: Path = MOUNTINFO) -> Iterator[MountEntry]:
     """Every mount that ``path`` lists, oldest first. Lines that are not understood are left out, never fatal."""
     with path.open("rb") as table:
         for line in table:
@@ -39,15 +39,15 @@ def read_mounts(path: Path = MOUNTINFO) -> Iterator[Mount]:
                 yield mount
 
 
-def find_mount(wanted: int, path: Path = MOUNTINFO) -> Mount | None:
+def find_mount(wanted: int, path: Path = MOUNTINFO) -> MountEntry | None:
     """The mount with this id; None when there is none any more. Parses one line only, so it is quick in a long table."""
     start = b"%d " % wanted
     with path.open("rb") as table:
         return next((parse_mount(line) for line in table if line.startswith(start)), None)
 
 
-def parse_mount(line: bytes) -> Mount | None:
-    """One line as a :class:`Mount`, or None when it is not one."""
+def parse_mount(line: bytes) -> MountEntry | None:
+    """One line as a :class:`MountEntry`, or None when it is not one."""
     own, separator, shared = line.removesuffix(b"\n").partition(b" - ")
     # Fields are split at single blanks, as the mount source may be an empty string.
     fields, system = own.split(b" "), shared.split(b" ")
@@ -55,7 +55,7 @@ def parse_mount(line: bytes) -> Mount | None:
         return None
     if not (fields[0].isdigit() and fields[1].isdigit()):
         return None
-    return Mount(
+    return MountEntry(
         id=int(fields[0]),
         parent=int(fields[1]),
         device=os.fsdecode(fields[2]),

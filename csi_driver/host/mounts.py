@@ -15,11 +15,10 @@ from typing import Final, Protocol
 
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.host import syscalls
-from csi_driver.host.failures import reported
-from csi_driver.host.folder_mounts import FolderMounts
-from csi_driver.host.mountinfo import Mount, find_mount, mount_id, read_mounts
+from csi_driver.host.mountinfo import MountEntry, find_mount, mount_id, read_mounts
+from csi_driver.host.os_errors import translate_os_errors
 
-__all__ = ["SOURCE", "FolderMounts", "KernelMounts", "Mounts"]
+__all__ = ["SOURCE", "KernelMounts", "Mounts"]
 
 SOURCE: Final = "certmount"
 
@@ -68,7 +67,7 @@ class KernelMounts:
     def make_tmpfs(self, point: Path, size_bytes: int, inodes: int) -> None:
         """See :class:`Mounts`. Without swap where the kernel knows ``noswap`` (Linux 6.4): found out once, by trying."""
         options = f"mode=0700,size={size_bytes},nr_inodes={inodes}"
-        with reported("volume", "mount a tmpfs at", point, _MOUNT_LIMIT), _vacant("volume", point) as folder:
+        with translate_os_errors("volume", "mount a tmpfs at", point, _MOUNT_LIMIT), _vacant("volume", point) as folder:
             self._mount_tmpfs(f"/proc/self/fd/{folder}", options)
             _mark(point)
 
@@ -87,7 +86,7 @@ class KernelMounts:
     def bind_read_only(self, source: Path, target: Path) -> None:
         """See :class:`Mounts`. It is read-only from its first moment, and in every mount namespace it spreads to."""
         with (
-            reported("target_path", f"bind {source} at", target, _MOUNT_LIMIT),
+            translate_os_errors("target_path", f"bind {source} at", target, _MOUNT_LIMIT),
             _vacant("target_path", target) as folder,
         ):
             _mark(source)
@@ -127,7 +126,7 @@ class KernelMounts:
 
     def unmount(self, point: Path) -> None:
         """See :class:`Mounts`. Lazily, as a process may still be inside. A stranger's mount on top of ours is an error."""
-        with reported("volume", "unmount", point):
+        with translate_os_errors("volume", "unmount", point):
             for _ in range(_DEEPEST_STACK):
                 top = _mount_at(point)
                 if top is None:
@@ -179,7 +178,7 @@ def _is_marked(folder: Path) -> bool:
     return True
 
 
-def _is_ours(mount: Mount) -> bool:
+def _is_ours(mount: MountEntry) -> bool:
     return mount.source == SOURCE and mount.fs_type == "tmpfs"
 
 
@@ -211,7 +210,7 @@ def _vacant(field: str, point: Path) -> Iterator[int]:
         yield here
 
 
-def _refuse_covered(point: Path, top: Mount) -> None:
+def _refuse_covered(point: Path, top: MountEntry) -> None:
     if any(mount.point == top.point and _is_ours(mount) for mount in read_mounts()):
         problem = f"a {top.fs_type} of {top.source!r} is mounted over our mount at {point}"
         raise CertmountError(Reason.MOUNT_FAILED, Fault("volume", problem, f"run: umount {point}"))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import grpc
@@ -18,7 +16,7 @@ from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import decode_certificates
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import CertificateSpec, Usage
-from csi_driver.node.renewal.reports import CertificateCondition, CertificateReport
+from csi_driver.node.authority_messages import CertificateCondition, CertificateReport, IssuanceResponse, TrustBundle
 from csi_driver.rpc.errors import from_rpc
 
 ISSUE_TIMEOUT_S = 90.0
@@ -30,10 +28,10 @@ _PAUSE_S = 0.2
 _MAX_FILE_BYTES = 1024 * 1024
 _CONDITIONS = {
     CertificateCondition.RENEWAL_FAILING: authority_pb2.CONDITION_RENEWAL_FAILING,
-    CertificateCondition.OVERDUE: authority_pb2.CONDITION_OVERDUE,
-    CertificateCondition.EXPIRED: authority_pb2.CONDITION_EXPIRED,
-    CertificateCondition.RECOVERED: authority_pb2.CONDITION_RECOVERED,
-    CertificateCondition.RENEWAL_DROPPED: authority_pb2.CONDITION_RENEWAL_DROPPED,
+    CertificateCondition.RENEWAL_OVERDUE: authority_pb2.CONDITION_OVERDUE,
+    CertificateCondition.CERTIFICATE_EXPIRED: authority_pb2.CONDITION_EXPIRED,
+    CertificateCondition.CERTIFICATE_RECOVERED: authority_pb2.CONDITION_RECOVERED,
+    CertificateCondition.RENEWAL_STOPPED: authority_pb2.CONDITION_RENEWAL_DROPPED,
 }
 _USAGES = {Usage.SERVER: authority_pb2.USAGE_SERVER, Usage.CLIENT: authority_pb2.USAGE_CLIENT}
 # RFC 6750 section 2.1. gRPC refuses other characters in metadata, and servers refuse more than 8 KiB of it.
@@ -55,29 +53,6 @@ _OPTIONS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class IssuedAnswer:
-    """What the authority answered, unchecked (X.509 DER)."""
-
-    chain: Sequence[bytes]
-    trust: Mapping[str, RootSet]
-    renew_after: timedelta | None
-    interim: bool = False
-    """The certificate is the internal CA's, and stands in until the one that was asked for is there."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrustBundle:
-    """All sets of roots that the authority has by their names, unchecked, and a text that differs for each policy it has."""
-
-    sets: Mapping[str, RootSet]
-    policy_revision: str
-    shared_issuers: frozenset[str] = frozenset()
-    """Issuers that count certificates, whose pods share theirs."""
-    renew_now: frozenset[str] = frozenset()
-    """Digests of the keys whose certificates are to be renewed now, as their CA advises."""
-
-
 class AuthorityClient:
     """Speaks to one authority address. Belongs to one event loop.
 
@@ -94,7 +69,7 @@ class AuthorityClient:
         # Channels of earlier roots: what is under way on them ends in peace. Roots change once in years.
         self._retired: list[grpc.aio.Channel] = []
 
-    async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuedAnswer:
+    async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuanceResponse:
         """Asks for a certificate as ``spec`` says; its names are in the CSR (DER).
 
         The end of a replica costs a call some seconds, and no failure.
@@ -113,7 +88,7 @@ class AuthorityClient:
             request.duration.FromTimedelta(spec.duration)
         response = await self._answered(request)
         renew_after = response.renew_after.ToTimedelta() if response.HasField("renew_after") else None
-        return IssuedAnswer(response.chain, _root_sets(response.trust), renew_after, response.interim)
+        return IssuanceResponse(response.chain, _root_sets(response.trust), renew_after, response.interim)
 
     async def watch_trust(self) -> AsyncIterator[TrustBundle]:
         """Yields what is to be trusted now and at each change; ends when the authority ends the stream.

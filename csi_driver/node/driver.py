@@ -8,23 +8,24 @@ from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 
-from csi_driver.host.volumes import VolumeStore
-from csi_driver.node.authority_client import AuthorityClient, TrustBundle
+from csi_driver.host.volume_store import VolumeStore
+from csi_driver.node.authority_client import AuthorityClient
+from csi_driver.node.authority_messages import TrustBundle
 from csi_driver.node.issuance.enrolment import Enrolment
 from csi_driver.node.issuance.first_calls import OUTSIDE_SIDE_BY_SIDE, Apart, FirstCalls
 from csi_driver.node.issuance.lanes import Lanes
 from csi_driver.node.issuance.live_certificates import LiveCertificates
 from csi_driver.node.issuance.pending import Pending
 from csi_driver.node.issuance.shared import Shared
+from csi_driver.node.publishing.publish import Publisher
 from csi_driver.node.renewal.advice import Advice
 from csi_driver.node.renewal.conditions import Conditions
 from csi_driver.node.renewal.renewals import Renewals
 from csi_driver.node.renewal.reports import Reports
-from csi_driver.node.trust.follower import follow_trust
-from csi_driver.node.trust.roots import Roots
-from csi_driver.node.volumes.publisher import Publisher
-from csi_driver.node.volumes.removal import Removal
-from csi_driver.node.volumes.volume import Volumes
+from csi_driver.node.trust.root_distribution import RootDistribution
+from csi_driver.node.trust.trust_follower import follow_trust
+from csi_driver.node.volumes.remover import VolumeRemover
+from csi_driver.node.volumes.volume import VolumeTable
 from csi_driver.telemetry.node_metrics import NodeMetrics
 
 
@@ -43,13 +44,13 @@ class Driver:
     ) -> None:
         self._client = client
         self._rng = rng
-        volumes = Volumes()
+        volumes = VolumeTable()
         self._lanes = Lanes(clock, rng)
         paced = self._lanes.paced(client)
         self._first_calls = FirstCalls(paced, rng)
         self._first_calls_outside = FirstCalls(paced, rng, OUTSIDE_SIDE_BY_SIDE)
-        self._removal = Removal(store, volumes, clock, rng)
-        self._roots = Roots(store, volumes, self._removal, metrics, clock, rng)
+        self._removal = VolumeRemover(store, volumes, clock, rng)
+        self._roots = RootDistribution(store, volumes, self._removal, metrics, clock, rng)
         metrics.count_waiting(self._lanes.backlog)
         live = LiveCertificates(store, volumes, lambda: self._roots.known, clock)
         self._pending = Pending(clock)

@@ -1,27 +1,37 @@
-"""Sets of roots: what a pod trusts is the set of its issuer and those of the federations it asks for."""
+"""Named sets of root certificates."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from csi_driver.core.spec import DEFAULT_ISSUER, CertificateSpec
+
 
 @dataclass(frozen=True, slots=True)
 class RootSet:
-    """Roots (X.509 DER) that are trusted together; of two states of one set that with the higher ``generation`` is newer."""
+    """The roots (X.509 DER) of an issuer or a federation. A higher ``generation`` is a newer version of the same set."""
 
     roots: tuple[bytes, ...]
     generation: int
 
 
-def newer(one: Mapping[str, RootSet], other: Mapping[str, RootSet]) -> dict[str, RootSet]:
-    """All sets of both by name, each in its newer state; of equals the first."""
-    taken = {
+def trusted_root_set_names(spec: CertificateSpec, *, interim: bool = False) -> tuple[str, ...]:
+    """Return the names of the root sets that a volume trusts, its issuer's first.
+
+    A volume with an interim certificate also trusts the internal CA.
+    """
+    return tuple(dict.fromkeys((spec.issuer, *spec.federations, *((DEFAULT_ISSUER,) if interim else ()))))
+
+
+def newest_root_sets(one: Mapping[str, RootSet], other: Mapping[str, RootSet]) -> dict[str, RootSet]:
+    """Merge two mappings by name. Keep the newer version of each set, or the first one's if both are equal."""
+    kept = {
         name: roots for name, roots in one.items() if name not in other or roots.generation >= other[name].generation
     }
-    return {**other, **taken}
+    return {**other, **kept}
 
 
-def union(sets: Mapping[str, RootSet], names: Iterable[str]) -> tuple[bytes, ...]:
-    """The roots of the named sets, each once, in the order of the names; a set that is not there adds none."""
+def merge_roots(sets: Mapping[str, RootSet], names: Iterable[str]) -> tuple[bytes, ...]:
+    """Return the roots of the named sets in the order of the names, without duplicates. Ignore names that are not in ``sets``."""
     return tuple(dict.fromkeys(root for name in names if name in sets for root in sets[name].roots))

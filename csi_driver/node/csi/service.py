@@ -12,8 +12,8 @@ from google.protobuf.wrappers_pb2 import BoolValue
 from csi_driver import DRIVER_NAME, __version__
 from csi_driver._proto import csi_pb2, csi_pb2_grpc
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.node.csi.publish_request import check_read_only, parse_publish
-from csi_driver.node.volumes.publisher import Publisher
+from csi_driver.node.publishing.publish import Publisher
+from csi_driver.node.publishing.publish_request import check_read_only, parse_publish
 
 log = structlog.get_logger(__name__)
 

@@ -11,7 +11,7 @@ from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.certificates.verification import VerifiedCertificate
 from csi_driver.core.names import Name
 from csi_driver.core.spec import CertificateSpec, KeyType, Usage
-from csi_driver.node.csi.publish_request import Pod
+from csi_driver.node.pods import Pod
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,27 +11,26 @@ from typing import Protocol
 
 from csi_driver.core.certificates.csr import build_csr
 from csi_driver.core.certificates.keys import PrivateKey, generate_key
-from csi_driver.core.certificates.root_sets import RootSet
+from csi_driver.core.certificates.root_sets import RootSet, trusted_root_set_names
 from csi_driver.core.certificates.verification import parse_certificates, verify_certificate
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.names import Names
 from csi_driver.core.renewal import plan_renewal
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import DEFAULT_ISSUER, CertificateSpec, KeyType
-from csi_driver.node.authority_client import IssuedAnswer
-from csi_driver.node.csi.publish_request import Pod, PodToken
+from csi_driver.node.authority_messages import IssuanceResponse
 from csi_driver.node.issuance.enrolled import Enrolled, Wanted
 from csi_driver.node.issuance.pending import Pending, Prepared
 from csi_driver.node.issuance.shared import Shared
-from csi_driver.node.trust.known_roots import trusted_names
-from csi_driver.node.volumes.contents import expected_of
-from csi_driver.node.workers import in_thread
+from csi_driver.node.pods import Pod, PodToken
+from csi_driver.node.threads import in_thread
+from csi_driver.node.volumes.volume_files import expected_certificate
 
 
 class Authority(Protocol):
     """Whoever signs."""
 
-    async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuedAnswer:
+    async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuanceResponse:
         """As :meth:`csi_driver.node.authority_client.AuthorityClient.issue`."""
 
 
@@ -103,15 +102,15 @@ class Enrolment:
         return await in_thread(self._keys, _prepare, key, spec.key_type, spec.names)
 
     def _judged(
-        self, answer: IssuedAnswer, key: PrivateKey, pod: Pod, spec: CertificateSpec, late_s: float
+        self, answer: IssuanceResponse, key: PrivateKey, pod: Pod, spec: CertificateSpec, late_s: float
     ) -> Enrolled:
         now = self._clock()
         signer = DEFAULT_ISSUER if answer.interim else spec.issuer
-        trust = _trust(answer, trusted_names(spec, interim=answer.interim))
+        trust = _trust(answer, trusted_root_set_names(spec, interim=answer.interim))
         bundle = verify_certificate(
             answer.chain,
             trust[signer].roots,
-            expected_of(key, spec, pod, signer),
+            expected_certificate(key, spec, pod, signer),
             datetime.fromtimestamp(now, UTC),
         )
         not_after = bundle.leaf.not_valid_after_utc.timestamp()
@@ -135,7 +134,7 @@ class Enrolment:
         return token
 
 
-def _trust(answer: IssuedAnswer, names: Sequence[str]) -> Mapping[str, RootSet]:
+def _trust(answer: IssuanceResponse, names: Sequence[str]) -> Mapping[str, RootSet]:
     """The sets that the volume is to trust, of which each one must have come."""
     if missing := [name for name in names if name not in answer.trust]:
         fault = Fault("certificate from the authority", f"came without the roots of {', '.join(missing)}")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import DEFAULT_ISSUER, CertificateSpec
-from csi_driver.node.authority_client import IssuedAnswer
+from csi_driver.node.authority_messages import IssuanceResponse
 from csi_driver.node.issuance.enrolment import Authority
 from csi_driver.node.issuance.pace import Pace
 from csi_driver.node.renewal.rotation import Rotation
@@ -36,7 +36,7 @@ class FirstCalls:
         self._waiting: dict[str, tuple[asyncio.Event, asyncio.Event]] = {}
         self.turns = Rotation(_now, self._serve, self._pace)
 
-    async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuedAnswer:
+    async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuanceResponse:
         """As :meth:`csi_driver.node.authority_client.AuthorityClient.issue`; AuthorityOverloaded after a minute without a turn."""
         came = _now()
         while True:
@@ -46,7 +46,7 @@ class FirstCalls:
                 if error.reason is not Reason.AUTHORITY_OVERLOADED or _now() >= came + PATIENCE_S:
                     raise
 
-    async def _in_turn(self, came: float, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuedAnswer:
+    async def _in_turn(self, came: float, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuanceResponse:
         number = f"{next(self._numbers):020}"  # of those that came in the same moment, the least is first
         turn, done = self._waiting[number] = asyncio.Event(), asyncio.Event()
         self.turns.schedule(number, came, came)
@@ -63,7 +63,7 @@ class FirstCalls:
             self._waiting.pop(number)
             done.set()
 
-    async def _call(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuedAnswer:
+    async def _call(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuanceResponse:
         stamp = self._pace.stamp
         try:
             answer = await self._authority.issue(csr, token, spec)
@@ -88,7 +88,7 @@ class Apart:
         self._internal = internal
         self._outside = outside
 
-    async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuedAnswer:
+    async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuanceResponse:
         """As :meth:`csi_driver.node.authority_client.AuthorityClient.issue`."""
         queue = self._internal if spec.issuer == DEFAULT_ISSUER else self._outside
         return await queue.issue(csr, token, spec)

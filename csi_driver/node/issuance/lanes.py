@@ -13,7 +13,7 @@ import structlog
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import CertificateSpec
-from csi_driver.node.authority_client import IssuedAnswer
+from csi_driver.node.authority_messages import IssuanceResponse
 from csi_driver.node.issuance.enrolment import Authority
 from csi_driver.node.issuance.pace import Pace, spread_s
 from csi_driver.node.renewal.rotation import Rotation
@@ -110,7 +110,7 @@ class _Paced:
         self._authority = authority
         self._lanes = lanes
 
-    async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuedAnswer:
+    async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuanceResponse:
         stamp = self._lanes.stamp(spec.issuer)
         try:
             answer = await self._authority.issue(csr, token, spec)

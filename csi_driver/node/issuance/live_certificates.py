@@ -9,11 +9,11 @@ from csi_driver.core.certificates.keys import PrivateKey
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.certificates.verification import verify_certificate
 from csi_driver.core.errors import CertmountError
-from csi_driver.host.volumes import VolumeStore
+from csi_driver.host.volume_store import VolumeStore
 from csi_driver.node.issuance.enrolled import Enrolled, Wanted
-from csi_driver.node.volumes.contents import expected_of, read_pair
-from csi_driver.node.volumes.volume import Volume, Volumes
-from csi_driver.node.workers import in_thread
+from csi_driver.node.threads import in_thread
+from csi_driver.node.volumes.volume import Volume, VolumeTable
+from csi_driver.node.volumes.volume_files import expected_certificate, read_key_and_chain
 
 
 class LiveCertificates:
@@ -22,7 +22,7 @@ class LiveCertificates:
     def __init__(
         self,
         store: VolumeStore,
-        volumes: Volumes,
+        volumes: VolumeTable,
         known: Callable[[], Mapping[str, RootSet]],
         clock: Callable[[], float],
     ) -> None:
@@ -41,8 +41,8 @@ class LiveCertificates:
             if record.renew_at <= self._clock():
                 continue  # its renewal may have been refused
             try:
-                key, chain = await in_thread(None, read_pair, self._store.files_dir(record.volume_id))
-                expected = expected_of(key, volume.spec, volume.pod, wanted.issuer)
+                key, chain = await in_thread(None, read_key_and_chain, self._store.files_dir(record.volume_id))
+                expected = expected_certificate(key, volume.spec, volume.pod, wanted.issuer)
                 bundle = verify_certificate(chain, roots.roots, expected, datetime.fromtimestamp(self._clock(), UTC))
             except CertmountError:
                 continue  # as good as none: it is renewed for other reasons
@@ -54,7 +54,7 @@ class LiveCertificates:
         """The key of a volume with a stand-in: an order for it is on its way."""
         for volume in self._alike(wanted, interim=True):
             try:
-                return (await in_thread(None, read_pair, self._store.files_dir(volume.record.volume_id)))[0]
+                return (await in_thread(None, read_key_and_chain, self._store.files_dir(volume.record.volume_id)))[0]
             except CertmountError:
                 continue
         return None

@@ -18,12 +18,11 @@ from dataclasses import replace
 from typing import Protocol
 
 from csi_driver.core.certificates.keys import key_fingerprint
-from csi_driver.core.certificates.root_sets import RootSet, newer
+from csi_driver.core.certificates.root_sets import RootSet, newest_root_sets, trusted_root_set_names
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.renewal import plan_renewal
 from csi_driver.core.spec import DEFAULT_ISSUER, CertificateSpec
 from csi_driver.node.issuance.enrolled import Enrolled, Wanted
-from csi_driver.node.trust.known_roots import trusted_names
 
 _MOST = 1_000
 """Certificates held; a node runs a few hundred pods."""
@@ -142,8 +141,8 @@ class Shared:
 
     def _fitted(self, enrolled: Enrolled, spec: CertificateSpec) -> Enrolled:
         """The same, with the roots that a volume asks for, and renewed earlier where it asks for that."""
-        names = trusted_names(spec, interim=enrolled.interim)
-        sets = newer(self._known(), enrolled.trust)
+        names = trusted_root_set_names(spec, interim=enrolled.interim)
+        sets = newest_root_sets(self._known(), enrolled.trust)
         if unknown := [name for name in names if name not in sets]:
             faults = (Fault("federations", f"the authority has no roots by the name {name}") for name in unknown)
             raise CertmountError(Reason.FEDERATION_NOT_FOUND, *faults)

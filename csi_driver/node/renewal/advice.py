@@ -10,10 +10,10 @@ import structlog
 from csi_driver.core.certificates.keys import key_fingerprint
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.spec import DEFAULT_ISSUER
-from csi_driver.host.volumes import VolumeStore
-from csi_driver.node.volumes.contents import read_pair
-from csi_driver.node.volumes.volume import Volume, Volumes
-from csi_driver.node.workers import in_thread
+from csi_driver.host.volume_store import VolumeStore
+from csi_driver.node.threads import in_thread
+from csi_driver.node.volumes.volume import Volume, VolumeTable
+from csi_driver.node.volumes.volume_files import read_key_and_chain
 
 log = structlog.get_logger(__name__)
 
@@ -21,7 +21,7 @@ log = structlog.get_logger(__name__)
 class Advice:
     """``renew`` brings a volume's renewal forward."""
 
-    def __init__(self, store: VolumeStore, volumes: Volumes, renew: Callable[[Volume], None]) -> None:
+    def __init__(self, store: VolumeStore, volumes: VolumeTable, renew: Callable[[Volume], None]) -> None:
         self._store = store
         self._volumes = volumes
         self._renew = renew
@@ -47,7 +47,7 @@ class Advice:
     async def _key(self, volume: Volume) -> str:
         """Of the key that the volume holds; empty where that can't be read."""
         try:
-            key, _ = await in_thread(None, read_pair, self._store.files_dir(volume.record.volume_id))
+            key, _ = await in_thread(None, read_key_and_chain, self._store.files_dir(volume.record.volume_id))
         except CertmountError:
             return ""  # told where it is renewed
         return key_fingerprint(key.public_key())

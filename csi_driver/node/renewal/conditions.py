@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from csi_driver.core.errors import Reason
+from csi_driver.node.authority_messages import CertificateCondition
 from csi_driver.node.issuance.lanes import Lanes
-from csi_driver.node.renewal.reports import CertificateCondition, Reports, report_of
+from csi_driver.node.renewal.reports import Reports, report_of
 from csi_driver.node.renewal.rotation import Rotation
-from csi_driver.node.volumes.removal import Removal
-from csi_driver.node.volumes.volume import Volume, Volumes
+from csi_driver.node.volumes.remover import VolumeRemover
+from csi_driver.node.volumes.volume import Volume, VolumeTable
 
 _FAILURES = 2
 """One may be chance; the second in a row is worth telling."""
@@ -22,7 +23,7 @@ class Conditions:
     """
 
     def __init__(
-        self, volumes: Volumes, removal: Removal, lanes: Lanes, reports: Reports, clock: Callable[[], float]
+        self, volumes: VolumeTable, removal: VolumeRemover, lanes: Lanes, reports: Reports, clock: Callable[[], float]
     ) -> None:
         self._volumes = volumes
         self._removal = removal
@@ -40,7 +41,7 @@ class Conditions:
 
     def renewed(self, volume: Volume) -> None:
         """A renewal came through."""
-        self._tell(volume, CertificateCondition.RECOVERED, "", "the certificate was renewed")
+        self._tell(volume, CertificateCondition.CERTIFICATE_RECOVERED, "", "the certificate was renewed")
 
     def failed(self, volume: Volume) -> None:
         """A renewal failed; ``volume`` says why, and whether there will be another."""
@@ -50,7 +51,7 @@ class Conditions:
         if volume.dropped:
             self._tell(
                 volume,
-                CertificateCondition.RENEWAL_DROPPED,
+                CertificateCondition.RENEWAL_STOPPED,
                 reason.word,
                 f"the certificate is not renewed any more: {text}",
             )
@@ -80,12 +81,15 @@ class Conditions:
             (why.reason.word, str(why)) if why else (Reason.AUTHORITY_OVERLOADED.word, "others are more urgent")
         )
         if now >= volume.record.not_after:
-            self._tell(volume, CertificateCondition.EXPIRED, reason, f"the certificate has expired: {text}")
+            self._tell(volume, CertificateCondition.CERTIFICATE_EXPIRED, reason, f"the certificate has expired: {text}")
             return
         self.clock_of_ends.schedule(volume_id, volume.record.not_after)
         if not volume.dropped:
             self._tell(
-                volume, CertificateCondition.OVERDUE, reason, f"the renewal of the certificate is overdue: {text}"
+                volume,
+                CertificateCondition.RENEWAL_OVERDUE,
+                reason,
+                f"the renewal of the certificate is overdue: {text}",
             )
 
     def _tell(self, volume: Volume, condition: CertificateCondition, reason: str, message: str) -> None:

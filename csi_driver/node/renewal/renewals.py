@@ -7,20 +7,19 @@ from dataclasses import replace
 
 import structlog
 
-from csi_driver.core.certificates.root_sets import union
+from csi_driver.core.certificates.root_sets import merge_roots, trusted_root_set_names
 from csi_driver.core.errors import CertmountError, FailureKind, Reason
 from csi_driver.core.renewal import retry_delay_s
-from csi_driver.host.volumes import VolumeStore
+from csi_driver.host.volume_store import VolumeStore
 from csi_driver.node.issuance.enrolled import Enrolled
 from csi_driver.node.issuance.enrolment import Enrolment
 from csi_driver.node.issuance.lanes import Lanes
 from csi_driver.node.renewal.conditions import Conditions
-from csi_driver.node.trust.known_roots import trusted_names
-from csi_driver.node.trust.roots import Roots
-from csi_driver.node.volumes.contents import write_certificate
-from csi_driver.node.volumes.removal import Removal
-from csi_driver.node.volumes.volume import Volume, Volumes
-from csi_driver.node.workers import in_thread
+from csi_driver.node.threads import in_thread
+from csi_driver.node.trust.root_distribution import RootDistribution
+from csi_driver.node.volumes.remover import VolumeRemover
+from csi_driver.node.volumes.volume import Volume, VolumeTable
+from csi_driver.node.volumes.volume_files import write_certificate
 from csi_driver.telemetry.node_metrics import NodeMetrics
 
 log = structlog.get_logger(__name__)
@@ -44,10 +43,10 @@ class Renewals:
     def __init__(
         self,
         store: VolumeStore,
-        volumes: Volumes,
+        volumes: VolumeTable,
         enrolment: Enrolment,
-        roots: Roots,
-        removal: Removal,
+        roots: RootDistribution,
+        removal: VolumeRemover,
         lanes: Lanes,
         conditions: Conditions,
         metrics: NodeMetrics,
@@ -143,7 +142,7 @@ class Renewals:
             not_after=enrolled.not_after,
             interim=enrolled.interim,
         )
-        trusted = trusted_names(volume.spec, interim=enrolled.interim)
+        trusted = trusted_root_set_names(volume.spec, interim=enrolled.interim)
         trusts = self._roots.answered(trusted, enrolled.trust)
         await in_thread(
             None,
@@ -151,7 +150,7 @@ class Renewals:
             self._store.files_dir(record.volume_id),
             enrolled.key,
             enrolled.bundle.chain,
-            union(trusts, trusted),
+            merge_roots(trusts, trusted),
             volume.readers,
             enrolled.issued_at,
         )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum, unique
 from typing import Protocol
 
 import structlog
@@ -13,6 +11,7 @@ import structlog
 from csi_driver.core.errors import CertmountError, FailureKind, Reason
 from csi_driver.core.renewal import retry_delay_s
 from csi_driver.core.secret import Secret
+from csi_driver.node.authority_messages import CertificateCondition, CertificateReport
 
 log = structlog.get_logger(__name__)
 
@@ -25,27 +24,6 @@ _GAP_S = 30.0
 """So many at once, then one in so many seconds: where all pods of all nodes are in trouble, telling it must not be more."""
 _MESSAGE_LENGTH = 1024
 """As much as an event holds."""
-
-
-@unique
-class CertificateCondition(Enum):
-    """What has become of a certificate."""
-
-    RENEWAL_FAILING = "a renewal failed twice in a row"
-    OVERDUE = "half of what was left of the life when it was to be renewed is gone"
-    EXPIRED = "it has ended"
-    RECOVERED = "it was renewed after any of these"
-    RENEWAL_DROPPED = "its pod gets no more, and renewals have been given up"
-
-
-@dataclass(frozen=True, slots=True)
-class CertificateReport:
-    """One change, with the token that proves whose it is."""
-
-    token: Secret[str]
-    condition: CertificateCondition
-    reason: str
-    message: str
 
 
 class Listener(Protocol):
@@ -101,7 +79,7 @@ class Reports:
                 continue
             volume_id = next(iter(self._waiting))
             report = self._waiting.pop(volume_id)
-            if report.condition is not self._told.get(volume_id, CertificateCondition.RECOVERED):
+            if report.condition is not self._told.get(volume_id, CertificateCondition.CERTIFICATE_RECOVERED):
                 self._allowed -= 1
                 await self._send(volume_id, report)
 

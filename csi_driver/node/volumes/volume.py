@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
-from csi_driver.core.certificates.root_sets import RootSet
+from csi_driver.core.certificates.root_sets import RootSet, trusted_root_set_names
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.spec import CertificateSpec
-from csi_driver.host.volumes import VolumeRecord
-from csi_driver.node.csi.publish_request import Pod, PodToken, PublishRequest
-from csi_driver.node.trust.known_roots import trusted_names
-from csi_driver.node.volumes.contents import Readers
+from csi_driver.host.volume_record import VolumeRecord
+from csi_driver.node.pods import Pod, PodToken
+from csi_driver.node.publishing.publish_request import PublishRequest
+from csi_driver.node.volumes.volume_files import FileAccess
 
 
 @dataclass(slots=True)
@@ -44,12 +44,12 @@ class Volume:
     @property
     def trusted(self) -> tuple[str, ...]:
         """The sets that it trusts by name: that of its issuer first."""
-        return trusted_names(self.spec, interim=self.record.interim)
+        return trusted_root_set_names(self.spec, interim=self.record.interim)
 
     @property
-    def readers(self) -> Readers:
+    def readers(self) -> FileAccess:
         """Who may read its key; the volume's own attribute wins over the pod's fsGroup."""
-        return Readers(self.record.mount_group if self.spec.fs_group is None else self.spec.fs_group)
+        return FileAccess(self.record.mount_group if self.spec.fs_group is None else self.spec.fs_group)
 
     @property
     def overdue_at(self) -> float:
@@ -77,7 +77,7 @@ class Volume:
         return None
 
 
-class Volumes:
+class VolumeTable:
     """All volumes of this node by their ids, and a lock for each: a volume is changed under its lock only."""
 
     def __init__(self) -> None:

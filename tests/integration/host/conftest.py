@@ -9,20 +9,20 @@ from pathlib import Path
 import pytest
 
 from csi_driver.host import syscalls
-from csi_driver.host.mountinfo import Mount, read_mounts
+from csi_driver.host.mountinfo import MountEntry, read_mounts
 from csi_driver.host.mounts import KernelMounts
-from csi_driver.host.volumes import VolumeStore
+from csi_driver.host.volume_store import VolumeStore
 from tests.unit.host.samples import POD_UID
 
 MS_SHARED = 1 << 20
 
 
-def mounts_at(point: Path) -> list[Mount]:
+def mounts_at(point: Path) -> list[MountEntry]:
     """What is mounted at ``point``, oldest first."""
     return [mount for mount in read_mounts() if mount.point == os.path.realpath(point)]
 
 
-def mounts_below(folder: Path) -> list[Mount]:
+def mounts_below(folder: Path) -> list[MountEntry]:
     real = os.path.realpath(folder)
     return [mount for mount in read_mounts() if mount.point == real or mount.point.startswith(f"{real}/")]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from csi_driver.core.errors import CertmountError
 from csi_driver.host.generations import write_generation
 from csi_driver.host.mounts import KernelMounts
-from csi_driver.host.volumes import VolumeStore
+from csi_driver.host.volume_store import VolumeStore
 from tests.unit.host.samples import VOLUME_ID, pair, record
 
 _OLD_KERNEL = "old-kernel-"

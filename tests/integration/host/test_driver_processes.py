@@ -13,8 +13,8 @@ import pytest
 
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.host import syscalls
-from csi_driver.host.mountinfo import Mount
-from csi_driver.host.targets import check_kubelet_dir
+from csi_driver.host.mountinfo import MountEntry
+from csi_driver.host.target_paths import check_kubelet_dir
 from tests.integration.host.conftest import mount_stranger, mounts_at, mounts_below
 from tests.unit.host.samples import VOLUME_ID
 
@@ -51,7 +51,7 @@ def observed(point: Path) -> Iterator[list[frozenset[str]]]:
         thread.join()
 
 
-def the_mount_at(target: Path) -> Mount:
+def the_mount_at(target: Path) -> MountEntry:
     (mount,) = mounts_at(target)
     return mount
 

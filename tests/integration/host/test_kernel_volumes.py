@@ -17,7 +17,7 @@ from csi_driver.core.secret import Secret
 from csi_driver.host import syscalls
 from csi_driver.host.generations import VolumeFile, read_generation, write_generation
 from csi_driver.host.mounts import KernelMounts
-from csi_driver.host.volumes import VolumeStore
+from csi_driver.host.volume_store import VolumeStore
 from tests.integration.host.conftest import mount_stranger, mounts_at, mounts_below
 from tests.unit.host.samples import POD_UID, VOLUME_ID, pair, record
 

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from csi_driver import DRIVER_NAME
 from csi_driver._proto import csi_pb2, csi_pb2_grpc
 from csi_driver.host import syscalls
-from csi_driver.host.mountinfo import Mount, read_mounts
+from csi_driver.host.mountinfo import MountEntry, read_mounts
 from csi_driver.rpc.errors import REASON_KEY
 from tests.support.driver import Driver
 from tests.support.kubelet import FakePod, Kubelet, node_stub
@@ -210,7 +210,7 @@ class Node:
             found[str(path)] = (stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
         return found
 
-    def mounts(self, below: Path | str) -> list[Mount]:
+    def mounts(self, below: Path | str) -> list[MountEntry]:
         """The mounts at or below a path, the kubelet's own folder not among them."""
         root, wanted = os.path.realpath(self.kubelet.root), os.path.realpath(below)
         found = (mount for mount in read_mounts() if mount.point == wanted or mount.point.startswith(f"{wanted}/"))

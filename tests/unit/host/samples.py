@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from csi_driver.core.secret import Secret
 from csi_driver.host.generations import VolumeFile
-from csi_driver.host.records import VolumeRecord
+from csi_driver.host.volume_record import VolumeRecord
 
 VOLUME_ID = "csi-" + "5a" * 32
 POD_UID = "0b7a3c5e-6d0f-4e57-9d7a-0c9f1f6d2a11"

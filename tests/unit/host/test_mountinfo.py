@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.host.mountinfo import Mount, find_mount, mount_id, parse_mount, read_mounts
+from csi_driver.host.mountinfo import MountEntry, find_mount, mount_id, parse_mount, read_mounts
 
 LINE = b"36 35 98:0 /files /mnt/pods/a ro,nosuid,relatime shared:7 master:3 - tmpfs certmount rw,size=1024k,mode=700\n"
-MOUNT = Mount(
+MOUNT = MountEntry(
     id=36,
     parent=35,
     device="98:0",

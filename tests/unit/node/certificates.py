@@ -11,9 +11,9 @@ from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.certificates.verification import VerifiedCertificate
 from csi_driver.core.names import DNSName, Names
 from csi_driver.core.spec import CertificateSpec, KeyType
-from csi_driver.node.csi.publish_request import Pod
 from csi_driver.node.issuance.enrolled import Enrolled, Wanted
 from csi_driver.node.issuance.pending import Prepared
+from csi_driver.node.pods import Pod
 from tests.support.scripted_authority import TestCA
 
 POD = Pod("web", "shop-0", "uid", "shop")

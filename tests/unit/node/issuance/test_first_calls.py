@@ -9,11 +9,11 @@ import pytest
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import CertificateSpec
-from csi_driver.node.authority_client import IssuedAnswer
+from csi_driver.node.authority_messages import IssuanceResponse
 from csi_driver.node.issuance.first_calls import FIRST_SIDE_BY_SIDE, PATIENCE_S, FirstCalls
 from tests.unit.node.virtual_time import run_virtually
 
-_ANSWER = IssuedAnswer([b"chain"], {}, None)
+_ANSWER = IssuanceResponse([b"chain"], {}, None)
 
 
 class _Authority:
@@ -27,7 +27,7 @@ class _Authority:
         self.calls = 0
         self.order: list[bytes] = []
 
-    async def issue(self, csr: bytes, _token: Secret[str], _spec: CertificateSpec) -> IssuedAnswer:
+    async def issue(self, csr: bytes, _token: Secret[str], _spec: CertificateSpec) -> IssuanceResponse:
         self.calls += 1
         if self.failure is not None:
             raise self.failure
@@ -41,10 +41,10 @@ class _Authority:
         return _ANSWER
 
 
-def _ask(authority: _Authority, pods: int) -> tuple[list[IssuedAnswer | BaseException], float]:
+def _ask(authority: _Authority, pods: int) -> tuple[list[IssuanceResponse | BaseException], float]:
     """All pods at once; the answers and when the last one came."""
 
-    async def story() -> tuple[list[IssuedAnswer | BaseException], float]:
+    async def story() -> tuple[list[IssuanceResponse | BaseException], float]:
         calls = FirstCalls(authority, lambda: 0.5)
         clock = asyncio.create_task(calls.turns.run())
         asked = (calls.issue(bytes([number]), Secret("token"), CertificateSpec()) for number in range(pods))

@@ -22,13 +22,11 @@ from pathlib import Path
 from typing import Final
 
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.host.failures import reported
-from csi_driver.host.folders import remove_folder
+from csi_driver.host.directories import remove_folder
 from csi_driver.host.generations import DATA, erase_files
 from csi_driver.host.mounts import Mounts
-from csi_driver.host.records import VolumeRecord
-
-__all__ = ["FilesystemUsage", "Quarantined", "Scan", "VolumeRecord", "VolumeStore"]
+from csi_driver.host.os_errors import translate_os_errors
+from csi_driver.host.volume_record import VolumeRecord
 
 # Two generations of an RSA-4096 chain take about 60 KiB in pages of 4 KiB, and 12 inodes.
 VOLUME_BYTES: Final = 1 << 20
@@ -56,7 +54,7 @@ class FilesystemUsage:
 
 
 @dataclass(frozen=True, slots=True)
-class Quarantined:
+class QuarantinedVolume:
     """A folder that is left as it is, as its record can't be used or the folder can't be removed; and why."""
 
     key: str
@@ -64,12 +62,12 @@ class Quarantined:
 
 
 @dataclass(frozen=True, slots=True)
-class Scan:
+class VolumeScan:
     """What a start finds. A volume is in one of the four, and only those in ``dropped`` were removed by the scan."""
 
     records: tuple[VolumeRecord, ...]  # mounted, and the pod exists
     orphans: tuple[VolumeRecord, ...]  # mounted, but the pod's folder is gone
-    quarantined: tuple[Quarantined, ...]  # mounted and perhaps shown to a pod, but without a usable record
+    quarantined: tuple[QuarantinedVolume, ...]  # mounted and perhaps shown to a pod, but without a usable record
     dropped: tuple[str, ...]  # keys: not mounted since a reboot, or mounted and never shown to a pod
 
 
@@ -94,7 +92,7 @@ class VolumeStore:
         Raises CertmountError: MOUNT_FAILED, NO_SPACE, INVALID_TARGET_PATH.
         """
         folder = self._folder(volume_id)
-        with reported("volume", "make the volume's folder", folder):
+        with translate_os_errors("volume", "make the volume's folder", folder):
             made = self._make_folder(folder)
             if made or folder not in self._mounts.survey([folder]):
                 if not made:  # a leftover, and not of this boot
@@ -110,7 +108,7 @@ class VolumeStore:
         """Replaces the record at once (0600). Raises CertmountError: NO_SPACE, MOUNT_FAILED."""
         folder = self._folder(record.volume_id)
         temporary = folder / _RECORD_TMP
-        with reported("volume", "write the record in", folder):
+        with translate_os_errors("volume", "write the record in", folder):
             with open(temporary, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
                 file.write(record.to_json())
             temporary.replace(folder / _RECORD)
@@ -155,7 +153,7 @@ class VolumeStore:
         Raises CertmountError MOUNT_FAILED.
         """
         self._mounts.unmount(target)
-        with reported("target_path", "remove", target):
+        with translate_os_errors("target_path", "remove", target):
             try:
                 target.rmdir()
             except OSError as error:
@@ -168,14 +166,14 @@ class VolumeStore:
         The files are erased as a copy of the mount may live on in a namespace that nobody thinks of.
         """
         folder = self._folder(volume_id)
-        with reported("volume", "remove", folder), _held(folder / _FILES) as files:
+        with translate_os_errors("volume", "remove", folder), _held(folder / _FILES) as files:
             self._drop(folder)
             if files is not None:
                 erase_files(files)
 
-    def scan(self) -> Scan:
+    def scan(self) -> VolumeScan:
         """Sorts all volumes, at start. One bad volume is never fatal. CertmountError when the root can't be read."""
-        with reported("volume", "read", self._root):
+        with translate_os_errors("volume", "read", self._root):
             self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._root.chmod(0o700)
             with os.scandir(self._root) as entries:
@@ -193,8 +191,8 @@ class VolumeStore:
                 else:
                     orphans.append(record)
             except (OSError, ValueError, CertmountError) as error:
-                quarantined.append(Quarantined(folder.name, str(error)))
-        return Scan(tuple(records), tuple(orphans), tuple(quarantined), tuple(dropped))
+                quarantined.append(QuarantinedVolume(folder.name, str(error)))
+        return VolumeScan(tuple(records), tuple(orphans), tuple(quarantined), tuple(dropped))
 
     def usage(self, volume_id: str) -> FilesystemUsage:
         """What the volume's file system holds. CertmountError VOLUME_NOT_FOUND."""
@@ -240,7 +238,7 @@ class VolumeStore:
 
     def _make_target(self, target: Path) -> bool:
         """Makes the target's folder, 0750 as the kubelet's are; True when it was not there."""
-        with reported("target_path", "make the folder", target):
+        with translate_os_errors("target_path", "make the folder", target):
             made = not os.path.lexists(target)
             if not made:
                 self._mounts.unmount(target)
@@ -254,7 +252,7 @@ class VolumeStore:
 
     def _drop(self, folder: Path) -> None:
         self._mounts.unmount(folder)
-        with reported("volume", "remove", folder):
+        with translate_os_errors("volume", "remove", folder):
             remove_folder(folder)
 
     def _usable_record(self, folder: Path, *, shown: bool) -> VolumeRecord | None:

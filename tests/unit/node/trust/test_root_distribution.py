@@ -9,10 +9,11 @@ from prometheus_client import CollectorRegistry
 
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.spec import CertificateSpec
-from csi_driver.host.volumes import VolumeRecord, VolumeStore
-from csi_driver.node.trust.roots import Roots
-from csi_driver.node.volumes.removal import Removal
-from csi_driver.node.volumes.volume import Volume, Volumes
+from csi_driver.host.volume_record import VolumeRecord
+from csi_driver.host.volume_store import VolumeStore
+from csi_driver.node.trust.root_distribution import RootDistribution
+from csi_driver.node.volumes.remover import VolumeRemover
+from csi_driver.node.volumes.volume import Volume, VolumeTable
 from csi_driver.telemetry.node_metrics import NodeMetrics
 from tests.support.scripted_authority import TestCA
 from tests.unit.node.virtual_time import run_virtually
@@ -28,10 +29,10 @@ class _Store:
         return volume_id
 
 
-def _roots(volumes: Volumes) -> Roots:
+def _roots(volumes: VolumeTable) -> RootDistribution:
     store = cast("VolumeStore", _Store())
-    removal = Removal(store, volumes, lambda: 0.0, lambda: 0.5)
-    return Roots(store, volumes, removal, NodeMetrics(CollectorRegistry()), lambda: 0.0, lambda: 0.5)
+    removal = VolumeRemover(store, volumes, lambda: 0.0, lambda: 0.5)
+    return RootDistribution(store, volumes, removal, NodeMetrics(CollectorRegistry()), lambda: 0.0, lambda: 0.5)
 
 
 def _volume(volume_id: str, *federations: str) -> Volume:
@@ -57,7 +58,7 @@ def _sets(**generations: int) -> dict[str, RootSet]:
 
 def test_a_set_is_held_when_all_who_trust_it_have_it() -> None:
     """Each set by itself: one that no volume trusts is held at once, and what one volume lacks holds up no other set."""
-    volumes = Volumes()
+    volumes = VolumeTable()
     roots, one, two = _roots(volumes), _volume("one"), _volume("two", "partner")
     volumes.keep(one)
     volumes.keep(two)
@@ -74,7 +75,7 @@ def test_a_set_is_held_when_all_who_trust_it_have_it() -> None:
 
 def test_before_the_stream_a_volume_that_trusts_more_is_not_passed_over() -> None:
     """An answer for one volume tells of one set; another volume that trusts it too has not got it yet."""
-    volumes = Volumes()
+    volumes = VolumeTable()
     roots, one, two = _roots(volumes), _volume("one"), _volume("two", "partner")
     volumes.keep(one)
     volumes.keep(two)
@@ -84,7 +85,7 @@ def test_before_the_stream_a_volume_that_trusts_more_is_not_passed_over() -> Non
 
 def test_a_volume_that_nobody_takes_up_is_waited_for_three_minutes() -> None:
     """Its record was no use at the start: the kubelet would have asked for it by then, if its pod lived."""
-    roots = _roots(Volumes())
+    roots = _roots(VolumeTable())
 
     async def story() -> list[dict[str, int]]:
         roots.await_adoption(["lost"])
@@ -103,7 +104,7 @@ def test_a_volume_that_nobody_takes_up_is_waited_for_three_minutes() -> None:
 
 def test_a_volume_that_is_taken_up_or_removed_is_waited_for_no_longer() -> None:
     """Adopted or unpublished: then all that is there is known."""
-    roots_volumes = Volumes()
+    roots_volumes = VolumeTable()
     roots = _roots(roots_volumes)
 
     async def story() -> None:
@@ -122,7 +123,7 @@ def test_a_volume_that_is_taken_up_or_removed_is_waited_for_no_longer() -> None:
 
 def test_the_roots_of_an_issuer_that_is_gone_stay_with_its_certificates() -> None:
     """Its chain ends there; what else the volume trusts is renewed, and without its own nothing is written."""
-    volumes = Volumes()
+    volumes = VolumeTable()
     roots, volume = _roots(volumes), _volume("one", "partner")
     roots.streamed(_sets(internal=1, partner=1))
     volume.trusts = _sets(internal=1, partner=1)
@@ -136,7 +137,7 @@ def test_the_roots_of_an_issuer_that_is_gone_stay_with_its_certificates() -> Non
 
 def test_a_certificate_brings_the_roots_that_the_stream_does_not_know() -> None:
     """Of its own issuer: another replica may stream than the one that answered."""
-    roots = _roots(Volumes())
+    roots = _roots(VolumeTable())
     roots.streamed(_sets(internal=1))
     roots.streamed(_sets(internal=2, partner=3))
     roots.streamed(_sets(partner=3))

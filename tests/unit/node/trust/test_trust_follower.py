@@ -10,8 +10,8 @@ import pytest
 
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.node.authority_client import TrustBundle
-from csi_driver.node.trust.follower import follow_trust
+from csi_driver.node.authority_messages import TrustBundle
+from csi_driver.node.trust.trust_follower import follow_trust
 from tests.unit.node.virtual_time import run_virtually
 
 _AWAY = CertmountError(Reason.AUTHORITY_UNAVAILABLE, "gone")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.host.targets import check_kubelet_dir, check_target
+from csi_driver.host.target_paths import check_kubelet_dir, check_target
 from tests.unit.host.samples import POD_UID
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from csi_driver.core.certificates.root_sets import RootSet, newer
-from csi_driver.core.spec import DEFAULT_ISSUER, CertificateSpec
+from csi_driver.core.certificates.root_sets import RootSet, newest_root_sets
 
 
-class KnownRoots:
+class KnownRootSets:
     """The newest state of each set by its generation, whatever the order in which replicas told it.
 
     An answer only adds and renews. What the stream no longer lists is dropped, and comes back with the stream or by an
@@ -31,7 +30,7 @@ class KnownRoots:
         """Takes what came with a certificate."""
         news = {name: roots for name, roots in sets.items() if roots.generation > self._dropped.get(name, -1)}
         self._ahead |= news.keys() - self._sets.keys()
-        self._sets = newer(self._sets, news)
+        self._sets = newest_root_sets(self._sets, news)
 
     def streamed(self, sets: Mapping[str, RootSet]) -> None:
         """Takes a bundle of the stream, which lists all sets that there are."""
@@ -40,7 +39,7 @@ class KnownRoots:
         for name in sets:
             self._dropped.pop(name, None)
         self._ahead = set()
-        self._sets = newer(kept, sets)
+        self._sets = newest_root_sets(kept, sets)
         self._complete = True
 
     def of(self, names: Sequence[str]) -> dict[str, RootSet]:
@@ -50,8 +49,3 @@ class KnownRoots:
         """
         found = {name: self._sets[name] for name in names if name in self._sets}
         return found if self._complete or len(found) == len(names) else {}
-
-
-def trusted_names(spec: CertificateSpec, *, interim: bool = False) -> tuple[str, ...]:
-    """The sets that a volume trusts by name: that of its issuer first. With a certificate that stands in, the internal CA's, too."""
-    return tuple(dict.fromkeys((spec.issuer, *spec.federations, *((DEFAULT_ISSUER,) if interim else ()))))

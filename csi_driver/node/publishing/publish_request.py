@@ -10,8 +10,9 @@ from csi_driver import POD_AUDIENCE
 from csi_driver._proto import csi_pb2
 from csi_driver.core.attributes import parse_group_id
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.identity import PodIdentity, unverified_identity
+from csi_driver.core.identity import unverified_identity
 from csi_driver.core.secret import Secret
+from csi_driver.node.pods import Pod, PodToken
 
 # kubelet's own keys in volume_context (KEP-596, KEP-1855, KEP-5538); it writes them over the pod's attributes.
 _PREFIX = "csi.storage.k8s.io/"
@@ -23,27 +24,6 @@ _MAX_TOKENS_LENGTH = 256 * 1024
 _MAX_ID_LENGTH = 256
 _MAX_PATH_LENGTH = 1024
 """Events, where the kubelet shows our words, hold no more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pod:
-    """The pod as kubelet names it."""
-
-    namespace: str
-    name: str
-    uid: str
-    service_account: str
-
-    def __str__(self) -> str:
-        return f"{self.namespace}/{self.name}"
-
-
-@dataclass(frozen=True, slots=True)
-class PodToken:
-    """The pod's own service-account token and what it claims; the authority, not the node, decides whether to believe it."""
-
-    text: Secret[str]
-    claims: PodIdentity
 
 
 @dataclass(frozen=True, slots=True)

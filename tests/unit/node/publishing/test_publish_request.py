@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from csi_driver import POD_AUDIENCE
 from csi_driver._proto import csi_pb2
 from csi_driver.core.errors import CertmountError, FailureKind, Reason
-from csi_driver.node.csi.publish_request import parse_publish
+from csi_driver.node.publishing.publish_request import parse_publish
 from tests.support.kubelet import FakePod, Kubelet
 
 _PREFIX = "csi.storage.k8s.io/"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.host.records import VolumeRecord
+from csi_driver.host.volume_record import VolumeRecord
 from tests.unit.host.samples import record
 
 text = st.text(max_size=40)

@@ -7,12 +7,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
 
-from csi_driver.host.failures import reported
+from csi_driver.host.os_errors import translate_os_errors
 
 _MARK: Final = ".certmount-folder"
 
 
-class FolderMounts:
+class DirectoryMounts:
     """A tmpfs is a plain folder with a mark in it, a bind is a symbolic link, unmounting removes them.
 
     There is no size limit and nothing is read-only, so it is no protection, only the same picture for who reads.
@@ -20,13 +20,13 @@ class FolderMounts:
 
     def make_tmpfs(self, point: Path, size_bytes: int, inodes: int) -> None:  # noqa: ARG002 - no limits in a folder
         """See :class:`~csi_driver.host.mounts.Mounts`; neither limit is enforced."""
-        with reported("volume", "make a folder at", point):
+        with translate_os_errors("volume", "make a folder at", point):
             point.chmod(0o700)
             (point / _MARK).touch(mode=0o600, exist_ok=False)
 
     def bind_read_only(self, source: Path, target: Path) -> None:
         """See :class:`~csi_driver.host.mounts.Mounts`. The empty folder at ``target`` gives way to a symbolic link."""
-        with reported("target_path", f"link {source} at", target):
+        with translate_os_errors("target_path", f"link {source} at", target):
             target.rmdir()
             target.symlink_to(source.absolute())
 
@@ -39,7 +39,7 @@ class FolderMounts:
 
     def unmount(self, point: Path) -> None:
         """See :class:`~csi_driver.host.mounts.Mounts`. A link goes when it leads to a marked folder, or nowhere any more."""
-        with reported("volume", "remove", point):
+        with translate_os_errors("volume", "remove", point):
             if point.is_symlink():
                 source = point.readlink()
                 if (source.parent / _MARK).exists() or not source.exists():

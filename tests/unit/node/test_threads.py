@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from csi_driver.node.workers import in_thread
+from csi_driver.node.threads import in_thread
 
 
 async def test_result_and_failure_come_back() -> None:

@@ -7,17 +7,17 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import structlog
 
-from csi_driver.core.certificates.root_sets import RootSet, union
+from csi_driver.core.certificates.root_sets import RootSet, merge_roots
 from csi_driver.core.certificates.verification import parse_certificates
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.renewal import retry_delay_s
-from csi_driver.host.volumes import VolumeStore
+from csi_driver.host.volume_store import VolumeStore
 from csi_driver.node.renewal.rotation import Rotation
-from csi_driver.node.trust.known_roots import KnownRoots
-from csi_driver.node.volumes.contents import replace_roots
-from csi_driver.node.volumes.removal import Removal
-from csi_driver.node.volumes.volume import Volume, Volumes
-from csi_driver.node.workers import in_thread
+from csi_driver.node.threads import in_thread
+from csi_driver.node.trust.known_root_sets import KnownRootSets
+from csi_driver.node.volumes.remover import VolumeRemover
+from csi_driver.node.volumes.volume import Volume, VolumeTable
+from csi_driver.node.volumes.volume_files import replace_roots
 from csi_driver.telemetry.node_metrics import NodeMetrics
 
 log = structlog.get_logger(__name__)
@@ -26,7 +26,7 @@ _ADOPTION_S = 180.0
 """The kubelet looks at each pod within 90 s; a volume that it has not shown us by twice that time is no living pod's."""
 
 
-class Roots:
+class RootDistribution:
     """The roots of all volumes. ``writing`` is the clock by which they are written: a volume that fails is tried again by itself.
 
     A volume counts as holding a set when its root.crt was written with that state of it or a newer one, or read and
@@ -37,8 +37,8 @@ class Roots:
     def __init__(
         self,
         store: VolumeStore,
-        volumes: Volumes,
-        removal: Removal,
+        volumes: VolumeTable,
+        removal: VolumeRemover,
         metrics: NodeMetrics,
         clock: Callable[[], float],
         rng: Callable[[], float],
@@ -49,7 +49,7 @@ class Roots:
         self._metrics = metrics
         self._clock = clock
         self._rng = rng
-        self._known = KnownRoots()
+        self._known = KnownRootSets()
         self._unsettled: set[str] = set()
         self._moved = asyncio.Event()
         self.writing = Rotation(clock, self._bring)
@@ -163,7 +163,7 @@ class Roots:
         volume_id, names = volume.record.volume_id, volume.trusted
         sets = self._wanted(volume)
         if self._store.has_files(volume_id):
-            files_dir, roots = self._store.files_dir(volume_id), union(sets, names)
+            files_dir, roots = self._store.files_dir(volume_id), merge_roots(sets, names)
             if await in_thread(None, replace_roots, files_dir, roots, volume.readers, self._clock()):
                 log.info("roots replaced", generations={name: each.generation for name, each in sets.items()})
         volume.trusts, volume.trust_attempt = sets, 0

@@ -9,19 +9,20 @@ import structlog
 
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.renewal import retry_delay_s
-from csi_driver.host.volumes import VolumeRecord, VolumeStore
+from csi_driver.host.volume_record import VolumeRecord
+from csi_driver.host.volume_store import VolumeStore
 from csi_driver.node.renewal.rotation import Rotation
-from csi_driver.node.volumes.volume import Volume, Volumes
-from csi_driver.node.workers import in_thread
+from csi_driver.node.threads import in_thread
+from csi_driver.node.volumes.volume import Volume, VolumeTable
 
 log = structlog.get_logger(__name__)
 
 
-class Removal:
+class VolumeRemover:
     """Removes the volumes of pods that are gone, and tries again where that fails; ``again`` is the clock that does so."""
 
     def __init__(
-        self, store: VolumeStore, volumes: Volumes, clock: Callable[[], float], rng: Callable[[], float]
+        self, store: VolumeStore, volumes: VolumeTable, clock: Callable[[], float], rng: Callable[[], float]
     ) -> None:
         self._store = store
         self._volumes = volumes

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.host.failures import host_failure
+from csi_driver.host.directory_mounts import DirectoryMounts
 from csi_driver.host.generations import read_generation, write_generation
-from csi_driver.host.mounts import FolderMounts
-from csi_driver.host.volumes import VolumeStore
+from csi_driver.host.os_errors import error_from_os
+from csi_driver.host.volume_store import VolumeStore
 from tests.unit.host.samples import POD_UID, VOLUME_ID, pair, record
 
 
@@ -31,7 +31,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def store(root: Path, tmp_path: Path) -> VolumeStore:
-    return VolumeStore(root, tmp_path, FolderMounts())
+    return VolumeStore(root, tmp_path, DirectoryMounts())
 
 
 @pytest.fixture
@@ -95,9 +95,9 @@ def test_nothing_is_shown_empty(store: VolumeStore, target: Path) -> None:
 def test_a_failed_bind_removes_the_folder_it_made(store: VolumeStore, target: Path) -> None:
     """The kubelet finds its own folder as it made it; a target that was there before stays."""
 
-    class Broken(FolderMounts):
+    class Broken(DirectoryMounts):
         def bind_read_only(self, source: Path, target: Path) -> None:
-            raise host_failure(OSError(errno.EIO, "broken"), "target_path", f"bind {source} at", target)
+            raise error_from_os(OSError(errno.EIO, "broken"), "target_path", f"bind {source} at", target)
 
     store.create(VOLUME_ID)
     write_generation(store.files_dir(VOLUME_ID), pair(1), "1")
@@ -166,7 +166,7 @@ def test_a_record_is_read_back(store: VolumeStore, published: Path) -> None:
 
 def test_a_start_sorts_what_it_finds(store: VolumeStore, root: Path, published: Path, tmp_path: Path) -> None:
     """Healthy, orphaned, damaged, missing, foreign and lost volumes are told apart, and one never hides another."""
-    assert VolumeStore(tmp_path / "new", tmp_path, FolderMounts()).scan().records == ()
+    assert VolumeStore(tmp_path / "new", tmp_path, DirectoryMounts()).scan().records == ()
     orphan = record(volume_id="orphan", pod_uid="gone")
     for volume_id in ("orphan", "corrupt", "nothing", "swapped"):
         store.create(volume_id)

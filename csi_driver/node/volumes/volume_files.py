@@ -25,14 +25,14 @@ from csi_driver.core.formats.pem import (
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import DEFAULT_ISSUER, CertificateSpec
 from csi_driver.host.generations import VolumeFile, read_generation, write_generation
-from csi_driver.node.csi.publish_request import Pod
+from csi_driver.node.pods import Pod
 
 _MOST_ROOTS = 10
 """As many as one set may have."""
 
 
 @dataclass(frozen=True, slots=True)
-class Readers:
+class FileAccess:
     """Who may read the key: a group (then root and that group only), or with None every user of the pod."""
 
     group: int | None
@@ -49,7 +49,7 @@ def write_certificate(
     key: PrivateKey,
     chain: Sequence[x509.Certificate],
     roots: Sequence[bytes],
-    readers: Readers,
+    readers: FileAccess,
     now: float,
 ) -> None:
     """Writes a new generation with key, chain and roots (X.509 DER); the old one stays whole if that fails."""
@@ -57,7 +57,7 @@ def write_certificate(
     write_generation(files_dir, [readers.file(file.name, file.content) for file in rendered], _stamp(now))
 
 
-def replace_roots(files_dir: Path, roots: Sequence[bytes], readers: Readers, now: float) -> bool:
+def replace_roots(files_dir: Path, roots: Sequence[bytes], readers: FileAccess, now: float) -> bool:
     """Writes the present key and certificate again with other roots (X.509 DER); False where they are the same already."""
     files, wanted = read_generation(files_dir), encode_certificates(_parsed(roots))
     if files.get(ROOTS) == wanted:
@@ -76,17 +76,17 @@ def read_certificate(files_dir: Path, spec: CertificateSpec, pod: Pod, now: floa
     key, chain, roots = _read(files_dir)
     # The issuer's roots come first, before those of federations.
     return verify_certificate(
-        chain, roots[:_MOST_ROOTS], expected_of(key, spec, pod, spec.issuer), datetime.fromtimestamp(now, UTC)
+        chain, roots[:_MOST_ROOTS], expected_certificate(key, spec, pod, spec.issuer), datetime.fromtimestamp(now, UTC)
     )
 
 
-def read_pair(files_dir: Path) -> tuple[PrivateKey, list[bytes]]:
+def read_key_and_chain(files_dir: Path) -> tuple[PrivateKey, list[bytes]]:
     """Reads the present key and chain (X.509 DER), unchecked; raises CertmountError as :func:`read_certificate`."""
     key, chain, _ = _read(files_dir)
     return key, chain
 
 
-def expected_of(key: PrivateKey, spec: CertificateSpec, pod: Pod, signer: str) -> ExpectedCertificate:
+def expected_certificate(key: PrivateKey, spec: CertificateSpec, pod: Pod, signer: str) -> ExpectedCertificate:
     """What a certificate for a pod's volume must fit that ``signer`` has issued."""
     # Which names an issuer outside can sign is the authority's to know; that it signs no others is checked in any case.
     outside = signer != DEFAULT_ISSUER

@@ -10,20 +10,20 @@ from pathlib import Path
 import structlog
 
 from csi_driver.core.attributes import parse_attributes
-from csi_driver.core.certificates.root_sets import union
+from csi_driver.core.certificates.root_sets import merge_roots
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.renewal import plan_renewal
-from csi_driver.host.targets import check_target, may_be_target
-from csi_driver.host.volumes import FilesystemUsage, VolumeStore
-from csi_driver.node.csi.publish_request import PublishRequest
+from csi_driver.host.target_paths import check_target, may_be_target
+from csi_driver.host.volume_store import FilesystemUsage, VolumeStore
 from csi_driver.node.issuance.enrolled import Enrolled
 from csi_driver.node.issuance.enrolment import Enrolment
+from csi_driver.node.publishing.publish_request import PublishRequest
 from csi_driver.node.renewal.renewals import Renewals
-from csi_driver.node.trust.roots import Roots
-from csi_driver.node.volumes.contents import read_certificate, write_certificate
-from csi_driver.node.volumes.removal import Removal
-from csi_driver.node.volumes.volume import Volume, Volumes, new_record
-from csi_driver.node.workers import in_thread
+from csi_driver.node.threads import in_thread
+from csi_driver.node.trust.root_distribution import RootDistribution
+from csi_driver.node.volumes.remover import VolumeRemover
+from csi_driver.node.volumes.volume import Volume, VolumeTable, new_record
+from csi_driver.node.volumes.volume_files import read_certificate, write_certificate
 from csi_driver.telemetry.node_metrics import NodeMetrics
 
 log = structlog.get_logger(__name__)
@@ -36,11 +36,11 @@ class Publisher:
         self,
         kubelet_dir: Path,
         store: VolumeStore,
-        volumes: Volumes,
+        volumes: VolumeTable,
         enrolment: Enrolment,
-        roots: Roots,
+        roots: RootDistribution,
         renewals: Renewals,
-        removal: Removal,
+        removal: VolumeRemover,
         metrics: NodeMetrics,
         clock: Callable[[], float],
         rng: Callable[[], float],
@@ -162,7 +162,7 @@ class Publisher:
         try:
             self._store.create(volume_id)
             files_dir = self._store.files_dir(volume_id)
-            roots = union(volume.trusts, volume.trusted)
+            roots = merge_roots(volume.trusts, volume.trusted)
             write_certificate(files_dir, enrolled.key, enrolled.bundle.chain, roots, volume.readers, enrolled.issued_at)
             self._store.write_record(volume.record)
             self._store.bind(volume_id, target)

@@ -18,7 +18,7 @@ _HINTS = {
 }
 
 
-def host_failure(error: OSError, field: str, action: str, path: Path | str, full_hint: str = "") -> CertmountError:
+def error_from_os(error: OSError, field: str, action: str, path: Path | str, full_hint: str = "") -> CertmountError:
     """The failure of ``action`` on ``path``: NO_SPACE when something is full, MOUNT_FAILED for all else."""
     number = error.errno or 0
     problem = f"could not {action} {path}: {os.strerror(number) if number else error}"
@@ -28,9 +28,9 @@ def host_failure(error: OSError, field: str, action: str, path: Path | str, full
 
 
 @contextmanager
-def reported(field: str, action: str, path: Path | str, full_hint: str = "") -> Iterator[None]:
-    """Turns an OSError of the block into :func:`host_failure`."""
+def translate_os_errors(field: str, action: str, path: Path | str, full_hint: str = "") -> Iterator[None]:
+    """Turns an OSError of the block into :func:`error_from_os`."""
     try:
         yield
     except OSError as error:
-        raise host_failure(error, field, action, path, full_hint) from error
+        raise error_from_os(error, field, action, path, full_hint) from error

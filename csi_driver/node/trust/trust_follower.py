@@ -10,7 +10,7 @@ import structlog
 
 from csi_driver.core.errors import CertmountError, FailureKind, Reason
 from csi_driver.core.renewal import retry_delay_s
-from csi_driver.node.authority_client import TrustBundle
+from csi_driver.node.authority_messages import TrustBundle
 
 log = structlog.get_logger(__name__)
 
@@ -32,10 +32,10 @@ class Holdings(Protocol):
     """Whoever knows what the volumes hold."""
 
     def held(self) -> Mapping[str, int]:
-        """As :meth:`csi_driver.node.trust.roots.Roots.held`."""
+        """As :meth:`csi_driver.node.trust.root_distribution.RootDistribution.held`."""
 
     async def moved(self) -> None:
-        """As :meth:`csi_driver.node.trust.roots.Roots.moved`."""
+        """As :meth:`csi_driver.node.trust.root_distribution.RootDistribution.moved`."""
 
 
 async def follow_trust(

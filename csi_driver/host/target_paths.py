@@ -13,7 +13,7 @@ from typing import Final
 
 from csi_driver import DRIVER_NAME
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.host.mountinfo import Mount, find_mount, mount_id
+from csi_driver.host.mountinfo import MountEntry, find_mount, mount_id
 
 _FIELD: Final = "target_path"
 _OPTION: Final = "--kubelet-dir"
@@ -114,7 +114,7 @@ def _is_shared(path: Path) -> bool:
     return mount is not None and any(field.startswith("shared:") for field in mount.propagation)
 
 
-def _mount_of(path: Path) -> Mount | None:
+def _mount_of(path: Path) -> MountEntry | None:
     descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         wanted = mount_id(descriptor)
