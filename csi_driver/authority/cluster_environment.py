@@ -16,8 +16,8 @@ from csi_driver.authority.csr_api import CSRApi
 from csi_driver.authority.diagnostics import Check, permission_checks
 from csi_driver.authority.environment import Environment
 from csi_driver.authority.events.recorder import PodEvents
-from csi_driver.authority.issuers.configuration import IssuerDependencies
-from csi_driver.authority.issuers.secrets import CredentialReader
+from csi_driver.authority.issuers.kinds import IssuerDependencies
+from csi_driver.authority.issuers.credentials import CredentialReader
 from csi_driver.authority.policy.subjects import ClusterSubjects
 from csi_driver.authority.trust.acknowledgements import ACKNOWLEDGEMENTS_SECRET
 from csi_driver.kube.client import Api, ObjectName, connect, in_cluster_configuration

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 
-from csi_driver.authority.issuers.secrets import ReadSecret
+from csi_driver.authority.issuers.credentials import ReadSecret
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.kube.client import ObjectName, connect, in_cluster_configuration

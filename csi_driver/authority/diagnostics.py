@@ -13,7 +13,7 @@ from csi_driver.authority.authn.token_keys import parse_keys
 from csi_driver.authority.ca.ca_files import CAFiles
 from csi_driver.authority.ca.keyring import Keyring
 from csi_driver.authority.ca.sources import StoredCA
-from csi_driver.authority.issuers.configuration import read_issuers
+from csi_driver.authority.issuers.kinds import read_issuers
 from csi_driver.authority.issuers.external import Finding
 from csi_driver.authority.policy.policy_file import PolicyFile
 from csi_driver.authority.storage import Store

@@ -13,10 +13,10 @@ from csi_driver.authority.csr_api import CSRApi
 from csi_driver.authority.diagnostics import Check
 from csi_driver.authority.events.recorder import NoEvents
 from csi_driver.authority.issuance.pipeline import EventRecorder, SubjectLookup
-from csi_driver.authority.issuers.configuration import IssuerDependencies
-from csi_driver.authority.issuers.secrets import CredentialReader
+from csi_driver.authority.issuers.kinds import IssuerDependencies
+from csi_driver.authority.issuers.credentials import CredentialReader
 from csi_driver.authority.policy.subjects import NoCluster
-from csi_driver.authority.storage import FolderStore, Store
+from csi_driver.authority.storage import DirectoryStore, Store
 from csi_driver.authority.trust.acknowledgements import ACKNOWLEDGEMENTS_FILE, ConnectedNodes, NodeList
 from csi_driver.authority.trust.bundles import FolderPublisher, RootPublisher, TrustBundles
 from csi_driver.core.cluster.token_review import PublishedKeys
@@ -70,8 +70,8 @@ def outside_a_cluster(ca_dir: Path, jwks: Path, token_issuer: str) -> Environmen
         return await asyncio.to_thread(read)
 
     return Environment(
-        FolderStore(ca_dir),
-        FolderStore(ca_dir, ACKNOWLEDGEMENTS_FILE),
+        DirectoryStore(ca_dir),
+        DirectoryStore(ca_dir, ACKNOWLEDGEMENTS_FILE),
         FolderPublisher(ca_dir),
         fetch,
         OfflineReviewer(),

@@ -31,8 +31,8 @@ from csi_driver.authority.csr_signer.leadership import Leadership
 from csi_driver.authority.csr_signer.signer import CSRSigner
 from csi_driver.authority.environment import Environment
 from csi_driver.authority.issuance.pipeline import IssuancePipeline
-from csi_driver.authority.issuers.internal import InternalIssuer
-from csi_driver.authority.issuers.issuers_file import IssuersFile
+from csi_driver.authority.issuers.internal.issuer import InternalIssuer
+from csi_driver.authority.issuers.registry import IssuersFile
 from csi_driver.authority.issuers.kubernetes_csr.access import Access
 from csi_driver.authority.policy.policy_file import PolicyFile
 from csi_driver.authority.service import MAX_MESSAGE_BYTES, AuthorityService

@@ -13,9 +13,9 @@ import click
 
 from csi_driver.authority.issuers import IssuerRequest
 from csi_driver.authority.issuers.acme.routes import NoRoutes
-from csi_driver.authority.issuers.configuration import IssuerDependencies, make_issuer, read_issuers
+from csi_driver.authority.issuers.kinds import IssuerDependencies, make_issuer, read_issuers
 from csi_driver.authority.issuers.external import ExternalIssuer, Finding
-from csi_driver.authority.issuers.secrets import CredentialReader
+from csi_driver.authority.issuers.credentials import CredentialReader
 from csi_driver.cli.common import parsed
 from csi_driver.core.certificates.csr import build_csr, parse_csr
 from csi_driver.core.certificates.keys import generate_key

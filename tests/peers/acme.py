@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
 from csi_driver.authority.issuers.acme.issuer import AcmeIssuer
 from csi_driver.authority.issuers.acme.settings import AcmeSettings, Dns01, StorePlace
-from csi_driver.authority.storage import FolderStore
+from csi_driver.authority.storage import DirectoryStore
 from csi_driver.core.certificates.csr import build_csr, names_of, parse_csr
 from csi_driver.core.certificates.keys import PrivateKey
 from csi_driver.core.errors import CertmountError, Reason
@@ -97,8 +97,8 @@ class Site:
     settings: AcmeSettings
 
     @property
-    def store(self) -> FolderStore:
-        return FolderStore(Path(self.settings.account.folder), "acme.json")
+    def store(self) -> DirectoryStore:
+        return DirectoryStore(Path(self.settings.account.folder), "acme.json")
 
     @property
     def roots_file(self) -> Path:

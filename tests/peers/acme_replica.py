@@ -10,7 +10,7 @@ from typing import Any
 
 from csi_driver.authority.issuers.acme.issuer import AcmeIssuer
 from csi_driver.authority.issuers.acme.settings import AcmeSettings, Dns01, StorePlace
-from csi_driver.authority.storage import FolderStore
+from csi_driver.authority.storage import DirectoryStore
 from csi_driver.core.config.issuers import FileSource
 
 
@@ -41,7 +41,7 @@ async def _work(document: dict[str, Any]) -> None:
     key, resolvers, nameservers = FileSource(document["key"]), tuple(asked["resolvers"]), tuple(asked["nameservers"])
     dns01 = Dns01(asked["server"], key, resolvers=resolvers, nameservers=nameservers)
     settings = AcmeSettings(StorePlace(folder=document["store"]), **document["settings"], dns01=dns01)
-    store = FolderStore(Path(document["store"]), "acme.json")
+    store = DirectoryStore(Path(document["store"]), "acme.json")
     await AcmeIssuer("letsencrypt", settings, store, lease_s=document["lease_s"]).run()
 
 

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from csi_driver.authority.issuers.step_ca.document import StepCAConfiguration
+from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.provisioner_key import thumbprint
 from csi_driver.core.config.issuers import FileSource
 from tests.support.requirements import require_program

@@ -19,10 +19,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from csi_driver.authority.issuers import IssuerRequest
 from csi_driver.authority.issuers.acme.challenge_server import ChallengeServer
-from csi_driver.authority.issuers.acme.refusals import judge
+from csi_driver.authority.issuers.acme.problems import judge
 from csi_driver.authority.issuers.acme.settings import PRODUCTION, STAGING, AcmeSettings, Dns01, Http01
 from csi_driver.authority.issuers.acme.tsig import TsigKey
-from csi_driver.authority.issuers.configuration import read_issuers
+from csi_driver.authority.issuers.kinds import read_issuers
 from csi_driver.core.attributes import parse_attributes
 from csi_driver.core.certificates.csr import build_csr, parse_csr
 from csi_driver.core.certificates.verification import parse_certificates

@@ -16,11 +16,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
-from csi_driver.authority.issuers.secrets import CredentialReader
+from csi_driver.authority.issuers.credentials import CredentialReader
 from csi_driver.authority.issuers.step_ca.client import Client
-from csi_driver.authority.issuers.step_ca.document import StepCAConfiguration
+from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.issuer import StepCA
-from csi_driver.authority.issuers.step_ca.order import claims_of
+from csi_driver.authority.issuers.step_ca.request import claims_of
 from csi_driver.authority.issuers.step_ca.provisioner_key import load_provisioner_key
 from csi_driver.core.certificates.csr import build_csr, names_of, parse_csr
 from csi_driver.core.certificates.keys import PrivateKey, generate_key

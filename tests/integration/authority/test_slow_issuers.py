@@ -18,7 +18,7 @@ from structlog.testing import capture_logs
 
 from csi_driver._proto import authority_pb2
 from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
-from csi_driver.authority.issuers.configuration import ISSUER_KINDS, IssuerKind
+from csi_driver.authority.issuers.kinds import ISSUER_KINDS, IssuerKind
 from csi_driver.authority.issuers.external import Finding
 from csi_driver.core.certificates.csr import names_of
 from csi_driver.core.certificates.keys import public_bytes

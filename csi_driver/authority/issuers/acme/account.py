@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from josepy.errors import Error as JoseError
 from josepy.jwk import JWKEC
 
-from csi_driver.authority.issuers.acme.connection import CaProblem, Connection
+from csi_driver.authority.issuers.acme.client import CaProblem, Connection
 from csi_driver.authority.issuers.acme.credentials import Credentials
 from csi_driver.authority.issuers.acme.settings import AcmeSettings
 from csi_driver.authority.storage import Store

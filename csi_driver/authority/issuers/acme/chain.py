@@ -15,7 +15,7 @@ from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.oid import NameOID
 from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
-from csi_driver.authority.issuers.acme.connection import CaProblem
+from csi_driver.authority.issuers.acme.client import CaProblem
 from csi_driver.core.certificates.csr import names_of
 from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
 

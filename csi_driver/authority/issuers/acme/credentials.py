@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from csi_driver.authority.issuers.acme.settings import AcmeSettings
 from csi_driver.authority.issuers.acme.tsig import TsigKey
-from csi_driver.authority.issuers.secrets import CredentialReader
+from csi_driver.authority.issuers.credentials import CredentialReader
 from csi_driver.core.config.issuers import Source
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret

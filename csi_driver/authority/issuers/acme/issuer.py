@@ -20,23 +20,23 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from csi_driver.authority.issuance.interim import PATIENCE_S as STAND_IN_PATIENCE_S
 from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
 from csi_driver.authority.issuers.acme.account import Accounts
-from csi_driver.authority.issuers.acme.book import LeaseLost, OrderBook, claim, released
+from csi_driver.authority.issuers.acme.order_store import LeaseLost, OrderBook, claim, released
 from csi_driver.authority.issuers.acme.chain import ends_at, lets_encrypt_roots
-from csi_driver.authority.issuers.acme.connection import CaProblem
+from csi_driver.authority.issuers.acme.client import CaProblem
 from csi_driver.authority.issuers.acme.credentials import Credentials
 from csi_driver.authority.issuers.acme.dns01 import DnsProofs
-from csi_driver.authority.issuers.acme.dry_run import findings
-from csi_driver.authority.issuers.acme.entry import entered, tidied
+from csi_driver.authority.issuers.acme.diagnostics import findings
+from csi_driver.authority.issuers.acme.order_rules import entered, tidied
 from csi_driver.authority.issuers.acme.http01 import KIND as HTTP
 from csi_driver.authority.issuers.acme.http01 import STALE_S, HttpProofs
 from csi_driver.authority.issuers.acme.order import OrderWork, Prover, Workshop
-from csi_driver.authority.issuers.acme.refusals import after_problem, after_trouble, judge, pending, refusal
+from csi_driver.authority.issuers.acme.problems import after_problem, after_trouble, judge, pending, refusal
 from csi_driver.authority.issuers.acme.renewal_watch import RenewalWatch
 from csi_driver.authority.issuers.acme.routes import Routes
 from csi_driver.authority.issuers.acme.settings import AcmeSettings
 from csi_driver.authority.issuers.acme.state import OrderRecord, State, order_id
 from csi_driver.authority.issuers.external import Finding
-from csi_driver.authority.issuers.secrets import CredentialReader
+from csi_driver.authority.issuers.credentials import CredentialReader
 from csi_driver.authority.storage import Store
 from csi_driver.core.certificates.keys import public_bytes
 from csi_driver.core.errors import CertmountError, Fault, Reason

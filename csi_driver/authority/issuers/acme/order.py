@@ -22,9 +22,9 @@ from requests import Response
 from requests.utils import parse_header_links
 
 from csi_driver.authority.issuers.acme.account import Accounts
-from csi_driver.authority.issuers.acme.book import OrderBook, held
+from csi_driver.authority.issuers.acme.order_store import OrderBook, held
 from csi_driver.authority.issuers.acme.chain import certificate_id, check_chain, chosen, parse_chain
-from csi_driver.authority.issuers.acme.connection import CaProblem, Connection, retry_after_s
+from csi_driver.authority.issuers.acme.client import CaProblem, Connection, retry_after_s
 from csi_driver.authority.issuers.acme.credentials import Credentials
 from csi_driver.authority.issuers.acme.renewal import ask_window, next_look, renewal_without_advice
 from csi_driver.authority.issuers.acme.settings import AcmeSettings

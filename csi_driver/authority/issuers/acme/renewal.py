@@ -9,7 +9,7 @@ from acme import messages
 from cryptography import x509
 from josepy.errors import Error as JoseError
 
-from csi_driver.authority.issuers.acme.connection import CaProblem, Connection, retry_after_s
+from csi_driver.authority.issuers.acme.client import CaProblem, Connection, retry_after_s
 
 _LEAD = timedelta(days=30)
 _LOOK_S = 6 * 3600.0

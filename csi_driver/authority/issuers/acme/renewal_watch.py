@@ -8,7 +8,7 @@ import random
 
 import structlog
 
-from csi_driver.authority.issuers.acme.connection import CaProblem
+from csi_driver.authority.issuers.acme.client import CaProblem
 from csi_driver.authority.issuers.acme.order import Workshop
 from csi_driver.authority.issuers.acme.renewal import Window, ask_window, next_look
 from csi_driver.authority.issuers.acme.state import State

@@ -15,10 +15,10 @@ from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
 from csi_driver.authority.issuers.certificate_check import certificate_problems, ends_at
 from csi_driver.authority.issuers.external import Finding
 from csi_driver.authority.issuers.kubernetes_csr.access import Access
-from csi_driver.authority.issuers.kubernetes_csr.document import KubernetesCSRConfiguration
-from csi_driver.authority.issuers.kubernetes_csr.order import ORDER_LABEL, draft, order_faults, order_id, selector
-from csi_driver.authority.issuers.kubernetes_csr.survey import Survey, look
-from csi_driver.authority.issuers.secrets import CredentialReader
+from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConfiguration
+from csi_driver.authority.issuers.kubernetes_csr.request import ORDER_LABEL, draft, order_faults, order_id, selector
+from csi_driver.authority.issuers.kubernetes_csr.diagnostics import Survey, look
+from csi_driver.authority.issuers.credentials import CredentialReader
 from csi_driver.core.cluster.csr import APPROVED, ClusterCSR, CSRCondition
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import decode_certificates

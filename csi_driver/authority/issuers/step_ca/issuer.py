@@ -15,12 +15,12 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
 from csi_driver.authority.issuers.certificate_check import certificate_problems, ends_at
 from csi_driver.authority.issuers.external import Finding
-from csi_driver.authority.issuers.secrets import CredentialReader
+from csi_driver.authority.issuers.credentials import CredentialReader
 from csi_driver.authority.issuers.step_ca.client import Answer, Client, Unreachable
-from csi_driver.authority.issuers.step_ca.document import StepCAConfiguration
-from csi_driver.authority.issuers.step_ca.order import claims_of, order_faults
+from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
+from csi_driver.authority.issuers.step_ca.request import claims_of, order_faults
 from csi_driver.authority.issuers.step_ca.provisioner_key import ProvisionerKey
-from csi_driver.authority.issuers.step_ca.survey import KeyRing, Survey, find_pinned, look
+from csi_driver.authority.issuers.step_ca.diagnostics import KeyRing, Survey, find_pinned, look
 from csi_driver.core.durations import format_duration
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import decode_certificates

@@ -12,7 +12,7 @@ from typing import Any
 
 import jwt
 
-from csi_driver.authority.issuers.step_ca import jwe
+from csi_driver.authority.issuers.step_ca import key_encryption as jwe
 from csi_driver.core.secret import Secret
 
 TOKEN_LIFE = timedelta(minutes=1)

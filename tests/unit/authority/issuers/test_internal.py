@@ -16,7 +16,7 @@ from csi_driver.authority.ca.authority import CertificateAuthority
 from csi_driver.authority.ca.key_pairs import CAKeyPair
 from csi_driver.authority.ca.keyring import CAProfile, Keyring, make_keyring
 from csi_driver.authority.issuers import IssuerRequest
-from csi_driver.authority.issuers.internal import InternalIssuer
+from csi_driver.authority.issuers.internal.issuer import InternalIssuer
 from csi_driver.core.certificates.csr import build_csr, names_of, parse_csr
 from csi_driver.core.certificates.keys import generate_key
 from csi_driver.core.certificates.name_constraints import parse_constraint

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csi_driver.authority.issuers.acme.chain import certificate_id, check_chain, parse_chain
-from csi_driver.authority.issuers.acme.connection import CaProblem
+from csi_driver.authority.issuers.acme.client import CaProblem
 from csi_driver.authority.issuers.acme.renewal import Window, renewal_without_advice
 from csi_driver.core.certificates.csr import build_csr
 from csi_driver.core.names import DNSName, Names

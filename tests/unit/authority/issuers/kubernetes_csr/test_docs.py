@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from csi_driver.authority.issuers.configuration import read_issuers
-from csi_driver.authority.issuers.kubernetes_csr.document import KubernetesCSRConfiguration
+from csi_driver.authority.issuers.kinds import read_issuers
+from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConfiguration
 from csi_driver.core.cluster.csr import OWN_SIGNER
 from csi_driver.core.errors import REASONS
 from csi_driver.kube.permissions import SIGNER_LEASE

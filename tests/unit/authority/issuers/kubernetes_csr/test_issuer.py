@@ -16,12 +16,12 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
-from csi_driver.authority.issuers.configuration import IssuerDependencies, make_issuer, read_issuers
+from csi_driver.authority.issuers.kinds import IssuerDependencies, make_issuer, read_issuers
 from csi_driver.authority.issuers.kubernetes_csr.access import Access
-from csi_driver.authority.issuers.kubernetes_csr.document import KubernetesCSRConfiguration
+from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConfiguration
 from csi_driver.authority.issuers.kubernetes_csr.issuer import KubernetesCSR
-from csi_driver.authority.issuers.kubernetes_csr.order import ORDER_LABEL, order_id
-from csi_driver.authority.issuers.secrets import CredentialReader
+from csi_driver.authority.issuers.kubernetes_csr.request import ORDER_LABEL, order_id
+from csi_driver.authority.issuers.credentials import CredentialReader
 from csi_driver.core.certificates.csr import build_csr, parse_csr
 from csi_driver.core.certificates.keys import PrivateKey, generate_key
 from csi_driver.core.cluster.csr import APPROVED, DENIED, FAILED, ClusterCSR

@@ -27,7 +27,7 @@ from csi_driver.authority.csr_signer.leadership import Leadership
 from csi_driver.authority.csr_signer.request import read_wish
 from csi_driver.authority.csr_signer.requester import requester_of
 from csi_driver.authority.csr_signer.signer import CSRSigner
-from csi_driver.authority.issuers.internal import InternalIssuer
+from csi_driver.authority.issuers.internal.issuer import InternalIssuer
 from csi_driver.core.certificates.csr import build_csr, names_of
 from csi_driver.core.cluster.csr import APPROVED, DENIED, FAILED, OWN_SIGNER, ClusterCSR, CSRCondition
 from csi_driver.core.cluster.pod import LivePod

@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from csi_driver.authority.issuers import IssuerRequest
-from csi_driver.authority.issuers.secrets import CredentialReader
-from csi_driver.authority.issuers.step_ca.document import StepCAConfiguration
+from csi_driver.authority.issuers.credentials import CredentialReader
+from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.issuer import StepCA
 from csi_driver.core.certificates.csr import build_csr, parse_csr
 from csi_driver.core.certificates.keys import generate_key

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
-from csi_driver.authority.issuers.step_ca import jwe
+from csi_driver.authority.issuers.step_ca import key_encryption as jwe
 from csi_driver.authority.issuers.step_ca.provisioner_key import Claims, load_provisioner_key, thumbprint
 from csi_driver.core.secret import Secret
 from tests.support.provisioner_key import JWE, JWK, PASSWORD

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from csi_driver.authority.issuers import IssuerRequest
-from csi_driver.authority.issuers.step_ca.document import StepCAConfiguration
+from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.provisioner_key import Claims
 from csi_driver.authority.issuers.step_ca.provisioners import Lives
 from csi_driver.core.durations import format_duration

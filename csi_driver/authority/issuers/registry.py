@@ -11,7 +11,7 @@ import structlog
 
 from csi_driver.authority.config.located_yaml import MAX_BYTES
 from csi_driver.authority.issuers import Issuer
-from csi_driver.authority.issuers.configuration import (
+from csi_driver.authority.issuers.kinds import (
     ISSUER_KINDS,
     IssuerDependencies,
     IssuerKind,

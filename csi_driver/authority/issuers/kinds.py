@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from csi_driver.authority.config.located_yaml import read_yaml
-from csi_driver.authority.issuers.acme.document import parse_acme
+from csi_driver.authority.issuers.acme.config import parse_acme
 from csi_driver.authority.issuers.acme.routes import Routes
 from csi_driver.authority.issuers.acme.settings import AcmeSettings
 from csi_driver.authority.issuers.external import ExternalIssuer
 from csi_driver.authority.issuers.kubernetes_csr.access import Access
-from csi_driver.authority.issuers.kubernetes_csr.document import KubernetesCSRConfiguration, parse_kubernetes_csr
+from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConfiguration, parse_kubernetes_csr
 from csi_driver.authority.issuers.kubernetes_csr.issuer import KubernetesCSR
-from csi_driver.authority.issuers.secrets import CredentialReader
-from csi_driver.authority.issuers.step_ca.document import StepCAConfiguration, parse_step_ca
-from csi_driver.authority.storage import FolderStore, Store
+from csi_driver.authority.issuers.credentials import CredentialReader
+from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration, parse_step_ca
+from csi_driver.authority.storage import DirectoryStore, Store
 from csi_driver.core.config.issuers import IssuerDeclaration, Parse, parse_issuers
 from csi_driver.core.errors import CertmountError, Fault, Reason
 
@@ -69,7 +69,7 @@ def _make_acme(name: str, settings: AcmeSettings, tools: IssuerDependencies) -> 
     if tools.secret_store is not None and not place.folder:
         store: Store = tools.secret_store(place.namespace, place.name)
     else:
-        store = FolderStore(Path(place.folder), f"acme-{name}.json")
+        store = DirectoryStore(Path(place.folder), f"acme-{name}.json")
     return AcmeIssuer(name, settings, store, tools.secrets, routes=routes)
 
 

@@ -14,9 +14,9 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.issuers.external import Finding
-from csi_driver.authority.issuers.secrets import CredentialReader
+from csi_driver.authority.issuers.credentials import CredentialReader
 from csi_driver.authority.issuers.step_ca.client import Client, Unreachable, fetch_unverified
-from csi_driver.authority.issuers.step_ca.document import StepCAConfiguration
+from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.provisioner_key import ProvisionerKey, load_provisioner_key
 from csi_driver.authority.issuers.step_ca.provisioners import Provisioner, choose, judge_key, list_provisioners
 from csi_driver.core.errors import CertmountError

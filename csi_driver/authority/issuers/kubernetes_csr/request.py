@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.issuers import IssuerRequest
-from csi_driver.authority.issuers.kubernetes_csr.document import KubernetesCSRConfiguration
+from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConfiguration
 from csi_driver.core.certificates.keys import public_bytes
 from csi_driver.core.cluster.csr import DIGITAL_SIGNATURE, KEY_ENCIPHERMENT, PURPOSES, CSRDraft
 from csi_driver.core.durations import format_duration

@@ -25,9 +25,9 @@ from csi_driver.authority.issuers.acme.settings import (
     Http01,
     StorePlace,
 )
-from csi_driver.authority.issuers.configuration import IssuerDependencies, make_issuer, read_issuers
-from csi_driver.authority.issuers.secrets import CredentialReader
-from csi_driver.authority.storage import FolderStore
+from csi_driver.authority.issuers.kinds import IssuerDependencies, make_issuer, read_issuers
+from csi_driver.authority.issuers.credentials import CredentialReader
+from csi_driver.authority.storage import DirectoryStore
 from csi_driver.core.config.document_reader import Path as Place
 from csi_driver.core.config.issuers import FileSource, SecretSource
 from csi_driver.core.errors import CertmountError
@@ -183,9 +183,9 @@ def test_it_is_made_without_looking_around(tmp_path: Path) -> None:
         made(FULL, alone)
     stores: list[tuple[str, str]] = []
 
-    def store(namespace: str, name: str) -> FolderStore:
+    def store(namespace: str, name: str) -> DirectoryStore:
         stores.append((namespace, name))
-        return FolderStore(tmp_path)
+        return DirectoryStore(tmp_path)
 
     with pytest.raises(CertmountError, match="issuer public: makes Ingresses"):
         made(FULL, IssuerDependencies(CredentialReader(), store))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from csi_driver.authority.issuers.acme.refusals import refusal
+from csi_driver.authority.issuers.acme.problems import refusal
 from csi_driver.authority.issuers.acme.state import MOST_ORDERS, OrderRecord, State, names_id
 from csi_driver.core.errors import CertmountError, Fault, Reason
 

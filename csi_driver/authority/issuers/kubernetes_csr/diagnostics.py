@@ -9,8 +9,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from csi_driver.authority.csr_api import CSRClient
 from csi_driver.authority.issuers.external import Finding
 from csi_driver.authority.issuers.kubernetes_csr.access import Access
-from csi_driver.authority.issuers.kubernetes_csr.document import KubernetesCSRConfiguration
-from csi_driver.authority.issuers.secrets import CredentialReader
+from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConfiguration
+from csi_driver.authority.issuers.credentials import CredentialReader
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.formats.pem import decode_certificates, fingerprint
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from csi_driver.authority.issuers.acme.connection import CaProblem
+from csi_driver.authority.issuers.acme.client import CaProblem
 from csi_driver.authority.issuers.acme.http01 import wildcard_faults
 from csi_driver.authority.issuers.acme.settings import AcmeSettings
 from csi_driver.authority.issuers.acme.state import Block, OrderRecord, State, names_id

@@ -16,12 +16,13 @@ import pytest
 import yaml
 from structlog.testing import capture_logs
 
-from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest, issuers_file
-from csi_driver.authority.issuers.configuration import ISSUER_KINDS, IssuerDependencies, IssuerKind, read_issuers
+from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
+from csi_driver.authority.issuers import registry as issuers_file
+from csi_driver.authority.issuers.kinds import ISSUER_KINDS, IssuerDependencies, IssuerKind, read_issuers
 from csi_driver.authority.issuers.external import Finding
-from csi_driver.authority.issuers.issuers_file import IssuersFile
-from csi_driver.authority.issuers.secrets import CredentialReader
-from csi_driver.authority.issuers.step_ca.document import StepCAConfiguration
+from csi_driver.authority.issuers.registry import IssuersFile
+from csi_driver.authority.issuers.credentials import CredentialReader
+from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
 from csi_driver.core.config.document_reader import DocumentReader
 from csi_driver.core.config.document_reader import Path as Place
 from csi_driver.core.config.issuers import FileSource, SecretSource

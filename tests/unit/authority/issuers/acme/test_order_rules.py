@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from csi_driver.authority.issuers.acme.book import claim, released
-from csi_driver.authority.issuers.acme.entry import entered, tidied
+from csi_driver.authority.issuers.acme.order_store import claim, released
+from csi_driver.authority.issuers.acme.order_rules import entered, tidied
 from csi_driver.authority.issuers.acme.state import MOST_ORDERS, State
 from csi_driver.core.errors import CertmountError, Reason
 from tests.unit.authority.issuers.acme.samples import NAMES, NOW, PROOF, block, live, record

@@ -7,8 +7,8 @@ from datetime import timedelta
 
 import pytest
 
-from csi_driver.authority.issuers.acme.connection import CaProblem
-from csi_driver.authority.issuers.acme.refusals import after_problem, after_trouble, judge, pending, refusal
+from csi_driver.authority.issuers.acme.client import CaProblem
+from csi_driver.authority.issuers.acme.problems import after_problem, after_trouble, judge, pending, refusal
 from csi_driver.authority.issuers.acme.settings import AcmeSettings, Dns01, Http01, StorePlace
 from csi_driver.authority.issuers.acme.state import State
 from csi_driver.core.errors import CertmountError, Reason

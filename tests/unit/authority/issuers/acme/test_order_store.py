@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.authority.issuers.acme.book import LeaseLost, OrderBook
+from csi_driver.authority.issuers.acme.order_store import LeaseLost, OrderBook
 from csi_driver.authority.issuers.acme.state import MOST_BYTES, State
-from csi_driver.authority.storage import FolderStore
+from csi_driver.authority.storage import DirectoryStore
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.core.stored_secrets import StoredSecrets
@@ -19,7 +19,7 @@ from tests.unit.authority.clock import Clock
 from tests.unit.authority.issuers.acme.samples import record
 
 
-class CountingStore(FolderStore):
+class CountingStore(DirectoryStore):
     """Counts its reads."""
 
     def __init__(self, folder: Path) -> None:

@@ -9,7 +9,7 @@ import dns.name
 import dns.rdatatype
 import dns.update
 
-from csi_driver.authority.issuers.acme.connection import CaProblem, Connection
+from csi_driver.authority.issuers.acme.client import CaProblem, Connection
 from csi_driver.authority.issuers.acme.credentials import Credentials
 from csi_driver.authority.issuers.acme.order import Workshop
 from csi_driver.authority.issuers.acme.settings import AcmeSettings, Dns01
