@@ -29,6 +29,7 @@ lint: $(DEVELOPMENT) ## ruff, mypy, the layers, and the generated code
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python scripts/generate-protos --check
+	$(BIN)/python scripts/lint-prose
 
 .PHONY: format
 format: $(DEVELOPMENT) ## ruff's formatting and its safe fixes
@@ -46,6 +47,14 @@ bench: $(DEVELOPMENT) ## the figures of docs/benchmarks.md that need no Kubernet
 .PHONY: bench-e2e
 bench-e2e: $(DEVELOPMENT) ## the figures that need a real Kubernetes
 	tests/e2e/run bench
+
+IMAGE ?= localhost/certmount:dev
+
+.PHONY: image
+image: ## the container image IMAGE (docker, podman or buildah)
+	@if command -v docker >/dev/null; then docker build -t $(IMAGE) .; \
+	elif command -v podman >/dev/null; then podman build -t $(IMAGE) .; \
+	else buildah build --layers -t $(IMAGE) .; fi
 
 .PHONY: venv
 venv: $(DEVELOPMENT) ## .venv with all that development needs, as locked
