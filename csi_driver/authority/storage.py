@@ -1,4 +1,4 @@
-"""Where the CA is kept, and how two replicas that start at once come to share one."""
+"""Stores for the CA and for other secret state that several replicas of the authority share."""
 
 from __future__ import annotations
 
@@ -11,88 +11,113 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.core.stored_secrets import StoredSecrets
 
 _MAX_BYTES = 1024 * 1024
-_SERVING = "serving."
+_SERVING_PREFIX = "serving."
+_ATTEMPTS = 10
+"""Every lost attempt is a successful update by another replica, so ten in a row mean that something else is wrong."""
+_T = TypeVar("_T")
+Values = Mapping[str, Secret[bytes]]
 
 
 class Store(Protocol):
-    """Keeps named secret values with optimistic concurrency."""
+    """Stores named secret values with optimistic concurrency."""
 
     @property
     def name(self) -> str:
-        """What errors call it."""
+        """The name of the store in errors."""
 
     async def load(self) -> StoredSecrets:
-        """The values, none where nothing was saved yet; raises CertmountError where they can't be read."""
+        """Return the values, none if nothing is stored yet; raise CertmountError if they can't be read."""
 
-    async def save(self, values: Mapping[str, Secret[bytes]], based_on: StoredSecrets) -> bool:
-        """Replaces what ``based_on`` was loaded from, all at once; False when another writer came first."""
+    async def save(self, values: Values, based_on: StoredSecrets) -> bool:
+        """Replace all values atomically; return False if the store changed after ``based_on`` was loaded."""
 
 
-class Part:
-    """Some of a store's values, by their names, as a store of their own: saving them leaves the others as they are."""
+async def update(
+    store: Store, step: Callable[[StoredSecrets], Awaitable[tuple[Values | None, _T]]], attempts: int = _ATTEMPTS
+) -> _T:
+    """Load the values, save the values that ``step`` returns, and return the result of ``step``.
 
-    def __init__(self, store: Store, owns: Callable[[str], bool]) -> None:
+    ``step`` runs again with the new values after another writer changed the store. If it returns None as the values,
+    nothing is saved.
+
+    Raises:
+        CertmountError: IssuerUnavailable if all attempts conflict, or what the store or ``step`` raises.
+    """
+    for _ in range(attempts):
+        stored = await store.load()
+        values, result = await step(stored)
+        if values is None or await store.save(values, stored):
+            return result
+    raise CertmountError(Reason.ISSUER_UNAVAILABLE, f"{store.name}: {attempts} updates conflicted with other writers")
+
+
+class StorePart:
+    """The values of a store whose names match; saving them keeps the other values."""
+
+    def __init__(self, store: Store, matches: Callable[[str], bool]) -> None:
         self._store = store
-        self._owns = owns
+        self._matches = matches
         self.name = store.name
 
     async def load(self) -> StoredSecrets:
         stored = await self._store.load()
-        return StoredSecrets({name: value for name, value in stored.values.items() if self._owns(name)}, stored.version)
+        return StoredSecrets(
+            {name: value for name, value in stored.values.items() if self._matches(name)}, stored.version
+        )
 
-    async def save(self, values: Mapping[str, Secret[bytes]], based_on: StoredSecrets) -> bool:
+    async def save(self, values: Values, based_on: StoredSecrets) -> bool:
         whole = await self._store.load()
         if whole.version != based_on.version:
             return False
-        others = {name: value for name, value in whole.values.items() if not self._owns(name)}
+        others = {name: value for name, value in whole.values.items() if not self._matches(name)}
         return await self._store.save({**others, **values}, whole)
 
 
-def ca_part(store: Store) -> Part:
-    """The pods' CA and the state of its rotation: all that is not the serving root's."""
-    return Part(store, lambda name: not name.startswith(_SERVING))
+def ca_part(store: Store) -> StorePart:
+    """Return the part with the internal CA and the state of its rotation: all values except the serving root."""
+    return StorePart(store, lambda name: not name.startswith(_SERVING_PREFIX))
 
 
-def serving_part(store: Store) -> Part:
-    """The root of the authority's own certificate: the values whose names begin with ``serving.``."""
-    return Part(store, lambda name: name.startswith(_SERVING))
+def serving_part(store: Store) -> StorePart:
+    """Return the part with the root of the authority's serving certificate: names that begin with ``serving.``."""
+    return StorePart(store, lambda name: name.startswith(_SERVING_PREFIX))
 
 
-class FolderStore:
-    """One file in a folder that only its owner may enter; one file, so that it changes at once and wholly."""
+class DirectoryStore:
+    """Stores all values in one file, so that they change atomically, in a directory that only its owner can enter."""
 
-    def __init__(self, folder: Path, file: str = "ca.json") -> None:
-        self._folder = folder
-        self._file = folder / file
+    def __init__(self, directory: Path, file: str = "ca.json") -> None:
+        self._directory = directory
+        self._file = directory / file
         self.name = str(self._file)
 
     async def load(self) -> StoredSecrets:
         return await asyncio.to_thread(self._load)
 
-    async def save(self, values: Mapping[str, Secret[bytes]], based_on: StoredSecrets) -> bool:
+    async def save(self, values: Values, based_on: StoredSecrets) -> bool:
         return await asyncio.to_thread(self._save, values, based_on)
 
     def _load(self) -> StoredSecrets:
         try:
             content = self._read()
         except OSError as error:
-            raise self._unusable(f"cannot be read: {error.strerror}") from None
+            raise self._error(f"cannot be read: {error.strerror}") from None
         if content is None:
             return StoredSecrets({}, "")
         try:
             document = json.loads(content)
             values = {str(name): Secret(base64.b64decode(text, validate=True)) for name, text in document.items()}
         except (ValueError, TypeError, AttributeError, RecursionError, binascii.Error):
-            raise self._unusable("is damaged", "restore it, or remove it to have a new one made") from None
+            raise self._error("is damaged", "restore it from a backup, or remove it to create a new one") from None
         return StoredSecrets(values, _version(content))
 
     def _read(self) -> bytes | None:
@@ -102,44 +127,46 @@ class FolderStore:
             return None
         with os.fdopen(descriptor, "rb") as file:
             if stat.S_IMODE(os.fstat(descriptor).st_mode) & 0o077:
-                raise self._unusable("can be read by others than its owner", "chmod 600, and consider the key known")
+                hint = "run chmod 600, and replace the key because others could read it"
+                raise self._error("is accessible to users other than its owner", hint)
             content = file.read(_MAX_BYTES + 1)
         if len(content) > _MAX_BYTES:
-            raise self._unusable(f"is longer than {_MAX_BYTES} bytes")
+            raise self._error(f"is longer than {_MAX_BYTES} bytes")
         return content
 
-    def _save(self, values: Mapping[str, Secret[bytes]], based_on: StoredSecrets) -> bool:
+    def _save(self, values: Values, based_on: StoredSecrets) -> bool:
         document = {name: base64.b64encode(value.reveal()).decode("ascii") for name, value in values.items()}
         content = json.dumps(document, indent=1).encode("ascii")
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             with self._locked():
                 current = self._read()
                 if ("" if current is None else _version(current)) != based_on.version:
                     return False
-                replace_file(self._file, content, mode=0o600, owner_of=self._folder)
+                replace_file(self._file, content, mode=0o600, owner_of=self._directory)
         except OSError as error:
-            raise self._unusable(f"cannot be written: {error.strerror}") from None
+            raise self._error(f"cannot be written: {error.strerror}") from None
         return True
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        # flock and not a lock file's existence: the kernel lets go of it when its holder dies.
-        descriptor = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        # The kernel releases an flock when its holder dies; the existence of a lock file would outlive the holder.
+        descriptor = os.open(self._directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
             os.close(descriptor)
 
-    def _unusable(self, problem: str, hint: str = "") -> CertmountError:
+    def _error(self, problem: str, hint: str = "") -> CertmountError:
         return CertmountError(Reason.INVALID_CA, Fault(self.name, problem, hint))
 
 
 def replace_file(file: Path, content: bytes, *, mode: int, owner_of: Path | None = None) -> None:
-    """Writes a file so that it is there wholly or not at all, also after a power cut; raises OSError.
+    """Write a file atomically and durably: after a power failure it has either the old or the new content.
 
-    Root gives it to the owner of ``owner_of``: a command that an administrator calls must not lock out who serves.
+    If root calls this, the file gets the owner of ``owner_of``, because the authority must be able to read what an
+    administrator's command wrote. Raises OSError.
     """
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
@@ -156,11 +183,11 @@ def replace_file(file: Path, content: bytes, *, mode: int, owner_of: Path | None
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    directory = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(folder)
+        os.fsync(directory)
     finally:
-        os.close(folder)
+        os.close(directory)
 
 
 def _version(content: bytes) -> str:

@@ -30,7 +30,7 @@ from csi_driver.authority.ca.rotation import RotationPhase, go_on, stop
 from csi_driver.authority.ca.rotation import drop as drop_roots
 from csi_driver.authority.ca.sources import StoredCA
 from csi_driver.authority.ca.state import CAState
-from csi_driver.authority.storage import FolderStore
+from csi_driver.authority.storage import DirectoryStore
 from csi_driver.authority.trust.acknowledgements import (
     ACKNOWLEDGEMENTS_FILE,
     ACKNOWLEDGEMENTS_SECRET,
@@ -255,8 +255,8 @@ async def _place(ca_secret: tuple[str, str] | None, ca_dir: Path | None) -> Asyn
     if ca_secret and ca_dir:
         raise click.UsageError("--ca-secret is for a cluster, --ca-dir for the outside of one; give one or the other")
     if ca_dir:
-        confirmations = AcknowledgementStore(FolderStore(ca_dir, ACKNOWLEDGEMENTS_FILE), lambda: 0)
-        yield _Place(StoredCA(FolderStore(ca_dir)), confirmations, _Unconnected())
+        confirmations = AcknowledgementStore(DirectoryStore(ca_dir, ACKNOWLEDGEMENTS_FILE), lambda: 0)
+        yield _Place(StoredCA(DirectoryStore(ca_dir)), confirmations, _Unconnected())
         return
     if not ca_secret and "KUBERNETES_SERVICE_HOST" not in os.environ:
         raise click.UsageError("--ca-dir: needed outside a cluster")

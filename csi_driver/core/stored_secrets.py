@@ -1,4 +1,4 @@
-"""Secret values as a store holds them, so that two writers can't overwrite each other."""
+"""Secret values as a store returns them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from csi_driver.core.secret import Secret
 
 @dataclass(frozen=True, slots=True)
 class StoredSecrets:
-    """Values by name, none where nothing was stored yet; ``version`` is the store's own mark of this very content."""
+    """Values by name. A store saves new values only if ``version`` is still its current version (optimistic concurrency)."""
 
     values: Mapping[str, Secret[bytes]]
     version: str

@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry
 from csi_driver import DRIVER_NAME
 from csi_driver.authority.ca.authority import CertificateAuthority, utc_now
 from csi_driver.authority.ca.keyring import INTERMEDIATE_KEY, Keyring, dump_keyring, make_keyring
-from csi_driver.authority.storage import FolderStore
+from csi_driver.authority.storage import DirectoryStore
 from csi_driver.authority.trust.acknowledgements import ACKNOWLEDGEMENTS_FILE, mark
 from csi_driver.cli.ca import command
 from csi_driver.core.formats.pem import fingerprint
@@ -43,7 +43,7 @@ class Setting:
         self.folder = folder
         self.ahead = timedelta()
         metrics = AuthorityMetrics(CollectorRegistry())
-        self.ca = CertificateAuthority(FolderStore(folder), metrics, self._clock, fleet=fleet)
+        self.ca = CertificateAuthority(DirectoryStore(folder), metrics, self._clock, fleet=fleet)
 
     def _clock(self) -> datetime:
         return utc_now() + self.ahead
@@ -242,7 +242,7 @@ async def test_in_a_cluster_the_nodes_that_are_waited_for_are_named(
     setting = Setting(tmp_path)
     for step in (setting.go_by, lambda: setting.says("rotate"), setting.go_by, lambda: setting.go_by(41)):
         await asyncio.to_thread(step)
-    stored = await FolderStore(tmp_path).load()
+    stored = await DirectoryStore(tmp_path).load()
     server = FakeApiServer()
     data = {name: base64.b64encode(value.reveal()).decode() for name, value in stored.values.items()}
     server.objects["secrets/certmount-ca"]["data"] = data

@@ -1,4 +1,4 @@
-"""Who asks: a pod, proven by its own token and by the token of our driver on that very node."""
+"""Authenticate the node driver that calls and the pod whose token it sends."""
 
 from __future__ import annotations
 
@@ -12,26 +12,29 @@ _POD_TOKEN, _NODE_TOKEN = "pod token", "node token"
 
 
 class Authenticator:
-    """The rules by which proven identities may ask."""
+    """Accepts a node token only from the node driver's service account, and a pod token only from the pod's own node."""
 
-    def __init__(self, proofs: TokenReviewCache, node_account: ServiceAccount) -> None:
-        self._proofs = proofs
+    def __init__(self, reviews: TokenReviewCache, node_account: ServiceAccount) -> None:
+        self._reviews = reviews
         self._node_account = node_account
 
-    async def prove_node(self, token: Secret[str]) -> PodIdentity:
-        """The driver's own pod, which calls; raises CertmountError as :meth:`TokenReviewCache.prove`."""
-        caller = await self._proofs.prove(token, NODE_AUDIENCE, _NODE_TOKEN)
-        if caller.service_account != self._node_account:
-            problem = f"is of service account {caller.service_account}, not of the node driver's {self._node_account}"
-            hint = "the authority's --node-service-account names it"
+    async def authenticate_node(self, token: Secret[str]) -> PodIdentity:
+        """Return the identity of the calling driver's pod; raises CertmountError as :meth:`TokenReviewCache.review`."""
+        driver = await self._reviews.review(token, NODE_AUDIENCE, _NODE_TOKEN)
+        if driver.service_account != self._node_account:
+            problem = f"belongs to service account {driver.service_account}; expected {self._node_account}"
+            hint = "set the authority's --node-service-account to the service account of the node driver"
             raise CertmountError(Reason.TOKEN_REJECTED, Fault(_NODE_TOKEN, problem, hint))
-        return caller
+        return driver
 
-    async def prove_pod(self, token: Secret[str], node: PodIdentity) -> PodIdentity:
-        """The pod whose token the driver on ``node`` shows; refused unless the pod runs on that very node."""
-        pod = await self._proofs.prove(token, POD_AUDIENCE, _POD_TOKEN)
+    async def authenticate_pod(self, token: Secret[str], node: PodIdentity) -> PodIdentity:
+        """Return the identity of a pod that runs on the node of the calling driver.
+
+        Raises CertmountError as :meth:`TokenReviewCache.review`, and TokenRejected if the pod is on another node.
+        """
+        pod = await self._reviews.review(token, POD_AUDIENCE, _POD_TOKEN)
         if (pod.node_name, pod.node_uid) != (node.node_name, node.node_uid):
-            problem = f"is of a pod on node {pod.node_name}, but the driver on node {node.node_name} shows it"
-            hint = "" if pod.node_name != node.node_name else "the node was made anew under its old name"
+            problem = f"belongs to a pod on node {pod.node_name}, but the driver on node {node.node_name} sent it"
+            hint = "" if pod.node_name != node.node_name else "the node was deleted and created again with this name"
             raise CertmountError(Reason.TOKEN_REJECTED, Fault(_POD_TOKEN, problem, hint))
         return pod

@@ -1,4 +1,4 @@
-"""How much one pod, one node and all together may ask: what is beyond is told when to come again, and costs nothing more."""
+"""Rate limits and concurrency limits for pods, nodes and the whole authority."""
 
 from __future__ import annotations
 
@@ -18,141 +18,147 @@ from csi_driver.core.identity import PodIdentity
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """A token bucket: ``burst`` calls at once, then ``a_second``."""
+    """The parameters of a token bucket."""
 
-    a_second: float
+    per_second: float
     burst: int
 
 
 POD_RATE = Rate(5, 100)
-"""Ten volumes that live 10 s ask 2 to 3 times a second with what they retry. The burst is a pod with a hundred volumes."""
+"""Ten volumes with a lifetime of 10 s need 2 to 3 calls per second, including retries. The burst serves a pod with 100 volumes."""
 NODE_RATE = Rate(50, 1000)
-"""250 pods that live 10 s each ask 38 times a second. The burst is 250 pods with four volumes each that start, or come back from
-an outage, at once; and a node that asks without a pause takes no more than a twentieth of a replica."""
+"""250 pods with a lifetime of 10 s need 38 calls per second. The burst serves 250 pods with four volumes each that start at once.
+A node that calls without a pause uses at most 5% of a replica."""
 REPORT_RATE = Rate(5, 500)
-"""Each of 250 pods with two volumes is told of when an outage begins and ends; a node driver tells of each change once."""
-MOST_WATCHES = 4
-"""Streams of one node: that of its driver, that of its driver before a restart, and twice as many."""
-MOST_ASKING = 256
-"""Calls of Issue under way for one node, half of all: while the API server is slow a node can't take every place. More than 250
-pods that start at the same moment come in turns."""
-_MOST_KEYS = 50_000
-"""Pods or nodes that are remembered: 10 MB. One that has not asked for long is as good as new, and forgotten first."""
-_FORGET_AT_ONCE = 4
+"""The burst serves 250 pods with two volumes, whose driver reports the start and later the end of an outage once each."""
+MAX_STREAMS_PER_NODE = 4
+"""A node needs one stream, and two while its driver restarts."""
+MAX_ISSUES_PER_NODE = 256
+"""Half of the authority's concurrent calls, so that one node cannot use all of them while the API server is slow."""
+_MAX_BUCKETS = 50_000
+"""About 10 MB."""
+_DROPS_PER_CALL = 4
 
 
 class RateLimiter:
-    """A token bucket for each key. Memory is bounded: keys whose bucket is full again are dropped, at the bound the oldest."""
+    """One token bucket per key. Memory is bounded: full buckets are dropped, and the oldest ones beyond ``max_buckets``."""
 
-    def __init__(self, rate: Rate, clock: Callable[[], float] = time.monotonic, most_keys: int = _MOST_KEYS) -> None:
+    def __init__(
+        self, rate: Rate, clock: Callable[[], float] = time.monotonic, max_buckets: int = _MAX_BUCKETS
+    ) -> None:
         self._rate = rate
         self._clock = clock
-        self._most_keys = most_keys
-        self._full_after_s = rate.burst / rate.a_second
-        # By the time of the last call: how many calls were left then, and when that was.
+        self._max_buckets = max_buckets
+        self._full_after_s = rate.burst / rate.per_second
+        # Ordered by the time of the last call. The values are the calls left at that time, and the time.
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._buckets)
 
     def take(self, key: str) -> float:
-        """Takes one call of the key's; 0, or where none is left the seconds until there is one."""
+        """Count one call. Return 0 if it is allowed, otherwise the seconds until the next call is."""
         now = self._clock()
         rate = self._rate
         left, since = self._buckets.get(key, (float(rate.burst), now))
-        left = min(left + (now - since) * rate.a_second, rate.burst)
+        left = min(left + (now - since) * rate.per_second, rate.burst)
         allowed = left >= 1
         self._buckets[key] = (left - 1 if allowed else left, now)
         self._buckets.move_to_end(key)
-        self._forget(now)
-        return 0.0 if allowed else (1 - left) / rate.a_second
+        self._drop_full_buckets(now)
+        return 0.0 if allowed else (1 - left) / rate.per_second
 
-    def _forget(self, now: float) -> None:
-        for _ in range(_FORGET_AT_ONCE):
+    def _drop_full_buckets(self, now: float) -> None:
+        for _ in range(_DROPS_PER_CALL):
             oldest = next(iter(self._buckets))
-            if now - self._buckets[oldest][1] < self._full_after_s and len(self._buckets) <= self._most_keys:
+            if now - self._buckets[oldest][1] < self._full_after_s and len(self._buckets) <= self._max_buckets:
                 return
             del self._buckets[oldest]
 
 
-class Counted(Protocol):
-    """A gauge."""
+class ConcurrencyGauge(Protocol):
+    """A gauge that shows the number of concurrent calls."""
 
     def set(self, value: float) -> None:
-        """Takes the number as it is now."""
+        """Set the current number."""
 
 
 class ConcurrencyLimit:
-    """A bounded number of calls under way; ``with slots:`` is one of them."""
+    """A context manager that admits at most ``maximum`` concurrent calls; raises CertmountError AuthorityOverloaded."""
 
-    __slots__ = ("_gauge", "_most", "_taken")
+    __slots__ = ("_active", "_gauge", "_maximum")
 
-    def __init__(self, most: int, gauge: Counted | None = None) -> None:
-        self._most = most
+    def __init__(self, maximum: int, gauge: ConcurrencyGauge | None = None) -> None:
+        self._maximum = maximum
         self._gauge = gauge
-        self._taken = 0
+        self._active = 0
 
     def __enter__(self) -> None:
-        if self._taken >= self._most:
-            raise CertmountError(Reason.AUTHORITY_OVERLOADED, f"{self._taken} calls are under way already")
-        self._taken += 1
-        if self._gauge is not None:
-            self._gauge.set(self._taken)
+        if self._active >= self._maximum:
+            raise CertmountError(Reason.AUTHORITY_OVERLOADED, f"{self._active} calls are already in progress")
+        self._change(1)
 
     def __exit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        self._taken -= 1
+        self._change(-1)
+
+    def _change(self, by: int) -> None:
+        self._active += by
         if self._gauge is not None:
-            self._gauge.set(self._taken)
+            self._gauge.set(self._active)
 
 
 class RequestLimits:
-    """Those of one replica. The keys are uids that have been proven, so no one can use up what is another's."""
+    """The limits of one replica per pod and per node. Keys are authenticated UIDs, so no caller can use another's share.
+
+    Every method raises CertmountError TooManyRequests.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._nodes = RateLimiter(NODE_RATE, clock)
         self._pods = RateLimiter(POD_RATE, clock)
         self._reports = RateLimiter(REPORT_RATE, clock)
-        self._watches: Counter[str] = Counter()
-        self._asking: Counter[str] = Counter()
+        self._streams: Counter[str] = Counter()
+        self._issues: Counter[str] = Counter()
 
-    def count_node(self, node: PodIdentity) -> None:
-        """One more Issue of a node; raises CertmountError TooManyRequests."""
+    def count_node_issue(self, node: PodIdentity) -> None:
+        """Count an Issue call against the node's rate limit."""
         _count(self._nodes, node.node_uid, f"node {node.node_name}")
 
-    def count_pod(self, pod: PodIdentity) -> None:
-        """One more Issue for a pod; raises CertmountError TooManyRequests."""
+    def count_pod_issue(self, pod: PodIdentity) -> None:
+        """Count an Issue call against the pod's rate limit."""
         _count(self._pods, pod.pod_uid, str(pod))
 
     def count_report(self, node: PodIdentity) -> None:
-        """One more Report or ConfirmTrust of a node; raises CertmountError TooManyRequests."""
+        """Count a Report or ConfirmTrust call against the node's rate limit."""
         _count(self._reports, node.node_uid, f"reports of node {node.node_name}")
 
-    def watching(self, node: PodIdentity) -> AbstractContextManager[None]:
-        """A stream of a node's for the length of the block; raises CertmountError TooManyRequests."""
-        return _one_of(self._watches, MOST_WATCHES, node, f"watches the roots {MOST_WATCHES} times already")
+    def stream(self, node: PodIdentity) -> AbstractContextManager[None]:
+        """Hold one of the node's WatchTrust streams while the block runs."""
+        return _hold(self._streams, MAX_STREAMS_PER_NODE, node, "WatchTrust streams")
 
-    def asking(self, node: PodIdentity) -> AbstractContextManager[None]:
-        """An Issue of a node's for the length of the block; raises CertmountError TooManyRequests."""
-        return _one_of(self._asking, MOST_ASKING, node, f"waits for {MOST_ASKING} certificates already")
+    def issue(self, node: PodIdentity) -> AbstractContextManager[None]:
+        """Hold one of the node's concurrent Issue calls while the block runs."""
+        return _hold(self._issues, MAX_ISSUES_PER_NODE, node, "concurrent Issue calls")
 
 
 @contextlib.contextmanager
-def _one_of(taken: Counter[str], most: int, node: PodIdentity, problem: str) -> Iterator[None]:
-    if taken[node.node_uid] >= most:
+def _hold(active: Counter[str], maximum: int, node: PodIdentity, what: str) -> Iterator[None]:
+    if active[node.node_uid] >= maximum:
+        problem = f"has {maximum} {what}, the maximum"
         raise CertmountError(Reason.TOO_MANY_REQUESTS, Fault(f"node {node.node_name}", problem))
-    taken[node.node_uid] += 1
+    active[node.node_uid] += 1
     try:
         yield
     finally:
-        taken[node.node_uid] -= 1
-        if not taken[node.node_uid]:
-            del taken[node.node_uid]
+        active[node.node_uid] -= 1
+        if not active[node.node_uid]:
+            del active[node.node_uid]
 
 
-def _count(buckets: RateLimiter, key: str, who: str) -> None:
-    wait_s = buckets.take(key)
+def _count(limiter: RateLimiter, key: str, caller: str) -> None:
+    wait_s = limiter.take(key)
     if wait_s:
-        hint = f"come again in {max(1, math.ceil(wait_s))} s"
-        raise CertmountError(Reason.TOO_MANY_REQUESTS, Fault(who, "more calls than the authority allows", hint))
+        hint = f"retry after {max(1, math.ceil(wait_s))} s"
+        raise CertmountError(Reason.TOO_MANY_REQUESTS, Fault(caller, "exceeds the authority's rate limit", hint))

@@ -1,4 +1,4 @@
-"""The keys that the cluster signs service-account tokens with, by key id (RFC 7517)."""
+"""The cluster's public keys for service-account tokens, by key ID (RFC 7517)."""
 
 from __future__ import annotations
 
@@ -21,42 +21,42 @@ from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 log = structlog.get_logger(__name__)
 
 ALGORITHMS = ("RS256", "RS384", "RS512", "ES256", "ES384", "ES512")
-"""What a Kubernetes API server signs with; none of them works with a shared secret or without a key (RFC 8725 section 3.1)."""
-_LEAST_REFRESH_S = 10.0
-"""Between two fetches that tokens with unknown key ids cause: made-up ids must not become load on the API server."""
-_REFRESH_S = 300.0
-"""After which a key that the cluster has withdrawn is no longer believed."""
-_MOST_WAITING = 64
-"""Calls that wait for the keys to be fetched: with made-up ids no one shall keep those out who have good tokens."""
-_MOST_KEYS = 100
-_LEAST_RSA_BITS = 2048
+"""The algorithms of Kubernetes API servers. None of them uses a shared secret or no key (RFC 8725 section 3.1)."""
+_MIN_REFRESH_INTERVAL_S = 10.0
+"""Limits the requests to the API server that tokens with unknown key IDs cause."""
+_REFRESH_INTERVAL_S = 300.0
+"""A key that the cluster withdraws is rejected after this time."""
+_MAX_WAITING = 64
+"""Calls that wait for a refresh. Callers with made-up key IDs must not block callers with valid tokens."""
+_MAX_KEYS = 100
+_MIN_RSA_BITS = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class KeySet:
-    """Public keys by key id, each bound to the one algorithm it is for."""
+class TokenKeySet:
+    """Public keys by key ID. Each key verifies one algorithm only."""
 
     issuer: str
     keys: Mapping[str, jwt.PyJWK]
 
 
-def parse_keys(published: PublishedKeys) -> KeySet:
-    """Takes the asymmetric signing keys with an id; raises CertmountError TokenReviewUnavailable where there is none."""
+def parse_keys(published: PublishedKeys) -> TokenKeySet:
+    """Return the asymmetric signing keys that have an ID; raises CertmountError TokenReviewUnavailable if there is none."""
     try:
         entries = json.loads(published.jwks)["keys"]
-        candidates = [_parse_key(entry) for entry in entries[:_MOST_KEYS]]
+        candidates = [_parse_key(entry) for entry in entries[:_MAX_KEYS]]
     except (ValueError, TypeError, KeyError, RecursionError):
         problem = "is not a JSON Web Key Set (RFC 7517)"
         raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, Fault("token keys", problem)) from None
     keys = {candidate.key_id: candidate for candidate in candidates if candidate is not None and candidate.key_id}
     if not keys:
-        problem = "hold no signing key with an id for one of " + ", ".join(ALGORITHMS)
+        problem = f"contains no signing key that has an ID and uses one of {', '.join(ALGORITHMS)}"
         raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, Fault("token keys", problem))
-    return KeySet(published.issuer, keys)
+    return TokenKeySet(published.issuer, keys)
 
 
 def _parse_key(entry: Any) -> jwt.PyJWK | None:
-    """The key of one entry, or None for one that is not to verify tokens with."""
+    """Return the key of one entry, or None if it must not verify tokens."""
     if not isinstance(entry, dict) or not isinstance(entry.get("kid"), str):
         return None
     if entry.get("use", "sig") != "sig" or entry.get("alg", ALGORITHMS[0]) not in ALGORITHMS:
@@ -65,13 +65,13 @@ def _parse_key(entry: Any) -> jwt.PyJWK | None:
         key = jwt.PyJWK.from_dict(entry)
     except jwt.PyJWTError:
         return None
-    if key.algorithm_name not in ALGORITHMS:  # as inferred where the entry names none
+    if key.algorithm_name not in ALGORITHMS:  # PyJWT infers it if the entry has none
         return None
-    return None if isinstance(key.key, rsa.RSAPublicKey) and key.key.key_size < _LEAST_RSA_BITS else key
+    return None if isinstance(key.key, rsa.RSAPublicKey) and key.key.key_size < _MIN_RSA_BITS else key
 
 
 class TokenKeys:
-    """The current key set; fetched anew when a token names an unknown key, at most every ten seconds."""
+    """The current key set. A token with an unknown key ID causes a refresh, at most every ten seconds."""
 
     def __init__(
         self,
@@ -82,62 +82,63 @@ class TokenKeys:
         self._fetch = fetch
         self._metrics = metrics
         self._clock = clock
-        self._current: KeySet | None = None
-        self._asked_at = -_LEAST_REFRESH_S
+        self._current: TokenKeySet | None = None
+        self._refreshed_at = -_MIN_REFRESH_INTERVAL_S
         self._failure: CertmountError | None = None
         self._lock = asyncio.Lock()
-        self._waiting = ConcurrencyLimit(_MOST_WAITING)
+        self._waiting = ConcurrencyLimit(_MAX_WAITING)
 
     @property
-    def known(self) -> bool:
-        """True once a key set has been fetched."""
+    def loaded(self) -> bool:
+        """True once a key set was loaded."""
         return self._current is not None
 
     @property
     def issuer(self) -> str:
-        """The issuer that tokens must name; raises CertmountError TokenReviewUnavailable before the first fetch."""
-        return self._held().issuer
+        """The required issuer of tokens; raises CertmountError TokenReviewUnavailable before the first load."""
+        return self._loaded().issuer
 
     async def find(self, key_id: str) -> jwt.PyJWK | None:
-        """The key of that id, or None when the cluster publishes none; raises CertmountError TokenReviewUnavailable, or AuthorityOverloaded."""
-        key = self._held().keys.get(key_id)
+        """Return the key with this ID, or None if the cluster publishes none.
+
+        Raises CertmountError TokenReviewUnavailable if a refresh failed, or AuthorityOverloaded.
+        """
+        key = self._loaded().keys.get(key_id)
         if key is None:
             with self._waiting:
                 async with self._lock:
-                    if self._clock() - self._asked_at >= _LEAST_REFRESH_S:
+                    if self._clock() - self._refreshed_at >= _MIN_REFRESH_INTERVAL_S:
                         await self._refresh()
-            key = self._held().keys.get(key_id)
+            key = self._loaded().keys.get(key_id)
             if key is None and self._failure is not None:
                 raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, *self._failure.faults)
         return key
 
     async def load(self) -> None:
-        """Fetches the key set; raises CertmountError TokenReviewUnavailable where that fails."""
+        """Fetch the key set; raises CertmountError TokenReviewUnavailable on failure."""
         async with self._lock:
             await self._refresh()
         if self._failure is not None:
             raise self._failure
 
     async def run(self) -> None:
-        """Fetches it every few minutes, for ever; when that fails, the keys held stay in use."""
+        """Refresh the key set periodically, until cancelled. The present keys stay in use after a failure."""
         while True:
-            await asyncio.sleep(_REFRESH_S)
+            await asyncio.sleep(_REFRESH_INTERVAL_S)
             async with self._lock:
                 await self._refresh()
 
     async def _refresh(self) -> None:
-        self._asked_at = self._clock()
+        self._refreshed_at = self._clock()
         try:
             self._current = parse_keys(await self._fetch())
             self._failure = None
         except CertmountError as error:
             self._failure = error
-            self._metrics.proof_failures.labels("keys").inc()
+            self._metrics.token_verification_failures.labels("keys").inc()
             log.warning("token keys not refreshed", reason=error.reason.word, error=str(error))
 
-    def _held(self) -> KeySet:
+    def _loaded(self) -> TokenKeySet:
         if self._current is None:
-            raise CertmountError(
-                Reason.TOKEN_REVIEW_UNAVAILABLE, "the keys that the cluster signs tokens with are not known yet"
-            )
+            raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, "the cluster's token keys are not loaded yet")
         return self._current

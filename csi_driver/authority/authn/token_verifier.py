@@ -1,4 +1,4 @@
-"""Service-account tokens, verified without asking anyone: signature, issuer, audience, times (RFC 7519, RFC 8725)."""
+"""Verify service-account tokens offline: signature, issuer, audience and times (RFC 7519, RFC 8725)."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from csi_driver.core.identity import MAX_TOKEN_BYTES, PodIdentity, identity_from
 from csi_driver.core.secret import Secret
 
 _CLOCK_SKEW_S = 30.0
-"""How far the API server's clock may be ahead of ours; an expired token gets no such grace."""
+"""Allowed for not-before and issued-at only; an expired token is rejected immediately."""
 _MAX_HEADER = 1024
-_OTHERS = "ask the cluster's administrator which API server signed it"
+_WRONG_CLUSTER = "check that the token is from this cluster's API server"
 
 
 class TokenVerifier:
-    """Believes a token only by a key that the cluster publishes; whatever key the token itself carries is ignored."""
+    """Verifies tokens with the keys that the cluster publishes; keys in a token's header are ignored."""
 
     def __init__(self, keys: TokenKeys, clock: Callable[[], float] = time.time) -> None:
         self._keys = keys
         self._clock = clock
 
-    async def verify(self, token: Secret[str], audience: str, which: str) -> PodIdentity:
-        """The identity that the token proves; ``which`` names the token in errors ("pod token").
+    async def verify(self, token: Secret[str], audience: str, token_name: str) -> PodIdentity:
+        """Return the identity in the token's claims. ``token_name`` names the token in errors ("pod token").
 
         Raises:
             CertmountError: TokenExpired, TokenRejected, ClusterNotSupported, or TokenReviewUnavailable without keys.
         """
         text = token.reveal()
         if not text:
-            raise CertmountError(Reason.TOKEN_REJECTED, Fault(which, "is missing"))
+            raise _rejected(token_name, "is missing")
         if len(text) > MAX_TOKEN_BYTES or not text.isascii():
-            raise _refused(which, f"is not a JSON Web Token of at most {MAX_TOKEN_BYTES} bytes")
-        key = await self._key_for(text, which)
+            raise _rejected(token_name, f"is not a JSON Web Token of at most {MAX_TOKEN_BYTES} bytes")
+        key = await self._find_key(text, token_name)
         try:
             claims = jwt.decode(
                 text,
@@ -49,38 +49,38 @@ class TokenVerifier:
                 algorithms=[key.algorithm_name],
                 audience=audience,
                 issuer=self._keys.issuer,
-                # Not-before and issued-at are judged below, where the clock's skew is allowed for.
+                # _check_times verifies not-before and issued-at, with clock skew.
                 options={"require": ["exp", "iss", "aud", "sub"], "verify_nbf": False, "verify_iat": False},
             )
         except jwt.PyJWTError as error:
-            raise _explained(error, which, audience, self._keys.issuer) from None
-        self._check_times(claims, which)
+            raise _translate(error, token_name, audience, self._keys.issuer) from None
+        self._check_times(claims, token_name)
         if claims["aud"] not in (audience, [audience]):
-            raise _refused(
-                which, f"is for other audiences beside {audience}", "whoever else holds it could show it here"
-            )
-        return identity_from_claims(claims, token=which)
+            hint = "another recipient of this token could use it; request a token for one audience"
+            raise _rejected(token_name, f"has other audiences besides {audience}", hint)
+        return identity_from_claims(claims, token=token_name)
 
-    async def _key_for(self, text: str, which: str) -> jwt.PyJWK:
+    async def _find_key(self, text: str, token_name: str) -> jwt.PyJWK:
         key_id = _key_id(text.partition(".")[0][: _MAX_HEADER + 1])
         if key_id is None:
-            raise _refused(which, "is not a JSON Web Token whose header names its key")
+            raise _rejected(token_name, "is not a JSON Web Token with a key ID in its header")
         key = await self._keys.find(key_id)
         if key is None:
-            raise _refused(which, "is signed by a key that the cluster does not publish", _OTHERS)
+            raise _rejected(token_name, "is signed by a key that the cluster does not publish", _WRONG_CLUSTER)
         return key
 
-    def _check_times(self, claims: dict[str, Any], which: str) -> None:
+    def _check_times(self, claims: dict[str, Any], token_name: str) -> None:
         latest = self._clock() + _CLOCK_SKEW_S
         for claim in ("nbf", "iat"):
             value = claims.get(claim, 0)
             if not isinstance(value, int | float) or value > latest:
-                raise _refused(which, "is not valid yet", "compare the clocks of the API server and the authority")
+                hint = "compare the clocks of the API server and the authority"
+                raise _rejected(token_name, "is not valid yet", hint)
 
 
-@lru_cache(maxsize=64)  # a cluster's tokens share their header, one a key
+@lru_cache(maxsize=64)  # all tokens of a signing key have the same header
 def _key_id(segment: str) -> str | None:
-    """The ``kid`` of a token's header; it only chooses among the cluster's keys, so nothing is believed here."""
+    """Return the ``kid`` of a token's header. It only selects one of the cluster's keys, so it needs no verification."""
     if not segment or len(segment) > _MAX_HEADER:
         return None
     try:
@@ -91,25 +91,24 @@ def _key_id(segment: str) -> str | None:
     return key_id if isinstance(key_id, str) else None
 
 
-def _explained(error: jwt.PyJWTError, which: str, audience: str, issuer: str) -> CertmountError:
-    """The library's verdict in our words; its own text may quote the token's claims."""
-    if isinstance(error, jwt.ExpiredSignatureError):
-        fault = Fault(
-            which, "has expired", "the kubelet renews it before that; see the node's connection to the API server"
-        )
-        return CertmountError(Reason.TOKEN_EXPIRED, fault)
-    if isinstance(error, jwt.InvalidAudienceError):
-        return _refused(which, f"is for another audience than {audience}")
-    if isinstance(error, jwt.InvalidIssuerError):
-        return _refused(which, f"is from another issuer than {issuer}", _OTHERS)
-    if isinstance(error, jwt.MissingRequiredClaimError):
-        return _refused(which, "lacks one of the claims exp, iss, aud, sub")
-    if isinstance(error, jwt.InvalidAlgorithmError):
-        return _refused(which, "names another algorithm than the cluster's key is for")
-    if isinstance(error, jwt.InvalidSignatureError):
-        return _refused(which, "has a signature that does not fit", _OTHERS)
-    return _refused(which, "is not a JSON Web Token")
+def _translate(error: jwt.PyJWTError, token_name: str, audience: str, issuer: str) -> CertmountError:
+    """Return our error for PyJWT's; its text is not used because it can quote the token's claims."""
+    match error:
+        case jwt.ExpiredSignatureError():
+            hint = "the kubelet renews tokens before they expire; check the node's connection to the API server"
+            return CertmountError(Reason.TOKEN_EXPIRED, Fault(token_name, "has expired", hint))
+        case jwt.InvalidAudienceError():
+            return _rejected(token_name, f"has another audience; expected {audience}")
+        case jwt.InvalidIssuerError():
+            return _rejected(token_name, f"has another issuer; expected {issuer}", _WRONG_CLUSTER)
+        case jwt.MissingRequiredClaimError():
+            return _rejected(token_name, "lacks one of the claims exp, iss, aud, sub")
+        case jwt.InvalidAlgorithmError():
+            return _rejected(token_name, "does not use the algorithm of the cluster's key")
+        case jwt.InvalidSignatureError():
+            return _rejected(token_name, "has an invalid signature", _WRONG_CLUSTER)
+    return _rejected(token_name, "is not a JSON Web Token")
 
 
-def _refused(which: str, problem: str, hint: str = "") -> CertmountError:
-    return CertmountError(Reason.TOKEN_REJECTED, Fault(which, problem, hint))
+def _rejected(token_name: str, problem: str, hint: str = "") -> CertmountError:
+    return CertmountError(Reason.TOKEN_REJECTED, Fault(token_name, problem, hint))

@@ -1,4 +1,4 @@
-"""Which events are to be written, and when: what repeats is counted, and no one is flooded. Pure: time is an argument."""
+"""Decide which pod events are written and when: repeats are counted, and rates are limited. Time is an argument."""
 
 from __future__ import annotations
 
@@ -7,136 +7,137 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from csi_driver.core.backoff import Backoff
 from csi_driver.core.cluster.event import PodEvent, RecordedEvent
 from csi_driver.core.identity import PodIdentity
 
 WINDOW_S = 600
-"""What is said again within it is counted in one event. By the clock's ten minutes, so that replicas agree on them."""
-MOST_KEPT = 2000
-MOST_PER_POD = 10
-"""New events of one pod in a minute: its author writes part of their text, and may write another one each time."""
+"""Repeats within a window are counted in one Event. Windows start at full ten minutes, so that all replicas agree on them."""
+MAX_EVENTS = 2000
+MAX_NEW_PER_POD = 10
+"""New events of one pod per minute: the pod's author controls part of their text, so each one can be different."""
 RATE, BURST = 20.0, 20.0
-"""Events written in a second, for the sake of the API server, in all of the cluster."""
-_FIRST_REPEAT_S = 30.0
+"""Events per second that a replica writes."""
+_REPEATS = Backoff(30, WINDOW_S)
 _NEARLY_ONE = 0.999
-"""Of a token: unix seconds are floats of a tenth of a microsecond."""
+"""Of a token: Unix seconds as floats have a resolution of a tenth of a microsecond."""
 
-Key = tuple[str, str, str]
+EventKey = tuple[str, str, str]
 
 
 @dataclass(slots=True, eq=False)
 class AggregatedEvent:
-    """One event, and how far the API server knows of it."""
+    """One event, and how much of its count the API server has."""
 
     event: PodEvent
     window: int
     last_at: float
     due: float
-    said: int = 1
-    told: int = 0
-    updates: int = 0
+    count: int = 1
+    written_count: int = 0
+    writes: int = 0
     written: RecordedEvent | None = None
 
     @property
-    def untold(self) -> int:
-        return self.said - self.told
+    def unwritten(self) -> int:
+        return self.count - self.written_count
 
 
 class EventAggregator:
-    """Events of the last minutes. ``dropped`` is told why each time that one is not to be written."""
+    """The events of the last minutes. ``on_drop`` gets the cause for each event that will not be written."""
 
-    def __init__(self, dropped: Callable[[str], None]) -> None:
-        self._dropped = dropped
-        self._entries: dict[Key, AggregatedEvent] = {}
+    def __init__(self, on_drop: Callable[[str], None]) -> None:
+        self._on_drop = on_drop
+        self._events: dict[EventKey, AggregatedEvent] = {}
         self._minute = 0
-        self._of_pod: Counter[str] = Counter()
+        self._new_by_pod: Counter[str] = Counter()
         self._tokens = BURST
-        self._filled_at = 0.0
-        self._not_before = 0.0
+        self._refilled_at = 0.0
+        self._paused_until = 0.0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._events)
 
-    def note(self, pod: PodIdentity, *, warning: bool, reason: str, message: str, now: float) -> None:
-        """Something is to be said on a pod."""
+    def add(self, pod: PodIdentity, *, warning: bool, reason: str, message: str, now: float) -> None:
+        """Add an event, or count it if the pod already has it in this window."""
         key, window = (pod.pod_uid, reason, message), int(now // WINDOW_S)
-        entry = self._entries.get(key)
-        if entry is not None and entry.window == window:
-            entry.said += 1
-            entry.last_at = now
+        known = self._events.get(key)
+        if known is not None and known.window == window:
+            known.count += 1
+            known.last_at = now
             return
-        if not self._admits(pod.pod_uid, now):
+        if not self._admit(pod.pod_uid, now):
             return
         namespace = pod.service_account.namespace
-        name = _name(pod.pod_name, key, window)
+        name = _event_name(pod.pod_name, key, window)
         event = PodEvent(name, namespace, pod.pod_name, pod.pod_uid, warning, reason, message, now)
-        self._entries[key] = AggregatedEvent(event, window, now, now)
+        self._events[key] = AggregatedEvent(event, window, now, now)
 
     def wait(self, now: float) -> float | None:
-        """Seconds until there is one to write; None while there is none."""
-        due = min((entry.due for entry in self._entries.values() if entry.untold), default=None)
+        """Return the seconds until the next event can be written; None if there is none."""
+        due = min((event.due for event in self._events.values() if event.unwritten), default=None)
         if due is None:
             return None
-        self._fill(now)
-        for_token = 0.0 if self._tokens >= _NEARLY_ONE else (1 - self._tokens) / RATE
-        return max(0.0, due - now, self._not_before - now, for_token)
+        self._refill(now)
+        until_token = 0.0 if self._tokens >= _NEARLY_ONE else (1 - self._tokens) / RATE
+        return max(0.0, due - now, self._paused_until - now, until_token)
 
     def take(self, now: float) -> AggregatedEvent | None:
-        """The next one to write now; it has to be settled, or will be taken again. Counts against the rate."""
+        """Return the next event to write now and count it against the rate. Without :meth:`complete` it stays due."""
         self._expire(now)
         if self.wait(now) != 0.0:
             return None
         self._tokens -= 1
-        return min((entry for entry in self._entries.values() if entry.untold), key=lambda entry: entry.due)
+        return min((event for event in self._events.values() if event.unwritten), key=lambda event: event.due)
 
-    def settle(self, entry: AggregatedEvent, told: int, written: RecordedEvent, now: float) -> None:
-        """The API server knows that it was said ``told`` times here; the next count goes out later each time."""
-        entry.written, entry.told = written, told
-        entry.due = now + _FIRST_REPEAT_S * 2**entry.updates
-        entry.updates += 1
+    def complete(self, event: AggregatedEvent, written_count: int, written: RecordedEvent, now: float) -> None:
+        """Store what the API server has; each later update of the count waits longer."""
+        event.writes += 1
+        event.written, event.written_count = written, written_count
+        event.due = now + _REPEATS.delay_s(event.writes)
 
-    def give_up(self, entry: AggregatedEvent, why: str) -> None:
-        """It is never written; what repeats it within its window neither."""
-        entry.told = entry.said = 0
-        entry.due = float("inf")
-        self._dropped(why)
+    def drop(self, event: AggregatedEvent, cause: str) -> None:
+        """Stop writing the event and its repeats in this window."""
+        event.written_count = event.count = 0
+        event.due = float("inf")
+        self._on_drop(cause)
 
     def pause(self, seconds: float, now: float) -> None:
-        """Nothing is written for so long."""
-        self._not_before = now + seconds
+        """Write no event for ``seconds``."""
+        self._paused_until = now + seconds
 
-    def _admits(self, uid: str, now: float) -> bool:
+    def _admit(self, pod_uid: str, now: float) -> bool:
         minute = int(now // 60)
         if minute != self._minute:
             self._minute = minute
-            self._of_pod.clear()
-        self._of_pod[uid] += 1
-        if self._of_pod[uid] > MOST_PER_POD:
-            self._dropped("pod")
+            self._new_by_pod.clear()
+        self._new_by_pod[pod_uid] += 1
+        if self._new_by_pod[pod_uid] > MAX_NEW_PER_POD:
+            self._on_drop("pod")
             return False
-        if len(self._entries) >= MOST_KEPT:
+        if len(self._events) >= MAX_EVENTS:
             self._expire(now)
-        if len(self._entries) >= MOST_KEPT:
-            self._dropped("full")
+        if len(self._events) >= MAX_EVENTS:
+            self._on_drop("full")
             return False
         return True
 
     def _expire(self, now: float) -> None:
-        """Forgets what its window has ended for; what could not be written in all that time is old news."""
+        """Remove the events of past windows; an event that could not be written within another window is dropped."""
         window = int(now // WINDOW_S)
-        for key, entry in list(self._entries.items()):
-            if entry.window < window and (not entry.untold or now - entry.last_at > WINDOW_S):
-                del self._entries[key]
-                if entry.untold:
-                    self._dropped("late")
+        for key, event in list(self._events.items()):
+            if event.window < window and (not event.unwritten or now - event.last_at > WINDOW_S):
+                del self._events[key]
+                if event.unwritten:
+                    self._on_drop("late")
 
-    def _fill(self, now: float) -> None:
-        if now > self._filled_at:
-            self._tokens = min(BURST, self._tokens + (now - self._filled_at) * RATE)
-        self._filled_at = now
+    def _refill(self, now: float) -> None:
+        if now > self._refilled_at:
+            self._tokens = min(BURST, self._tokens + (now - self._refilled_at) * RATE)
+        self._refilled_at = now
 
 
-def _name(pod_name: str, key: Key, window: int) -> str:
-    """The same in every replica, so that the second one to say something finds that it has been said."""
+def _event_name(pod_name: str, key: EventKey, window: int) -> str:
+    """Return a name that all replicas derive alike, so that the second replica counts the event of the first."""
     digest = hashlib.sha256("\0".join((*key, str(window))).encode(errors="replace")).hexdigest()
     return f"{pod_name[:200].rstrip('-.')}.{digest[:16]}"

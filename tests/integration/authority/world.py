@@ -17,7 +17,7 @@ from csi_driver import NODE_AUDIENCE
 from csi_driver._proto import authority_pb2, authority_pb2_grpc
 from csi_driver.authority.environment import Environment
 from csi_driver.authority.server import AuthorityServer, AuthoritySettings
-from csi_driver.authority.storage import FolderStore
+from csi_driver.authority.storage import DirectoryStore
 from csi_driver.authority.trust.bundles import FolderPublisher
 from csi_driver.core.certificates.csr import build_csr
 from csi_driver.core.certificates.keys import PrivateKey, generate_key
@@ -132,8 +132,8 @@ class World:
             issuers=self.issuers,
         )
         around = Environment(
-            FolderStore(self.ca),
-            FolderStore(self.ca, "confirmations.json"),
+            DirectoryStore(self.ca),
+            DirectoryStore(self.ca, "confirmations.json"),
             FolderPublisher(self.ca),
             self.cluster.fetch,
             self.reviewer,

@@ -19,7 +19,7 @@ from csi_driver.authority.diagnostics import (
 )
 from csi_driver.authority.issuers.external import Finding
 from csi_driver.authority.policy.policy_file import PolicyFile
-from csi_driver.authority.storage import FolderStore
+from csi_driver.authority.storage import DirectoryStore
 from csi_driver.core.cluster.token_review import PublishedKeys
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
@@ -88,7 +88,7 @@ async def test_the_policy_file(
 
 async def test_a_store_without_a_ca_stays_without_one(tmp_path: Path) -> None:
     """A check must not make what the first start is to make."""
-    finding = await one(ca_check(FolderStore(tmp_path)))
+    finding = await one(ca_check(DirectoryStore(tmp_path)))
     assert finding.ok
     assert "keeps none yet" in finding.text
     assert not (tmp_path / "ca.json").exists()
@@ -96,7 +96,7 @@ async def test_a_store_without_a_ca_stays_without_one(tmp_path: Path) -> None:
 
 async def test_a_ca_is_verified_and_shown_by_its_fingerprint(tmp_path: Path, metrics: AuthorityMetrics) -> None:
     """Byte by byte as it was afterwards."""
-    store = FolderStore(tmp_path)
+    store = DirectoryStore(tmp_path)
     await CertificateAuthority(store, metrics).refresh()
     before = (tmp_path / "ca.json").read_bytes()
     finding = await one(ca_check(store))
@@ -109,7 +109,7 @@ async def test_a_damaged_ca_is_told(tmp_path: Path, metrics: AuthorityMetrics) -
     """In a store, and in files that others write."""
     (tmp_path / "ca.json").write_text("{")
     (tmp_path / "ca.json").chmod(0o600)
-    for source in (FolderStore(tmp_path), CAFiles(tmp_path, metrics)):
+    for source in (DirectoryStore(tmp_path), CAFiles(tmp_path, metrics)):
         finding = await one(ca_check(source))
         assert not finding.ok
         assert "InvalidCA: " in finding.text

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from csi_driver.authority.ca.authority import CertificateAuthority
 from csi_driver.authority.ca.keyring import NAMES
-from csi_driver.authority.storage import FolderStore, ca_part, replace_file, serving_part
+from csi_driver.authority.storage import DirectoryStore, ca_part, replace_file, serving_part
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.core.stored_secrets import StoredSecrets
@@ -32,23 +32,23 @@ def ca_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(ca_file: Path) -> FolderStore:
-    return FolderStore(ca_file.parent)
+def store(ca_file: Path) -> DirectoryStore:
+    return DirectoryStore(ca_file.parent)
 
 
-async def test_an_empty_folder_holds_no_ca(store: FolderStore, ca_file: Path) -> None:
+async def test_an_empty_folder_holds_no_ca(store: DirectoryStore, ca_file: Path) -> None:
     """Also one that is not there yet; looking makes nothing."""
     assert await store.load() == StoredSecrets({}, "")
     assert not ca_file.parent.exists()
 
 
-async def test_values_are_read_back_as_saved(store: FolderStore) -> None:
+async def test_values_are_read_back_as_saved(store: DirectoryStore) -> None:
     """Whatever their bytes."""
     assert await store.save(VALUES, await store.load())
     assert (await store.load()).values == VALUES
 
 
-async def test_only_the_owner_may_look(store: FolderStore, ca_file: Path) -> None:
+async def test_only_the_owner_may_look(store: DirectoryStore, ca_file: Path) -> None:
     """Folder 0700, file 0600, whatever the umask."""
     before = os.umask(0)
     try:
@@ -58,7 +58,7 @@ async def test_only_the_owner_may_look(store: FolderStore, ca_file: Path) -> Non
     assert (ca_file.parent.stat().st_mode & 0o777, ca_file.stat().st_mode & 0o777) == (0o700, 0o600)
 
 
-async def test_the_second_of_two_writers_learns_that_it_is_late(store: FolderStore) -> None:
+async def test_the_second_of_two_writers_learns_that_it_is_late(store: DirectoryStore) -> None:
     """Both have seen the same; one wins, and what it wrote stays."""
     seen = await store.load()
     assert await store.save(VALUES, seen)
@@ -67,7 +67,7 @@ async def test_the_second_of_two_writers_learns_that_it_is_late(store: FolderSto
     assert await store.save({"root.crt": Secret(b"other")}, await store.load())
 
 
-async def test_two_parts_of_a_store_leave_each_other_alone(store: FolderStore) -> None:
+async def test_two_parts_of_a_store_leave_each_other_alone(store: DirectoryStore) -> None:
     """Each saves what is its own, and learns when the other one was there in between."""
     ca, serving = ca_part(store), serving_part(store)
     assert await ca.save(VALUES, await ca.load())
@@ -83,7 +83,7 @@ async def test_two_parts_of_a_store_leave_each_other_alone(store: FolderStore) -
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"7", b'{"root.crt": 7}', b'{"root.crt": "%"}', b"\xff", b"[" * 90_000]
 )
-async def test_a_damaged_file_is_an_error_and_stays(content: bytes, store: FolderStore, ca_file: Path) -> None:
+async def test_a_damaged_file_is_an_error_and_stays(content: bytes, store: DirectoryStore, ca_file: Path) -> None:
     """It may be the only copy of a root that pods trust: never taken for an empty store."""
     await store.save(VALUES, await store.load())
     ca_file.write_bytes(content)
@@ -93,15 +93,15 @@ async def test_a_damaged_file_is_an_error_and_stays(content: bytes, store: Folde
     assert ca_file.read_bytes() == content
 
 
-async def test_a_file_that_others_can_read_is_refused(store: FolderStore, ca_file: Path) -> None:
+async def test_a_file_that_others_can_read_is_refused(store: DirectoryStore, ca_file: Path) -> None:
     """The keys in it may be known already."""
     await store.save(VALUES, await store.load())
     ca_file.chmod(0o640)
-    with pytest.raises(CertmountError, match="can be read by others"):
+    with pytest.raises(CertmountError, match="is accessible to users other than its owner"):
         await store.load()
 
 
-async def test_a_link_in_the_files_place_is_refused(store: FolderStore, ca_file: Path, tmp_path: Path) -> None:
+async def test_a_link_in_the_files_place_is_refused(store: DirectoryStore, ca_file: Path, tmp_path: Path) -> None:
     """What another user may have put there is not followed."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_text("{}")
@@ -112,7 +112,7 @@ async def test_a_link_in_the_files_place_is_refused(store: FolderStore, ca_file:
         await store.load()
 
 
-async def test_a_huge_file_is_refused(store: FolderStore) -> None:
+async def test_a_huge_file_is_refused(store: DirectoryStore) -> None:
     """Memory is not filled by a mistake."""
     await store.save({"root.crt": Secret(b"x" * (1024 * 1024))}, await store.load())
     with pytest.raises(CertmountError, match="is longer than"):
@@ -122,7 +122,7 @@ async def test_a_huge_file_is_refused(store: FolderStore) -> None:
 async def test_a_folder_that_is_a_file_says_so(tmp_path: Path) -> None:
     """A clear word in place of a traceback."""
     (tmp_path / "file").write_text("")
-    store = FolderStore(tmp_path / "file")
+    store = DirectoryStore(tmp_path / "file")
     with pytest.raises(CertmountError, match="cannot be"):
         await store.load()
     with pytest.raises(CertmountError, match="cannot be written"):
@@ -148,7 +148,7 @@ def start_replica(folder: Path) -> str:
     """What an authority does first; returns the fingerprints of the CA that it holds."""
 
     async def start() -> str:
-        ca = CertificateAuthority(FolderStore(folder), AuthorityMetrics(CollectorRegistry()))
+        ca = CertificateAuthority(DirectoryStore(folder), AuthorityMetrics(CollectorRegistry()))
         keyring = await ca.refresh()
         return f"{keyring.root.serial_number} {keyring.intermediate.certificate.serial_number}"
 

@@ -1,0 +1,183 @@
+"""Files that an administrator or the kubelet replaces while the authority runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import structlog
+
+from csi_driver.authority.retry import run_periodically
+from csi_driver.core.errors import CertmountError, Fault, Reason
+
+log = structlog.get_logger(__name__)
+
+_T = TypeVar("_T")
+_KUBELET_LINK = "..data"
+"""The symbolic link that the kubelet replaces to change all files of a mounted ConfigMap or Secret atomically."""
+_READ_ATTEMPTS = 5
+Contents = Mapping[str, bytes]
+"""File contents by name."""
+
+
+class WatchedFile(Generic[_T]):
+    """Provides a value parsed from files. If newer content is invalid, the previous value stays in force."""
+
+    def __init__(
+        self,
+        what: str,
+        read: Callable[[], Contents],
+        parse: Callable[[Contents], _T],
+        *,
+        initial: _T | None = None,
+        on_change: Callable[[_T], None] = lambda _value: None,
+        on_rejected: Callable[[], None] = lambda: None,
+        valid_later: bool = False,
+    ) -> None:
+        """``read`` and ``parse`` run in a thread and raise CertmountError; the callbacks run in the event loop.
+
+        ``what`` is the noun in log events. Set ``valid_later`` if rejected content can become valid by itself, as
+        certificates do at their notBefore time: it is then parsed at every call.
+        """
+        self.value = initial
+        self._what = what
+        self._read = read
+        self._parse = parse
+        self._on_change = on_change
+        self._on_rejected = on_rejected
+        self._valid_later = valid_later
+        self._digest = ""
+        self._rejected: tuple[str, str] | None = None
+        """Digest and error of the newest content if it is invalid."""
+
+    async def load(self) -> None:
+        """Read the files, and parse them if their content changed.
+
+        Raises:
+            CertmountError: if the content is invalid; once for each content, or at every call while there is no value.
+        """
+        digest = ""
+        try:
+            contents = await asyncio.to_thread(self._read)
+            digest = _digest(contents)
+            if digest == self._digest and not self._parse_again:
+                return
+            value = await asyncio.to_thread(self._parse, contents)
+        except CertmountError as error:
+            reported, self._rejected = self._rejected, (digest, str(error))
+            self._digest = digest
+            if self._rejected != reported or self.value is None:
+                self._on_rejected()
+                raise
+            return
+        self.value, self._digest, self._rejected = value, digest, None
+        self._on_change(value)
+
+    async def refresh(self) -> None:
+        """Do what :meth:`load` does, but log the error while there is a previous value."""
+        try:
+            await self.load()
+        except CertmountError as error:
+            if self.value is None:
+                raise
+            self._log(error)
+
+    async def run(self, interval_s: float) -> None:
+        """Refresh the value every ``interval_s`` seconds until cancelled."""
+        await run_periodically(interval_s, self.load, self._log)
+
+    @property
+    def _parse_again(self) -> bool:
+        return self._rejected is not None and (self._valid_later or self.value is None)
+
+    def _log(self, error: CertmountError) -> None:
+        event = f"{self._what} rejected; the previous {self._what} stays in force"
+        log.error(event, reason=error.reason.word, error=str(error))
+
+
+def read_file(file: Path, max_bytes: int, reason: Reason, hint: str) -> bytes:
+    """Return the content of a regular file, at most ``max_bytes`` + 1 bytes.
+
+    Raises:
+        CertmountError: with this reason and hint if the file can't be read.
+    """
+    try:
+        content = _content(str(file), None, max_bytes)
+    except OSError as error:
+        raise _unreadable(error, file, reason, hint) from None
+    if content is None:
+        problem = "cannot be read: No such file or directory"
+        raise CertmountError(reason, Fault(str(file), problem, hint))
+    return content
+
+
+def read_directory(
+    directory: Path, selects: Callable[[str], bool], max_bytes: int, reason: Reason, hint: str
+) -> Contents:
+    """Return the contents of the regular files that ``selects`` accepts, at most ``max_bytes`` + 1 bytes of each.
+
+    All contents belong to one generation if the kubelet mounted the directory.
+
+    Raises:
+        CertmountError: with this reason and hint if the directory or a file can't be read.
+    """
+    try:
+        for _ in range(_READ_ATTEMPTS):
+            with _opened(directory) as descriptor:
+                contents = {
+                    name: content
+                    for name in sorted(filter(selects, os.listdir(descriptor)))  # noqa: PTH208  # pathlib can't list a descriptor
+                    if (content := _content(name, descriptor, max_bytes)) is not None
+                }
+                # The kubelet removes the previous generation while it is read here; its files then seem to be missing.
+                with _opened(directory) as current:
+                    if os.path.samestat(os.fstat(descriptor), os.fstat(current)):
+                        return contents
+    except OSError as error:
+        raise _unreadable(error, directory, reason, hint) from None
+    raise CertmountError(reason, Fault(str(directory), "changes faster than it can be read", hint))
+
+
+@contextlib.contextmanager
+def _opened(directory: Path) -> Iterator[int]:
+    try:
+        descriptor = os.open(directory / _KUBELET_LINK, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _content(name: str, directory: int | None, max_bytes: int) -> bytes | None:
+    """Return the content of a file, or None if it doesn't exist; raise OSError."""
+    try:
+        # Without O_NONBLOCK, opening a named pipe would block until something writes to it.
+        descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    except FileNotFoundError:
+        return None
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(0, "is not a regular file", name)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(max_bytes + 1)
+    finally:
+        os.close(descriptor)
+
+
+def _unreadable(error: OSError, path: Path, reason: Reason, hint: str) -> CertmountError:
+    return CertmountError(reason, Fault(str(error.filename or path), f"cannot be read: {error.strerror}", hint))
+
+
+def _digest(contents: Contents) -> str:
+    digest = hashlib.sha256()
+    for name, content in sorted(contents.items()):
+        digest.update(f"{name} {len(content)} ".encode() + content)
+    return digest.hexdigest()
