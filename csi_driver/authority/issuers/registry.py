@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import structlog
 
 from csi_driver.authority.config.located_yaml import MAX_BYTES
+from csi_driver.authority.config.watched_file import Contents, WatchedFile, read_file
 from csi_driver.authority.issuers import Issuer
+from csi_driver.authority.issuers.external import ExternalIssuer, Http01Responder, RenewalAdvisor
 from csi_driver.authority.issuers.kinds import (
     ISSUER_KINDS,
     IssuerDependencies,
@@ -18,9 +19,8 @@ from csi_driver.authority.issuers.kinds import (
     make_issuer,
     read_issuers,
 )
-from csi_driver.authority.issuers.external import ExternalIssuer, Http01Responder, RenewalAdvisor
 from csi_driver.core.config.issuers import IssuerDeclaration
-from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.errors import Reason
 from csi_driver.core.spec import DEFAULT_ISSUER
 
 log = structlog.get_logger(__name__)
@@ -49,14 +49,13 @@ class IssuersFile(Mapping[str, Issuer]):
         on_due: Callable[[frozenset[str]], None],
         kinds: Mapping[str, IssuerKind] = ISSUER_KINDS,
     ) -> None:
-        self._file = file
         self._internal = internal
         self._tools = tools
         self._on_roots = on_roots
         self._on_load = on_load
         self._on_due = on_due
         self._kinds = kinds
-        self._seen: str | None = None
+        self._watched = _watched(file, kinds, self._use, lambda: on_load(False)) if file else None
         self._external: dict[IssuerDeclaration, ExternalIssuer] = {}
         self._by_name: dict[str, ExternalIssuer] = {}
         self._told: dict[str, tuple[bytes, ...]] = {}
@@ -93,26 +92,9 @@ class IssuersFile(Mapping[str, Issuer]):
         return [issuer for issuer in self._by_name.values() if isinstance(issuer, Http01Responder)]
 
     async def load(self) -> None:
-        """Reads the file if its content is new; raises CertmountError InvalidIssuers, once for each content, and keeps the issuers before."""
-        if self._file is None:
-            return
-        content, problem = await asyncio.to_thread(_read, self._file)
-        seen = problem or hashlib.sha256(content).hexdigest()
-        if seen == self._seen:
-            return
-        self._seen = seen
-        try:
-            if problem:
-                raise CertmountError(Reason.INVALID_ISSUERS, Fault(str(self._file), problem, "see --issuers"))  # noqa: TRY301  # counted like the others
-            external = {one: self._kept(one) for one in await asyncio.to_thread(read_issuers, content, self._kinds)}
-        except CertmountError:
-            self._on_load(False)
-            raise
-        self._external = external
-        self._by_name = {one.name: issuer for one, issuer in external.items()}
-        self._told = {name: roots for name, roots in self._told.items() if name in self._by_name}
-        self._on_load(True)
-        log.info("issuers loaded", file=str(self._file), issuers=sorted(self._by_name))
+        """Read the file if its content changed; raise CertmountError InvalidIssuers as :meth:`WatchedFile.load` does."""
+        if self._watched is not None:
+            await self._watched.load()
 
     async def run(self) -> None:
         """Follows the file, and does the background work of the issuers, for ever."""
@@ -127,10 +109,15 @@ class IssuersFile(Mapping[str, Issuer]):
                 self._tell_roots()
                 self._on_due(self.due)
                 await asyncio.sleep(_CHECK_S)
-                try:
-                    await self.load()
-                except CertmountError as error:
-                    log.error("issuers refused; those before stay", reason=error.reason.word, error=str(error))  # noqa: TRY400  # the text says all
+                if self._watched is not None:
+                    await self._watched.refresh()
+
+    def _use(self, declarations: Iterable[IssuerDeclaration]) -> None:
+        self._external = {declared: self._kept(declared) for declared in declarations}
+        self._by_name = {declared.name: issuer for declared, issuer in self._external.items()}
+        self._told = {name: roots for name, roots in self._told.items() if name in self._by_name}
+        self._on_load(True)
+        log.info("issuers loaded", issuers=sorted(self._by_name))
 
     def _kept(self, declared: IssuerDeclaration) -> ExternalIssuer:
         """The issuer that there is for an entry already, with its connections and all it knows; else a new one."""
@@ -154,10 +141,16 @@ async def _kept_running(name: str, issuer: ExternalIssuer) -> None:
         await asyncio.sleep(_DEFECT_PAUSE_S)
 
 
-def _read(file: Path) -> tuple[bytes, str]:
-    """The content, or why there is none. By content and not by time, as volumes swap whole folders under a path."""
-    try:
-        with file.open("rb") as opened:
-            return opened.read(MAX_BYTES + 1), ""
-    except OSError as error:
-        return b"", f"cannot be read: {error.strerror}"
+def _watched(
+    file: Path,
+    kinds: Mapping[str, IssuerKind],
+    on_change: Callable[[Iterable[IssuerDeclaration]], None],
+    on_rejected: Callable[[], None],
+) -> WatchedFile[Iterable[IssuerDeclaration]]:
+    def read() -> Contents:
+        return {"": read_file(file, MAX_BYTES, Reason.INVALID_ISSUERS, "see --issuers")}
+
+    def parse(contents: Contents) -> Iterable[IssuerDeclaration]:
+        return read_issuers(contents[""], kinds)
+
+    return WatchedFile("issuers file", read, parse, on_change=on_change, on_rejected=on_rejected)

@@ -323,7 +323,7 @@ async def test_a_bad_file_keeps_what_there_is(office: Office) -> None:
             await until(lambda: office.loads == [True, False, False], "the missing file")
             office.write(b="1")
             await until(lambda: "b" in office.issuers, "the good file")
-    refused = [entry for entry in logs if entry["event"] == "issuers refused; those before stay"]
+    refused = [entry for entry in logs if entry["event"] == "issuers file rejected; the previous issuers file stays in force"]
     assert [entry["error"].partition(": ")[2] for entry in refused] == [
         "issuers[0].fake (line 2): is wrong",
         f"{office.file}: cannot be read: No such file or directory; see --issuers",
