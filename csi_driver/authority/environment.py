@@ -18,7 +18,7 @@ from csi_driver.authority.issuers.credentials import CredentialReader
 from csi_driver.authority.policy.subjects import NoCluster
 from csi_driver.authority.storage import DirectoryStore, Store
 from csi_driver.authority.trust.acknowledgements import ACKNOWLEDGEMENTS_FILE, ConnectedNodes, NodeList
-from csi_driver.authority.trust.bundles import FolderPublisher, RootPublisher, TrustBundles
+from csi_driver.authority.trust.bundles import DirectoryPublisher, RootPublisher, TrustBundles
 from csi_driver.core.cluster.token_review import PublishedKeys
 from csi_driver.core.errors import CertmountError, Fault, Reason
 
@@ -72,7 +72,7 @@ def outside_a_cluster(ca_dir: Path, jwks: Path, token_issuer: str) -> Environmen
     return Environment(
         DirectoryStore(ca_dir),
         DirectoryStore(ca_dir, ACKNOWLEDGEMENTS_FILE),
-        FolderPublisher(ca_dir),
+        DirectoryPublisher(ca_dir),
         fetch,
         OfflineReviewer(),
     )

@@ -38,7 +38,7 @@ from csi_driver.authority.policy.policy_file import PolicyFile
 from csi_driver.authority.service import MAX_MESSAGE_BYTES, AuthorityService
 from csi_driver.authority.trust.acknowledgements import AcknowledgementStore, AcknowledgingNodes
 from csi_driver.authority.trust.bundles import LONGEST_WATCH, TrustBundles
-from csi_driver.authority.trust.federation import FederationFolder
+from csi_driver.authority.trust.federation import FederationDirectory
 from csi_driver.authority.trust.serving_certificate import ServingCertificate
 from csi_driver.authority.trust.serving_root import current_serving_root
 from csi_driver.core.certificates.root_sets import RootSet
@@ -124,7 +124,7 @@ class AuthorityServer:
             on_due=self._trust.set_renew_now,
         )
         self._federation = (
-            FederationFolder(settings.federation_dir, self._trust, metrics, time.time, self._issuers)
+            FederationDirectory(settings.federation_dir, self._trust, metrics, time.time, self._issuers)
             if settings.federation_dir
             else None
         )

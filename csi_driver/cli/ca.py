@@ -26,7 +26,7 @@ from csi_driver.authority.ca.keyring import (
     profile_of,
 )
 from csi_driver.authority.ca.keyring_loader import load_keyring
-from csi_driver.authority.ca.rotation import RotationPhase, go_on, stop
+from csi_driver.authority.ca.rotation import RotationPhase, resume, stop
 from csi_driver.authority.ca.rotation import drop as drop_roots
 from csi_driver.authority.ca.sources import StoredCA
 from csi_driver.authority.ca.state import CAState
@@ -131,7 +131,7 @@ def rotate(ca_secret: tuple[str, str] | None, ca_dir: Path | None, **options: An
             raise click.ClickException(
                 "a rotation to another CA is under way; give that one up first by: certmount ca stop --discard"
             )
-        return replace(holdings, state=go_on(holdings.state))
+        return replace(holdings, state=resume(holdings.state))
 
     async def act(place: _Place) -> tuple[CAState, CAStatusReport]:
         before = await place.ca.look_up(utc_now())

@@ -18,9 +18,9 @@ from prometheus_client import CollectorRegistry
 
 from csi_driver import DRIVER_NAME
 from csi_driver.authority.ca.authority import CertificateAuthority, utc_now
-from csi_driver.authority.ca.keyring import INTERMEDIATE_KEY, Keyring, dump_keyring, make_keyring
+from csi_driver.authority.ca.keyring import INTERMEDIATE_KEY, Keyring, encode_keyring, make_keyring
 from csi_driver.authority.storage import DirectoryStore
-from csi_driver.authority.trust.acknowledgements import ACKNOWLEDGEMENTS_FILE, mark
+from csi_driver.authority.trust.acknowledgements import ACKNOWLEDGEMENTS_FILE, node_hash
 from csi_driver.cli.ca import command
 from csi_driver.core.formats.pem import fingerprint
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
@@ -144,7 +144,7 @@ def test_a_stolen_cas_root_can_be_dropped_at_once(setting: Setting) -> None:
     """When the new one signs and every replica knows it; only where it is meant."""
     old = setting.go_by()
     assert "no root is retired" in setting.refuses("drop", "--yes")
-    asyncio.run(setting.ca.admit_life(timedelta(days=1)))
+    asyncio.run(setting.ca.record_lifetime(timedelta(days=1)))
     setting.says("rotate")
     setting.go_by()
     setting.go_by(41)
@@ -178,7 +178,7 @@ def test_the_next_ca_is_like_the_present_one_but_for_what_is_said(setting: Setti
 def own_ca(folder: Path, *, encrypted: bool) -> tuple[Keyring, list[str]]:
     """A CA whose root's key stays at home, as files and options."""
     keyring = make_keyring(utc_now())
-    for name, value in dump_keyring(keyring).items():
+    for name, value in encode_keyring(keyring).items():
         (folder / name).write_bytes(value.reveal())
     options = [
         f"--root={folder / 'root.crt'}",
@@ -246,7 +246,7 @@ async def test_in_a_cluster_the_nodes_that_are_waited_for_are_named(
     server = FakeApiServer()
     data = {name: base64.b64encode(value.reveal()).decode() for name, value in stored.values.items()}
     server.objects["secrets/certmount-ca"]["data"] = data
-    document = json.dumps({"set": "internal", "nodes": {mark("updating"): 1, mark("gone"): 1}})
+    document = json.dumps({"set": "internal", "nodes": {node_hash("updating"): 1, node_hash("gone"): 1}})
     known = server._object("Secret", "certmount-confirmations")
     known["data"] = {ACKNOWLEDGEMENTS_FILE: base64.b64encode(document.encode()).decode()}
     server.objects["secrets/certmount-confirmations"] = known

@@ -189,7 +189,7 @@ def test_the_newest_openssl_believes_a_chain_of_ml_dsa_and_no_other(kind: KeyTyp
 
 def test_a_new_intermediate_is_believed_like_the_former() -> None:
     """With the name constraints of the former one."""
-    keyring = ca(None, "dns:example.com").with_new_intermediate(NOW)
+    keyring = ca(None, "dns:example.com").renew_intermediate(NOW)
     for name, believed in (("a.example.com", True), ("a.example.org", False)):
         with presented(keyring, Names.of([DNSName.parse(name)])) as shown:
             assert (shown.openssl(Usage.SERVER) == "", "error" not in shown.go(Usage.CLIENT)) == (believed, believed)

@@ -11,7 +11,7 @@ import structlog
 
 from csi_driver.authority.ca.ca_files import CAFiles
 from csi_driver.authority.ca.keyring import DEFAULT_PROFILE, CAProfile, Keyring
-from csi_driver.authority.ca.rotation import STALE_S, RotationPhase
+from csi_driver.authority.ca.rotation import MAX_STATE_AGE_S, RotationPhase
 from csi_driver.authority.ca.sources import CASource, FileCA, NodeAcknowledgements, StoredCA
 from csi_driver.authority.ca.state import CAState
 from csi_driver.authority.storage import Store
@@ -83,7 +83,7 @@ class CertificateAuthority:
         except CertmountError:
             return False
 
-    async def admit_life(self, life: timedelta) -> Keyring:
+    async def record_lifetime(self, life: timedelta) -> Keyring:
         """The keyring that may sign a certificate of this life now; call it before each, and sign without waiting.
 
         How long a former root must be trusted hangs on the longest life that was given: that is written down first.
@@ -95,7 +95,7 @@ class CertificateAuthority:
         if seconds > self._fresh().state.longest_life:
             async with self._one_at_a_time:
                 if seconds > self._fresh().state.longest_life:
-                    await self._read(lambda now: self._source.admit_life(now, seconds))
+                    await self._read(lambda now: self._source.record_lifetime(now, seconds))
         return self.current
 
     async def refresh(self) -> Keyring:
@@ -144,7 +144,7 @@ class CertificateAuthority:
         if held is None:
             raise CertmountError(Reason.ISSUER_UNAVAILABLE, "the internal CA is not loaded yet")
         age = self._elapsed() - self._seen
-        if age > STALE_S:
+        if age > MAX_STATE_AGE_S:
             problem = f"{self._source.name} was last read {age:.0f} s ago; another CA may sign by now"
             raise CertmountError(Reason.ISSUER_UNAVAILABLE, problem)
         return held
@@ -157,7 +157,7 @@ class CertificateAuthority:
             self._metrics.ca_rotation.labels(phase.value).set(phase is held.state.phase)
         if held.state.phase is not RotationPhase.DISTRIBUTING:
             self._metrics.unconfirmed.set(0)
-        for ending in keyring.ends_soon(self._clock()):
+        for ending in keyring.expiring(self._clock()):
             if self._elapsed() - self._warned.get(ending.name, -_WARN_AGAIN_S) >= _WARN_AGAIN_S:
                 self._warned[ending.name] = self._elapsed()
                 log.warning(

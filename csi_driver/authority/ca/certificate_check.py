@@ -8,7 +8,7 @@ from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, PublicKeyAlgorithmOID
 
 from csi_driver.core.certificates.keys import authority_key_problem
-from csi_driver.core.certificates.name_constraints import unknown_kinds
+from csi_driver.core.certificates.name_constraints import unsupported_kinds
 from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
 
 _UNDERSTOOD = frozenset(
@@ -28,7 +28,7 @@ _ANY = ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE
 _BOTH_ENDS = frozenset({ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH})
 
 
-def problems_of(certificate: x509.Certificate) -> list[str]:
+def ca_certificate_problems(certificate: x509.Certificate) -> list[str]:
     """All that is wrong with a CA's certificate, in words that follow its name; times and issuers are not looked at."""
     try:
         extensions, key = certificate.extensions, certificate.public_key()
@@ -59,7 +59,7 @@ def _extension_problems(extensions: x509.Extensions) -> Iterator[str]:
     if isinstance(ends, x509.ExtendedKeyUsage) and _ANY not in ends and not set(ends) >= _BOTH_ENDS:
         yield "has an extended key usage that leaves out TLS servers or TLS clients"
     bounds = by_type.get(x509.NameConstraints)
-    if isinstance(bounds, x509.NameConstraints) and (kinds := unknown_kinds(bounds)):
+    if isinstance(bounds, x509.NameConstraints) and (kinds := unsupported_kinds(bounds)):
         yield f"constrains names of a kind that can't be checked here: {', '.join(kinds)}"
     for extension in extensions:
         if extension.critical and extension.oid not in _UNDERSTOOD:

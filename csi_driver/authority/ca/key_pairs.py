@@ -15,8 +15,8 @@ from cryptography.x509.oid import ExtensionOID, NameOID
 
 from csi_driver.core.certificates.keys import PrivateKey, PublicKey, generate_key_like
 
-ROOT_LIFE = timedelta(days=3652)
-INTERMEDIATE_LIFE = timedelta(days=365)
+ROOT_LIFETIME = timedelta(days=3652)
+INTERMEDIATE_LIFETIME = timedelta(days=365)
 BACKDATE = timedelta(seconds=60)
 """So that a node whose clock is a little behind takes a new certificate at once."""
 _USAGE = x509.KeyUsage(
@@ -57,7 +57,7 @@ def make_root(
 ) -> CAKeyPair:
     """A self-signed certificate of ten years; ``role`` is in its name, ``extra`` are further extensions, critical."""
     subject = _subject(f"certmount {role}")
-    builder = _builder(subject, key.public_key(), now, now + ROOT_LIFE, path_length=path_length)
+    builder = _builder(subject, key.public_key(), now, now + ROOT_LIFETIME, path_length=path_length)
     for value in extra:
         builder = builder.add_extension(value, critical=True)
     return CAKeyPair(builder.issuer_name(subject).sign(key, signing_hash(key)), key)
@@ -102,7 +102,7 @@ def _sign_below(
     subject: x509.Name,
     further: Sequence[x509.Extension[x509.ExtensionType]],
 ) -> CAKeyPair:
-    until = min(now + INTERMEDIATE_LIFE, root.certificate.not_valid_after_utc)
+    until = min(now + INTERMEDIATE_LIFETIME, root.certificate.not_valid_after_utc)
     builder = _builder(subject, key.public_key(), now, until, path_length=0)
     builder = builder.issuer_name(root.certificate.subject).add_extension(
         authority_key_identifier(root.certificate), critical=False

@@ -17,7 +17,7 @@ from csi_driver.core.secret import Secret
 from csi_driver.core.spec import KeyType
 
 ROOT, ROOT_KEY, INTERMEDIATE, INTERMEDIATE_KEY = "root.crt", "root.key", "intermediate.crt", "intermediate.key"
-NAMES = (ROOT, ROOT_KEY, INTERMEDIATE, INTERMEDIATE_KEY)
+KEYRING_FILES = (ROOT, ROOT_KEY, INTERMEDIATE, INTERMEDIATE_KEY)
 """The values of a keyring in a store."""
 AUTHORITY_KEY_TYPES = tuple(key_type for key_type in KeyType if key_type is not KeyType.RSA_2048)
 """For a CA that is made here; RSA of 2048 bits is not to be believed for ten years."""
@@ -87,13 +87,13 @@ class Keyring:
         """
         return self.root_key is not None and not self.chain and not self.encrypted
 
-    def wants_intermediate(self, now: datetime) -> bool:
+    def intermediate_due(self, now: datetime) -> bool:
         """True when the intermediate is past two thirds of its life, and can be renewed here."""
         certificate = self.intermediate.certificate
         life = certificate.not_valid_after_utc - certificate.not_valid_before_utc
         return self.renewable and now >= certificate.not_valid_before_utc + life * _RENEW_AT
 
-    def with_new_intermediate(self, now: datetime) -> Keyring:
+    def renew_intermediate(self, now: datetime) -> Keyring:
         """The same root over a new intermediate. Leaves of the old one stay valid, as each brings its own chain.
 
         Raises:
@@ -104,7 +104,7 @@ class Keyring:
         former = self.intermediate.certificate
         return Keyring(self.roots, self.root_key, renew_intermediate(CAKeyPair(self.root, self.root_key), former, now))
 
-    def ends_soon(self, now: datetime) -> tuple[ExpiringCertificate, ...]:
+    def expiring(self, now: datetime) -> tuple[ExpiringCertificate, ...]:
         """The certificates that their owner must replace soon: in the last third of their life, at most 90 days before the end."""
         own = [(ROOT, self.root), *((INTERMEDIATE, certificate) for certificate in self.chain)]
         if not self.renewable:
@@ -164,7 +164,7 @@ def profile_of(keyring: Keyring) -> CAProfile:
     )
 
 
-def dump_keyring(keyring: Keyring, prefix: str = "") -> Mapping[str, Secret[bytes]]:
+def encode_keyring(keyring: Keyring, prefix: str = "") -> Mapping[str, Secret[bytes]]:
     """The values for a store, PEM; :func:`csi_driver.authority.ca.keyring_loader.load_keyring` reads them back.
 
     What was read from a store goes back as it was, so an encrypted key stays encrypted.

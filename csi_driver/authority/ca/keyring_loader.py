@@ -9,9 +9,9 @@ from datetime import datetime
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 
-from csi_driver.authority.ca.certificate_check import problems_of
+from csi_driver.authority.ca.certificate_check import ca_certificate_problems
 from csi_driver.authority.ca.key_pairs import CAKeyPair
-from csi_driver.authority.ca.keyring import INTERMEDIATE, INTERMEDIATE_KEY, NAMES, ROOT, ROOT_KEY, Keyring
+from csi_driver.authority.ca.keyring import INTERMEDIATE, INTERMEDIATE_KEY, KEYRING_FILES, ROOT, ROOT_KEY, Keyring
 from csi_driver.core.certificates.keys import AuthorityKey, load_authority_key
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import decode_certificates
@@ -39,7 +39,7 @@ def load_keyring(
     Raises:
         CertmountError: InvalidCA, with one fault for everything that is wrong.
     """
-    source = {name: values[prefix + name] for name in NAMES if prefix + name in values}
+    source = {name: values[prefix + name] for name in KEYRING_FILES if prefix + name in values}
     reader = MaterialReader(source, f"{where} {prefix}", hint)
     roots, intermediates = reader.certificates(ROOT), reader.certificates(INTERMEDIATE)
     root_key = reader.key(ROOT_KEY, password) if reader.has(ROOT_KEY) else None
@@ -95,7 +95,7 @@ class MaterialReader:
         if len(certificates) > _MOST_CERTIFICATES:
             self.fault(name, f"holds {len(certificates)} certificates; at most {_MOST_CERTIFICATES} are taken")
             return []
-        problems = [(number, problem) for number, one in enumerate(certificates, 1) for problem in problems_of(one)]
+        problems = [(number, problem) for number, one in enumerate(certificates, 1) for problem in ca_certificate_problems(one)]
         for number, problem in problems:
             self.fault(name, problem if len(certificates) == 1 else f"certificate {number} {problem}")
         return [] if problems else certificates

@@ -7,7 +7,7 @@
 | distributing | the CA | likewise | when every node has confirmed that its volumes hold both |
 | retiring | the next CA | likewise | when the last certificate of the former one has ended |
 
-A replica that has not read the state for :data:`STALE_S` signs nothing, so whatever was written that long ago is known to
+A replica that has not read the state for :data:`MAX_STATE_AGE_S` signs nothing, so whatever was written that long ago is known to
 all who sign. A node confirms a generation of the trusted roots; it may only count once no replica answers with an older
 one, as a volume that is published after a restart of its driver holds no more than its answer said. Hence two phases
 before the switch: ``announcing`` ends with a new generation, and that one is confirmed.
@@ -23,9 +23,9 @@ from enum import Enum, unique
 
 from csi_driver.core.errors import CertmountError, Fault, Reason
 
-STALE_S = 30
+MAX_STATE_AGE_S = 30
 """Seconds since its last reading of the state after which a replica signs no more."""
-CLOCKS_S = 10
+CLOCK_SKEW_S = 10
 """By how much the clocks of replicas and nodes may differ."""
 _STEPS_S = (30, 60, 120, 300, 600, 1800, 3600, *(hours * 3600 for hours in (2, 4, 8, 12, 24)))
 """A life counts as the next longer of these, so that the state is written a handful of times; beyond a day, in whole days doubled."""
@@ -72,15 +72,15 @@ class RotationState:
     def trusted_until(self, retired: RetiredRoot) -> int:
         """When the last certificate of a retired root has ended."""
         # A replica that has missed the switch goes on for STALE_S at the most, and gives no longer life unwritten.
-        return self.since + STALE_S + CLOCKS_S + retired.life
+        return self.since + MAX_STATE_AGE_S + CLOCK_SKEW_S + retired.life
 
     @property
     def announced_at(self) -> int:
         """When every replica that signs has heard of the phase."""
-        return self.since + STALE_S + CLOCKS_S
+        return self.since + MAX_STATE_AGE_S + CLOCK_SKEW_S
 
 
-def first_state(now: int) -> RotationState:
+def initial_state(now: int) -> RotationState:
     """Of a CA that has signed nothing yet."""
     return RotationState(RotationPhase.STEADY, generation=now, since=now)
 
@@ -97,13 +97,13 @@ def begin(state: RotationState, now: int) -> RotationState:
 
 
 def stop(state: RotationState) -> RotationState:
-    """Nothing goes on until :func:`go_on`; raises CertmountError InvalidRequest where nothing is under way."""
+    """Nothing goes on until :func:`resume`; raises CertmountError InvalidRequest where nothing is under way."""
     if state.phase is RotationPhase.STEADY:
         raise _refused("none is under way, so there is nothing to stop")
     return replace(state, stopped=True)
 
 
-def go_on(state: RotationState) -> RotationState:
+def resume(state: RotationState) -> RotationState:
     """After :func:`stop`: whatever is due comes at the next :func:`advance`."""
     return replace(state, stopped=False)
 
@@ -133,7 +133,7 @@ def drop(state: RotationState, now: int) -> RotationState:
     if state.phase is not RotationPhase.RETIRING:
         raise _refused("no root is retired", "a root can be dropped when another CA signs: certmount ca rotate")
     if not state.since or now < state.announced_at:
-        raise _refused("the new CA has only begun to sign", f"try again in {STALE_S + CLOCKS_S} s")
+        raise _refused("the new CA has only begun to sign", f"try again in {MAX_STATE_AGE_S + CLOCK_SKEW_S} s")
     return replace(_in_phase(state, RotationPhase.STEADY, now), stopped=False, retired=())
 
 
@@ -159,7 +159,7 @@ def advance(
     return state
 
 
-def admit_life(state: RotationState, seconds: float) -> RotationState:
+def record_lifetime(state: RotationState, seconds: float) -> RotationState:
     """A certificate of this life is about to be signed: write the state first, where it changes."""
     return replace(state, longest_life=max(state.longest_life, _rounded_up(seconds)))
 
@@ -169,7 +169,7 @@ def adopt(state: RotationState | None, now: int, last_generation: int, longest_l
 
     A rotation that was under way before its switch begins again with the CA that is there now.
     """
-    state = state or first_state(now)
+    state = state or initial_state(now)
     phase = RotationPhase.ANNOUNCING if state.phase.before_switch else state.phase
     generation = next_generation(last_generation, now)
     life = max(state.longest_life, longest_life)

@@ -14,7 +14,7 @@ from csi_driver.authority.ca import rotation
 from csi_driver.authority.ca.ca_files import CAFiles
 from csi_driver.authority.ca.keyring import DEFAULT_PROFILE, CAProfile, Keyring, make_keyring
 from csi_driver.authority.ca.rotation import RotationPhase, RotationState
-from csi_driver.authority.ca.state import CAState, first_holdings, load_holdings
+from csi_driver.authority.ca.state import CAState, new_ca_state, parse_ca_state
 from csi_driver.authority.storage import Store, ca_part
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Fault, Reason
@@ -45,7 +45,7 @@ class CASource(Protocol):
     async def refresh(self, now: datetime) -> CAState:
         """The CA, after all that was due; raises CertmountError."""
 
-    async def admit_life(self, now: datetime, seconds: float) -> CAState:
+    async def record_lifetime(self, now: datetime, seconds: float) -> CAState:
         """The CA, once it is written that it gives certificates of such a life; raises CertmountError."""
 
 
@@ -70,9 +70,9 @@ class StoredCA:
 
         return await self._change(now, due, make=True)
 
-    async def admit_life(self, now: datetime, seconds: float) -> CAState:
+    async def record_lifetime(self, now: datetime, seconds: float) -> CAState:
         async def admitted(holdings: CAState) -> CAState:
-            return replace(holdings, state=rotation.admit_life(holdings.state, seconds))
+            return replace(holdings, state=rotation.record_lifetime(holdings.state, seconds))
 
         return await self._change(now, admitted)
 
@@ -81,7 +81,7 @@ class StoredCA:
         stored = await self._store.load()
         if not stored.values:
             raise self._empty()
-        return load_holdings(stored.values, now, where=self.name)
+        return parse_ca_state(stored.values, now, where=self.name)
 
     async def change(self, now: datetime, step: Callable[[CAState], CAState]) -> CAState:
         """Does what a person wants; raises CertmountError, also what ``step`` raises."""
@@ -99,9 +99,9 @@ class StoredCA:
             if self._held is not None and stored.version == self._version:
                 found = self._held
             elif stored.values:
-                found = load_holdings(stored.values, now, where=self.name, known=self._known)
+                found = parse_ca_state(stored.values, now, where=self.name, known=self._known)
             elif make:
-                found = first_holdings(make_keyring(now, self._design), int(now.timestamp()), self._known)
+                found = new_ca_state(make_keyring(now, self._design), int(now.timestamp()), self._known)
             else:
                 raise self._empty()
             after = await step(found)
@@ -157,7 +157,7 @@ class FileCA:
             self._held = held = _from_files(keyring, held, int(now.timestamp()))
         return held
 
-    async def admit_life(self, now: datetime, seconds: float) -> CAState:  # noqa: ARG002  # any is admitted
+    async def record_lifetime(self, now: datetime, seconds: float) -> CAState:  # noqa: ARG002  # any is admitted
         return await self.refresh(now)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from cryptography import x509
 
 from csi_driver.authority.ca import rotation
-from csi_driver.authority.ca.keyring import NAMES, Keyring, dump_keyring
+from csi_driver.authority.ca.keyring import KEYRING_FILES, Keyring, encode_keyring
 from csi_driver.authority.ca.keyring_loader import load_keyring
 from csi_driver.authority.ca.rotation import RetiredRoot, RotationPhase, RotationState
 from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
@@ -25,7 +25,7 @@ from csi_driver.core.secret import Secret
 
 STATE = "state.json"
 NEXT = "next."
-_NEXT_NAMES = tuple(NEXT + name for name in NAMES)
+_NEXT_NAMES = tuple(NEXT + name for name in KEYRING_FILES)
 _MOST_ROOTS = 10
 """Nodes take no set of roots with more."""
 _MAX_NUMBER = 2**53
@@ -88,20 +88,20 @@ class CAState:
         return replace(self, keyring=keyring, following=following)
 
     def dump(self) -> Mapping[str, Secret[bytes]]:
-        """The values for a store; :func:`load_holdings` reads them back."""
-        following = dump_keyring(self.following, NEXT) if self.following else {}
-        return {**self.kept, **dump_keyring(self.keyring), **following, STATE: Secret(_dump_state(self))}
+        """The values for a store; :func:`parse_ca_state` reads them back."""
+        following = encode_keyring(self.following, NEXT) if self.following else {}
+        return {**self.kept, **encode_keyring(self.keyring), **following, STATE: Secret(_dump_state(self))}
 
 
-def first_holdings(keyring: Keyring, now: int, known: RootSet | None = None) -> CAState:
+def new_ca_state(keyring: Keyring, now: int, known: RootSet | None = None) -> CAState:
     """Of a CA that is made now; ``known`` is what nodes were told before, where the store has been emptied."""
-    state = rotation.first_state(now)
+    state = rotation.initial_state(now)
     if known is not None:
         state = replace(state, generation=rotation.next_generation(known.generation, now))
     return CAState(keyring, None, state, saved=False)
 
 
-def load_holdings(
+def parse_ca_state(
     values: Mapping[str, Secret[bytes]], now: datetime, *, where: str, known: RootSet | None = None
 ) -> CAState:
     """Takes the values of a store, which ``where`` names in errors; ``known`` is what this replica told nodes last.
@@ -119,9 +119,9 @@ def load_holdings(
         following = load_keyring(values, now, where=where, prefix=NEXT, hint=_NEXT_HINT)
     elif state is not None and before_switch:
         state, trusted = replace(state, phase=RotationPhase.STEADY, stopped=False), ""
-    kept = {name: value for name, value in values.items() if name not in (*NAMES, *_NEXT_NAMES, STATE)}
+    kept = {name: value for name, value in values.items() if name not in (*KEYRING_FILES, *_NEXT_NAMES, STATE)}
     seconds = int(now.timestamp())
-    found = CAState(keyring, following, state or rotation.first_state(seconds), kept)
+    found = CAState(keyring, following, state or rotation.initial_state(seconds), kept)
     if state is not None and trusted == _digest(found) and not _behind(found.trust, known):
         return found
     last = max(state.generation if state else 0, known.generation if known else 0)
@@ -137,7 +137,7 @@ def _behind(found: RootSet, known: RootSet | None) -> bool:
 
 
 def _renewed(keyring: Keyring, now: datetime) -> Keyring:
-    return keyring.with_new_intermediate(now) if keyring.wants_intermediate(now) else keyring
+    return keyring.renew_intermediate(now) if keyring.intermediate_due(now) else keyring
 
 
 def _digest(holdings: CAState) -> str:

@@ -47,7 +47,7 @@ class _Batch:
 
 
 class AcknowledgementStore:
-    """Kept by a node's mark, see :func:`mark`, with the highest generation that it has confirmed."""
+    """Kept by a node's mark, see :func:`node_hash`, with the highest generation that it has confirmed."""
 
     def __init__(self, store: Store, generation: Callable[[], int], pause_s: float = _PAUSE_S) -> None:
         """``generation`` is that of the CA's roots as this replica knows them."""
@@ -71,7 +71,7 @@ class AcknowledgementStore:
             problem = f"this replica knows of generation {current} of {set_name} only; try again"
             raise CertmountError(Reason.ISSUER_UNAVAILABLE, Fault("generation", problem))
         batch = self._batch
-        batch.marks[mark(node)] = generation
+        batch.marks[node_hash(node)] = generation
         self._wanted.set()
         await batch.done.wait()
         if batch.failure is not None:
@@ -99,7 +99,7 @@ class AcknowledgementStore:
 
     async def forget(self, name: str) -> bool:
         """A node (its name or mark) is no longer waited for unless its driver is there; False for one that is not known."""
-        gone = {name, mark(name)}
+        gone = {name, node_hash(name)}
         return await self._change(lambda marks: {each: value for each, value in marks.items() if each not in gone})
 
     async def _merge(self, news: Mapping[str, int]) -> None:
@@ -154,7 +154,7 @@ def judge(nodes: ClusterNodes, marks: Mapping[str, int], generation: int) -> tup
     A driver that is being updated is not registered for a while, but its pods go on. Where no one can say which other
     nodes there are, all that ever confirmed must, and those without a name are called by their marks.
     """
-    names = {mark(name): name for name in (*nodes.serving, *(nodes.others or ()))}
+    names = {node_hash(name): name for name in (*nodes.serving, *(nodes.others or ()))}
     if nodes.others is None:
         names |= {each: each for each in marks if each not in names}
     confirmed = frozenset(name for each, name in names.items() if marks.get(each, -1) >= generation)
@@ -162,7 +162,7 @@ def judge(nodes: ClusterNodes, marks: Mapping[str, int], generation: int) -> tup
     return confirmed, nodes.serving | were_there
 
 
-def mark(node: str) -> str:
+def node_hash(node: str) -> str:
     """16 hexadecimal digits for a node's name, as twenty thousand names would not fit a Secret."""
     return hashlib.sha256(node.encode()).hexdigest()[:16]
 

@@ -35,7 +35,7 @@ class RootPublisher(Protocol):
         """
 
 
-class FolderPublisher:
+class DirectoryPublisher:
     """``root.crt`` and ``authority.crt`` in a folder."""
 
     def __init__(self, folder: Path) -> None:

@@ -13,7 +13,7 @@ import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from csi_driver.authority.ca.certificate_check import problems_of
+from csi_driver.authority.ca.certificate_check import ca_certificate_problems
 from csi_driver.authority.ca.rotation import next_generation
 from csi_driver.authority.trust.bundles import TrustBundles
 from csi_driver.core.certificates.root_sets import RootSet
@@ -35,7 +35,7 @@ _KUBELETS = "..data"
 """The link by which the kubelet changes all files of a mounted ConfigMap at once."""
 
 
-class FederationFolder:
+class FederationDirectory:
     """Keeps :class:`TrustBundles` in step with a folder. A file that becomes bad keeps its former roots; one that goes takes its set along."""
 
     def __init__(
@@ -152,7 +152,7 @@ def _parse(file: str, content: bytes) -> list[x509.Certificate]:
     faults = [
         Fault(file, f"certificate {number} {problem}")
         for number, certificate in enumerate(certificates, start=1)
-        for problem in problems_of(certificate)
+        for problem in ca_certificate_problems(certificate)
     ]
     if faults:
         raise CertmountError(Reason.INVALID_CA, *faults)

@@ -89,7 +89,7 @@ def format_constraint(constraint: x509.GeneralName) -> str:
     return f"{_WORDS.get(type(constraint), type(constraint).__name__)}:{shown}"
 
 
-def unknown_kinds(constraints: x509.NameConstraints) -> list[str]:
+def unsupported_kinds(constraints: x509.NameConstraints) -> list[str]:
     """The kinds of names that are constrained and can't be checked by :class:`NameConstraintSet`."""
     subtrees = [*(constraints.permitted_subtrees or ()), *(constraints.excluded_subtrees or ())]
     return sorted({type(tree).__name__ for tree in subtrees if not isinstance(tree, _KINDS)})
@@ -108,7 +108,7 @@ class NameConstraintSet:
         return cls(tuple(value for value in values if isinstance(value, x509.NameConstraints)))
 
     @property
-    def bind_subjects(self) -> bool:
+    def constrains_subjects(self) -> bool:
         """True where directory names are constrained: only an empty subject is then sure to be believed."""
         trees = (
             tree

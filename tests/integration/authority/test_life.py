@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from csi_driver._proto import authority_pb2
 from csi_driver.authority.ca.authority import utc_now
-from csi_driver.authority.ca.keyring import dump_keyring, make_keyring
+from csi_driver.authority.ca.keyring import encode_keyring, make_keyring
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.certificates.verification import parse_certificates
 from csi_driver.core.errors import CertmountError
@@ -67,7 +67,7 @@ async def test_a_watcher_hears_of_a_new_root(world: World, caller: Caller) -> No
     first = parse_certificates(_roots(await stream.read()), "roots")
     other = make_keyring(utc_now())
     store = world.server._surroundings.store
-    assert await store.save(dump_keyring(other), await store.load())
+    assert await store.save(encode_keyring(other), await store.load())
     await world.server._load_ca()
     second = parse_certificates(_roots(await stream.read()), "roots")
     assert first != second == (other.root,)

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from csi_driver._proto import authority_pb2
 from csi_driver.authority.ca.authority import utc_now
-from csi_driver.authority.ca.keyring import CAProfile, Keyring, dump_keyring, make_keyring
+from csi_driver.authority.ca.keyring import CAProfile, Keyring, encode_keyring, make_keyring
 from csi_driver.authority.server import AuthorityServer
 from csi_driver.core.certificates.keys import generate_key
 from csi_driver.core.certificates.name_constraints import parse_constraint
@@ -55,7 +55,7 @@ def verified(answer: authority_pb2.IssueResponse) -> list[x509.Certificate]:
 
 def put(folder: Path, keyring: Keyring) -> None:
     folder.mkdir(exist_ok=True)
-    for name, value in dump_keyring(keyring).items():
+    for name, value in encode_keyring(keyring).items():
         (folder / name).write_bytes(value.reveal())
 
 
@@ -73,7 +73,7 @@ async def test_a_ca_in_files_signs_and_its_successor_too(tmp_path: Path, issuer:
         put(files, other)
         await world.server._load_ca()
         assert verified(await caller.issue())[-1] == other.root
-    assert {path.name for path in files.iterdir()} == set(dump_keyring(other))
+    assert {path.name for path in files.iterdir()} == set(encode_keyring(other))
 
 
 @pytest.mark.parametrize("kind", [KeyType.ML_DSA_65, KeyType.ED25519, KeyType.RSA_3072])

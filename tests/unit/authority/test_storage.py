@@ -16,7 +16,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from csi_driver.authority.ca.authority import CertificateAuthority
-from csi_driver.authority.ca.keyring import NAMES
+from csi_driver.authority.ca.keyring import KEYRING_FILES
 from csi_driver.authority.storage import DirectoryStore, ca_part, replace_file, serving_part
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
@@ -189,4 +189,4 @@ def test_processes_that_start_at_once_share_one_ca(tmp_path: Path) -> None:
         for process in processes:
             process.join(10)
     assert len(held) == 1
-    assert set(json.loads((tmp_path / "ca" / "ca.json").read_bytes())) == {*NAMES, "state.json"}
+    assert set(json.loads((tmp_path / "ca" / "ca.json").read_bytes())) == {*KEYRING_FILES, "state.json"}

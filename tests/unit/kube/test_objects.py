@@ -12,7 +12,7 @@ from kubernetes.aio import client
 from prometheus_client import CollectorRegistry
 
 from csi_driver.authority.ca.authority import CertificateAuthority
-from csi_driver.authority.ca.keyring import NAMES
+from csi_driver.authority.ca.keyring import KEYRING_FILES
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.core.stored_secrets import StoredSecrets
@@ -69,7 +69,7 @@ async def test_replicas_that_start_at_once_share_one_ca(store: SecretStore, serv
     replicas = [CertificateAuthority(store, AuthorityMetrics(CollectorRegistry())) for _ in range(4)]
     keyrings = await asyncio.gather(*(replica.refresh() for replica in replicas))
     assert len({keyring.root for keyring in keyrings}) == 1
-    assert set(server.objects[SECRET]["data"]) == {*NAMES, "state.json"}
+    assert set(server.objects[SECRET]["data"]) == {*KEYRING_FILES, "state.json"}
 
 
 async def test_a_secret_that_is_missing_is_named(store: SecretStore, server: FakeApiServer) -> None:

@@ -33,10 +33,10 @@ class InternalIssuer:
     async def issue(self, order: IssuerRequest) -> IssuedCertificate:
         """See :class:`csi_driver.authority.issuers.Issuer`."""
         # From here on nothing is waited for: a keyring that was retired meanwhile must not sign.
-        keyring, grant = await self._ca.admit_life(order.grant.duration), order.grant
+        keyring, grant = await self._ca.record_lifetime(order.grant.duration), order.grant
         bounds = self._bounds_of(keyring)
         names = _within(bounds, order)
-        leaf = Leaf(order.request.public_key, names, grant.duration, grant.usages, subject=not bounds.bind_subjects)
+        leaf = Leaf(order.request.public_key, names, grant.duration, grant.usages, subject=not bounds.constrains_subjects)
         certificate = sign_leaf(leaf, keyring.intermediate, self._clock())
         return IssuedCertificate(
             chain=(certificate.public_bytes(Encoding.DER), *self._above),

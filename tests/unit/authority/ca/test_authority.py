@@ -16,11 +16,11 @@ from prometheus_client import CollectorRegistry
 
 from csi_driver.authority.ca.authority import CertificateAuthority
 from csi_driver.authority.ca.ca_files import CAFiles
-from csi_driver.authority.ca.key_pairs import INTERMEDIATE_LIFE, ROOT_LIFE
-from csi_driver.authority.ca.keyring import Keyring, dump_keyring, make_keyring
+from csi_driver.authority.ca.key_pairs import INTERMEDIATE_LIFETIME, ROOT_LIFETIME
+from csi_driver.authority.ca.keyring import Keyring, encode_keyring, make_keyring
 from csi_driver.authority.ca.rotation import RetiredRoot, RotationPhase, RotationState
 from csi_driver.authority.ca.sources import StoredCA
-from csi_driver.authority.ca.state import CAState, load_holdings
+from csi_driver.authority.ca.state import CAState, parse_ca_state
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
@@ -128,7 +128,7 @@ async def test_a_new_intermediate_is_made_once_for_all_replicas(store: MemorySto
     """At two thirds of its life, under the same root."""
     replicas = [authority(store, clock) for _ in range(3)]
     before = [await replica.refresh() for replica in replicas]
-    clock.forward(INTERMEDIATE_LIFE * 0.67)
+    clock.forward(INTERMEDIATE_LIFETIME * 0.67)
     after = await asyncio.gather(*(replica.refresh() for replica in replicas))
     assert store.saves == 2
     assert {keyring.root for keyring in after} == {before[0].root}
@@ -140,14 +140,14 @@ async def test_a_replica_sees_what_another_saved(store: MemoryStore, clock: Cloc
     replica = authority(store, clock)
     await replica.refresh()
     other = make_keyring(clock.utc())
-    store.values, store.version = dump_keyring(other), store.version + 1
+    store.values, store.version = encode_keyring(other), store.version + 1
     await replica.refresh()
     assert replica.current.root == other.root
 
 
 async def test_a_store_with_a_wrong_ca_is_never_overwritten(store: MemoryStore, clock: Clock) -> None:
     """A half-filled or damaged one is an error for people, not an empty one."""
-    whole = dump_keyring(make_keyring(clock.utc()))
+    whole = encode_keyring(make_keyring(clock.utc()))
     store.values = {"root.crt": whole["root.crt"]}
     with pytest.raises(CertmountError) as failure:
         await authority(store, clock).refresh()
@@ -204,7 +204,7 @@ async def test_an_expired_intermediate_makes_it_unusable_until_renewed(store: Me
     """Not ready, but healed by the root as soon as the store can be reached."""
     replica = authority(store, clock)
     await replica.refresh()
-    clock.forward(INTERMEDIATE_LIFE + timedelta(seconds=1))
+    clock.forward(INTERMEDIATE_LIFETIME + timedelta(seconds=1))
     assert not replica.usable
     await replica.refresh()
     assert replica.usable
@@ -213,7 +213,7 @@ async def test_an_expired_intermediate_makes_it_unusable_until_renewed(store: Me
 async def test_an_expired_root_is_said_in_words(store: MemoryStore, clock: Clock) -> None:
     """A new root must be every trusting party's decision, so it is not made silently."""
     await authority(store, clock).refresh()
-    clock.forward(ROOT_LIFE)
+    clock.forward(ROOT_LIFETIME)
     with pytest.raises(CertmountError, match="expired at"):
         await authority(store, clock).refresh()
     assert store.saves == 1
@@ -223,7 +223,7 @@ async def test_the_ends_of_the_ca_are_metrics(store: MemoryStore, clock: Clock) 
     """So that an alarm can be set long before."""
     registry = CollectorRegistry()
     await authority(store, clock, registry).refresh()
-    for role, life in (("root", ROOT_LIFE), ("intermediate", INTERMEDIATE_LIFE)):
+    for role, life in (("root", ROOT_LIFETIME), ("intermediate", INTERMEDIATE_LIFETIME)):
         value = registry.get_sample_value("certmount_ca_expiry_timestamp_seconds", {"certificate": role})
         assert value == (clock.utc() + life).timestamp()
 
@@ -239,7 +239,7 @@ async def test_who_has_not_read_for_long_signs_no_more(store: MemoryStore, clock
         usable.append(ca.usable)
     assert usable == [True, False]
     with pytest.raises(CertmountError, match="memory was last read 31 s ago") as refusal:
-        await ca.admit_life(timedelta(seconds=1))
+        await ca.record_lifetime(timedelta(seconds=1))
     assert refusal.value.reason is Reason.ISSUER_UNAVAILABLE
     store.down = False
     await ca.refresh()
@@ -273,7 +273,7 @@ async def test_a_rotation_from_the_first_step_to_the_last(store: MemoryStore, cl
         store, AuthorityMetrics(CollectorRegistry()), clock.utc, fleet=nodes, elapsed=clock, tell=told.append
     )
     old = await ca.refresh()
-    await ca.admit_life(timedelta(minutes=10))
+    await ca.record_lifetime(timedelta(minutes=10))
     new = await rotate(store, clock)
     await ca.refresh()
     both = (*old.roots_der, *new.roots_der)
@@ -292,7 +292,7 @@ async def test_a_rotation_from_the_first_step_to_the_last(store: MemoryStore, cl
     await past(ca, clock, 10)
     assert ca.current.roots == new.roots
     assert ca.trust.roots == both
-    assert all(old_key not in store.values.values() for old_key in dump_keyring(old).values())
+    assert all(old_key not in store.values.values() for old_key in encode_keyring(old).values())
     assert not any(name.startswith("next.") for name in store.values)
     await past(ca, clock, 635)
     assert ca.trust.roots == both, "a certificate of ten minutes may still be good"
@@ -347,14 +347,14 @@ async def test_a_longer_life_is_saved_before_it_is_signed(store: MemoryStore, cl
     """Once for all who wait, in steps, and not at all for what is no longer than before."""
     ca = authority(store, clock)
     await ca.refresh()
-    await asyncio.gather(*(ca.admit_life(timedelta(seconds=seconds)) for seconds in (40, 50, 45, 59)))
+    await asyncio.gather(*(ca.record_lifetime(timedelta(seconds=seconds)) for seconds in (40, 50, 45, 59)))
     assert store.saves == 2
-    await ca.admit_life(timedelta(seconds=60))
+    await ca.record_lifetime(timedelta(seconds=60))
     assert store.saves == 2
     store.down = True
-    await ca.admit_life(timedelta(seconds=60))
+    await ca.record_lifetime(timedelta(seconds=60))
     with pytest.raises(CertmountError, match="memory: lost"):
-        await ca.admit_life(timedelta(seconds=61))
+        await ca.record_lifetime(timedelta(seconds=61))
 
 
 async def test_nothing_is_parsed_while_nothing_changes(
@@ -374,8 +374,8 @@ async def test_a_ca_that_a_person_put_there_is_told_as_something_newer(store: Me
     await ca.refresh()
     backup, told = store.values, [ca.trust]
     for values in (
-        dump_keyring(make_keyring(clock.utc())),
-        {**backup, **dump_keyring(make_keyring(clock.utc()))},
+        encode_keyring(make_keyring(clock.utc())),
+        {**backup, **encode_keyring(make_keyring(clock.utc()))},
         backup,
     ):
         store.values, store.version = values, store.version + 1
@@ -402,7 +402,7 @@ async def test_an_emptied_store_is_told_as_something_newer(store: MemoryStore, c
 async def test_values_of_others_are_kept(store: MemoryStore, clock: Clock) -> None:
     """The authority's own root, and whatever else lies there."""
     others = {"serving.crt": Secret(b"s"), "note": Secret(b"n")}
-    store.values = {**dump_keyring(make_keyring(clock.utc())), **others}
+    store.values = {**encode_keyring(make_keyring(clock.utc())), **others}
     await authority(store, clock).refresh()
     await rotate(store, clock)
     assert others.items() <= store.values.items()
@@ -456,7 +456,7 @@ async def test_a_ca_in_files_is_followed(tmp_path: Path, clock: Clock, metrics: 
     """A new generation for other roots only; whatever life is asked for, there is no state to write."""
 
     def put(keyring: Keyring) -> None:
-        for name, value in dump_keyring(keyring).items():
+        for name, value in encode_keyring(keyring).items():
             (tmp_path / name).write_bytes(value.reveal())
 
     first = make_keyring(clock.utc())
@@ -464,8 +464,8 @@ async def test_a_ca_in_files_is_followed(tmp_path: Path, clock: Clock, metrics: 
     ca = CertificateAuthority(CAFiles(tmp_path, metrics), metrics, clock.utc, elapsed=clock)
     await ca.refresh()
     told = ca.trust
-    assert (await ca.admit_life(timedelta(days=900))).roots == first.roots
-    put(first.with_new_intermediate(clock.utc()))
+    assert (await ca.record_lifetime(timedelta(days=900))).roots == first.roots
+    put(first.renew_intermediate(clock.utc()))
     await ca.refresh()
     assert ca.trust == told
     assert ca.current.intermediate.certificate != first.intermediate.certificate
@@ -491,7 +491,7 @@ async def test_the_phase_is_a_metric(store: MemoryStore, clock: Clock) -> None:
 async def test_an_end_that_only_the_owner_can_put_off_is_warned_of(store: MemoryStore, clock: Clock) -> None:
     """Once a day, in good time."""
     offline = replace(make_keyring(clock.utc()), root_key=None)
-    store.values = dump_keyring(offline)
+    store.values = encode_keyring(offline)
     ca = authority(store, clock)
     with structlog.testing.capture_logs() as logs:
         await ca.refresh()
@@ -526,7 +526,7 @@ def test_what_is_saved_is_read_back(
     )
     state = RotationState(phase, generation, since, stopped, life, retired)
     held = CAState(CA, NEXT_CA if phase.before_switch else None, state)
-    found = load_holdings(held.dump(), Clock().utc(), where="memory")
+    found = parse_ca_state(held.dump(), Clock().utc(), where="memory")
     assert found.saved
     assert (found.state, found.trust) == (held.state, held.trust)
     assert (found.following is None) == (held.following is None)

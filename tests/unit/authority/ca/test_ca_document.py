@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.authority.ca.ca_files import CAFiles
-from csi_driver.authority.ca.keyring import AUTHORITY_KEY_TYPES, NAMES
+from csi_driver.authority.ca.keyring import AUTHORITY_KEY_TYPES, KEYRING_FILES
 from csi_driver.authority.trust.serving_root import SERVING, SERVING_KEY
 from csi_driver.core.certificates.name_constraints import NameConstraintSet, parse_constraint
 from csi_driver.core.formats.pem import fingerprint
@@ -47,7 +47,7 @@ async def test_a_ca_made_as_the_document_says_is_taken(printed: str, tmp_path: P
 
 def test_the_document_names_what_there_is() -> None:
     """Every value of the store, every key type for a CA; and its examples of constraints are read."""
-    assert all(f"`{name}`" in DOCUMENT for name in (*NAMES, SERVING, SERVING_KEY))
+    assert all(f"`{name}`" in DOCUMENT for name in (*KEYRING_FILES, SERVING, SERVING_KEY))
     assert all(f"`{kind.value}`" in DOCUMENT for kind in AUTHORITY_KEY_TYPES)
     examples = re.findall(r"`((?:dns|uri|ip|email):[^`]+)`", DOCUMENT)
     assert len({parse_constraint(example) for example in examples}) >= 6

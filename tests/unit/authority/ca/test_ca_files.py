@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from csi_driver.authority.ca.ca_files import CAFiles
-from csi_driver.authority.ca.key_pairs import INTERMEDIATE_LIFE
-from csi_driver.authority.ca.keyring import Keyring, dump_keyring, make_keyring
+from csi_driver.authority.ca.key_pairs import INTERMEDIATE_LIFETIME
+from csi_driver.authority.ca.keyring import Keyring, encode_keyring, make_keyring
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.formats.pem import fingerprint
 from csi_driver.core.secret import Secret
@@ -33,13 +33,13 @@ def write(folder: Path, values: Mapping[str, Secret[bytes]]) -> None:
 
 def encrypted(keyring: Keyring, password: bytes) -> Mapping[str, Secret[bytes]]:
     pem = keyring.intermediate.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(password))
-    return {**dump_keyring(keyring), "intermediate.key": Secret(pem)}
+    return {**encode_keyring(keyring), "intermediate.key": Secret(pem)}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "ca"
-    write(folder, dump_keyring(ONE))
+    write(folder, encode_keyring(ONE))
     return folder
 
 
@@ -67,15 +67,15 @@ async def test_a_root_key_beside_them_is_not_read(files: CAFiles) -> None:
     """It isn't needed, as nothing is written there; so who writes the files renews, and hears of it in time."""
     keyring = await files.refresh(NOW)
     assert keyring.root_key is None
-    later = NOW + INTERMEDIATE_LIFE * 0.9
-    assert not keyring.wants_intermediate(later)
-    assert [ending.name for ending in keyring.ends_soon(later)] == ["intermediate.crt"]
+    later = NOW + INTERMEDIATE_LIFETIME * 0.9
+    assert not keyring.intermediate_due(later)
+    assert [ending.name for ending in keyring.expiring(later)] == ["intermediate.crt"]
 
 
 async def test_new_files_are_taken(files: CAFiles, folder: Path) -> None:
     """Without a restart, by their content."""
     await files.refresh(NOW)
-    write(folder, dump_keyring(OTHER))
+    write(folder, encode_keyring(OTHER))
     assert (await files.refresh(NOW)).root == OTHER.root
 
 
@@ -89,7 +89,7 @@ async def test_bad_new_files_change_nothing(files: CAFiles, folder: Path, regist
             assert await files.refresh(NOW) is first
     assert len(logs) == failures(registry) == 3
     assert all(line["log_level"] == "error" for line in logs)
-    write(folder, dump_keyring(OTHER))
+    write(folder, encode_keyring(OTHER))
     assert (await files.refresh(NOW)).root == OTHER.root
 
 
@@ -97,10 +97,10 @@ async def test_files_that_are_not_valid_yet_become_good_by_themselves(folder: Pa
     """What issues them may have a clock that is ahead."""
     files = CAFiles(folder, metrics)
     await files.refresh(NOW)
-    ahead = make_keyring(NOW + INTERMEDIATE_LIFE / 100)
-    write(folder, dump_keyring(ahead))
+    ahead = make_keyring(NOW + INTERMEDIATE_LIFETIME / 100)
+    write(folder, encode_keyring(ahead))
     assert (await files.refresh(NOW)).root == ONE.root
-    assert (await files.refresh(NOW + INTERMEDIATE_LIFE / 100)).root == ahead.root
+    assert (await files.refresh(NOW + INTERMEDIATE_LIFETIME / 100)).root == ahead.root
 
 
 async def test_without_any_good_files_there_is_no_ca(folder: Path, metrics: AuthorityMetrics) -> None:
@@ -177,7 +177,7 @@ async def test_a_secret_mounted_by_the_kubelet_is_read_as_one(
     """A swap in the middle of the reading mixes nothing: it is read again."""
     mount = tmp_path / "secret"
     mount.mkdir()
-    swap(mount, "..1", dump_keyring(ONE))
+    swap(mount, "..1", encode_keyring(ONE))
     files = CAFiles(mount, metrics)
     assert (await files.refresh(NOW)).root == ONE.root
     opened = os.open
@@ -186,7 +186,7 @@ async def test_a_secret_mounted_by_the_kubelet_is_read_as_one(
     def swap_once(path: str, *arguments: int, **options: int) -> int:
         if path == "intermediate.crt" and not swapped:
             swapped.append(path)
-            swap(mount, "..2", dump_keyring(OTHER))
+            swap(mount, "..2", encode_keyring(OTHER))
         return opened(path, *arguments, **options)
 
     monkeypatch.setattr(os, "open", swap_once)

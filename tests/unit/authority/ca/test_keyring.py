@@ -12,12 +12,12 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.verification import PolicyBuilder, Store
 
-from csi_driver.authority.ca.key_pairs import INTERMEDIATE_LIFE, ROOT_LIFE, CAKeyPair
+from csi_driver.authority.ca.key_pairs import INTERMEDIATE_LIFETIME, ROOT_LIFETIME, CAKeyPair
 from csi_driver.authority.ca.keyring import (
     AUTHORITY_KEY_TYPES,
     CAProfile,
     Keyring,
-    dump_keyring,
+    encode_keyring,
     make_keyring,
     profile_of,
 )
@@ -52,8 +52,8 @@ def test_a_new_ca_is_what_it_says(keyring: Keyring) -> None:
     assert isinstance(keyring.root_key, ec.EllipticCurvePrivateKey)
     assert isinstance(keyring.intermediate.key, ec.EllipticCurvePrivateKey)
     assert (keyring.root_key.curve.name, keyring.intermediate.key.curve.name) == ("secp384r1", "secp256r1")
-    assert root.not_valid_after_utc == NOW + ROOT_LIFE
-    assert intermediate.not_valid_after_utc == NOW + INTERMEDIATE_LIFE
+    assert root.not_valid_after_utc == NOW + ROOT_LIFETIME
+    assert intermediate.not_valid_after_utc == NOW + INTERMEDIATE_LIFETIME
     assert extensions(root) == {"BasicConstraints": True, "KeyUsage": True, "SubjectKeyIdentifier": False}
     assert extensions(intermediate) == {**extensions(root), "AuthorityKeyIdentifier": False}
     lengths = [
@@ -73,34 +73,34 @@ def test_two_cas_are_told_apart_by_name() -> None:
 
 def test_what_is_saved_is_what_is_loaded(keyring: Keyring) -> None:
     """Certificates and keys survive the store."""
-    loaded = load_keyring(dump_keyring(keyring), NOW, where="here")
+    loaded = load_keyring(encode_keyring(keyring), NOW, where="here")
     assert loaded.root == keyring.root
     assert loaded.intermediate.certificate == keyring.intermediate.certificate
-    assert dump_keyring(loaded) == dump_keyring(keyring)
+    assert encode_keyring(loaded) == encode_keyring(keyring)
 
 
 def test_a_keyring_does_not_show_its_keys(keyring: Keyring) -> None:
     """Neither itself nor what goes to the store can be printed by mistake."""
-    for name, value in dump_keyring(keyring).items():
+    for name, value in encode_keyring(keyring).items():
         if name.endswith(".key"):
             assert "PRIVATE KEY" in value.reveal().decode()
-    assert "PRIVATE" not in repr(keyring) + repr(dump_keyring(keyring))
+    assert "PRIVATE" not in repr(keyring) + repr(encode_keyring(keyring))
 
 
 def test_the_intermediate_is_renewed_at_two_thirds_of_its_life(keyring: Keyring) -> None:
     """Not before, and from then on."""
-    due = INTERMEDIATE_LIFE * 2 / 3
-    assert not keyring.wants_intermediate(NOW + due - timedelta(hours=1))
-    assert keyring.wants_intermediate(NOW + due + timedelta(hours=1))
+    due = INTERMEDIATE_LIFETIME * 2 / 3
+    assert not keyring.intermediate_due(NOW + due - timedelta(hours=1))
+    assert keyring.intermediate_due(NOW + due + timedelta(hours=1))
 
 
 def test_leaves_of_a_former_intermediate_stay_valid(keyring: Keyring) -> None:
     """The root is the same, and each leaf travels with its own chain."""
-    later = NOW + INTERMEDIATE_LIFE * 0.7
+    later = NOW + INTERMEDIATE_LIFETIME * 0.7
     names = Names.of(dns=[DNSName.parse("hello.test")])
     key = ec.generate_private_key(ec.SECP256R1()).public_key()
     old = sign_leaf(Leaf(key, names, timedelta(hours=1), (Usage.SERVER,)), keyring.intermediate, later)
-    renewed = keyring.with_new_intermediate(later)
+    renewed = keyring.renew_intermediate(later)
     new = sign_leaf(Leaf(key, names, timedelta(hours=1), (Usage.SERVER,)), renewed.intermediate, later)
     assert renewed.root is keyring.root
     assert renewed.intermediate.certificate.subject != keyring.intermediate.certificate.subject
@@ -111,7 +111,7 @@ def test_leaves_of_a_former_intermediate_stay_valid(keyring: Keyring) -> None:
 
 def test_an_intermediate_does_not_outlive_its_root(keyring: Keyring) -> None:
     """In the root's last year the intermediates get shorter."""
-    renewed = keyring.with_new_intermediate(NOW + ROOT_LIFE - timedelta(days=30))
+    renewed = keyring.renew_intermediate(NOW + ROOT_LIFETIME - timedelta(days=30))
     assert renewed.intermediate.certificate.not_valid_after_utc == keyring.root.not_valid_after_utc
 
 
@@ -124,7 +124,7 @@ def with_value(name: str, content: bytes) -> Callable[[Values], Values]:
 
 
 def from_other(*names: str) -> Callable[[Values], Values]:
-    other = dump_keyring(make_keyring(NOW))
+    other = encode_keyring(make_keyring(NOW))
     return lambda values: {**values, **{name: other[name] for name in names}}
 
 
@@ -168,7 +168,7 @@ DAMAGES: dict[str, tuple[Callable[[Values], Values], str]] = {
 def test_a_damaged_ca_is_refused_with_what_is_wrong(damage: str, keyring: Keyring) -> None:
     """Found when it is loaded, not by the first pod's handshake; the message names the value and never shows it."""
     change, words = DAMAGES[damage]
-    values = change(dict(dump_keyring(keyring)))
+    values = change(dict(encode_keyring(keyring)))
     with pytest.raises(CertmountError) as refusal:
         load_keyring(values, NOW, where="here")
     assert refusal.value.reason is Reason.INVALID_CA
@@ -219,7 +219,7 @@ def test_an_administrators_own_ca_is_taken() -> None:
     keyring = load_keyring(own_ca(usage=False), NOW, where="here")
     names = Names.of(dns=[DNSName.parse("hello.test")])
     key = ec.generate_private_key(ec.SECP256R1()).public_key()
-    for ring in (keyring, keyring.with_new_intermediate(NOW)):
+    for ring in (keyring, keyring.renew_intermediate(NOW)):
         leaf = sign_leaf(Leaf(key, names, timedelta(hours=1), (Usage.SERVER,)), ring.intermediate, NOW)
         leaf.verify_directly_issued_by(ring.intermediate.certificate)
         ring.intermediate.certificate.verify_directly_issued_by(ring.root)
@@ -233,22 +233,22 @@ def test_a_ca_that_may_not_sign_certificates_is_refused() -> None:
 
 def test_all_faults_of_a_ca_are_said_at_once(keyring: Keyring) -> None:
     """Whoever repairs it hears of everything."""
-    values = without("intermediate.key")(with_value("intermediate.crt", b"x")(dict(dump_keyring(keyring))))
+    values = without("intermediate.key")(with_value("intermediate.crt", b"x")(dict(encode_keyring(keyring))))
     with pytest.raises(CertmountError, match=r"\(1\).*intermediate\.crt.*\(2\).*intermediate\.key"):
         load_keyring(values, NOW, where="here")
 
 
-@pytest.mark.parametrize("moment", [NOW + ROOT_LIFE, NOW - timedelta(days=1)])
+@pytest.mark.parametrize("moment", [NOW + ROOT_LIFETIME, NOW - timedelta(days=1)])
 def test_a_root_that_is_not_valid_now_is_refused(moment: object, keyring: Keyring) -> None:
     """Nothing it signs would be believed."""
     with pytest.raises(CertmountError, match=r"root\.crt: (expired at|is not valid before)"):
-        load_keyring(dump_keyring(keyring), moment, where="here")  # type: ignore[arg-type]  # both are datetimes
+        load_keyring(encode_keyring(keyring), moment, where="here")  # type: ignore[arg-type]  # both are datetimes
 
 
 def test_an_expired_intermediate_is_taken_for_renewal(keyring: Keyring) -> None:
     """After a year's sleep the root makes a new one."""
-    later = NOW + INTERMEDIATE_LIFE * 2
-    assert load_keyring(dump_keyring(keyring), later, where="here").wants_intermediate(later)
+    later = NOW + INTERMEDIATE_LIFETIME * 2
+    assert load_keyring(encode_keyring(keyring), later, where="here").intermediate_due(later)
 
 
 def test_the_root_in_pem_and_der_is_the_same(keyring: Keyring) -> None:
@@ -263,8 +263,8 @@ BOUNDS = tuple(map(parse_constraint, ("dns:example.com", "uri:cluster.local", "i
 @pytest.mark.parametrize("kind", DESIGNED)
 def test_a_ca_is_made_of_the_keys_that_are_wanted(kind: KeyType) -> None:
     """Root and intermediate alike; it survives the store, and a new intermediate is of the same kind."""
-    keyring = load_keyring(dump_keyring(make_keyring(NOW, CAProfile(kind))), NOW, where="here")
-    for ring in (keyring, keyring.with_new_intermediate(NOW)):
+    keyring = load_keyring(encode_keyring(make_keyring(NOW, CAProfile(kind))), NOW, where="here")
+    for ring in (keyring, keyring.renew_intermediate(NOW)):
         for certificate in (ring.root, ring.intermediate.certificate):
             assert key_type_of(certificate.public_key()) is kind
 
@@ -272,7 +272,7 @@ def test_a_ca_is_made_of_the_keys_that_are_wanted(kind: KeyType) -> None:
 def test_name_constraints_stand_in_root_and_intermediate() -> None:
     """Critical in both (RFC 5280 section 4.2.1.10), and in every later intermediate."""
     keyring = make_keyring(NOW, CAProfile(permitted=BOUNDS))
-    for ring in (keyring, keyring.with_new_intermediate(NOW)):
+    for ring in (keyring, keyring.renew_intermediate(NOW)):
         for certificate in (ring.root, ring.intermediate.certificate):
             found = certificate.extensions.get_extension_for_class(x509.NameConstraints)
             assert found.critical
@@ -304,7 +304,7 @@ EXCLUDED = (x509.DNSName("b.example.com"),)
 )
 def test_the_design_of_a_ca_is_found_in_it(design: CAProfile) -> None:
     """So the next one is made for the same names; nobody has to remember how the first one was made."""
-    keyring = load_keyring(dump_keyring(make_keyring(NOW, design)), NOW, where="here")
+    keyring = load_keyring(encode_keyring(make_keyring(NOW, design)), NOW, where="here")
     found = profile_of(keyring)
     assert set(found.permitted) == set(design.permitted)
     assert (found.key_type, found.excluded, found.path_length) == (design.key_type, design.excluded, design.path_length)

@@ -11,7 +11,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.authority.ca.key_pairs import BACKDATE, INTERMEDIATE_LIFE, make_root
+from csi_driver.authority.ca.key_pairs import BACKDATE, INTERMEDIATE_LIFETIME, make_root
 from csi_driver.authority.ca.keyring import make_keyring
 from csi_driver.authority.ca.leaf import Leaf, sign_leaf
 from csi_driver.core.certificates.csr import names_of
@@ -102,7 +102,7 @@ def test_a_leaf_never_outlives_its_intermediate() -> None:
     certificate = leaf(Names.of(uris=[ID]), life=timedelta(days=4000))
     assert certificate.not_valid_after_utc == KEYRING.intermediate.certificate.not_valid_after_utc
     with pytest.raises(CertmountError, match="has expired") as failure:
-        sign_leaf(Leaf(KEYS[KeyType.EC_P256], Names(), timedelta(1), ()), KEYRING.intermediate, NOW + INTERMEDIATE_LIFE)
+        sign_leaf(Leaf(KEYS[KeyType.EC_P256], Names(), timedelta(1), ()), KEYRING.intermediate, NOW + INTERMEDIATE_LIFETIME)
     assert failure.value.retryable
 
 

@@ -23,7 +23,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.authority.ca.keyring import Keyring, dump_keyring, make_keyring
+from csi_driver.authority.ca.keyring import Keyring, encode_keyring, make_keyring
 from csi_driver.authority.ca.keyring_loader import load_keyring
 from csi_driver.authority.ca.leaf import Leaf, sign_leaf
 from csi_driver.core.certificates.keys import PrivateKey, encode_key, generate_key
@@ -78,11 +78,11 @@ def test_an_offline_root_is_not_missed() -> None:
     keyring = load(values([ROOT], [MIDDLE]))
     assert keyring.root_key is None
     end = MIDDLE.certificate.not_valid_after_utc
-    assert not keyring.wants_intermediate(end)
+    assert not keyring.intermediate_due(end)
     with pytest.raises(ValueError, match="renewed by its owner"):
-        keyring.with_new_intermediate(NOW)
-    assert keyring.ends_soon(end - timedelta(days=91)) == ()
-    assert {(ending.name, ending.at) for ending in keyring.ends_soon(end - timedelta(days=89))} == {
+        keyring.renew_intermediate(NOW)
+    assert keyring.expiring(end - timedelta(days=91)) == ()
+    assert {(ending.name, ending.at) for ending in keyring.expiring(end - timedelta(days=89))} == {
         ("root.crt", end),
         ("intermediate.crt", end),
     }
@@ -97,8 +97,8 @@ def test_an_empty_root_key_is_an_offline_root(blank: bytes) -> None:
 def test_a_ca_of_ours_says_nothing_of_its_intermediate() -> None:
     """It is renewed by itself; the root's end is its owner's business."""
     keyring = make_keyring(NOW)
-    assert keyring.ends_soon(NOW + timedelta(days=364)) == ()
-    assert [ending.name for ending in keyring.ends_soon(NOW + timedelta(days=3600))] == ["root.crt"]
+    assert keyring.expiring(NOW + timedelta(days=364)) == ()
+    assert [ending.name for ending in keyring.expiring(NOW + timedelta(days=3600))] == ["root.crt"]
 
 
 def test_a_longer_chain_travels_with_each_leaf() -> None:
@@ -127,11 +127,11 @@ def test_of_two_certificates_of_one_root_the_better_counts() -> None:
 def test_two_keyrings_fit_one_store() -> None:
     """Each under its prefix; faults name the value as it is in the store."""
     one, other = make_keyring(NOW), make_keyring(NOW)
-    both = {**dump_keyring(one), **dump_keyring(other, "next-")}
+    both = {**encode_keyring(one), **encode_keyring(other, "next-")}
     assert load(both).root == one.root
     loaded = load_keyring(both, NOW, where="here", prefix="next-")
     assert loaded.root == other.root
-    assert dump_keyring(loaded) == dump_keyring(other)
+    assert encode_keyring(loaded) == encode_keyring(other)
     damaged = {**both, "next-root.key": both["root.key"]}
     with pytest.raises(CertmountError, match=r"here next-root\.key: is not the key of the root"):
         load_keyring(damaged, NOW, where="here", prefix="next-")
@@ -165,7 +165,7 @@ def test_every_kind_of_key_signs_and_is_renewed_in_kind(kind: str) -> None:
     root = self_signed(BYO_KEYS[kind]())
     keyring = load(values([root], [CA("sub", root, key=BYO_KEYS[kind]())], root.key))
     leaf = Leaf(key().public_key(), pki.names("a.test"), timedelta(hours=1), (Usage.SERVER,))
-    for ring in (keyring, load(dump_keyring(keyring.with_new_intermediate(NOW)))):
+    for ring in (keyring, load(encode_keyring(keyring.renew_intermediate(NOW)))):
         intermediate = ring.intermediate.certificate
         sign_leaf(leaf, ring.intermediate, NOW).verify_directly_issued_by(intermediate)
         intermediate.verify_directly_issued_by(ring.root)
@@ -186,7 +186,7 @@ def test_keys_are_read_in_every_form(form: str, kind: KeyType, encryption: KeySe
     assert keyring.root_key is not None
     assert keyring.encrypted == (not isinstance(encryption, NoEncryption))
     assert keyring.renewable != keyring.encrypted
-    assert dump_keyring(keyring) == given
+    assert encode_keyring(keyring) == given
     assert "canary" not in repr(keyring)
 
 
@@ -307,7 +307,7 @@ def test_an_extended_key_usage_for_both_ends_is_taken_and_kept(extension: x509.E
     """What an administrator wrote into an intermediate is in its successor: it may be what they rely on."""
     constraints = x509.NameConstraints([x509.DNSName("example.com")], None)
     sub = SUB(extensions=[pki.CA_USAGE, extension, constraints])
-    keyring = load(values([ROOT], [sub], ROOT.key)).with_new_intermediate(NOW)
+    keyring = load(values([ROOT], [sub], ROOT.key)).renew_intermediate(NOW)
     successor = keyring.intermediate.certificate
     for value in (extension, constraints):
         found = successor.extensions.get_extension_for_class(type(value))
@@ -321,7 +321,7 @@ def test_a_successor_keeps_the_name_but_for_its_mark() -> None:
     keyring = make_keyring(NOW)
     names = set()
     for _ in range(5):
-        keyring = keyring.with_new_intermediate(NOW)
+        keyring = keyring.renew_intermediate(NOW)
         names.add(keyring.intermediate.certificate.subject.rfc4514_string())
     assert len(names) == 5
     assert all(name.startswith("CN=certmount intermediate ") and name.endswith(",O=certmount") for name in names)

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from csi_driver.authority.ca import rotation
-from csi_driver.authority.ca.rotation import CLOCKS_S, STALE_S, RetiredRoot, RotationPhase, RotationState
+from csi_driver.authority.ca.rotation import CLOCK_SKEW_S, MAX_STATE_AGE_S, RetiredRoot, RotationPhase, RotationState
 from csi_driver.core.errors import CertmountError, Reason
 
 NOW = 1_800_000_000
 OLD = b"old"
-WAIT = STALE_S + CLOCKS_S
-STEADY = rotation.first_state(NOW)
+WAIT = MAX_STATE_AGE_S + CLOCK_SKEW_S
+STEADY = rotation.initial_state(NOW)
 ANNOUNCING = rotation.begin(STEADY, NOW)
 
 
@@ -27,7 +27,7 @@ def step(state: RotationState, now: int, confirmed: str = "", expected: str = ""
 
 def test_a_rotation_goes_through_its_phases_in_order() -> None:
     """Each counts from when it was first read, whatever the clock said when it was decided on."""
-    state = rotation.admit_life(ANNOUNCING, 55)
+    state = rotation.record_lifetime(ANNOUNCING, 55)
     assert (state.phase, state.since) == (RotationPhase.ANNOUNCING, 0)
     state = step(state, NOW + 100)
     assert state.since == NOW + 100
@@ -67,8 +67,8 @@ def test_what_is_stopped_stands_still_until_told(phase: RotationPhase) -> None:
     )
     stopped = rotation.stop(state)
     assert step(stopped, NOW) == stopped
-    assert rotation.go_on(stopped) == state
-    assert step(rotation.go_on(stopped), NOW) != state
+    assert rotation.resume(stopped) == state
+    assert step(rotation.resume(stopped), NOW) != state
 
 
 def test_only_what_can_be_undone_is_undone() -> None:
@@ -89,12 +89,12 @@ def test_a_life_is_written_a_handful_of_times() -> None:
     """Rounded up, never down; a longer one than before only."""
     state, written = STEADY, set()
     for seconds in range(1, 31 * 86400, 997):
-        state = rotation.admit_life(state, seconds)
+        state = rotation.record_lifetime(state, seconds)
         assert state.longest_life >= seconds
         written.add(state.longest_life)
     assert len(written) <= 20
-    assert rotation.admit_life(state, 1) == state
-    assert rotation.admit_life(STEADY, 86400).longest_life == 86400
+    assert rotation.record_lifetime(state, 1) == state
+    assert rotation.record_lifetime(STEADY, 86400).longest_life == 86400
 
 
 def test_a_ca_that_a_person_put_there_may_have_signed_anything() -> None:
@@ -241,7 +241,7 @@ class Model:
             self.last_ca += 1
             state, following = rotation.begin(state, now), self.last_ca
         elif what == "rotate":
-            state = rotation.go_on(state)
+            state = rotation.resume(state)
         elif what == "stop" and state.phase is not RotationPhase.STEADY:
             state = rotation.stop(state)
         elif what == "discard" and state.phase.before_switch:
@@ -252,10 +252,10 @@ class Model:
         """A volume gets a certificate where the replica may sign; the node keeps the newest roots that it knows."""
         replica, life = self.random.choice(self.replicas), self.random.choice([10, 30, 60, 120])
         node = self.nodes.setdefault(self.random.choice("abc"), Node())
-        if self.now - replica.seen > STALE_S or not node.driver:
+        if self.now - replica.seen > MAX_STATE_AGE_S or not node.driver:
             return
         if life > replica.view.state.longest_life:
-            state = rotation.admit_life(self.store.state, life)
+            state = rotation.record_lifetime(self.store.state, life)
             self.store = replace(self.store, state=state, version=self.store.version + 1)
             replica.view, replica.seen, replica.plan = self.store, self.now, None
         node.known = node.known.or_newer(replica.view.trust)

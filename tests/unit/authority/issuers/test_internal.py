@@ -38,7 +38,7 @@ class HeldCA:
     current: Keyring
     admitted: tuple[timedelta, ...] = ()
 
-    async def admit_life(self, life: timedelta) -> Keyring:
+    async def record_lifetime(self, life: timedelta) -> Keyring:
         self.admitted += (life,)
         return self.current
 

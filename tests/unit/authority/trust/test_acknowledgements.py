@@ -17,7 +17,7 @@ from csi_driver.authority.trust.acknowledgements import (
     AcknowledgingNodes,
     ConnectedNodes,
     judge,
-    mark,
+    node_hash,
 )
 from csi_driver.authority.trust.bundles import TrustBundles
 from csi_driver.core.certificates.root_sets import RootSet
@@ -55,7 +55,7 @@ async def test_a_confirmation_is_written_when_it_is_acknowledged(store: MemorySt
     confirmations = replica(store)
     async with running(confirmations):
         await confirmations.confirm("node-1", "internal", GENERATION)
-        assert await replica(store).read() == {mark("node-1"): GENERATION}
+        assert await replica(store).read() == {node_hash("node-1"): GENERATION}
 
 
 async def test_many_nodes_at_once_are_few_writes(store: MemoryStore) -> None:
@@ -106,11 +106,11 @@ async def test_a_store_that_fails_is_told_to_all_who_wait(store: MemoryStore) ->
 async def test_a_conflict_loses_nothing(store: MemoryStore) -> None:
     """Another replica came first: both are there."""
     confirmations = replica(store)
-    document = json.dumps({"set": "internal", "nodes": {mark("node-2"): GENERATION}}).encode()
+    document = json.dumps({"set": "internal", "nodes": {node_hash("node-2"): GENERATION}}).encode()
     store.others = [{ACKNOWLEDGEMENTS_FILE: Secret(document)}]
     async with running(confirmations):
         await confirmations.confirm("node-1", "internal", GENERATION)
-    assert await confirmations.read() == {mark("node-1"): GENERATION, mark("node-2"): GENERATION}
+    assert await confirmations.read() == {node_hash("node-1"): GENERATION, node_hash("node-2"): GENERATION}
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"nodes": 7}', b'{"nodes": {"a": "x"}}', b"[" * 90_000])
@@ -121,31 +121,31 @@ async def test_damaged_confirmations_are_begun_anew(content: bytes, store: Memor
     assert await confirmations.read() == {}
     async with running(confirmations):
         await confirmations.confirm("node-1", "internal", GENERATION)
-    assert await confirmations.read() == {mark("node-1"): GENERATION}
+    assert await confirmations.read() == {node_hash("node-1"): GENERATION}
 
 
 async def test_what_is_kept_is_bounded(store: MemoryStore) -> None:
     """The nodes that have not been heard of for longest go first, and all of them fit a Secret."""
-    old = {mark(f"old-{number}"): GENERATION - 1 for number in range(MOST_NODES)}
+    old = {node_hash(f"old-{number}"): GENERATION - 1 for number in range(MOST_NODES)}
     store.values = {ACKNOWLEDGEMENTS_FILE: Secret(json.dumps({"nodes": old}).encode())}
     confirmations = replica(store)
     async with running(confirmations):
         await confirmations.confirm("node-1", "internal", GENERATION)
     kept = await confirmations.read()
     assert len(kept) == MOST_NODES
-    assert kept[mark("node-1")] == GENERATION
+    assert kept[node_hash("node-1")] == GENERATION
     assert len(store.values[ACKNOWLEDGEMENTS_FILE].reveal()) < 700_000
 
 
 async def test_a_node_can_be_forgotten(store: MemoryStore) -> None:
     """By its name or its mark, once."""
-    store.values = {ACKNOWLEDGEMENTS_FILE: Secret(json.dumps({"nodes": {mark("a"): 1, mark("b"): 1}}).encode())}
+    store.values = {ACKNOWLEDGEMENTS_FILE: Secret(json.dumps({"nodes": {node_hash("a"): 1, node_hash("b"): 1}}).encode())}
     confirmations = replica(store)
-    assert [await confirmations.forget(name) for name in ("a", mark("b"), "a")] == [True, True, False]
+    assert [await confirmations.forget(name) for name in ("a", node_hash("b"), "a")] == [True, True, False]
     assert await confirmations.read() == {}
 
 
-MARKS: Mapping[str, int] = {mark("now"): 7, mark("late"): 6, mark("updating"): 6, mark("gone"): 6}
+MARKS: Mapping[str, int] = {node_hash("now"): 7, node_hash("late"): 6, node_hash("updating"): 6, node_hash("gone"): 6}
 
 
 def test_nodes_with_the_driver_must_confirm() -> None:
@@ -159,7 +159,7 @@ def test_where_nodes_cannot_be_listed_all_that_ever_confirmed_must() -> None:
     nodes = ClusterNodes(frozenset({"now"}), None)
     assert judge(nodes, MARKS, 7) == (
         frozenset({"now"}),
-        frozenset({"now", mark("late"), mark("updating"), mark("gone")}),
+        frozenset({"now", node_hash("late"), node_hash("updating"), node_hash("gone")}),
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from csi_driver.authority.trust.bundles import FolderPublisher, TrustBundles, TrustSnapshot
+from csi_driver.authority.trust.bundles import DirectoryPublisher, TrustBundles, TrustSnapshot
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
@@ -155,7 +155,7 @@ async def test_without_roots_of_the_issuer_no_one_is_answered(trust: TrustBundle
 
 async def test_the_root_is_published_to_a_folder(tmp_path: Path) -> None:
     """Readable by all, and not written again while it is right."""
-    publisher, file = FolderPublisher(tmp_path), tmp_path / "root.crt"
+    publisher, file = DirectoryPublisher(tmp_path), tmp_path / "root.crt"
     await publisher.publish(b"root", b"own")
     assert (file.read_bytes(), file.stat().st_mode & 0o777) == (b"root", 0o644)
     assert (tmp_path / "authority.crt").read_bytes() == b"own"
@@ -170,5 +170,5 @@ async def test_the_root_is_published_to_a_folder(tmp_path: Path) -> None:
 async def test_a_root_that_cannot_be_published_may_be_later(tmp_path: Path) -> None:
     """It names the file."""
     with pytest.raises(CertmountError, match=r"missing/root\.crt: cannot be written") as failure:
-        await FolderPublisher(tmp_path / "missing").publish(b"root", b"own")
+        await DirectoryPublisher(tmp_path / "missing").publish(b"root", b"own")
     assert failure.value.retryable

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from csi_driver.authority.ca.keyring import make_keyring
 from csi_driver.authority.ca.leaf import Leaf, sign_leaf
 from csi_driver.authority.trust.bundles import TrustBundles
-from csi_driver.authority.trust.federation import FederationFolder
+from csi_driver.authority.trust.federation import FederationDirectory
 from csi_driver.core.certificates.keys import generate_key
 from csi_driver.core.formats.pem import encode_certificates
 from csi_driver.core.names import DNSName, Names
@@ -37,8 +37,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, trust: TrustBundles, metrics: AuthorityMetrics, clock: Clock) -> FederationFolder:
-    return FederationFolder(tmp_path, trust, metrics, clock, ("internal", "step"))
+def folder(tmp_path: Path, trust: TrustBundles, metrics: AuthorityMetrics, clock: Clock) -> FederationDirectory:
+    return FederationDirectory(tmp_path, trust, metrics, clock, ("internal", "step"))
 
 
 def put(folder: Path, name: str, *certificates: x509.Certificate) -> None:
@@ -49,7 +49,7 @@ def refusals(registry: CollectorRegistry) -> float:
     return registry.get_sample_value("certmount_federation_reload_failures_total") or 0.0
 
 
-async def test_each_file_is_a_set(folder: FederationFolder, tmp_path: Path, trust: TrustBundles) -> None:
+async def test_each_file_is_a_set(folder: FederationDirectory, tmp_path: Path, trust: TrustBundles) -> None:
     """By its name without .crt or .pem; whatever else lies there is not looked at."""
     put(tmp_path, "partner.crt", ONE.root, TWO.root, ONE.root)
     put(tmp_path, "eu.shop.pem", TWO.root)
@@ -63,7 +63,7 @@ async def test_each_file_is_a_set(folder: FederationFolder, tmp_path: Path, trus
     assert {each.generation for each in sets.values()} == {int(CLOCK.now)}
 
 
-async def test_another_content_is_a_newer_set(folder: FederationFolder, tmp_path: Path, trust: TrustBundles) -> None:
+async def test_another_content_is_a_newer_set(folder: FederationDirectory, tmp_path: Path, trust: TrustBundles) -> None:
     """Also in the same second, and when the clock was set back; the same roots written anew are none."""
     put(tmp_path, "partner.crt", ONE.root)
     await folder.load()
@@ -78,7 +78,7 @@ async def test_another_content_is_a_newer_set(folder: FederationFolder, tmp_path
 
 
 async def test_a_file_that_goes_takes_its_set_along(
-    folder: FederationFolder, tmp_path: Path, trust: TrustBundles
+    folder: FederationDirectory, tmp_path: Path, trust: TrustBundles
 ) -> None:
     """And is newer than before when it comes back, under whichever suffix."""
     put(tmp_path, "partner.crt", ONE.root)
@@ -103,7 +103,7 @@ BAD = {
 
 @pytest.mark.parametrize("bad", BAD)
 async def test_a_bad_content_keeps_the_former_roots(
-    bad: str, folder: FederationFolder, tmp_path: Path, trust: TrustBundles, registry: CollectorRegistry
+    bad: str, folder: FederationDirectory, tmp_path: Path, trust: TrustBundles, registry: CollectorRegistry
 ) -> None:
     """It is counted once for each content, and a good one heals it."""
     put(tmp_path, "partner.crt", ONE.root)
@@ -120,7 +120,7 @@ async def test_a_bad_content_keeps_the_former_roots(
 
 
 async def test_a_certificate_that_is_no_authority_is_refused(
-    folder: FederationFolder, tmp_path: Path, trust: TrustBundles
+    folder: FederationDirectory, tmp_path: Path, trust: TrustBundles
 ) -> None:
     """A pod would take whoever has its key for anyone; the words name file and certificate."""
     put(tmp_path, "partner.crt", ONE.root, leaf())
@@ -132,7 +132,7 @@ async def test_a_certificate_that_is_no_authority_is_refused(
 
 @pytest.mark.parametrize("name", ["internal.crt", "step.pem", "Big.crt", ".crt", "a b.crt", "-a.pem"])
 async def test_a_name_that_cannot_be_asked_for_or_is_an_issuers_is_refused(
-    name: str, folder: FederationFolder, tmp_path: Path, trust: TrustBundles, registry: CollectorRegistry
+    name: str, folder: FederationDirectory, tmp_path: Path, trust: TrustBundles, registry: CollectorRegistry
 ) -> None:
     """A file must not take the place of an issuer's own roots."""
     put(tmp_path, name, ONE.root)
@@ -140,7 +140,7 @@ async def test_a_name_that_cannot_be_asked_for_or_is_an_issuers_is_refused(
     assert (trust._bundle.sets, refusals(registry)) == ({}, 1)
 
 
-async def test_two_files_of_one_set_are_refused(folder: FederationFolder, tmp_path: Path, trust: TrustBundles) -> None:
+async def test_two_files_of_one_set_are_refused(folder: FederationDirectory, tmp_path: Path, trust: TrustBundles) -> None:
     """The second of them; and taken when the first is gone."""
     put(tmp_path, "partner.crt", ONE.root)
     put(tmp_path, "partner.pem", TWO.root)
@@ -152,7 +152,7 @@ async def test_two_files_of_one_set_are_refused(folder: FederationFolder, tmp_pa
 
 
 async def test_a_folder_that_cannot_be_read_changes_nothing(
-    folder: FederationFolder, tmp_path: Path, trust: TrustBundles, registry: CollectorRegistry
+    folder: FederationDirectory, tmp_path: Path, trust: TrustBundles, registry: CollectorRegistry
 ) -> None:
     """Counted once while it lasts; an optional ConfigMap that comes later is taken."""
     put(tmp_path, "partner.crt", ONE.root)
@@ -169,7 +169,7 @@ async def test_a_folder_that_cannot_be_read_changes_nothing(
 
 
 async def test_files_are_read_as_the_kubelet_swaps_them(
-    folder: FederationFolder, tmp_path: Path, trust: TrustBundles
+    folder: FederationDirectory, tmp_path: Path, trust: TrustBundles
 ) -> None:
     """All of one state: through the link that it renames."""
     for number, keyring in enumerate((ONE, TWO)):
@@ -182,7 +182,7 @@ async def test_files_are_read_as_the_kubelet_swaps_them(
         assert trust._bundle.sets["partner"].roots == keyring.roots_der
 
 
-async def test_sets_are_bounded(folder: FederationFolder, tmp_path: Path, trust: TrustBundles) -> None:
+async def test_sets_are_bounded(folder: FederationDirectory, tmp_path: Path, trust: TrustBundles) -> None:
     """A folder of thousands is a mistake, and every node would be told of it."""
     for number in range(70):
         put(tmp_path, f"set-{number}.crt", ONE.root)

@@ -8,8 +8,8 @@ import pytest
 from cryptography import x509
 from prometheus_client import CollectorRegistry
 
-from csi_driver.authority.ca.key_pairs import ROOT_LIFE, make_root
-from csi_driver.authority.ca.keyring import dump_keyring, make_keyring
+from csi_driver.authority.ca.key_pairs import ROOT_LIFETIME, make_root
+from csi_driver.authority.ca.keyring import encode_keyring, make_keyring
 from csi_driver.authority.trust.serving_certificate import ServingCertificate
 from csi_driver.authority.trust.serving_root import (
     SERVING,
@@ -77,8 +77,8 @@ def test_its_root_is_made_and_read_back() -> None:
     assert certificate.subject.rfc4514_string().startswith("CN=certmount authority ")
     assert certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length == 0
     assert key_type_of(certificate.public_key()) is KeyType.EC_P256
-    assert certificate.not_valid_after_utc - now == ROOT_LIFE
-    values = {**dump_serving_root(root), **dump_keyring(make_keyring(now))}
+    assert certificate.not_valid_after_utc - now == ROOT_LIFETIME
+    values = {**dump_serving_root(root), **encode_keyring(make_keyring(now))}
     loaded = load_serving_root(values, now, where="here")
     assert loaded is not None
     assert dump_serving_root(loaded) == dump_serving_root(root)
@@ -87,7 +87,7 @@ def test_its_root_is_made_and_read_back() -> None:
 def test_without_both_its_values_there_is_no_root_yet() -> None:
     """The store of a CA that was made before, or brought; with one of them something is wrong."""
     now = Clock().utc()
-    assert load_serving_root(dump_keyring(make_keyring(now)), now, where="here") is None
+    assert load_serving_root(encode_keyring(make_keyring(now)), now, where="here") is None
     for name in (SERVING, SERVING_KEY):
         values = {**dump_serving_root(make_serving_root(now)), name: Secret(b"")}
         with pytest.raises(CertmountError, match=f"here {name}: is missing"):
@@ -99,13 +99,13 @@ def test_all_faults_of_its_root_are_said_at_once() -> None:
     now = Clock().utc()
     one, other = dump_serving_root(make_serving_root(now)), dump_serving_root(make_serving_root(now))
     with pytest.raises(CertmountError) as refusal:
-        load_serving_root({**one, SERVING_KEY: other[SERVING_KEY]}, now + ROOT_LIFE, where="here")
+        load_serving_root({**one, SERVING_KEY: other[SERVING_KEY]}, now + ROOT_LIFETIME, where="here")
     assert refusal.value.reason is Reason.INVALID_CA
     text = str(refusal.value)
     assert "serving.key: is not the key of serving.crt" in text
     assert "serving.crt: expired at" in text
     assert "remove serving.crt and serving.key to have new ones made" in text
-    intermediate = dump_keyring(make_keyring(now))
+    intermediate = encode_keyring(make_keyring(now))
     with pytest.raises(CertmountError, match=r"serving\.crt: is not self-signed"):
         load_serving_root(
             {SERVING: intermediate["intermediate.crt"], SERVING_KEY: intermediate["intermediate.key"]},

@@ -14,7 +14,7 @@ from csi_driver.core.certificates.name_constraints import (
     NameConstraintSet,
     format_constraint,
     parse_constraint,
-    unknown_kinds,
+    unsupported_kinds,
 )
 from csi_driver.core.names import URI, DNSName, EmailAddress, IPAddress, NameProblem, Names
 from tests.unit.core import pki, strategies
@@ -188,8 +188,8 @@ def test_directory_names_bind_subjects_only() -> None:
     directory = x509.DirectoryName(x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Example")]))
     assert format_constraint(directory) == "directory:O=Example"
     found = bounds(excluded=(directory,))
-    assert found.bind_subjects
+    assert found.constrains_subjects
     assert found.refused(names("dns:a.test")) == []
-    assert not bounds(("dns:a.test",)).bind_subjects
+    assert not bounds(("dns:a.test",)).constrains_subjects
     other = x509.RegisteredID(ObjectIdentifier("1.2.3"))
-    assert unknown_kinds(x509.NameConstraints([directory, other], None)) == ["RegisteredID"]
+    assert unsupported_kinds(x509.NameConstraints([directory, other], None)) == ["RegisteredID"]

@@ -84,7 +84,7 @@ class HeldCA:
     current: Keyring = KEYRING
     broken: bool = False
 
-    async def admit_life(self, _: timedelta) -> Keyring:
+    async def record_lifetime(self, _: timedelta) -> Keyring:
         if self.broken:
             raise CertmountError(Reason.ISSUER_UNAVAILABLE, "the internal CA is not loaded yet")
         return self.current
