@@ -60,30 +60,30 @@ class AuthorityServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Issue(self, request, context):
-        """Proves who the pod is, decides on the names in the CSR and has them signed.
+        """Authenticates the pod, checks the policy, and returns a certificate for the CSR.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchTrust(self, request, context):
-        """Sends what is to be trusted now, and again each time it changes. The authority ends the stream from time to time, so
-        that the caller proves itself anew; the caller then calls again.
+        """Sends the current trust bundle, and a new one after each change. The authority ends the stream periodically so that
+        the node authenticates again; the node then opens a new stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ConfirmTrust(self, request, context):
-        """Tells that every volume of the node holds a set of roots, and every later one will. A CA is exchanged only after all
-        nodes have said so.
+        """Acknowledges a root set: every volume of the node contains it, and every later volume will. During a CA rotation,
+        the new CA starts to sign only after all nodes have acknowledged its root.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Report(self, request, context):
-        """Tells what has become of a pod's certificate on its node, so that it can be said on the pod's events.
+        """Reports the condition of a pod's certificate. The authority writes it as an event on the pod.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

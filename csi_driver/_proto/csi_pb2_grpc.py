@@ -67,7 +67,7 @@ class IdentityServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Probe(self, request, context):
-        """Is the driver able to work? An error means no; an answer may still say "not yet".
+        """Reports the health of the driver. An error means unhealthy; ready = false means that the driver is still starting.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -229,14 +229,14 @@ class NodeServicer:
     """Missing associated documentation comment in .proto file."""
 
     def NodePublishVolume(self, request, context):
-        """Makes the volume appear at target_path. Called again for as long as the pod lives.
+        """Mounts the volume at target_path. The kubelet repeats the call while the pod runs (requiresRepublish).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def NodeUnpublishVolume(self, request, context):
-        """Removes it. Succeeds when there is nothing to remove.
+        """Unmounts the volume. Succeeds if there is nothing to unmount.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

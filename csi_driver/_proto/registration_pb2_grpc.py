@@ -50,14 +50,14 @@ class RegistrationServicer:
     """Missing associated documentation comment in .proto file."""
 
     def GetInfo(self, request, context):
-        """Who is on this socket?
+        """Returns the plugin that listens on this socket.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def NotifyRegistrationStatus(self, request, context):
-        """How it went. After an error the kubelet does not try again until the socket is made anew.
+        """Receives the result of the registration. After an error, the kubelet does not retry until the socket is re-created.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
