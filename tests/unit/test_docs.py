@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from csi_driver.core import attributes
-from csi_driver.core.errors import Reason
+from csi_driver.core.errors import FailureKind, Reason
 from csi_driver.core.spec import KeyType
 
 ROOT = Path(__file__).parents[2]
@@ -17,18 +17,24 @@ def _first_cells(document: str) -> list[str]:
     return re.findall(r"^\| `([^`]+)`", (ROOT / document).read_text(), flags=re.MULTILINE)
 
 
-def test_every_reason_is_explained() -> None:
-    """docs/reasons.md has a row for each reason and for no other, with the right answer to "again"."""
-    rows = dict(re.findall(r"^\| `(\w+)` \| (yes|no) \|", (ROOT / "docs/reasons.md").read_text(), flags=re.MULTILINE))
-    assert rows == {reason.word: "yes" if reason.kind.retryable else "no" for reason in Reason}
+def test_reasons_page_matches_errors_module() -> None:
+    """docs/reasons.md has a row for each reason with its kind and gRPC status, and a row for each kind."""
+    page = (ROOT / "docs/reasons.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| ([a-z ]+) \| ([A-Z_]+) \|", page, flags=re.MULTILINE)
+    assert rows == [(reason.word, _words(reason.kind), reason.kind.status) for reason in Reason]
+    for kind in FailureKind:
+        assert f"| {_words(kind)} | {kind.meaning} | {kind.retry.value} | {kind.scope.value} |" in page
 
 
-def test_every_attribute_is_in_the_readme() -> None:
-    """The README's table of attributes is the code's list, and names every key type."""
-    cells = _first_cells("README.md")
-    assert [cell for cell in cells if cell in attributes.KNOWN] == list(attributes.KNOWN)
-    readme = (ROOT / "README.md").read_text()
-    assert all(f"`{key_type.value}`" in readme for key_type in KeyType)
+def _words(kind: FailureKind) -> str:
+    return kind.name.lower().replace("_", " ")
+
+
+def test_volume_attributes_page_matches_code() -> None:
+    """docs/volume-attributes.md has a row for each attribute in the order of the code, and names every key type."""
+    assert _first_cells("docs/volume-attributes.md") == list(attributes.KNOWN)
+    page = (ROOT / "docs/volume-attributes.md").read_text()
+    assert all(f"`{key_type.value}`" in page for key_type in KeyType)
 
 
 def test_links_lead_somewhere() -> None:
