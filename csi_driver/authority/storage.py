@@ -18,6 +18,7 @@ from typing import Protocol, TypeVar
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.core.stored_secrets import StoredSecrets
+from csi_driver.host.atomic_write import replace_file
 
 _MAX_BYTES = 1024 * 1024
 _SERVING_PREFIX = "serving."
@@ -160,34 +161,6 @@ class DirectoryStore:
 
     def _error(self, problem: str, hint: str = "") -> CertmountError:
         return CertmountError(Reason.INVALID_CA, Fault(self.name, problem, hint))
-
-
-def replace_file(file: Path, content: bytes, *, mode: int, owner_of: Path | None = None) -> None:
-    """Write a file atomically and durably: after a power failure it has either the old or the new content.
-
-    If root calls this, the file gets the owner of ``owner_of``, because the authority must be able to read what an
-    administrator's command wrote. Raises OSError.
-    """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            os.fchmod(descriptor, mode)
-            if owner_of is not None and os.geteuid() == 0:
-                owner = owner_of.stat()
-                os.fchown(descriptor, owner.st_uid, owner.st_gid)
-            stream.write(content)
-            stream.flush()
-            os.fsync(descriptor)
-        temporary.replace(file)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _version(content: bytes) -> str:

@@ -1,5 +1,5 @@
-"""What the driver does to its host: mounts, the mount table, targets, generations of files, records.
+"""Access to the host: mounts, the mount table, target paths, volume directories and their files.
 
-All of it is synchronous and may block on the kernel; callers run it in threads. Nothing here knows gRPC, an event loop,
-Kubernetes or certificates: it moves bytes, modes and mounts, and asks the world (mountinfo, records) and not memory.
+All functions block; call them in threads. This package does not know gRPC, event loops, Kubernetes or certificates.
+It reads mountinfo and records instead of keeping state in memory.
 """

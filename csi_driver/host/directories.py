@@ -1,22 +1,34 @@
-"""Removing a folder without harm to what is mounted in it."""
+"""Open directories, and remove them without touching anything that is mounted in them."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from csi_driver.host.mountinfo import mount_id
 
 
-def remove_folder(folder: Path) -> None:
-    """Removes a folder with all that is in it; a missing one is no error.
+@contextmanager
+def open_descriptor(path: Path, flags: int) -> Iterator[int]:
+    """Open a path with the given flags and O_CLOEXEC, and close it after the block."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
-    OSError EBUSY, with nothing removed, when something is mounted on it or anywhere in it.
+
+def remove_directory(directory: Path) -> None:
+    """Remove a directory with its content. A missing directory is not an error.
+
+    Raises OSError EBUSY, and removes nothing, if something is mounted on it or in it.
     """
     try:
-        folder.rmdir()  # nearly always it is empty; the kernel refuses a mount point
+        directory.rmdir()  # usually it is empty; the kernel rejects a mount point
     except FileNotFoundError:
         return
     except OSError as error:
@@ -24,17 +36,14 @@ def remove_folder(folder: Path) -> None:
             raise
     else:
         return
-    own = _mount_of(folder)
-    for parent, names, _ in os.walk(folder):
+    own = _mount_id_of(directory)
+    for parent, names, _ in os.walk(directory):
         for path in (Path(parent, name) for name in names):
-            if _mount_of(path) != own:
+            if _mount_id_of(path) != own:
                 raise OSError(errno.EBUSY, "something is mounted in it", str(path))
-    shutil.rmtree(folder)
+    shutil.rmtree(directory)
 
 
-def _mount_of(path: Path) -> int:
-    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
+def _mount_id_of(path: Path) -> int:
+    with open_descriptor(path, os.O_PATH | os.O_NOFOLLOW) as descriptor:
         return mount_id(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""One place where an errno becomes a reason."""
+"""Convert OSError to CertmountError."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HINTS = {
 
 
 def error_from_os(error: OSError, field: str, action: str, path: Path | str, full_hint: str = "") -> CertmountError:
-    """The failure of ``action`` on ``path``: NO_SPACE when something is full, MOUNT_FAILED for all else."""
+    """Return NO_SPACE with ``full_hint`` if a file system or limit is exhausted, else MOUNT_FAILED."""
     number = error.errno or 0
     problem = f"could not {action} {path}: {os.strerror(number) if number else error}"
     if number in _FULL:
@@ -29,7 +29,7 @@ def error_from_os(error: OSError, field: str, action: str, path: Path | str, ful
 
 @contextmanager
 def translate_os_errors(field: str, action: str, path: Path | str, full_hint: str = "") -> Iterator[None]:
-    """Turns an OSError of the block into :func:`error_from_os`."""
+    """Raise an OSError of the block as :func:`error_from_os`."""
     try:
         yield
     except OSError as error:

@@ -33,7 +33,7 @@ def check_target(kubelet_dir: Path, target: str, pod_uid: str) -> Path:
     if not _POD_UID.fullmatch(pod_uid):
         raise CertmountError(Reason.INVALID_REQUEST, Fault("csi.storage.k8s.io/pod.uid", f"{pod_uid!r} is no pod UID"))
     absolute = target.startswith("/") and not target.startswith("//")  # POSIX lets two mean another root
-    if not absolute or "\0" in target or os.path.normpath(target) != target:
+    if not absolute or not target.isprintable() or os.path.normpath(target) != target:
         problem = f"{target!r} is not an absolute path without '.', '..' and doubled slashes"
         raise CertmountError(Reason.INVALID_REQUEST, Fault(_FIELD, problem))
     if not target.startswith(f"{kubelet_dir}/"):

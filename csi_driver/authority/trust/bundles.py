@@ -10,9 +10,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
 
-from csi_driver.authority.storage import replace_file
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.host.atomic_write import replace_file
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
 PODS_ROOTS, AUTHORITYS_ROOT = "root.crt", "authority.crt"

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from csi_driver import DRIVER_NAME
-from csi_driver.authority.storage import replace_file
 from csi_driver.cli.demo.certificate import describe_certificate, describe_files
 from csi_driver.cli.demo.connections import ConnectionLoop, Meeting, meet
 from csi_driver.cli.demo.failure import DemoFailed
@@ -19,6 +18,7 @@ from csi_driver.cli.demo.stage import ALLOWED, NODE, Stage
 from csi_driver.cli.demo.tokens import Pod
 from csi_driver.core.formats.pem import CHAIN, KEY, ROOTS, decode_certificates
 from csi_driver.core.identity import ServiceAccount
+from csi_driver.host.atomic_write import replace_file
 from csi_driver.host.generations import read_generation
 
 NAME = "shop.web.svc.cluster.local"
