@@ -1,4 +1,4 @@
-"""The authority: proves who a pod is, decides on its names by the policy, and has an issuer sign.
+"""The authority: authenticates pods, decides by the policy which names they get, and has an issuer sign.
 
-It may not make private keys of pods, and believes nothing that the node or an attribute says about identity.
+It creates no private keys of pods, and trusts no statement of a node or an attribute about identity.
 """

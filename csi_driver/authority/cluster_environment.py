@@ -1,4 +1,4 @@
-"""The surroundings of an authority that runs in a cluster. Imported there only, as the kubernetes package takes 25 MB."""
+"""The environment of an authority in a cluster. Import it there only: the kubernetes package needs 25 MB of memory."""
 
 from __future__ import annotations
 
@@ -13,104 +13,107 @@ from prometheus_client import CollectorRegistry
 
 from csi_driver.authority.cluster_secrets import cluster_secrets
 from csi_driver.authority.csr_api import CSRApi
-from csi_driver.authority.diagnostics import Check, permission_checks
+from csi_driver.authority.diagnostics import DiagnosticCheck, permission_checks
 from csi_driver.authority.environment import Environment
-from csi_driver.authority.events.recorder import PodEvents
-from csi_driver.authority.issuers.kinds import IssuerDependencies
+from csi_driver.authority.events.recorder import PodEventRecorder
 from csi_driver.authority.issuers.credentials import CredentialReader
-from csi_driver.authority.policy.subjects import ClusterSubjects
+from csi_driver.authority.issuers.dependencies import IssuerDependencies
+from csi_driver.authority.policy.subjects import ClusterSubjectLookup
 from csi_driver.authority.trust.acknowledgements import ACKNOWLEDGEMENTS_SECRET
 from csi_driver.kube.client import Api, ObjectName, connect, in_cluster_configuration
+from csi_driver.kube.cluster_cache import ClusterCache
 from csi_driver.kube.config_map import ConfigMapPublisher
-from csi_driver.kube.csi_nodes import CsiNodes
-from csi_driver.kube.csr_requests import ClusterCSRs
-from csi_driver.kube.events import ClusterEvents
+from csi_driver.kube.csi_nodes import CSINodeClient
+from csi_driver.kube.csr_client import CSRClient
+from csi_driver.kube.events import EventClient
 from csi_driver.kube.ingress import IngressRoutes
 from csi_driver.kube.leases import ClusterLease
-from csi_driver.kube.live_pods import LivePods
 from csi_driver.kube.permissions import SIGNER_LEASE, find_object, has_permission, needed_permissions
-from csi_driver.kube.reviews import ClusterReviewer
-from csi_driver.kube.secret_store import SecretStore
+from csi_driver.kube.pod_client import PodClient
+from csi_driver.kube.stored_objects import SecretStore
 from csi_driver.kube.token_keys import ClusterTokenKeys
-from csi_driver.kube.view import ClusterView
+from csi_driver.kube.tokens import TokenReviewClient
 from csi_driver.telemetry.cluster_metrics import ClusterMetrics
 
 ACME_SERVICE, ACME_PORT = "certmount-acme", 80
-"""The Service that Ingresses for HTTP-01 lead to, in the authority's namespace (docs/acme.md)."""
+"""The Service in the authority's namespace that receives the HTTP-01 requests of Ingresses (docs/acme.md)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterObjectNames:
-    """What the authority keeps in the cluster, each by (namespace, name)."""
+    """Kubernetes objects that the authority writes, as (namespace, name)."""
 
     ca: tuple[str, str]
-    """A Secret; beside it lies the one with what nodes have confirmed."""
+    """A Secret. The Secret of node acknowledgements is in the same namespace."""
     root: tuple[str, str]
     """A ConfigMap."""
 
 
 @contextlib.asynccontextmanager
-async def in_a_cluster(objects: ClusterObjectNames, registry: CollectorRegistry) -> AsyncIterator[Environment]:
-    """The CA in a Secret, its root in a ConfigMap; tokens by the API server's keys and reviews; pods and Services as it tells.
+async def open_cluster_environment(
+    names: ClusterObjectNames, registry: CollectorRegistry
+) -> AsyncIterator[Environment]:
+    """Connect to the API server of the cluster that this process runs in.
 
     Raises:
         CertmountError: TokenReviewUnavailable outside a cluster.
     """
-    # Reviews have connections of their own: what thousands of pods ask must not keep the CA from being renewed. So have
-    # the watches, which never let go of theirs.
+    # TokenReviews have their own connections, so that thousands of pods cannot block the renewal of the CA. Watches have
+    # their own connections because they never release them.
     async with (
         connect(in_cluster_configuration()) as reviews,
         connect(in_cluster_configuration()) as watches,
         connect(in_cluster_configuration()) as api,
         cluster_secrets() as read_secret,
     ):
-        view = ClusterView(watches)
-        # A pod's host name is its own name.
-        events = PodEvents(ClusterEvents(api, socket.gethostname()), ClusterMetrics(registry, view.failing_s))
+        cache = ClusterCache(watches)
+        pod_name = socket.gethostname()
+        events = PodEventRecorder(EventClient(api, pod_name), ClusterMetrics(registry, cache.failing_s))
 
         async def run() -> None:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(view.run(), name="view of the cluster")
+                tasks.create_task(cache.run(), name="watches")
                 tasks.create_task(events.run(), name="events")
 
+        namespace = names.ca[0]
         yield Environment(
-            SecretStore(api, ObjectName("Secret", *objects.ca)),
-            SecretStore(api, ObjectName("Secret", objects.ca[0], ACKNOWLEDGEMENTS_SECRET)),
-            ConfigMapPublisher(api, ObjectName("ConfigMap", *objects.root)),
-            ClusterTokenKeys(api).fetch,
-            ClusterReviewer(reviews),
-            ClusterSubjects(view.pods, view.services, view.namespaces, view.outdated),
-            events,
-            lambda _: CsiNodes(api),
-            IssuerDependencies(
+            ca_store=SecretStore(api, ObjectName("Secret", *names.ca)),
+            acknowledgement_store=SecretStore(api, ObjectName("Secret", namespace, ACKNOWLEDGEMENTS_SECRET)),
+            publisher=ConfigMapPublisher(api, ObjectName("ConfigMap", *names.root)),
+            fetch_keys=ClusterTokenKeys(api).fetch,
+            reviewer=TokenReviewClient(reviews),
+            subjects=ClusterSubjectLookup(cache.pods, cache.services, cache.namespaces, cache.outdated),
+            events=events,
+            nodes=lambda _: CSINodeClient(api),
+            issuer_dependencies=IssuerDependencies(
                 CredentialReader(read_secret),
                 lambda namespace, name: SecretStore(api, ObjectName("Secret", namespace, name)),
-                lambda ingress_class: IngressRoutes(api, objects.ca[0], ACME_SERVICE, ACME_PORT, ingress_class),
+                lambda ingress_class: IngressRoutes(api, namespace, ACME_SERVICE, ACME_PORT, ingress_class),
             ),
-            _checks(api, objects),
-            run,
-            view.outdated,
-            CSRApi(
-                ClusterCSRs(api, watches),
-                LivePods(api),
-                ClusterLease(api, ObjectName("Lease", objects.ca[0], SIGNER_LEASE)),
-                socket.gethostname(),
+            checks=_checks(api, names),
+            run=run,
+            outdated=cache.outdated,
+            csr_api=CSRApi(
+                CSRClient(api, watches),
+                PodClient(api),
+                ClusterLease(api, ObjectName("Lease", namespace, SIGNER_LEASE)),
+                pod_name,
             ),
         )
 
 
-def _checks(api: Api, objects: ClusterObjectNames) -> list[Check]:
-    """That the objects are there, and each permission."""
-    ca, root = ObjectName("Secret", *objects.ca), ObjectName("ConfigMap", *objects.root)
-    confirmations = ObjectName("Secret", objects.ca[0], ACKNOWLEDGEMENTS_SECRET)
-    lease = ObjectName("Lease", objects.ca[0], SIGNER_LEASE)
-    permissions = needed_permissions(ca, confirmations, root)
+def _checks(api: Api, names: ClusterObjectNames) -> list[DiagnosticCheck]:
+    """Return a check for each object and each permission."""
+    namespace = names.ca[0]
+    ca, root = ObjectName("Secret", *names.ca), ObjectName("ConfigMap", *names.root)
+    acknowledgements = ObjectName("Secret", namespace, ACKNOWLEDGEMENTS_SECRET)
+    objects = (ca, acknowledgements, root, ObjectName("Lease", namespace, SIGNER_LEASE))
     return [
-        *(Check(str(name), functools.partial(_presence, api, name)) for name in (ca, confirmations, root, lease)),
-        *permission_checks(permissions, functools.partial(has_permission, api)),
+        *(DiagnosticCheck(str(name), functools.partial(_check_object, api, name)) for name in objects),
+        *permission_checks(needed_permissions(ca, acknowledgements, root), functools.partial(has_permission, api)),
     ]
 
 
-async def _presence(api: Api, name: ObjectName) -> str:
+async def _check_object(api: Api, name: ObjectName) -> str:
     await find_object(api, name)
-    return "there"
+    return "exists"

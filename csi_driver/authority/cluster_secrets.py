@@ -1,4 +1,4 @@
-"""What issuers need of a cluster. Each Secret that is named for one needs ``get`` on that name, and nothing else."""
+"""Read issuer credentials from Kubernetes Secrets. Each Secret needs the permission ``get`` on its name only."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from csi_driver.authority.issuers.credentials import ReadSecret
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.kube.client import ObjectName, connect, in_cluster_configuration
-from csi_driver.kube.secret_store import SecretStore
+from csi_driver.kube.stored_objects import SecretStore
 
 
 @contextlib.asynccontextmanager
 async def cluster_secrets() -> AsyncIterator[ReadSecret]:
-    """Reads by a connection of its own; raises CertmountError TokenReviewUnavailable outside a cluster."""
+    """Open a connection for reading Secrets; raises CertmountError TokenReviewUnavailable outside a cluster."""
     async with connect(in_cluster_configuration()) as api:
 
         async def read_secret(namespace: str, name: str, key: str) -> Secret[bytes]:

@@ -1,4 +1,4 @@
-"""What the authority needs of a cluster's CertificateSigningRequests, as a requester and as a signer."""
+"""What the authority needs of the Kubernetes API for CertificateSigningRequests, as a requester and as a signer."""
 
 from __future__ import annotations
 
@@ -6,70 +6,69 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from csi_driver.core.cluster.csr import ClusterCSR, CSRCondition, CSRDraft
-from csi_driver.core.cluster.lease import Lease
-from csi_driver.core.cluster.pod import LivePod
-from csi_driver.kube.csrs import CSRs
+from csi_driver.core.cluster.objects import Lease, LivePod
+from csi_driver.kube.csr_cache import CSRCache
 
 
 class WatchTask(Protocol):
-    """A watch that keeps what is known of requests up to date."""
+    """A watch that keeps a cache of requests current."""
 
     async def run(self) -> None:
-        """For ever."""
+        """Watch until cancelled."""
 
 
 class CSRClient(Protocol):
-    """Requests at the API server. Each method raises CertmountError IssuerUnavailable."""
+    """CertificateSigningRequests at the API server. All methods raise CertmountError IssuerUnavailable."""
 
     async def own_username(self) -> str:
-        """Whom the API server takes the authority for."""
+        """Return the user name of the authority, as the API server records it in requests."""
 
     async def create(self, draft: CSRDraft) -> ClusterCSR:
-        """Makes it under a name of the API server's choice."""
+        """Create a request with a generated name."""
 
     async def decide(self, csr: ClusterCSR, condition: CSRCondition) -> ClusterCSR:
-        """Approves or denies it, unless someone has done either; gives what there is then."""
+        """Approve or deny a request that is neither yet; return the current request."""
 
     async def answer(self, csr: ClusterCSR, certificate: bytes) -> ClusterCSR:
-        """Writes the certificate (PEM), unless it is finished otherwise; gives what there is then."""
+        """Write the certificate (PEM) unless the request is finished; return the current request."""
 
     async def fail(self, csr: ClusterCSR, condition: CSRCondition) -> ClusterCSR:
-        """Says that it won't be signed though it was approved, unless it is finished; gives what there is then."""
+        """Mark an approved request as failed unless it is finished; return the current request."""
 
     async def delete(self, csr: ClusterCSR) -> None:
-        """Removes this very one; also where it is gone already."""
+        """Delete exactly this request, if it still exists."""
 
     async def may(self, verb: str, resource: str, name: str = "") -> bool:
-        """Whether the authority has a permission in the group certificates.k8s.io; raises TokenReviewUnavailable, too."""
+        """Return whether the authority has a permission in certificates.k8s.io; also raises TokenReviewUnavailable."""
 
-    def follow(self, sink: CSRs, *, signer: str = "", labels: str = "") -> WatchTask:
-        """Keeps the sink up to date with those of a signer, or with these labels (``key=value``), once it runs."""
+    def follow(self, sink: CSRCache, *, signer: str = "", labels: str = "") -> WatchTask:
+        """Return a watch of the requests for a signer, or with these labels (``key=value``), that updates ``sink``."""
 
 
 class PodReader(Protocol):
-    """Pods as the cluster has them at this moment."""
+    """Reads pods from the API server."""
 
     async def find(self, namespace: str, name: str) -> LivePod | None:
-        """None where there is none; raises CertmountError TokenReviewUnavailable."""
+        """Return the pod, or None if it does not exist; raises CertmountError TokenReviewUnavailable."""
 
 
 class LeaseStore(Protocol):
-    """One lease that all replicas share."""
+    """One lease that all replicas share. Both methods raise CertmountError."""
 
     async def load(self) -> Lease:
-        """Raises CertmountError."""
+        """Return the current lease."""
 
     async def save(self, lease: Lease) -> bool:
-        """False where it has changed since it was read; raises CertmountError."""
+        """Replace the lease; return False if it has changed since it was loaded."""
 
 
 @dataclass(frozen=True, slots=True)
 class CSRApi:
-    """The cluster, for those who make and those who sign requests."""
+    """The clients for requesting and for signing."""
 
     requests: CSRClient
     pods: PodReader
     lease: LeaseStore
-    """Whose holder signs."""
+    """The lease of the replica that signs."""
     holder: str
-    """This replica's name, no other's."""
+    """The unique name of this replica."""

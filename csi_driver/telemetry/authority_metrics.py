@@ -1,4 +1,4 @@
-"""The authority's figures for Prometheus."""
+"""Prometheus metrics of the authority."""
 
 from __future__ import annotations
 
@@ -6,116 +6,80 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from csi_driver.core.errors import Reason
 
-_CALL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
 class AuthorityMetrics:
-    """All of them in one registry, made at once, so that each is there from the first scrape."""
+    """All metrics in one registry. They exist from the first scrape on."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._calls = Counter(
-            "certmount_authority_calls",
-            "Calls that ended, by reason (Ok, or why not).",
-            ("method", "reason"),
-            registry=registry,
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"certmount_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"certmount_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, *labels: str) -> Histogram:
+            return Histogram(f"certmount_{name}", text, labels, buckets=_SECONDS, registry=registry)
+
+        self._calls = counter("authority_calls", "Number of completed calls by method and reason.", "method", "reason")
+        self._call_seconds = histogram("authority_call_seconds", "Duration of Issue calls in seconds.", "method")
+        self._issuer_calls = counter(
+            "issuer_calls", "Number of issuance requests by issuer and reason.", "issuer", "reason"
         )
-        self._call_seconds = Histogram(
-            "certmount_authority_call_seconds",
-            "How long Issue took.",
-            ("method",),
-            buckets=_CALL_BUCKETS,
-            registry=registry,
+        self._issuer_seconds = histogram(
+            "issuer_seconds", "Duration of issuance requests in seconds by issuer.", "issuer"
         )
-        self._issuer_calls = Counter(
-            "certmount_issuer_calls",
-            "Orders that an issuer answered, by reason (Ok, or why it did not sign).",
-            ("issuer", "reason"),
-            registry=registry,
+        self.in_flight = gauge("authority_issues_in_flight", "Number of Issue calls in progress.")
+        self.watchers = gauge("authority_trust_watchers", "Number of open WatchTrust streams.")
+        self.review_seconds = histogram("token_review_seconds", "Duration of TokenReviews in seconds.")
+        self.token_verification_failures = counter(
+            "token_verification_failures",
+            "Number of failed TokenReviews (source review) and failed refreshes of the token keys (source keys).",
+            "source",
         )
-        self._issuer_seconds = Histogram(
-            "certmount_issuer_seconds",
-            "How long issuers took.",
-            ("issuer",),
-            buckets=_CALL_BUCKETS,
-            registry=registry,
+        for source in ("review", "keys"):
+            self.token_verification_failures.labels(source)
+        self.policy_valid = gauge("policy_valid", "1 if the content of the policy file is in force, otherwise 0.")
+        self.policy_reload_failures = counter("policy_reload_failures", "Number of rejected policy files.")
+        self.issuers_valid = gauge("issuers_valid", "1 if the content of the issuers file is in force, otherwise 0.")
+        self.issuers_reload_failures = counter("issuers_reload_failures", "Number of rejected issuers files.")
+        self.ca_expiry = gauge(
+            "ca_expiry_timestamp_seconds", "Expiry time of the CA's certificates in Unix seconds.", "certificate"
         )
-        self.in_flight = Gauge("certmount_authority_issues_in_flight", "Issue calls under way.", registry=registry)
-        self.watchers = Gauge("certmount_authority_trust_watchers", "WatchTrust streams open.", registry=registry)
-        self.review_seconds = Histogram(
-            "certmount_token_review_seconds", "How long TokenReviews took.", buckets=_CALL_BUCKETS, registry=registry
+        self.ca_refresh_failures = counter(
+            "ca_refresh_failures", "Number of failures to read, renew or publish the CA."
         )
-        self.proof_failures = Counter(
-            "certmount_token_proof_failures",
-            "TokenReviews or key sets that could not be had.",
-            ("proof",),
-            registry=registry,
+        self.ca_rotation = gauge("ca_rotation", "1 for the current phase of the CA rotation, otherwise 0.", "phase")
+        self.unconfirmed = gauge(
+            "ca_rotation_unconfirmed_nodes", "Number of nodes whose acknowledgement the CA rotation waits for."
         )
-        for proof in ("review", "keys"):
-            self.proof_failures.labels(proof)
-        self.policy_valid = Gauge(
-            "certmount_policy_valid", "1 while the policy file is the policy in force.", registry=registry
+        self.federation_failures = counter(
+            "federation_reload_failures", "Number of rejected contents of the federation directory."
         )
-        self.policy_reload_failures = Counter(
-            "certmount_policy_reload_failures", "New contents of the policy file that were refused.", registry=registry
-        )
-        self.issuers_valid = Gauge(
-            "certmount_issuers_valid", "1 while the issuers' file is what is in force.", registry=registry
-        )
-        self.issuers_reload_failures = Counter(
-            "certmount_issuers_reload_failures",
-            "New contents of the issuers' file that were refused.",
-            registry=registry,
-        )
-        self.ca_expiry = Gauge(
-            "certmount_ca_expiry_timestamp_seconds",
-            "When the CA's certificates expire.",
-            ("certificate",),
-            registry=registry,
-        )
-        self.ca_refresh_failures = Counter(
-            "certmount_ca_refresh_failures",
-            "Times that the CA could not be read, renewed or published.",
-            registry=registry,
-        )
-        self.ca_rotation = Gauge(
-            "certmount_ca_rotation",
-            "1 for the phase that the rotation of the CA is in, 0 for the others.",
-            ("phase",),
-            registry=registry,
-        )
-        self.unconfirmed = Gauge(
-            "certmount_ca_rotation_unconfirmed_nodes",
-            "Nodes that a rotation of the CA waits for; 0 while it waits for none.",
-            registry=registry,
-        )
-        self.federation_failures = Counter(
-            "certmount_federation_reload_failures",
-            "New contents of the federation folder that were refused.",
-            registry=registry,
-        )
-        self.serving_expiry = Gauge(
-            "certmount_serving_certificate_expiry_timestamp_seconds",
-            "When the authority's own certificate expires.",
-            registry=registry,
+        self.serving_expiry = gauge(
+            "serving_certificate_expiry_timestamp_seconds",
+            "Expiry time of the authority's serving certificate in Unix seconds.",
         )
 
     def issuer_called(self, issuer: str, seconds: float, reason: Reason | None) -> None:
-        """Counts one order; ``issuer`` is one that the administrator named, so there are few."""
+        """Count one issuance request. Issuer names come from the configuration, so there are few."""
         self._issuer_calls.labels(issuer, _word(reason)).inc()
         self._issuer_seconds.labels(issuer).observe(seconds)
 
-    def issuers_loaded(self, taken: bool) -> None:
-        """A new content of the issuers' file was taken, or refused."""
-        self.issuers_valid.set(taken)
-        if not taken:
+    def issuers_loaded(self, valid: bool) -> None:
+        """Record that new content of the issuers file was put in force or rejected."""
+        self.issuers_valid.set(valid)
+        if not valid:
             self.issuers_reload_failures.inc()
 
     def call_ended(self, method: str, seconds: float, reason: Reason | None) -> None:
-        """Counts a call; streams are open by design, so their length tells nothing."""
+        """Count a call. Only the duration of Issue is observed: streams stay open by design."""
         self._calls.labels(method, _word(reason)).inc()
         if method == "Issue":
             self._call_seconds.labels(method).observe(seconds)
 
 
 def _word(reason: Reason | None) -> str:
+    """Return the value of the label ``reason``."""
     return "Ok" if reason is None else reason.word

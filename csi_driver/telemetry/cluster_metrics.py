@@ -1,4 +1,4 @@
-"""What the authority counts of its dealings with the cluster, in Prometheus' terms."""
+"""Prometheus metrics of the authority's work with the Kubernetes API."""
 
 from __future__ import annotations
 
@@ -10,31 +10,34 @@ from prometheus_client.registry import Collector
 
 
 class ClusterMetrics(Collector):
-    """Events on pods, and for how long the cluster could not be followed, which is read at the time of the scrape."""
+    """Counters of pod events, and a gauge of failing watches that is read at each scrape."""
 
     def __init__(self, registry: CollectorRegistry, failing_s: Callable[[], Mapping[str, float]]) -> None:
-        """``failing_s``: seconds by resource, 0 while it is followed; called from the scraper's thread."""
+        """``failing_s`` returns seconds by resource, 0 for a current watch. The scraper's thread calls it."""
         self._failing_s = failing_s
         self.events_written = Counter(
-            "certmount_events_written", "Events written on pods, repeated ones included.", registry=registry
+            "certmount_events_written", "Number of pod events written, including repeats.", registry=registry
         )
         self.events_dropped = Counter(
             "certmount_events_dropped",
-            "Events that were not written: too many of a pod, too many in all, refused by the API server, or too late.",
-            ("why",),
+            "Number of pod events not written by cause: pod (too many of one pod), full (too many in total), "
+            "rejected (by the API server) or late.",
+            ("cause",),
             registry=registry,
         )
-        for why in ("pod", "full", "refused", "late"):
-            self.events_dropped.labels(why)
+        for cause in ("pod", "full", "rejected", "late"):
+            self.events_dropped.labels(cause)
         registry.register(self)
 
-    def event_dropped(self, why: str) -> None:
-        """An event was not written: "pod", "full", "refused" or "late"."""
-        self.events_dropped.labels(why).inc()
+    def event_dropped(self, cause: str) -> None:
+        """Count an event that was not written: "pod", "full", "rejected" or "late"."""
+        self.events_dropped.labels(cause).inc()
 
     def collect(self) -> Iterable[Metric]:
-        """The gauge."""
-        text = "For how long a resource of the cluster could not be followed; nothing is issued beyond 60 seconds."
+        """Return the gauge of failing watches."""
+        text = (
+            "Seconds for which a resource could not be watched. Beyond 60 seconds the authority issues no certificates."
+        )
         family = GaugeMetricFamily("certmount_watch_failing_seconds", text, labels=["resource"])
         for resource, seconds in self._failing_s().items():
             family.add_metric([resource], seconds)

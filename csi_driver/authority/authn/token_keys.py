@@ -14,7 +14,7 @@ import structlog
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from csi_driver.authority.authn.limits import ConcurrencyLimit
-from csi_driver.core.cluster.token_review import PublishedKeys
+from csi_driver.core.cluster.objects import PublishedKeys
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from csi_driver.authority.authn.token_verifier import TokenVerifier
 from csi_driver.authority.retry import retry_while_unavailable
-from csi_driver.core.cluster.token_review import ReviewedToken
+from csi_driver.core.cluster.objects import ReviewedToken
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity
 from csi_driver.core.secret import Secret

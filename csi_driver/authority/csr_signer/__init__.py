@@ -1,5 +1,5 @@
-"""Approver and signer of CertificateSigningRequests for ``certmount.dev/pod``: the authority's desk for those without a volume.
+"""Approver and signer of CertificateSigningRequests for ``certmount.dev/pod``, for pods that use the Kubernetes API directly.
 
-Who asks is what the API server has stamped on the request, never what the request says; names are decided by the same policy as
-for volumes, and the internal CA signs. Requests for other signers are neither read nor touched.
+The API server states who made a request; nothing in the request itself is used for that. The same policy decides as for
+volumes, and the internal CA signs. This package reads and changes no requests for other signers.
 """

@@ -1,4 +1,4 @@
-"""Looks after the requests for our own signer: decides, approves or denies, and writes the certificate."""
+"""Process the CertificateSigningRequests for certmount's own signer: sign and approve them, or deny them."""
 
 from __future__ import annotations
 
@@ -7,176 +7,186 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import structlog
 
 from csi_driver.authority.csr_api import CSRClient
-from csi_driver.authority.csr_signer.decision import Decisions, Signed
-from csi_driver.authority.csr_signer.leadership import Leadership
-from csi_driver.authority.issuance.pipeline import EventRecorder, milliseconds
-from csi_driver.core.cluster.csr import APPROVED, DENIED, FAILED, OWN_SIGNER, ClusterCSR, CSRCondition
-from csi_driver.core.errors import REASONS, CertmountError, Reason
+from csi_driver.authority.csr_signer.csr_pipeline import CSRPipeline, SignedCSR
+from csi_driver.authority.csr_signer.leader_election import LeaderElection
+from csi_driver.authority.events.recorder import EventRecorder
+from csi_driver.authority.issuance.audit import AuditRecord, audited
+from csi_driver.authority.retry import retry
+from csi_driver.core.backoff import Backoff
+from csi_driver.core.cluster.csr import APPROVED, CERTMOUNT_SIGNER, DENIED, FAILED, ClusterCSR, CSRCondition
+from csi_driver.core.errors import CertmountError, FailureKind, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
-from csi_driver.kube.csrs import CSRs
+from csi_driver.kube.csr_cache import CSRCache
 
 log = structlog.get_logger(__name__)
-audit = structlog.get_logger("audit")
 
-_MOST_SETTLED = 10_000
+_MAX_FINISHED = 10_000
 _WORKERS = 8
-"""At once; more would only wait for the API server."""
-_FIRST_RETRY_S, _RETRY_CAP_S = 1.0, 60.0
-_OWN_NAME_RETRY_S = 5.0
-_GRANTED = "PolicyAllows"
+"""More workers would only wait for the API server."""
+_RETRY = Backoff(1, 60)
+_USERNAME_RETRY = Backoff(5, 5)
+_APPROVED_REASON = "PolicyAllows"
 
 
 @dataclass(slots=True)
-class _Queue:
-    """Names of requests, each once, that are to be looked at."""
+class _CSRQueue:
+    """Names of requests to process, each once."""
 
     waiting: dict[str, None] = field(default_factory=dict)
-    busy: set[str] = field(default_factory=set)
+    in_progress: set[str] = field(default_factory=set)
     failures: dict[str, int] = field(default_factory=dict)
-    settled: OrderedDict[str, None] = field(default_factory=OrderedDict)
-    """Uids of the latest that are finished, though the watch may still tell of what came before: nothing is signed twice."""
-    news: asyncio.Event = field(default_factory=asyncio.Event)
+    finished: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    """UIDs of the latest finished requests. The watch can still deliver an older version, which must not be signed again."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def add(self, name: str) -> None:
         self.waiting[name] = None
-        self.news.set()
+        self.changed.set()
 
     async def take(self) -> str:
-        """The next that nobody is busy with."""
+        """Return the next request that is not in progress."""
         while True:
             for name in self.waiting:
-                if name not in self.busy:
+                if name not in self.in_progress:
                     del self.waiting[name]
-                    self.busy.add(name)
+                    self.in_progress.add(name)
                     return name
-            self.news.clear()
-            await self.news.wait()
+            self.changed.clear()
+            await self.changed.wait()
 
-    def settle(self, csr: ClusterCSR) -> None:
-        """Nothing more is to be done about it."""
+    def finish(self, csr: ClusterCSR) -> None:
+        """Ignore the request from now on."""
         self.failures.pop(csr.name, None)
-        self.settled[csr.uid] = None
-        if len(self.settled) > _MOST_SETTLED:
-            self.settled.popitem(last=False)
+        self.finished[csr.uid] = None
+        if len(self.finished) > _MAX_FINISHED:
+            self.finished.popitem(last=False)
 
-    def done(self, name: str) -> None:
-        self.busy.discard(name)
-        self.news.set()  # it may have been added meanwhile
+    def retry_later(self, name: str) -> None:
+        self.failures[name] = failures = self.failures.get(name, 0) + 1
+        asyncio.get_running_loop().call_later(_RETRY.delay_s(failures), self.add, name)
+
+    def release(self, name: str) -> None:
+        self.in_progress.discard(name)
+        self.changed.set()  # it may have been added again in the meantime
 
 
 class CSRSigner:
-    """Runs in each replica; the one that holds the lease works."""
+    """Runs in each replica and works while the replica is the leader."""
 
     def __init__(
         self,
         requests: CSRClient,
-        decisions: Decisions,
-        leadership: Leadership,
+        pipeline: CSRPipeline,
+        election: LeaderElection,
         events: EventRecorder,
-        ended: Callable[[float, Reason | None], None],
+        on_processed: Callable[[float, Reason | None], None],
     ) -> None:
-        """``ended`` gets, of each request that was looked at, the seconds and why there is no certificate, if there is none."""
+        """``on_processed`` gets the seconds for each processed request, and the reason if there is no certificate."""
         self._requests = requests
-        self._decisions = decisions
-        self._leadership = leadership
+        self._pipeline = pipeline
+        self._election = election
         self._events = events
-        self._ended = ended
-        self._own_username = ""
+        self._on_processed = on_processed
 
     async def run(self) -> None:
-        """For ever."""
-        await self._leadership.run(self._work)
+        """Take part in the election and process requests until cancelled."""
+        await self._election.run(self._process_requests)
 
-    async def _work(self) -> None:
-        while not self._own_username:
-            try:
-                self._own_username = await self._requests.own_username()
-            except CertmountError as error:
-                log.warning("certificate signing requests wait", error=str(error))
-                await asyncio.sleep(_OWN_NAME_RETRY_S)
-        queue = _Queue()
+    async def _process_requests(self) -> None:
+        def delayed(error: CertmountError, delay_s: float) -> None:
+            log.warning("certificate signing requests delayed", error=str(error), retry_in_s=delay_s)
+
+        own_username = await retry(self._requests.own_username, _USERNAME_RETRY, delayed)
+        queue = _CSRQueue()
 
         def changed(csr: ClusterCSR) -> None:
-            # The watch selects by the signer's name; nothing else may reach what signs.
-            if csr.signer == OWN_SIGNER and not csr.finished and csr.uid not in queue.settled:
+            # The watch selects by signer name, too. This check is what ensures that nothing else is signed.
+            if csr.signer == CERTMOUNT_SIGNER and not csr.finished and csr.uid not in queue.finished:
                 queue.add(csr.name)
 
-        known = CSRs(changed, keep_finished=False)
+        known = CSRCache(changed, keep_finished=False)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._requests.follow(known, signer=OWN_SIGNER).run(), name="watch of requests")
+            tasks.create_task(self._requests.follow(known, signer=CERTMOUNT_SIGNER).run(), name="CSR watch")
             for _ in range(_WORKERS):
-                tasks.create_task(self._serve(queue, known), name="signer of requests")
+                tasks.create_task(self._work(queue, known, own_username), name="CSR worker")
 
-    async def _serve(self, queue: _Queue, known: CSRs) -> None:
+    async def _work(self, queue: _CSRQueue, known: CSRCache, own_username: str) -> None:
         while True:
             name = await queue.take()
             try:
                 csr = known.find(name)
-                # Somebody has deleted it; or it was answered while the watch told of its approval, as it does in between.
-                if csr is None or csr.uid in queue.settled:
+                # It may have been deleted, or finished while the watch delivered its approval.
+                if csr is None or csr.uid in queue.finished:
                     queue.failures.pop(name, None)
-                elif await self._settled(csr, again=name in queue.failures):
-                    queue.settle(csr)
+                elif await self._process(csr, own_username, is_retry=name in queue.failures):
+                    queue.finish(csr)
                 else:
-                    queue.failures[name] = failures = queue.failures.get(name, 0) + 1
-                    delay = min(_FIRST_RETRY_S * 2.0 ** min(failures - 1, 16), _RETRY_CAP_S)
-                    asyncio.get_running_loop().call_later(delay, queue.add, name)
+                    queue.retry_later(name)
             finally:
-                queue.done(name)
+                queue.release(name)
 
-    async def _settled(self, csr: ClusterCSR, *, again: bool) -> bool:
-        """Decides a request and answers it; False where it is to be tried again."""
+    async def _process(self, csr: ClusterCSR, own_username: str, *, is_retry: bool) -> bool:
+        """Finish a request; return False if it must be retried."""
         started = time.perf_counter()
-        record: dict[str, Any] = {"decision": "none"}
+        reason: Reason | None = Reason.INTERNAL
         try:
-            return (await self._settle(csr, record, again=again)).finished
-        except CertmountError as error:
-            record.update(reason=error.reason.word, error=str(error))
-            return False
-        except Exception:  # one request must not keep the others from being looked at
-            log.exception("a certificate signing request could not be looked at", csr=csr.name)
-            record.update(reason=Reason.INTERNAL.word)
+            with audited() as record:
+                try:
+                    finished, reason = await self._issue_or_deny(csr, own_username, record, is_retry=is_retry)
+                except CertmountError as error:  # not a rejection, as it is retried
+                    record.set_error(error)
+                    reason = error.reason
+                    return False
+                return finished
+        except Exception:  # other requests must still be processed
+            log.exception("certificate signing request failed", csr=csr.name)
             return False
         finally:
-            audit.info("certificate", duration_ms=milliseconds(started), **record)
-            self._ended(time.perf_counter() - started, REASONS.get(record.get("reason", "")))
+            self._on_processed(time.perf_counter() - started, reason)
 
-    async def _settle(self, csr: ClusterCSR, record: dict[str, Any], *, again: bool) -> ClusterCSR:
+    async def _issue_or_deny(
+        self, csr: ClusterCSR, own_username: str, record: AuditRecord, *, is_retry: bool
+    ) -> tuple[bool, Reason | None]:
+        """Return whether the request is finished, and the reason if it is denied; raises CertmountError to retry it."""
         try:
-            signed = await self._decisions.decide(csr, self._own_username, record, again=again)
+            signed = await self._pipeline.issue(csr, own_username, record, is_retry=is_retry)
         except CertmountError as error:
-            if error.retryable and error.reason is not Reason.TOO_MANY_REQUESTS:
+            if error.retryable and error.reason.kind is not FailureKind.RATE_LIMITED:
                 raise
-            record.update(decision="refused", reason=error.reason.word, error=str(error))
-            return await self._refused(csr, error, record)
-        # Signed before it is approved: what the CA won't sign is denied, and a request that someone denies meanwhile stays denied.
-        now = await self._handed_out(csr, signed)
-        record["decision"] = "issued" if now.certificate else "refused"
-        if now.refusal is not None:
-            record["error"] = f"decided by someone else: {now.refusal}"
-        return now
+            record.decision = "rejected"
+            record.set_error(error)
+            return (await self._deny(csr, error, record)).finished, error.reason
+        # The certificate is signed before the approval, so that a request that the CA cannot sign is denied, not approved.
+        current = await self._approve(csr, signed)
+        record.decision = "issued" if current.certificate else "rejected"
+        if current.refusal is not None:
+            record.error = f"another approver decided: {current.refusal}"
+        return current.finished, None
 
-    async def _handed_out(self, csr: ClusterCSR, signed: Signed) -> ClusterCSR:
-        now = csr
-        if now.condition(APPROVED) is None:
-            now = await self._requests.decide(csr, CSRCondition(APPROVED, _GRANTED, signed.why))
-        return now if now.finished else await self._requests.answer(csr, signed.certificate)
+    async def _approve(self, csr: ClusterCSR, signed: SignedCSR) -> ClusterCSR:
+        current = csr
+        if current.condition(APPROVED) is None:
+            current = await self._requests.decide(csr, CSRCondition(APPROVED, _APPROVED_REASON, signed.explanation))
+        return current if current.finished else await self._requests.answer(csr, signed.certificate)
 
-    async def _refused(self, csr: ClusterCSR, error: CertmountError, record: dict[str, Any]) -> ClusterCSR:
+    async def _deny(self, csr: ClusterCSR, error: CertmountError, record: AuditRecord) -> ClusterCSR:
         text = str(error.args[0])
-        if pod := record.get("pod"):
-            account = ServiceAccount(record["namespace"], record["service_account"])
-            identity = PodIdentity(account, "", pod, record["pod_uid"], record["node"], "", 0.0)
-            self._events.record(identity, warning=True, reason=error.reason.word, message=text)
-        now = csr
-        if now.condition(APPROVED) is None:
-            now = await self._requests.decide(csr, CSRCondition(DENIED, error.reason.word, text))
-        if now.finished:
-            return now
-        # Someone has approved it by hand, which makes no name theirs; it can't be denied any more.
+        self._record_event(record, error.reason, text)
+        current = csr
+        if current.condition(APPROVED) is None:
+            current = await self._requests.decide(csr, CSRCondition(DENIED, error.reason.word, text))
+        if current.finished:
+            return current
+        # A user approved the request, so it cannot be denied. Approval does not override the policy.
         return await self._requests.fail(csr, CSRCondition(FAILED, error.reason.word, text))
+
+    def _record_event(self, record: AuditRecord, reason: Reason, message: str) -> None:
+        if record.pod is None:
+            return
+        account = ServiceAccount(record.namespace or "", record.service_account or "")
+        pod = PodIdentity(account, "", record.pod, record.pod_uid or "", record.node or "", "", 0.0)
+        self._events.record(pod, warning=True, reason=reason.word, message=message)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from csi_driver.core.backoff import Backoff
-from csi_driver.core.cluster.event import PodEvent, RecordedEvent
+from csi_driver.core.cluster.objects import PodEvent, RecordedEvent
 from csi_driver.core.identity import PodIdentity
 
 WINDOW_S = 600

@@ -1,4 +1,4 @@
-"""What a node tells of a pod's certificate, in the words of an Event."""
+"""Convert the certificate reports of node drivers to pod events."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from csi_driver._proto import authority_pb2
 from csi_driver.core.errors import REASONS, CertmountError, Fault, Reason
 
 MAX_MESSAGE = 1024
-"""Characters; the API server refuses an event with more."""
+"""Characters; the API server rejects a longer note."""
 RECOVERED = "CertificateRecovered"
 CONDITIONS = MappingProxyType(
     {
@@ -21,35 +21,31 @@ CONDITIONS = MappingProxyType(
         authority_pb2.CONDITION_RENEWAL_DROPPED: "RenewalDropped",
     }
 )
-"""The Event's reason for each condition."""
-# Line breaks and whatever else a terminal might obey (Unicode categories Cc, and the line separators of Zl and Zp).
+"""The event reason for each certificate condition."""
+# Line breaks and other characters that control a terminal (Unicode categories Cc, Zl and Zp).
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 
 @dataclass(frozen=True, slots=True)
-class NodeReport:
-    """An Event of type Warning, or of type Normal."""
+class ReportedEvent:
+    """A certificate condition that a node reported, as a pod event."""
 
     warning: bool
     reason: str
     message: str
 
 
-def parse_report(condition: int, reason: str, message: str) -> NodeReport:
-    """Takes what stands on the wire.
-
-    Raises:
-        CertmountError: InvalidRequest, with all that is not as our node driver says it.
-    """
+def parse_report(condition: int, reason: str, message: str) -> ReportedEvent:
+    """Return the event for the fields of a ReportRequest; raises CertmountError InvalidRequest with all faults."""
     faults: list[Fault] = []
-    word = CONDITIONS.get(condition, "")  # type: ignore[call-overload]  # the stub's enum, which is a number on the wire
-    if not word:
-        faults.append(Fault("condition", "is not known to this authority"))
-    if reason not in REASONS and (reason or word != RECOVERED):
-        faults.append(Fault("reason", "is none of certmount's reasons"))
+    event_reason = CONDITIONS.get(condition, "")  # type: ignore[call-overload]  # on the wire the enum is an integer
+    if not event_reason:
+        faults.append(Fault("condition", "is unknown"))
+    if reason not in REASONS and (reason or event_reason != RECOVERED):
+        faults.append(Fault("reason", "is unknown"))
     if len(message) > MAX_MESSAGE:
-        faults.append(Fault("message", f"is longer than {MAX_MESSAGE} characters"))
+        faults.append(Fault("message", f"exceeds {MAX_MESSAGE} characters"))
     if faults:
         raise CertmountError(Reason.INVALID_REQUEST, *faults)
     text = _CONTROL.sub(" ", f"{reason}: {message}" if reason else message)
-    return NodeReport(word != RECOVERED, word, text[:MAX_MESSAGE])
+    return ReportedEvent(event_reason != RECOVERED, event_reason, text[:MAX_MESSAGE])

@@ -1,4 +1,4 @@
-"""What the authority says on pods: never in the way of what it says it about."""
+"""Record pod events in memory and write them to the API server in the background."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Protocol
 import structlog
 
 from csi_driver.authority.events.aggregator import AggregatedEvent, EventAggregator
-from csi_driver.core.cluster.event import EventRefused, PodEvent, RecordedEvent
+from csi_driver.core.backoff import Backoff
+from csi_driver.core.cluster.objects import EventRejected, PodEvent, RecordedEvent
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.identity import PodIdentity
 from csi_driver.telemetry.cluster_metrics import ClusterMetrics
@@ -20,90 +21,93 @@ from csi_driver.telemetry.logging import redact
 
 log = structlog.get_logger(__name__)
 
-_MAX_BYTES = 1024
-"""The API server's limit for the text of an event."""
+MAX_NOTE_BYTES = 1024
+"""The API server's limit for the text of an Event."""
 _MAX_REASON = 128
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0
-# Also one that was cut off, and one without a signature.
+_BACKOFF = Backoff(2, 60)
+# Matches truncated tokens and tokens without a signature, too.
 _TOKEN = re.compile(r"eyJ[A-Za-z0-9_-]{8,}[A-Za-z0-9_.-]*")
 
 
-class EventWriter(Protocol):
-    """Brings events to the API server.
-
-    Both raise EventRefused for good, and CertmountError for what may pass.
-    """
-
-    async def create(self, event: PodEvent) -> RecordedEvent:
-        """Makes it, or counts it where it was made already."""
-
-    async def repeat(self, event: PodEvent, known: RecordedEvent, more: int, last_at: float) -> RecordedEvent:
-        """Counts it."""
-
-
-class NoEvents:
-    """Outside a cluster there is no one to tell."""
+class EventRecorder(Protocol):
+    """Records events on pods."""
 
     def record(self, pod: PodIdentity, *, warning: bool, reason: str, message: str) -> None:
-        """Nowhere."""
+        """Record an event without waiting; never raises. ``reason`` is a CamelCase word, ``message`` is for people."""
 
 
-class PodEvents:
-    """Takes what is to be said, and one task says it: deduplicated, within limits, and in the API server's own time."""
+class NullEventRecorder:
+    """Discards events, because without a cluster there are no pods."""
+
+    def record(self, pod: PodIdentity, *, warning: bool, reason: str, message: str) -> None:
+        """Do nothing."""
+
+
+class EventWriter(Protocol):
+    """Writes events to the API server. Methods raise EventRefused for a final failure, CertmountError for a retryable one."""
+
+    async def create(self, event: PodEvent) -> RecordedEvent:
+        """Create the event, or increment its count if it exists."""
+
+    async def repeat(self, event: PodEvent, known: RecordedEvent, more: int, last_at: float) -> RecordedEvent:
+        """Add ``more`` to the count of the event."""
+
+
+class PodEventRecorder:
+    """Aggregates recorded events; one background task writes them."""
 
     def __init__(self, writer: EventWriter, metrics: ClusterMetrics, clock: Callable[[], float] = time.time) -> None:
         self._writer = writer
         self._metrics = metrics
         self._clock = clock
-        self._ledger = EventAggregator(metrics.event_dropped)
-        self._news = asyncio.Event()
+        self._aggregator = EventAggregator(metrics.event_dropped)
+        self._recorded = asyncio.Event()
         self._failures = 0
 
     def record(self, pod: PodIdentity, *, warning: bool, reason: str, message: str) -> None:
-        """Says it as soon as it can; never waits, never raises. ``reason`` is a CamelCase word, ``message`` for people."""
-        self._ledger.note(
-            pod, warning=warning, reason=reason[:_MAX_REASON], message=presentable(message), now=self._clock()
+        """Record an event without waiting; never raises."""
+        self._aggregator.add(
+            pod, warning=warning, reason=reason[:_MAX_REASON], message=sanitize(message), now=self._clock()
         )
-        self._news.set()
+        self._recorded.set()
 
     async def run(self) -> None:
-        """Writes what was recorded, for ever."""
+        """Write recorded events until cancelled."""
         while True:
-            self._news.clear()
-            entry = self._ledger.take(self._clock())
-            if entry is not None:
-                await self._write(entry)
+            self._recorded.clear()
+            event = self._aggregator.take(self._clock())
+            if event is not None:
+                await self._write(event)
                 continue
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._ledger.wait(self._clock())):
-                    await self._news.wait()
+                async with asyncio.timeout(self._aggregator.wait(self._clock())):
+                    await self._recorded.wait()
 
-    async def _write(self, entry: AggregatedEvent) -> None:
-        said = entry.said
+    async def _write(self, event: AggregatedEvent) -> None:
+        count = event.count
         try:
-            if entry.written is None:
-                written = await self._writer.create(entry.event)
-                said = 1  # what came on top of it is counted next time
+            if event.written is None:
+                written = await self._writer.create(event.event)
+                count = 1  # the next update adds the repeats
             else:
-                written = await self._writer.repeat(entry.event, entry.written, entry.untold, entry.last_at)
-        except EventRefused as error:
-            log.warning("event refused", pod=entry.event.pod_name, namespace=entry.event.namespace, error=str(error))
-            self._ledger.give_up(entry, "refused")
+                written = await self._writer.repeat(event.event, event.written, event.unwritten, event.last_at)
+        except EventRejected as error:
+            log.warning("event rejected", pod=event.event.pod_name, namespace=event.event.namespace, error=str(error))
+            self._aggregator.drop(event, "rejected")
         except CertmountError as error:
-            pause = min(_FIRST_PAUSE_S * 2.0 ** min(self._failures, 16), _LONGEST_PAUSE_S)
             if not self._failures:
-                log.warning("events wait", reason=error.reason.word, error=str(error))
+                log.warning("events delayed", reason=error.reason.word, error=str(error))
             self._failures += 1
-            self._ledger.pause(pause, self._clock())
+            self._aggregator.pause(_BACKOFF.delay_s(self._failures), self._clock())
         else:
             self._failures = 0
             self._metrics.events_written.inc()
-            self._ledger.settle(entry, said, written, self._clock())
+            self._aggregator.complete(event, count, written, self._clock())
 
 
-def presentable(message: str) -> str:
-    """The text of an event: of printable characters, without anything that looks like a token or a key, not too long."""
+def sanitize(message: str) -> str:
+    """Return the message without control characters, tokens and keys, truncated to the API server's limit."""
     printable = "".join(character if character.isprintable() else " " for character in message)
     clean = _TOKEN.sub("<redacted>", str(redact(None, "", {"text": printable})["text"])).strip()
     encoded = clean.encode()
-    return clean if len(encoded) <= _MAX_BYTES else encoded[: _MAX_BYTES - 3].decode(errors="ignore") + "..."
+    return clean if len(encoded) <= MAX_NOTE_BYTES else encoded[: MAX_NOTE_BYTES - 3].decode(errors="ignore") + "..."

@@ -1,4 +1,7 @@
-"""Certificates of the internal CA that a pod starts with while an issuer outside takes its time."""
+"""Interim certificates: a pod starts with a certificate of the internal CA while its external issuer works.
+
+An issuer with the option ``while_pending`` allows them.
+"""
 
 from __future__ import annotations
 
@@ -10,64 +13,55 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from csi_driver.authority.issuers import IssuedCertificate, Issuer, IssuerRequest
+from csi_driver.core.certificates.csr import ParsedCSR
 from csi_driver.core.certificates.keys import public_bytes
 from csi_driver.core.errors import CertmountError, Fault, Reason
 
-PATIENCE_S = 4.0
-"""How long a pod that may start with a stand-in waits for its own certificate: a CA that knows the names needs no longer."""
-AT_ONCE_S = 5.0
-"""An issuer that has not said by then what it waits for is not listened to."""
-_FIRST_S, _LAST_S = 15.0, 60.0
-_GROWTH = 4
-"""An order as old as this many pauses is asked for after another pause."""
-_MOST = 10_000
-_FORGOTTEN_S = 3600.0
-
-
-def while_pending(issuer: Issuer) -> str | None:
-    """Who signs while a certificate of the issuer is on its way: ``internal``, or None where the pod is to wait.
-
-    An issuer says so by an attribute of this name; most have none.
-    """
-    named: str | None = getattr(issuer, "while_pending", None)
-    return named
+_ISSUER_TIMEOUT_S = 5.0
+"""An issuer that takes longer is pending: the pod must start."""
+_MIN_RETRY_S, _MAX_RETRY_S = 15.0, 60.0
+_AGE_PER_RETRY = 4
+"""The next retry comes after a quarter of the time since the first request."""
+_MAX_TRACKED = 10_000
+_FORGET_AFTER_S = 3600.0
 
 
 class InterimCertificates:
-    """How long each order is waited for, by its key, so that nodes ask less often for an old one. ``clock`` gives seconds."""
+    """Limits the time that a pod waits for its issuer, and lets nodes retry less often for older requests."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, at_once_s: float = AT_ONCE_S) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, timeout_s: float = _ISSUER_TIMEOUT_S) -> None:
         self._clock = clock
-        self._at_once_s = at_once_s
-        self._since: OrderedDict[bytes, tuple[float, float]] = OrderedDict()
+        self._timeout_s = timeout_s
+        self._requests: OrderedDict[bytes, tuple[float, float]] = OrderedDict()
+        """The times of the first and the last request, by public key."""
 
-    async def issued_soon(self, issuer: Issuer, order: IssuerRequest) -> IssuedCertificate:
-        """As :meth:`Issuer.issue`, but an issuer that a stand-in waits for is not waited for itself: IssuancePending."""
-        if while_pending(issuer) is None:
-            return await issuer.issue(order)
+    async def issue(self, issuer: Issuer, request: IssuerRequest) -> IssuedCertificate:
+        """Do what :meth:`Issuer.issue` does, but raise IssuancePending after 5 s if an interim certificate is allowed."""
+        if issuer.while_pending is None:
+            return await issuer.issue(request)
         try:
-            async with asyncio.timeout(self._at_once_s):
-                return await issuer.issue(order)
+            async with asyncio.timeout(self._timeout_s):
+                return await issuer.issue(request)
         except TimeoutError:
-            problem = f"takes longer than {self._at_once_s:.0f} s"
+            problem = f"the issuer takes longer than {self._timeout_s:.0f} s"
             raise CertmountError(Reason.ISSUANCE_PENDING, Fault("certificate", problem)) from None
 
-    def ask_again_after(self, order: IssuerRequest) -> timedelta:
-        """When the node is to look whether the certificate is there."""
-        now, key = self._clock(), _key(order)
-        since, asked = self._since.pop(key, (now, now))
-        if now - asked > _FORGOTTEN_S:
-            since = now
-        self._since[key] = since, now
-        if len(self._since) > _MOST:
-            self._since.popitem(last=False)
-        return timedelta(seconds=min(max((now - since) / _GROWTH, _FIRST_S), _LAST_S))
+    def retry_after(self, csr: ParsedCSR) -> timedelta:
+        """Return when the node must request the issuer's certificate again."""
+        now, key = self._clock(), _key(csr)
+        first, last = self._requests.pop(key, (now, now))
+        if now - last > _FORGET_AFTER_S:
+            first = now
+        self._requests[key] = first, now
+        if len(self._requests) > _MAX_TRACKED:
+            self._requests.popitem(last=False)
+        return timedelta(seconds=min(max((now - first) / _AGE_PER_RETRY, _MIN_RETRY_S), _MAX_RETRY_S))
 
-    def over(self, order: IssuerRequest) -> None:
-        """The certificate is there."""
-        if self._since:
-            self._since.pop(_key(order), None)
+    def forget(self, csr: ParsedCSR) -> None:
+        """Stop tracking a request whose certificate was issued."""
+        if self._requests:
+            self._requests.pop(_key(csr), None)
 
 
-def _key(order: IssuerRequest) -> bytes:
-    return hashlib.sha256(public_bytes(order.request.public_key)).digest()
+def _key(csr: ParsedCSR) -> bytes:
+    return hashlib.sha256(public_bytes(csr.public_key)).digest()

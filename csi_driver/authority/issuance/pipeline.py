@@ -1,211 +1,178 @@
-"""What a request passes on its way to a certificate, in this order: proof, limits, policy, issuer, trust."""
+"""Issue a certificate for a pod: :meth:`IssuancePipeline.issue` contains all steps in their order."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import timedelta
-from typing import Any, Protocol
-
-from cryptography import x509
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from csi_driver.authority.authn.authenticator import Authenticator
-from csi_driver.authority.authn.limits import RequestLimits
-from csi_driver.authority.authn.token_reviews import retry_while_unavailable
-from csi_driver.authority.issuance.interim import InterimCertificates, while_pending
+from csi_driver.authority.authn.limits import ConcurrencyLimit, RequestLimits
+from csi_driver.authority.events.recorder import MAX_NOTE_BYTES, EventRecorder
+from csi_driver.authority.issuance.audit import AuditRecord, audited
+from csi_driver.authority.issuance.interim import InterimCertificates
+from csi_driver.authority.issuance.request import IssuanceRequest, IssuanceResult
+from csi_driver.authority.issuance.steps import IssuanceSteps
 from csi_driver.authority.issuers import IssuedCertificate, Issuer, IssuerRequest
-from csi_driver.authority.policy.policy_file import PolicyFile
 from csi_driver.authority.trust.bundles import TrustBundles
-from csi_driver.core.certificates.csr import parse_csr
+from csi_driver.core.certificates.csr import ParsedCSR, parse_csr
 from csi_driver.core.certificates.csr_content import content_faults
-from csi_driver.core.certificates.keys import key_fingerprint
-from csi_driver.core.certificates.root_sets import RootSet
-from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.errors import CertmountError, FailureKind, Fault, Reason
 from csi_driver.core.identity import PodIdentity
-from csi_driver.core.names import Names
 from csi_driver.core.policy.engine import PolicySubject, RequestedCertificate
-from csi_driver.core.secret import Secret
-from csi_driver.core.spec import DEFAULT_ISSUER, Usage
-from csi_driver.telemetry.authority_metrics import AuthorityMetrics
+from csi_driver.core.spec import DEFAULT_ISSUER
+
+_MAX_CONCURRENT_CALLS = 512
+"""More calls would wait longer than the drivers' retries take. Their requests use at most 64 MiB."""
+_INTERIM = "the pod uses an interim certificate of the internal CA until the issuer has finished:"
 
 
-class EventRecorder(Protocol):
-    """What is said on pods for people to see."""
-
-    def record(self, pod: PodIdentity, *, warning: bool, reason: str, message: str) -> None:
-        """Says it as soon as it can; never waits, never raises."""
-
-
-class SubjectLookup(Protocol):
-    """What the cluster says of pods beside their identity."""
-
-    async def find(self, pod: PodIdentity) -> PolicySubject:
-        """The pod as policy sees it; raises CertmountError PodNotFound, or TokenReviewUnavailable where the cluster can't be followed."""
-
-
-class TrustAcknowledger(Protocol):
-    """What nodes have said they trust."""
-
-    async def confirm(self, node: str, set: str, generation: int, /) -> None:  # noqa: A002  # the wire's word
-        """Keeps that every volume of the node trusts this generation of the set."""
-
-
-@dataclass(frozen=True, slots=True)
-class IssuanceRequest:
-    """What a proven pod's node asks for, in values."""
-
-    csr: bytes
-    """PKCS#10, DER, unchecked."""
-    duration: timedelta | None
-    usages: tuple[Usage, ...]
-    issuer: str
-    federations: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class IssuanceResult:
-    """The certificate, and the sets of roots that the pod is to trust, by name."""
-
-    issued: IssuedCertificate
-    trust: Mapping[str, RootSet]
-    pending: CertmountError | None = None
-    """Where the certificate stands in for one that is on its way: what that one waits for."""
-
-
-@dataclass(frozen=True, slots=True)
 class IssuancePipeline:
-    """Those whom a request passes. What they find goes into ``record``, so that a refusal tells how far it came."""
+    """Turns an issuance request into a certificate."""
 
-    admission: Authenticator
-    limits: RequestLimits
-    subjects: SubjectLookup
-    policy: PolicyFile
-    issuers: Mapping[str, Issuer]
-    metrics: AuthorityMetrics
-    events: EventRecorder
-    confirmations: TrustAcknowledger
-    trust: TrustBundles
-    stand_ins: InterimCertificates = field(default_factory=InterimCertificates)
+    def __init__(
+        self,
+        *,
+        authenticator: Authenticator,
+        limits: RequestLimits,
+        issuers: Mapping[str, Issuer],
+        trust: TrustBundles,
+        steps: IssuanceSteps,
+        events: EventRecorder,
+    ) -> None:
+        self._authenticator = authenticator
+        self._limits = limits
+        self._issuers = issuers
+        self._trust = trust
+        self._steps = steps
+        self._events = events
+        self._interim = InterimCertificates()
+        self._internal_calls = ConcurrencyLimit(_MAX_CONCURRENT_CALLS, steps.metrics.in_flight)
+        # An external issuer can take a minute, and the pods of the internal CA must not wait for it.
+        self._external_calls = ConcurrencyLimit(_MAX_CONCURRENT_CALLS)
 
-    async def prove_node(self, caller: Secret[str], record: dict[str, Any]) -> PodIdentity:
-        """The driver that calls; raises CertmountError as :class:`Authenticator`, and TooManyRequests."""
-        started = time.perf_counter()
-        try:
-            node = await self.admission.prove_node(caller)
-        finally:
-            record["proof_ms"] = milliseconds(started)
-        record["node"] = node.node_name
-        self.limits.count_node(node)  # before the pod's proof, which costs the API server a review
+    async def issue(self, request: IssuanceRequest) -> IssuanceResult:
+        """Issue a certificate.
+
+        Raises:
+            CertmountError: what the steps raise. The pod's event and the audit log have the same text.
+        """
+        with audited() as record, self._concurrency_limit(request.issuer):
+            node = await self._authenticate_node(request, record)
+            with self._limits.issue(node):
+                pod = await self._authenticate_pod(request, node, record)
+                with self._failures_as_pod_events(pod):
+                    csr = self._parse(request, record)
+                    issuer = self._select_issuer(request.issuer, csr)
+                    self._trust.select(request.issuer, request.federations)  # fail before anything is signed
+                    subject = await self._steps.find_subject(pod, record)
+                    requested = RequestedCertificate(
+                        csr.names, csr.key_type, request.usages, request.duration, request.issuer
+                    )
+                    grant = self._steps.apply_policy(subject, requested, record)
+                    to_sign = IssuerRequest(csr, grant, pod, requested)
+                    issued, pending = await self._sign(issuer, subject, requested, to_sign, record)
+                    result = self._result(request, issued, pending)
+            record.decision = "issued"
+            return result
+
+    def _concurrency_limit(self, issuer: str) -> ConcurrencyLimit:
+        return self._internal_calls if issuer == DEFAULT_ISSUER else self._external_calls
+
+    async def _authenticate_node(self, request: IssuanceRequest, record: AuditRecord) -> PodIdentity:
+        """Return the calling driver; raises CertmountError as :class:`Authenticator`, and TooManyRequests."""
+        with record.timed("authentication_ms"):
+            node = await self._authenticator.authenticate_node(request.node_token)
+        record.node = node.node_name
+        self._limits.count_node_issue(node)  # before the review of the pod token, which loads the API server
         return node
 
-    async def prove_pod(self, token: Secret[str], node: PodIdentity, record: dict[str, Any]) -> PodIdentity:
-        """The pod on that node; raises CertmountError as :class:`Authenticator`, and TooManyRequests."""
-        started = time.perf_counter()
-        try:
-            pod = await self.admission.prove_pod(token, node)
-        finally:
-            record["proof_ms"] = round(record["proof_ms"] + milliseconds(started), 2)
-        account = pod.service_account
-        record.update(namespace=account.namespace, service_account=account.name, pod=pod.pod_name, pod_uid=pod.pod_uid)
-        self.limits.count_pod(pod)
+    async def _authenticate_pod(self, request: IssuanceRequest, node: PodIdentity, record: AuditRecord) -> PodIdentity:
+        """Return a pod on the node; raises CertmountError as :class:`Authenticator`, and TooManyRequests."""
+        with record.timed("authentication_ms"):
+            pod = await self._authenticator.authenticate_pod(request.pod_token, node)
+        record.set_pod(pod)
+        self._limits.count_pod_issue(pod)
         return pod
 
-    async def issue(self, pod: PodIdentity, wanted: IssuanceRequest, record: dict[str, Any]) -> IssuanceResult:
-        """A certificate for a proven pod.
-
-        Raises:
-            CertmountError: InvalidCSR, IssuerNotFound, FederationNotFound, or as subjects, policy and issuer say.
-        """
-        started = time.perf_counter()
-        record["issuer"] = wanted.issuer
-        request = parse_csr(wanted.csr)
-        record["asked"] = _texts(request.names)
-        record["key_sha256"] = key_fingerprint(request.public_key)
-        issuer = self._issuer(wanted.issuer)
-        if wanted.issuer != DEFAULT_ISSUER and (faults := content_faults(request)):
-            # A signer outside may copy whatever there is, and a node's request may be a stolen node's.
-            raise CertmountError(Reason.INVALID_CSR, *faults)
-        self.trust.select(wanted.issuer, wanted.federations)  # what is refused for them is refused before it is signed
-        subject = await retry_while_unavailable(functools.partial(self.subjects.find, pod))
-        asked = RequestedCertificate(request.names, request.key_type, wanted.usages, wanted.duration, wanted.issuer)
-        grant = self.policy.current.decide(subject, asked)
-        record.update(policy_ms=milliseconds(started), names=_texts(grant.names), rules=grant.rules)
-        order = IssuerRequest(request, grant, pod, asked)
+    @contextlib.contextmanager
+    def _failures_as_pod_events(self, pod: PodIdentity) -> Iterator[None]:
         try:
-            issued = await self._signed(issuer, wanted.issuer, order, record)
-        except CertmountError as pending:
-            if pending.reason is not Reason.ISSUANCE_PENDING or while_pending(issuer) is None:
-                raise
-            issued = await self._stand_in(subject, order, asked, pending, record)
-            _record_leaf(issued.chain, record)
-            sets = self.trust.select(DEFAULT_ISSUER, (wanted.issuer, *wanted.federations))
-            return IssuanceResult(issued, sets, pending)
-        self.stand_ins.over(order)
-        _record_leaf(issued.chain, record)
-        # As of now, not as of the question: whoever signed may have taken its time.
-        return IssuanceResult(issued, self.trust.select(wanted.issuer, wanted.federations))
+            yield
+        except CertmountError as error:
+            self._record_event(pod, error, str(error.args[0]))
+            raise
 
-    async def _stand_in(
-        self,
-        subject: PolicySubject,
-        order: IssuerRequest,
-        asked: RequestedCertificate,
-        pending: CertmountError,
-        record: dict[str, Any],
-    ) -> IssuedCertificate:
-        """A certificate of the internal CA for the same key, where policy allows the pod these names from it as well.
+    def _parse(self, request: IssuanceRequest, record: AuditRecord) -> ParsedCSR:
+        """Return the parsed CSR; raises CertmountError InvalidRequest or InvalidCSR."""
+        if faults := request.faults():
+            raise CertmountError(Reason.INVALID_REQUEST, *faults)
+        record.issuer = request.issuer
+        csr = parse_csr(request.csr)
+        record.set_request(csr)
+        return csr
 
-        Raises:
-            CertmountError: ``pending`` where it does not; or as the internal CA says.
-        """
-        asked = replace(asked, issuer=DEFAULT_ISSUER)
-        try:
-            grant = self.policy.current.decide(subject, asked)
-        except CertmountError:
-            raise pending from None
-        record.update(interim=True, pending=str(pending), names=_texts(grant.names), rules=grant.rules)
-        own = replace(order, grant=grant, asked=asked)
-        issued = await self._signed(self._issuer(DEFAULT_ISSUER), DEFAULT_ISSUER, own, record)
-        return replace(issued, renew_after=self.stand_ins.ask_again_after(order))
-
-    def _issuer(self, name: str) -> Issuer:
-        issuer = self.issuers.get(name)
+    def _select_issuer(self, name: str, csr: ParsedCSR) -> Issuer:
+        """Return the issuer; raises CertmountError IssuerNotFound, or InvalidCSR for what only the internal CA can sign."""
+        issuer = self._issuers.get(name)
         if issuer is None:
-            problem = f"the authority has no issuer {name}"
-            raise CertmountError(
-                Reason.ISSUER_NOT_FOUND, Fault("issuer", problem, f"it has {', '.join(sorted(self.issuers))}")
-            )
+            hint = f"use one of {', '.join(sorted(self._issuers))}"
+            raise CertmountError(Reason.ISSUER_NOT_FOUND, Fault("issuer", f"the authority has no issuer {name}", hint))
+        # An external issuer may copy extensions from the CSR, which can come from a compromised node.
+        if name != DEFAULT_ISSUER and (faults := content_faults(csr)):
+            raise CertmountError(Reason.INVALID_CSR, *faults)
         return issuer
 
-    async def _signed(
-        self, issuer: Issuer, name: str, order: IssuerRequest, record: dict[str, Any]
-    ) -> IssuedCertificate:
-        started = time.perf_counter()
-        reason: Reason | None = Reason.INTERNAL
+    async def _sign(
+        self,
+        issuer: Issuer,
+        subject: PolicySubject,
+        requested: RequestedCertificate,
+        request: IssuerRequest,
+        record: AuditRecord,
+    ) -> tuple[IssuedCertificate, CertmountError | None]:
+        """Return the issuer's certificate, or an interim certificate and why the issuer's is pending."""
+        issue = functools.partial(self._interim.issue, issuer)
         try:
-            issued = await self.stand_ins.issued_soon(issuer, order)
-            reason = None
+            issued = await self._steps.sign(requested.issuer, issue, request, record)
         except CertmountError as error:
-            reason = error.reason
-            raise
-        finally:
-            seconds = time.perf_counter() - started
-            record["sign_ms"] = round(seconds * 1000, 2)
-            self.metrics.issuer_called(name, seconds, reason)
-        return issued
+            if error.reason.kind is not FailureKind.PENDING or issuer.while_pending is None:
+                raise
+            return await self._sign_interim(subject, requested, request, error, record), error
+        self._interim.forget(request.csr)
+        return issued, None
 
+    async def _sign_interim(
+        self,
+        subject: PolicySubject,
+        requested: RequestedCertificate,
+        request: IssuerRequest,
+        pending: CertmountError,
+        record: AuditRecord,
+    ) -> IssuedCertificate:
+        """Return a certificate of the internal CA; raises ``pending`` if the policy does not allow it."""
+        requested = replace(requested, issuer=DEFAULT_ISSUER)
+        try:
+            grant = self._steps.apply_policy(subject, requested, record)
+        except CertmountError:
+            raise pending from None
+        record.interim, record.pending = True, str(pending)
+        internal = self._issuers[DEFAULT_ISSUER]
+        request = replace(request, grant=grant, requested=requested)
+        issued = await self._steps.sign(DEFAULT_ISSUER, internal.issue, request, record)
+        self._record_event(request.identity, pending, f"{_INTERIM} {pending.args[0]}")
+        return replace(issued, renew_after=self._interim.retry_after(request.csr))
 
-def milliseconds(started: float) -> float:
-    """Since ``started``, a value of :func:`time.perf_counter`."""
-    return round((time.perf_counter() - started) * 1000, 2)
+    def _result(
+        self, request: IssuanceRequest, issued: IssuedCertificate, pending: CertmountError | None
+    ) -> IssuanceResult:
+        """Add the current roots, which can have changed while the issuer worked."""
+        if pending is None:
+            return IssuanceResult(issued, self._trust.select(request.issuer, request.federations))
+        trust = self._trust.select(DEFAULT_ISSUER, (request.issuer, *request.federations))
+        return IssuanceResult(issued, trust, pending)
 
-
-def _texts(names: Names) -> list[str]:
-    return [name.text for name in names]
-
-
-def _record_leaf(chain: Sequence[bytes], record: dict[str, Any]) -> None:
-    leaf = x509.load_der_x509_certificate(chain[0])
-    record.update(serial=f"{leaf.serial_number:x}", not_after=f"{leaf.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}")
+    def _record_event(self, pod: PodIdentity, error: CertmountError, message: str) -> None:
+        warning = error.reason.kind is not FailureKind.PENDING
+        self._events.record(pod, warning=warning, reason=error.reason.word, message=message[:MAX_NOTE_BYTES])

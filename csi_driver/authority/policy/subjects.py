@@ -1,70 +1,77 @@
-"""From a proven pod to what policy is applied to: the pod with its namespace's labels and the Services that select it."""
+"""Find what policy rules match: an authenticated pod, its namespace's labels and the Services that select it."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity
 from csi_driver.core.policy.engine import PolicySubject
-from csi_driver.kube.namespaces import Namespaces
-from csi_driver.kube.pods import Pods
-from csi_driver.kube.services import Services
+from csi_driver.kube.object_caches import NamespaceCache, PodCache, ServiceCache
 
-_PATIENCE_S = 5.0
-"""For a pod that the API server has not told of yet; a watch is behind by milliseconds, and the kubelet tries again anyway."""
+_WAIT_S = 5.0
+"""A watch lags by milliseconds; the driver retries if a pod takes longer to arrive."""
 
 
-class ClusterSubjects:
-    """Looks into caches that watches keep: no request of a pod costs a call to the API server."""
+class PolicySubjectLookup(Protocol):
+    """Finds the policy subject of a pod."""
+
+    async def find(self, pod: PodIdentity) -> PolicySubject:
+        """Return the subject; raises CertmountError PodNotFound, or TokenReviewUnavailable if the watches are outdated."""
+
+
+class ClusterSubjectLookup:
+    """Finds subjects in caches that watches keep current, so that a request causes no call to the API server."""
 
     def __init__(
         self,
-        pods: Pods,
-        services: Services,
-        namespaces: Namespaces,
+        pods: PodCache,
+        services: ServiceCache,
+        namespaces: NamespaceCache,
         outdated: Callable[[], Sequence[str]],
-        patience_s: float = _PATIENCE_S,
+        wait_s: float = _WAIT_S,
     ) -> None:
-        """``outdated`` says why the caches can't be believed; nothing when they can."""
+        """``outdated`` returns why the caches must not be used now, or nothing."""
         self._pods = pods
         self._services = services
         self._namespaces = namespaces
         self._outdated = outdated
-        self._patience_s = patience_s
+        self._wait_s = wait_s
 
     async def find(self, pod: PodIdentity) -> PolicySubject:
-        """The pod as the cluster has it now.
+        """Return the subject of a pod.
 
         Raises:
-            CertmountError: PodNotFound where the API server has not told of it, TokenReviewUnavailable while the API server
-                can't be followed, TokenRejected where it says that the uid is of another namespace's pod.
+            CertmountError: PodNotFound if the watches have not delivered the pod or its namespace, TokenReviewUnavailable
+                if they are outdated, TokenRejected if the pod UID belongs to another namespace.
         """
         if reasons := self._outdated():
             raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, *reasons)
         namespace = pod.service_account.namespace
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._patience_s
-        known = await self._pods.wait(pod.pod_uid, self._patience_s)
+        deadline = loop.time() + self._wait_s
+        known = await self._pods.wait(pod.pod_uid, self._wait_s)
         if known is None:
-            raise _unknown(str(pod), "the API server has not told the authority of it yet")
+            raise _not_found(str(pod))
         if known.namespace != namespace:
-            problem = f"the API server knows its uid in namespace {known.namespace}"
+            problem = f"the API server has this UID in namespace {known.namespace}"
             raise CertmountError(Reason.TOKEN_REJECTED, Fault(str(pod), problem))
         labels = await self._namespaces.wait(namespace, deadline - loop.time())
         if labels is None:
-            raise _unknown(f"namespace {namespace}", "the API server has not told the authority of it yet")
+            raise _not_found(f"namespace {namespace}")
         return PolicySubject(pod, labels, self._services.select(namespace, known.labels))
 
 
-class NoCluster:
-    """Outside a cluster there are no labels and no Services."""
+class OfflineSubjectLookup:
+    """Returns subjects without labels and Services, for an authority without a cluster."""
 
     async def find(self, pod: PodIdentity) -> PolicySubject:
-        """The pod, with nothing said of it."""
+        """Return the subject of a pod."""
         return PolicySubject(pod)
 
 
-def _unknown(what: str, problem: str) -> CertmountError:
-    return CertmountError(Reason.POD_NOT_FOUND, Fault(what, problem, "it is tried again"))
+def _not_found(what: str) -> CertmountError:
+    problem = "the API server has not reported it to the authority yet"
+    return CertmountError(Reason.POD_NOT_FOUND, Fault(what, problem, "the driver retries"))

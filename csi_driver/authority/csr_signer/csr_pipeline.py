@@ -1,0 +1,101 @@
+"""Issue the certificate for a CertificateSigningRequest: :meth:`CSRPipeline.issue` contains all steps in their order."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from cryptography import x509
+
+from csi_driver.authority.authn.limits import Rate, RateLimiter
+from csi_driver.authority.csr_api import PodReader
+from csi_driver.authority.csr_signer.content import CSRContent, parse_content
+from csi_driver.authority.csr_signer.requester import parse_requester, verify_running
+from csi_driver.authority.issuance.audit import AuditRecord
+from csi_driver.authority.issuance.steps import IssuanceSteps
+from csi_driver.authority.issuers import Issuer, IssuerRequest
+from csi_driver.authority.retry import retry_while_unavailable
+from csi_driver.core.cluster.csr import ClusterCSR
+from csi_driver.core.durations import format_duration
+from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.formats.pem import encode_certificates
+from csi_driver.core.identity import PodIdentity, ServiceAccount
+from csi_driver.core.policy.engine import Grant
+from csi_driver.core.policy.rules import DEFAULT_DURATION
+from csi_driver.core.spec import DEFAULT_ISSUER
+
+ACCOUNT_RATE = Rate(2, 200)
+"""Per service account: 200 pods that start at once, or one request every ten seconds from each of 20 pods."""
+
+
+@dataclass(frozen=True, slots=True)
+class SignedCSR:
+    """A signed certificate."""
+
+    certificate: bytes
+    """PEM: the leaf, then its intermediates."""
+    explanation: str
+    """The names, the lifetime and the policy rules, for people."""
+
+
+class CSRPipeline:
+    """Turns a CertificateSigningRequest for certmount's own signer into a certificate."""
+
+    def __init__(self, pods: PodReader, steps: IssuanceSteps, internal: Issuer) -> None:
+        self._pods = pods
+        self._steps = steps
+        self._internal = internal
+        self._limits = RateLimiter(ACCOUNT_RATE)
+
+    async def issue(
+        self, request: ClusterCSR, own_username: str, record: AuditRecord, *, is_retry: bool = False
+    ) -> SignedCSR:
+        """Issue a certificate. A retry does not count against the rate limit.
+
+        Raises:
+            CertmountError: what the steps raise. Unless it is retryable, the request is denied; TooManyRequests denies it, too.
+        """
+        record.csr, record.issuer, record.requester = request.name, DEFAULT_ISSUER, request.username
+        own = request.username == own_username
+        pod = _own_identity(request) if own else parse_requester(request)
+        if not own:
+            record.set_pod(pod)
+            if not is_retry:
+                self._check_rate(request.username)
+        content = parse_content(request)
+        record.set_request(content.csr)
+        grant = _own_grant(content, record) if own else await self._apply_policy(pod, content, record)
+        to_sign = IssuerRequest(content.csr, grant, pod, content.requested)
+        issued = await self._steps.sign(DEFAULT_ISSUER, self._internal.issue, to_sign, record)
+        pem = encode_certificates([x509.load_der_x509_certificate(der) for der in issued.chain])
+        return SignedCSR(pem, f"{grant.names} for {format_duration(grant.duration)}, by {', '.join(grant.rules)}")
+
+    async def _apply_policy(self, pod: PodIdentity, content: CSRContent, record: AuditRecord) -> Grant:
+        find = functools.partial(self._pods.find, pod.service_account.namespace, pod.pod_name)
+        verify_running(pod, await retry_while_unavailable(find))
+        subject = await self._steps.find_subject(pod, record)
+        return self._steps.apply_policy(subject, content.requested, record)
+
+    def _check_rate(self, username: str) -> None:
+        if self._limits.take(username):
+            hint = "create a new request after a minute"
+            raise CertmountError(Reason.TOO_MANY_REQUESTS, Fault(username, "exceeds the authority's rate limit", hint))
+
+
+def _own_grant(content: CSRContent, record: AuditRecord) -> Grant:
+    """Return the grant for a request that the authority itself created, as an issuer that uses its own signer does.
+
+    The policy allowed its names before. This is safe because the API server records the user name, and anyone who has the
+    authority's token can also read the CA's key. Labels and annotations have no influence, because any user can set them.
+    """
+    if not len(content.csr.names):
+        raise CertmountError(Reason.INVALID_CSR, Fault("spec.request", "contains no names"))
+    duration = content.duration or DEFAULT_DURATION
+    grant = Grant(content.csr.names, duration, content.usages, ("the authority's earlier decision",))
+    record.set_grant(grant)
+    return grant
+
+
+def _own_identity(request: ClusterCSR) -> PodIdentity:
+    _, _, namespace, name = request.username.split(":", 3)
+    return PodIdentity(ServiceAccount(namespace, name), "", "", "", "", "", 0.0)

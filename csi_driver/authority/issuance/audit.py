@@ -1,0 +1,108 @@
+"""The audit log: one entry for each request, with the requester, the names and the decision."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import structlog
+from cryptography import x509
+
+from csi_driver.core.certificates.csr import ParsedCSR
+from csi_driver.core.certificates.keys import key_fingerprint
+from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.identity import PodIdentity
+from csi_driver.core.policy.engine import Grant
+
+_log = structlog.get_logger("audit")
+
+
+@dataclass(slots=True)
+class AuditRecord:
+    """What is known about a request so far. Fields that are None are not logged.
+
+    Each step of a request fills in its own fields, so that the entry of a failed request shows how far it got.
+    """
+
+    decision: Literal["issued", "rejected", "none"] = "none"
+    """"none": the caller cancelled the request, or the authority will retry it."""
+    csr: str | None = None
+    """The name of the CertificateSigningRequest."""
+    requester: str | None = None
+    """The user name that created the CertificateSigningRequest."""
+    node: str | None = None
+    namespace: str | None = None
+    service_account: str | None = None
+    pod: str | None = None
+    pod_uid: str | None = None
+    issuer: str | None = None
+    requested_names: list[str] | None = None
+    key_sha256: str | None = None
+    names: list[str] | None = None
+    rules: Sequence[str] | None = None
+    interim: bool | None = None
+    pending: str | None = None
+    serial: str | None = None
+    not_after: str | None = None
+    reason: str | None = None
+    error: str | None = None
+    authentication_ms: float | None = None
+    policy_ms: float | None = None
+    sign_ms: float | None = None
+
+    def set_pod(self, pod: PodIdentity) -> None:
+        self.node, self.pod, self.pod_uid = pod.node_name, pod.pod_name, pod.pod_uid
+        self.namespace, self.service_account = pod.service_account.namespace, pod.service_account.name
+
+    def set_request(self, csr: ParsedCSR) -> None:
+        self.requested_names = [name.text for name in csr.names]
+        self.key_sha256 = key_fingerprint(csr.public_key)
+
+    def set_grant(self, grant: Grant) -> None:
+        self.names, self.rules = [name.text for name in grant.names], grant.rules
+
+    def set_certificate(self, certificate: bytes) -> None:
+        """Record the certificate (DER)."""
+        leaf = x509.load_der_x509_certificate(certificate)
+        self.serial, self.not_after = f"{leaf.serial_number:x}", f"{leaf.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}"
+
+    def set_error(self, error: CertmountError) -> None:
+        self.reason, self.error = error.reason.word, str(error)
+
+    @contextlib.contextmanager
+    def timed(self, field: Literal["authentication_ms", "policy_ms", "sign_ms"]) -> Iterator[None]:
+        """Add the duration of the block to a field."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, field, round((getattr(self, field) or 0.0) + _milliseconds(started), 2))
+
+
+_FIELDS = tuple(field.name for field in fields(AuditRecord))
+
+
+@contextlib.contextmanager
+def audited() -> Iterator[AuditRecord]:
+    """Write one entry to the audit log when the block ends, fails or is cancelled. A CertmountError is a rejection."""
+    record = AuditRecord()
+    started = time.perf_counter()
+    try:
+        yield record
+    except CertmountError as error:
+        record.decision = "rejected"
+        record.set_error(error)
+        raise
+    except Exception:
+        record.reason = Reason.INTERNAL.word
+        raise
+    finally:
+        known = {name: value for name in _FIELDS if (value := getattr(record, name)) is not None}
+        _log.info("certificate", duration_ms=_milliseconds(started), **known)
+
+
+def _milliseconds(started: float) -> float:
+    return round((time.perf_counter() - started) * 1000, 2)
