@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,14 +20,22 @@ from csi_driver.authority.diagnostics import ca_check, issuers_check, policy_che
 from csi_driver.authority.environment import Environment, directory_environment
 from csi_driver.authority.policy.policy_file import PolicyFile
 from csi_driver.authority.server import AuthorityServer, AuthoritySettings, ca_source
-from csi_driver.cli.common import address, health_server, namespaced, parsed
+from csi_driver.cli.common import (
+    health_server,
+    http_option,
+    log_level_option,
+    parse_address,
+    parse_namespaced_name,
+    parsed,
+    stop_on_signals,
+)
 from csi_driver.core.certificates.name_constraints import parse_constraint
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.identity import ServiceAccount
 from csi_driver.core.names import DNSName, Names, parse_trust_domain
 from csi_driver.core.spec import KeyType
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
-from csi_driver.telemetry.logging import LEVELS, configure_logging
+from csi_driver.telemetry.logging import configure_logging
 
 log = structlog.get_logger(__name__)
 
@@ -41,16 +48,10 @@ _OpenEnvironment: TypeAlias = "Callable[[CollectorRegistry], contextlib.Abstract
     "--listen",
     default="0.0.0.0:8443",
     show_default=True,
-    callback=parsed(address),
+    callback=parsed(parse_address),
     help="HOST:PORT for gRPC over TLS.",
 )
-@click.option(
-    "--http",
-    default="0.0.0.0:9441",
-    show_default=True,
-    callback=parsed(address),
-    help="HOST:PORT for /healthz, /readyz and /metrics.",
-)
+@http_option(9441)
 @click.option(
     "--trust-domain",
     default="cluster.local",
@@ -71,7 +72,7 @@ _OpenEnvironment: TypeAlias = "Callable[[CollectorRegistry], contextlib.Abstract
 @click.option("--issuers", type=_FILE, help="YAML file that declares external issuers.")
 @click.option(
     "--acme-http",
-    callback=parsed(address),
+    callback=parsed(parse_address),
     help="HOST:PORT for HTTP-01 requests of ACME CAs (docs/acme.md); not served by default.",
 )
 @click.option(
@@ -85,15 +86,17 @@ _OpenEnvironment: TypeAlias = "Callable[[CollectorRegistry], contextlib.Abstract
     "--node-service-account",
     default="certmount/certmount-node",
     show_default=True,
-    callback=parsed(namespaced),
+    callback=parsed(parse_namespaced_name),
     help="NAMESPACE/NAME of the node drivers' service account.",
 )
 @click.option(
-    "--ca-secret", callback=parsed(namespaced), help="In a cluster: NAMESPACE/NAME of the Secret that stores the CA."
+    "--ca-secret",
+    callback=parsed(parse_namespaced_name),
+    help="In a cluster: NAMESPACE/NAME of the Secret that stores the CA.",
 )
 @click.option(
     "--root-configmap",
-    callback=parsed(namespaced),
+    callback=parsed(parse_namespaced_name),
     help="In a cluster: NAMESPACE/NAME of the ConfigMap for the root certificates.",
 )
 @click.option(
@@ -130,7 +133,7 @@ _OpenEnvironment: TypeAlias = "Callable[[CollectorRegistry], contextlib.Abstract
     is_flag=True,
     help="Check configuration, policy, keys and permissions, then exit; exit code 1 if a check fails.",
 )
-@click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True)
+@log_level_option
 def command(log_level: str, http: str, check_only: bool, **options: Any) -> None:
     """Run the authority: it authenticates pods and issues their certificates."""
     open_environment = _environment(options)
@@ -165,9 +168,7 @@ def command(log_level: str, http: str, check_only: bool, **options: Any) -> None
 
 
 async def _run(settings: AuthoritySettings, http: str, open_environment: _OpenEnvironment) -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stop = stop_on_signals()
     registry = CollectorRegistry()
     async with open_environment(registry) as environment:
         server = AuthorityServer(settings, environment, AuthorityMetrics(registry))

@@ -1,9 +1,10 @@
-"""``certmount ca``: look at the CA, exchange it without an outage, stop that, go on."""
+"""``certmount ca``: show the CA and rotate it without an outage."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import time
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 
 import click
 
+from csi_driver.authority.ca import rotation
 from csi_driver.authority.ca.authority import utc_now
 from csi_driver.authority.ca.keyring import (
     AUTHORITY_KEY_TYPES,
@@ -26,9 +28,8 @@ from csi_driver.authority.ca.keyring import (
     profile_of,
 )
 from csi_driver.authority.ca.keyring_loader import load_keyring
-from csi_driver.authority.ca.rotation import RotationPhase, resume, stop
-from csi_driver.authority.ca.rotation import drop as drop_roots
-from csi_driver.authority.ca.sources import StoredCA
+from csi_driver.authority.ca.rotation import RotationPhase
+from csi_driver.authority.ca.sources import StoredCA, missing_ca
 from csi_driver.authority.ca.state import CAState
 from csi_driver.authority.storage import DirectoryStore
 from csi_driver.authority.trust.acknowledgements import (
@@ -36,12 +37,12 @@ from csi_driver.authority.trust.acknowledgements import (
     ACKNOWLEDGEMENTS_SECRET,
     AcknowledgementStore,
     NodeList,
-    judge,
+    acknowledgements,
 )
 from csi_driver.cli.ca_report import CAStatusReport
 from csi_driver.cli.common import namespaced, parsed
 from csi_driver.core.certificates.name_constraints import parse_constraint
-from csi_driver.core.cluster.nodes import ClusterNodes
+from csi_driver.core.cluster.objects import ClusterNodes
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.secret import Secret
 from csi_driver.telemetry.logging import configure_logging
@@ -49,200 +50,214 @@ from csi_driver.telemetry.logging import configure_logging
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 _KEY_TYPES = {key_type.value: key_type for key_type in AUTHORITY_KEY_TYPES}
 _DEFAULT_SECRET = ("certmount", "certmount-ca")
-_OWN = {ROOT: "root", ROOT_KEY: "root_key", INTERMEDIATE: "intermediate", INTERMEDIATE_KEY: "intermediate_key"}
+_FILE_OPTIONS = {ROOT: "root", ROOT_KEY: "root_key", INTERMEDIATE: "intermediate", INTERMEDIATE_KEY: "intermediate_key"}
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a CA is kept, and what is known of the nodes there."""
+class _StoredState:
+    """A CA in a store, and the acknowledgements and nodes that its rotation waits for."""
 
     ca: StoredCA
-    confirmations: AcknowledgementStore
+    acknowledgements: AcknowledgementStore
     nodes: NodeList
 
-    async def report(self, holdings: CAState) -> CAStatusReport:
-        marks = await self.confirmations.read()
-        nodes = (
-            await self.nodes.list() if holdings.state.phase.before_switch else ClusterNodes(frozenset(), frozenset())
-        )
-        return CAStatusReport(holdings, *judge(nodes, marks, holdings.state.generation), int(time.time()))
+    async def read(self) -> CAState:
+        state = await self.ca.read(utc_now())
+        if state is None:
+            raise missing_ca(self.ca.name)
+        return state
+
+    async def report(self, state: CAState) -> CAStatusReport:
+        nodes = ClusterNodes(frozenset(), frozenset())
+        if state.rotation.phase.before_switch:
+            nodes = await self.nodes.list()
+        stored = await self.acknowledgements.read()
+        return CAStatusReport(state, acknowledgements(nodes, stored, state.rotation.generation), int(time.time()))
 
 
-class _Unconnected:
-    """Outside of a cluster only the authority knows who is connected."""
+class _UnknownNodes:
+    """Outside a cluster, only the authority knows which nodes are connected."""
 
     async def list(self) -> ClusterNodes:
         return ClusterNodes(frozenset(), None)
 
 
-def _placed(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say which CA is meant."""
-    folder = click.Path(path_type=Path, exists=True, file_okay=False)
-    secret_help = "NAMESPACE/NAME of the Secret that keeps the CA; in a cluster certmount/certmount-ca, else none."
-    command = click.option("--ca-dir", type=folder, help="Outside a cluster: the folder that keeps the CA.")(command)
-    return click.option("--ca-secret", callback=parsed(namespaced), help=secret_help)(command)
+_Action = Callable[[_StoredState], Awaitable[_T]]
+_Run = Callable[[_Action[Any]], Any]
+
+
+def _with_ca(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that select the CA, and pass ``run``, which runs an action on that CA."""
+    directory = click.Path(path_type=Path, exists=True, file_okay=False)
+    secret_help = "The Secret with the CA, as NAMESPACE/NAME. Default in a cluster: certmount/certmount-ca."
+
+    @click.option("--ca-secret", callback=parsed(namespaced), help=secret_help)
+    @click.option("--ca-dir", type=directory, help="The directory with the CA, outside a cluster.")
+    @functools.wraps(command)
+    def wrapped(ca_secret: tuple[str, str] | None, ca_dir: Path | None, **options: Any) -> None:
+        command(lambda action: _run(ca_secret, ca_dir, action), **options)
+
+    return wrapped
 
 
 @click.group(name="ca")
 def command() -> None:
-    """Look at the CA, and exchange it without an outage (docs/rotation.md)."""
+    """Show the CA, and rotate it without an outage (docs/rotation.md)."""
 
 
 @command.command()
-@_placed
+@_with_ca
 @click.option("--output", "-o", type=click.Choice(["text", "json"]), default="text", show_default=True)
-def status(ca_secret: tuple[str, str] | None, ca_dir: Path | None, output: str) -> None:
-    """Tell which CA signs, which roots are trusted until when, and what a rotation waits for."""
+def status(run: _Run, output: str) -> None:
+    """Show which CA signs, until when each root is trusted, and what a rotation waits for."""
 
-    async def look(place: _Place) -> CAStatusReport:
-        return await place.report(await place.ca.look_up(utc_now()))
+    async def read(stored: _StoredState) -> CAStatusReport:
+        return await stored.report(await stored.read())
 
-    _tell(_run(ca_secret, ca_dir, look), output)
+    _print(run(read), output)
 
 
 @command.command()
-@_placed
-@click.option("--root", type=_FILE, help="A next CA of your own: its root certificates, PEM.")
-@click.option("--root-key", type=_FILE, help="Its root's key; leave it away if it is kept offline.")
-@click.option("--intermediate", type=_FILE, help="Its signing certificate, and what leads from there to the root.")
-@click.option("--intermediate-key", type=_FILE, help="Its signing key.")
-@click.option("--password-file", type=_FILE, help="What its keys are encrypted with.")
-@click.option(
-    "--key-type", type=click.Choice(list(_KEY_TYPES)), help="Else, of the CA that is made: the kind of its keys."
-)
+@_with_ca
+@click.option("--root", type=_FILE, help="The root certificates (PEM) of your own next CA.")
+@click.option("--root-key", type=_FILE, help="The key of its root. Omit it if you keep it offline.")
+@click.option("--intermediate", type=_FILE, help="Its signing certificate, followed by its chain up to the root.")
+@click.option("--intermediate-key", type=_FILE, help="The key of its signing certificate.")
+@click.option("--password-file", type=_FILE, help="The password of its encrypted keys.")
+@click.option("--key-type", type=click.Choice(list(_KEY_TYPES)), help="The key type of a new CA.")
 @click.option(
     "--permit",
     multiple=True,
     callback=parsed(parse_constraint),
-    help="The only names it may sign, such as dns:example.com or ip:10.0.0.0/8; repeatable.",
+    help="Names that a new CA can sign, for example dns:example.com or ip:10.0.0.0/8. Repeatable. Default: all names.",
 )
-@click.option("--path-length", type=click.IntRange(1, 8), help="How many intermediates its root allows.")
-def rotate(ca_secret: tuple[str, str] | None, ca_dir: Path | None, **options: Any) -> None:
-    """Begin to exchange the CA, or go on after a stop. Nothing is interrupted; it takes from minutes to as long as certificates live."""
-    own, design = _own(options), _design(options)
+@click.option("--path-length", type=click.IntRange(1, 8), help="The path length of a new CA's root.")
+def rotate(run: _Run, **options: Any) -> None:
+    """Start to replace the CA, or resume after a stop. There is no outage. It takes as long as the longest certificate lifetime."""
+    own, profile = _own_ca(options), _profile_changes(options)
 
-    def step(holdings: CAState) -> CAState:
-        if holdings.state.phase is RotationPhase.STEADY:
-            # What is not said stays as it is: names that the CA may not sign, the kind of its keys.
-            following = own or make_keyring(utc_now(), replace(profile_of(holdings.keyring), **design))
-            return holdings.begun(following, int(time.time()))
-        if own or design:
+    def step(state: CAState) -> CAState:
+        if state.rotation.phase is RotationPhase.STEADY:
+            next_keyring = own or make_keyring(utc_now(), replace(profile_of(state.keyring), **profile))
+            return state.begin_rotation(next_keyring, int(time.time()))
+        if own or profile:
             raise click.ClickException(
-                "a rotation to another CA is under way; give that one up first by: certmount ca stop --discard"
+                "a rotation to another CA is in progress; to abandon it, run: certmount ca stop --discard"
             )
-        return replace(holdings, state=resume(holdings.state))
+        return replace(state, rotation=rotation.resume(state.rotation))
 
-    async def act(place: _Place) -> tuple[CAState, CAStatusReport]:
-        before = await place.ca.look_up(utc_now())
-        return before, await place.report(await place.ca.change(utc_now(), step))
+    async def change(stored: _StoredState) -> tuple[CAState, CAStatusReport]:
+        before = await stored.read()
+        return before, await stored.report(await stored.ca.change(utc_now(), step))
 
-    before, report = _run(ca_secret, ca_dir, act)
-    if before.state.phase is RotationPhase.STEADY:
-        click.echo("The rotation has begun. No pod notices; certificates are renewed when they would have been.")
-    elif before.state.stopped:
-        click.echo("The rotation goes on.")
+    before, report = run(change)
+    if before.rotation.phase is RotationPhase.STEADY:
+        click.echo("Rotation started. Pods keep working; certificates are renewed at their usual time.")
+    elif before.rotation.stopped:
+        click.echo("Rotation resumed.")
     else:
-        click.echo("A rotation is under way already; nothing was changed.")
-    _tell(report)
+        click.echo("A rotation is already in progress; nothing changed.")
+    _print(report)
 
 
 @command.command(name="stop")
-@_placed
-@click.option("--discard", is_flag=True, help="Give the next CA up; possible until it signs.")
-def stop_command(ca_secret: tuple[str, str] | None, ca_dir: Path | None, discard: bool) -> None:
-    """Hold a rotation where it is: all that is trusted stays trusted, and the same CA goes on to sign."""
+@_with_ca
+@click.option("--discard", is_flag=True, help="Also abandon the next CA. Possible until it signs.")
+def stop_command(run: _Run, discard: bool) -> None:
+    """Stop a rotation in its current phase: the same CA keeps signing, and all trusted roots stay trusted."""
+    if discard:
+        _change(
+            run,
+            lambda state, now: state.discard_next(now),
+            "The next CA is abandoned. It has signed nothing, and nodes remove its root from every root.crt within seconds.",
+        )
+    else:
+        _change(
+            run, lambda state, _now: replace(state, rotation=rotation.stop(state.rotation)), "The rotation is stopped."
+        )
 
-    def step(holdings: CAState) -> CAState:
-        if discard:
-            return holdings.discarded(int(time.time()))
-        return replace(holdings, state=stop(holdings.state))
 
-    async def act(place: _Place) -> CAStatusReport:
-        return await place.report(await place.ca.change(utc_now(), step))
-
-    report = _run(ca_secret, ca_dir, act)
-    click.echo(
-        "The next CA is given up: it has signed nothing, and its root leaves every root.crt within seconds."
-        if discard
-        else "The rotation is stopped."
+@command.command()
+@_with_ca
+@click.confirmation_option(prompt="Pods will reject every certificate of the former CA. Drop its root?")
+def drop(run: _Run) -> None:
+    """Remove the former root from every root.crt now, even if its certificates are in use. For a CA whose key was stolen."""
+    _change(
+        run,
+        lambda state, now: replace(state, rotation=rotation.drop_retired(state.rotation, now)),
+        "Nodes remove the former root from every root.crt within seconds.",
     )
-    _tell(report)
 
 
 @command.command()
-@_placed
-@click.confirmation_option(prompt="Every certificate of the former CA is refused from then on. Drop its root?")
-def drop(ca_secret: tuple[str, str] | None, ca_dir: Path | None) -> None:
-    """Take the former root out of every root.crt now, though certificates of it are in use. For a CA whose key was stolen."""
-
-    def step(holdings: CAState) -> CAState:
-        return replace(holdings, state=drop_roots(holdings.state, int(time.time())))
-
-    async def act(place: _Place) -> CAStatusReport:
-        return await place.report(await place.ca.change(utc_now(), step))
-
-    report = _run(ca_secret, ca_dir, act)
-    click.echo("The former root leaves every root.crt within seconds.")
-    _tell(report)
-
-
-@command.command()
-@_placed
+@_with_ca
 @click.argument("nodes", nargs=-1, required=True, metavar="NODE...")
-def forget(ca_secret: tuple[str, str] | None, ca_dir: Path | None, nodes: tuple[str, ...]) -> None:
-    """Wait no longer for nodes that had the driver once and never will again. One with the driver is still waited for."""
+def forget(run: _Run, nodes: tuple[str, ...]) -> None:
+    """Don't wait for nodes that no longer exist. A rotation still waits for every node on which the driver runs."""
 
-    async def act(place: _Place) -> list[bool]:
-        return [await place.confirmations.forget(node) for node in nodes]
+    async def remove(stored: _StoredState) -> list[bool]:
+        return [await stored.acknowledgements.forget(node) for node in nodes]
 
-    for node, known in zip(nodes, _run(ca_secret, ca_dir, act), strict=True):
-        click.echo(f"{node}: {'forgotten' if known else 'has never confirmed anything, so there is nothing to forget'}")
+    for node, known in zip(nodes, run(remove), strict=True):
+        click.echo(f"{node}: {'forgotten' if known else 'unknown; it has never acknowledged any roots'}")
 
 
-def _tell(report: CAStatusReport, output: str = "text") -> None:
+def _change(run: _Run, step: Callable[[CAState, int], CAState], message: str) -> None:
+    async def change(stored: _StoredState) -> CAStatusReport:
+        return await stored.report(await stored.ca.change(utc_now(), lambda state: step(state, int(time.time()))))
+
+    report = run(change)
+    click.echo(message)
+    _print(report)
+
+
+def _print(report: CAStatusReport, output: str = "text") -> None:
     if output == "json":
         click.echo(json.dumps(report.document(), indent=2))
     else:
         click.echo("\n".join(report.lines()))
 
 
-def _design(options: dict[str, Any]) -> dict[str, Any]:
-    """What the user wants otherwise of the CA that is made."""
-    wanted = {"key_type": _KEY_TYPES.get(options["key_type"] or ""), "permitted": options["permit"]}
-    return {name: value for name, value in {**wanted, "path_length": options["path_length"]}.items() if value}
+def _profile_changes(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the properties of a new CA that differ from the current CA."""
+    changes = {
+        "key_type": _KEY_TYPES.get(options["key_type"] or ""),
+        "permitted": options["permit"],
+        "path_length": options["path_length"],
+    }
+    return {name: value for name, value in changes.items() if value}
 
 
-def _own(options: dict[str, Any]) -> Keyring | None:
-    """The next CA where the user brings one."""
-    files = {name: options[option] for name, option in _OWN.items() if options[option]}
+def _own_ca(options: dict[str, Any]) -> Keyring | None:
+    """Return the next CA if the administrator provides one."""
+    files = {name: options[option] for name, option in _FILE_OPTIONS.items() if options[option]}
     password_file = options["password_file"]
     if not files:
         if password_file:
-            raise click.UsageError("--password-file is for a CA of your own; see --root")
+            raise click.UsageError("--password-file: requires your own CA; see --root")
         return None
-    if _design(options):
-        problem = "--key-type, --permit and --path-length are for a CA that is made, --root is for your own"
-        raise click.UsageError(problem)
+    if _profile_changes(options):
+        raise click.UsageError("--key-type, --permit and --path-length apply to a new CA; don't use them with --root")
     if missing := [name for name in (ROOT, INTERMEDIATE, INTERMEDIATE_KEY) if name not in files]:
-        flags = ", ".join("--" + _OWN[name].replace("_", "-") for name in missing)
-        raise click.UsageError(f"a CA of your own also needs {flags}")
+        flags = ", ".join("--" + _FILE_OPTIONS[name].replace("_", "-") for name in missing)
+        raise click.UsageError(f"your own CA also requires {flags}")
     values = {name: Secret(file.read_bytes()) for name, file in files.items()}
     password = Secret(password_file.read_bytes().rstrip(b"\r\n")) if password_file else None
     try:
-        keyring = load_keyring(values, utc_now(), where="next", password=password, hint="see its option")
+        keyring = load_keyring(values, utc_now(), where="next", password=password, hint="check the file of this option")
     except CertmountError as error:
         raise click.ClickException(str(error)) from None
-    # The authority has no password for what lies in its store, which is as secret as the password would be.
+    # The authority has no password for its store, which must be as well protected as a password.
     return replace(keyring, source={}, encrypted=False)
 
 
-def _run(ca_secret: tuple[str, str] | None, ca_dir: Path | None, act: Callable[[_Place], Awaitable[_T]]) -> _T:
+def _run(ca_secret: tuple[str, str] | None, ca_dir: Path | None, action: _Action[_T]) -> _T:
     configure_logging("warning")
 
     async def run() -> _T:
-        async with _place(ca_secret, ca_dir) as place:
-            return await act(place)
+        async with _open(ca_secret, ca_dir) as stored:
+            return await action(stored)
 
     try:
         return asyncio.run(run())
@@ -251,21 +266,23 @@ def _run(ca_secret: tuple[str, str] | None, ca_dir: Path | None, act: Callable[[
 
 
 @contextlib.asynccontextmanager
-async def _place(ca_secret: tuple[str, str] | None, ca_dir: Path | None) -> AsyncIterator[_Place]:
+async def _open(ca_secret: tuple[str, str] | None, ca_dir: Path | None) -> AsyncIterator[_StoredState]:
     if ca_secret and ca_dir:
-        raise click.UsageError("--ca-secret is for a cluster, --ca-dir for the outside of one; give one or the other")
+        raise click.UsageError("--ca-secret is for a cluster and --ca-dir for use outside a cluster; use one of them")
     if ca_dir:
-        confirmations = AcknowledgementStore(DirectoryStore(ca_dir, ACKNOWLEDGEMENTS_FILE), lambda: 0)
-        yield _Place(StoredCA(DirectoryStore(ca_dir)), confirmations, _Unconnected())
+        stored = AcknowledgementStore(DirectoryStore(ca_dir, ACKNOWLEDGEMENTS_FILE), lambda: 0)
+        yield _StoredState(StoredCA(DirectoryStore(ca_dir)), stored, _UnknownNodes())
         return
     if not ca_secret and "KUBERNETES_SERVICE_HOST" not in os.environ:
-        raise click.UsageError("--ca-dir: needed outside a cluster")
+        raise click.UsageError("--ca-dir: required outside a cluster")
     from csi_driver.kube.client import ObjectName, connect, in_cluster_configuration
     from csi_driver.kube.csi_nodes import CsiNodes
     from csi_driver.kube.secret_store import SecretStore
 
     namespace, name = ca_secret or _DEFAULT_SECRET
     async with connect(in_cluster_configuration()) as api:
-        store = SecretStore(api, ObjectName("Secret", namespace, name))
-        known = SecretStore(api, ObjectName("Secret", namespace, ACKNOWLEDGEMENTS_SECRET))
-        yield _Place(StoredCA(store), AcknowledgementStore(known, lambda: 0), CsiNodes(api))
+        ca = SecretStore(api, ObjectName("Secret", namespace, name))
+        stored = AcknowledgementStore(
+            SecretStore(api, ObjectName("Secret", namespace, ACKNOWLEDGEMENTS_SECRET)), lambda: 0
+        )
+        yield _StoredState(StoredCA(ca), stored, CsiNodes(api))

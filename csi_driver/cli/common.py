@@ -1,8 +1,9 @@
-"""What the long-running commands share: options that say what is wrong with them, and the port for probes and metrics."""
+"""Options and helpers that the long-running commands share."""
 
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -10,61 +11,86 @@ import click
 from prometheus_client import CollectorRegistry
 
 from csi_driver.telemetry.http import HealthServer
+from csi_driver.telemetry.logging import LEVELS
 
-_HEARTBEAT_S = 5.0
+_LIVENESS_TIMEOUT_S = 5.0
 _T = TypeVar("_T")
 
 
 def parsed(parse: Callable[[str], _T]) -> Callable[..., Any]:
-    """A click callback: what ``parse`` says of a wrong value is said of the option."""
+    """Return a click callback that reports ``parse``'s ValueError as an error of the option."""
 
-    def one(text: str) -> _T:
+    def parse_one(text: str) -> _T:
         try:
             return parse(text)
-        except ValueError as problem:
-            raise click.BadParameter(f"{text!r} {problem}") from None
+        except ValueError as error:
+            raise click.BadParameter(f"{text!r} {error}") from None
 
     def callback(_context: click.Context, _option: click.Parameter, value: Any) -> Any:
         if isinstance(value, tuple):
-            return tuple(one(text) for text in value)
-        return None if value is None else one(value)
+            return tuple(parse_one(text) for text in value)
+        return None if value is None else parse_one(value)
 
     return callback
 
 
-def address(text: str) -> str:
-    """HOST:PORT as it was written; raises ValueError."""
+def parse_address(text: str) -> str:
+    """Return HOST:PORT unchanged. Raises ValueError."""
     host, _, port = text.rpartition(":")
     if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ValueError("is not HOST:PORT")
     return text
 
 
-def namespaced(text: str) -> tuple[str, str]:
-    """NAMESPACE/NAME as a pair; raises ValueError."""
+def parse_namespaced_name(text: str) -> tuple[str, str]:
+    """Return NAMESPACE/NAME as a pair. Raises ValueError."""
     namespace, _, name = text.partition("/")
     if not namespace or not name or "/" in name:
         raise ValueError("is not NAMESPACE/NAME")
     return namespace, name
 
 
+log_level_option = click.option(
+    "--log-level", type=click.Choice(LEVELS), default="info", show_default=True, help="Lowest level to log."
+)
+
+
+def http_option(port: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return the option ``--http``, with this port by default."""
+    return click.option(
+        "--http",
+        default=f"0.0.0.0:{port}",
+        show_default=True,
+        callback=parsed(parse_address),
+        help="HOST:PORT for /healthz, /readyz and /metrics.",
+    )
+
+
+def stop_on_signals() -> asyncio.Event:
+    """Return an event that SIGTERM and SIGINT set."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
+
+
 def health_server(http: str, registry: CollectorRegistry, ready: Callable[[], Sequence[str]]) -> HealthServer:
-    """The server at ``--http``; alive while the event loop that runs now turns. Raises ClickException for a port in use."""
+    """Return the server for ``--http``; it is live while the running event loop responds. Raises ClickException."""
     try:
-        return HealthServer(http, registry, ready, _loop_liveness())
+        return HealthServer(http, registry, ready, _liveness_check())
     except OSError as error:
         raise click.ClickException(f"--http {http}: {error.strerror}") from None
 
 
-def _loop_liveness() -> Callable[[], Sequence[str]]:
-    """A function for another thread: asks the running event loop for a sign of life, and says why there is none."""
+def _liveness_check() -> Callable[[], Sequence[str]]:
+    """Return a function for another thread that returns why the event loop is not live; nothing if it is."""
     loop = asyncio.get_running_loop()
 
-    def reasons() -> Sequence[str]:
+    def problems() -> Sequence[str]:
         try:
-            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(_HEARTBEAT_S)
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(_LIVENESS_TIMEOUT_S)
         except (TimeoutError, RuntimeError):
-            return [f"the event loop has not answered for {_HEARTBEAT_S:.0f} s"]
+            return [f"the event loop has not responded for {_LIVENESS_TIMEOUT_S:.0f} s"]
         return []
 
-    return reasons
+    return problems

@@ -1,4 +1,4 @@
-"""The ``certmount`` command. Each subcommand is imported when it is called, so the node driver never loads the authority's world."""
+"""The ``certmount`` command. Imports a subcommand only when it runs, so the node driver never loads the authority's packages."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _LazyGroup(click.Group):
 @click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="certmount")
 def main() -> None:
-    """A TLS certificate for every Kubernetes pod, as files, rotated in place."""
+    """Give every Kubernetes pod a TLS certificate in files, and rotate it in place."""
 
 
 if __name__ == "__main__":

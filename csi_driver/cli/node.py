@@ -1,11 +1,10 @@
-"""``certmount node``: the driver of one node, wired together."""
+"""``certmount node``: reads the options, creates the node driver and runs its servers."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import random
-import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from prometheus_client import CollectorRegistry
 
 from csi_driver import DRIVER_NAME, __version__
 from csi_driver._proto import csi_pb2_grpc
-from csi_driver.cli.common import address, health_server, parsed
+from csi_driver.cli.common import health_server, http_option, log_level_option, parse_address, parsed, stop_on_signals
 from csi_driver.core.errors import CertmountError
 from csi_driver.host.directory_mounts import DirectoryMounts
 from csi_driver.host.mounts import KernelMounts
@@ -29,15 +28,15 @@ from csi_driver.node.authority_client import AuthorityClient
 from csi_driver.node.csi.registration import Registration, listen
 from csi_driver.node.csi.service import IdentityService, NodeService, describe_call
 from csi_driver.node.driver import Driver
-from csi_driver.node.publishing.publish import Publisher
-from csi_driver.rpc.server import Handled, Interceptor
-from csi_driver.telemetry.logging import LEVELS, configure_logging
+from csi_driver.rpc.server import CompletedCall, Interceptor
+from csi_driver.telemetry.logging import configure_logging
 from csi_driver.telemetry.node_metrics import NodeMetrics
 
 log = structlog.get_logger(__name__)
 
-_GRACE_S = 10.0
-_LOOK_AGAIN_S = 5.0
+_GRACE_PERIOD_S = 10.0
+_REGISTRATION_INTERVAL_S = 5.0
+_PATH = click.Path(path_type=Path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,57 +53,51 @@ class NodeSettings:
 
     @property
     def plugin_dir(self) -> Path:
-        """Where the driver's socket and volumes lie."""
+        """The directory of the driver's CSI socket and volumes."""
         return self.kubelet_dir / "plugins" / DRIVER_NAME
 
 
 @click.command(name="node")
 @click.option(
     "--kubelet-dir",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     default="/var/lib/kubelet",
     show_default=True,
-    help="The kubelet's root directory on this node.",
+    help="The kubelet's root directory (its --root-dir).",
 )
-@click.option("--node-name", required=True, help="This node's name in Kubernetes.")
+@click.option("--node-name", required=True, help="The name of this Kubernetes node.")
 @click.option(
     "--authority",
     default="certmount-authority.certmount.svc:443",
     show_default=True,
-    callback=parsed(address),
+    callback=parsed(parse_address),
     help="HOST:PORT of the authority.",
 )
 @click.option(
     "--authority-root",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     default="/etc/certmount/root/authority.crt",
     show_default=True,
-    help="PEM file with the root that the authority's own certificate must lead to; it may appear later.",
+    help="PEM file with the root certificates that verify the authority's TLS certificate. The driver waits for the file.",
 )
 @click.option(
     "--token",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     default="/var/run/secrets/certmount/token",
     show_default=True,
-    help="File with the driver's own service-account token, audience certmount-node.",
+    help="File with the driver's service account token for the audience certmount-node.",
 )
-@click.option(
-    "--http",
-    default="0.0.0.0:9440",
-    show_default=True,
-    callback=parsed(address),
-    help="HOST:PORT for /healthz, /readyz and /metrics.",
-)
-@click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True)
+@http_option(9440)
+@log_level_option
 @click.option(
     "--mounts",
-    type=click.Choice(["kernel", "folder"]),
+    type=click.Choice(["kernel", "directory"]),
     default="kernel",
     show_default=True,
-    help="folder: plain folders in place of mounts, for a machine without root; pods need kernel.",
+    help="kernel: mount a tmpfs for each volume; pods need this. directory: link plain directories, for tests without root.",
 )
 def command(log_level: str, **options: object) -> None:
-    """Run the CSI driver of one node."""
+    """Run the node driver."""
     configure_logging(log_level)
     try:
         asyncio.run(run(NodeSettings(**options)))  # type: ignore[arg-type]  # click gives each option its type
@@ -113,10 +106,8 @@ def command(log_level: str, **options: object) -> None:
 
 
 async def run(settings: NodeSettings) -> None:
-    """Serves until SIGTERM or SIGINT."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    """Run the driver until SIGTERM or SIGINT."""
+    stop = stop_on_signals()
     registry = CollectorRegistry()
     metrics = NodeMetrics(registry)
     client = AuthorityClient(settings.authority, settings.authority_root, settings.token)
@@ -148,10 +139,10 @@ async def _serve(
         authority=settings.authority,
     )
     if not (settings.kubelet_dir.is_absolute() and settings.kubelet_dir.is_dir()):
-        check_kubelet_dir(settings.kubelet_dir)  # raises: nothing may be made at a place that is not the kubelet's
+        check_kubelet_dir(settings.kubelet_dir)  # raises: create nothing outside a kubelet directory
     settings.plugin_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
-    await driver.publisher.restore()
-    server = await _serve_csi(settings, driver.publisher, metrics)
+    await driver.restore()
+    server = await _serve_csi(settings, driver, metrics)
     async with asyncio.TaskGroup() as tasks:
         running = [
             tasks.create_task(driver.run(), name="driver"),
@@ -161,34 +152,34 @@ async def _serve(
         log.info("stopping")
         running.pop().cancel()
         await registration.stop()
-        await server.stop(_GRACE_S)
+        await server.stop(_GRACE_PERIOD_S)
         for task in running:
             task.cancel()
 
 
 async def _register(settings: NodeSettings, registration: Registration) -> None:
-    """Makes the driver known once its mounts can reach pods: elsewhere the kubelet would be told of success, and pods see nothing."""
-    told = ""
+    """Register the driver once its mounts propagate to pods. Otherwise the kubelet would report success, and pods would see no files."""
+    logged = ""
     while True:
         try:
             check_kubelet_dir(settings.kubelet_dir, shared=settings.mounts == "kernel")
             await registration.start()
         except CertmountError as error:
-            if told != str(error):
-                log.error("not registered with the kubelet", error=str(error))  # noqa: TRY400  # an expected kind
-            told = str(error)
+            if logged != str(error):
+                log.error("not registered with the kubelet", error=str(error))  # noqa: TRY400  # an expected error
+            logged = str(error)
         else:
             return
-        await asyncio.sleep(_LOOK_AGAIN_S)
+        await asyncio.sleep(_REGISTRATION_INTERVAL_S)
 
 
-async def _serve_csi(settings: NodeSettings, publisher: Publisher, metrics: NodeMetrics) -> grpc.aio.Server:
-    def observe(call: Handled) -> None:
+async def _serve_csi(settings: NodeSettings, driver: Driver, metrics: NodeMetrics) -> grpc.aio.Server:
+    def observe(call: CompletedCall) -> None:
         metrics.called(call.method, call.reason, call.seconds)
 
     server = grpc.aio.server(interceptors=[Interceptor(observe, describe_call)])
     csi_pb2_grpc.add_IdentityServicer_to_server(IdentityService(), server)
-    csi_pb2_grpc.add_NodeServicer_to_server(NodeService(settings.node_name, publisher), server)
+    csi_pb2_grpc.add_NodeServicer_to_server(NodeService(settings.node_name, driver.publisher, driver.published), server)
     listen(server, settings.plugin_dir / "csi.sock")
     await server.start()
     return server
@@ -200,23 +191,19 @@ def _driver(settings: NodeSettings, client: AuthorityClient, keys: ThreadPoolExe
     return Driver(settings.kubelet_dir, store, client, keys, metrics, time.time, random.random)
 
 
-def _kubelet_faults(settings: NodeSettings) -> list[str]:
+def _kubelet_dir_problem(settings: NodeSettings) -> str | None:
     try:
         check_kubelet_dir(settings.kubelet_dir, shared=settings.mounts == "kernel")
     except CertmountError as error:
-        return [str(error)]
-    return []
+        return str(error)
+    return None
 
 
 def _readiness(
     settings: NodeSettings, client: AuthorityClient, registration: Registration
 ) -> Callable[[], Sequence[str]]:
-    def reasons() -> Sequence[str]:
-        trust = client.trust_fault()
-        return [
-            *_kubelet_faults(settings),
-            *([trust] if trust else []),
-            *([registration.problem] if registration.problem else []),
-        ]
+    def problems() -> Sequence[str]:
+        found = (_kubelet_dir_problem(settings), client.root_problem(), registration.problem)
+        return [problem for problem in found if problem]
 
-    return reasons
+    return problems

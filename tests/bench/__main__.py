@@ -60,12 +60,12 @@ def main() -> None:
     if unknown := sections - set(SECTIONS):
         parser.error(f"there is no section {', '.join(sorted(unknown))}")
     print(f"Machine: {describe()}")
-    if MOUNTS == "folder":
+    if MOUNTS == "directory":
         print(
             "Not root: plain folders in /dev/shm stand in for mounts, so figures with mounts in them say less than on a node."
         )
     started = time.monotonic()
-    parent = "/dev/shm" if MOUNTS == "folder" else None
+    parent = "/dev/shm" if MOUNTS == "directory" else None
     with tempfile.TemporaryDirectory(prefix="certmount-bench-", dir=parent) as name:
         folder = Path(name).resolve()
         try:

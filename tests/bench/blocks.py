@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from csi_driver.core.certificates.csr import build_csr
 from csi_driver.core.certificates.keys import generate_key
 from csi_driver.core.certificates.verification import ExpectedCertificate, verify_certificate
-from csi_driver.core.formats.pem import render_files
+from csi_driver.core.formats.file_format import VolumeContents
+from csi_driver.core.formats.registry import render_files
 from csi_driver.core.names import DNSName, Names, spiffe_id
 from csi_driver.core.spec import KeyType
 from csi_driver.host.generations import VolumeFile, write_generation
@@ -39,7 +40,7 @@ def measure_blocks(folder: Path) -> list[Figure]:
     bundle = verify_certificate([leaf], [ca.der], expected, datetime.now(UTC))
     files = [
         VolumeFile(file.name, file.content, 0o440, 1000 if MOUNTS == "kernel" else None)
-        for file in render_files(key, bundle.chain, bundle.roots)
+        for file in render_files(VolumeContents(key, bundle.chain, bundle.roots))
     ]
     stamps = iter(range(10**9))
 
@@ -52,7 +53,7 @@ def measure_blocks(folder: Path) -> list[Figure]:
         ("key RSA-3072", _us(lambda: generate_key(KeyType.RSA_3072), 1), "-"),
         ("request (CSR)", _us(lambda: build_csr(key, names), 50), "-"),
         ("check of the answer", _us(check, 50), "-"),
-        ("files rendered", _us(lambda: render_files(key, bundle.chain, bundle.roots), 50), "-"),
+        ("files rendered", _us(lambda: render_files(VolumeContents(key, bundle.chain, bundle.roots)), 50), "-"),
     ]
     if MOUNTS == "kernel":
         mounts, tmpfs, target = KernelMounts(), folder / "tmpfs", folder / "target"

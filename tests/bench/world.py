@@ -26,7 +26,7 @@ from tests.support.kubelet import FakePod, Kubelet, node_stub
 from tests.support.requirements import may_mount
 
 ISSUER_DELAY_MS = 20
-MOUNTS = "kernel" if may_mount() else "folder"
+MOUNTS = "kernel" if may_mount() else "directory"
 _START_S = 30.0
 _POLL_S = 0.001
 # structlog loads rich where it finds it: 4 MB that a development environment has and an installed driver has not.

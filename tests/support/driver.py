@@ -49,7 +49,7 @@ class Driver:
             f"--token={token_file}",
             f"--http={self.http}",
             "--log-level=debug",
-            f"--mounts={'kernel' if may_mount() else 'folder'}",
+            f"--mounts={'kernel' if may_mount() else 'directory'}",
         ]
         self._process: asyncio.subprocess.Process | None = None
 

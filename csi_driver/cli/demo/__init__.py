@@ -1,7 +1,7 @@
-"""``certmount demo``: the real authority and node driver on this machine, and a stand-in for all that Kubernetes does.
+"""``certmount demo``: runs the real authority and node driver on this machine and simulates the rest of Kubernetes.
 
-``story`` tells it; ``programs`` starts and ends the two; ``kubelet`` and ``tokens`` play the cluster; ``connections`` are
-the pods' own; ``certificate`` and ``page`` put it into words. Nothing here is used by anything else.
+``runner`` runs the ``steps``; ``programs`` starts and stops the two programs; ``kubelet`` and ``tokens`` simulate the
+cluster; ``connections`` are the pods' TLS connections. No other package imports this one.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 
 import click
 
-from csi_driver.cli.demo.failure import DemoFailed
-from csi_driver.cli.demo.page import Page
-from csi_driver.cli.demo.story import Wishes, tell
+from csi_driver.cli.demo.errors import DemoError
+from csi_driver.cli.demo.output import Output
+from csi_driver.cli.demo.runner import run
 
-_MOST_ROTATIONS = 1000
-"""About 50 minutes: the pods' tokens, which nobody renews here, last for an hour."""
+_MAX_ROTATIONS = 1000
+"""About 50 minutes: the pods' tokens are valid for an hour, and the demo does not renew them."""
 
 
 @click.command(name="demo")
@@ -28,61 +28,59 @@ _MOST_ROTATIONS = 1000
     "--keep",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Leave the last root.crt, site.crt and site.key in DIR.",
+    help="Copy the last root.crt, site.crt and site.key to DIR.",
 )
 @click.option(
     "--rotations",
-    type=click.IntRange(1, _MOST_ROTATIONS),
+    type=click.IntRange(1, _MAX_ROTATIONS),
     default=2,
     show_default=True,
-    help="How often the certificate is to change under live connections; each takes about three seconds.",
+    help="Number of certificate renewals to show; each takes about three seconds.",
 )
 @click.pass_context
 def command(context: click.Context, keep: Path | None, rotations: int) -> None:
-    """Show a pod's certificate from first mount to last, without Kubernetes and without root."""
-    if os.environ.get("NO_COLOR"):  # no-color.org; click looks at the terminal only
+    """Show the life of a pod's certificate, without Kubernetes and without root."""
+    if os.environ.get("NO_COLOR"):  # no-color.org; click checks only for a terminal
         context.color = False
     if find_spec("yaml") is None:
-        raise click.ClickException(
-            "the demo runs the authority too; install it with: pip install 'certmount[authority]'"
-        )
+        raise click.ClickException("the demo also runs the authority; run: pip install 'certmount[authority]'")
     if keep is not None:
         try:
             keep.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise click.BadParameter(f"{keep}: {error.strerror}", param_hint="--keep") from None
-    page = Page()
+    output = Output()
     try:
-        asyncio.run(_until_signalled(tell(page, Wishes(keep, rotations))))
-    except DemoFailed as failure:
-        page.failed(failure)
+        asyncio.run(_until_signalled(run(output, keep, rotations)))
+    except DemoError as error:
+        output.failed(error)
         context.exit(1)
     except _Stopped as stopped:
-        page.stopped()
+        output.stopped()
         context.exit(128 + stopped.number)
 
 
 class _Stopped(Exception):
-    """A signal asked for the end, and all is tidied up."""
+    """A signal stopped the demo, and the cleanup has finished."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
 
 
-async def _until_signalled(story: Coroutine[object, object, None]) -> None:
-    """Runs the story; the first signal ends it in order, further ones don't disturb that."""
-    telling = asyncio.create_task(story, name="story")
+async def _until_signalled(demo: Coroutine[object, object, None]) -> None:
+    """Run the demo. The first signal cancels it; later signals do not interrupt the cleanup."""
+    running = asyncio.create_task(demo, name="demo")
     received: list[int] = []
 
     def stop(number: int) -> None:
         received.append(number)
         if len(received) == 1:
-            telling.cancel()
+            running.cancel()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stop, number)
-    await asyncio.wait([telling])
-    if telling.cancelled():
+    await asyncio.wait([running])
+    if running.cancelled():
         raise _Stopped(received[0])
-    telling.result()
+    running.result()

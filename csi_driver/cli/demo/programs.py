@@ -1,4 +1,4 @@
-"""The folder that all of the demo happens in, and the two certmount programs as processes of their own."""
+"""The demo's private directory, and the two certmount programs as child processes."""
 
 from __future__ import annotations
 
@@ -10,105 +10,101 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
-from csi_driver.cli.demo.failure import DemoFailed, Log
+from csi_driver.cli.demo.errors import DemoError
 
-MEMORY = Path("/dev/shm")  # noqa: S108  # only the place; the folder in it is made by tempfile, for its owner alone
-_READY_S = 30.0
-_LOOK_AGAIN_S = 0.05
-_GRACE_S = 5.0
-_LAST_LINES = 8
+MEMORY = Path("/dev/shm")  # noqa: S108  # tempfile creates a directory in it that only its owner can read
+_READY_TIMEOUT_S = 30.0
+_READY_INTERVAL_S = 0.05
+_GRACE_PERIOD_S = 5.0
+_TAIL_LINES = 8
 
 
-def private_folder(memory: Path = MEMORY) -> tempfile.TemporaryDirectory[str]:
-    """A new folder (0700), in memory where there is such a place, else where temporary files go; ends with its context."""
+def private_directory(memory: Path = MEMORY) -> tempfile.TemporaryDirectory[str]:
+    """Create a directory (0700) in memory, or in the temporary directory if ``memory`` is not writable."""
     usable = memory.is_dir() and os.access(memory, os.W_OK | os.X_OK)
     return tempfile.TemporaryDirectory(prefix="certmount-demo-", dir=memory if usable else None)
 
 
 class Program:
-    """A certmount command with its options; ``http`` is where it answers /readyz (host 127.0.0.1)."""
+    """A certmount command with its options. It serves /readyz on ``http_port`` of 127.0.0.1."""
 
-    def __init__(self, name: str, options: Sequence[str], folder: Path, http_port: int) -> None:
+    def __init__(self, name: str, options: Sequence[str], directory: Path, http_port: int) -> None:
         self.name = name
         self._options = options
-        self._folder = folder
+        self._directory = directory
         self._http_port = http_port
-        self._log = folder / f"{name}.log"
-        self._last_lines: Sequence[str] = ()
+        self._log = directory / f"{name}.log"
+        self._log.touch()
 
     async def run(self) -> None:
-        """Starts it, and ends it when cancelled. Raises DemoFailed when it ends by itself, or otherwise than asked."""
-        # A group of its own: Ctrl-C is for the demo, which then ends its programs in order.
+        """Run the program until this task is cancelled. Raises DemoError if the program ends early or fails to stop."""
+        # Its own process group: Ctrl-C reaches the demo only, which then stops its programs in order.
         with self._log.open("wb") as log:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "csi_driver.cli.main", self.name, *self._options),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                cwd=self._folder,
+                cwd=self._directory,
                 process_group=0,
             )
         try:
             await process.wait()
         except asyncio.CancelledError:
-            await _end(process)
-            # Before Python has set up its own handler, the signal itself ends it.
+            await _stop(process)
+            # The signal itself ends a program that has not installed its handler yet.
             if process.returncode in (0, -signal.SIGTERM):
                 raise
-        finally:
-            self._last_lines = self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
         status = process.returncode or 0
-        how = f"status {status}" if status >= 0 else f"signal {-status}"
-        raise DemoFailed(f"certmount {self.name} has ended with {how}", self.last_log())
+        how = f"exited with status {status}" if status >= 0 else f"was killed by signal {-status}"
+        raise DemoError(f"certmount {self.name} {how}", self.log_tail())
 
-    async def ready(self) -> None:
-        """Waits until it says so; raises DemoFailed with what it says instead."""
+    async def wait_until_ready(self) -> None:
+        """Poll /readyz until it answers ok. Raises DemoError with the last answer after 30 seconds."""
         answer = "no answer"
         with suppress(TimeoutError):
-            async with asyncio.timeout(_READY_S):
-                while (answer := await self._readiness()) != "ok":  # noqa: ASYNC110  # it is another process's to know
-                    await asyncio.sleep(_LOOK_AGAIN_S)
+            async with asyncio.timeout(_READY_TIMEOUT_S):
+                while (answer := await asyncio.to_thread(self._readiness)) != "ok":  # noqa: ASYNC110  # another process has no event
+                    await asyncio.sleep(_READY_INTERVAL_S)
                 return
-        raise DemoFailed(f"certmount {self.name} is not ready after {_READY_S:.0f} s: {answer}")
+        raise DemoError(f"certmount {self.name} is not ready after {_READY_TIMEOUT_S:.0f} s: {answer}")
 
-    def last_log(self) -> Log:
-        """The last lines of its log; complete once :meth:`run` has ended."""
-        return Log(f"certmount {self.name}", self._last_lines)
+    def log_tail(self) -> str:
+        """Return the last log lines with a heading."""
+        lines = self._log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+        heading = (
+            f"Last lines of the log of certmount {self.name}:" if lines else f"certmount {self.name} logged nothing."
+        )
+        return "\n   ".join([heading, *lines])
 
-    async def _readiness(self) -> str:
+    def _readiness(self) -> str:
+        connection = HTTPConnection("127.0.0.1", self._http_port, timeout=1)
         try:
-            reader, writer = await asyncio.open_connection("127.0.0.1", self._http_port)
-        except OSError as error:
-            return str(error)
-        try:
-            writer.write(b"GET /readyz HTTP/1.0\r\n\r\n")
-            return (await reader.read()).decode(errors="replace").partition("\r\n\r\n")[2].strip()
-        except OSError as error:
+            connection.request("GET", "/readyz")
+            return connection.getresponse().read().decode(errors="replace").strip()
+        except (OSError, HTTPException) as error:
             return str(error)
         finally:
-            writer.close()
+            connection.close()
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports of loopback that nobody listens on now."""
+    """Return different loopback ports that are free at present."""
     with ExitStack() as open_sockets:
-        probes = [open_sockets.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+        sockets = [open_sockets.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [open_socket.getsockname()[1] for open_socket in sockets]
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """Asks it to end, then insists; it has ended, or is about to, whatever happens here."""
-    if process.returncode is not None:
-        return
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    """Terminate the process, and kill it after a grace period or when this task is cancelled."""
     try:
         with suppress(ProcessLookupError):
             process.terminate()
         with suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), _GRACE_S)
+            await asyncio.wait_for(process.wait(), _GRACE_PERIOD_S)
     finally:
         if process.returncode is None:
             process.kill()

@@ -1,4 +1,4 @@
-"""Plays the API server as far as service-account tokens go: a key, a published key set, tokens that are bound to a pod."""
+"""Simulates the API server's token issuer: a signing key, its published key set, and tokens bound to a pod."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import time
 import uuid
 from dataclasses import dataclass
-from datetime import timedelta
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -18,13 +17,13 @@ from csi_driver.core.identity import ServiceAccount
 from csi_driver.core.secret import Secret
 
 ISSUER = "https://demo.certmount.invalid"
-_LIFE = timedelta(hours=1)
+_LIFETIME_S = 3600
 _ALGORITHM = "ES256"
 
 
 @dataclass(frozen=True, slots=True)
-class Pod:
-    """A pod of the demo's one node."""
+class DemoPod:
+    """A pod on the demo's only node."""
 
     account: ServiceAccount
     name: str
@@ -32,28 +31,28 @@ class Pod:
     node: str
 
     @classmethod
-    def make(cls, account: ServiceAccount, name: str, node: str) -> Pod:
-        """With a UID of its own."""
+    def create(cls, account: ServiceAccount, name: str, node: str) -> DemoPod:
+        """Return a pod with a new UID."""
         return cls(account, name, str(uuid.uuid4()), node)
 
     def __str__(self) -> str:
         return f"{self.account.namespace}/{self.name}"
 
 
-class TokenIssuer:
-    """Signs with a key that lives in memory only."""
+class DemoTokenIssuer:
+    """Signs service account tokens with a key that exists only in memory."""
 
     def __init__(self) -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._key_id = hashlib.sha256(public_bytes(self._key.public_key())).hexdigest()[:16]
 
     def key_set(self) -> str:
-        """The public key as a JSON Web Key Set (RFC 7517)."""
+        """Return the public key as a JSON Web Key Set (RFC 7517)."""
         key = ECAlgorithm.to_jwk(self._key.public_key(), as_dict=True)
         return json.dumps({"keys": [{**key, "kid": self._key_id, "alg": _ALGORITHM, "use": "sig"}]})
 
-    def issue(self, pod: Pod, audience: str) -> Secret[str]:
-        """A token for one audience, with the claims that Kubernetes 1.32 and newer writes (KEP-4193)."""
+    def issue(self, pod: DemoPod, audience: str) -> Secret[str]:
+        """Return a token for one audience, with the claims that Kubernetes writes since 1.32 (KEP-4193)."""
         now = int(time.time())
         claims = {
             "iss": ISSUER,
@@ -61,7 +60,7 @@ class TokenIssuer:
             "sub": pod.account.username,
             "iat": now,
             "nbf": now,
-            "exp": now + int(_LIFE.total_seconds()),
+            "exp": now + _LIFETIME_S,
             "jti": str(uuid.uuid4()),
             "kubernetes.io": {
                 "namespace": pod.account.namespace,
@@ -74,5 +73,5 @@ class TokenIssuer:
 
 
 def _uid(name: str) -> str:
-    """The same for the same name: a node and a service account have one UID in all tokens."""
+    """Return the same UID for the same name: nodes and service accounts keep theirs across tokens."""
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{ISSUER}/{name}"))
