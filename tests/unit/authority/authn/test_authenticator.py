@@ -1,4 +1,4 @@
-"""Which proven identities may ask, and for whom."""
+"""Authentication of node drivers and pods."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from csi_driver.authority.authn.authenticator import Authenticator
 from csi_driver.authority.authn.token_keys import TokenKeys
 from csi_driver.authority.authn.token_reviews import OfflineReviewer, TokenReviewCache
 from csi_driver.authority.authn.token_verifier import TokenVerifier
-from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.errors import CertmountError
 from csi_driver.core.identity import ServiceAccount
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 from tests.support.tokens import DRIVER, Pod, TokenIssuer
 
 POD = Pod()
+OTHER_UID = "66666666-6666-4666-8666-666666666666"
 
 
 @pytest.fixture
-def admission(keys: TokenKeys, metrics: AuthorityMetrics) -> Authenticator:
-    proofs = TokenReviewCache(TokenVerifier(keys), OfflineReviewer(), metrics)
-    return Authenticator(proofs, ServiceAccount("certmount", "certmount-node"))
+def authenticator(keys: TokenKeys, metrics: AuthorityMetrics) -> Authenticator:
+    reviews = TokenReviewCache(TokenVerifier(keys), OfflineReviewer(), metrics)
+    return Authenticator(reviews, ServiceAccount("certmount", "certmount-node"))
 
 
-async def test_the_driver_of_the_pods_own_node_may_ask(admission: Authenticator, issuer: TokenIssuer) -> None:
-    """Both tokens name the same node."""
-    node = await admission.prove_node(issuer.node_token())
-    assert (await admission.prove_pod(issuer.pod_token(POD), node)).pod_name == POD.name
+async def test_driver_on_the_pods_node_is_authenticated(authenticator: Authenticator, issuer: TokenIssuer) -> None:
+    node = await authenticator.authenticate_node(issuer.node_token())
+    assert (await authenticator.authenticate_pod(issuer.pod_token(POD), node)).pod_name == POD.name
 
 
 @pytest.mark.parametrize(
@@ -39,35 +39,33 @@ async def test_the_driver_of_the_pods_own_node_may_ask(admission: Authenticator,
     ],
     ids=["other account", "other namespace", "a pod's own"],
 )
-async def test_only_the_node_drivers_service_account_may_call(
-    caller: Pod, admission: Authenticator, issuer: TokenIssuer
+async def test_only_the_node_drivers_service_account_can_call(
+    caller: Pod, authenticator: Authenticator, issuer: TokenIssuer
 ) -> None:
-    """Any pod can have a token for our audience, so the audience alone proves nothing."""
-    with pytest.raises(CertmountError, match="not of the node driver's certmount/certmount-node") as refusal:
-        await admission.prove_node(issuer.node_token(caller))
-    assert refusal.value.reason is Reason.TOKEN_REJECTED
+    """Any pod can get a token with the authority's audience, so the audience alone proves nothing."""
+    with pytest.raises(CertmountError, match=r"^TokenRejected: node token: .* expected certmount/certmount-node"):
+        await authenticator.authenticate_node(issuer.node_token(caller))
 
 
-async def test_a_pod_token_does_not_open_the_door(admission: Authenticator, issuer: TokenIssuer) -> None:
-    """Not even the driver's own, as it is for another audience."""
-    with pytest.raises(CertmountError, match="node token: is for another audience than certmount-node"):
-        await admission.prove_node(issuer.pod_token(DRIVER))
+async def test_pod_token_is_not_accepted_as_node_token(authenticator: Authenticator, issuer: TokenIssuer) -> None:
+    """Not even the driver's own pod token, which has another audience."""
+    with pytest.raises(CertmountError, match="node token: has another audience; expected certmount-node"):
+        await authenticator.authenticate_node(issuer.pod_token(DRIVER))
 
 
 @pytest.mark.parametrize(
     "pod,words",
     [
-        (replace(POD, node="node-b"), "is of a pod on node node-b, but the driver on node node-a shows it"),
-        (replace(POD, node_uid="66666666-6666-4666-8666-666666666666"), "made anew under its old name"),
-        (replace(POD, node="node-b", node_uid="66666666-6666-4666-8666-666666666666"), "on node node-b"),
+        (replace(POD, node="node-b"), "a pod on node node-b, but the driver on node node-a sent it"),
+        (replace(POD, node_uid=OTHER_UID), "the node was deleted and created again"),
+        (replace(POD, node="node-b", node_uid=OTHER_UID), "on node node-b"),
     ],
-    ids=["name", "uid", "both"],
+    ids=["name", "UID", "both"],
 )
-async def test_a_stolen_pod_token_is_worthless_on_another_node(
-    pod: Pod, words: str, admission: Authenticator, issuer: TokenIssuer
+async def test_stolen_pod_token_is_rejected_on_another_node(
+    pod: Pod, words: str, authenticator: Authenticator, issuer: TokenIssuer
 ) -> None:
-    """Name and uid of the node must be equal: a node that takes over a name does not take over its pods."""
-    node = await admission.prove_node(issuer.node_token())
-    with pytest.raises(CertmountError, match=words) as refusal:
-        await admission.prove_pod(issuer.pod_token(pod), node)
-    assert refusal.value.reason is Reason.TOKEN_REJECTED
+    """Name and UID of the node must match: a new node with the name of an old one does not get its pods."""
+    node = await authenticator.authenticate_node(issuer.node_token())
+    with pytest.raises(CertmountError, match=rf"^TokenRejected: .*{words}"):
+        await authenticator.authenticate_pod(issuer.pod_token(pod), node)

@@ -1,13 +1,15 @@
-"""How much may be asked: what is normal passes, whatever the hour; what is not is slowed down; and memory has an end."""
+"""Rate limits allow normal load, slow down other load, and use bounded memory."""
 
 from __future__ import annotations
+
+from contextlib import ExitStack
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from csi_driver.authority.authn.limits import (
-    MOST_WATCHES,
+    MAX_STREAMS_PER_NODE,
     NODE_RATE,
     POD_RATE,
     ConcurrencyLimit,
@@ -15,7 +17,7 @@ from csi_driver.authority.authn.limits import (
     RateLimiter,
     RequestLimits,
 )
-from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.errors import CertmountError
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from tests.unit.authority.clock import Clock
 
@@ -25,149 +27,142 @@ def pod(number: int = 0, node: str = "node-a") -> PodIdentity:
     return PodIdentity(account, "account-uid", f"hello-{number}", f"uid-{number}", node, f"uid-{node}", 2e9)
 
 
-def ask(limits: RequestLimits, number: int, node: str = "node-a") -> None:
-    limits.count_node(pod(number, node))
-    limits.count_pod(pod(number, node))
+@pytest.fixture
+def clock() -> Clock:
+    return Clock(0.0)
 
 
-def refused(limits: RequestLimits, asker: PodIdentity) -> CertmountError:
-    for _ in range(POD_RATE.burst):
-        limits.count_pod(asker)
-    with pytest.raises(CertmountError) as refusal:
-        limits.count_pod(asker)
-    return refusal.value
+@pytest.fixture
+def limits(clock: Clock) -> RequestLimits:
+    return RequestLimits(clock)
 
 
-@pytest.mark.parametrize("volumes,life_s", [(10, 10), (100, 3600)], ids=["ten of 10 s", "a hundred of 1 h"])
-def test_a_pod_with_many_short_lives_is_never_slowed_down(volumes: int, life_s: int) -> None:
-    """All its volumes start at once and renew at half of their life, the earliest that the node ever does, for an hour."""
-    clock = Clock(0.0)
-    limits = RequestLimits(clock)
-    for _ in range(min(720, 7200 // life_s)):
+def call(limits: RequestLimits, number: int, node: str = "node-a") -> None:
+    limits.count_node_issue(pod(number, node))
+    limits.count_pod_issue(pod(number, node))
+
+
+@pytest.mark.parametrize("volumes,lifetime_s", [(10, 10), (100, 3600)])
+def test_pod_with_many_short_lifetimes_is_not_limited(
+    volumes: int, lifetime_s: int, clock: Clock, limits: RequestLimits
+) -> None:
+    """All volumes start at once and renew after half of their lifetime, the earliest possible time, for an hour."""
+    for _ in range(min(720, 7200 // lifetime_s)):
         for _ in range(volumes):
-            ask(limits, 1)
-        clock.forward(life_s / 2)
+            call(limits, 1)
+        clock.forward(lifetime_s / 2)
 
 
 @pytest.mark.parametrize("pods", [110, 250])
-def test_a_whole_node_may_start_at_once_and_come_back_from_an_outage(pods: int) -> None:
-    """Each pod with four volumes, and half a minute later again."""
-    clock = Clock(0.0)
-    limits = RequestLimits(clock)
+def test_all_pods_of_a_node_can_start_at_once_and_again_after_an_outage(
+    pods: int, clock: Clock, limits: RequestLimits
+) -> None:
     for _ in range(2):
         for number in range(pods):
             for _ in range(4):
-                ask(limits, number)
+                call(limits, number)
         clock.forward(30)
 
 
-def test_a_node_full_of_the_shortest_lives_is_not_slowed_down() -> None:
-    """250 pods that renew a certificate of 10 s after 6.7 s, spread as the node spreads them."""
-    clock = Clock(0.0)
-    limits = RequestLimits(clock)
+def test_node_with_only_the_shortest_lifetimes_is_not_limited(clock: Clock, limits: RequestLimits) -> None:
+    """250 pods renew a certificate of 10 s after 6.7 s, spread evenly as the driver does."""
     for step in range(250 * 60):
-        ask(limits, step % 250)
+        call(limits, step % 250)
         clock.forward(6.7 / 250)
 
 
-def test_a_loop_gets_its_share_and_is_told_when_to_come_again() -> None:
-    """A pod that asks without a pause for a minute gets the burst and then five a second; its neighbour does not notice."""
-    clock = Clock(0.0)
-    limits = RequestLimits(clock)
-    error = refused(limits, pod(1))
-    assert error.reason is Reason.TOO_MANY_REQUESTS
-    assert error.retryable
-    assert str(error) == (
-        "TooManyRequests: pod default/hello-1: more calls than the authority allows; come again in 1 s"
+def test_pod_that_calls_in_a_loop_gets_its_share(clock: Clock, limits: RequestLimits) -> None:
+    """It gets the burst and then five calls per second, and learns when to retry. Other pods are not affected."""
+    for _ in range(POD_RATE.burst):
+        limits.count_pod_issue(pod(1))
+    with pytest.raises(CertmountError) as limited:
+        limits.count_pod_issue(pod(1))
+    assert limited.value.retryable
+    assert str(limited.value) == (
+        "TooManyRequests: pod default/hello-1: exceeds the authority's rate limit; retry after 1 s"
     )
-    granted = 0
+    allowed = 0
     for _ in range(6000):
         clock.forward(0.01)
         try:
-            limits.count_pod(pod(1))
+            limits.count_pod_issue(pod(1))
         except CertmountError:
             continue
-        granted += 1
-    assert granted == pytest.approx(60 * POD_RATE.a_second, abs=1)
-    limits.count_pod(pod(2))
+        allowed += 1
+    assert allowed == pytest.approx(60 * POD_RATE.per_second, abs=1)
+    limits.count_pod_issue(pod(2))
 
 
-def test_a_node_that_asks_without_a_pause_leaves_room_for_the_others() -> None:
-    """Whatever pods it shows, also ever new ones."""
-    clock = Clock(0.0)
-    limits = RequestLimits(clock)
-    granted = 0
+def test_node_that_calls_in_a_loop_does_not_affect_other_nodes(limits: RequestLimits) -> None:
+    """Even if it sends tokens of ever new pods."""
+    allowed = 0
     for number in range(NODE_RATE.burst * 3):
         try:
-            ask(limits, number)
+            call(limits, number)
         except CertmountError as error:
             assert "node node-a" in str(error)
         else:
-            granted += 1
-    assert granted == NODE_RATE.burst
-    ask(limits, 1, "node-b")
+            allowed += 1
+    assert allowed == NODE_RATE.burst
+    call(limits, 1, "node-b")
 
 
 @given(
-    st.integers(1, 20),
-    st.floats(0.1, 50),
-    st.lists(st.tuples(st.floats(0, 5), st.sampled_from("abc")), max_size=200),
+    st.integers(1, 20), st.floats(0.1, 50), st.lists(st.tuples(st.floats(0, 5), st.sampled_from("abc")), max_size=200)
 )
-def test_a_bucket_never_gives_more_than_burst_and_rate(
-    burst: int, a_second: float, calls: list[tuple[float, str]]
+def test_rate_limiter_never_exceeds_burst_and_rate(
+    burst: int, per_second: float, calls: list[tuple[float, str]]
 ) -> None:
-    """In any stretch of time, for each key by itself, however calls fall; and who waits as long as told is let in."""
+    """In any interval, for each key on its own; and a caller that waits as long as it was told is allowed."""
     clock = Clock(0.0)
-    buckets = RateLimiter(Rate(a_second, burst), clock, most_keys=10)
-    granted: dict[str, list[float]] = {"a": [], "b": [], "c": []}
+    limiter = RateLimiter(Rate(per_second, burst), clock, max_buckets=10)
+    allowed: dict[str, list[float]] = {"a": [], "b": [], "c": []}
     for pause, key in calls:
         clock.forward(pause)
-        wait_s = buckets.take(key)
+        wait_s = limiter.take(key)
         if wait_s:
             clock.forward(wait_s + 1e-6)
-            assert buckets.take(key) == 0
-        granted[key].append(clock.now)
-    for times in granted.values():
+            assert limiter.take(key) == 0
+        allowed[key].append(clock.now)
+    for times in allowed.values():
         for first in range(len(times)):
             for last in range(first, len(times)):
-                assert last - first + 1 <= burst + (times[last] - times[first]) * a_second + 1e-3
+                assert last - first + 1 <= burst + (times[last] - times[first]) * per_second + 1e-3
 
 
-def test_memory_is_bounded_and_who_rests_is_forgotten() -> None:
-    """Ever new pods push out the ones that have not asked for longest; a full bucket is dropped as soon as it is full."""
-    clock = Clock(0.0)
-    buckets = RateLimiter(Rate(1, 10), clock, most_keys=100)
+def test_rate_limiter_memory_is_bounded(clock: Clock) -> None:
+    """New keys replace the oldest ones, and full buckets are dropped."""
+    limiter = RateLimiter(Rate(1, 10), clock, max_buckets=100)
     for number in range(1000):
-        buckets.take(f"pod-{number}")
-        assert len(buckets) <= 100
+        limiter.take(f"pod-{number}")
+        assert len(limiter) <= 100
     clock.forward(10)
     for _ in range(50):
-        buckets.take("pod-new")
-    assert len(buckets) == 1
+        limiter.take("pod-new")
+    assert len(limiter) == 1
 
 
-def test_streams_of_a_node_are_few_and_their_places_come_back() -> None:
-    """A thousand of one node are refused; another node's is not; one that ends makes room."""
-    limits = RequestLimits()
-    with limits.watching(pod()), limits.watching(pod()), limits.watching(pod()):
-        with limits.watching(pod()):
-            with pytest.raises(CertmountError, match=f"watches the roots {MOST_WATCHES} times already") as refusal:
-                limits.watching(pod()).__enter__()
-            assert refusal.value.reason is Reason.TOO_MANY_REQUESTS
-            with limits.watching(pod(node="node-b")):
-                pass
-        with limits.watching(pod()):
+def test_streams_per_node_are_limited_and_released(limits: RequestLimits) -> None:
+    with ExitStack() as streams:
+        for _ in range(MAX_STREAMS_PER_NODE):
+            last = streams.enter_context(ExitStack())
+            last.enter_context(limits.stream(pod()))
+        message = f"^TooManyRequests: node node-a: has {MAX_STREAMS_PER_NODE} WatchTrust streams"
+        with pytest.raises(CertmountError, match=message):
+            limits.stream(pod()).__enter__()
+        with limits.stream(pod(node="node-b")):
             pass
-    assert not limits._watches
+        last.close()
+        with limits.stream(pod()):
+            pass
+    assert not limits._streams
 
 
-def test_slots_come_back_whatever_happens() -> None:
-    """A call that fails takes none with it."""
-    slots = ConcurrencyLimit(1)
-    with pytest.raises(RuntimeError, match="in the middle"), slots:
-        raise RuntimeError("in the middle")
-    with slots, pytest.raises(CertmountError, match="1 calls are under way already") as refusal, slots:
+def test_concurrency_limit_is_released_after_a_failure() -> None:
+    limit = ConcurrencyLimit(1)
+    with pytest.raises(RuntimeError, match="failed"), limit:
+        raise RuntimeError("failed")
+    with limit, pytest.raises(CertmountError, match=r"^AuthorityOverloaded: 1 calls are already in progress"), limit:
         pass
-    assert refusal.value.reason is Reason.AUTHORITY_OVERLOADED
-    with slots:
+    with limit:
         pass
