@@ -20,7 +20,7 @@ class Backoff:
     factor: float = 2.0
     jitter: float = 0.0
 
-    def delay_s(self, failures: int, rng: float = 0.5) -> float:
+    def delay_s(self, failures: float, rng: float = 0.5) -> float:
         """Return the seconds to wait after this many consecutive failures (at least 1). ``rng`` is in [0, 1)."""
         delay_s = min(self.first_s * self.factor ** min(failures - 1, _MAX_EXPONENT), self.cap_s)
         return delay_s * (1 + self.jitter * (2 * rng - 1))

@@ -1,22 +1,25 @@
-"""When to renew, and when to try again: formulas only. Times are unix seconds, randomness is a number from 0 to 1."""
+"""Formulas for renewal times and retry delays. Times are in unix seconds; ``jitter`` is in [0, 1)."""
 
 from __future__ import annotations
 
-from csi_driver.core.errors import FailureKind
+from csi_driver.core.backoff import Backoff
+from csi_driver.core.errors import FailureKind, Retry
 
 RENEWAL_FRACTION = 2 / 3
-"""Of a certificate's life, counted from when it was issued; leaves a third of it to outlast an outage."""
+"""The default renewal time, as a fraction of the lifetime. The last third remains to outlast an outage."""
 JITTER = 0.1
-"""Share of the shorter side (before or after the planned moment) that chance may move a renewal by, either way."""
+"""The largest shift of a renewal time, as a fraction of the shorter time to issuance or expiry."""
 _MARGIN_S = 1.0
-"""Least time from issuance to renewal and from there to the end, where the life has room for it (a third, else): a pod
-can't make its node ask without a pause, nor plan a renewal for a moment at which any delay is an outage."""
-_FIRST_RETRY_S = 1.0
-_RETRY_CAP_S = 30.0
-"""So that a volume heals within a minute of the authority's return."""
-_PROBE_CAP_S = 600.0
-_REFUSED_CAP_S = 300.0
-"""Policies get fixed, but by people: asking more often helps no one."""
+"""The shortest time from issuance to renewal and from renewal to expiry; a third of a lifetime below 3 s.
+
+It prevents a renewal loop, and renewals that are so late that any delay is an outage.
+"""
+_RETRY_JITTER = 0.25
+_RETRY = Backoff(1.0, 30.0, jitter=_RETRY_JITTER)
+"""The cap lets a volume recover within a minute after the authority does."""
+_SLOW_RETRY = Backoff(1.0, 300.0, jitter=_RETRY_JITTER)
+"""A person must act first, so more frequent retries do not help."""
+_LONGEST_PROBE_DELAY_S = 600.0
 
 
 def plan_renewal(
@@ -28,51 +31,49 @@ def plan_renewal(
     jitter: float,
     late_s: float = 0.0,
 ) -> float:
-    """The moment to renew: the issuer's hint if it is sooner, else the user's ``renew-before``, else two thirds of the life; jittered.
+    """Return the time when a certificate should be renewed.
 
-    What lies outside the life is passed over, and a margin is kept on both sides: so whatever user and issuer say, the
-    moment lies between ``issued_at`` and ``not_after``, and renewals never follow one another without a pause.
+    The earlier of ``renew_after_s`` (from the issuer, counted from issuance) and ``renew_before_s`` (from the user, counted
+    from expiry) applies, with jitter. Values outside the lifetime are ignored. The default is 2/3 of the lifetime.
 
-    ``late_s`` says by how much this certificate came later than it was planned; infinite for a volume's first. Those of
-    many nodes come together after an outage or a restart, and must not do so for ever after: where neither user nor issuer
-    says when, chance brings the next one forward by as much as the last was late, and by half of the time at most.
+    ``late_s`` is the delay of this certificate relative to its planned time, infinity for the first one of a volume. After
+    an outage or a restart, many nodes renew at the same time. To spread their later renewals, the default renewal time is
+    moved forward by a random part of ``late_s``, by at most half of the time until renewal.
     """
-    life = max(not_after - issued_at, 0.0)
-    margin = min(_MARGIN_S, life * (1 - RENEWAL_FRACTION))
-    # A renew-before as long as the life (the issuer gave less than was asked) would renew without end.
-    planned, asked = life * RENEWAL_FRACTION, False
-    if renew_before_s is not None and 0 < renew_before_s < life:
-        planned, asked = life - renew_before_s, True
+    lifetime = max(not_after - issued_at, 0.0)
+    margin = min(_MARGIN_S, lifetime * (1 - RENEWAL_FRACTION))
+    planned, requested = lifetime * RENEWAL_FRACTION, False
+    # The issuer can grant a shorter lifetime than requested. A renew-before of the whole lifetime would cause a loop.
+    if renew_before_s is not None and 0 < renew_before_s < lifetime:
+        planned, requested = lifetime - renew_before_s, True
     if renew_after_s is not None and 0 < renew_after_s < planned:
-        planned, asked = renew_after_s, True
-    planned = min(max(planned, margin), life - margin)
-    half_width = JITTER * min(planned, life - planned)
-    forward = 0.0 if asked else min(late_s, planned / 2)
+        planned, requested = renew_after_s, True
+    planned = min(max(planned, margin), lifetime - margin)
+    half_width = JITTER * min(planned, lifetime - planned)
+    forward = 0.0 if requested else min(late_s, planned / 2)
     return issued_at + planned + half_width - (1 - jitter) * (2 * half_width + forward)
 
 
 def retry_delay_s(*, attempt: int, kind: FailureKind, jitter: float) -> float:
-    """Seconds until the next try after ``attempt`` failures in a row (1 or more): doubling from one second, jittered by a quarter."""
-    cap = _RETRY_CAP_S if kind.retryable else _REFUSED_CAP_S
-    delay = min(_FIRST_RETRY_S * 2.0 ** min(attempt - 1, 30), cap)
-    return delay * (0.75 + 0.5 * jitter)
+    """Return the seconds until the next retry after ``attempt`` consecutive failures (at least 1)."""
+    backoff = _RETRY if kind.retry is Retry.BACKOFF else _SLOW_RETRY
+    return backoff.delay_s(attempt, jitter)
 
 
 def probe_delay_s(*, attempt: float, left_s: float, jitter: float) -> float:
-    """Seconds until a node asks an authority again that gave no certificate ``attempt`` times in a row.
+    """Return the seconds until a node sends the next probe to an issuer after ``attempt`` consecutive failures.
 
-    Doubling as :func:`retry_delay_s`, but up to a fortieth of what is left of the life that ends first, from half a minute
-    to ten: nodes that can wait leave the first minutes after an outage to those that can't.
+    The cap is 1/40 of ``left_s``, the time until the first waiting certificate expires, and between 30 s and 10 min.
+    Nodes whose certificates remain valid longer leave the first minutes after an outage to the others.
     """
-    cap = min(max(left_s / 40, _RETRY_CAP_S), _PROBE_CAP_S)
-    doubled: float = _FIRST_RETRY_S * 2.0 ** min(attempt - 1, 30)
-    return min(doubled, cap) * (0.75 + 0.5 * jitter)
+    cap_s = min(max(left_s / 40, _RETRY.cap_s), _LONGEST_PROBE_DELAY_S)
+    return Backoff(_RETRY.first_s, cap_s, jitter=_RETRY_JITTER).delay_s(attempt, jitter)
 
 
-def catch_up_delay_s(*, silence_s: float, left_s: float, jitter: float) -> float:
-    """Seconds by which a renewal that fell due while the authority was silent is put off when it answers again.
+def catch_up_delay_s(*, outage_s: float, left_s: float, jitter: float) -> float:
+    """Return the seconds by which a renewal that became due during an outage is postponed when the outage ends.
 
-    So that not all nodes ask for all at once: over as long again as the silence was, but over no more than a quarter of
-    what is left of the certificate's life; one that has ended is not put off.
+    This spreads the renewals of all nodes over the length of the outage, but over at most a quarter of ``left_s``, the time
+    until the certificate expires. Renewals of expired certificates are not postponed.
     """
-    return jitter * max(min(silence_s, left_s / 4), 0.0)
+    return jitter * max(min(outage_s, left_s / 4), 0.0)

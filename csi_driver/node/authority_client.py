@@ -1,4 +1,4 @@
-"""The node's side of the wire to the authority: one TLS channel that trusts exactly the root file, the node's own token on every call."""
+"""The gRPC client for the authority: TLS with the root certificate of the authority, and the node driver's token in each call."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from csi_driver.core.formats.pem import decode_certificates
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import CertificateSpec, Usage
 from csi_driver.node.authority_messages import CertificateCondition, CertificateReport, IssuanceResponse, TrustBundle
-from csi_driver.rpc.errors import from_rpc
+from csi_driver.rpc.errors import REASON_KEY, from_rpc
 
 ISSUE_TIMEOUT_S = 90.0
-"""Shorter than kubelet's two minutes, so that it hears the reason and not just a timeout."""
-_TELL_TIMEOUT_S = 30.0
-_PATIENCE_S = 6.0
-"""How long a call that got no answer waits for another replica: the cluster's Service needs some seconds to leave a dead one out."""
-_PAUSE_S = 0.2
+"""Shorter than the kubelet's timeout of two minutes, so that pod events show the reason and not only a timeout."""
+_REPORT_TIMEOUT_S = 30.0
+_FAILOVER_S = 6.0
+"""How long a call without a reply is retried: the Service needs some seconds to remove a replica that has failed."""
+_FAILOVER_INTERVAL_S = 0.2
 _MAX_FILE_BYTES = 1024 * 1024
 _CONDITIONS = {
     CertificateCondition.RENEWAL_FAILING: authority_pb2.CONDITION_RENEWAL_FAILING,
@@ -34,18 +34,18 @@ _CONDITIONS = {
     CertificateCondition.RENEWAL_STOPPED: authority_pb2.CONDITION_RENEWAL_DROPPED,
 }
 _USAGES = {Usage.SERVER: authority_pb2.USAGE_SERVER, Usage.CLIENT: authority_pb2.USAGE_CLIENT}
-# RFC 6750 section 2.1. gRPC refuses other characters in metadata, and servers refuse more than 8 KiB of it.
+# RFC 6750 section 2.1. gRPC rejects other characters in metadata, and servers reject more than 8 KiB of it.
 _TOKEN = re.compile(rb"[A-Za-z0-9._~+/-]{1,7168}=*")
-# A replica that is dead or ending; CANCELLED is for calls that it had received but not looked at when its end began.
-_SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+# The codes of gRPC if a replica has failed or shuts down. CANCELLED: it had received the call but not handled it.
+_NO_REPLY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 _OPTIONS = (
-    # Tokens go to the authority and to no one between, whatever http_proxy the environment holds.
+    # Send tokens only to the authority, even if the environment sets http_proxy.
     ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 250),
-    # It is also how long a connection may take to come about: a replica on a dead node does not answer at all.
+    # This also limits the time to connect: a replica on a failed node does not respond at all.
     ("grpc.min_reconnect_backoff_ms", 2_000),
     ("grpc.max_reconnect_backoff_ms", 5_000),
-    # The trust stream is silent for days; without this a vanished authority would go unnoticed.
+    # The trust stream can be idle for days. Without keepalives the driver would not detect a failed authority.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
@@ -54,10 +54,10 @@ _OPTIONS = (
 
 
 class AuthorityClient:
-    """Speaks to one authority address. Belongs to one event loop.
+    """Calls the authority at one address. Use it in one event loop only.
 
-    ``root_file`` (PEM) may appear or change later: the channel is made from its present content. ``token_file`` is read
-    for every call, as kubelet renews it in place.
+    ``root_file`` (PEM) can appear or change later: each change creates a new channel. ``token_file`` is read for each call,
+    because the kubelet renews it in place.
     """
 
     def __init__(self, address: str, root_file: Path, token_file: Path) -> None:
@@ -66,16 +66,14 @@ class AuthorityClient:
         self._token_file = token_file
         self._roots = b""
         self._channel: grpc.aio.Channel | None = None
-        # Channels of earlier roots: what is under way on them ends in peace. Roots change once in years.
+        # Channels with earlier roots: calls in progress finish on them. The roots change once in years.
         self._retired: list[grpc.aio.Channel] = []
 
     async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuanceResponse:
-        """Asks for a certificate as ``spec`` says; its names are in the CSR (DER).
-
-        The end of a replica costs a call some seconds, and no failure.
+        """Request a certificate for the names of a CSR (DER). If a replica fails, retry with another one for some seconds.
 
         Raises:
-            CertmountError: the authority's reason, RootCertificateMissing while there is no root file, AuthorityUnavailable.
+            CertmountError: the authority's reason, RootCertificateMissing, NodeTokenMissing or AuthorityUnavailable.
         """
         request = authority_pb2.IssueRequest(
             csr=csr,
@@ -86,18 +84,13 @@ class AuthorityClient:
         )
         if spec.duration is not None:
             request.duration.FromTimedelta(spec.duration)
-        response = await self._answered(request)
+        response = await self._issue(request)
         renew_after = response.renew_after.ToTimedelta() if response.HasField("renew_after") else None
         return IssuanceResponse(response.chain, _root_sets(response.trust), renew_after, response.interim)
 
     async def watch_trust(self) -> AsyncIterator[TrustBundle]:
-        """Yields what is to be trusted now and at each change; ends when the authority ends the stream.
-
-        Raises:
-            CertmountError: as :meth:`issue`.
-        """
-        stub = self._stub()
-        call = stub.WatchTrust(authority_pb2.WatchTrustRequest(), metadata=self._bearer())
+        """Yield the trust bundle now and after each change, until the authority ends the stream; raises as :meth:`issue`."""
+        call = self._stub().WatchTrust(authority_pb2.WatchTrustRequest(), metadata=self._metadata())
         try:
             async for bundle in call:
                 yield TrustBundle(
@@ -112,23 +105,15 @@ class AuthorityClient:
             call.cancel()
 
     async def confirm_trust(self, name: str, generation: int) -> None:
-        """Tells that every volume of this node which trusts a set holds this generation of it, or a newer one.
-
-        Raises:
-            CertmountError: as :meth:`issue`.
-        """
+        """Acknowledge that all volumes of this node contain a root set with this generation or a newer one; raises as :meth:`issue`."""
         request = authority_pb2.ConfirmTrustRequest(set=name, generation=generation)
         try:
-            await self._stub().ConfirmTrust(request, timeout=_TELL_TIMEOUT_S, metadata=self._bearer())
+            await self._stub().ConfirmTrust(request, timeout=_REPORT_TIMEOUT_S, metadata=self._metadata())
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error) from None
 
     async def report(self, report: CertificateReport) -> None:
-        """Tells what has become of a pod's certificate.
-
-        Raises:
-            CertmountError: as :meth:`issue`.
-        """
+        """Report the condition of a pod's certificate; raises as :meth:`issue`."""
         request = authority_pb2.ReportRequest(
             pod_token=report.token.reveal(),
             condition=_CONDITIONS[report.condition],
@@ -136,12 +121,12 @@ class AuthorityClient:
             message=report.message,
         )
         try:
-            await self._stub().Report(request, timeout=_TELL_TIMEOUT_S, metadata=self._bearer())
+            await self._stub().Report(request, timeout=_REPORT_TIMEOUT_S, metadata=self._metadata())
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error) from None
 
-    def trust_fault(self) -> str | None:
-        """Why the authority can't be trusted yet, for people; None when it can."""
+    def root_problem(self) -> str | None:
+        """Return why the root file of the authority is unusable, or None."""
         try:
             self._read_roots()
         except CertmountError as error:
@@ -149,28 +134,27 @@ class AuthorityClient:
         return None
 
     async def close(self) -> None:
-        """Ends the channel and what is under way on it."""
+        """Close all channels and end the calls in progress."""
         for channel in (*self._retired, *([self._channel] if self._channel else [])):
             await channel.close()
         self._retired, self._channel = [], None
 
-    async def _answered(self, request: authority_pb2.IssueRequest) -> authority_pb2.IssueResponse:
-        """The answer of the first replica that gives one. gRPC's own retries (gRFC A6) give up within a second or so."""
+    async def _issue(self, request: authority_pb2.IssueRequest) -> authority_pb2.IssueResponse:
+        """Return the response of the first replica that replies. gRPC's own retries (gRFC A6) end after about a second."""
         clock = asyncio.get_running_loop().time
-        give_up = clock() + _PATIENCE_S
+        deadline = clock() + _FAILOVER_S
         while True:
             try:
-                return await self._stub().Issue(request, timeout=ISSUE_TIMEOUT_S, metadata=self._bearer())
+                return await self._stub().Issue(request, timeout=ISSUE_TIMEOUT_S, metadata=self._metadata())
             except grpc.aio.AioRpcError as error:
-                failure = from_rpc(error)
-                silent = failure.reason is Reason.AUTHORITY_UNAVAILABLE and error.code() in _SILENT
-                if not silent or clock() >= give_up:
-                    raise failure from None
-            # A replica that is ending refuses calls over a connection that stands.
-            await asyncio.sleep(_PAUSE_S)
+                replied = REASON_KEY in dict(error.trailing_metadata() or ())
+                if replied or error.code() not in _NO_REPLY or clock() >= deadline:
+                    raise from_rpc(error) from None
+            # A replica that shuts down rejects calls although the connection is open.
+            await asyncio.sleep(_FAILOVER_INTERVAL_S)
             if self._channel is not None:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._channel.channel_ready(), max(give_up - clock(), 0.0))
+                    await asyncio.wait_for(self._channel.channel_ready(), max(deadline - clock(), 0.0))
 
     def _stub(self) -> authority_pb2_grpc.AuthorityAsyncStub:
         roots = self._read_roots()
@@ -183,25 +167,24 @@ class AuthorityClient:
         return authority_pb2_grpc.AuthorityStub(self._channel)
 
     def _read_roots(self) -> bytes:
-        content = _read(self._root_file)
+        content, file = _read(self._root_file), str(self._root_file)
+        if not content:
+            hint = "the authority writes it to the ConfigMap certmount-root when it first starts; check that it runs"
+            fault = Fault(file, "the root certificate of the authority does not exist yet", hint)
+            raise CertmountError(Reason.ROOT_CERTIFICATE_MISSING, fault)
         try:
-            if content and decode_certificates(content):
-                return content
+            decode_certificates(content)
         except ValueError:
-            raise CertmountError(
-                Reason.ROOT_CERTIFICATE_MISSING, Fault(str(self._root_file), "holds no certificate in PEM")
-            ) from None
-        hint = "the authority publishes it to the ConfigMap certmount-root when it first starts; is it running?"
-        raise CertmountError(
-            Reason.ROOT_CERTIFICATE_MISSING, Fault(str(self._root_file), "the authority's root is not there yet", hint)
-        )
+            fault = Fault(file, "does not contain a PEM certificate")
+            raise CertmountError(Reason.ROOT_CERTIFICATE_MISSING, fault) from None
+        return content
 
-    def _bearer(self) -> tuple[tuple[str, str], ...]:
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
         token = _read(self._token_file).strip()
         if not _TOKEN.fullmatch(token):
-            problem = "holds no token" if token else "the node driver's own token is not there"
-            hint = "the DaemonSet must mount a projected token with audience certmount-node"
-            raise CertmountError(Reason.TOKEN_MISSING, Fault(str(self._token_file), problem, hint))
+            problem = "is not a token" if token else "the token of the node driver does not exist"
+            hint = "mount a projected token with audience certmount-node in the DaemonSet"
+            raise CertmountError(Reason.NODE_TOKEN_MISSING, Fault(str(self._token_file), problem, hint))
         return (("authorization", f"Bearer {token.decode('ascii')}"),)
 
 
@@ -210,7 +193,7 @@ def _root_sets(sets: Mapping[str, authority_pb2.RootSet]) -> Mapping[str, RootSe
 
 
 def _read(path: Path) -> bytes:
-    """The file's content; empty where it can't be read."""
+    """Return the content of a file, or nothing if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(_MAX_FILE_BYTES)

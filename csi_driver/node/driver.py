@@ -1,27 +1,27 @@
-"""The parts of the driver put together: who knows whom, and which clocks run."""
+"""Create the components of the node driver and run their tasks."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor
-from functools import partial
 from pathlib import Path
 
 from csi_driver.host.volume_store import VolumeStore
 from csi_driver.node.authority_client import AuthorityClient
 from csi_driver.node.authority_messages import TrustBundle
-from csi_driver.node.issuance.enrolment import Enrolment
-from csi_driver.node.issuance.first_calls import OUTSIDE_SIDE_BY_SIDE, Apart, FirstCalls
-from csi_driver.node.issuance.lanes import Lanes
-from csi_driver.node.issuance.live_certificates import LiveCertificates
-from csi_driver.node.issuance.pending import Pending
-from csi_driver.node.issuance.shared import Shared
+from csi_driver.node.issuance.certificate_client import CertificateClient
+from csi_driver.node.issuance.pending_requests import PendingRequests
+from csi_driver.node.issuance.request_queue import RequestQueue
+from csi_driver.node.issuance.shared_certificates import SharedCertificates
+from csi_driver.node.issuance.stored_certificates import StoredCertificates
 from csi_driver.node.publishing.publish import Publisher
-from csi_driver.node.renewal.advice import Advice
-from csi_driver.node.renewal.conditions import Conditions
+from csi_driver.node.publishing.published_volumes import PublishedVolumes
+from csi_driver.node.publishing.restore import VolumeRestorer
+from csi_driver.node.renewal.certificate_conditions import ConditionTracker
+from csi_driver.node.renewal.certificate_reports import CertificateReporter
+from csi_driver.node.renewal.early_renewals import EarlyRenewals
 from csi_driver.node.renewal.renewals import Renewals
-from csi_driver.node.renewal.reports import Reports
 from csi_driver.node.trust.root_distribution import RootDistribution
 from csi_driver.node.trust.trust_follower import follow_trust
 from csi_driver.node.volumes.remover import VolumeRemover
@@ -30,7 +30,7 @@ from csi_driver.telemetry.node_metrics import NodeMetrics
 
 
 class Driver:
-    """All that a node does with volumes. ``clock`` gives unix seconds, ``rng`` numbers from 0 to 1, ``keys`` threads for keys."""
+    """The node driver. ``clock`` returns unix seconds, ``rng`` numbers in [0, 1), and ``keys`` runs key generation."""
 
     def __init__(
         self,
@@ -45,70 +45,55 @@ class Driver:
         self._client = client
         self._rng = rng
         volumes = VolumeTable()
-        self._lanes = Lanes(clock, rng)
-        paced = self._lanes.paced(client)
-        self._first_calls = FirstCalls(paced, rng)
-        self._first_calls_outside = FirstCalls(paced, rng, OUTSIDE_SIDE_BY_SIDE)
-        self._removal = VolumeRemover(store, volumes, clock, rng)
-        self._roots = RootDistribution(store, volumes, self._removal, metrics, clock, rng)
-        metrics.count_waiting(self._lanes.backlog)
-        live = LiveCertificates(store, volumes, lambda: self._roots.known, clock)
-        self._pending = Pending(clock)
-        self._shared = Shared(live, lambda: self._roots.known, clock)
-        enrolment = partial(
-            Enrolment,
-            keys=keys,
-            clock=clock,
-            rng=rng,
-            pending=self._pending,
-            shared=self._shared,
-            orders=live,
-        )
-        self._reports = Reports(client, rng)
-        self._conditions = Conditions(volumes, self._removal, self._lanes, self._reports, clock)
+        self._remover = VolumeRemover(store, volumes, clock, rng)
+        self._roots = RootDistribution(store, volumes, self._remover, metrics, clock, rng)
+
+        stored = StoredCertificates(store, volumes, lambda: self._roots.known, clock)
+        queue = RequestQueue(client.issue, clock, rng)
+        self._pending = PendingRequests(clock)
+        self._shared = SharedCertificates(stored.find, lambda: self._roots.known, clock)
+        certificates = CertificateClient(queue, self._pending, self._shared, stored, keys, clock, rng)
+
+        self._reporter = CertificateReporter(client.report, rng)
+        self._conditions = ConditionTracker(volumes, self._remover, queue.outage, self._reporter, clock)
         self._renewals = Renewals(
             store,
             volumes,
-            enrolment(paced),
+            certificates,
+            queue,
             self._roots,
-            self._removal,
-            self._lanes,
+            self._remover,
             self._conditions,
             metrics,
             clock,
             rng,
         )
-        self._advice = Advice(store, volumes, self._renewals.advised)
+        self._early_renewals = EarlyRenewals(volumes, stored.key_fingerprint, self._renewals.renew_early)
+
+        self.published = PublishedVolumes(kubelet_dir, store, volumes, self._renewals)
+        restorer = VolumeRestorer(store, volumes, self._roots, self._renewals, self._remover, metrics, clock, rng)
+        self.restore = restorer.restore
         self.publisher = Publisher(
-            kubelet_dir,
-            store,
-            volumes,
-            enrolment(Apart(self._first_calls, self._first_calls_outside)),
-            self._roots,
-            self._renewals,
-            self._removal,
-            metrics,
-            clock,
-            rng,
+            kubelet_dir, store, volumes, self.published, restorer, certificates, self._roots, self._renewals
         )
+        metrics.count_waiting(queue.renewals_waiting)
+        volumes.when_forgotten(metrics.forget)
 
     async def run(self) -> None:
-        """Renews, and follows the authority's roots and policy, until cancelled."""
+        """Renew certificates and follow the authority's roots and policy until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._lanes.run(self._renewals.renew), name="renewals")
-            tasks.create_task(self._first_calls.turns.run(), name="first calls")
-            tasks.create_task(self._first_calls_outside.turns.run(), name="first calls to issuers outside")
-            tasks.create_task(self._conditions.clock_of_ends.run(), name="ends")
-            tasks.create_task(self._reports.run(), name="reports")
-            tasks.create_task(self._advice.run(), name="advice")
-            tasks.create_task(self._roots.writing.run(), name="roots")
-            tasks.create_task(self._removal.again.run(), name="removals")
-            tasks.create_task(follow_trust(self._client, self._take, self._roots, self._rng), name="trust")
+            tasks.create_task(self._renewals.scheduler.run(), name="renewals")
+            tasks.create_task(self._conditions.expiry_checks.run(), name="expiry checks")
+            tasks.create_task(self._reporter.run(), name="certificate reports")
+            tasks.create_task(self._early_renewals.run(), name="early renewals")
+            tasks.create_task(self._roots.scheduler.run(), name="root distribution")
+            tasks.create_task(self._remover.retries.run(), name="volume removal")
+            tasks.create_task(follow_trust(self._client, self._apply, self._roots, self._rng), name="trust bundles")
 
-    def _take(self, bundle: TrustBundle) -> None:
-        # The stream begins anew each half hour, which is the clock of what memory holds for pods that may be gone.
-        self._pending.forget_old()
-        self._shared.streamed(bundle.shared_issuers, bundle.renew_now)
-        self._advice.streamed(bundle.renew_now)
-        self._roots.streamed(bundle.sets)
-        self._renewals.policy_is(bundle.policy_revision)
+    def _apply(self, bundle: TrustBundle) -> None:
+        # The authority ends the stream every half hour, so this also removes the keys of deleted pods regularly.
+        self._pending.remove_expired()
+        self._shared.update(bundle.shared_issuers, bundle.renew_now)
+        self._early_renewals.update(bundle.renew_now)
+        self._roots.apply_bundle(bundle.sets)
+        self._renewals.policy_received(bundle.policy_revision)

@@ -114,7 +114,7 @@ def test_authority_is_away_past_a_renewal(logs: LogKeeper) -> None:
 
     def missed() -> int:
         events = logs.events("certmount-node")
-        return sum(event["event"] == "not renewed" and event.get("pod") == str(BRISK) for event in events)
+        return sum(event["event"] == "renewal failed" and event.get("pod") == str(BRISK) for event in events)
 
     before = missed()
     with _authority_away():

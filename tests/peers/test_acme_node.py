@@ -16,7 +16,7 @@ from cryptography import x509
 from csi_driver import NODE_AUDIENCE
 from csi_driver._proto import csi_pb2
 from csi_driver.core.certificates.csr import names_of
-from csi_driver.core.cluster.token_review import ReviewedToken
+from csi_driver.core.cluster.objects import ReviewedToken
 from csi_driver.core.secret import Secret
 from tests.integration.authority.world import Cluster, World
 from tests.integration.node.world import Shown, kubelet_root
@@ -170,4 +170,4 @@ async def test_a_pod_starts_while_its_order_is_on_its_way(tmp_path: Path) -> Non
         assert after.key == before.key
         assert after.roots == (public,)
         assert len(one.ca.orders) == len(one.ca.issued) == 1
-        assert not node.driver.events("not renewed")
+        assert not node.driver.events("renewal failed")

@@ -1,1 +1,1 @@
-"""issuance."""
+"""Obtain certificates from the authority. Modules of this package write no files."""

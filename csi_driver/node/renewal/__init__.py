@@ -1,1 +1,1 @@
-"""renewal."""
+"""Renew the certificates of published volumes, and report failures to the authority."""

@@ -1,204 +1,223 @@
-"""Renews the volumes in place, each when its moment has come. What fails is told and tried again; no pod loses what it has."""
+"""Renews the certificates of the published volumes in place. After a failure, the pod keeps its files and the driver retries."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import structlog
 
 from csi_driver.core.certificates.root_sets import merge_roots, trusted_root_set_names
-from csi_driver.core.errors import CertmountError, FailureKind, Reason
+from csi_driver.core.errors import CertmountError, FailureKind, Reason, Retry
 from csi_driver.core.renewal import retry_delay_s
+from csi_driver.host.volume_record import VolumeRecord
 from csi_driver.host.volume_store import VolumeStore
-from csi_driver.node.issuance.enrolled import Enrolled
-from csi_driver.node.issuance.enrolment import Enrolment
-from csi_driver.node.issuance.lanes import Lanes
-from csi_driver.node.renewal.conditions import Conditions
+from csi_driver.node.issuance.certificate_client import CertificateClient
+from csi_driver.node.issuance.certificate_request import CertificateRequest, ObtainedCertificate
+from csi_driver.node.issuance.request_queue import RequestQueue
+from csi_driver.node.renewal.certificate_conditions import ConditionTracker
+from csi_driver.node.scheduler import Scheduler
 from csi_driver.node.threads import in_thread
 from csi_driver.node.trust.root_distribution import RootDistribution
 from csi_driver.node.volumes.remover import VolumeRemover
-from csi_driver.node.volumes.volume import Volume, VolumeTable
+from csi_driver.node.volumes.volume import Volume, VolumeProblem, VolumeTable
 from csi_driver.node.volumes.volume_files import write_certificate
 from csi_driver.telemetry.node_metrics import NodeMetrics
 
 log = structlog.get_logger(__name__)
 
-_DECIDED_BY_POLICY = frozenset(
-    {FailureKind.NOT_ALLOWED, FailureKind.DENIED, FailureKind.NOT_CONFIGURED, FailureKind.NOT_AUTHENTICATED}
-)
-_AWAITING_TOKEN_S = 300.0
-"""Kubelet's next look brings the token and brings the renewal forward; this is for the case that it never looks."""
-_POLICY_SPREAD_S = 30.0
-"""Over which chance spreads what a new policy may allow: all nodes hear of it in the same moment."""
-_ADVICE_SPREAD_S = 30.0
-"""Over which chance spreads what a CA wants renewed at once: it may be all that it has signed."""
-_POLICY_SETTLES_S = 180.0
-"""Replicas read a new policy within so long of each other, as kubelets bring a ConfigMap's change at different moments."""
+_TOKEN_TIMEOUT_S = 300.0
+"""The next republish brings a token and starts the renewal. This retry is for a kubelet that does not republish."""
+_POLICY_JITTER_S = 30.0
+"""All nodes receive a new policy at the same time, so spread the renewals that it may allow."""
+_EARLY_RENEWAL_JITTER_S = 30.0
+"""A CA can suggest an early renewal for all of its certificates, so spread these renewals."""
+_POLICY_PROPAGATION_S = 180.0
+"""The longest time between two replicas reading a new policy: kubelets update a ConfigMap at different times."""
 
 
 class Renewals:
-    """The renewals of all volumes; ``lanes`` are their clocks."""
+    """Renews volumes at their renewal times. ``scheduler`` starts the renewals, and the request queue limits them."""
 
     def __init__(
         self,
         store: VolumeStore,
         volumes: VolumeTable,
-        enrolment: Enrolment,
+        client: CertificateClient,
+        queue: RequestQueue,
         roots: RootDistribution,
-        removal: VolumeRemover,
-        lanes: Lanes,
-        conditions: Conditions,
+        remover: VolumeRemover,
+        conditions: ConditionTracker,
         metrics: NodeMetrics,
         clock: Callable[[], float],
         rng: Callable[[], float],
     ) -> None:
         self._store = store
         self._volumes = volumes
-        self._enrolment = enrolment
+        self._client = client
+        self._queue = queue
         self._roots = roots
-        self._removal = removal
-        self._lanes = lanes
+        self._remover = remover
         self._conditions = conditions
         self._metrics = metrics
         self._clock = clock
         self._rng = rng
-        self._policy: str | None = None
-        self._policy_settled_at = 0.0
-        volumes.when_forgotten(lanes.cancel)
+        self._policy_revision: str | None = None
+        self._policy_propagated_at = 0.0
+        self.scheduler = Scheduler(clock, self._renew_in_turn, limit=math.inf)
+        volumes.when_forgotten(self.scheduler.cancel)
+        volumes.when_forgotten(queue.cancel_renewal)
 
     def keep(self, volume: Volume) -> None:
-        """Sets the moment at which a volume that holds a certificate is renewed."""
+        """Schedule the renewal of a volume that has a certificate."""
         self._schedule(volume, volume.record.renew_at)
-        self._conditions.keep(volume)
+        self._conditions.watch(volume)
         self._metrics.keep(volume.record.volume_id, volume.record.not_after)
         self._metrics.unhealthy(volume.record.volume_id, None)
 
-    def token_came(self, volume: Volume) -> None:
-        """Renews at once what has waited for the pod's token only."""
-        if volume.failure is not None and volume.failure.reason in (Reason.TOKEN_MISSING, Reason.TOKEN_EXPIRED):
-            volume.failure, volume.attempt = None, 0
+    def token_received(self, volume: Volume) -> None:
+        """Renew the volume now if it waits for a new token."""
+        if volume.failure is not None and volume.failure.reason.kind.retry is Retry.ON_TOKEN:
+            volume.failure, volume.renewal_failures = None, 0
             self._metrics.unhealthy(volume.record.volume_id, None)
             self._schedule(volume, self._clock())
 
-    def trouble(self, volume: Volume) -> tuple[str, str] | None:
-        """What is wrong with a volume's certificate now, as :meth:`Volume.trouble`."""
-        return volume.trouble(self._clock(), self._lanes.trouble(volume.spec.issuer))
-
-    def policy_is(self, revision: str) -> None:
-        """Tries again what was refused, and what was given up, when the policy is another one than before."""
-        before, self._policy = self._policy, revision
-        if before is None or before == revision:
+    def policy_received(self, revision: str) -> None:
+        """Retry renewals that a new policy may allow."""
+        previous, self._policy_revision = self._policy_revision, revision
+        if previous is None or previous == revision:
             return
         now = self._clock()
-        self._policy_settled_at = now + _POLICY_SETTLES_S
+        self._policy_propagated_at = now + _POLICY_PROPAGATION_S
         for volume in self._volumes:
-            if volume.failure is not None and volume.failure.reason.kind in _DECIDED_BY_POLICY and not volume.renewing:
-                volume.attempt = 0
-                self._schedule(volume, now + self._rng() * _POLICY_SPREAD_S)
+            if volume.failure is None or volume.renewing:
+                continue
+            if volume.failure.reason.kind.retry in (Retry.SLOW, Retry.ON_POLICY_CHANGE):
+                volume.renewal_failures = 0
+                self._schedule(volume, now + self._rng() * _POLICY_JITTER_S)
 
-    def advised(self, volume: Volume) -> None:
-        """Renews a volume soon, though its moment has not come; where a renewal has failed, that is tried again anyway."""
+    def renew_early(self, volume: Volume) -> None:
+        """Renew a volume within 30 s. A renewal that has failed is retried anyway."""
         if volume.failure is None and not volume.renewing:
-            self._schedule(volume, min(self._clock() + self._rng() * _ADVICE_SPREAD_S, volume.record.renew_at))
+            early = self._clock() + self._rng() * _EARLY_RENEWAL_JITTER_S
+            self._schedule(volume, min(early, volume.record.renew_at))
 
-    async def renew(self, volume_id: str) -> None:
-        """Renews one volume in place. Never raises: what fails is reported and tried again."""
+    def problem(self, volume: Volume) -> VolumeProblem | None:
+        """Return what is wrong with a volume's certificate, or None if it is healthy."""
+        return volume.problem(self._clock(), self._queue.outage(volume.spec.issuer))
+
+    async def _renew_in_turn(self, volume_id: str) -> None:
         volume = self._volumes.get(volume_id)
-        if volume is None or volume.renewing:  # what is under way sets the next moment itself
+        if volume is None or volume.renewing:  # A renewal that is waiting or in progress schedules the next one.
             return
         volume.renewing = True
+        issuer, pod, not_after = volume.spec.issuer, volume.pod, volume.record.not_after
         try:
-            with structlog.contextvars.bound_contextvars(volume=volume_id, pod=str(volume.pod)):
-                await self._renew(volume)
+            with structlog.contextvars.bound_contextvars(volume=volume_id, pod=str(pod)):
+                async with self._queue.renewal_turn(issuer, pod.uid, volume_id, not_after) as postponed_s:
+                    if postponed_s and self._volumes.has(volume):
+                        self._schedule(volume, self._clock() + postponed_s)
+                    elif self._volumes.has(volume):
+                        await self._renew(volume)
         finally:
             volume.renewing = False
 
     async def _renew(self, volume: Volume) -> None:
-        """Obtains a certificate, then writes it. No lock is held meanwhile: kubelet's calls don't wait for the authority."""
+        """Renew one volume, and retry after a failure. The volume is not locked during the request to the authority."""
         try:
-            if await self._removal.drop_if_gone(volume):
+            if await self._remover.remove_if_pod_is_gone(volume):
                 return
             late_s = max(self._clock() - volume.record.renew_at, 0.0)
-            volume_id, pod = volume.record.volume_id, volume.pod
-            enrolled = await self._enrolment.obtain(volume_id, pod, volume.spec, volume.token, late_s)
+            request = CertificateRequest(volume.record.volume_id, volume.pod, volume.spec, volume.token, late_s)
+            obtained = await self._client.obtain(request)
             async with self._volumes.lock(volume.record.volume_id):
-                if self._volumes.has(volume):
-                    await self._write(volume, enrolled)
+                if not self._volumes.has(volume):
+                    return
+                if obtained.interim and volume.keeps_interim_certificate(self._clock()):
+                    await self._postpone(volume, obtained.renew_at)
+                else:
+                    await self._replace_certificate(volume, obtained)
         except CertmountError as error:
             self._failed(volume, error)
-        except Exception as error:  # noqa: BLE001  # one volume's defect must not end the clock of all
-            defect = f"a defect in certmount ({type(error).__name__})"
-            self._failed(volume, CertmountError(Reason.INTERNAL, defect))
+        except Exception as error:  # noqa: BLE001  # A defect in one renewal must not end all renewals.
+            problem = f"a defect in certmount ({type(error).__name__})"
+            self._failed(volume, CertmountError(Reason.INTERNAL, problem))
 
-    async def _write(self, volume: Volume, enrolled: Enrolled) -> None:
-        if enrolled.interim and volume.stands_in_well(self._clock()):
-            await self._ask_again(volume, enrolled.renew_at)
-            return
+    async def _replace_certificate(self, volume: Volume, obtained: ObtainedCertificate) -> None:
         record = replace(
             volume.record,
-            issued_at=enrolled.issued_at,
-            renew_at=enrolled.renew_at,
-            not_after=enrolled.not_after,
-            interim=enrolled.interim,
+            issued_at=obtained.issued_at,
+            renew_at=obtained.renew_at,
+            not_after=obtained.not_after,
+            interim=obtained.interim,
         )
-        trusted = trusted_root_set_names(volume.spec, interim=enrolled.interim)
-        trusts = self._roots.answered(trusted, enrolled.trust)
+        names = trusted_root_set_names(volume.spec, interim=obtained.interim)
+        root_sets = self._roots.accept_response(names, obtained.root_sets)
         await in_thread(
             None,
             write_certificate,
             self._store.files_dir(record.volume_id),
-            enrolled.key,
-            enrolled.bundle.chain,
-            merge_roots(trusts, trusted),
-            volume.readers,
-            enrolled.issued_at,
+            obtained.key,
+            obtained.verified.chain,
+            merge_roots(root_sets, names),
+            volume.file_access,
+            obtained.issued_at,
         )
-        volume.record, volume.trusts = record, trusts
-        volume.failure, volume.attempt, volume.dropped = None, 0, False
-        self.keep(volume)
-        self._conditions.renewed(volume)
+        volume.root_sets = root_sets
+        self._succeeded(volume, record)
+        self._conditions.renewal_succeeded(volume)
         self._metrics.renewed()
         await self._roots.catch_up(volume)
         await in_thread(None, self._store.write_record, record)
-        log.info("renewed", not_after=enrolled.not_after, renew_at=enrolled.renew_at, interim=enrolled.interim)
+        log.info(
+            "certificate renewed",
+            not_after=obtained.not_after,
+            renew_at=obtained.renew_at,
+            interim=obtained.interim,
+        )
 
-    async def _ask_again(self, volume: Volume, when: float) -> None:
-        """The certificate that was asked for is not there yet, and the one that stands in need not be another."""
-        volume.record = replace(volume.record, renew_at=when)
-        volume.failure, volume.attempt, volume.dropped = None, 0, False
-        self.keep(volume)
+    async def _postpone(self, volume: Volume, renew_at: float) -> None:
+        """Keep the interim certificate: the external issuer is still working, and another interim one is no better."""
+        self._succeeded(volume, replace(volume.record, renew_at=renew_at))
         await in_thread(None, self._store.write_record, volume.record)
 
-    def _schedule(self, volume: Volume, when: float) -> None:
-        self._lanes.schedule(volume.record.volume_id, volume.spec.issuer, when, volume.record.not_after)
+    def _succeeded(self, volume: Volume, record: VolumeRecord) -> None:
+        volume.record = record
+        volume.failure, volume.renewal_failures, volume.renewal_stopped = None, 0, False
+        self.keep(volume)
 
     def _failed(self, volume: Volume, error: CertmountError) -> None:
         if not self._volumes.has(volume):
             return
-        volume.failure, volume.attempt = error, volume.attempt + 1
+        volume.failure, volume.renewal_failures = error, volume.renewal_failures + 1
         self._metrics.renewal_failed(error.reason)
         self._metrics.unhealthy(volume.record.volume_id, error.reason)
-        delay = self._delay_s(volume, error.reason)
-        volume.dropped = delay is None
-        if delay is None:
-            log.error("renewal dropped", reason=error.reason.word, error=str(error), not_after=volume.record.not_after)
+        delay_s = self._retry_delay_s(volume, error.reason.kind)
+        volume.renewal_stopped = delay_s is None
+        not_after = volume.record.not_after
+        if delay_s is None:
+            log.error("renewal stopped", reason=error.reason.word, error=str(error), not_after=not_after)
         else:
-            self._schedule(volume, self._clock() + delay)
+            self._schedule(volume, self._clock() + delay_s)
             log.warning(
-                "not renewed",
+                "renewal failed",
                 reason=error.reason.word,
                 error=str(error),
-                attempt=volume.attempt,
-                retry_in_s=round(max(delay, self._lanes.pause_s(volume.spec.issuer)), 1),
+                attempt=volume.renewal_failures,
+                retry_in_s=round(max(delay_s, self._queue.pause_s(volume.spec.issuer, not_after)), 1),
             )
-        self._conditions.failed(volume)
+        self._conditions.renewal_failed(volume, error)
 
-    def _delay_s(self, volume: Volume, reason: Reason) -> float | None:
-        """Seconds until the next try at the soonest; None where there is to be none until the policy changes."""
-        if reason is Reason.SERVICE_ACCOUNT_DENIED:
-            settles_in = self._policy_settled_at - self._clock()
-            return settles_in + self._rng() * _POLICY_SPREAD_S if settles_in > 0 else None
-        if reason in (Reason.TOKEN_MISSING, Reason.TOKEN_EXPIRED):
-            return _AWAITING_TOKEN_S
-        return retry_delay_s(attempt=volume.attempt, kind=reason.kind, jitter=self._rng())
+    def _retry_delay_s(self, volume: Volume, kind: FailureKind) -> float | None:
+        """Return the seconds until the next retry, or None if the driver does not retry before the policy changes."""
+        if kind.retry is Retry.ON_TOKEN:
+            return _TOKEN_TIMEOUT_S
+        if kind.retry is Retry.ON_POLICY_CHANGE:
+            # Replicas that have not read the new policy yet can still deny the request.
+            propagates_in_s = self._policy_propagated_at - self._clock()
+            return propagates_in_s + self._rng() * _POLICY_JITTER_S if propagates_in_s > 0 else None
+        return retry_delay_s(attempt=volume.renewal_failures, kind=kind, jitter=self._rng())
+
+    def _schedule(self, volume: Volume, due: float) -> None:
+        self.scheduler.schedule(volume.record.volume_id, due)

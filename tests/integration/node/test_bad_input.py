@@ -135,7 +135,7 @@ async def test_the_drivers_own_token(node: Node, content: bytes | None) -> None:
         path.write_bytes(content)
     try:
         failure = await refuses(
-            node, node.request(), UNAVAILABLE, "TokenMissing", "projected token with audience certmount-node"
+            node, node.request(), UNAVAILABLE, "NodeTokenMissing", "projected token with audience certmount-node"
         )
         assert not content or content.decode(errors="replace")[:40] not in failure.text
     finally:

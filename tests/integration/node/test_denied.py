@@ -27,7 +27,7 @@ async def test_a_denied_renewal_is_dropped_until_the_policy_changes(node: Node) 
     request = await node.published()
     before = node.shown(request)
     node.script.failure = CertmountError(Reason.SERVICE_ACCOUNT_DENIED, "web/shop: compromised")
-    await until(lambda: node.driver.events("renewal dropped"), "dropped")
+    await until(lambda: node.driver.events("renewal stopped"), "dropped")
     await until(lambda: _reported(node), "the report")
     assert _reported(node) == [(authority_pb2.CONDITION_RENEWAL_DROPPED, "ServiceAccountDenied")]
     assert "compromised" in node.authority.reports[0].message

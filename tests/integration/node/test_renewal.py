@@ -41,7 +41,7 @@ async def test_rotation_in_place(node: Node) -> None:
     assert node.mounts(node.kubelet.root) == mounts
     assert await node.health(request) == []
     # In the log a renewal is its pod's, and no call of the kubelet.
-    renewed = [line for line in node.driver.events("renewed") if line["volume"] == request.volume_id]
+    renewed = [line for line in node.driver.events("certificate renewed") if line["volume"] == request.volume_id]
     assert len(renewed) >= 3
     assert not [line for line in renewed if "method" in line]
 
@@ -96,10 +96,10 @@ async def test_failed_renewals_are_tried_again_and_heal(node: Node) -> None:
     """An issuer fails past a renewal: the pod is untouched, tries grow apart, health says why, and it heals by itself."""
     node.script.renew_after = SOON
     request = await node.published()
-    before, logged = node.shown(request), len(node.driver.events("not renewed"))
+    before, logged = node.shown(request), len(node.driver.events("renewal failed"))
     node.script.failure = CertmountError(Reason.ISSUER_UNAVAILABLE, "the issuer is away")
-    await until(lambda: len(node.driver.events("not renewed")) >= logged + 2, "two failed renewals")
-    tries = node.driver.events("not renewed")[logged:]
+    await until(lambda: len(node.driver.events("renewal failed")) >= logged + 2, "two failed renewals")
+    tries = node.driver.events("renewal failed")[logged:]
     assert [line["attempt"] for line in tries[:2]] == [1, 2]
     assert {line["reason"] for line in tries} == {"IssuerUnavailable"}
     for line, seconds in zip(tries, (1, 2), strict=False):

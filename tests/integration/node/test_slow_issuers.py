@@ -289,7 +289,7 @@ async def test_who_is_denied_at_the_renewal_ends_the_sharing(node: Node, shop: F
     await node.published(_again(shop, 1), EDGE)
     denied = CertmountError(Reason.SERVICE_ACCOUNT_DENIED, "the service account is denied")
     node.script.failure = denied
-    await until(lambda: node.driver.events("renewal dropped"), "the refusal", patience_s=20)
+    await until(lambda: node.driver.events("renewal stopped"), "the refusal", patience_s=20)
     calls = node.script.calls
     request = node.request(_again(shop, 2), EDGE)
     assert (await failure_of(node.publish(request))).reason == "ServiceAccountDenied"
@@ -364,10 +364,10 @@ async def test_an_order_that_is_pending_for_ever_is_told_and_asked_for_ever_less
     node.authority.reports.clear()
     node.script.renew_after, node.script.life = timedelta(seconds=1), timedelta(seconds=20)
     request = await node.published(shop, EDGE)
-    before, logged = node.shown(request), len(node.driver.events("not renewed"))
+    before, logged = node.shown(request), len(node.driver.events("renewal failed"))
     node.script.finished = False
-    await until(lambda: len(node.driver.events("not renewed")) >= logged + 3, "three tries", patience_s=30)
-    tries = node.driver.events("not renewed")[logged:]
+    await until(lambda: len(node.driver.events("renewal failed")) >= logged + 3, "three tries", patience_s=30)
+    tries = node.driver.events("renewal failed")[logged:]
     assert {line["reason"] for line in tries} == {"IssuancePending"}
     for line, seconds in zip(tries, (1, 2, 4), strict=False):
         assert 0.7 * seconds <= line["retry_in_s"] <= 1.3 * seconds

@@ -1,4 +1,4 @@
-"""Certificates for tests of the node that need one, but nothing of what is in it."""
+"""Certificates for unit tests of the node that do not depend on their contents."""
 
 from __future__ import annotations
 
@@ -11,35 +11,37 @@ from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.certificates.verification import VerifiedCertificate
 from csi_driver.core.names import DNSName, Names
 from csi_driver.core.spec import CertificateSpec, KeyType
-from csi_driver.node.issuance.enrolled import Enrolled, Wanted
-from csi_driver.node.issuance.pending import Prepared
+from csi_driver.node.issuance.certificate_request import ObtainedCertificate, RequestKey
+from csi_driver.node.issuance.pending_requests import PreparedRequest
 from csi_driver.node.pods import Pod
 from tests.support.scripted_authority import TestCA
 
 POD = Pod("web", "shop-0", "uid", "shop")
 SPEC = CertificateSpec(Names.of([DNSName.parse("shop.example.com")]), issuer="acme")
-WANTED = Wanted.of(POD, SPEC)
-SETS: Mapping[str, RootSet] = {"acme": RootSet((b"root",), 1)}
+KEY = RequestKey.of(POD, SPEC)
+ROOT_SETS: Mapping[str, RootSet] = {"acme": RootSet((b"root",), 1)}
 
 
 @functools.cache
-def key() -> PrivateKey:
-    """The same one each time."""
+def private_key() -> PrivateKey:
     return generate_key(KeyType.EC_P256)
 
 
 @functools.cache
-def bundle() -> VerifiedCertificate:
-    """A root that is its own chain."""
+def verified_certificate() -> VerifiedCertificate:
+    """Return a self-signed root as its own chain."""
     ca = TestCA()
     return VerifiedCertificate((ca.certificate,), (ca.certificate,))
 
 
-def prepared() -> Prepared:
-    """What a question is asked with."""
-    return Prepared(key(), build_csr(key(), SPEC.names))
+def prepared_request() -> PreparedRequest:
+    return PreparedRequest(private_key(), build_csr(private_key(), SPEC.names))
 
 
-def enrolled(issued_at: float = 0.0, renew_at: float = 60.0, not_after: float = 100.0, **changes: bool) -> Enrolled:
-    """Times in seconds; each call makes another value."""
-    return Enrolled(key(), bundle(), SETS, issued_at, renew_at, not_after, **changes)
+def obtained_certificate(
+    issued_at: float = 0.0, renew_at: float = 60.0, not_after: float = 100.0, *, interim: bool = False
+) -> ObtainedCertificate:
+    """Return a new value for each call. Times are in seconds."""
+    return ObtainedCertificate(
+        private_key(), verified_certificate(), ROOT_SETS, issued_at, renew_at, not_after, interim
+    )

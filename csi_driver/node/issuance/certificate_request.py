@@ -1,0 +1,74 @@
+"""What a volume requests, and the certificate that it obtains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from csi_driver.core.certificates.keys import PrivateKey
+from csi_driver.core.certificates.root_sets import RootSet
+from csi_driver.core.certificates.verification import VerifiedCertificate
+from csi_driver.core.names import Name
+from csi_driver.core.spec import CertificateSpec, KeyType, Usage
+from csi_driver.node.pods import Pod, PodToken
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateRequest:
+    """A request for a certificate of one volume."""
+
+    volume_id: str
+    pod: Pod
+    spec: CertificateSpec
+    token: PodToken | None
+    late_s: float = math.inf
+    """The delay relative to the planned renewal time; infinity for the first certificate of a volume."""
+
+    @property
+    def is_renewal(self) -> bool:
+        """True if the volume has a certificate."""
+        return math.isfinite(self.late_s)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestKey:
+    """Identifies requests that one certificate can answer. Without a volume ID, they come from all volumes that share it."""
+
+    namespace: str
+    service_account: str
+    names: frozenset[Name]
+    key_type: KeyType
+    usages: frozenset[Usage]
+    duration: timedelta | None
+    issuer: str
+    volume_id: str = ""
+
+    @classmethod
+    def of(cls, pod: Pod, spec: CertificateSpec, volume_id: str = "") -> RequestKey:
+        """Return the key of a volume's requests."""
+        return cls(
+            namespace=pod.namespace,
+            service_account=pod.service_account,
+            names=frozenset(spec.names),
+            key_type=spec.key_type,
+            usages=frozenset(spec.usages),
+            duration=spec.duration,
+            issuer=spec.issuer,
+            volume_id=volume_id,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ObtainedCertificate:
+    """A private key, its verified certificate, and the root sets that the volume trusts. Times are unix seconds."""
+
+    key: PrivateKey = field(repr=False)
+    verified: VerifiedCertificate
+    root_sets: Mapping[str, RootSet]
+    issued_at: float
+    renew_at: float
+    not_after: float
+    interim: bool = False
+    """The certificate is an interim certificate of the internal CA."""

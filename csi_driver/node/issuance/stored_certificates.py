@@ -1,0 +1,88 @@
+"""Finds keys and certificates in the published volumes. After a restart, they replace the driver's in-memory state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+
+from csi_driver.core.certificates.keys import PrivateKey, key_fingerprint
+from csi_driver.core.certificates.root_sets import RootSet
+from csi_driver.core.certificates.verification import verify_certificate
+from csi_driver.core.errors import CertmountError
+from csi_driver.host.volume_store import VolumeStore
+from csi_driver.node.issuance.certificate_request import ObtainedCertificate, RequestKey
+from csi_driver.node.threads import in_thread
+from csi_driver.node.volumes.volume import Volume, VolumeTable
+from csi_driver.node.volumes.volume_files import expected_certificate, read_key_and_chain
+
+
+class StoredCertificates:
+    """Reads the files of the published volumes. ``known`` returns the newest root sets, ``clock`` unix seconds."""
+
+    def __init__(
+        self,
+        store: VolumeStore,
+        volumes: VolumeTable,
+        known: Callable[[], Mapping[str, RootSet]],
+        clock: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._volumes = volumes
+        self._known = known
+        self._clock = clock
+
+    async def find(self, key: RequestKey) -> ObtainedCertificate | None:
+        """Return the newest valid certificate of the volumes with this key.
+
+        Ignore interim certificates, and those that are due for renewal, because the authority may have rejected it.
+        """
+        roots = self._known().get(key.issuer)
+        if roots is None:
+            return None
+        for volume in self._matching(key, interim=False):
+            record, now = volume.record, self._clock()
+            if record.renew_at <= now or (pair := await self._read(volume)) is None:
+                continue
+            private_key, chain = pair
+            expected = expected_certificate(private_key, volume.spec, volume.pod, key.issuer)
+            try:
+                verified = verify_certificate(chain, roots.roots, expected, datetime.fromtimestamp(now, UTC))
+            except CertmountError:
+                continue
+            return ObtainedCertificate(
+                key=private_key,
+                verified=verified,
+                root_sets={key.issuer: roots},
+                issued_at=record.issued_at,
+                renew_at=record.renew_at,
+                not_after=record.not_after,
+            )
+        return None
+
+    async def find_pending_key(self, key: RequestKey) -> PrivateKey | None:
+        """Return the private key of a volume with an interim certificate: its order at the external issuer is pending."""
+        for volume in self._matching(key, interim=True):
+            if (pair := await self._read(volume)) is not None:
+                return pair[0]
+        return None
+
+    async def key_fingerprint(self, volume: Volume) -> str | None:
+        """Return the fingerprint of a volume's public key, or None if the files cannot be read."""
+        pair = await self._read(volume)
+        return key_fingerprint(pair[0].public_key()) if pair is not None else None
+
+    async def _read(self, volume: Volume) -> tuple[PrivateKey, list[bytes]] | None:
+        try:
+            return await in_thread(None, read_key_and_chain, self._store.files_dir(volume.record.volume_id))
+        except CertmountError:
+            return None  # The volume's renewal or health check reports it.
+
+    def _matching(self, key: RequestKey, *, interim: bool) -> list[Volume]:
+        """Return the volumes with this key, the most recently issued certificate first."""
+        matching = [
+            volume
+            for volume in self._volumes
+            if volume.record.interim == interim
+            and RequestKey.of(volume.pod, volume.spec, volume.record.volume_id if key.volume_id else "") == key
+        ]
+        return sorted(matching, key=lambda volume: volume.record.issued_at, reverse=True)
