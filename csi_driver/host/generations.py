@@ -1,7 +1,7 @@
-"""The files of a volume, exchanged as one: ``..data`` leads to the current generation, and is swapped by one rename.
+"""Replace all files of a volume atomically: the symbolic link ``..data`` points to the current generation.
 
-The layout is the one that Kubernetes uses for its own Secret and ConfigMap volumes, so every program that watches those
-(the folder, for ``MOVED_TO ..data``) sees ours too::
+The layout is that of Kubernetes Secret and ConfigMap volumes, so programs that watch those (the directory, for
+``MOVED_TO ..data``) also detect our changes::
 
     ..2026_11_22_10_00_00.123456/site.crt
     ..data -> ..2026_11_22_10_00_00.123456
@@ -13,14 +13,15 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret
+from csi_driver.host.directories import open_descriptor
 from csi_driver.host.os_errors import translate_os_errors
 
 DATA: Final = "..data"
@@ -29,17 +30,17 @@ MAX_READ_BYTES: Final = 1 << 20
 _DATA_TMP: Final = "..data_tmp"
 _LINK_TMP: Final = "..link_tmp"
 _STAMP: Final = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.-]{0,99}")
-_FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ_ATTEMPTS: Final = 1000
-_FULL_HINT: Final = "the volume holds the old and the new files for a moment: fewer names or a smaller key make room"
+_FULL_HINT: Final = "the volume must have space for the old and the new files; use fewer names or a smaller key"
 
 
 @dataclass(frozen=True, slots=True)
 class VolumeFile:
-    """One file: its exact mode, and its group (None: the driver's own). The owner is always the driver's user.
+    """A file with its exact mode, and its group (None: the driver's own). The driver's user always owns it.
 
-    ValueError for a name that is no plain file name or starts with "..", and for modes beyond 0777.
+    Raises ValueError if the name is not a plain file name or starts with "..", or if the mode exceeds 0777.
     """
 
     name: str
@@ -50,101 +51,99 @@ class VolumeFile:
     def __post_init__(self) -> None:
         plain = self.name not in ("", ".") and not self.name.startswith("..") and not set("/\0") & set(self.name)
         if not plain or len(os.fsencode(self.name)) > 255:
-            raise ValueError(f"{self.name!r} is no name for a file of a volume")
+            raise ValueError(f"{self.name!r} is not a valid name for a file of a volume")
         if not 0 <= self.mode <= 0o777:
-            raise ValueError(f"{self.name}: {self.mode:o} is no file mode")
+            raise ValueError(f"{self.name}: {self.mode:o} is not a file mode")
 
 
 def write_generation(files_dir: Path, files: Sequence[VolumeFile], stamp: str) -> None:
-    """Replaces what the volume shows by ``files``, all at once; ``stamp`` names the generation.
+    """Replace all files of a volume with ``files``; ``stamp`` names the generation. Supports one caller per volume.
 
-    A failure leaves what was there before, whole, and raises CertmountError: NO_SPACE when the volume is full, else
-    MOUNT_FAILED. What a crash left behind is removed by the next call. One caller per volume at a time.
+    On failure the old files stay, and the call raises CertmountError NO_SPACE or MOUNT_FAILED. Each call removes what a
+    crash left behind.
 
-    The generation before stays until the next call: whoever has just followed ``..data``, or reads certificate and key one
-    after the other in the folder it led to, still finds them.
+    The previous generation stays until the next call. A process that has just resolved ``..data``, or that reads the
+    certificate and then the key in that directory, still finds its files.
     """
     names = {file.name for file in files}
     if not files or len(names) != len(files):
-        raise ValueError("a generation needs files, each with its own name")
+        raise ValueError("a generation needs at least one file, and unique file names")
     if not _STAMP.fullmatch(stamp) or f"..{stamp}" in (DATA, _DATA_TMP, _LINK_TMP):
-        raise ValueError(f"{stamp!r} is no name for a generation")
-    with translate_os_errors("volume", "write the files in", files_dir, _FULL_HINT), _opened(files_dir) as root:
-        _remove_hidden(root, keep=_current(root))
-        generation = _unused(root, f"..{stamp}")
+        raise ValueError(f"{stamp!r} is not a valid name for a generation")
+    writing = translate_os_errors("volume", "write the files in", files_dir, _FULL_HINT)
+    with writing, open_descriptor(files_dir, _DIRECTORY) as root:
+        _remove_generations(root, keep=_current(root))
+        # The clock can stand still, or go back to the time of the current generation.
+        generation = f"..{stamp}-again" if _current(root) == f"..{stamp}" else f"..{stamp}"
         links: list[str] = []
         try:
-            _fill(root, generation, files)
-            # A link that leads nowhere for a moment is missing to a reader, as it would be without it; made after the
-            # swap, a full volume would leave the new generation without its link.
+            _write_files(root, generation, files)
+            # Create links before the swap: if they came after it, a full volume would leave files without links.
             links.extend(name for name in sorted(names) if _link(root, name))
             os.symlink(generation, _DATA_TMP, dir_fd=root)
             os.rename(_DATA_TMP, DATA, src_dir_fd=root, dst_dir_fd=root)
         except BaseException:
-            with suppress(OSError):  # the first failure is the one to tell; the next call removes what is left
+            with suppress(OSError):  # report the first failure; the next call removes the rest
                 _undo(root, generation, links)
             raise
-        with suppress(OSError):  # the new files are live: that old ones could not be removed is not a failure
+        with suppress(OSError):  # the new files are in place; failing to remove old links is not a failure
             _remove_links(root, keep=names)
 
 
 def read_generation(files_dir: Path) -> dict[str, bytes]:
-    """The files of one generation, never a mixture; at most ``MAX_READ_BYTES`` in all.
+    """Return the files of one generation, at most ``MAX_READ_BYTES`` in total.
 
-    Raises CertmountError: VOLUME_NOT_FOUND when nothing was written yet, INTERNAL when there is more than that.
+    Raises CertmountError VOLUME_NOT_FOUND if the volume has no files, or INTERNAL if they are larger.
     """
     data = files_dir / DATA
     for _ in range(_READ_ATTEMPTS):
-        with (
-            translate_os_errors("volume", "read the files in", files_dir),
-            suppress(FileNotFoundError),
-            _opened(data) as folder,
-        ):
-            found = _read_all(folder)
-            # A generation is deleted only after the swap, so if it is still current now, nothing was missing before.
-            if os.path.samestat(os.fstat(folder), data.stat()):
-                return found
+        reading = translate_os_errors("volume", "read the files in", files_dir)
+        with reading, suppress(FileNotFoundError), open_descriptor(data, _DIRECTORY) as generation:
+            files = _read_files(generation)
+            # A generation is deleted only after a swap. If it is still current, the files are complete.
+            if os.path.samestat(os.fstat(generation), data.stat()):
+                return files
         if not os.path.lexists(data):
             raise CertmountError(Reason.VOLUME_NOT_FOUND, Fault("volume", f"{files_dir} has no files"))
-    raise CertmountError(Reason.VOLUME_REMOVED, Fault("volume", f"the files in {files_dir} change all the time"))
+    raise CertmountError(Reason.VOLUME_REMOVED, Fault("volume", f"the files in {files_dir} change constantly"))
 
 
 def erase_files(root: int) -> None:
-    """Removes everything in the files folder that is open as ``root``, so that no forgotten mount of it keeps a key."""
-    _remove_hidden(root, keep=None)
+    """Remove all files from the open files directory ``root``, so that no other mount of it keeps a key."""
+    _remove_generations(root, keep=None)
     _remove_links(root, keep=set())
 
 
-def _fill(root: int, generation: str, files: Sequence[VolumeFile]) -> None:
+def _write_files(root: int, generation: str, files: Sequence[VolumeFile]) -> None:
     os.mkdir(generation, 0o700, dir_fd=root)
-    folder = os.open(generation, _FOLDER | os.O_NOFOLLOW, dir_fd=root)
+    directory = os.open(generation, _DIRECTORY | os.O_NOFOLLOW, dir_fd=root)
     try:
         for file in files:
-            _write(folder, file)
-        os.fchmod(folder, 0o755)
+            _write_file(directory, file)
+        os.fchmod(directory, 0o755)
     finally:
-        os.close(folder)
+        os.close(directory)
 
 
-def _write(folder: int, file: VolumeFile) -> None:
-    descriptor = os.open(file.name, _NEW_FILE, 0, dir_fd=folder)
+def _write_file(directory: int, file: VolumeFile) -> None:
+    descriptor = os.open(file.name, _NEW_FILE, 0, dir_fd=directory)
     try:
         if file.gid is not None:
             os.fchown(descriptor, -1, file.gid)
         os.fchmod(descriptor, file.mode)
-        rest = memoryview(file.content.reveal())
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
+        remaining = memoryview(file.content.reveal())
+        while remaining:
+            remaining = remaining[os.write(descriptor, remaining) :]
     finally:
         os.close(descriptor)
 
 
 def _link(root: int, name: str) -> bool:
-    """Makes the user's link to a file, and says whether it had to."""
-    wanted = f"{DATA}/{name}"
-    if _readlink(root, name) == wanted:
+    """Create the link to a file. Return False if it exists already."""
+    target = f"{DATA}/{name}"
+    if _readlink(root, name) == target:
         return False
-    os.symlink(wanted, _LINK_TMP, dir_fd=root)
+    os.symlink(target, _LINK_TMP, dir_fd=root)
     os.rename(_LINK_TMP, name, src_dir_fd=root, dst_dir_fd=root)
     return True
 
@@ -155,11 +154,11 @@ def _undo(root: int, generation: str, links: list[str]) -> None:
         return
     for name in links:
         os.unlink(name, dir_fd=root)
-    _remove_hidden(root, keep=current)
+    _remove_generations(root, keep=current)
 
 
-def _remove_hidden(root: int, keep: str | None) -> None:
-    """Removes all generations but ``keep``, and what a crash left of a swap."""
+def _remove_generations(root: int, keep: str | None) -> None:
+    """Remove all generations except ``keep``, and the temporary links of a crash."""
     with os.scandir(root) as entries:
         hidden = [entry for entry in entries if entry.name.startswith("..") and entry.name != keep]
     for entry in hidden:
@@ -170,12 +169,12 @@ def _remove_hidden(root: int, keep: str | None) -> None:
 
 
 def _remove_generation(root: int, name: str) -> None:
-    folder = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=root)
+    directory = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=root)
     try:
-        for file in _names(folder):
-            os.unlink(file, dir_fd=folder)
+        for file in _names(directory):
+            os.unlink(file, dir_fd=directory)
     finally:
-        os.close(folder)
+        os.close(directory)
     os.rmdir(name, dir_fd=root)
 
 
@@ -183,11 +182,6 @@ def _remove_links(root: int, keep: set[str]) -> None:
     for name in _names(root):
         if not name.startswith("..") and name not in keep:
             os.unlink(name, dir_fd=root)
-
-
-def _unused(root: int, name: str) -> str:
-    """``name``, or one like it when the clock stood still or went back to the current generation's time."""
-    return f"{name}-again" if _current(root) == name else name
 
 
 def _current(root: int) -> str | None:
@@ -200,32 +194,25 @@ def _readlink(root: int, name: str) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        if error.errno != errno.EINVAL:  # only that says that it is no link; a guess here would delete live files
+        if error.errno != errno.EINVAL:  # only EINVAL means "not a link"; a wrong guess would delete current files
             raise
         return None
 
 
-def _read_all(folder: int) -> dict[str, bytes]:
-    found: dict[str, bytes] = {}
-    room = MAX_READ_BYTES
-    for name in sorted(_names(folder)):
-        with open(name, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, dir_fd=folder)) as file:
-            found[name] = file.read(room + 1)
-        room -= len(found[name])
-        if room < 0:
-            raise CertmountError(Reason.INTERNAL, Fault("volume", f"more than {MAX_READ_BYTES} bytes of files"))
-    return found
+def _read_files(directory: int) -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    remaining = MAX_READ_BYTES
+    for name in sorted(_names(directory)):
+        with open(
+            name, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, dir_fd=directory)
+        ) as file:
+            files[name] = file.read(remaining + 1)
+        remaining -= len(files[name])
+        if remaining < 0:
+            raise CertmountError(Reason.INTERNAL, Fault("volume", f"has more than {MAX_READ_BYTES} bytes of files"))
+    return files
 
 
-def _names(folder: int) -> list[str]:
-    with os.scandir(folder) as entries:
+def _names(directory: int) -> list[str]:
+    with os.scandir(directory) as entries:
         return [entry.name for entry in entries]
-
-
-@contextmanager
-def _opened(folder: Path) -> Iterator[int]:
-    descriptor = os.open(folder, _FOLDER)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""The kernel's mount table, proc_pid_mountinfo(5), read as a stream."""
+"""Read the kernel's mount table, proc_pid_mountinfo(5)."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _ESCAPE: Final = re.compile(rb"\\([0-3][0-7]{2})")
 
 @dataclass(frozen=True, slots=True)
 class MountEntry:
-    """One line of the table; paths as this process sees them, symbolic links resolved by the kernel."""
+    """A line of the table. Paths are as this process sees them, without symbolic links."""
 
     id: int
     parent: int
     device: str  # "major:minor"
-    root: str  # which folder of the file system is mounted
+    root: str  # the mounted directory within the file system
     point: str
-    options: frozenset[str]  # of this mount only, "ro" among them
+    options: frozenset[str]  # of this mount, for example "ro"
     propagation: tuple[str, ...]  # the optional fields: "shared:7", "master:3", ...
     fs_type: str
     source: str
-    super_options: frozenset[str]  # of the file system, for all its mounts
+    super_options: frozenset[str]  # of the file system
 
 
 def read_mounts(path: Path = MOUNTINFO) -> Iterator[MountEntry]:
-    """Every mount that ``path`` lists, oldest first. Lines that are not understood are left out, never fatal."""
+    """Yield all mounts of the table, oldest first. Skip malformed lines."""
     with path.open("rb") as table:
         for line in table:
             mount = parse_mount(line)
@@ -40,16 +40,16 @@ def read_mounts(path: Path = MOUNTINFO) -> Iterator[MountEntry]:
 
 
 def find_mount(wanted: int, path: Path = MOUNTINFO) -> MountEntry | None:
-    """The mount with this id; None when there is none any more. Parses one line only, so it is quick in a long table."""
+    """Return the mount with this ID, or None. Parse only its line, because the table can be long."""
     start = b"%d " % wanted
     with path.open("rb") as table:
         return next((parse_mount(line) for line in table if line.startswith(start)), None)
 
 
 def parse_mount(line: bytes) -> MountEntry | None:
-    """One line as a :class:`MountEntry`, or None when it is not one."""
+    """Parse a line, or return None if it is malformed."""
     own, separator, shared = line.removesuffix(b"\n").partition(b" - ")
-    # Fields are split at single blanks, as the mount source may be an empty string.
+    # Split at single spaces, because the mount source can be an empty string.
     fields, system = own.split(b" "), shared.split(b" ")
     if not separator or len(fields) < 6 or len(system) != 3:
         return None
@@ -70,7 +70,7 @@ def parse_mount(line: bytes) -> MountEntry | None:
 
 
 def mount_id(descriptor: int) -> int:
-    """The id of the mount that an open descriptor lies in: the first field of its line, proc_pid_fdinfo(5)."""
+    """Return the ID of the mount that contains an open file, proc_pid_fdinfo(5)."""
     with Path(f"/proc/self/fdinfo/{descriptor}").open("rb", buffering=0) as details:
         for line in details.read(1024).splitlines():
             name, _, value = line.partition(b":")
@@ -80,7 +80,7 @@ def mount_id(descriptor: int) -> int:
 
 
 def _text(field: bytes) -> str:
-    if b"\\" in field:  # rare, and the substitution is most of a line's time
+    if b"\\" in field:  # rare, and the substitution is slow
         field = _ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), field)
     return os.fsdecode(field)
 

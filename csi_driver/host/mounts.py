@@ -1,7 +1,7 @@
-"""A volume's tmpfs and its read-only bind at the pod's target.
+"""Mount the tmpfs of a volume, and bind it read-only at the pod's target path.
 
-The mount source of every tmpfs is ``certmount``, and a bind of it shows the same source: so the mount table alone tells
-our mounts from others', and nothing else is ever unmounted.
+The mount source of every tmpfs and of its bind mounts is ``certmount``. The driver identifies its own mounts by it and
+never unmounts others.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from typing import Final, Protocol
 
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.host import syscalls
+from csi_driver.host.directories import open_descriptor
 from csi_driver.host.mountinfo import MountEntry, find_mount, mount_id, read_mounts
 from csi_driver.host.os_errors import translate_os_errors
-
-__all__ = ["SOURCE", "KernelMounts", "Mounts"]
 
 SOURCE: Final = "certmount"
 
@@ -29,35 +28,36 @@ _BIND_ATTRIBUTES: Final = (
 _BIND_REMOUNT: Final = syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_RDONLY | _TMPFS_FLAGS
 _DETACH: Final = syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW
 _MOUNT_LIMIT: Final = "the limit fs.mount-max of this node is reached"
+_PATH: Final = os.O_PATH | os.O_NOFOLLOW  # do not follow a link, and pin the path while it is in use
 _STAGING: Final = ".staging"
-# Only root can set or see it, xattr(7). It tells our folders without the mount table, which is long on a busy node.
+# An extended attribute that only root can access, xattr(7). It avoids reading the mount table, which can be long.
 _MARK: Final = "trusted.certmount"
 _DEEPEST_STACK: Final = 1000
 
 
 class Mounts(Protocol):
-    """What the volumes need of mounts. Every failure is a CertmountError with the path and the kernel's words."""
+    """The mount operations of a volume. Each raises CertmountError with the path and the kernel's error."""
 
     def make_tmpfs(self, point: Path, size_bytes: int, inodes: int) -> None:
-        """Mounts a new tmpfs, mode 0700, at the existing folder ``point``, which must not be a mount point yet."""
+        """Mount a new tmpfs with mode 0700 on the existing directory ``point``, which must not be a mount point."""
 
     def bind_read_only(self, source: Path, target: Path) -> None:
-        """Shows the folder ``source`` at the existing folder ``target``, which must not be a mount point yet."""
+        """Bind ``source`` on the existing directory ``target``, which must not be a mount point."""
 
     def is_bound(self, source: Path, target: Path) -> bool:
-        """True when ``target`` shows ``source`` read-only; costs a few stat calls, never raises."""
+        """Return True if ``target`` shows ``source`` read-only. Costs a few stat calls and never raises."""
 
     def unmount(self, point: Path) -> None:
-        """Takes off all of our mounts that are stacked at ``point``. Nothing there, or nothing of ours: no error."""
+        """Unmount all mounts of the driver that are stacked on ``point``, if any."""
 
     def survey(self, points: Collection[Path]) -> Mapping[Path, bool]:
-        """Those of ``points`` where a tmpfs of ours is mounted, and whether a target may still show it."""
+        """Return those of ``points`` that are a tmpfs of the driver, and whether a target path may show it."""
 
 
 class KernelMounts:
-    """Real mounts; needs CAP_SYS_ADMIN.
+    """Mounts of the Linux kernel; needs CAP_SYS_ADMIN. See :class:`Mounts` for the methods.
 
-    ``detached`` False is the way of kernels before Linux 5.12, which are also recognised by their ENOSYS.
+    ``detached=False`` uses the system calls of kernels before Linux 5.12. The class also detects those by ENOSYS.
     """
 
     def __init__(self, *, detached: bool = True) -> None:
@@ -65,10 +65,13 @@ class KernelMounts:
         self._noswap = True
 
     def make_tmpfs(self, point: Path, size_bytes: int, inodes: int) -> None:
-        """See :class:`Mounts`. Without swap where the kernel knows ``noswap`` (Linux 6.4): found out once, by trying."""
+        """Mount a tmpfs, with ``noswap`` if the kernel supports it (Linux 6.4)."""
         options = f"mode=0700,size={size_bytes},nr_inodes={inodes}"
-        with translate_os_errors("volume", "mount a tmpfs at", point, _MOUNT_LIMIT), _vacant("volume", point) as folder:
-            self._mount_tmpfs(f"/proc/self/fd/{folder}", options)
+        with (
+            translate_os_errors("volume", "mount a tmpfs at", point, _MOUNT_LIMIT),
+            _vacant("volume", point) as directory,
+        ):
+            self._mount_tmpfs(f"/proc/self/fd/{directory}", options)
             _mark(point)
 
     def _mount_tmpfs(self, place: str, options: str) -> None:
@@ -81,42 +84,42 @@ class KernelMounts:
             else:
                 return
         syscalls.mount(SOURCE, place, "tmpfs", _TMPFS_FLAGS, options)
-        self._noswap = False  # only now is it sure that the option was at fault
+        self._noswap = False  # the mount works without the option, so the option was the cause
 
     def bind_read_only(self, source: Path, target: Path) -> None:
-        """See :class:`Mounts`. It is read-only from its first moment, and in every mount namespace it spreads to."""
+        """Bind ``source``, read-only from the start and in every mount namespace that receives the mount."""
         with (
             translate_os_errors("target_path", f"bind {source} at", target, _MOUNT_LIMIT),
-            _vacant("target_path", target) as folder,
+            _vacant("target_path", target) as directory,
         ):
             _mark(source)
             if self._detached:
                 try:
-                    _bind_detached(source, folder)
+                    _bind_detached(source, directory)
                 except OSError as error:
                     if error.errno != errno.ENOSYS:
                         raise
                     self._detached = False
                 else:
                     return
-            self._bind_staged(source, folder)
+            self._bind_staged(source, directory)
 
-    def _bind_staged(self, source: Path, folder: int) -> None:
-        # A remount does not spread to other mount namespaces, but a bind copies the flags of the mount it is made from,
-        # wherever it spreads to. So a copy is made read-only beside the source first, and the target is bound from it.
+    def _bind_staged(self, source: Path, directory: int) -> None:
+        # A remount does not propagate to other mount namespaces, but a bind copies the flags of its source mount to all
+        # of them. So make a read-only copy next to the source, and bind the target from the copy.
         staging = source.with_name(_STAGING)
         self.unmount(staging)
         staging.mkdir(mode=0o700, exist_ok=True)
         try:
             syscalls.mount(str(source), str(staging), None, syscalls.MS_BIND)
             syscalls.mount(None, str(staging), None, _BIND_REMOUNT)
-            syscalls.mount(str(staging), f"/proc/self/fd/{folder}", None, syscalls.MS_BIND)
+            syscalls.mount(str(staging), f"/proc/self/fd/{directory}", None, syscalls.MS_BIND)
         finally:
             self.unmount(staging)
             staging.rmdir()
 
     def is_bound(self, source: Path, target: Path) -> bool:
-        """See :class:`Mounts`. Each volume has its own tmpfs, so device and inode name the folder beyond doubt."""
+        """Compare device and inode, which are unique because each volume has its own tmpfs."""
         try:
             shown, wanted = os.lstat(target), os.lstat(source)
             same = shown.st_ino == wanted.st_ino and shown.st_dev == wanted.st_dev
@@ -125,7 +128,7 @@ class KernelMounts:
             return False
 
     def unmount(self, point: Path) -> None:
-        """See :class:`Mounts`. Lazily, as a process may still be inside. A stranger's mount on top of ours is an error."""
+        """Unmount lazily, because a process can still use the mount. A foreign mount on top of ours is an error."""
         with translate_os_errors("volume", "unmount", point):
             for _ in range(_DEEPEST_STACK):
                 top = _mount_at(point)
@@ -133,15 +136,15 @@ class KernelMounts:
                     return
                 if not _is_marked(point):
                     mount = find_mount(top)
-                    if mount is None:  # it went away in between
+                    if mount is None:  # it was unmounted meanwhile
                         continue
                     if not _is_ours(mount):
-                        _refuse_covered(point, mount)
+                        _check_not_covered(point, mount)
                         return
                 syscalls.unmount(str(point), _DETACH)
 
     def survey(self, points: Collection[Path]) -> Mapping[Path, bool]:
-        """See :class:`Mounts`. Reads the mount table once."""
+        """Read the mount table once."""
         parents = {parent: os.path.realpath(parent) for parent in {point.parent for point in points}}
         wanted = {f"{parents[point.parent]}/{point.name}": point for point in points}
         devices: dict[Path, str] = {}
@@ -156,23 +159,23 @@ class KernelMounts:
         return {point: device in bound for point, device in devices.items()}
 
 
-def _bind_detached(source: Path, folder: int) -> None:
+def _bind_detached(source: Path, directory: int) -> None:
     tree = syscalls.clone_tree(str(source))
     try:
         syscalls.set_mount_attributes(tree, _BIND_ATTRIBUTES)
-        syscalls.attach_tree(tree, folder)
+        syscalls.attach_tree(tree, directory)
     finally:
         os.close(tree)
 
 
-def _mark(folder: Path) -> None:
-    with suppress(OSError):  # where that is not possible, unmounting reads the mount table
-        os.setxattr(folder, _MARK, b"", follow_symlinks=False)
+def _mark(directory: Path) -> None:
+    with suppress(OSError):  # without the attribute, unmounting reads the mount table
+        os.setxattr(directory, _MARK, b"", follow_symlinks=False)
 
 
-def _is_marked(folder: Path) -> bool:
+def _is_marked(directory: Path) -> bool:
     try:
-        os.getxattr(folder, _MARK, follow_symlinks=False)
+        os.getxattr(directory, _MARK, follow_symlinks=False)
     except OSError:
         return False
     return True
@@ -183,34 +186,28 @@ def _is_ours(mount: MountEntry) -> bool:
 
 
 def _mount_at(point: Path) -> int | None:
-    """The id of the topmost mount at ``point`` itself; None when nothing is mounted there or it does not exist."""
-    with suppress(FileNotFoundError, NotADirectoryError), _place(point) as here, _place(point.parent) as above:
+    """Return the ID of the topmost mount on ``point``, or None if nothing is mounted there."""
+    with (
+        suppress(FileNotFoundError, NotADirectoryError),
+        open_descriptor(point, _PATH) as here,
+        open_descriptor(point.parent, _PATH) as above,
+    ):
         own = mount_id(here)
         return own if own != mount_id(above) else None
     return None
 
 
 @contextmanager
-def _place(path: Path, flags: int = 0) -> Iterator[int]:
-    """Holds on to what is at ``path``, a symbolic link not followed, so that it can't be exchanged meanwhile."""
-    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC | flags)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
 def _vacant(field: str, point: Path) -> Iterator[int]:
-    """An existing folder that nothing is mounted on: this is what makes stacked mounts impossible."""
-    with _place(point, os.O_DIRECTORY) as here, _place(point.parent) as above:
+    """Open an existing directory that is not a mount point, and prevent stacked mounts."""
+    with open_descriptor(point, _PATH | os.O_DIRECTORY) as here, open_descriptor(point.parent, _PATH) as above:
         if mount_id(here) != mount_id(above):
-            problem = f"{point} is a mount point already"
+            problem = f"{point} is already a mount point"
             raise CertmountError(Reason.INVALID_TARGET_PATH, Fault(field, problem, f"run: umount {point}"))
         yield here
 
 
-def _refuse_covered(point: Path, top: MountEntry) -> None:
+def _check_not_covered(point: Path, top: MountEntry) -> None:
     if any(mount.point == top.point and _is_ours(mount) for mount in read_mounts()):
-        problem = f"a {top.fs_type} of {top.source!r} is mounted over our mount at {point}"
+        problem = f"a {top.fs_type} of {top.source!r} covers the driver's mount on {point}"
         raise CertmountError(Reason.MOUNT_FAILED, Fault("volume", problem, f"run: umount {point}"))

@@ -1,6 +1,6 @@
-"""The mount system calls that Python has no names for. Each raises OSError with its errno.
+"""Mount system calls that Python does not provide. Each raises OSError.
 
-The numbers of the newer three are the same on every architecture that Kubernetes runs on.
+The numbers of open_tree, move_mount and mount_setattr are the same on all architectures that Kubernetes supports.
 """
 
 from __future__ import annotations
@@ -53,30 +53,30 @@ class _MountAttributes(ctypes.Structure):
 
 
 def mount(source: str | None, target: str, fs_type: str | None, flags: int, data: str | None = None) -> None:
-    """Mounts, or changes what is mounted; the manual's page is mount in section 2."""
+    """Mount a file system, or change a mount."""
     _checked(_libc.mount(_bytes(source), _bytes(target), _bytes(fs_type), flags, _bytes(data)))
 
 
 def unmount(target: str, flags: int) -> None:
-    """Takes off the topmost mount: umount2(2)."""
+    """Unmount the topmost mount: umount2(2)."""
     _checked(_libc.umount2(_bytes(target), flags))
 
 
 def clone_tree(path: str) -> int:
-    """A descriptor of a detached copy of the mount at ``path``: open_tree(2), Linux 5.2. Closing it drops the copy."""
+    """Return a descriptor of a detached copy of a mount: open_tree(2), Linux 5.2. Closing it removes the copy."""
     flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_SYMLINK_NOFOLLOW
     return _call(_OPEN_TREE, ctypes.c_int(_AT_FDCWD), ctypes.c_char_p(_bytes(path)), ctypes.c_uint(flags))
 
 
 def set_mount_attributes(tree: int, attributes: int) -> None:
-    """Sets MOUNT_ATTR_* on a detached tree: mount_setattr(2), Linux 5.12."""
+    """Set MOUNT_ATTR_* on a detached mount: mount_setattr(2), Linux 5.12."""
     wanted = _MountAttributes(attr_set=attributes)
     flags, size = ctypes.c_uint(_AT_EMPTY_PATH), ctypes.c_size_t(ctypes.sizeof(wanted))
     _call(_MOUNT_SETATTR, ctypes.c_int(tree), ctypes.c_char_p(b""), flags, ctypes.byref(wanted), size)
 
 
 def attach_tree(tree: int, target: int) -> None:
-    """Attaches a detached tree to the folder that is open as ``target``: move_mount(2), Linux 5.2."""
+    """Attach a detached mount to the open directory ``target``: move_mount(2), Linux 5.2."""
     flags = ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH)
     empty = ctypes.c_char_p(b"")
     _call(_MOVE_MOUNT, ctypes.c_int(tree), empty, ctypes.c_int(target), empty, flags)

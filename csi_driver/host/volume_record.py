@@ -1,4 +1,4 @@
-"""What the driver must know of a volume after a restart: everything but tokens and keys, as JSON."""
+"""What the driver needs to know about a volume after a restart, as JSON: everything except tokens and keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VolumeRecord:
-    """One published volume. Times are unix seconds; ``attributes`` are those that the pod's author wrote, no others."""
+    """A published volume. Times are unix seconds. ``attributes`` are the volume attributes of the pod spec."""
 
     version: int = VERSION
     volume_id: str
@@ -30,30 +30,28 @@ class VolumeRecord:
     renew_at: float
     not_after: float
     interim: bool = False
-    """The certificate stands in until the one that was asked for is there. Written where it does only: earlier drivers don't know it."""
 
     def to_json(self) -> bytes:
+        """Return the record as JSON."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["attributes"] = dict(self.attributes)
-        if not self.interim:
-            del values["interim"]
         return json.dumps(values, allow_nan=False, separators=(",", ":")).encode()
 
     @classmethod
     def from_json(cls, text: bytes) -> VolumeRecord:
-        """The record, or ValueError naming the field that is missing, unknown or of a wrong type; nothing is guessed."""
+        """Parse a record. Raises ValueError with the field that is missing, unknown or of the wrong type."""
         try:
             values = json.loads(text.decode())
         except RecursionError as error:
             raise ValueError("record: nested too deeply") from error
         if not isinstance(values, dict):
-            raise ValueError("record: is no JSON object")
+            raise ValueError("record: is not a JSON object")
         version = _required(values, "version", _integer)
         if version != VERSION:
-            raise ValueError(f"version: {version} is not {VERSION}, the only one this driver knows")
+            raise ValueError(f"version: {version} is not supported; expected {VERSION}")
         unknown = values.keys() - {field.name for field in fields(cls)}
         if unknown:
-            raise ValueError(f"{min(unknown)}: is no field of a record")
+            raise ValueError(f"{min(unknown)}: is not a field of a record")
         return cls(
             volume_id=_required(values, "volume_id", _string),
             pod_namespace=_required(values, "pod_namespace", _string),
@@ -66,7 +64,7 @@ class VolumeRecord:
             issued_at=_required(values, "issued_at", _seconds),
             renew_at=_required(values, "renew_at", _seconds),
             not_after=_required(values, "not_after", _seconds),
-            interim=_required({"interim": False, **values}, "interim", _boolean),
+            interim=_required(values, "interim", _boolean),
         )
 
 
@@ -81,19 +79,19 @@ def _required(values: dict[str, Any], name: str, parse: Callable[[Any], T]) -> T
 
 def _string(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError("is no string")
+        raise ValueError("is not a string")
     return value
 
 
 def _integer(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError("is no integer")
+        raise ValueError("is not an integer")
     return value
 
 
 def _boolean(value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ValueError("is neither true nor false")
+        raise ValueError("is not a boolean")
     return value
 
 
@@ -103,23 +101,23 @@ def _optional_integer(value: Any) -> int | None:
 
 def _seconds(value: Any) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise ValueError("is no number of seconds")
+        raise ValueError("is not a number of seconds")
     try:
         seconds = float(value)
     except OverflowError:
         seconds = math.inf
     if not math.isfinite(seconds):
-        raise ValueError("is no finite number of seconds")
+        raise ValueError("is not a finite number of seconds")
     return seconds
 
 
 def _strings(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list):
-        raise ValueError("is no list of strings")
+        raise ValueError("is not a list of strings")
     return tuple(_string(item) for item in value)
 
 
 def _string_map(value: Any) -> dict[str, str]:
     if not isinstance(value, dict):
-        raise ValueError("is no object of strings")
+        raise ValueError("is not an object of strings")
     return {name: _string(text) for name, text in value.items()}

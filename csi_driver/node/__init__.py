@@ -1,4 +1,5 @@
-"""The node driver: the CSI services, its registration with the kubelet, one volume's life and the clock of all.
+"""The node driver: CSI services, kubelet registration, and the volumes of the node.
 
-It may not import kubernetes, aiohttp, pydantic or yaml: it has no permission on the API server, and memory is counted per node.
+It must not import kubernetes, aiohttp, pydantic or yaml: it has no permission for the API server, and its memory use
+counts on every node.
 """

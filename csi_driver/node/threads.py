@@ -1,4 +1,4 @@
-"""Blocking work off the event loop, always to its end."""
+"""Run blocking functions in threads."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 async def in_thread(executor: Executor | None, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Runs a blocking function in a thread.
+    """Run a blocking function in a thread and return its result.
 
-    A caller that is cancelled (kubelet gave up waiting) leaves only when the thread is done: a half-made mount must not
-    race with the next call for the same volume.
+    If the caller is cancelled because the kubelet's call timed out, wait until the function has ended. Otherwise a
+    partial mount could race with the next call for the same volume.
     """
     loop = asyncio.get_running_loop()
     future = loop.run_in_executor(executor, partial(function, *args, **kwargs))

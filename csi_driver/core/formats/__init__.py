@@ -1,1 +1,1 @@
-"""The files of a volume, as bytes."""
+"""Renderers for the files of a volume."""

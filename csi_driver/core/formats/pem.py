@@ -1,56 +1,45 @@
-"""PEM (RFC 7468): what autocert's and every TLS library's users expect to find."""
+"""PEM (RFC 7468): the format that every TLS library reads, with the file names of autocert."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from csi_driver.core.certificates.keys import PrivateKey, encode_key
+from csi_driver.core.certificates.keys import encode_key
 from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
+from csi_driver.core.formats.file_format import RenderedFile, VolumeContents
 from csi_driver.core.secret import Secret
 
 ROOTS, CHAIN, KEY, BUNDLE = "root.crt", "site.crt", "site.key", "site.pem"
-PRIVATE = frozenset({KEY, BUNDLE})
-"""The files that hold the key; all others may be read by anyone."""
 
 
-@dataclass(frozen=True, slots=True)
-class RenderedFile:
-    """One file of a volume."""
+class PEMFormat:
+    """Four PEM files: the roots, the certificate chain, the PKCS#8 key, and the key and chain in one file.
 
-    name: str
-    content: Secret[bytes]
+    ``site.pem`` lets an application read a matching key and certificate with one read.
+    """
 
-    @property
-    def private(self) -> bool:
-        """True for a file that holds the key."""
-        return self.name in PRIVATE
-
-
-def render_files(
-    key: PrivateKey, chain: Sequence[x509.Certificate], roots: Sequence[x509.Certificate]
-) -> tuple[RenderedFile, ...]:
-    """``root.crt``, ``site.crt`` (leaf, then intermediates), ``site.key`` (PKCS#8) and ``site.pem`` (key, then chain: one atomic read)."""
-    key_pem, chain_pem = encode_key(key).reveal(), encode_certificates(chain)
-    return (
-        RenderedFile(ROOTS, Secret(encode_certificates(roots))),
-        RenderedFile(CHAIN, Secret(chain_pem)),
-        RenderedFile(KEY, Secret(key_pem)),
-        RenderedFile(BUNDLE, Secret(key_pem + chain_pem)),
-    )
+    def render(self, contents: VolumeContents) -> tuple[RenderedFile, ...]:
+        """Return ``root.crt``, ``site.crt``, ``site.key`` and ``site.pem``."""
+        key, chain = encode_key(contents.key).reveal(), encode_certificates(contents.chain)
+        return (
+            RenderedFile(ROOTS, Secret(encode_certificates(contents.roots)), private=False),
+            RenderedFile(CHAIN, Secret(chain), private=False),
+            RenderedFile(KEY, Secret(key), private=True),
+            RenderedFile(BUNDLE, Secret(key + chain), private=True),
+        )
 
 
 def encode_certificates(certificates: Sequence[x509.Certificate]) -> bytes:
-    """The certificates in PEM, one after another."""
+    """Return the certificates as concatenated PEM."""
     return b"".join(certificate.public_bytes(Encoding.PEM) for certificate in certificates)
 
 
 def decode_certificates(pem: bytes) -> list[x509.Certificate]:
-    """Reads PEM certificates; raises ValueError where there is none or one is broken."""
+    """Parse PEM certificates. Raises ValueError if there is none or one is malformed."""
     try:
         return x509.load_pem_x509_certificates(pem)
     except PARSE_ERRORS as error:
@@ -58,5 +47,5 @@ def decode_certificates(pem: bytes) -> list[x509.Certificate]:
 
 
 def fingerprint(certificate: x509.Certificate) -> str:
-    """``SHA256:AB:CD:...``: the hex that ``openssl x509 -noout -fingerprint -sha256`` prints, for people who compare."""
+    """Return ``SHA256:AB:CD:...``, the value that ``openssl x509 -noout -fingerprint -sha256`` prints."""
     return "SHA256:" + certificate.fingerprint(SHA256()).hex(":").upper()

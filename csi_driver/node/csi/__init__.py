@@ -1,1 +1,1 @@
-"""csi."""
+"""The gRPC services that the kubelet calls: CSI and plugin registration."""

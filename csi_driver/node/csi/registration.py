@@ -1,4 +1,4 @@
-"""Makes the driver known to the kubelet, which watches its ``plugins_registry`` folder for sockets (KEP-595)."""
+"""Register the driver with the kubelet, which watches its ``plugins_registry`` directory for sockets (KEP-595)."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from csi_driver.core.errors import CertmountError, Fault, Reason
 
 log = structlog.get_logger(__name__)
 
-_LONGEST_SOCKET = 107
-"""unix(7): sun_path without its final NUL."""
+_MAX_SOCKET_PATH = 107
+"""The size of sun_path in unix(7) without the final NUL."""
 
 
 def listen(server: grpc.aio.Server, socket: Path) -> None:
-    """Has the server listen at a unix socket, whatever lay there before. Raises CertmountError InvalidKubeletDirectory."""
+    """Make the server listen on a unix socket, and replace an existing file. Raises CertmountError InvalidKubeletDirectory."""
     try:
         socket.unlink(missing_ok=True)
         server.add_insecure_port(f"unix:{socket}")
-    except (OSError, RuntimeError):  # gRPC says no more than that it failed
-        problem = f"no socket can be made at {socket}"
-        hint = f"its folder must be there and writable, and the path be {_LONGEST_SOCKET} bytes long at the most"
+    except (OSError, RuntimeError):  # gRPC does not report the cause
+        problem = f"cannot create the socket {socket}"
+        hint = f"its directory must exist and be writable, and the path can have at most {_MAX_SOCKET_PATH} bytes"
         raise CertmountError(Reason.INVALID_KUBELET_DIRECTORY, Fault("--kubelet-dir", problem, hint)) from None
 
 
 class Registration(registration_pb2_grpc.RegistrationServicer):
-    """Answers the kubelet's questions at ``<kubelet>/plugins_registry/<driver>-reg.sock``; serve CSI before starting it."""
+    """Serves ``<kubelet>/plugins_registry/<driver>-reg.sock``. Serve CSI before you start it."""
 
     def __init__(self, kubelet_dir: Path, csi_socket: Path) -> None:
         self._csi_socket = csi_socket
         self._socket = kubelet_dir / "plugins_registry" / f"{DRIVER_NAME}-reg.sock"
         self._server: grpc.aio.Server | None = None
         self.problem = "the kubelet has not registered the driver yet"
-        """Why the kubelet does not know the driver; empty when it does."""
+        """Why the kubelet has not registered the driver; empty if it has."""
 
     async def start(self) -> None:
-        """Makes the socket anew, which is what the kubelet notices."""
+        """Create the socket, which the kubelet detects."""
         server = grpc.aio.server()
         registration_pb2_grpc.add_RegistrationServicer_to_server(self, server)
         listen(server, self._socket)
@@ -48,7 +48,7 @@ class Registration(registration_pb2_grpc.RegistrationServicer):
         self._server = server
 
     async def stop(self) -> None:
-        """Takes the socket away; the kubelet forgets the driver until the next start."""
+        """Remove the socket: the kubelet deregisters the driver until the next start."""
         if self._server is not None:
             await self._server.stop(grace=0)
         self._socket.unlink(missing_ok=True)
@@ -56,7 +56,7 @@ class Registration(registration_pb2_grpc.RegistrationServicer):
     async def GetInfo(
         self, _request: registration_pb2.InfoRequest, _context: grpc.aio.ServicerContext[Any, Any]
     ) -> registration_pb2.PluginInfo:
-        """Who we are and where we serve CSI."""
+        """Return the driver's name and CSI socket."""
         return registration_pb2.PluginInfo(
             type="CSIPlugin", name=DRIVER_NAME, endpoint=str(self._csi_socket), supported_versions=["1.0.0"]
         )
@@ -64,11 +64,11 @@ class Registration(registration_pb2_grpc.RegistrationServicer):
     async def NotifyRegistrationStatus(
         self, request: registration_pb2.RegistrationStatus, _context: grpc.aio.ServicerContext[Any, Any]
     ) -> registration_pb2.RegistrationStatusResponse:
-        """How it went; on a failure the kubelet tries again by itself."""
+        """Record the result. The kubelet retries a failed registration."""
         if request.plugin_registered:
             self.problem = ""
             log.info("registered with the kubelet")
         else:
             self.problem = f"the kubelet did not register the driver: {request.error[:500]}"
-            log.error("not registered with the kubelet", error=request.error[:500])
+            log.error("registration failed", error=request.error[:500])
         return registration_pb2.RegistrationStatusResponse()

@@ -1,20 +1,23 @@
-"""A NodePublishVolume call as a value: protobuf and ``dict[str, str]`` end here."""
+"""Parse a NodePublishVolume call: protobuf and ``dict[str, str]`` end here."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from csi_driver import POD_AUDIENCE
 from csi_driver._proto import csi_pb2
-from csi_driver.core.attributes import parse_group_id
+from csi_driver.core.attributes import parse_attributes, parse_group_id
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import unverified_identity
 from csi_driver.core.secret import Secret
+from csi_driver.core.spec import CertificateSpec
+from csi_driver.host.target_paths import check_target
 from csi_driver.node.pods import Pod, PodToken
 
-# kubelet's own keys in volume_context (KEP-596, KEP-1855, KEP-5538); it writes them over the pod's attributes.
+# The kubelet's own keys in volume_context (KEP-596, KEP-1855, KEP-5538). They override the pod's attributes.
 _PREFIX = "csi.storage.k8s.io/"
 _POD_NAME, _POD_NAMESPACE, _POD_UID = f"{_PREFIX}pod.name", f"{_PREFIX}pod.namespace", f"{_PREFIX}pod.uid"
 _SERVICE_ACCOUNT, _EPHEMERAL = f"{_PREFIX}serviceAccount.name", f"{_PREFIX}ephemeral"
@@ -23,110 +26,143 @@ _KUBELET_KEYS = frozenset({_POD_NAME, _POD_NAMESPACE, _POD_UID, _SERVICE_ACCOUNT
 _MAX_TOKENS_LENGTH = 256 * 1024
 _MAX_ID_LENGTH = 256
 _MAX_PATH_LENGTH = 1024
-"""Events, where the kubelet shows our words, hold no more."""
+"""The maximum length of an event message, where the kubelet shows our errors."""
 
 
 @dataclass(frozen=True, slots=True)
 class PublishRequest:
-    """What kubelet asks for when it sets up, or looks after, one volume of a pod."""
+    """A NodePublishVolume call. ``attributes`` are the pod author's volume attributes, not parsed."""
 
     volume_id: str
     target: str
     pod: Pod
     attributes: Mapping[str, str]
-    """The user's own, unread."""
     token: PodToken | None
     mount_group: int | None
 
 
-def parse_publish(request: csi_pb2.NodePublishVolumeRequest) -> PublishRequest:
-    """Reads a call; the token is taken from ``secrets``, else from ``volume_context``.
+def parse_publish(call: csi_pb2.NodePublishVolumeRequest, kubelet_dir: Path) -> PublishRequest:
+    """Parse a call. The token comes from ``secrets``, or else from ``volume_context``.
+
+    Attributes and target path are parsed only if something else is invalid, to report all faults together: a republish
+    does not need them, see :func:`parse_declaration`.
 
     Raises:
-        CertmountError: InvalidRequest with every fault, or TokenRejected for a token that is not this pod's.
+        CertmountError: InvalidRequest with all faults, or TokenRejected if the token belongs to another pod.
     """
-    context = request.volume_context
-    capability = request.volume_capability
-    group = capability.mount.volume_mount_group
-    faults = [*_shape_faults(request), *_context_faults(context)]
-    if group:
-        try:
-            parse_group_id(group)
-        except ValueError as problem:
-            faults.append(Fault("pod.spec.securityContext.fsGroup", f"{group[:40]!a} {problem}"))
-    if faults:
-        raise CertmountError(Reason.INVALID_REQUEST, *faults)
-    pod = Pod(context[_POD_NAMESPACE], context[_POD_NAME], context[_POD_UID], context[_SERVICE_ACCOUNT])
+    context = call.volume_context
+    pod = Pod(*(context.get(key, "") for key in (_POD_NAMESPACE, _POD_NAME, _POD_UID, _SERVICE_ACCOUNT)))
+    attributes = {key: value for key, value in context.items() if key not in _KUBELET_KEYS}
+    group = call.volume_capability.mount.volume_mount_group
+    if faults := [*_call_faults(call), *_context_faults(context), *_group_faults(group)]:
+        own = {key: value for key, value in attributes.items() if not key.startswith(_PREFIX)}
+        target = call.target_path if pod.uid and len(call.target_path) <= _MAX_PATH_LENGTH else ""
+        _, _, errors = _parse_declaration(own, target, pod.uid, kubelet_dir)
+        raise _combine([CertmountError(Reason.INVALID_REQUEST, *faults), *errors])
     return PublishRequest(
-        volume_id=request.volume_id,
-        target=request.target_path,
+        volume_id=call.volume_id,
+        target=call.target_path,
         pod=pod,
-        attributes={key: value for key, value in context.items() if key not in _KUBELET_KEYS},
-        token=_own_token(request.secrets.get(_TOKENS) or context.get(_TOKENS) or "", pod),
+        attributes=attributes,
+        token=_pod_token(call.secrets.get(_TOKENS) or context.get(_TOKENS) or "", pod),
         mount_group=int(group) if group else None,
     )
 
 
-def _shape_faults(request: csi_pb2.NodePublishVolumeRequest) -> list[Fault]:
+def parse_declaration(request: PublishRequest, kubelet_dir: Path) -> tuple[CertificateSpec, Path]:
+    """Parse the volume attributes and check the target path.
+
+    Raises:
+        CertmountError: InvalidAttributes, or as :func:`check_target`, or InvalidRequest with the faults of both.
+    """
+    spec, target, errors = _parse_declaration(request.attributes, request.target, request.pod.uid, kubelet_dir)
+    if spec is None or target is None:
+        raise _combine(errors)
+    return spec, target
+
+
+def _parse_declaration(
+    attributes: Mapping[str, str], target: str, pod_uid: str, kubelet_dir: Path
+) -> tuple[CertificateSpec | None, Path | None, list[CertmountError]]:
+    spec = path = None
+    errors = []
+    try:
+        spec = parse_attributes(attributes)
+    except CertmountError as error:
+        errors.append(error)
+    try:
+        path = check_target(kubelet_dir, target, pod_uid) if target else None
+    except CertmountError as error:
+        errors.append(error)
+    return spec, path, errors
+
+
+def _combine(errors: Sequence[CertmountError]) -> CertmountError:
+    """Return an only error unchanged; report several as one InvalidRequest with all faults."""
+    if len(errors) == 1:
+        return errors[0]
+    return CertmountError(Reason.INVALID_REQUEST, *(fault for error in errors for fault in error.faults))
+
+
+def _call_faults(call: csi_pb2.NodePublishVolumeRequest) -> list[Fault]:
     faults = []
-    if not request.volume_id or len(request.volume_id) > _MAX_ID_LENGTH:
+    if not call.volume_id or len(call.volume_id) > _MAX_ID_LENGTH:
         faults.append(Fault("volume_id", f"is empty or longer than {_MAX_ID_LENGTH} characters"))
-    if not request.target_path or len(request.target_path) > _MAX_PATH_LENGTH:
+    if not call.target_path or len(call.target_path) > _MAX_PATH_LENGTH:
         faults.append(Fault("target_path", f"is empty or longer than {_MAX_PATH_LENGTH} characters"))
-    if not request.HasField("volume_capability"):
+    if not call.HasField("volume_capability"):
         faults.append(Fault("volume_capability", "is missing"))
-    elif request.volume_capability.HasField("block"):
-        faults.append(
-            Fault("volume_capability", "asks for a block device", "a certificate volume is a folder; use volumeMounts")
-        )
+    elif call.volume_capability.HasField("block"):
+        problem = "requests a block device, but a certificate volume is a directory"
+        faults.append(Fault("volume_capability", problem, "use volumeMounts"))
+    if not call.readonly:
+        hint = "add readOnly: true next to driver: csi.certmount.dev"
+        faults.append(Fault("pod.spec.volumes[].csi.readOnly", "must be true", hint))
     return faults
 
 
 def _context_faults(context: Mapping[str, str]) -> list[Fault]:
-    hint = "the CSIDriver object csi.certmount.dev must say podInfoOnMount: true"
+    hint = "set podInfoOnMount: true in the CSIDriver object csi.certmount.dev"
     faults = [
         Fault(f"volume_context {key}", "is missing", hint)
         for key in (_POD_NAME, _POD_NAMESPACE, _POD_UID, _SERVICE_ACCOUNT)
         if not context.get(key)
     ]
     if context.get(_EPHEMERAL) != "true":
-        problem = "is not an inline volume of the pod"
-        hint = "declare it as pod.spec.volumes[].csi, not by a PersistentVolume"
-        faults.append(Fault("pod.spec.volumes[]", problem, hint))
-    forged = sorted(key for key in context if key.startswith(_PREFIX) and key not in _KUBELET_KEYS)
+        hint = "declare it in pod.spec.volumes[].csi, not with a PersistentVolume"
+        faults.append(Fault("pod.spec.volumes[]", "is not an inline volume of the pod", hint))
+    reserved = sorted(key for key in context if key.startswith(_PREFIX) and key not in _KUBELET_KEYS)
     return faults + [
-        Fault(f"volumeAttributes.{ascii(key[:80])[1:-1]}", "is a name that only kubelet may use") for key in forged
+        Fault(f"volumeAttributes.{ascii(key[:80])[1:-1]}", "is reserved for the kubelet", "remove it")
+        for key in reserved
     ]
 
 
-def check_read_only(read_only: bool) -> None:
-    """Raises CertmountError InvalidRequest for a volume that the pod could write to."""
-    if not read_only:
-        hint = "add readOnly: true beside driver: csi.certmount.dev"
-        raise CertmountError(Reason.INVALID_REQUEST, Fault("pod.spec.volumes[].csi.readOnly", "must be true", hint))
+def _group_faults(group: str) -> list[Fault]:
+    try:
+        parse_group_id(group or "0")
+    except ValueError as problem:
+        return [Fault("pod.spec.securityContext.fsGroup", f"{group[:40]!a} {problem}")]
+    return []
 
 
-def _own_token(tokens: str, pod: Pod) -> PodToken | None:
-    """The token for our audience; None where kubelet sent none (it never does for a driver without tokenRequests)."""
+def _pod_token(tokens: str, pod: Pod) -> PodToken | None:
+    """Return the token with our audience, or None if the kubelet sent no token."""
     if not tokens:
         return None
     try:
         text = json.loads(tokens[:_MAX_TOKENS_LENGTH])[POD_AUDIENCE]["token"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        hint = f"the CSIDriver object must ask for tokenRequests with audience {POD_AUDIENCE}"
-        raise CertmountError(Reason.TOKEN_REJECTED, Fault("pod token", "is not in what kubelet sent", hint)) from None
+        problem = f"the kubelet sent no token with audience {POD_AUDIENCE}"
+        hint = f"set tokenRequests with audience {POD_AUDIENCE} in the CSIDriver object"
+        raise CertmountError(Reason.TOKEN_REJECTED, Fault("pod token", problem, hint)) from None
     if not isinstance(text, str) or not text:
         return None
     if not text.isascii():
         raise CertmountError(Reason.TOKEN_REJECTED, Fault("pod token", "is not a JSON Web Token"))
     token = PodToken(Secret(text), unverified_identity(Secret(text)))
-    claimed = token.claims
-    if (claimed.service_account.namespace, claimed.pod_name, claimed.pod_uid, claimed.service_account.name) != (
-        pod.namespace,
-        pod.name,
-        pod.uid,
-        pod.service_account,
-    ):
-        # kubelet's keys win over the pod's own attributes, but where kubelet sends no token a forged one gets through.
-        raise CertmountError(Reason.TOKEN_REJECTED, Fault("pod token", f"is {claimed}'s, not pod {pod}'s"))
+    account, claims = token.claims.service_account, token.claims
+    if Pod(account.namespace, claims.pod_name, claims.pod_uid, account.name) != pod:
+        # The kubelet overrides a token key among the pod's attributes only if it sends a token itself.
+        raise CertmountError(Reason.TOKEN_REJECTED, Fault("pod token", f"belongs to {claims}, not pod {pod}"))
     return token

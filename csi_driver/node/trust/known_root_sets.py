@@ -1,4 +1,4 @@
-"""What the node knows of the authority's sets of roots: the newest state of each, from its stream and its answers alike."""
+"""The newest version of each root set, from the trust stream and from issuance responses."""
 
 from __future__ import annotations
 
@@ -8,44 +8,44 @@ from csi_driver.core.certificates.root_sets import RootSet, newest_root_sets
 
 
 class KnownRootSets:
-    """The newest state of each set by its generation, whatever the order in which replicas told it.
+    """The version with the highest generation of each root set, in whatever order the replicas send them.
 
-    An answer only adds and renews. What the stream no longer lists is dropped, and comes back with the stream or by an
-    answer with a newer state, not by the answer of a replica that has not heard of the end yet.
+    Only a trust bundle removes a set. An issuance response adds a removed set again only with a newer generation: a
+    replica may not know yet that the set was removed.
     """
 
     def __init__(self) -> None:
         self._sets: Mapping[str, RootSet] = {}
-        self._dropped: dict[str, int] = {}
-        # Sets that an answer brought and no bundle of the stream listed yet: a bundle is no word about those, once.
+        self._removed: dict[str, int] = {}
+        # Sets from responses that no bundle has listed yet. The next bundle does not remove them: it can be older.
         self._ahead: set[str] = set()
         self._complete = False
 
     @property
     def sets(self) -> Mapping[str, RootSet]:
-        """All that is known now."""
+        """All known sets by name."""
         return self._sets
 
-    def answered(self, sets: Mapping[str, RootSet]) -> None:
-        """Takes what came with a certificate."""
-        news = {name: roots for name, roots in sets.items() if roots.generation > self._dropped.get(name, -1)}
-        self._ahead |= news.keys() - self._sets.keys()
-        self._sets = newest_root_sets(self._sets, news)
+    def add_response(self, sets: Mapping[str, RootSet]) -> None:
+        """Add the sets of an issuance response."""
+        new = {name: roots for name, roots in sets.items() if roots.generation > self._removed.get(name, -1)}
+        self._ahead |= new.keys() - self._sets.keys()
+        self._sets = newest_root_sets(self._sets, new)
 
-    def streamed(self, sets: Mapping[str, RootSet]) -> None:
-        """Takes a bundle of the stream, which lists all sets that there are."""
+    def apply_bundle(self, sets: Mapping[str, RootSet]) -> None:
+        """Apply a bundle of the trust stream, which lists all sets."""
         kept = {name: roots for name, roots in self._sets.items() if name in sets or name in self._ahead}
-        self._dropped.update({name: roots.generation for name, roots in self._sets.items() if name not in kept})
+        self._removed.update({name: roots.generation for name, roots in self._sets.items() if name not in kept})
         for name in sets:
-            self._dropped.pop(name, None)
+            self._removed.pop(name, None)
         self._ahead = set()
         self._sets = newest_root_sets(kept, sets)
         self._complete = True
 
-    def of(self, names: Sequence[str]) -> dict[str, RootSet]:
-        """The sets of these different names that there are; none where that can't be said yet.
+    def select(self, names: Sequence[str]) -> dict[str, RootSet]:
+        """Return the named sets that exist.
 
-        Before the first bundle of the stream a set that is not known may well be there.
+        Before the first bundle an unknown set may exist. In that case return none.
         """
         found = {name: self._sets[name] for name in names if name in self._sets}
         return found if self._complete or len(found) == len(names) else {}

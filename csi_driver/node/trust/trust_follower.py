@@ -1,4 +1,4 @@
-"""Follows what the authority trusts, so that a pod trusts a new root within seconds, and tells it what has arrived."""
+"""Follow the authority's trust stream, and acknowledge root sets that all volumes contain."""
 
 from __future__ import annotations
 
@@ -14,83 +14,75 @@ from csi_driver.node.authority_messages import TrustBundle
 
 log = structlog.get_logger(__name__)
 
-_CONFIRM_SPREAD_S = 10.0
-"""Over which chance spreads the confirmations of a change: all nodes hear of it in the same moment."""
+_MAX_ACKNOWLEDGEMENT_DELAY_S = 10.0
+"""The nodes receive a change at the same time; a random delay spreads their acknowledgements."""
 
 
 class TrustSource(Protocol):
-    """Whoever tells what is to be trusted, and hears what is."""
+    """The trust API of the authority, see AuthorityClient."""
 
-    def watch_trust(self) -> AsyncIterator[TrustBundle]:
-        """As :meth:`csi_driver.node.authority_client.AuthorityClient.watch_trust`."""
+    def watch_trust(self) -> AsyncIterator[TrustBundle]: ...
 
-    async def confirm_trust(self, name: str, generation: int) -> None:
-        """As :meth:`csi_driver.node.authority_client.AuthorityClient.confirm_trust`."""
+    async def confirm_trust(self, name: str, generation: int) -> None: ...
 
 
-class Holdings(Protocol):
-    """Whoever knows what the volumes hold."""
+class WrittenRootSets(Protocol):
+    """The root sets that all volumes contain, see RootDistribution."""
 
-    def held(self) -> Mapping[str, int]:
-        """As :meth:`csi_driver.node.trust.root_distribution.RootDistribution.held`."""
+    def written(self) -> Mapping[str, int]: ...
 
-    async def moved(self) -> None:
-        """As :meth:`csi_driver.node.trust.root_distribution.RootDistribution.moved`."""
+    async def changed(self) -> None: ...
 
 
 async def follow_trust(
     source: TrustSource,
-    take: Callable[[TrustBundle], None],
-    holdings: Holdings,
+    apply: Callable[[TrustBundle], None],
+    root_sets: WrittenRootSets,
     rng: Callable[[], float],
 ) -> None:
-    """Hands every bundle to ``take`` and confirms what the volumes hold; asks again with backoff where the stream ends.
+    """Apply every trust bundle and acknowledge root sets until cancelled; reconnect with backoff.
 
-    Runs until cancelled. A confirmation that fails ends the stream, and the next one confirms everything anew.
+    A failed acknowledgement ends the stream. The next stream acknowledges all sets again.
     """
-    attempt = 0
+    failures = 0
 
-    def taken(bundle: TrustBundle) -> None:
-        nonlocal attempt
-        take(bundle)
-        attempt = 0
+    async def watch() -> None:
+        nonlocal failures
+        async for bundle in source.watch_trust():
+            apply(bundle)
+            failures = 0
 
     while True:
         try:
-            await _first_end(_watch(source, taken), _confirm(source, holdings, rng))
+            await _run_until_one_ends(watch(), _acknowledge(source, root_sets, rng))
         except CertmountError as error:
-            if attempt == 0:
-                log.warning("roots not followed", reason=error.reason.word, error=str(error))
-        except Exception as error:  # noqa: BLE001  # renewals must outlive a defect here; its text may quote a token
-            log.error("roots not followed", reason=Reason.INTERNAL.word, error=type(error).__name__)  # noqa: TRY400  # likewise
-        attempt += 1
-        await asyncio.sleep(retry_delay_s(attempt=attempt, kind=FailureKind.UNAVAILABLE, jitter=rng()))
+            if failures == 0:
+                log.warning("trust stream failed", reason=error.reason.word, error=str(error))
+        except Exception as error:  # noqa: BLE001  # an unexpected error must not stop renewals; its text can contain a token
+            log.error("trust stream failed", reason=Reason.INTERNAL.word, error=type(error).__name__)  # noqa: TRY400
+        failures += 1
+        await asyncio.sleep(retry_delay_s(attempt=failures, kind=FailureKind.UNAVAILABLE, jitter=rng()))
 
 
-async def _watch(source: TrustSource, taken: Callable[[TrustBundle], None]) -> None:
-    async for bundle in source.watch_trust():
-        taken(bundle)
-
-
-async def _confirm(source: TrustSource, holdings: Holdings, rng: Callable[[], float]) -> None:
-    """Confirms each set once it is held, and again with each newer state of it."""
-    confirmed: dict[str, int] = {}
+async def _acknowledge(source: TrustSource, root_sets: WrittenRootSets, rng: Callable[[], float]) -> None:
+    """Acknowledge each generation of each set when all volumes contain it."""
+    acknowledged: dict[str, int] = {}
     while True:
-        news = {name: each for name, each in holdings.held().items() if each > confirmed.get(name, -1)}
-        # The first ones follow the connection, whose moment is the node's own already.
-        if news.keys() & confirmed.keys():
-            await asyncio.sleep(rng() * _CONFIRM_SPREAD_S)
-        for name, generation in news.items():
+        new = {name: each for name, each in root_sets.written().items() if each > acknowledged.get(name, -1)}
+        # The first acknowledgements need no delay: the nodes do not connect at the same time.
+        if new.keys() & acknowledged.keys():
+            await asyncio.sleep(rng() * _MAX_ACKNOWLEDGEMENT_DELAY_S)
+        for name, generation in new.items():
             await source.confirm_trust(name, generation)
-            log.info("roots confirmed", set=name, generation=generation)
-            confirmed[name] = generation
-        if not news:
-            await holdings.moved()
+            log.info("root set acknowledged", set=name, generation=generation)
+            acknowledged[name] = generation
+        if not new:
+            await root_sets.changed()
 
 
-async def _first_end(*parts: Awaitable[None]) -> None:
-    """Runs the parts side by side until the first one ends, and ends as it does."""
-    tasks = [asyncio.ensure_future(part) for part in parts]
+async def _run_until_one_ends(*coroutines: Awaitable[None]) -> None:
+    """Run the coroutines concurrently. When the first one ends, cancel the others and raise its exception, if any."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:

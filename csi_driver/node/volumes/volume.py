@@ -1,141 +1,129 @@
-"""The published volumes as the driver knows them: what survives a restart in their records, and what only memory holds."""
+"""The published volumes of the node: their records, and their state in memory."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 from csi_driver.core.certificates.root_sets import RootSet, trusted_root_set_names
-from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.errors import CertmountError, FailureKind
 from csi_driver.core.spec import CertificateSpec
 from csi_driver.host.volume_record import VolumeRecord
 from csi_driver.node.pods import Pod, PodToken
-from csi_driver.node.publishing.publish_request import PublishRequest
 from csi_driver.node.volumes.volume_files import FileAccess
+
+
+class VolumeProblem(NamedTuple):
+    """Why a volume is unhealthy: a CamelCase reason and a message."""
+
+    reason: str
+    message: str
 
 
 @dataclass(slots=True)
 class Volume:
-    """A published volume: its record, what it asks for, and what only memory holds."""
+    """A published volume. Only ``record`` survives a restart of the driver."""
 
     record: VolumeRecord
     spec: CertificateSpec
     token: PodToken | None = None
     failure: CertmountError | None = None
-    """Why the last renewal failed; None when it did not."""
-    attempt: int = 0
-    """Renewals that failed in a row."""
-    dropped: bool = False
-    """True where there are no further tries to renew it, as its pod is denied."""
+    """The error of the last renewal, or None if it succeeded."""
+    renewal_failures: int = 0
+    """Consecutive failures."""
+    renewal_stopped: bool = False
+    """True if the driver does not retry the renewal before the policy changes, because the policy denies the pod."""
     renewing: bool = False
-    trusts: Mapping[str, RootSet] = field(default_factory=dict)
-    """The sets whose roots its root.crt is known to hold; none after a restart, until it was looked at."""
-    trust_attempt: int = 0
-    """Failures in a row to write newer roots."""
+    root_sets: Mapping[str, RootSet] = field(default_factory=dict)
+    """The root sets that the files contain. Empty after a restart, until the driver has read the files."""
+    root_failures: int = 0
+    """Consecutive failures to write new roots."""
 
     @property
     def pod(self) -> Pod:
-        """Whose volume it is."""
+        """The pod that owns the volume."""
         record = self.record
         return Pod(record.pod_namespace, record.pod_name, record.pod_uid, record.service_account)
 
     @property
-    def trusted(self) -> tuple[str, ...]:
-        """The sets that it trusts by name: that of its issuer first."""
+    def trusted_names(self) -> tuple[str, ...]:
+        """The names of the root sets that the volume trusts, its issuer's first."""
         return trusted_root_set_names(self.spec, interim=self.record.interim)
 
     @property
-    def readers(self) -> FileAccess:
-        """Who may read its key; the volume's own attribute wins over the pod's fsGroup."""
+    def file_access(self) -> FileAccess:
+        """Who can read the private files. The attribute fs-group takes precedence over the pod's fsGroup."""
         return FileAccess(self.record.mount_group if self.spec.fs_group is None else self.spec.fs_group)
 
     @property
     def overdue_at(self) -> float:
-        """When half of what was left of the life at the moment of renewal is gone (unix seconds)."""
+        """The time (unix seconds) half way between the renewal time and the expiry."""
         return (self.record.renew_at + self.record.not_after) / 2
 
-    def stands_in_well(self, now: float) -> bool:
-        """True while it holds a certificate that stands in, of which half of the life is left: applications read each new one."""
+    def keeps_interim_certificate(self, now: float) -> bool:
+        """Return True if the volume has an interim certificate in the first half of its lifetime.
+
+        A newer interim certificate would only cause applications to reload their files.
+        """
         return self.record.interim and now < (self.record.issued_at + self.record.not_after) / 2
 
-    def trouble(self, now: float, away: CertmountError | None = None) -> tuple[str, str] | None:
-        """What is wrong with the certificate at a moment (unix seconds): a CamelCase reason and a text for people; None when it is well.
+    def problem(self, now: float, issuer_failure: CertmountError | None = None) -> VolumeProblem | None:
+        """Return what is wrong with the certificate, or None if it is healthy.
 
-        ``away`` says why there are no certificates of its issuer now, which is the trouble of each volume that needs one.
+        ``issuer_failure`` is the reason why the issuer signs no certificates at present. It affects each volume that is
+        due for renewal.
         """
-        failure = self.failure or (away if now >= self.record.renew_at else None)
+        failure = self.failure or (issuer_failure if now >= self.record.renew_at else None)
         if now >= self.record.not_after:
-            why = f"; its renewal fails: {failure}" if failure else ""
-            return "CertificateExpired", f"the certificate of pod {self.pod} has expired{why}"
-        # An order at a public CA may take its minutes; that is no trouble while there is time.
-        on_its_way = failure is not None and failure.reason is Reason.ISSUANCE_PENDING and now < self.overdue_at
-        if failure is not None and not on_its_way:
-            dropped = " and will not be before the policy changes" if self.dropped else ""
-            return failure.reason.word, f"the certificate of pod {self.pod} is not renewed{dropped}: {failure}"
-        return None
+            cause = f"; the renewal fails: {failure}" if failure else ""
+            return VolumeProblem("CertificateExpired", f"the certificate of pod {self.pod} has expired{cause}")
+        if failure is None or (failure.reason.kind is FailureKind.PENDING and now < self.overdue_at):
+            return None
+        retry = "; the driver does not retry before the policy changes" if self.renewal_stopped else ""
+        message = f"the renewal of the certificate of pod {self.pod} failed{retry}: {failure}"
+        return VolumeProblem(failure.reason.word, message)
 
 
 class VolumeTable:
-    """All volumes of this node by their ids, and a lock for each: a volume is changed under its lock only."""
+    """All published volumes of the node by volume ID, with one lock for each ID. Change a volume only with its lock held."""
 
     def __init__(self) -> None:
         self._volumes: dict[str, Volume] = {}
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._forgotten: list[Callable[[str], None]] = []
+        self._on_forget: list[Callable[[str], None]] = []
 
     def __iter__(self) -> Iterator[Volume]:
-        """Those there are now; the loop may change them."""
+        """Iterate over a copy, so that the loop can change the table."""
         return iter(list(self._volumes.values()))
 
     def lock(self, volume_id: str) -> asyncio.Lock:
-        """The lock of a volume, known or not; held for work on this node only, never while the authority is asked for one that is known."""
+        """Return the lock of a volume ID, known or not.
+
+        Do not hold the lock of a published volume during a request to the authority: the kubelet's calls would wait.
+        """
         return self._locks.setdefault(volume_id, asyncio.Lock())
 
     def get(self, volume_id: str) -> Volume | None:
-        """The volume, None for one that is not known."""
+        """Return the volume, or None if it is not published."""
         return self._volumes.get(volume_id)
 
     def has(self, volume: Volume) -> bool:
-        """False once it was forgotten, also when it has been published anew."""
+        """Return False if the volume was removed, even if its ID was published again."""
         return self._volumes.get(volume.record.volume_id) is volume
 
     def keep(self, volume: Volume) -> None:
-        """Knows it from now on."""
+        """Add the volume, or replace the one with the same ID."""
         self._volumes[volume.record.volume_id] = volume
 
     def forget(self, volume_id: str) -> None:
-        """Knows it no more, and tells everyone who asked for that; an unknown one too."""
+        """Remove the volume, if there is one, and call all callbacks."""
         self._volumes.pop(volume_id, None)
-        for tell in self._forgotten:
-            tell(volume_id)
+        for callback in self._on_forget:
+            callback(volume_id)
 
-    def when_forgotten(self, tell: Callable[[str], None]) -> None:
-        """Has ``tell`` called with the id of each volume that is forgotten."""
-        self._forgotten.append(tell)
-
-
-def new_record(
-    request: PublishRequest,
-    target: str,
-    issued_at: float,
-    renew_at: float,
-    not_after: float,
-    *,
-    interim: bool = False,
-) -> VolumeRecord:
-    return VolumeRecord(
-        volume_id=request.volume_id,
-        pod_namespace=request.pod.namespace,
-        pod_name=request.pod.name,
-        pod_uid=request.pod.uid,
-        service_account=request.pod.service_account,
-        attributes=dict(request.attributes),
-        mount_group=request.mount_group,
-        targets=(target,),
-        issued_at=issued_at,
-        renew_at=renew_at,
-        not_after=not_after,
-        interim=interim,
-    )
+    def when_forgotten(self, callback: Callable[[str], None]) -> None:
+        """Register a callback for the ID of each volume that is removed."""
+        self._on_forget.append(callback)

@@ -17,6 +17,7 @@ from tests.support.kubelet import FakePod, Kubelet
 
 _PREFIX = "csi.storage.k8s.io/"
 _TOKENS = f"{_PREFIX}serviceAccount.tokens"
+_KUBELET_DIR = Path("/var/lib/kubelet")
 _POD = FakePod(uid="0b7a3c5e-6d0f-4e57-9d7a-0c9f1f6d2a11")
 
 _json = st.recursive(
@@ -55,7 +56,7 @@ def test_anything_is_a_value_or_an_error(
     (call.secrets if in_secrets else call.volume_context)[_TOKENS] = tokens
     call.volume_capability.mount.volume_mount_group, call.target_path = group, target
     try:
-        parsed = parse_publish(call)
+        parsed = parse_publish(call, _KUBELET_DIR)
     except CertmountError as error:
         assert error.reason.kind in (FailureKind.INVALID, FailureKind.NOT_AUTHENTICATED, FailureKind.MISCONFIGURED)
         assert str(error).isprintable()
@@ -66,7 +67,7 @@ def test_anything_is_a_value_or_an_error(
 
 def test_a_good_call(request_text: bytes) -> None:
     """Pod, attributes without the kubelet's own, group and token; nothing shows the token."""
-    parsed = parse_publish(csi_pb2.NodePublishVolumeRequest.FromString(request_text))
+    parsed = parse_publish(csi_pb2.NodePublishVolumeRequest.FromString(request_text), _KUBELET_DIR)
     assert (parsed.pod.namespace, parsed.pod.name, parsed.pod.uid) == (_POD.namespace, _POD.name, _POD.uid)
     assert parsed.attributes == {"name": "shop.example.com"}
     assert parsed.mount_group == 2000
@@ -82,7 +83,7 @@ def test_every_fault_is_told_at_once(request_text: bytes) -> None:
     call.ClearField("volume_capability")
     call.ClearField("volume_id")
     with pytest.raises(CertmountError) as caught:
-        parse_publish(call)
+        parse_publish(call, _KUBELET_DIR)
     assert caught.value.reason is Reason.INVALID_REQUEST
     fields = [getattr(fault, "field", "") for fault in caught.value.faults]
     assert {"volume_id", "volume_capability", f"volume_context {_PREFIX}pod.uid", "pod.spec.volumes[]"} <= set(fields)

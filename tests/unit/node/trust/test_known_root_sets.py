@@ -72,9 +72,9 @@ def test_what_the_stream_drops_stays_away(
     for told in (*story, _Bundle(listed)):
         _tell(known, told)
     before = dict(known.sets)
-    known.streamed({})
+    known.apply_bundle({})
     assert not known.sets.keys() & listed.keys()
-    known.answered(later)
+    known.add_response(later)
     for name in listed.keys() & later.keys():
         assert (name in known.sets) == (later[name].generation > before[name].generation)
 
@@ -82,24 +82,24 @@ def test_what_the_stream_drops_stays_away(
 def test_an_answer_may_be_ahead_of_the_stream() -> None:
     """A set that only another replica has heard of survives one bundle without it, not two."""
     known = KnownRootSets()
-    known.streamed({"internal": _set(1)})
-    known.answered({"internal": _set(1), "partner": _set(5)})
-    known.streamed({"internal": _set(2)})
-    assert known.of(("internal", "partner")) == {"internal": _set(2), "partner": _set(5)}
-    known.streamed({"internal": _set(2)})
-    assert known.of(("internal", "partner")) == {"internal": _set(2)}
+    known.apply_bundle({"internal": _set(1)})
+    known.add_response({"internal": _set(1), "partner": _set(5)})
+    known.apply_bundle({"internal": _set(2)})
+    assert known.select(("internal", "partner")) == {"internal": _set(2), "partner": _set(5)}
+    known.apply_bundle({"internal": _set(2)})
+    assert known.select(("internal", "partner")) == {"internal": _set(2)}
 
 
 def test_nothing_is_said_too_early() -> None:
     """After a start, an answer for one volume tells nothing of a volume that trusts more: its files stay as they are."""
     known = KnownRootSets()
-    assert known.of(("internal",)) == {}
-    known.answered({"internal": _set(1)})
-    assert known.of(("internal",)) == {"internal": _set(1)}
-    assert known.of(("internal", "partner")) == {}
-    known.streamed({"internal": _set(1)})
-    assert known.of(("internal", "partner")) == {"internal": _set(1)}
-    assert known.of(("partner",)) == {}
+    assert known.select(("internal",)) == {}
+    known.add_response({"internal": _set(1)})
+    assert known.select(("internal",)) == {"internal": _set(1)}
+    assert known.select(("internal", "partner")) == {}
+    known.apply_bundle({"internal": _set(1)})
+    assert known.select(("internal", "partner")) == {"internal": _set(1)}
+    assert known.select(("partner",)) == {}
 
 
 def test_the_issuers_set_comes_first() -> None:

@@ -62,15 +62,15 @@ def test_a_set_is_held_when_all_who_trust_it_have_it() -> None:
     roots, one, two = _roots(volumes), _volume("one"), _volume("two", "partner")
     volumes.keep(one)
     volumes.keep(two)
-    roots.streamed(_sets(internal=3, partner=4, unused=5))
-    assert roots.held() == {"unused": 5}
-    one.trusts = _sets(internal=3)
-    two.trusts = _sets(internal=2, partner=4)
-    assert roots.held() == {"unused": 5, "partner": 4}
-    two.trusts = _sets(internal=4, partner=3)
-    assert roots.held() == {"unused": 5, "internal": 3}
+    roots.apply_bundle(_sets(internal=3, partner=4, unused=5))
+    assert roots.written() == {"unused": 5}
+    one.root_sets = _sets(internal=3)
+    two.root_sets = _sets(internal=2, partner=4)
+    assert roots.written() == {"unused": 5, "partner": 4}
+    two.root_sets = _sets(internal=4, partner=3)
+    assert roots.written() == {"unused": 5, "internal": 3}
     volumes.forget("two")
-    assert roots.held() == {"unused": 5, "internal": 3, "partner": 4}
+    assert roots.written() == {"unused": 5, "internal": 3, "partner": 4}
 
 
 def test_before_the_stream_a_volume_that_trusts_more_is_not_passed_over() -> None:
@@ -79,8 +79,8 @@ def test_before_the_stream_a_volume_that_trusts_more_is_not_passed_over() -> Non
     roots, one, two = _roots(volumes), _volume("one"), _volume("two", "partner")
     volumes.keep(one)
     volumes.keep(two)
-    one.trusts = roots.answered(one.trusted, _sets(internal=3))
-    assert roots.held() == {}
+    one.root_sets = roots.accept_response(one.trusted_names, _sets(internal=3))
+    assert roots.written() == {}
 
 
 def test_a_volume_that_nobody_takes_up_is_waited_for_three_minutes() -> None:
@@ -89,14 +89,14 @@ def test_a_volume_that_nobody_takes_up_is_waited_for_three_minutes() -> None:
 
     async def story() -> list[dict[str, int]]:
         roots.await_adoption(["lost"])
-        roots.streamed(_sets(internal=1))
-        held = [dict(roots.held())]
+        roots.apply_bundle(_sets(internal=1))
+        held = [dict(roots.written())]
         await asyncio.sleep(179)
-        held.append(dict(roots.held()))
-        await roots.moved()
+        held.append(dict(roots.written()))
+        await roots.changed()
         await asyncio.sleep(2)
-        await roots.moved()
-        held.append(dict(roots.held()))
+        await roots.changed()
+        held.append(dict(roots.written()))
         return held
 
     assert run_virtually(story()) == [{}, {}, {"internal": 1}]
@@ -109,14 +109,14 @@ def test_a_volume_that_is_taken_up_or_removed_is_waited_for_no_longer() -> None:
 
     async def story() -> None:
         roots.await_adoption(["adopted", "unpublished"])
-        roots.streamed(_sets(internal=1))
+        roots.apply_bundle(_sets(internal=1))
         adopted = _volume("adopted")
-        adopted.trusts = _sets(internal=1)
+        adopted.root_sets = _sets(internal=1)
         roots_volumes.keep(adopted)
-        roots.take_up(adopted)
-        assert roots.held() == {}
+        roots.check_restored(adopted)
+        assert roots.written() == {}
         roots_volumes.forget("unpublished")
-        assert roots.held() == {"internal": 1}
+        assert roots.written() == {"internal": 1}
 
     run_virtually(story())
 
@@ -125,12 +125,12 @@ def test_the_roots_of_an_issuer_that_is_gone_stay_with_its_certificates() -> Non
     """Its chain ends there; what else the volume trusts is renewed, and without its own nothing is written."""
     volumes = VolumeTable()
     roots, volume = _roots(volumes), _volume("one", "partner")
-    roots.streamed(_sets(internal=1, partner=1))
-    volume.trusts = _sets(internal=1, partner=1)
+    roots.apply_bundle(_sets(internal=1, partner=1))
+    volume.root_sets = _sets(internal=1, partner=1)
     volumes.keep(volume)
-    roots.streamed(_sets(partner=2))
+    roots.apply_bundle(_sets(partner=2))
     assert roots._wanted(volume) == _sets(internal=1, partner=2)
-    volume.trusts = {}
+    volume.root_sets = {}
     assert roots._wanted(volume) == {}
     assert not roots._behind(volume)
 
@@ -138,7 +138,7 @@ def test_the_roots_of_an_issuer_that_is_gone_stay_with_its_certificates() -> Non
 def test_a_certificate_brings_the_roots_that_the_stream_does_not_know() -> None:
     """Of its own issuer: another replica may stream than the one that answered."""
     roots = _roots(VolumeTable())
-    roots.streamed(_sets(internal=1))
-    roots.streamed(_sets(internal=2, partner=3))
-    roots.streamed(_sets(partner=3))
-    assert roots.answered(("internal", "partner"), _sets(internal=2, partner=3)) == _sets(internal=2, partner=3)
+    roots.apply_bundle(_sets(internal=1))
+    roots.apply_bundle(_sets(internal=2, partner=3))
+    roots.apply_bundle(_sets(partner=3))
+    assert roots.accept_response(("internal", "partner"), _sets(internal=2, partner=3)) == _sets(internal=2, partner=3)

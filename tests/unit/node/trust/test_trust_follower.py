@@ -54,10 +54,10 @@ class _Holdings:
     now: dict[str, int] = field(default_factory=dict)
     event: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def held(self) -> Mapping[str, int]:
+    def written(self) -> Mapping[str, int]:
         return dict(self.now)
 
-    async def moved(self) -> None:
+    async def changed(self) -> None:
         await self.event.wait()
         self.event.clear()
 

@@ -1,0 +1,117 @@
+"""Restore the volumes of an earlier driver process, without new certificates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import structlog
+
+from csi_driver.core.attributes import parse_attributes
+from csi_driver.core.errors import CertmountError
+from csi_driver.core.renewal import plan_renewal
+from csi_driver.host.volume_record import VolumeRecord
+from csi_driver.host.volume_store import VolumeStore
+from csi_driver.node.publishing.publish_request import PublishRequest
+from csi_driver.node.renewal.renewals import Renewals
+from csi_driver.node.threads import in_thread
+from csi_driver.node.trust.root_distribution import RootDistribution
+from csi_driver.node.volumes.remover import VolumeRemover
+from csi_driver.node.volumes.volume import Volume, VolumeTable
+from csi_driver.node.volumes.volume_files import read_certificate
+from csi_driver.telemetry.node_metrics import NodeMetrics
+
+log = structlog.get_logger(__name__)
+
+
+class VolumeRestorer:
+    """Restores volumes from their records at start, and from their files if the record was lost."""
+
+    def __init__(
+        self,
+        store: VolumeStore,
+        volumes: VolumeTable,
+        roots: RootDistribution,
+        renewals: Renewals,
+        remover: VolumeRemover,
+        metrics: NodeMetrics,
+        clock: Callable[[], float],
+        rng: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._volumes = volumes
+        self._roots = roots
+        self._renewals = renewals
+        self._remover = remover
+        self._metrics = metrics
+        self._clock = clock
+        self._rng = rng
+
+    async def restore(self) -> None:
+        """Restore all volumes that have a record, and remove those whose pods no longer exist."""
+        scan = await in_thread(None, self._store.scan)
+        unusable: list[str] = []
+        for record in scan.records:
+            try:
+                self._keep(Volume(record, parse_attributes(record.attributes)))
+            except CertmountError as error:
+                unusable.append(self._store.key(record.volume_id))
+                log.error("volume not restored", volume=record.volume_id, error=str(error))  # noqa: TRY400
+        for quarantined in scan.quarantined:
+            self._metrics.record_quarantined()
+            log.warning(
+                "record quarantined; the volume keeps its files", volume=quarantined.key, error=quarantined.reason
+            )
+        self._roots.await_adoption([quarantined.key for quarantined in scan.quarantined] + unusable)
+        for record in scan.orphans:
+            await self._remover.remove(record)
+        removed = len(scan.orphans) + len(scan.dropped)
+        log.info("volumes restored", volumes=len(scan.records), quarantined=len(scan.quarantined), removed=removed)
+
+    async def adopt(self, request: PublishRequest) -> Volume:
+        """Restore a mounted volume whose record was lost. Renew it immediately if its certificate does not match."""
+        spec, now = parse_attributes(request.attributes), self._clock()
+        try:
+            files_dir = self._store.files_dir(request.volume_id)
+            leaf = (await in_thread(None, read_certificate, files_dir, spec, request.pod, now)).leaf
+        except CertmountError as error:
+            log.warning("adopted volume needs a renewal now", reason=error.reason.word, error=str(error))
+            record = new_record(request, issued_at=now, renew_at=now, not_after=now)
+        else:
+            issued_at, not_after = leaf.not_valid_before_utc.timestamp(), leaf.not_valid_after_utc.timestamp()
+            renew_at = plan_renewal(
+                issued_at=issued_at,
+                not_after=not_after,
+                renew_before_s=spec.renew_before.total_seconds() if spec.renew_before else None,
+                renew_after_s=None,
+                jitter=self._rng(),
+            )
+            record = new_record(request, issued_at=issued_at, renew_at=renew_at, not_after=not_after)
+        volume = Volume(record, spec, request.token)
+        await in_thread(None, self._store.write_record, record)
+        self._keep(volume)
+        return volume
+
+    def _keep(self, volume: Volume) -> None:
+        self._volumes.keep(volume)
+        self._renewals.keep(volume)
+        self._roots.check_restored(volume)
+
+
+def new_record(
+    request: PublishRequest, *, issued_at: float, renew_at: float, not_after: float, interim: bool = False
+) -> VolumeRecord:
+    """Return the record of a volume that is mounted at the request's target path. Times are unix seconds."""
+    return VolumeRecord(
+        volume_id=request.volume_id,
+        pod_namespace=request.pod.namespace,
+        pod_name=request.pod.name,
+        pod_uid=request.pod.uid,
+        service_account=request.pod.service_account,
+        attributes=dict(request.attributes),
+        mount_group=request.mount_group,
+        targets=(request.target,),
+        issued_at=issued_at,
+        renew_at=renew_at,
+        not_after=not_after,
+        interim=interim,
+    )
