@@ -58,7 +58,7 @@ class _ConditionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Condition.V
     CONDITION_EXPIRED: _Condition.ValueType  # 3
     CONDITION_RECOVERED: _Condition.ValueType  # 4
     """The certificate was renewed after one of the conditions above."""
-    CONDITION_RENEWAL_DROPPED: _Condition.ValueType  # 5
+    CONDITION_RENEWAL_STOPPED: _Condition.ValueType  # 5
     """The pod's service account is on the deny list; the node does not renew its certificate."""
 
 class Condition(_Condition, metaclass=_ConditionEnumTypeWrapper): ...
@@ -71,7 +71,7 @@ CONDITION_OVERDUE: Condition.ValueType  # 2
 CONDITION_EXPIRED: Condition.ValueType  # 3
 CONDITION_RECOVERED: Condition.ValueType  # 4
 """The certificate was renewed after one of the conditions above."""
-CONDITION_RENEWAL_DROPPED: Condition.ValueType  # 5
+CONDITION_RENEWAL_STOPPED: Condition.ValueType  # 5
 """The pod's service account is on the deny list; the node does not renew its certificate."""
 Global___Condition: _TypeAlias = Condition  # noqa: Y015
 

@@ -31,7 +31,7 @@ _CONDITIONS = {
     CertificateCondition.RENEWAL_OVERDUE: authority_pb2.CONDITION_OVERDUE,
     CertificateCondition.CERTIFICATE_EXPIRED: authority_pb2.CONDITION_EXPIRED,
     CertificateCondition.CERTIFICATE_RECOVERED: authority_pb2.CONDITION_RECOVERED,
-    CertificateCondition.RENEWAL_STOPPED: authority_pb2.CONDITION_RENEWAL_DROPPED,
+    CertificateCondition.RENEWAL_STOPPED: authority_pb2.CONDITION_RENEWAL_STOPPED,
 }
 _USAGES = {Usage.SERVER: authority_pb2.USAGE_SERVER, Usage.CLIENT: authority_pb2.USAGE_CLIENT}
 # RFC 6750 section 2.1. gRPC rejects other characters in metadata, and servers reject more than 8 KiB of it.

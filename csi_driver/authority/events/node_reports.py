@@ -18,7 +18,7 @@ CONDITIONS = MappingProxyType(
         authority_pb2.CONDITION_OVERDUE: "RenewalOverdue",
         authority_pb2.CONDITION_EXPIRED: "CertificateExpired",
         authority_pb2.CONDITION_RECOVERED: RECOVERED,
-        authority_pb2.CONDITION_RENEWAL_DROPPED: "RenewalDropped",
+        authority_pb2.CONDITION_RENEWAL_STOPPED: "RenewalStopped",
     }
 )
 """The event reason for each certificate condition."""

@@ -29,7 +29,7 @@ async def test_a_denied_renewal_is_dropped_until_the_policy_changes(node: Node) 
     node.script.failure = CertmountError(Reason.SERVICE_ACCOUNT_DENIED, "web/shop: compromised")
     await until(lambda: node.driver.events("renewal stopped"), "dropped")
     await until(lambda: _reported(node), "the report")
-    assert _reported(node) == [(authority_pb2.CONDITION_RENEWAL_DROPPED, "ServiceAccountDenied")]
+    assert _reported(node) == [(authority_pb2.CONDITION_RENEWAL_STOPPED, "ServiceAccountDenied")]
     assert "compromised" in node.authority.reports[0].message
     ((_, reason, message),) = await node.health(request)
     assert reason == "ServiceAccountDenied"
