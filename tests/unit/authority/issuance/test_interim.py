@@ -1,4 +1,4 @@
-"""How soon an issuer must answer where something may stand in, and how often its order is asked for."""
+"""How long an issuer can take before a pod gets an interim certificate, and how often nodes then retry."""
 
 from __future__ import annotations
 
@@ -7,81 +7,67 @@ from datetime import timedelta
 
 import pytest
 
-from csi_driver.authority.issuance.interim import InterimCertificates, while_pending
-from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
-from csi_driver.core.certificates.csr import build_csr, parse_csr
+from csi_driver.authority.issuance.interim import InterimCertificates
+from csi_driver.authority.issuers import IssuedCertificate, Issuer, IssuerRequest
+from csi_driver.core.certificates.csr import ParsedCSR, build_csr, parse_csr
 from csi_driver.core.certificates.keys import generate_key
-from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.errors import CertmountError
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.core.names import Names
 from csi_driver.core.policy.engine import Grant
 from csi_driver.core.spec import KeyType
+from tests.unit.authority.clock import Clock
 
 ISSUED = IssuedCertificate((b"leaf",), (b"root",))
 
 
-class Clock:
-    """Stands still until a test moves it."""
+class SlowIssuer(Issuer):
+    """Issues after some seconds."""
 
-    now = 0.0
+    roots = ()
 
-    def __call__(self) -> float:
-        return self.now
-
-
-class Issuer:
-    """Answers after a while; most issuers say nothing of stand-ins."""
-
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, while_pending: str | None = None) -> None:
+        self.while_pending = while_pending
         self._seconds = seconds
 
-    async def issue(self, _order: IssuerRequest) -> IssuedCertificate:
+    async def issue(self, request: IssuerRequest) -> IssuedCertificate:
+        del request
         await asyncio.sleep(self._seconds)
         return ISSUED
 
 
-class Deferring(Issuer):
-    """Has the internal CA stand in."""
-
-    while_pending = "internal"
+def csr() -> ParsedCSR:
+    return parse_csr(build_csr(generate_key(KeyType.EC_P256), Names()))
 
 
-def _order() -> IssuerRequest:
-    account = ServiceAccount("web", "shop")
-    pod = PodIdentity(account, "shop-uid", "shop-0", "uid", "node1", "node1-uid", 0.0)
-    request = parse_csr(build_csr(generate_key(KeyType.EC_P256), Names()))
-    return IssuerRequest(request, Grant(Names(), timedelta(hours=1), (), ()), pod)
+@pytest.fixture
+def request_() -> IssuerRequest:
+    pod = PodIdentity(ServiceAccount("web", "shop"), "shop-uid", "shop-0", "uid", "node1", "node1-uid", 0.0)
+    return IssuerRequest(csr(), Grant(Names(), timedelta(hours=1), (), ()), pod)
 
 
-async def test_an_issuer_that_nothing_stands_in_for_is_waited_for() -> None:
-    """As long as it takes."""
-    assert while_pending(Issuer(0)) is None
-    assert await InterimCertificates(at_once_s=0.01).issued_soon(Issuer(0.1), _order()) is ISSUED
+async def test_issuer_without_interim_certificates_has_no_timeout(request_: IssuerRequest) -> None:
+    assert await InterimCertificates(timeout_s=0.01).issue(SlowIssuer(0.1), request_) is ISSUED
 
 
-async def test_an_issuer_that_may_be_stood_in_for_must_answer_soon() -> None:
-    """Else its order is pending: the pod is to start at once."""
-    stand_ins = InterimCertificates(at_once_s=0.05)
-    assert await stand_ins.issued_soon(Deferring(0), _order()) is ISSUED
-    with pytest.raises(CertmountError, match="takes longer than") as failure:
-        await stand_ins.issued_soon(Deferring(60), _order())
-    assert failure.value.reason is Reason.ISSUANCE_PENDING
+async def test_issuer_with_interim_certificates_is_pending_after_the_timeout(request_: IssuerRequest) -> None:
+    interim = InterimCertificates(timeout_s=0.05)
+    assert await interim.issue(SlowIssuer(0, "internal"), request_) is ISSUED
+    with pytest.raises(CertmountError, match="IssuancePending: certificate: the issuer takes longer than"):
+        await interim.issue(SlowIssuer(60, "internal"), request_)
 
 
-def test_old_orders_are_asked_for_less_often() -> None:
-    """From 15 seconds to a minute; an order that has ended, or was not asked for in an hour, begins anew."""
-    clock = Clock()
-    stand_ins, order = InterimCertificates(clock), _order()
+def test_nodes_retry_older_requests_less_often() -> None:
+    """After 15 s to 60 s. A request that was issued, or that was not retried for an hour, starts again."""
+    clock = Clock(0.0)
+    interim, first = InterimCertificates(clock), csr()
 
-    def seconds() -> float:
-        return stand_ins.ask_again_after(order).total_seconds()
+    def seconds(at: float, request: ParsedCSR = first) -> float:
+        clock.now = at
+        return interim.retry_after(request).total_seconds()
 
-    asked = []
-    for clock.now in (0.0, 15.0, 60.0, 120.0, 200.0, 300.0, 3000.0):
-        asked.append(seconds())
-    assert asked == [15, 15, 15, 30, 50, 60, 60]
-    assert stand_ins.ask_again_after(_order()) == timedelta(seconds=15)
-    stand_ins.over(order)
-    assert seconds() == 15
-    clock.now += 3601
-    assert seconds() == 15
+    assert [seconds(at) for at in (0, 15, 60, 120, 200, 300, 3000)] == [15, 15, 15, 30, 50, 60, 60]
+    assert seconds(3000, csr()) == 15
+    interim.forget(first)
+    assert seconds(3000) == 15
+    assert seconds(3000 + 3601) == 15
