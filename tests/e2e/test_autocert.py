@@ -124,7 +124,7 @@ async def test_the_page_is_followed(ca: RealStepCA, tmp_path: Path) -> None:
 
 
 def ready(said: str) -> str | None:
-    return said if said.startswith("step (step_ca)") and "WRONG" not in said else None
+    return said if said.startswith("step (step_ca)") and "FAIL" not in said else None
 
 
 def moved(name: str) -> Any:

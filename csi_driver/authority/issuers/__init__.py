@@ -1,14 +1,16 @@
-"""Issuers sign what admission and policy have let pass: one module each, behind one protocol.
+"""Issuers sign what authentication and policy have allowed. Each kind is one package that implements :class:`Issuer`.
 
-They may not decide on names, and never see a token.
+An issuer doesn't decide which names are allowed, and never gets a token.
 """
 
 from __future__ import annotations
 
+import asyncio
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
 
+from csi_driver.authority.issuers.findings import Finding
 from csi_driver.core.certificates.csr import ParsedCSR
 from csi_driver.core.identity import PodIdentity
 from csi_driver.core.policy.engine import Grant, RequestedCertificate
@@ -16,29 +18,74 @@ from csi_driver.core.policy.engine import Grant, RequestedCertificate
 
 @dataclass(frozen=True, slots=True)
 class IssuerRequest:
-    """What to sign: the key of a checked request, with what policy granted, for a proven pod."""
+    """A certificate to sign: the key of a verified CSR, with what the policy grants an authenticated pod."""
 
-    request: ParsedCSR
+    csr: ParsedCSR
     grant: Grant
     identity: PodIdentity
-    asked: RequestedCertificate | None = None
-    """In the pod's own words, for an issuer that can't give all that policy grants; None where that is not known."""
+    requested: RequestedCertificate | None = None
+    """What the pod itself requested, for an issuer that can't sign all that the policy grants; None if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class IssuedCertificate:
-    """X.509 DER: ``chain`` is the leaf, then its intermediates; ``roots`` are what the pod is to trust."""
+    """X.509 DER: ``chain`` is the leaf and its intermediates, ``roots`` are the roots that the pod must trust."""
 
     chain: tuple[bytes, ...]
     roots: tuple[bytes, ...]
     renew_after: timedelta | None = None
-    """When the issuer wants it renewed, counted from now; None leaves it to the node."""
+    """When the issuer wants the certificate renewed, from now; None if the node decides."""
     identity_included: bool = True
-    """False for an issuer that signs the DNS names only, such as a public CA: the leaf lacks the pod's SPIFFE ID."""
+    """False if the leaf lacks the pod's SPIFFE ID, because the issuer signs DNS names only, as public CAs do."""
 
 
-class Issuer(Protocol):
-    """Signs orders."""
+class Issuer(ABC):
+    """One issuer. The defaults fit an issuer that signs immediately and does no background work."""
 
-    async def issue(self, order: IssuerRequest) -> IssuedCertificate:
-        """Signs; raises CertmountError IssuerUnavailable for what may pass, NameNotAllowed for what the issuer won't sign."""
+    shares_certificates: bool = False
+    """True if pods of one service account on one node share a certificate, because the issuer limits how many it signs."""
+    while_pending: str | None = None
+    """The issuer of the interim certificate with which a pod starts while this issuer works; None if the pod waits."""
+
+    @property
+    @abstractmethod
+    def roots(self) -> tuple[bytes, ...]:
+        """X.509 DER of the roots that its pods trust now; empty while they are unknown."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why it can't issue now, for people; None if no problem is known."""
+        return None
+
+    @abstractmethod
+    async def issue(self, request: IssuerRequest) -> IssuedCertificate:
+        """Return the certificate.
+
+        An external issuer accepts requests while :meth:`run` is running.
+
+        Raises:
+            CertmountError: NameNotAllowed if the issuer doesn't sign such a request; IssuancePending if signing takes
+                longer than the call: the next call with the same request continues it; else IssuerUnavailable.
+        """
+
+    async def run(self) -> None:
+        """Do the background work, such as fetching roots, until cancelled; report failures as :attr:`problem`."""
+        await asyncio.Event().wait()
+
+    async def diagnose(self) -> list[Finding]:
+        """Check everything that issuing needs, and issue nothing. Failures are findings. It does not need :meth:`run`."""
+        return []
+
+    async def http01_response(self, token: str) -> str | None:  # noqa: ARG002
+        """Return the key authorization for an HTTP-01 token (RFC 8555 section 8.3), or None if the token is unknown.
+
+        Raises CertmountError if the issuer can't find out.
+        """
+        return None
+
+    def renewals_due(self) -> tuple[str, ...]:
+        """Return the keys whose certificates the CA wants renewed now (RFC 9773).
+
+        A key is the hexadecimal SHA-256 of a public key (SubjectPublicKeyInfo, DER).
+        """
+        return ()

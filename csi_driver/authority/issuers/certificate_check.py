@@ -1,4 +1,4 @@
-"""Judges what an issuer outside has signed against the order: whatever stands behind it may have changed it."""
+"""Checks a certificate from an external issuer against the request."""
 
 from __future__ import annotations
 
@@ -15,51 +15,58 @@ from csi_driver.core.certificates.keys import public_bytes
 from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
 from csi_driver.core.spec import Usage
 
-_PURPOSES = {ExtendedKeyUsageOID.SERVER_AUTH: Usage.SERVER, ExtendedKeyUsageOID.CLIENT_AUTH: Usage.CLIENT}
-_TOLERANCE = timedelta(minutes=2)
-"""Between the clocks: a life is counted from the issuer's now."""
+_USAGES = {ExtendedKeyUsageOID.SERVER_AUTH: Usage.SERVER, ExtendedKeyUsageOID.CLIENT_AUTH: Usage.CLIENT}
+_CLOCK_TOLERANCE = timedelta(minutes=2)
+"""The issuer counts the lifetime from the time of its own clock."""
 
 
-def certificate_problems(leaf: x509.Certificate, order: IssuerRequest, now: datetime) -> list[str]:
-    """Every way in which a leaf is not what was ordered, in words that follow "the certificate"."""
-    grant = order.grant
+def certificate_problems(leaf: x509.Certificate, request: IssuerRequest, now: datetime) -> list[str]:
+    """Return every difference between a leaf and the request, in words that follow "the certificate"."""
+    grant = request.grant
     try:
         key, extensions = leaf.public_key(), leaf.extensions
         names = names_of(extensions)
     except PARSE_ERRORS:
-        return ["cannot be read"]
+        return ["cannot be parsed"]
     problems: list[str] = []
-    if public_bytes(key) != public_bytes(order.request.public_key):  # type: ignore[arg-type]  # all keys have this method
+    if public_bytes(key) != public_bytes(request.csr.public_key):  # type: ignore[arg-type]  # all keys have this method
         problems.append("is for another key")
-    if lacking := sorted(str(name) for name in {*grant.names} - {*names}):
-        problems.append(f"lacks {', '.join(lacking)}")
-    if foreign := sorted(str(name) for name in {*names} - {*grant.names}):
-        problems.append(f"also holds {', '.join(foreign)}")
-    if _is_authority(extensions):
-        problems.append("is a certificate authority's")
+    if missing := sorted(str(name) for name in {*grant.names} - {*names}):
+        problems.append(f"lacks {', '.join(missing)}")
+    if unexpected := sorted(str(name) for name in {*names} - {*grant.names}):
+        problems.append(f"also contains {', '.join(unexpected)}")
+    if _is_ca(extensions):
+        problems.append("is a CA certificate")
     usages = _usages(extensions)
     if usages != {usage.value for usage in grant.usages}:
-        asked = " and ".join(sorted(usage.value for usage in grant.usages))
-        problems.append(f"is for {' and '.join(sorted(usages)) or 'any usage'}, not for {asked}")
-    if leaf.not_valid_after_utc > now + grant.duration + _TOLERANCE:
-        problems.append(f"lives until {leaf.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}, longer than was granted")
+        granted = " and ".join(sorted(usage.value for usage in grant.usages))
+        problems.append(f"is for {' and '.join(sorted(usages)) or 'any usage'}, not for {granted}")
+    if leaf.not_valid_after_utc > now + grant.duration + _CLOCK_TOLERANCE:
+        problems.append(f"is valid until {leaf.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}, longer than the policy grants")
     return problems
 
 
-def ends_at(chain: Sequence[x509.Certificate], roots: Sequence[bytes]) -> bool:
-    """True when the last certificate of a chain was issued by one of the roots (DER), or is one."""
-    for root in map(x509.load_der_x509_certificate, roots):
-        if chain[-1] == root:
-            return True
-        try:
-            chain[-1].verify_directly_issued_by(root)
-        except (InvalidSignature, *PARSE_ERRORS):
-            continue
-        return True
-    return False
+def ends_at_root(chain: Sequence[x509.Certificate], roots: Sequence[bytes]) -> bool:
+    """Return True if one of the roots (DER) is, or issued, the last certificate of a chain."""
+    return any(_issued_by(chain[-1], x509.load_der_x509_certificate(root)) for root in roots)
 
 
-def _is_authority(extensions: x509.Extensions) -> bool:
+def renew_before_chain_ends(chain: Sequence[x509.Certificate], now: datetime) -> timedelta | None:
+    """Return when to renew a leaf that outlives its chain: after two thirds of the chain's remaining time; else None."""
+    end = min(certificate.not_valid_after_utc for certificate in chain)
+    return None if end >= chain[0].not_valid_after_utc else max((end - now) * 2 / 3, timedelta(minutes=1))
+
+
+def _issued_by(certificate: x509.Certificate, root: x509.Certificate) -> bool:
+    try:
+        if certificate != root:
+            certificate.verify_directly_issued_by(root)
+    except (InvalidSignature, *PARSE_ERRORS):
+        return False
+    return True
+
+
+def _is_ca(extensions: x509.Extensions) -> bool:
     try:
         return extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     except x509.ExtensionNotFound:
@@ -68,7 +75,7 @@ def _is_authority(extensions: x509.Extensions) -> bool:
 
 def _usages(extensions: x509.Extensions) -> set[str]:
     try:
-        purposes = extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        usages = extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     except x509.ExtensionNotFound:
         return set()
-    return {_PURPOSES[one].value if one in _PURPOSES else one.dotted_string for one in purposes}
+    return {_USAGES[one].value if one in _USAGES else one.dotted_string for one in usages}

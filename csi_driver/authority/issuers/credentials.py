@@ -1,4 +1,4 @@
-"""Reads the credentials that the issuers' file refers to."""
+"""Reads the credentials that the issuers file refers to."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from csi_driver.core.config.issuers import FileSource, Source
+from csi_driver.core.config.issuers import CredentialSource, FileSource
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret
 
@@ -19,17 +19,17 @@ ReadSecret = Callable[[str, str, str], Awaitable[Secret[bytes]]]
 
 @dataclass(frozen=True, slots=True)
 class CredentialReader:
-    """Credentials as they are now: read anew each time, so that one that is replaced needs no restart."""
+    """Reads a credential at each use, so that replacing it does not need a restart."""
 
     read_secret: ReadSecret | None = None
-    """None outside a cluster, where there are only files."""
+    """None outside a cluster, where credentials can only be files."""
 
-    async def read(self, source: Source) -> Secret[bytes]:
-        """The credential; raises CertmountError IssuerUnavailable, which names where it should be and shows nothing of it."""
+    async def read(self, source: CredentialSource) -> Secret[bytes]:
+        """Return the credential; raise CertmountError IssuerUnavailable, which names the source and shows no content."""
         if isinstance(source, FileSource):
             return await asyncio.to_thread(_read_file, source)
         if self.read_secret is None:
-            raise _unavailable(source, "there is no cluster to read it from", "keep it in a file")
+            raise _unavailable(source, "cannot be read outside a cluster", "store it in a file")
         content = await self.read_secret(source.namespace, source.name, source.key)
         if not content.reveal():
             raise _unavailable(source, "is empty")
@@ -47,5 +47,5 @@ def _read_file(source: FileSource) -> Secret[bytes]:
     return Secret(content)
 
 
-def _unavailable(source: Source, problem: str, hint: str = "") -> CertmountError:
+def _unavailable(source: CredentialSource, problem: str, hint: str = "") -> CertmountError:
     return CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(str(source), problem, hint))

@@ -1,9 +1,9 @@
-"""The issuers there are now: the internal CA, and those of the administrator's file, which is followed and never replaced by a worse one."""
+"""The issuers of the authority: the internal CA, and the external issuers that the issuers file declares."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import structlog
@@ -11,38 +11,33 @@ import structlog
 from csi_driver.authority.config.located_yaml import MAX_BYTES
 from csi_driver.authority.config.watched_file import Contents, WatchedFile, read_file
 from csi_driver.authority.issuers import Issuer
-from csi_driver.authority.issuers.external import ExternalIssuer, Http01Responder, RenewalAdvisor
-from csi_driver.authority.issuers.kinds import (
-    ISSUER_KINDS,
-    IssuerDependencies,
-    IssuerKind,
-    make_issuer,
-    read_issuers,
-)
+from csi_driver.authority.issuers.dependencies import IssuerDependencies, IssuerKind
+from csi_driver.authority.issuers.kinds import ISSUER_KINDS, make_issuer, read_issuers
 from csi_driver.core.config.issuers import IssuerDeclaration
 from csi_driver.core.errors import Reason
 from csi_driver.core.spec import DEFAULT_ISSUER
 
 log = structlog.get_logger(__name__)
 
-_CHECK_S = 1.0
-"""Between looks at the file and at what roots the issuers have; a volume's file changes a minute after its ConfigMap."""
-_DEFECT_PAUSE_S = 30.0
+_INTERVAL_S = 1.0
+"""Between checks of the file and of the issuers' roots. The kubelet updates a mounted ConfigMap within about a minute."""
+_RESTART_AFTER_S = 30.0
+_External = dict[IssuerDeclaration, Issuer]
 
 
-class IssuersFile(Mapping[str, Issuer]):
-    """Issuers by name. An issuer whose entry does not change stays the same object through all reloads.
+class IssuerRegistry(Mapping[str, Issuer]):
+    """Issuers by name. If a declaration does not change, its issuer stays the same object when the file is reloaded.
 
-    ``on_roots`` gets an issuer's name and its roots (X.509 DER), never none: when they are known and whenever they are
-    others. An issuer that is gone is not told of, as its pods go on with the certificates and roots that they have.
-    ``on_load`` gets whether a new content of the file was taken, ``on_due`` every second what :attr:`due` is.
+    ``on_roots`` gets an issuer's name and its roots (X.509 DER, never empty) when they become known and when they change.
+    It is not called for a removed issuer, whose pods keep their certificates and roots. ``on_load`` gets whether new
+    content of the file was accepted. ``on_due`` gets :attr:`renewals_due` every second.
     """
 
     def __init__(
         self,
         file: Path | None,
         internal: Issuer,
-        tools: IssuerDependencies,
+        dependencies: IssuerDependencies,
         *,
         on_roots: Callable[[str, tuple[bytes, ...]], None],
         on_load: Callable[[bool], None],
@@ -50,15 +45,23 @@ class IssuersFile(Mapping[str, Issuer]):
         kinds: Mapping[str, IssuerKind] = ISSUER_KINDS,
     ) -> None:
         self._internal = internal
-        self._tools = tools
+        self._dependencies = dependencies
         self._on_roots = on_roots
         self._on_load = on_load
         self._on_due = on_due
         self._kinds = kinds
-        self._watched = _watched(file, kinds, self._use, lambda: on_load(False)) if file else None
-        self._external: dict[IssuerDeclaration, ExternalIssuer] = {}
-        self._by_name: dict[str, ExternalIssuer] = {}
-        self._told: dict[str, tuple[bytes, ...]] = {}
+        self._external: _External = {}
+        self._by_name: dict[str, Issuer] = {}
+        self._reported: dict[str, tuple[bytes, ...]] = {}
+        self._file: WatchedFile[_External] | None = None
+        if file is not None:
+
+            def read() -> Contents:
+                return {str(file): read_file(file, MAX_BYTES, Reason.INVALID_ISSUERS, "check --issuers")}
+
+            self._file = WatchedFile(
+                "issuers", read, self._parse, on_change=self._replace, on_rejected=lambda: on_load(False)
+            )
 
     def __getitem__(self, name: str) -> Issuer:
         return self._internal if name == DEFAULT_ISSUER else self._by_name[name]
@@ -72,85 +75,72 @@ class IssuersFile(Mapping[str, Issuer]):
 
     @property
     def problems(self) -> Mapping[str, str | None]:
-        """Of each issuer of the file, why it can't issue now; None where it can. May be called from any thread."""
+        """Why each external issuer can't issue now; None if it can. May be read in any thread."""
         return {name: issuer.problem for name, issuer in self._by_name.items()}
 
     @property
     def sharing(self) -> frozenset[str]:
-        """Those of which pods of one service account on one node are to share a certificate."""
+        """The names of the issuers whose certificates pods share."""
         return frozenset(name for name, issuer in self._by_name.items() if issuer.shares_certificates)
 
     @property
-    def due(self) -> frozenset[str]:
-        """The keys (as :meth:`RenewalAdvisor.due`) whose certificates are to be renewed now."""
-        return frozenset(
-            key for issuer in self._by_name.values() if isinstance(issuer, RenewalAdvisor) for key in issuer.due()
-        )
+    def renewals_due(self) -> frozenset[str]:
+        """The keys, as :meth:`Issuer.renewals_due` returns them, whose certificates must be renewed now."""
+        return frozenset(key for issuer in self._by_name.values() for key in issuer.renewals_due())
 
-    def answering(self) -> list[Http01Responder]:
-        """Those that a CA may ask over HTTP."""
-        return [issuer for issuer in self._by_name.values() if isinstance(issuer, Http01Responder)]
+    def external(self) -> list[Issuer]:
+        """Return the issuers that the file declares."""
+        return list(self._by_name.values())
 
     async def load(self) -> None:
-        """Read the file if its content changed; raise CertmountError InvalidIssuers as :meth:`WatchedFile.load` does."""
-        if self._watched is not None:
-            await self._watched.load()
+        """Read the file; raise CertmountError InvalidIssuers if new content is invalid. The previous issuers then stay."""
+        if self._file is not None:
+            await self._file.load()
 
     async def run(self) -> None:
-        """Follows the file, and does the background work of the issuers, for ever."""
+        """Watch the file and run the background work of the issuers until cancelled."""
         running: dict[int, asyncio.Task[None]] = {}
         async with asyncio.TaskGroup() as tasks:
             while True:
-                now = {id(issuer): (name, issuer) for name, issuer in self._by_name.items()}
-                for mark in running.keys() - now.keys():
-                    running.pop(mark).cancel()
-                for mark in now.keys() - running.keys():
-                    running[mark] = tasks.create_task(_kept_running(*now[mark]), name=f"issuer {now[mark][0]}")
-                self._tell_roots()
-                self._on_due(self.due)
-                await asyncio.sleep(_CHECK_S)
-                if self._watched is not None:
-                    await self._watched.refresh()
+                current = {id(issuer): (name, issuer) for name, issuer in self._by_name.items()}
+                for key in running.keys() - current.keys():
+                    running.pop(key).cancel()
+                for key in current.keys() - running.keys():
+                    running[key] = tasks.create_task(_run_issuer(*current[key]), name=f"issuer {current[key][0]}")
+                self._report_roots()
+                self._on_due(self.renewals_due)
+                await asyncio.sleep(_INTERVAL_S)
+                if self._file is not None:
+                    await self._file.refresh()
 
-    def _use(self, declarations: Iterable[IssuerDeclaration]) -> None:
-        self._external = {declared: self._kept(declared) for declared in declarations}
-        self._by_name = {declared.name: issuer for declared, issuer in self._external.items()}
-        self._told = {name: roots for name, roots in self._told.items() if name in self._by_name}
+    def _parse(self, contents: Contents) -> _External:
+        (content,) = contents.values()
+        declarations = read_issuers(content, self._kinds)
+        # An unchanged issuer keeps its connections and its state.
+        return {
+            one: self._external.get(one) or make_issuer(one, self._dependencies, self._kinds) for one in declarations
+        }
+
+    def _replace(self, external: _External) -> None:
+        self._external = external
+        self._by_name = {declared.name: issuer for declared, issuer in external.items()}
+        self._reported = {name: roots for name, roots in self._reported.items() if name in self._by_name}
         self._on_load(True)
         log.info("issuers loaded", issuers=sorted(self._by_name))
 
-    def _kept(self, declared: IssuerDeclaration) -> ExternalIssuer:
-        """The issuer that there is for an entry already, with its connections and all it knows; else a new one."""
-        return self._external.get(declared) or make_issuer(declared, self._tools, self._kinds)
-
-    def _tell_roots(self) -> None:
+    def _report_roots(self) -> None:
         for name, issuer in self._by_name.items():
             roots = issuer.roots
-            if roots and roots != self._told.get(name):
-                self._told[name] = roots
+            if roots and roots != self._reported.get(name):
+                self._reported[name] = roots
                 self._on_roots(name, roots)
 
 
-async def _kept_running(name: str, issuer: ExternalIssuer) -> None:
-    """A defect of one issuer is no outage of the others."""
+async def _run_issuer(name: str, issuer: Issuer) -> None:
+    """Restart the background work of an issuer after an unexpected error, which must not stop the other issuers."""
     while True:
         try:
             await issuer.run()
-        except Exception:  # what it is can't be known: the point is to be told of it
-            log.exception("the background work of an issuer failed", issuer=name)
-        await asyncio.sleep(_DEFECT_PAUSE_S)
-
-
-def _watched(
-    file: Path,
-    kinds: Mapping[str, IssuerKind],
-    on_change: Callable[[Iterable[IssuerDeclaration]], None],
-    on_rejected: Callable[[], None],
-) -> WatchedFile[Iterable[IssuerDeclaration]]:
-    def read() -> Contents:
-        return {"": read_file(file, MAX_BYTES, Reason.INVALID_ISSUERS, "see --issuers")}
-
-    def parse(contents: Contents) -> Iterable[IssuerDeclaration]:
-        return read_issuers(contents[""], kinds)
-
-    return WatchedFile("issuers file", read, parse, on_change=on_change, on_rejected=on_rejected)
+        except Exception:  # the log shows whatever it is
+            log.exception("background work of issuer failed", issuer=name)
+        await asyncio.sleep(_RESTART_AFTER_S)

@@ -251,9 +251,9 @@ def test_check_looks_at_everything_and_changes_nothing(process: Process) -> None
     status, lines = checked(process)
     assert status == 0
     assert [line.partition(":")[0] for line in lines] == [
-        "ok    policy",
-        "ok    certificate authority",
-        "ok    token keys",
+        "ok   policy",
+        "ok   certificate authority",
+        "ok   token keys",
     ]
     assert not process.world.ca.exists()
 
@@ -267,7 +267,7 @@ def test_check_says_all_that_is_wrong_and_fails(process: Process) -> None:
     (process.world.ca / "ca.json").chmod(0o600)
     status, lines = checked(process)
     assert status == 1
-    assert all(line.startswith("WRONG ") for line in lines)
+    assert all(line.startswith("FAIL ") for line in lines)
     text = "\n".join(lines)
     for said in ("policy[0].allow (line 2): is missing", "ca.json: is damaged", "is not a JSON Web Key Set"):
         assert said in text

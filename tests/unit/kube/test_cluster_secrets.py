@@ -31,13 +31,13 @@ async def test_the_command_reads_what_the_authority_would(
     here = client.Configuration(host=in_a_cluster.url)
     monkeypatch.setattr("csi_driver.kube.client.in_cluster_configuration", lambda: here)
     keep(in_a_cluster, jwk=b"the key")
-    async with issuer._tools(in_a_cluster=True) as tools:
-        assert (await tools.secrets.read(JWK)).reveal() == b"the key"
-        assert tools.secret_store is not None
-        stored = await tools.secret_store("certmount", "step-provisioner").load()
+    async with issuer._dependencies(in_cluster=True) as dependencies:
+        assert (await dependencies.credentials.read(JWK)).reveal() == b"the key"
+        assert dependencies.secret_store is not None
+        stored = await dependencies.secret_store("certmount", "step-provisioner").load()
         assert stored.values["jwk"].reveal() == b"the key"
-    async with issuer._tools(in_a_cluster=False) as tools:
-        assert tools.secret_store is None
+    async with issuer._dependencies(in_cluster=False) as dependencies:
+        assert dependencies.secret_store is None
 
 
 def keep(server: FakeApiServer, **values: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Signed requests to the CA (RFC 8555 section 6), and its refusals in words. Synchronous: for threads."""
+"""Signed requests to the CA (RFC 8555 section 6). Its methods block: call them in threads."""
 
 from __future__ import annotations
 
@@ -7,84 +7,89 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import requests
+import urllib3
 from acme import errors, messages
 from acme.client import ClientNetwork
 from josepy.errors import Error as JoseError
 from josepy.interfaces import JSONDeSerializable
 from josepy.jwa import ES256
 from josepy.jwk import JWK
+from requests.adapters import HTTPAdapter
 
 from csi_driver import __version__
+from csi_driver.authority.issuers.http_client import MAX_RESPONSE_BYTES
 from csi_driver.core.errors import CertmountError, Fault, Reason
 
 _TIMEOUT_S = 20
 _NONCE_ATTEMPTS = 10
-"""The library tries twice in each: a CA that takes one nonce in two would be given up once in a million."""
-_MAX_SHOWN = 400
+"""The library tries twice in each, so even a CA that rejects every second nonce is given up once in a million requests."""
+_MAX_TEXT = 400
 
 
-class CaProblem(Exception):
-    """The CA answered with an error (RFC 8555 section 6.7)."""
+class AcmeProblem(Exception):
+    """The CA returned an error (RFC 8555 section 6.7)."""
 
     def __init__(self, code: str, text: str, status: int = 0, retry_after_s: float | None = None) -> None:
         super().__init__(text)
         self.code = code
-        """Such as ``rateLimited``; empty for an answer that is no problem document."""
+        """Such as ``rateLimited``; empty if the response is not a problem document."""
         self.text = text
-        """In the CA's words."""
         self.status = status
         """The HTTP status."""
         self.retry_after_s = retry_after_s
 
 
-class Connection(ClientNetwork):
-    """One thread's connection to one CA; what a refusal costs is one exception, whatever went wrong."""
+class AcmeClient(ClientNetwork):
+    """Calls one CA from one thread. Each failure raises one of two exceptions."""
 
     def __init__(
         self, directory_url: str, key: JWK | None, ca_file: str | None, directory: messages.Directory | None = None
     ) -> None:
         super().__init__(key, alg=ES256, user_agent=f"certmount/{__version__}", timeout=_TIMEOUT_S, verify_ssl=True)
         if ca_file is not None:
-            self.verify_ssl = ca_file  # type: ignore[assignment]  # handed on to requests, which takes a path as well
+            self.verify_ssl = ca_file  # type: ignore[assignment]  # passed to requests, which also accepts a path
+        self.session.headers["Accept-Encoding"] = "identity"  # a small compressed response could expand to gigabytes
+        self.session.adapters.clear()
+        self.session.mount("https://", _BoundedAdapter())
         self._directory_url = directory_url
         self._last: requests.Response | None = None
         self._directory = directory
 
     @property
     def directory(self) -> messages.Directory:
-        """What the CA offers (RFC 8555 section 7.1.1); fetched now where it was not given."""
+        """The CA's directory (RFC 8555 section 7.1.1), fetched once."""
         if self._directory is None:
-            self._directory = self.load_directory()
+            self._directory = self.fetch_directory()
         return self._directory
 
-    def load_directory(self) -> messages.Directory:
-        """The directory as it is now; raises as :meth:`fetch`."""
+    def fetch_directory(self) -> messages.Directory:
+        """Return the current directory; raise as :meth:`fetch`."""
         try:
             return messages.Directory.from_json(self.fetch(self._directory_url).json())
         except (JoseError, ValueError, AttributeError):
-            raise self._strange() from None
+            raise self._not_acme() from None
 
     def use_account(self, url: str) -> None:
-        """Signs as this account from now on (RFC 8555 section 6.2: ``kid``)."""
+        """Sign with this account from now on (RFC 8555 section 6.2: ``kid``)."""
         self.account = messages.RegistrationResource(uri=url, body=messages.Registration())
 
     def fetch(self, url: str) -> requests.Response:
-        """An unsigned GET; raises CaProblem or CertmountError IssuerUnavailable."""
-        return self._spoken(url, self.get, url)
+        """Send an unsigned GET; raise AcmeProblem or CertmountError IssuerUnavailable."""
+        return self._call(url, self.get, url)
 
     def send(self, url: str, body: JSONDeSerializable | None = None) -> requests.Response:
-        """A signed POST, with None POST-as-GET (RFC 8555 section 6.3); raises CaProblem or CertmountError IssuerUnavailable."""
-        for _ in range(_NONCE_ATTEMPTS - 1):
+        """Send a signed POST, or POST-as-GET without a body (RFC 8555 section 6.3); raise as :meth:`fetch`."""
+        for attempt in range(1, _NONCE_ATTEMPTS + 1):
             try:
-                return self._spoken(url, self.post, url, body, new_nonce_url=self.directory["newNonce"])
-            except CaProblem as problem:
-                if problem.code != "badNonce":
+                return self._call(url, self.post, url, body, new_nonce_url=self.directory["newNonce"])
+            except AcmeProblem as problem:
+                if problem.code != "badNonce" or attempt == _NONCE_ATTEMPTS:
                     raise
-        return self._spoken(url, self.post, url, body, new_nonce_url=self.directory["newNonce"])
+        raise AssertionError("the last attempt returns or raises")
 
     @property
     def clock_offset_s(self) -> float | None:
-        """By how much the CA's clock was ahead of ours at its last answer; None where it didn't say."""
+        """How far the CA's clock was ahead at its last response; None if the response lacks a date."""
         try:
             date = self._last.headers["Date"] if self._last is not None else ""
             return parsedate_to_datetime(date).timestamp() - time.time()
@@ -93,47 +98,71 @@ class Connection(ClientNetwork):
 
     def _send_request(self, method: str, url: str, *args: Any, **kwargs: Any) -> requests.Response:
         self._last = None
-        self._last = super()._send_request(method, url, *args, **kwargs)
+        self._last = super()._send_request(method, url, *args, allow_redirects=False, **kwargs)
         return self._last
 
-    def _spoken(self, url: str, call: Any, *args: Any, **kwargs: Any) -> requests.Response:
+    def _call(self, url: str, method: Any, *args: Any, **kwargs: Any) -> requests.Response:
         try:
-            answer = call(*args, **kwargs)
-        except errors.ConflictError as error:  # before its parent class: RFC 9773 section 5 has 409 for alreadyReplaced
-            raise CaProblem("conflict", f"there is one already: {error.location}", 409) from None
+            response = method(*args, **kwargs)
+        except errors.ConflictError as error:  # a subclass of errors.Error; RFC 9773 section 5: alreadyReplaced
+            raise AcmeProblem("conflict", f"already exists: {error.location}", 409) from None
         except messages.Error as error:
             raise self._problem(error) from None
         except requests.exceptions.SSLError as error:
-            raise _unavailable(url, f"has a TLS certificate that is not trusted ({_innermost(error)})") from None
+            raise _unavailable(url, f"has an untrusted TLS certificate ({_root_cause(error)})") from None
         except requests.exceptions.Timeout:
-            raise _unavailable(url, f"does not answer within {_TIMEOUT_S} s") from None
+            raise _unavailable(url, f"does not respond within {_TIMEOUT_S} s") from None
         except requests.exceptions.RequestException as error:
-            raise _unavailable(url, f"cannot be reached ({_innermost(error)})") from None
+            raise _unavailable(url, f"cannot be reached ({_root_cause(error)})") from None
         except OSError as error:
-            raise _unavailable(url, f"cannot be asked ({error})") from None
+            raise _unavailable(url, f"cannot be called ({error})") from None
         except (errors.Error, JoseError, ValueError):
-            raise self._strange() from None
-        assert isinstance(answer, requests.Response)  # noqa: S101  # what the library's methods return
-        return answer
+            raise self._not_acme() from None
+        assert isinstance(response, requests.Response)  # noqa: S101  # as the library's methods return
+        return response
 
-    def _problem(self, error: messages.Error) -> CaProblem:
+    def _problem(self, error: messages.Error) -> AcmeProblem:
         texts = [error.detail or error.title or error.typ]
-        texts += [f"{_identifier(one)}{one.detail or one.typ}" for one in error.subproblems or ()]
-        status, retry_after = self._status_and_pause()
-        return CaProblem(error.code or "", "; ".join(texts)[:_MAX_SHOWN], status, retry_after)
+        for one in error.subproblems or ():
+            name = f"{one.identifier.value}: " if one.identifier is not None else ""
+            texts.append(f"{name}{one.detail or one.typ}")
+        return AcmeProblem(error.code or "", "; ".join(texts)[:_MAX_TEXT], *self._status_and_delay())
 
-    def _strange(self) -> CaProblem:
-        status, retry_after = self._status_and_pause()
-        return CaProblem("", f"answers HTTP {status} with something that is not ACME", status, retry_after)
+    def _not_acme(self) -> AcmeProblem:
+        status, delay_s = self._status_and_delay()
+        return AcmeProblem("", f"HTTP {status} with a response that is not ACME", status, delay_s)
 
-    def _status_and_pause(self) -> tuple[int, float | None]:
-        if self._last is None:
-            return 0, None
-        return self._last.status_code, retry_after_s(self._last)
+    def _status_and_delay(self) -> tuple[int, float | None]:
+        return (0, None) if self._last is None else (self._last.status_code, retry_after_s(self._last))
+
+
+class _BoundedAdapter(HTTPAdapter):
+    """Reads the response itself, to limit its size and the time for the whole body; requests limits only each read."""
+
+    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
+        deadline = time.monotonic() + _TIMEOUT_S
+        response = super().send(request, *args, **{**kwargs, "stream": True})
+        body = bytearray()
+        try:
+            while chunk := response.raw.read1(64 * 1024):
+                body += chunk
+                if len(body) > MAX_RESPONSE_BYTES:
+                    raise requests.exceptions.ContentDecodingError(f"more than {MAX_RESPONSE_BYTES} bytes")
+                if time.monotonic() > deadline:
+                    raise requests.exceptions.ReadTimeout
+        except urllib3.exceptions.ReadTimeoutError:
+            raise requests.exceptions.ReadTimeout from None
+        except urllib3.exceptions.HTTPError as error:
+            raise requests.exceptions.ConnectionError(error) from None
+        finally:
+            response.close()
+        response._content = bytes(body)  # noqa: SLF001  # requests has no other way
+        response._content_consumed = True  # type: ignore[attr-defined]  # noqa: SLF001  # as above
+        return response
 
 
 def retry_after_s(response: requests.Response) -> float | None:
-    """The seconds that ``Retry-After`` asks for, in either of its forms (RFC 9110 section 10.2.3); None without it."""
+    """Return the seconds in ``Retry-After``, in either format of RFC 9110 section 10.2.3; None without the header."""
     text = response.headers.get("Retry-After", "").strip()
     if text.isascii() and text.isdigit():
         return float(text[:9])
@@ -143,18 +172,14 @@ def retry_after_s(response: requests.Response) -> float | None:
         return None
 
 
-def _identifier(error: messages.Error) -> str:
-    return f"{error.identifier.value}: " if error.identifier is not None else ""
-
-
-def _innermost(error: BaseException) -> str:
-    """The cause that names something, of the several layers that requests and urllib3 put around it."""
+def _root_cause(error: BaseException) -> str:
+    """Return the text of the innermost exception: requests and urllib3 wrap it several times."""
     while True:
         inner = next((arg for arg in error.args if isinstance(arg, BaseException)), None) or getattr(
             error, "reason", None
         )
         if not isinstance(inner, BaseException):
-            return str(error)[:_MAX_SHOWN]
+            return str(error)[:_MAX_TEXT]
         error = inner
 
 

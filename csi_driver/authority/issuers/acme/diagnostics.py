@@ -1,4 +1,4 @@
-"""Looks at all that issuing needs, and orders nothing."""
+"""Diagnoses an ACME issuer: the account, the directory and DNS. It creates no order."""
 
 from __future__ import annotations
 
@@ -9,78 +9,79 @@ import dns.name
 import dns.rdatatype
 import dns.update
 
-from csi_driver.authority.issuers.acme.client import CaProblem, Connection
-from csi_driver.authority.issuers.acme.credentials import Credentials
-from csi_driver.authority.issuers.acme.order import Workshop
-from csi_driver.authority.issuers.acme.settings import AcmeSettings, Dns01
-from csi_driver.authority.issuers.acme.zone import Zones
-from csi_driver.authority.issuers.external import Finding
+from csi_driver.authority.issuers.acme.client import AcmeClient, AcmeProblem
+from csi_driver.authority.issuers.acme.config import Dns01
+from csi_driver.authority.issuers.acme.context import AcmeContext
+from csi_driver.authority.issuers.acme.credentials import AcmeCredentials
+from csi_driver.authority.issuers.acme.zone import ZoneFinder
+from csi_driver.authority.issuers.findings import Finding
 from csi_driver.core.errors import CertmountError
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
-_MOST_CLOCK_OFFSET_S = 60.0
-
-
-async def findings(settings: AcmeSettings, shop: Workshop) -> list[Finding]:
-    """What was found, good and bad; raises nothing."""
-    found: list[Finding] = []
-    account, connection = await _tried("account", shop.accounts.connect())
-    found.append(account or Finding("account", True, f"known to {settings.directory}"))
-    if connection is not None:
-        found += await _directory(settings, shop, connection)
-    if settings.dns01 is not None:
-        found += await _dns(settings.dns01, shop.credentials)
-    if settings.http01 is not None:
-        text = "can only be seen with an order; each name is tested before the CA is asked"
-        found.append(Finding("HTTP-01", True, text))
-    if settings.dns01 is None and settings.http01 is None:
-        found.append(Finding("proof", False, "neither dns01 nor http01 is set; no name can be proven to the CA"))
-    return found
+_MAX_CLOCK_OFFSET_S = 60.0
 
 
-async def _directory(settings: AcmeSettings, shop: Workshop, connection: Connection) -> list[Finding]:
-    trouble, _ = await _tried("directory", shop.in_thread(connection.load_directory))
-    if trouble is not None:
-        return [trouble]
-    found = [Finding("directory", True, f"{settings.directory} is reached, and its TLS certificate trusted")]
-    offset = connection.clock_offset_s
-    if offset is not None and abs(offset) > _MOST_CLOCK_OFFSET_S:
-        found.append(
-            Finding("clock", False, f"the CA's clock is {offset:+.0f} s from ours; look at time synchronisation")
-        )
-    profiles = connection.directory.meta.profiles or {}
-    if settings.profile is not None and settings.profile not in profiles:
+async def diagnose_acme(context: AcmeContext) -> list[Finding]:
+    """Check everything that issuing needs; raise nothing."""
+    configuration = context.configuration
+    failure, client = await _try("account", context.accounts.connect())
+    findings = [failure or Finding("account", True, f"registered at {configuration.directory}")]
+    if client is not None:
+        findings += await _check_directory(context, client)
+    if configuration.dns01 is not None:
+        findings += await _check_dns(configuration.dns01, context.credentials)
+    if configuration.http01 is not None:
+        text = "only an order shows whether it works; the authority tests each name before the CA validates it"
+        findings.append(Finding("HTTP-01", True, text))
+    return findings
+
+
+async def _check_directory(context: AcmeContext, client: AcmeClient) -> list[Finding]:
+    configuration = context.configuration
+    failure, _ = await _try("directory", context.in_thread(client.fetch_directory))
+    if failure is not None:
+        return [failure]
+    text = f"{configuration.directory} is reachable, and its TLS certificate is trusted"
+    findings = [Finding("directory", True, text)]
+    offset_s = client.clock_offset_s
+    if offset_s is not None and abs(offset_s) > _MAX_CLOCK_OFFSET_S:
+        text = f"the CA's clock differs from the authority's by {offset_s:+.0f} s; synchronize the clocks"
+        findings.append(Finding("clock", False, text))
+    profiles = client.directory.meta.profiles or {}
+    if configuration.profile is not None and configuration.profile not in profiles:
         offered = ", ".join(sorted(profiles)) or "none"
-        found.append(Finding("profile", False, f"the CA has no profile {settings.profile}; it offers {offered}"))
-    return found
+        text = f"the CA has no profile {configuration.profile}; it offers {offered}"
+        findings.append(Finding("profile", False, text))
+    return findings
 
 
-async def _dns(settings: Dns01, credentials: Credentials) -> list[Finding]:
-    """A signed update of nothing tells whether server, zone and key fit together; the right to set records it can't tell."""
-    zones = Zones(settings)
-    trouble, key = await _tried("TSIG key", credentials.tsig_key())
-    if trouble is not None:
-        return [trouble]
-    trouble, primary = await _tried("DNS server", zones.primary())
-    if trouble is not None or primary is None:
-        return [trouble] if trouble is not None else []
-    zone = dns.name.from_text(settings.zone) if settings.zone is not None else None
-    if zone is None:
-        trouble, _ = await _tried("DNS server", primary.ask(dns.name.root, dns.rdatatype.SOA, recursive=False))
-        text = f"{primary} answers; which zone and whether the key is right shows with the first name"
-        return [trouble or Finding("DNS server", True, text)]
-    trouble, _ = await _tried("DNS update", primary.update(dns.update.UpdateMessage(zone), key))
-    found = [trouble or Finding("DNS update", True, f"{primary} takes updates of zone {zone} with our key")]
-    trouble, servers = await _tried("name servers", zones.authoritative(zone))
-    found.append(trouble or Finding("name servers", True, ", ".join(name for name, _ in servers or ())))
-    return found
+async def _check_dns(configuration: Dns01, credentials: AcmeCredentials) -> list[Finding]:
+    """Send a signed empty update, which shows that server, zone and key match, but not that the key may set records."""
+    zones = ZoneFinder(configuration)
+    failure, key = await _try("TSIG key", credentials.tsig_key())
+    if failure is not None:
+        return [failure]
+    failure, primary = await _try("DNS server", zones.primary())
+    if primary is None:
+        return [failure] if failure is not None else []
+    if configuration.zone is None:
+        failure, _ = await _try("DNS server", primary.query(dns.name.root, dns.rdatatype.SOA, recursive=False))
+        text = f"{primary} responds; the first order shows whether the zone and the key are right"
+        return [failure or Finding("DNS server", True, text)]
+    zone = dns.name.from_text(configuration.zone)
+    failure, _ = await _try("DNS update", primary.update(dns.update.UpdateMessage(zone), key))
+    findings = [failure or Finding("DNS update", True, f"{primary} accepts updates of zone {zone} with the key")]
+    failure, servers = await _try("name servers", zones.authoritative(zone))
+    findings.append(failure or Finding("name servers", True, ", ".join(name for name, _ in servers or ())))
+    return findings
 
 
-async def _tried(subject: str, call: Awaitable[T]) -> tuple[Finding | None, T | None]:
+async def _try(subject: str, call: Awaitable[_T]) -> tuple[Finding | None, _T | None]:
+    """Return a finding about the failure of the call, or its result."""
     try:
         return None, await call
-    except CaProblem as problem:
+    except AcmeProblem as problem:
         return Finding(subject, False, problem.text), None
     except CertmountError as error:
         return Finding(subject, False, "; ".join(str(fault) for fault in error.faults)), None

@@ -1,4 +1,4 @@
-"""Proof by HTTP: a file that the CA fetches from port 80 of the name (RFC 8555 section 8.3)."""
+"""Solves HTTP-01 challenges (RFC 8555 section 8.3): the CA fetches a file from port 80 of the name."""
 
 from __future__ import annotations
 
@@ -10,94 +10,95 @@ from collections.abc import Sequence
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
+from csi_driver.authority.issuers.acme.config import Http01
 from csi_driver.authority.issuers.acme.nameserver import Nameserver
-from csi_driver.authority.issuers.acme.routes import NoRoutes, Routes
-from csi_driver.authority.issuers.acme.settings import Http01
-from csi_driver.authority.issuers.acme.state import Proof
+from csi_driver.authority.issuers.acme.request import wildcard_faults
+from csi_driver.authority.issuers.acme.state import ChallengeRecord
+from csi_driver.authority.issuers.dependencies import ChallengeRoutes
 from csi_driver.core.errors import CertmountError, Fault, Reason
 
-KIND = "http-01"
-PATH = "/.well-known/acme-challenge/"
-STALE_S = 0.1
-"""As old may a replica's copy of the store be that says it knows no such token."""
-_STEP_S = 1.0
+HTTP01_PATH = "/.well-known/acme-challenge/"
+MAX_STORE_AGE_S = 0.1
+"""A replica that does not find a token reads the store again if its copy is older."""
+_INTERVAL_S = 1.0
 _MAX_BYTES = 1024
 _TIMEOUT = aiohttp.ClientTimeout(total=5)
 
 
-class HttpProofs:
-    """The answers stand in the store, for any replica to give; here the way to them is made and tested."""
+class Http01Solver:
+    """Creates the routes to the authority and tests them. The responses are in the store, so every replica can serve them."""
 
-    kind = KIND
+    kind = "http-01"
 
-    def __init__(self, settings: Http01, routes: Routes | None = None) -> None:
-        self._settings = settings
-        self._routes = routes or NoRoutes()
+    def __init__(self, configuration: Http01, routes: ChallengeRoutes | None = None) -> None:
+        self._configuration = configuration
+        self._routes = routes
 
-    async def examine(self, names: Sequence[str]) -> None:
-        """Raises CertmountError NameNotAllowed for wildcards, which only DNS can prove (RFC 8555 section 8.3)."""
+    async def check(self, names: Sequence[str]) -> None:
         if faults := wildcard_faults(names):
             raise CertmountError(Reason.NAME_NOT_ALLOWED, *faults)
 
-    async def prepare(self, name: str, token: str, key_authorization: str) -> Proof:
-        """What the CA is to find."""
-        return Proof(KIND, name, token, key_authorization)
+    async def prepare(self, name: str, token: str, key_authorization: str) -> ChallengeRecord:
+        return ChallengeRecord(self.kind, name, token, key_authorization)
 
-    async def show(self, proofs: Sequence[Proof]) -> None:
-        """Returns when each name answers as the CA wants it; raises CertmountError with all that don't."""
-        for proof in proofs:
-            await self._routes.open(proof.name, proof.token)
-        begun = time.monotonic()
-        deadline = begun + self._settings.patience.total_seconds()
-        found = await asyncio.gather(*(self._awaited(proof, deadline) for proof in proofs))
+    async def publish(self, challenges: Sequence[ChallengeRecord]) -> None:
+        """Wait until each name returns the right response; raise CertmountError with all names that don't."""
+        for challenge in challenges:
+            if self._routes is not None:
+                await self._routes.open(challenge.name, challenge.token)
+        started = time.monotonic()
+        deadline = started + self._configuration.patience.total_seconds()
+        found = await asyncio.gather(*(self._wait(challenge, deadline) for challenge in challenges))
         if faults := [fault for fault in found if fault is not None]:
             raise CertmountError(Reason.ISSUER_UNAVAILABLE, *faults)
-        # The self-test has met one replica, the CA may meet another, whose copy of the store was older than the answer.
-        await asyncio.sleep(begun + 2 * STALE_S - time.monotonic())
+        # The CA may reach another replica than the self-test did, with an older copy of the store.
+        await asyncio.sleep(started + 2 * MAX_STORE_AGE_S - time.monotonic())
 
-    async def hide(self, proof: Proof) -> None:
-        """Ends the route; the answer goes with the proof in the store."""
-        await self._routes.close(proof.name, proof.token)
+    async def unpublish(self, challenge: ChallengeRecord) -> None:
+        """Remove the route; the response disappears with the record in the store."""
+        if self._routes is not None:
+            await self._routes.close(challenge.name, challenge.token)
 
-    async def _awaited(self, proof: Proof, deadline: float) -> Fault | None:
-        while problem := await self._missing(proof):
+    async def _wait(self, challenge: ChallengeRecord, deadline: float) -> Fault | None:
+        while problem := await self._problem(challenge):
             if time.monotonic() >= deadline:
                 hint = (
-                    "the CA is not asked before it is right; lead that path of port 80 to the authority's --acme-http"
+                    "route this path of port 80 to the authority's --acme-http; the CA is asked to validate after that"
                 )
-                return Fault(f"http://{proof.name}{PATH}", problem, hint)
-            await asyncio.sleep(_STEP_S)
+                return Fault(f"http://{challenge.name}{HTTP01_PATH}", problem, hint)
+            await asyncio.sleep(_INTERVAL_S)
         return None
 
-    async def _missing(self, proof: Proof) -> str:
-        """Why the CA would not find the answer; empty when it would."""
-        resolver, port = await self._resolver(proof.name)
+    async def _problem(self, challenge: ChallengeRecord) -> str:
+        """Return why the CA would not get the right response, or an empty string."""
+        resolver, port = await self._resolver(challenge.name)
+        url = f"http://{challenge.name}:{port}{HTTP01_PATH}{challenge.token}"
         try:
-            # Redirects are followed to any certificate, as CAs do: what is at the end proves itself.
+            # Follow redirects and accept any certificate, as CAs do: the content of the response proves itself.
             connector = aiohttp.TCPConnector(resolver=resolver, ssl=False)
             async with (
                 aiohttp.ClientSession(connector=connector, timeout=_TIMEOUT, trust_env=False) as session,
-                session.get(f"http://{proof.name}:{port}{PATH}{proof.token}") as answer,
+                session.get(url) as response,
             ):
-                body = await answer.content.read(_MAX_BYTES)
+                body = await response.content.read(_MAX_BYTES)
         except TimeoutError:
-            return "does not answer in time"
+            return "does not respond in time"
         except (aiohttp.ClientError, OSError) as error:
             return f"cannot be reached ({error})"
-        if answer.status != 200:
-            return f"answers HTTP {answer.status}"
-        return "" if body.decode("ascii", "replace").strip() == proof.value else "answers with something else"
+        if response.status != 200:
+            return f"returned HTTP {response.status}"
+        return "" if body.decode("ascii", "replace").strip() == challenge.value else "returned other content"
 
     async def _resolver(self, name: str) -> tuple[AbstractResolver, int]:
-        ordinary = aiohttp.ThreadedResolver()
-        if self._settings.self_test is None:
-            return ordinary, 80
-        server = await asyncio.to_thread(Nameserver.parse, self._settings.self_test, "http01.self_test")
-        return _Pinned(name, server.address, ordinary), server.port
+        default = aiohttp.ThreadedResolver()
+        if self._configuration.self_test is None:
+            return default, 80
+        server = await asyncio.to_thread(Nameserver.parse, self._configuration.self_test, "http01.self_test")
+        return _FixedAddressResolver(name, server.address, default), server.port
 
 
-class _Pinned(AbstractResolver):
-    """Knows one name better than DNS does."""
+class _FixedAddressResolver(AbstractResolver):
+    """Resolves one name to a fixed address."""
 
     def __init__(self, name: str, address: str, others: AbstractResolver) -> None:
         self._name = name
@@ -114,8 +115,3 @@ class _Pinned(AbstractResolver):
 
     async def close(self) -> None:
         await self._others.close()
-
-
-def wildcard_faults(names: Sequence[str]) -> list[Fault]:
-    hint = "the issuer needs dns01 for that"
-    return [Fault(name, "a wildcard can't be proven by HTTP", hint) for name in names if name.startswith("*.")]

@@ -1,4 +1,4 @@
-"""The ACME issuer: takes orders, works on those that no other replica works on, and looks after renewals."""
+"""The ACME issuer: accepts requests, processes the orders that no other replica processes, and tracks renewals."""
 
 from __future__ import annotations
 
@@ -11,186 +11,170 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
 
 import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from csi_driver.authority.issuance.interim import PATIENCE_S as STAND_IN_PATIENCE_S
-from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
-from csi_driver.authority.issuers.acme.account import Accounts
-from csi_driver.authority.issuers.acme.order_store import LeaseLost, OrderBook, claim, released
-from csi_driver.authority.issuers.acme.chain import ends_at, lets_encrypt_roots
-from csi_driver.authority.issuers.acme.client import CaProblem
-from csi_driver.authority.issuers.acme.credentials import Credentials
-from csi_driver.authority.issuers.acme.dns01 import DnsProofs
-from csi_driver.authority.issuers.acme.diagnostics import findings
-from csi_driver.authority.issuers.acme.order_rules import entered, tidied
-from csi_driver.authority.issuers.acme.http01 import KIND as HTTP
-from csi_driver.authority.issuers.acme.http01 import STALE_S, HttpProofs
-from csi_driver.authority.issuers.acme.order import OrderWork, Prover, Workshop
-from csi_driver.authority.issuers.acme.problems import after_problem, after_trouble, judge, pending, refusal
-from csi_driver.authority.issuers.acme.renewal_watch import RenewalWatch
-from csi_driver.authority.issuers.acme.routes import Routes
-from csi_driver.authority.issuers.acme.settings import AcmeSettings
-from csi_driver.authority.issuers.acme.state import OrderRecord, State, order_id
-from csi_driver.authority.issuers.external import Finding
+from csi_driver.authority.issuers import IssuedCertificate, Issuer, IssuerRequest
+from csi_driver.authority.issuers.acme.account import AcmeAccounts
+from csi_driver.authority.issuers.acme.chain import lets_encrypt_roots
+from csi_driver.authority.issuers.acme.client import AcmeProblem
+from csi_driver.authority.issuers.acme.config import AcmeConfiguration
+from csi_driver.authority.issuers.acme.context import AcmeContext, ChallengeSolver
+from csi_driver.authority.issuers.acme.credentials import AcmeCredentials
+from csi_driver.authority.issuers.acme.diagnostics import diagnose_acme
+from csi_driver.authority.issuers.acme.dns01 import Dns01Solver
+from csi_driver.authority.issuers.acme.http01 import MAX_STORE_AGE_S, Http01Solver
+from csi_driver.authority.issuers.acme.order import OrderProcessor
+from csi_driver.authority.issuers.acme.order_rules import claim_orders, release_orders, remove_expired, request_order
+from csi_driver.authority.issuers.acme.order_store import LeaseLost, OrderStore
+from csi_driver.authority.issuers.acme.problems import after_failure, after_problem, backoff_error, pending_error
+from csi_driver.authority.issuers.acme.renewal import RenewalInfoPoller
+from csi_driver.authority.issuers.acme.request import order_names
+from csi_driver.authority.issuers.acme.state import AcmeState, OrderRecord, order_id
+from csi_driver.authority.issuers.certificate_check import ends_at_root
 from csi_driver.authority.issuers.credentials import CredentialReader
+from csi_driver.authority.issuers.dependencies import ChallengeRoutes
+from csi_driver.authority.issuers.findings import Finding
 from csi_driver.authority.storage import Store
+from csi_driver.core.backoff import Backoff
 from csi_driver.core.certificates.keys import public_bytes
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import decode_certificates
 
 log = structlog.get_logger(__name__)
 
-PATIENCE_S = 80.0
-"""The node's call ends after 90."""
-LEASE_S = 60.0
-_MOST_AT_ONCE = 32
-"""Most of them wait, for name servers or the CA: those that wait in vain must not hold up the others."""
+_WAIT_S = 80.0
+"""The node's call ends after 90 s."""
+_INTERIM_WAIT_S = 4.0
+"""If an interim certificate is possible: enough for a CA that has valid authorizations of the names."""
+_LEASE_S = 60.0
+_MAX_HELD = 32
+"""Most of these orders wait for name servers or the CA, so a small number would delay the others."""
 _THREADS = 4
-_TICK_S = 5.0
+_INTERVAL_S = 5.0
+_CHECK_ACCOUNT_S = 300.0
+_ACCOUNT_BACKOFF = Backoff(2.0, 300.0)
 _FILES_ONLY = CredentialReader()
-_ACCOUNT_LOOK_S = 300.0
-_LONGEST_RETRY_S = 300.0
 
 
-class _After(Protocol):
-    def __call__(self, state: State, order: OrderRecord, *, now: float) -> State: ...
-
-
-class AcmeIssuer:
-    """One account at one CA. All replicas share ``store``; what is in memory is a copy of it."""
+class AcmeIssuer(Issuer):
+    """One account at one CA. All replicas share ``store``; the state in memory is a copy of it."""
 
     shares_certificates = True
 
     def __init__(
         self,
         name: str,
-        settings: AcmeSettings,
+        configuration: AcmeConfiguration,
         store: Store,
-        secrets: CredentialReader = _FILES_ONLY,
+        credentials: CredentialReader = _FILES_ONLY,
         *,
-        routes: Routes | None = None,
+        routes: ChallengeRoutes | None = None,
         clock: Callable[[], float] = time.time,
-        patience_s: float = PATIENCE_S,
-        lease_s: float = LEASE_S,
+        wait_s: float = _WAIT_S,
+        lease_s: float = _LEASE_S,
     ) -> None:
         self._name = name
-        self._settings = settings
+        self._configuration = configuration
+        self.while_pending = configuration.while_pending
         self._clock = clock
-        self._patience_s = patience_s if settings.while_pending is None else min(patience_s, STAND_IN_PATIENCE_S)
+        self._wait_s = wait_s if configuration.while_pending is None else min(wait_s, _INTERIM_WAIT_S)
         self._lease_s = lease_s
-        self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"acme-{name}")
-        self._book = OrderBook(store, clock)
-        credentials = Credentials(settings, secrets)
-        self._accounts = Accounts(settings, credentials, store, self._executor)
-        self._shop = Workshop(
-            settings, credentials, self._book, self._accounts, _prover(settings, credentials, routes), self._executor, clock,
+        executor = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"acme-{name}")
+        self._orders = OrderStore(store, clock)
+        own = AcmeCredentials(configuration, credentials)
+        self._accounts = AcmeAccounts(configuration, own, store, executor)
+        self._context = AcmeContext(
+            configuration, own, self._orders, self._accounts, _solver(configuration, own, routes), executor, clock,
             holder=uuid.uuid4().hex,
         )  # fmt: skip
-        self.renewals = RenewalWatch(self._shop)
-        """What the CA says about certificates that are out."""
-        self._working: dict[str, asyncio.Task[None]] = {}
+        self.renewals = RenewalInfoPoller(self._context)
+        self._processing: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
         self._store_problem: str | None = None
-        self._account_problem: str | None = "the account is not known yet"
+        self._account_problem: str | None = "the account is not registered yet"
         self._roots: tuple[bytes, ...] = ()
 
     @property
-    def while_pending(self) -> str | None:
-        """The issuer that a pod starts with while its order is on its way; None where it waits."""
-        return self._settings.while_pending
-
-    @property
     def roots(self) -> tuple[bytes, ...]:
-        """Those of the administrator's file, or Let's Encrypt's: never what a chain alone says."""
+        """The roots in the administrator's file, or Let's Encrypt's; never a root that only a chain contains."""
         return self._roots
 
     @property
     def problem(self) -> str | None:
-        """See :class:`csi_driver.authority.issuers.external.ExternalIssuer`."""
         return self._store_problem or self._account_problem
 
-    async def issue(self, order: IssuerRequest) -> IssuedCertificate:
-        """The certificate, if it is there within ``patience_s``.
-
-        Raises:
-            CertmountError: IssuancePending while it is on its way; NameNotAllowed for what the CA won't sign;
-                TooManyRequests and IssuerUnavailable with the time at which the CA is asked again.
-        """
-        request = order.request
-        names = judge(request.names, order.grant, order.asked, self._settings, request.key_type)
-        own = order_id(names, public_bytes(request.public_key))
-        deadline = time.monotonic() + self._patience_s
+    async def issue(self, request: IssuerRequest) -> IssuedCertificate:
+        names = order_names(request, self._configuration)
+        own = order_id(names, public_bytes(request.csr.public_key))
+        deadline = time.monotonic() + self._wait_s
         await self._read_roots()
-        state = await self._book.change(lambda state: entered(state, own, names, request.der, self._clock()))
+        step = functools.partial(request_order, order_id=own, names=names, csr=request.csr.der, now=self._clock())
+        state = await self._orders.change(step)
         self._wake.set()
         while True:
-            record = state.order(own)
-            if record is None or record.given_up:
-                block = state.block(names, self._clock())
-                raise refusal(block, names) if block else _lost(names)
-            if record.finished_at:
-                return self._issued(record, state)
-            left = deadline - time.monotonic()
-            if left <= 0 or record.retry_at - self._clock() > left:
-                raise pending(record)
-            await self._book.wait(min(1.0, left))
-            state = await self._book.read()
+            order = state.order(own)
+            if order is None or order.abandoned:
+                backoff = state.backoff(names, self._clock())
+                if backoff is not None:
+                    raise backoff_error(backoff, names)
+                fault = Fault(", ".join(names), "the order was removed; the next call creates a new one")
+                raise CertmountError(Reason.ISSUANCE_PENDING, fault)
+            if order.finished_at:
+                return self._certificate(order, state)
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0 or order.retry_at - self._clock() > remaining_s:
+                raise pending_error(order)
+            await self._orders.wait(min(1.0, remaining_s))
+            state = await self._orders.read()
 
     async def run(self) -> None:
-        """Works until it is cancelled."""
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._watch_account())
+                group.create_task(self._check_account_periodically())
                 group.create_task(self.renewals.run())
                 while True:
-                    await self._tick(group)
-                    # Not wait_for, which in Python 3.11 loses a cancellation that comes together with the event.
+                    await self._assign_orders(group)
+                    # Not wait_for: in Python 3.11 it loses a cancellation that arrives together with the event.
                     with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(min(_TICK_S, self._lease_s / 4)):
+                        async with asyncio.timeout(min(_INTERVAL_S, self._lease_s / 4)):
                             await self._wake.wait()
                     self._wake.clear()
         finally:
-            with contextlib.suppress(CertmountError):  # their leases run out
-                await self._book.change(lambda state: released(state, self._shop.holder))
+            with contextlib.suppress(CertmountError):  # the leases expire
+                await self._orders.change(lambda state: release_orders(state, self._context.holder))
 
-    async def check(self) -> list[Finding]:
-        """See :class:`csi_driver.authority.issuers.external.ExternalIssuer`."""
-        return await findings(self._settings, self._shop)
+    async def diagnose(self) -> list[Finding]:
+        return await diagnose_acme(self._context)
 
-    async def http_answer(self, token: str) -> str | None:
-        """See :class:`csi_driver.authority.issuers.external.Http01Responder`."""
-        for max_age_s in (
-            1.0,
-            STALE_S,
-        ):  # strangers may ask for anything: what is not known costs few looks at the store
-            for record in (await self._book.read(max_age_s)).orders:
-                for proof in record.proofs:
-                    if proof.kind == HTTP and proof.token == token:
-                        return proof.value
+    async def http01_response(self, token: str) -> str | None:
+        # Anyone can request any token, so unknown tokens must cause few reads of the store.
+        for max_age_s in (1.0, MAX_STORE_AGE_S):
+            for order in (await self._orders.read(max_age_s)).orders:
+                for challenge in order.challenges:
+                    if challenge.kind == Http01Solver.kind and challenge.token == token:
+                        return challenge.value
         return None
 
-    def due(self) -> tuple[str, ...]:
-        """Hexadecimal SHA-256 of the public keys (SubjectPublicKeyInfo) whose certificates the CA wants renewed by now."""
+    def renewals_due(self) -> tuple[str, ...]:
         now = self._clock()
-        return tuple(one.key_sha256 for one in self._book.known.live if one.renew_at <= now < one.not_after)
+        certificates = self._orders.known.certificates
+        return tuple(one.key_sha256 for one in certificates if one.renew_at <= now < one.not_after)
 
-    def _issued(self, record: OrderRecord, state: State) -> IssuedCertificate:
-        live = state.live_certificate(record.id)
-        renew_after = None if live is None else timedelta(seconds=max(live.renew_at - self._clock(), 1.0))
-        if not ends_at(record.chain, self._roots):
-            name = x509.load_der_x509_certificate(record.chain[-1]).issuer.rfc4514_string()
-            hint = "add it to acme.roots; the certificate is kept for an hour"
-            fault = Fault("acme.roots", f"the CA's chain leads to {name}, which is not among them", hint)
-            raise CertmountError(Reason.ISSUER_UNAVAILABLE, fault)
-        return IssuedCertificate(record.chain, self._roots, renew_after, identity_included=False)
+    def _certificate(self, order: OrderRecord, state: AcmeState) -> IssuedCertificate:
+        last = x509.load_der_x509_certificate(order.chain[-1])
+        if not ends_at_root([last], self._roots):
+            problem = f"the CA's chain ends at {last.issuer.rfc4514_string()}, which is not one of the roots"
+            hint = "add it to acme.roots; the certificate is stored for an hour"
+            raise CertmountError(Reason.ISSUER_UNAVAILABLE, Fault("acme.roots", problem, hint))
+        tracked = state.certificate(order.id)
+        renew_after = None if tracked is None else timedelta(seconds=max(tracked.renew_at - self._clock(), 1.0))
+        return IssuedCertificate(order.chain, self._roots, renew_after, identity_included=False)
 
     async def _read_roots(self) -> None:
-        """As they are now; raises CertmountError IssuerUnavailable."""
-        file = self._settings.roots_file
+        file = self._configuration.roots_file
         if file is None:
             self._roots = await asyncio.to_thread(lets_encrypt_roots)
             return
@@ -200,91 +184,85 @@ class AcmeIssuer:
         except (OSError, ValueError) as error:
             raise CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(f"acme.roots: {file}", str(error))) from None
 
-    async def _tick(self, group: asyncio.TaskGroup) -> None:
-        """Takes what is to be worked on, keeps the leases, lets go of what others have taken."""
+    async def _assign_orders(self, group: asyncio.TaskGroup) -> None:
+        """Claim orders, renew leases, and stop processing orders that other replicas have taken."""
         try:
-            now, holder = self._clock(), self._shop.holder
-            state = await self._book.read(0.0)
-            wanted = self._kept(state, now)
-            if wanted != state:
-                state = await self._book.change(lambda newest: self._kept(newest, now))
+            now = self._clock()
+            state = await self._orders.read(0.0)
+            if self._claim(state, now) != state:
+                state = await self._orders.change(lambda newest: self._claim(newest, now))
             self._store_problem = None
         except CertmountError as error:
             self._store_problem = str(error)
             return
-        mine = {order.id for order in state.orders if order.holder == holder}
-        for own in mine - self._working.keys():
-            self._working[own] = task = group.create_task(self._work(own))
+        held = {order.id for order in state.orders if order.holder == self._context.holder}
+        for own in held - self._processing.keys():
+            self._processing[own] = task = group.create_task(self._process(own))
             task.add_done_callback(lambda _, own=own: self._finished(own))  # type: ignore[misc]  # a default binds the loop's value
-        for own in self._working.keys() - mine:
-            self._working[own].cancel()
+        for own in self._processing.keys() - held:
+            self._processing[own].cancel()
+
+    def _claim(self, state: AcmeState, now: float) -> AcmeState:
+        return claim_orders(remove_expired(state, now), self._context.holder, now, self._lease_s, _MAX_HELD)
 
     def _finished(self, own: str) -> None:
-        self._working.pop(own, None)
+        self._processing.pop(own, None)
         self._wake.set()
 
-    def _kept(self, state: State, now: float) -> State:
-        return claim(tidied(state, now), self._shop.holder, now, self._lease_s, _MOST_AT_ONCE)
-
-    async def _work(self, own: str) -> None:
+    async def _process(self, own: str) -> None:
         try:
-            await OrderWork(self._shop, own).run()
+            await OrderProcessor(self._context, own).run()
         except LeaseLost:
             return
-        except CaProblem as problem:
+        except AcmeProblem as problem:
             if problem.code == "accountDoesNotExist":
                 self._accounts.forget()
-            await self._told(own, functools.partial(after_problem, problem=problem), problem.text)
+            await self._record_failure(own, functools.partial(after_problem, problem=problem), problem.text)
         except CertmountError as error:
             text = "; ".join(str(fault) for fault in error.faults)
-            await self._told(own, functools.partial(after_trouble, text=text), text)
+            await self._record_failure(own, functools.partial(after_failure, text=text), text)
         except Exception as error:
-            log.exception("a defect in the work on an ACME order", issuer=self._name)
-            text = f"a defect in certmount ({type(error).__name__}); the authority's log has more"
-            await self._told(own, functools.partial(after_trouble, text=text), text)
+            log.exception("unexpected error while processing an ACME order", issuer=self._name)
+            text = f"unexpected error ({type(error).__name__}); see the authority's log"
+            await self._record_failure(own, functools.partial(after_failure, text=text), text)
 
-    async def _told(self, own: str, after: _After, text: str) -> None:
-        """Writes down how the work on an order has ended."""
-        log.warning("ACME order does not go on", issuer=self._name, problem=text)
+    async def _record_failure(self, own: str, after: Callable[..., AcmeState], text: str) -> None:
+        log.warning("ACME order failed", issuer=self._name, error=text)
 
-        def change(state: State) -> State:
+        def step(state: AcmeState) -> AcmeState:
             order = state.order(own)
-            if order is None or order.holder != self._shop.holder:
+            if order is None or order.holder != self._context.holder:
                 return state
             return after(state, order, now=self._clock())
 
         try:
-            await self._book.change(change)
+            await self._orders.change(step)
         except CertmountError as error:
             self._store_problem = str(error)
-            # The lease runs out or is renewed by the next tick: either way the order is not lost.
-            await asyncio.sleep(_TICK_S)
+            # The lease expires, or the next interval renews it: the order is not lost.
+            await asyncio.sleep(_INTERVAL_S)
 
-    async def _watch_account(self) -> None:
-        """Knows whether the CA can be used at all, also when nobody asks."""
+    async def _check_account_periodically(self) -> None:
+        """Report whether the CA is usable, even without requests."""
         failures = 0
         while True:
             try:
                 await self._read_roots()
-                await self._accounts.look()
-            except (CaProblem, CertmountError) as error:
+                await self._accounts.refresh_directory()
+            except (AcmeProblem, CertmountError) as error:
                 self._account_problem = str(error)
                 failures += 1
-                await asyncio.sleep(min(2.0**failures, _LONGEST_RETRY_S))
+                await asyncio.sleep(_ACCOUNT_BACKOFF.delay_s(failures))
             else:
                 self._account_problem, failures = None, 0
-                await asyncio.sleep(_ACCOUNT_LOOK_S)
+                await asyncio.sleep(_CHECK_ACCOUNT_S)
 
 
-def _prover(settings: AcmeSettings, credentials: Credentials, routes: Routes | None) -> Prover:
-    if settings.dns01 is not None:
-        return DnsProofs(settings.dns01, credentials)
-    if settings.http01 is not None:
-        return HttpProofs(settings.http01, routes)
-    fault = Fault("acme", "has neither dns01 nor http01, so no name can be proven to the CA")
-    raise CertmountError(Reason.INVALID_REQUEST, fault)
-
-
-def _lost(names: tuple[str, ...]) -> CertmountError:
-    """The order went away while it was waited for, and nothing stands against its names: the next question makes a new one."""
-    return CertmountError(Reason.ISSUANCE_PENDING, Fault(", ".join(names), "the order begins anew"))
+def _solver(
+    configuration: AcmeConfiguration, credentials: AcmeCredentials, routes: ChallengeRoutes | None
+) -> ChallengeSolver:
+    if configuration.dns01 is not None:
+        return Dns01Solver(configuration.dns01, credentials)
+    if configuration.http01 is not None:
+        return Http01Solver(configuration.http01, routes)
+    raise CertmountError(Reason.INVALID_REQUEST, Fault("acme", "sets neither dns01 nor http01"))

@@ -1,4 +1,4 @@
-"""Questions and updates to DNS servers, and their refusals in words."""
+"""Queries and updates to one DNS server, with errors that explain what to fix."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ import dns.rdatatype
 import dns.tsig
 import dns.update
 
-from csi_driver.authority.issuers.acme.tsig import TsigKey
+from csi_driver.authority.issuers.acme.credentials import TsigKey
 from csi_driver.core.errors import CertmountError, Fault, Reason
 
 _TIMEOUT_S = 5.0
 _PORT = 53
-_REFUSALS = (dns.rcode.REFUSED, dns.rcode.NOTAUTH, dns.rcode.NOTZONE, dns.rcode.NXRRSET, dns.rcode.YXRRSET)
-_TSIG_MEANINGS: tuple[tuple[type[dns.exception.DNSException], str], ...] = (
-    (dns.tsig.PeerBadKey, "it does not know the TSIG key's name, or knows it for another algorithm"),
-    (dns.tsig.PeerBadSignature, "it knows the TSIG key's name, but another secret"),
-    (dns.tsig.PeerBadTime, "its clock and ours are more than five minutes apart"),
+_REJECTIONS = (dns.rcode.REFUSED, dns.rcode.NOTAUTH, dns.rcode.NOTZONE, dns.rcode.NXRRSET, dns.rcode.YXRRSET)
+_TSIG_ERRORS: tuple[tuple[type[dns.exception.DNSException], str], ...] = (
+    (dns.tsig.PeerBadKey, "it does not know the name of the TSIG key, or has another algorithm for it"),
+    (dns.tsig.PeerBadSignature, "it has another secret for the TSIG key"),
+    (dns.tsig.PeerBadTime, "its clock differs from the authority's by more than five minutes"),
     (dns.tsig.PeerError, "it does not accept the TSIG signature"),
-    (dns.tsig.BadTime, "its clock and ours are more than five minutes apart"),
-    (dns.tsig.BadSignature, "its answer is not signed with our TSIG key"),
-    (dns.tsig.BadKey, "its answer is not signed with our TSIG key"),
-    (dns.message.UnknownTSIGKey, "its answer is signed with another TSIG key"),
+    (dns.tsig.BadTime, "its clock differs from the authority's by more than five minutes"),
+    (dns.tsig.BadSignature, "its response is not signed with the TSIG key"),
+    (dns.tsig.BadKey, "its response is not signed with the TSIG key"),
+    (dns.message.UnknownTSIGKey, "its response is signed with another TSIG key"),
 )
 
 
-class NotAuthorised(CertmountError):
-    """The server is there and won't do it: an administrator has to put something right."""
+class NotAuthorized(CertmountError):
+    """The server rejects the authority: an administrator must change the configuration."""
 
     def __init__(self, server: object, problem: str, hint: str = "") -> None:
-        super().__init__(Reason.ISSUER_UNAVAILABLE, Fault(f"DNS server {server}", f"not authorised: {problem}", hint))
+        super().__init__(Reason.ISSUER_UNAVAILABLE, Fault(f"DNS server {server}", f"not authorized: {problem}", hint))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Nameserver:
 
     @classmethod
     def parse(cls, text: str, field: str) -> Self:
-        """Takes ``ADDRESS``, ``ADDRESS:PORT`` or ``[IPV6]:PORT``; a host name is looked up. Raises CertmountError."""
+        """Parse ``ADDRESS``, ``ADDRESS:PORT`` or ``[IPV6]:PORT``, and resolve a host name; raise CertmountError."""
         host, colon, port = text.rpartition(":")
         if not colon or (":" in host and not host.endswith("]")):
             host, port = text, str(_PORT)
@@ -59,57 +59,55 @@ class Nameserver:
         try:
             found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
-            raise CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(field, f"{host} has no address ({error})")) from None
+            problem = f"{host} cannot be resolved ({error})"
+            raise CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(field, problem)) from None
         return cls(str(found[0][4][0]), int(port))
 
     def __str__(self) -> str:
         return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
 
-    async def ask(self, name: dns.name.Name, kind: dns.rdatatype.RdataType, *, recursive: bool) -> dns.message.Message:
-        """Its answer, whatever the response code; raises CertmountError IssuerUnavailable where there is none."""
+    async def query(
+        self, name: dns.name.Name, kind: dns.rdatatype.RdataType, *, recursive: bool
+    ) -> dns.message.Message:
+        """Return the response, whatever its code; raise CertmountError IssuerUnavailable if there is none."""
         flags = dns.flags.RD if recursive else dns.flags.Flag(0)
         query = dns.message.make_query(name, kind, flags=flags)
         try:
-            answer, _ = await dns.asyncquery.udp_with_fallback(query, self.address, _TIMEOUT_S, self.port)
+            response, _ = await dns.asyncquery.udp_with_fallback(query, self.address, _TIMEOUT_S, self.port)
         except (OSError, EOFError, dns.exception.DNSException) as error:
-            raise self._silent(error) from None
-        return answer
+            raise self._unavailable(error) from None
+        return response
 
     async def update(self, update: dns.update.UpdateMessage, key: TsigKey | None) -> None:
-        """Has the server carry out an update (RFC 2136), over TCP so that nothing is sent twice.
+        """Send an update (RFC 2136) over TCP, so that it is not sent twice.
 
         Raises:
-            NotAuthorised: where the server refuses, in whichever of the ways there are.
-            CertmountError: IssuerUnavailable where it doesn't answer or has trouble of its own.
+            NotAuthorized: if the server rejects it.
+            CertmountError: IssuerUnavailable if the server does not respond or fails.
         """
         if key is not None:
-            update.use_tsig(key.for_wire())
+            update.use_tsig(key.for_dnspython())
         zone = update.zone[0].name if update.zone else dns.name.root
         try:
-            answer = await dns.asyncquery.tcp(update, self.address, _TIMEOUT_S, self.port)
+            response = await dns.asyncquery.tcp(update, self.address, _TIMEOUT_S, self.port)
         except dns.exception.DNSException as error:
-            for kind, meaning in _TSIG_MEANINGS:
+            for kind, problem in _TSIG_ERRORS:
                 if isinstance(error, kind):
-                    raise NotAuthorised(self, meaning, "compare name, algorithm and secret on both sides") from None
-            raise self._silent(error) from None
+                    hint = "compare name, algorithm and secret of the key on both sides"
+                    raise NotAuthorized(self, problem, hint) from None
+            raise self._unavailable(error) from None
         except (OSError, EOFError) as error:
-            raise self._silent(error) from None
-        code = answer.rcode()
-        if code in _REFUSALS:
-            hint = "it must be the zone's primary, and let the key set TXT records at _acme-challenge names"
-            raise NotAuthorised(self, f"it answers {dns.rcode.to_text(code)} to an update of zone {zone}", hint)
+            raise self._unavailable(error) from None
+        code = response.rcode()
+        problem = f"returned {dns.rcode.to_text(code)} to an update of zone {zone}"
+        if code in _REJECTIONS:
+            hint = "use the zone's primary, and allow the key to update TXT records at _acme-challenge names"
+            raise NotAuthorized(self, f"it {problem}", hint)
         if code != dns.rcode.NOERROR:
-            problem = f"answers {dns.rcode.to_text(code)} to an update of zone {zone}"
             raise CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(f"DNS server {self}", problem))
 
-    def _silent(self, error: Exception) -> CertmountError:
-        words = (
-            "does not answer in time"
-            if isinstance(error, dns.exception.Timeout)
-            else f"cannot be asked ({_cause(error)})"
-        )
-        return CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(f"DNS server {self}", words))
-
-
-def _cause(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    def _unavailable(self, error: Exception) -> CertmountError:
+        cause = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+        timeout = isinstance(error, dns.exception.Timeout)
+        problem = "does not respond in time" if timeout else f"cannot be queried ({cause})"
+        return CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(f"DNS server {self}", problem))

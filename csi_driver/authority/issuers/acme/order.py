@@ -1,295 +1,241 @@
-"""One order's way through the CA (RFC 8555 section 7.1.6), from wherever the last replica left it."""
+"""Processes one order (RFC 8555 section 7.1.6), from wherever the last replica stopped."""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import functools
 import hashlib
 import random
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
-from dataclasses import dataclass
-from typing import Any, ParamSpec, Protocol, TypeVar
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import josepy.json_util
 import structlog
 from acme import messages
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding
 from josepy.errors import Error as JoseError
 from requests import Response
 from requests.utils import parse_header_links
 
-from csi_driver.authority.issuers.acme.account import Accounts
-from csi_driver.authority.issuers.acme.order_store import OrderBook, held
-from csi_driver.authority.issuers.acme.chain import certificate_id, check_chain, chosen, parse_chain
-from csi_driver.authority.issuers.acme.client import CaProblem, Connection, retry_after_s
-from csi_driver.authority.issuers.acme.credentials import Credentials
-from csi_driver.authority.issuers.acme.renewal import ask_window, next_look, renewal_without_advice
-from csi_driver.authority.issuers.acme.settings import AcmeSettings
-from csi_driver.authority.issuers.acme.state import LiveCertificate, OrderRecord, Proof, State, names_id
+from csi_driver.authority.issuers.acme.chain import certificate_id, check_chain, parse_chain, select_chain
+from csi_driver.authority.issuers.acme.client import AcmeClient, AcmeProblem, retry_after_s
+from csi_driver.authority.issuers.acme.context import AcmeContext
+from csi_driver.authority.issuers.acme.order_store import held_order
+from csi_driver.authority.issuers.acme.renewal import default_renewal_time, fetch_window, next_check
+from csi_driver.authority.issuers.acme.state import (
+    AcmeState,
+    ChallengeRecord,
+    OrderRecord,
+    TrackedCertificate,
+    names_id,
+)
+from csi_driver.core.certificates.keys import public_bytes
 from csi_driver.core.errors import CertmountError
 
 log = structlog.get_logger(__name__)
 
-P = ParamSpec("P")
-T = TypeVar("T")
+_T = TypeVar("_T")
 _POLL_S = 1.0
-_LONGEST_PAUSE_S = 3600.0
-
-
-class Prover(Protocol):
-    """Shows the CA that names are ours."""
-
-    @property
-    def kind(self) -> str:
-        """The challenge type, such as ``dns-01``."""
-
-    async def examine(self, names: Sequence[str]) -> None:
-        """Raises CertmountError where it can be told already that names can't be proven."""
-
-    async def prepare(self, name: str, token: str, key_authorization: str) -> Proof:
-        """What is to be shown; changes nothing."""
-
-    async def show(self, proofs: Sequence[Proof]) -> None:
-        """Shows it, and returns when the CA would see it; raises CertmountError."""
-
-    async def hide(self, proof: Proof) -> None:
-        """Takes it away, also where it is not there; raises CertmountError."""
+_MIN_DELAY_S, _MAX_DELAY_S = 0.2, 3600.0
 
 
 class NewOrder(messages.NewOrder):
-    """With what the library lacks: the certificate that is renewed (RFC 9773 section 5)."""
+    """Adds a field that the library lacks: the certificate that the order renews (RFC 9773 section 5)."""
 
     replaces: str | None = josepy.json_util.field("replaces", omitempty=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Workshop:
-    """What work on an order needs."""
+class OrderProcessor:
+    """Processes one order while its replica holds the lease."""
 
-    settings: AcmeSettings
-    credentials: Credentials
-    book: OrderBook
-    accounts: Accounts
-    prover: Prover
-    executor: Executor
-    clock: Callable[[], float]
-    holder: str
-
-    async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The synchronous library's calls."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.executor, functools.partial(function, *args, **kwargs))
-
-    async def hide(self, record: OrderRecord) -> OrderRecord:
-        """Removes all that an order shows, and strikes it out; raises CertmountError at the first that stays."""
-        for proof in record.proofs:
-            if not _shown_by_another(self.book.known, record.id, proof):
-                await self.prover.hide(proof)
-            record = await self.book.change_order(
-                record.id,
-                self.holder,
-                lambda one, gone=proof: dataclasses.replace(one, proofs=tuple(p for p in one.proofs if p != gone)),  # type: ignore[misc]  # a default binds the loop's value
-            )
-        return record
-
-
-class OrderWork:
-    """Works on one order for as long as its replica has the lease."""
-
-    def __init__(self, workshop: Workshop, order_id: str) -> None:
-        self._shop = workshop
+    def __init__(self, context: AcmeContext, order_id: str) -> None:
+        self._context = context
         self._id = order_id
 
     async def run(self) -> None:
-        """To the certificate, or to the end of what an order left behind.
+        """Process the order until the certificate is stored, or clean up after an order that is no longer open.
 
         Raises:
-            CaProblem: what the CA has against it.
-            CertmountError: what may pass.
-            LeaseLost: where another replica has taken over.
+            AcmeProblem: if the CA returns an error.
+            CertmountError: for transient failures.
+            LeaseLost: if another replica processes the order.
         """
-        record = held(await self._shop.book.read(0.0), self._id, self._shop.holder)
-        if not record.is_open:
-            await self._shop.hide(record)
-            await self._change(lambda one: dataclasses.replace(one, holder="", trouble="", attempts=0))
+        order = held_order(await self._context.orders.read(0.0), self._id, self._context.holder)
+        if not order.is_open:
+            await self._context.unpublish_challenges(order)
+            await self._change(lambda one: replace(one, holder="", problem="", failures=0))
             return
-        connection = await self._shop.accounts.connect()
-        if not record.url:
-            await self._shop.prover.examine(record.names)
-            await self._open(connection, record)
-        while not await self._advanced(connection):
+        client = await self._context.accounts.connect()
+        if not order.url:
+            await self._context.solver.check(order.names)
+            await self._create(client, order)
+        while not await self._advance(client):
             pass
 
-    async def _open(self, connection: Connection, record: OrderRecord) -> None:
-        """Makes the order (RFC 8555 section 7.4)."""
-        directory = connection.directory
-        replaces = record.replaces if "renewalInfo" in directory.to_partial_json() else ""
+    async def _create(self, client: AcmeClient, order: OrderRecord) -> None:
+        """Create the order at the CA (RFC 8555 section 7.4)."""
+        replaces = order.replaces if "renewalInfo" in client.directory.to_partial_json() else ""
         try:
-            answer = await self._shop.in_thread(self._ordered, connection, record, replaces)
-        except CaProblem as problem:
+            response = await self._context.in_thread(self._send_new_order, client, order, replaces)
+        except AcmeProblem as problem:
             if not replaces or problem.code not in ("alreadyReplaced", "conflict", "malformed"):
                 raise
-            # The predecessor is another order's already, or unknown there: the CA loses a hint, nobody a certificate.
-            answer = await self._shop.in_thread(self._ordered, connection, record, "")
-        url = answer.headers.get("Location", "")
+            # Another order replaces that certificate, or the CA does not know it: order without the hint.
+            response = await self._context.in_thread(self._send_new_order, client, order, "")
+        url = response.headers.get("Location", "")
         if not url:
-            raise CaProblem("", "answers an order without saying which")
-        await self._change(lambda one: dataclasses.replace(one, url=url))
-        log.info("ACME order opened", order=url, names=record.names)
+            raise AcmeProblem("", "the response to a new order lacks its URL")
+        await self._change(lambda one: replace(one, url=url))
+        log.info("ACME order created", order=url, names=order.names)
 
-    def _ordered(self, connection: Connection, record: OrderRecord, replaces: str) -> Response:
-        identifiers = [messages.Identifier(typ=messages.IDENTIFIER_FQDN, value=name) for name in record.names]
-        body = NewOrder(identifiers=identifiers, profile=self._shop.settings.profile, replaces=replaces or None)
-        return connection.send(connection.directory["newOrder"], body)
+    def _send_new_order(self, client: AcmeClient, order: OrderRecord, replaces: str) -> Response:
+        identifiers = [messages.Identifier(typ=messages.IDENTIFIER_FQDN, value=name) for name in order.names]
+        profile = self._context.configuration.profile
+        body = NewOrder(identifiers=identifiers, profile=profile, replaces=replaces or None)
+        return client.send(client.directory["newOrder"], body)
 
-    async def _advanced(self, connection: Connection) -> bool:
-        """One step, by the state that the order has at the CA; True when the certificate is there."""
-        record = held(self._shop.book.known, self._id, self._shop.holder)
-        answer = await self._shop.in_thread(connection.send, record.url)
-        order = _parsed(messages.Order, answer)
-        if order.status == messages.STATUS_PENDING:
-            await self._authorise(connection, order)
-        elif order.status == messages.STATUS_READY:
-            await self._finalize(connection, order, record)
-        elif order.status == messages.STATUS_PROCESSING:
-            await _pause(answer)
-        elif order.status == messages.STATUS_VALID:
-            await self._take(connection, order, record)
+    async def _advance(self, client: AcmeClient) -> bool:
+        """Do one step, which depends on the order's status at the CA; return True after the certificate is stored."""
+        order = held_order(self._context.orders.known, self._id, self._context.holder)
+        response = await self._context.in_thread(client.send, order.url)
+        remote = _parse(messages.Order, response)
+        if remote.status == messages.STATUS_PENDING:
+            await self._authorize(client, remote)
+        elif remote.status == messages.STATUS_READY:
+            await self._finalize(client, remote, order)
+        elif remote.status == messages.STATUS_PROCESSING:
+            await _wait(response)
+        elif remote.status == messages.STATUS_VALID:
+            await self._download(client, remote, order)
             return True
         else:
-            raise _invalid(order.error)
+            raise _invalid(remote.error)
         return False
 
-    async def _authorise(self, connection: Connection, order: messages.Order) -> None:
-        """Proves what is not proven yet (RFC 8555 section 7.5)."""
+    async def _authorize(self, client: AcmeClient, remote: messages.Order) -> None:
+        """Complete the pending authorizations (RFC 8555 section 7.5)."""
         pending = {}
-        for url in order.authorizations:
-            authorization, _ = await self._authorization(connection, url)
+        for url in remote.authorizations:
+            authorization, _ = await self._authorization(client, url)
             if authorization.status == messages.STATUS_PENDING:
                 pending[url] = authorization
-        challenges = [(str(one.identifier.value), self._challenge(one)) for one in pending.values()]
-        unanswered = [(name, one) for name, one in challenges if one.status == messages.STATUS_PENDING]
-        proofs = [await self._proof(connection, name, one) for name, one in unanswered]
-        if proofs:
-            # Written down first: whoever finds this after a crash knows what to remove.
+        selected = [(str(one.identifier.value), self._select_challenge(one)) for one in pending.values()]
+        unsolved = [(name, one) for name, one in selected if one.status == messages.STATUS_PENDING]
+        challenges = [await self._prepare(client, name, one) for name, one in unsolved]
+        if challenges:
+            # Stored before they are published, so that after a crash another replica knows what to unpublish.
             await self._change(
-                lambda one: dataclasses.replace(one, proofs=tuple(dict.fromkeys((*one.proofs, *proofs))))
+                lambda one: replace(one, challenges=tuple(dict.fromkeys((*one.challenges, *challenges))))
             )
-            await self._shop.prover.show(proofs)
-        for _, challenge in unanswered:
-            response = challenge.chall.response(connection.key)
-            await self._shop.in_thread(connection.send, challenge.uri, response)
+            await self._context.solver.publish(challenges)
+        for _, challenge in unsolved:
+            answer = challenge.chall.response(client.key)
+            await self._context.in_thread(client.send, challenge.uri, answer)
         for url in pending:
-            authorization, answer = await self._authorization(connection, url)
+            authorization, response = await self._authorization(client, url)
             while authorization.status == messages.STATUS_PENDING:
-                await _pause(answer)
-                authorization, answer = await self._authorization(connection, url)
+                await _wait(response)
+                authorization, response = await self._authorization(client, url)
 
-    async def _authorization(self, connection: Connection, url: str) -> tuple[messages.Authorization, Response]:
-        """Pending or valid; raises CaProblem for any other."""
-        answer = await self._shop.in_thread(connection.send, url)
-        authorization = _parsed(messages.Authorization, answer)
+    async def _authorization(self, client: AcmeClient, url: str) -> tuple[messages.Authorization, Response]:
+        """Return a pending or valid authorization; raise AcmeProblem for other statuses."""
+        response = await self._context.in_thread(client.send, url)
+        authorization = _parse(messages.Authorization, response)
         if authorization.status not in (messages.STATUS_PENDING, messages.STATUS_VALID):
             errors = [one.error for one in authorization.challenges or () if one.error is not None]
             raise _invalid(errors[0] if errors else None, f"{authorization.identifier.value}: ")
-        return authorization, answer
+        return authorization, response
 
-    def _challenge(self, authorization: messages.Authorization) -> messages.ChallengeBody:
-        kind, challenges = self._shop.prover.kind, authorization.challenges or ()
+    def _select_challenge(self, authorization: messages.Authorization) -> messages.ChallengeBody:
+        kind, challenges = self._context.solver.kind, authorization.challenges or ()
         for challenge in challenges:
             if challenge.chall.typ == kind:
                 return challenge
         offered = ", ".join(sorted(one.chall.typ for one in challenges))
-        name = authorization.identifier.value
-        raise CaProblem("unsupportedIdentifier", f"{name} cannot be proven by {kind}; the CA offers {offered}")
+        text = f"the CA does not offer {kind} for {authorization.identifier.value}; it offers {offered}"
+        raise AcmeProblem("unsupportedIdentifier", text)
 
-    async def _proof(self, connection: Connection, name: str, challenge: messages.ChallengeBody) -> Proof:
-        token = challenge.chall.encode("token")
-        return await self._shop.prover.prepare(name, token, challenge.chall.key_authorization(connection.key))
+    async def _prepare(self, client: AcmeClient, name: str, challenge: messages.ChallengeBody) -> ChallengeRecord:
+        key_authorization = challenge.chall.key_authorization(client.key)
+        return await self._context.solver.prepare(name, challenge.chall.encode("token"), key_authorization)
 
-    async def _finalize(self, connection: Connection, order: messages.Order, record: OrderRecord) -> None:
-        """Hands in the node's request (RFC 8555 section 7.4); the proofs have served."""
+    async def _finalize(self, client: AcmeClient, remote: messages.Order, order: OrderRecord) -> None:
+        """Send the node's CSR (RFC 8555 section 7.4). The challenges are no longer needed."""
         try:
-            await self._shop.hide(record)
+            await self._context.unpublish_challenges(order)
         except CertmountError as error:
-            log.warning("ACME proofs are still to be removed", names=record.names, problem=str(error))
-        request = messages.CertificateRequest(csr=x509.load_der_x509_csr(record.csr))
+            log.warning("ACME challenge responses not removed; retrying later", names=order.names, error=str(error))
+        body = messages.CertificateRequest(csr=x509.load_der_x509_csr(order.csr))
         try:
-            await _pause(await self._shop.in_thread(connection.send, order.finalize, request))
-        except CaProblem as problem:
+            await _wait(await self._context.in_thread(client.send, remote.finalize, body))
+        except AcmeProblem as problem:
             if problem.code != "orderNotReady":
                 raise
 
-    async def _take(self, connection: Connection, order: messages.Order, record: OrderRecord) -> None:
-        """Downloads the certificate and keeps it for who asks."""
-        chain = await self._shop.in_thread(self._downloaded, connection, order.certificate or "")
-        check_chain(chain, record.csr)
-        now = self._shop.clock()
-        live = await self._live(connection, chain[0], record, now)
-        finished = functools.partial(
-            dataclasses.replace,
-            chain=tuple(one.public_bytes(Encoding.DER) for one in chain), finished_at=now, holder="", trouble="", attempts=0,
-        )  # fmt: skip
+    async def _download(self, client: AcmeClient, remote: messages.Order, order: OrderRecord) -> None:
+        """Download and store the certificate."""
+        chain = await self._context.in_thread(self._fetch_chain, client, remote.certificate or "")
+        check_chain(chain, order.csr)
+        now = self._context.clock()
+        certificate = await self._track(client, chain[0], order, now)
+        ders = tuple(one.public_bytes(Encoding.DER) for one in chain)
 
-        def done(state: State) -> State:
-            state = state.with_order(finished(held(state, self._id, self._shop.holder))).without_block(record.names)
-            return (state.without_live(record.replaces) if record.replaces else state).with_live(live)
+        def finish(state: AcmeState) -> AcmeState:
+            held = held_order(state, self._id, self._context.holder)
+            finished = replace(held, chain=ders, finished_at=now, holder="", problem="", failures=0)
+            state = state.with_order(finished).without_backoff(order.names)
+            state = state.without_certificate(order.replaces) if order.replaces else state
+            return state.with_certificate(certificate)
 
-        await self._shop.book.change(done)
-        log.info("ACME certificate issued", order=record.url, names=record.names, not_after=live.not_after)
+        await self._context.orders.change(finish)
+        log.info("ACME certificate issued", order=order.url, names=order.names, not_after=certificate.not_after)
 
-    def _downloaded(self, connection: Connection, url: str) -> tuple[x509.Certificate, ...]:
-        answer = connection.send(url)
-        chains = [parse_chain(answer.text)]
-        if self._shop.settings.preferred_chain is not None:
-            links = parse_header_links(answer.headers.get("Link", ""))
-            others = [link["url"] for link in links if link.get("rel") == "alternate"]
-            chains += [parse_chain(connection.send(other).text) for other in others]
-        return chosen(chains, self._shop.settings.preferred_chain)
+    def _fetch_chain(self, client: AcmeClient, url: str) -> tuple[x509.Certificate, ...]:
+        response = client.send(url)
+        chains = [parse_chain(response.text)]
+        preferred = self._context.configuration.preferred_chain
+        if preferred is not None:
+            links = parse_header_links(response.headers.get("Link", ""))
+            alternates = [link["url"] for link in links if link.get("rel") == "alternate"]
+            chains += [parse_chain(client.send(alternate).text) for alternate in alternates]
+        return select_chain(chains, preferred)
 
-    async def _live(
-        self, connection: Connection, leaf: x509.Certificate, record: OrderRecord, now: float
-    ) -> LiveCertificate:
-        key = leaf.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        renew_at, look_at, name = renewal_without_advice(leaf), next_look(now), certificate_id(leaf)
+    async def _track(
+        self, client: AcmeClient, leaf: x509.Certificate, order: OrderRecord, now: float
+    ) -> TrackedCertificate:
+        key_sha256 = hashlib.sha256(public_bytes(leaf.public_key())).hexdigest()  # type: ignore[arg-type]  # all keys have this method
+        identifier, renew_at, check_at = certificate_id(leaf), default_renewal_time(leaf), next_check(now)
         try:
-            window = await self._shop.in_thread(ask_window, connection, name, now)
-        except (CaProblem, CertmountError) as error:
-            log.warning("ACME renewal information is missing", order=record.url, problem=str(error))
+            window = await self._context.in_thread(fetch_window, client, identifier, now)
+        except (AcmeProblem, CertmountError) as error:
+            log.warning("ACME renewal information unavailable", order=order.url, error=str(error))
             window = None
         if window is not None:
-            renew_at, look_at = window.moment(random.random()), window.look_at  # noqa: S311  # spreads load
-        return LiveCertificate(
-            record.id, names_id(record.names), hashlib.sha256(key).hexdigest(), name,
-            leaf.not_valid_after_utc.timestamp(), renew_at, look_at,
-        )  # fmt: skip
+            renew_at, check_at = window.renewal_time(random.random()), window.check_at  # noqa: S311  # spreads load
+        not_after = leaf.not_valid_after_utc.timestamp()
+        return TrackedCertificate(
+            order.id, names_id(order.names), key_sha256, identifier, not_after, renew_at, check_at
+        )
 
-    async def _change(self, change: Callable[[OrderRecord], OrderRecord]) -> OrderRecord:
-        return await self._shop.book.change_order(self._id, self._shop.holder, change)
-
-
-def _shown_by_another(state: State, order_id: str, proof: Proof) -> bool:
-    """CAs may give two orders one authorisation, and so one record."""
-    return any(proof in order.proofs for order in state.orders if order.id != order_id and order.is_open)
+    async def _change(self, step: Callable[[OrderRecord], OrderRecord]) -> None:
+        await self._context.orders.change_order(self._id, self._context.holder, step)
 
 
-def _parsed(kind: type[T], answer: Response) -> T:
+def _parse(kind: type[_T], response: Response) -> _T:
     try:
-        return kind.from_json(answer.json())  # type: ignore[attr-defined, no-any-return]  # both kinds have it
+        return kind.from_json(response.json())  # type: ignore[attr-defined, no-any-return]  # a message class of acme
     except (JoseError, ValueError):
-        raise CaProblem("", "answers with something that is not ACME", answer.status_code) from None
+        raise AcmeProblem("", "the response is not ACME", response.status_code) from None
 
 
-def _invalid(error: Any, subject: str = "") -> CaProblem:
+def _invalid(error: Any, subject: str = "") -> AcmeProblem:
     if error is None:
-        return CaProblem("unknown", f"{subject}the CA has given the order up without saying why")
-    return CaProblem(error.code or "unknown", f"{subject}{error.detail or error.typ}")
+        return AcmeProblem("unknown", f"{subject}the CA marked the order invalid without a reason")
+    return AcmeProblem(error.code or "unknown", f"{subject}{error.detail or error.typ}")
 
 
-async def _pause(answer: Response) -> None:
-    """As long as the CA asks for."""
-    asked = retry_after_s(answer)
-    await asyncio.sleep(min(max(_POLL_S if asked is None else asked, 0.2), _LONGEST_PAUSE_S))
+async def _wait(response: Response) -> None:
+    """Wait as long as the CA requests."""
+    requested_s = retry_after_s(response)
+    await asyncio.sleep(min(max(_POLL_S if requested_s is None else requested_s, _MIN_DELAY_S), _MAX_DELAY_S))

@@ -1,78 +1,104 @@
-"""What becomes of the state when a pod asks, and as time passes: pure rules."""
+"""Rules for orders, as pure functions of the state: requests, leases and expiry."""
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
-from csi_driver.authority.issuers.acme.problems import refusal
-from csi_driver.authority.issuers.acme.state import MOST_ORDERS, OrderRecord, State, names_id
+from csi_driver.authority.issuers.acme.problems import backoff_error
+from csi_driver.authority.issuers.acme.state import MAX_ORDERS, AcmeState, OrderRecord, names_id
 from csi_driver.core.errors import CertmountError, Fault, Reason
 
-_KEPT_S = 3600.0
-"""Finished certificates wait as long for the node that asked: it tries again within minutes."""
-_GIVEN_UP_S = 2 * 3600.0
-"""Orders that nobody has asked for in so long are of pods that are gone."""
-_ASKED_STEP_S = 600.0
-"""So the store is not written for every question of a waiting node."""
-_BLOCK_REMEMBERED_S = 86400.0
-"""After its end, for the failures it has counted."""
+_KEEP_FINISHED_S = 3600.0
+"""A finished certificate waits for its node, which retries within minutes."""
+_ABANDON_AFTER_S = 2 * 3600.0
+"""If nothing requests an order for so long, its pods no longer exist."""
+_REQUESTED_PRECISION_S = 600.0
+"""Limits writes to the store: a waiting node requests the order often."""
+_KEEP_BACKOFF_S = 86400.0
+"""After its end, to count consecutive failures."""
 
 
-def entered(state: State, own: str, names: tuple[str, ...], csr: bytes, now: float) -> State:
-    """With the order in it: the one that is there, or a new one.
+def request_order(state: AcmeState, order_id: str, names: tuple[str, ...], csr: bytes, now: float) -> AcmeState:
+    """Return the state with the order: the existing one, or a new one.
 
     Raises:
-        CertmountError: where the CA is not to be asked about these names yet, or no further order is taken.
+        CertmountError: if these names must wait, or if there are too many open orders.
     """
-    known, live = state.order(own), state.live_certificate(own)
+    known, certificate = state.order(order_id), state.certificate(order_id)
     if known is not None and known.is_open:
-        stale = now - known.asked_at > _ASKED_STEP_S
-        return state.with_order(dataclasses.replace(known, asked_at=now)) if stale else state
-    if known is not None and known.finished_at and live is not None and now < live.renew_at:
+        outdated = now - known.requested_at > _REQUESTED_PRECISION_S
+        return state.with_order(replace(known, requested_at=now)) if outdated else state
+    if known is not None and known.finished_at and certificate is not None and now < certificate.renew_at:
         return state
-    if block := state.block(names, now):
-        raise refusal(block, names)
-    if sum(one.is_open for one in state.orders) >= MOST_ORDERS:
-        problem = f"{MOST_ORDERS} orders are open, which is as many as are kept"
-        raise CertmountError(Reason.AUTHORITY_OVERLOADED, Fault("issuer", problem))
-    left_behind = known.proofs if known is not None else ()
-    record = OrderRecord(own, names, csr, now, now, replaces=_replaced(state, names, now), proofs=left_behind)
-    return _with_room(state).with_order(record)
+    if backoff := state.backoff(names, now):
+        raise backoff_error(backoff, names)
+    if sum(one.is_open for one in state.orders) >= MAX_ORDERS:
+        raise CertmountError(
+            Reason.AUTHORITY_OVERLOADED, Fault("issuer", f"has the maximum of {MAX_ORDERS} open orders")
+        )
+    remaining = known.challenges if known is not None else ()
+    replaces = _certificate_to_renew(state, names, now)
+    order = OrderRecord(order_id, names, csr, now, now, replaces=replaces, challenges=remaining)
+    return _with_room(state).with_order(order)
 
 
-def tidied(state: State, now: float) -> State:
-    """Without what nobody needs any more; what still has proofs to remove stays."""
+def remove_expired(state: AcmeState, now: float) -> AcmeState:
+    """Abandon orders that nothing requests, and remove what is no longer needed. Orders with challenges stay."""
     orders = []
     for one in state.orders:
-        abandoned = one.is_open and one.lease_until <= now and now - one.asked_at > _GIVEN_UP_S
-        order = dataclasses.replace(one, given_up=True, retry_at=0.0) if abandoned else one
-        over = order.given_up or (order.finished_at and now - order.finished_at > _KEPT_S)
-        if order.proofs or not over:
+        abandoned = one.is_open and one.lease_until <= now and now - one.requested_at > _ABANDON_AFTER_S
+        order = replace(one, abandoned=True, retry_at=0.0) if abandoned else one
+        expired = order.abandoned or (order.finished_at and now - order.finished_at > _KEEP_FINISHED_S)
+        if order.challenges or not expired:
             orders.append(order)
-    return dataclasses.replace(
+    return replace(
         state,
         orders=tuple(orders),
-        blocks=tuple(one for one in state.blocks if now - one.until < _BLOCK_REMEMBERED_S),
-        live=tuple(one for one in state.live if now < one.not_after),
+        backoffs=tuple(one for one in state.backoffs if now - one.until < _KEEP_BACKOFF_S),
+        certificates=tuple(one for one in state.certificates if now < one.not_after),
     )
 
 
-def _replaced(state: State, names: tuple[str, ...], now: float) -> str:
-    """The certificate that an order renews, if one is due: CAs count such orders less (RFC 9773 section 5)."""
-    taken = {one.replaces for one in state.orders if one.is_open}
+def claim_orders(state: AcmeState, holder: str, now: float, lease_s: float, max_held: int) -> AcmeState:
+    """Renew the leases of ``holder``, and take up to ``max_held`` orders that are due and that no replica processes."""
+    held = sum(order.holder == holder for order in state.orders)
+    orders = []
+    for order in state.orders:
+        unfinished = order.is_open or order.challenges
+        if order.holder == holder and unfinished:
+            # At half time, so that a short order needs no further write.
+            renew = order.lease_until - now < lease_s / 2
+            orders.append(replace(order, lease_until=now + lease_s) if renew else order)
+        elif unfinished and order.lease_until <= now and order.retry_at <= now and held < max_held:
+            held += 1
+            orders.append(replace(order, holder=holder, lease_until=now + lease_s))
+        else:
+            orders.append(order)
+    return replace(state, orders=tuple(orders))
+
+
+def release_orders(state: AcmeState, holder: str) -> AcmeState:
+    """End the leases of a replica that stops, so that others can take its orders immediately."""
+    orders = (replace(one, holder="", lease_until=0.0) if one.holder == holder else one for one in state.orders)
+    return replace(state, orders=tuple(orders))
+
+
+def _certificate_to_renew(state: AcmeState, names: tuple[str, ...], now: float) -> str:
+    """Return the due certificate that an order replaces: CAs exempt such orders from rate limits (RFC 9773 section 5)."""
+    replaced = {one.replaces for one in state.orders if one.is_open}
+    key = names_id(names)
     due = [
         one
-        for one in state.live
-        if one.renew_at <= now and one.names_id == names_id(names) and one.certificate_id not in taken
+        for one in state.certificates
+        if one.renew_at <= now and one.names_id == key and one.certificate_id not in replaced
     ]
     return min(due, key=lambda one: one.renew_at).certificate_id if due else ""
 
 
-def _with_room(state: State) -> State:
-    """Without the oldest finished orders, where another would be one too many."""
-    finished = sorted(
-        (one for one in state.orders if not one.is_open and not one.proofs), key=lambda one: one.finished_at
-    )
-    for one in finished[: max(len(state.orders) + 1 - MOST_ORDERS, 0)]:
+def _with_room(state: AcmeState) -> AcmeState:
+    """Remove the oldest finished orders if there is no room for another order."""
+    removable = [one for one in state.orders if not one.is_open and not one.challenges]
+    removable.sort(key=lambda one: one.finished_at)
+    for one in removable[: max(len(state.orders) + 1 - MAX_ORDERS, 0)]:
         state = state.without_order(one.id)
     return state

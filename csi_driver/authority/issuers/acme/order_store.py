@@ -1,105 +1,98 @@
-"""The store as all replicas see it: changed by compare-and-swap, read at most once a second."""
+"""Reads and changes the state that all replicas share."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 from collections.abc import Callable
 
-from csi_driver.authority.issuers.acme.state import MOST_BYTES, OrderRecord, State, decode, encode
-from csi_driver.authority.storage import Store
+from csi_driver.authority.issuers.acme.state import MAX_BYTES, AcmeState, OrderRecord, decode, encode
+from csi_driver.authority.storage import Store, Values, update
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.core.stored_secrets import StoredSecrets
 
 _VALUE = "orders.json"
-_MOST_ATTEMPTS = 50
-"""Each lost race is another replica's change that succeeded, so losing so often in a row means something else is wrong."""
+_ATTEMPTS = 50
 
 
 class LeaseLost(Exception):
-    """Another replica works on the order now."""
+    """Another replica processes the order now."""
 
 
-class OrderBook:
-    """The state of one issuer."""
+class OrderStore:
+    """The state of one issuer: changed with compare-and-swap, read at most once a second."""
 
     def __init__(self, store: Store, clock: Callable[[], float]) -> None:
         self._store = store
         self._clock = clock
-        self._changing = asyncio.Lock()
-        self._known = State()
+        self._lock = asyncio.Lock()
+        self._known = AcmeState()
         self._read_at = -1.0
         self._changed = asyncio.Event()
 
     @property
-    def known(self) -> State:
-        """As last read or written here."""
+    def known(self) -> AcmeState:
+        """The state that this replica last read or wrote."""
         return self._known
 
-    async def read(self, max_age_s: float = 1.0) -> State:
-        """No older than ``max_age_s``; raises CertmountError where the store can't be read."""
-        asked_at = self._clock()
+    async def read(self, max_age_s: float = 1.0) -> AcmeState:
+        """Return a state that is at most ``max_age_s`` old; raise CertmountError if the store can't be read."""
+        called_at = self._clock()
         if not self._is_fresh(max_age_s):
-            async with self._changing:
-                # Whoever waited for another's reading has what was read meanwhile.
-                if not self._is_fresh(max_age_s) and not self._read_at > asked_at:
-                    self._learn(self._decode(await self._store.load()))
+            async with self._lock:
+                # Another caller may have read the store while this one waited.
+                if not self._is_fresh(max_age_s) and not self._read_at > called_at:
+                    self._remember(self._decode(await self._store.load()))
         return self._known
 
-    def _is_fresh(self, max_age_s: float) -> bool:
-        return 0 <= self._clock() - self._read_at < max_age_s
-
-    async def change(self, change: Callable[[State], State]) -> State:
-        """Replaces the state by what ``change`` makes of the newest one; what it raises ends the attempt.
+    async def change(self, step: Callable[[AcmeState], AcmeState]) -> AcmeState:
+        """Replace the state with the result of ``step``, which runs again if another replica changed the state meanwhile.
 
         Raises:
-            CertmountError: where the store can't be read or written, or would become too large.
+            CertmountError: if the store can't be read or written, or would become too large; or what ``step`` raises.
         """
-        async with self._changing:
-            for _ in range(_MOST_ATTEMPTS):
-                stored = await self._store.load()
-                before = self._decode(stored)
-                after = change(before)
-                if after == before or await self._saved(after, stored):
-                    self._learn(after)
-                    return after
-        raise CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(self._store.name, "others change it without a pause"))
 
-    async def change_order(
-        self, order_id: str, holder: str, change: Callable[[OrderRecord], OrderRecord]
-    ) -> OrderRecord:
-        """Changes one order that ``holder`` has the lease of; raises LeaseLost where it hasn't, or as :meth:`change`."""
+        async def replace(stored: StoredSecrets) -> tuple[Values | None, AcmeState]:
+            before = self._decode(stored)
+            after = step(before)
+            return None if after == before else {**stored.values, _VALUE: self._encode(after)}, after
 
-        def changed(state: State) -> State:
-            return state.with_order(change(held(state, order_id, holder)))
+        async with self._lock:
+            state = await update(self._store, replace, _ATTEMPTS)
+            self._remember(state)
+        return state
 
-        found = (await self.change(changed)).order(order_id)
-        if found is None:
+    async def change_order(self, order_id: str, holder: str, step: Callable[[OrderRecord], OrderRecord]) -> OrderRecord:
+        """Change one order; raise LeaseLost if ``holder`` does not process it, or as :meth:`change`."""
+        state = await self.change(lambda state: state.with_order(step(held_order(state, order_id, holder))))
+        order = state.order(order_id)
+        if order is None:
             raise LeaseLost
-        return found
+        return order
 
     async def wait(self, timeout_s: float) -> None:
-        """Until something has changed here, or the time is over."""
+        """Wait until this replica sees a change of the state, or for the timeout."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._changed.wait()
 
-    async def _saved(self, state: State, based_on: StoredSecrets) -> bool:
+    def _is_fresh(self, max_age_s: float) -> bool:
+        return 0 <= self._clock() - self._read_at < max_age_s
+
+    def _encode(self, state: AcmeState) -> Secret[bytes]:
         content = encode(state)
-        if len(content) > MOST_BYTES:
-            problem = f"is full: {len(state.orders)} orders, {len(content)} bytes"
-            raise CertmountError(
-                Reason.AUTHORITY_OVERLOADED, Fault(self._store.name, problem, "some end within the hour")
-            )
-        return await self._store.save({**based_on.values, _VALUE: Secret(content)}, based_on)
+        if len(content) > MAX_BYTES:
+            problem = f"is full with {len(state.orders)} orders, {len(content)} bytes"
+            fault = Fault(self._store.name, problem, "finished orders expire within an hour")
+            raise CertmountError(Reason.AUTHORITY_OVERLOADED, fault)
+        return Secret(content)
 
-    def _decode(self, stored: StoredSecrets) -> State:
+    def _decode(self, stored: StoredSecrets) -> AcmeState:
         value = stored.values.get(_VALUE)
-        return State() if value is None else decode(value.reveal(), self._store.name)
+        return AcmeState() if value is None else decode(value.reveal(), self._store.name)
 
-    def _learn(self, state: State) -> None:
+    def _remember(self, state: AcmeState) -> None:
         self._read_at = self._clock()
         if state != self._known:
             self._known = state
@@ -107,36 +100,9 @@ class OrderBook:
             self._changed = asyncio.Event()
 
 
-def held(state: State, order_id: str, holder: str) -> OrderRecord:
-    """The order, if ``holder`` works on it; raises LeaseLost."""
+def held_order(state: AcmeState, order_id: str, holder: str) -> OrderRecord:
+    """Return the order; raise LeaseLost if ``holder`` does not process it."""
     order = state.order(order_id)
     if order is None or order.holder != holder:
         raise LeaseLost
     return order
-
-
-def claim(state: State, holder: str, now: float, lease_s: float, most: int) -> State:
-    """With the leases that ``holder`` has renewed, and up to ``most`` in all taken: of orders that nobody works on and whose time has come."""
-    mine = sum(order.holder == holder for order in state.orders)
-    orders = []
-    for order in state.orders:
-        unfinished = order.is_open or order.proofs
-        if order.holder == holder and unfinished:
-            # Renewed at half time, so that a store is not written for each of a few seconds.
-            due = order.lease_until - now < lease_s / 2
-            orders.append(dataclasses.replace(order, lease_until=now + lease_s) if due else order)
-        elif unfinished and order.lease_until <= now and order.retry_at <= now and mine < most:
-            mine += 1
-            orders.append(dataclasses.replace(order, holder=holder, lease_until=now + lease_s))
-        else:
-            orders.append(order)
-    return dataclasses.replace(state, orders=tuple(orders))
-
-
-def released(state: State, holder: str) -> State:
-    """Without the leases of ``holder``, which goes: others need not wait for their end."""
-    orders = tuple(
-        dataclasses.replace(order, holder="", lease_until=0.0) if order.holder == holder else order
-        for order in state.orders
-    )
-    return dataclasses.replace(state, orders=orders)

@@ -1,58 +1,121 @@
-"""When a certificate is to be renewed: as the CA says (ARI, RFC 9773), else in time before its end."""
+"""When to renew a certificate: as the CA suggests (ARI, RFC 9773), or a fixed time before it expires."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+import random
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
+import structlog
 from acme import messages
 from cryptography import x509
 from josepy.errors import Error as JoseError
 
-from csi_driver.authority.issuers.acme.client import CaProblem, Connection, retry_after_s
+from csi_driver.authority.issuers.acme.client import AcmeClient, AcmeProblem, retry_after_s
+from csi_driver.authority.issuers.acme.context import AcmeContext
+from csi_driver.authority.issuers.acme.state import AcmeState
+from csi_driver.core.errors import CertmountError
+
+log = structlog.get_logger(__name__)
 
 _LEAD = timedelta(days=30)
-_LOOK_S = 6 * 3600.0
-"""Between two questions where the CA names no time (RFC 9773 section 4.3)."""
-_LEAST_LOOK_S, _MOST_LOOK_S = 60.0, 24 * 3600.0
+_CHECK_S = 6 * 3600.0
+"""Between two requests for renewal information, if the CA sends no Retry-After (RFC 9773 section 4.3)."""
+_MIN_CHECK_S, _MAX_CHECK_S = 60.0, 24 * 3600.0
+_INTERVAL_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
-    """When the CA wants a certificate renewed, and when it wants to be asked again. Unix seconds."""
+class RenewalWindow:
+    """The suggested renewal window, and when to fetch it again. Unix seconds."""
 
     start: float
     end: float
-    look_at: float
+    check_at: float
 
-    def moment(self, jitter: float, planned: float | None = None) -> float:
-        """A moment in the window (RFC 9773 section 4.2): the one that was planned while it still lies there, else by ``rng`` (0 to 1)."""
+    def renewal_time(self, jitter: float, planned: float | None = None) -> float:
+        """Return the planned time if it lies in the window, or else a time in the window (RFC 9773 section 4.2).
+
+        ``jitter`` is in [0, 1).
+        """
         if planned is not None and self.start <= planned <= self.end:
             return planned
         return self.start + jitter * max(self.end - self.start, 0.0)
 
 
-def renewal_without_advice(leaf: x509.Certificate) -> float:
-    """30 days before the end, or a third of the life where that is shorter. Unix seconds."""
-    life = leaf.not_valid_after_utc - leaf.not_valid_before_utc
-    return (leaf.not_valid_after_utc - min(_LEAD, life / 3)).timestamp()
+def default_renewal_time(leaf: x509.Certificate) -> float:
+    """Return 30 days before the end, or after two thirds of a lifetime shorter than 90 days. Unix seconds."""
+    lifetime = leaf.not_valid_after_utc - leaf.not_valid_before_utc
+    return (leaf.not_valid_after_utc - min(_LEAD, lifetime / 3)).timestamp()
 
 
-def ask_window(connection: Connection, certificate_id: str, now: float) -> Window | None:
-    """The CA's advice; None where it gives none. Raises CaProblem or CertmountError."""
-    base = connection.directory.to_partial_json().get("renewalInfo")
+def fetch_window(client: AcmeClient, certificate_id: str, now: float) -> RenewalWindow | None:
+    """Return the CA's suggestion, or None if it makes none; raise AcmeProblem or CertmountError."""
+    base = client.directory.to_partial_json().get("renewalInfo")
     if not base or not certificate_id:
         return None
-    answer = connection.fetch(f"{base.rstrip('/')}/{certificate_id}")
+    response = client.fetch(f"{base.rstrip('/')}/{certificate_id}")
     try:
-        suggested = messages.RenewalInfo.from_json(answer.json()).suggested_window
+        suggested = messages.RenewalInfo.from_json(response.json()).suggested_window
         start, end = suggested.start.timestamp(), suggested.end.timestamp()
     except (JoseError, ValueError, AttributeError):
-        raise CaProblem("", "answers with renewal information that cannot be read") from None
-    pause = retry_after_s(answer)
-    return Window(start, end, now + min(max(_LOOK_S if pause is None else pause, _LEAST_LOOK_S), _MOST_LOOK_S))
+        raise AcmeProblem("", "the renewal information cannot be parsed") from None
+    delay_s = retry_after_s(response)
+    delay_s = _CHECK_S if delay_s is None else delay_s
+    return RenewalWindow(start, end, now + min(max(delay_s, _MIN_CHECK_S), _MAX_CHECK_S))
 
 
-def next_look(now: float) -> float:
-    """When to ask again where the last question brought no answer."""
-    return now + _LOOK_S
+def next_check(now: float) -> float:
+    """Return when to fetch renewal information again after a failure."""
+    return now + _CHECK_S
+
+
+class RenewalInfoPoller:
+    """Updates the renewal times of issued certificates from the CA's renewal information (RFC 9773 section 4.3)."""
+
+    def __init__(self, context: AcmeContext) -> None:
+        self._context = context
+
+    async def run(self) -> None:
+        """Poll until cancelled."""
+        while True:
+            try:
+                await self.poll()
+            except (AcmeProblem, CertmountError) as error:
+                log.warning("ACME renewal information unavailable", error=str(error))
+            await asyncio.sleep(_INTERVAL_S)
+
+    async def poll(self) -> None:
+        """Fetch the information that is due; after AcmeProblem or CertmountError the rest waits until it is due again."""
+        now, orders = self._context.clock(), self._context.orders
+        if not any(one.check_at <= now < one.not_after for one in (await orders.read()).certificates):
+            return
+        due: list[str] = []
+
+        def postpone(state: AcmeState) -> AcmeState:
+            due.clear()
+            for one in state.certificates:
+                if one.check_at <= now < one.not_after:
+                    due.append(one.certificate_id)
+                    state = state.with_certificate(replace(one, check_at=next_check(now)))
+            return state
+
+        await orders.change(postpone)  # so that only one replica fetches each
+        client = await self._context.accounts.connect()
+        for certificate_id in due:
+            window = await self._context.in_thread(fetch_window, client, certificate_id, now)
+            if window is not None:
+                await self._update(certificate_id, window)
+
+    async def _update(self, certificate_id: str, window: RenewalWindow) -> None:
+        jitter = random.random()  # noqa: S311  # spreads load
+
+        def update(state: AcmeState) -> AcmeState:
+            for one in state.certificates:
+                if one.certificate_id == certificate_id:
+                    renew_at = window.renewal_time(jitter, one.renew_at)
+                    return state.with_certificate(replace(one, renew_at=renew_at, check_at=window.check_at))
+            return state
+
+        await self._context.orders.change(update)

@@ -1,4 +1,4 @@
-"""What an ACME issuer remembers between calls and replicas: values, and their one form in a store."""
+"""The state of an ACME issuer, which all replicas share: immutable values, and their JSON form."""
 
 from __future__ import annotations
 
@@ -7,72 +7,72 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from csi_driver.core.errors import CertmountError, Fault, Reason
 
-MOST_ORDERS = 200
-"""Open and finished ones: with their requests and chains some 3 KB each, beside the megabyte that a Secret may hold."""
-MOST_BYTES = 600 * 1024
-_MOST_LIVE = 1000
-"""Certificates whose renewal is watched: 200 bytes each."""
-_MOST_BLOCKS = 500
+MAX_ORDERS = 200
+"""Each order takes about 3 KB with its CSR and chain; a Secret can hold 1 MB."""
+MAX_BYTES = 600 * 1024
+_MAX_CERTIFICATES = 1000
+"""200 bytes each."""
+_MAX_BACKOFFS = 500
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
-    """What is shown to the CA for one name: written down before it is shown, struck out after it is removed."""
+class ChallengeRecord:
+    """The response to one challenge. It is stored before it is published, and removed after it is unpublished."""
 
     kind: str
     """``dns-01`` or ``http-01``."""
     name: str
     token: str
     value: str
-    """The TXT record's text, or the key authorization (RFC 8555 section 8.1)."""
-    place: str = ""
-    """Where the TXT record stands, CNAMEs followed."""
+    """The text of the TXT record, or the key authorization (RFC 8555 section 8.1)."""
+    record_name: str = ""
+    """The name of the TXT record, after following CNAMEs."""
     zone: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class OrderRecord:
-    """One certificate on its way. Times are unix seconds; 0 for what has not happened."""
+    """One order. Times are Unix seconds; 0 if something has not happened."""
 
     id: str
     names: tuple[str, ...]
     csr: bytes
     created_at: float
-    asked_at: float
-    """When a pod last asked for it, roughly: what nobody asks for is given up."""
+    requested_at: float
+    """When a pod last requested it, with a precision of minutes. Orders that nothing requests are abandoned."""
     url: str = ""
-    """The order at the CA; empty before there is one."""
+    """The order at the CA; empty before it exists."""
     replaces: str = ""
-    """The certificate that it renews, by the CA's identifier (RFC 9773 section 5)."""
+    """The identifier of the certificate that it renews (RFC 9773 section 5)."""
     holder: str = ""
-    """The replica that works on it, until ``lease_until``."""
+    """The replica that processes it until ``lease_until``."""
     lease_until: float = 0.0
     retry_at: float = 0.0
-    attempts: int = 0
-    """Failures in a row."""
-    trouble: str = ""
+    failures: int = 0
+    """Consecutive failures."""
+    problem: str = ""
     """The last failure, for people."""
-    proofs: tuple[Proof, ...] = ()
+    challenges: tuple[ChallengeRecord, ...] = ()
     chain: tuple[bytes, ...] = ()
-    """X.509 DER, leaf first; there when it is finished."""
+    """X.509 DER, leaf first; set when the order is finished."""
     finished_at: float = 0.0
-    given_up: bool = False
-    """Only its proofs are left to remove."""
+    abandoned: bool = False
+    """Only its challenges remain to be removed."""
 
     @property
     def is_open(self) -> bool:
-        """True while there is a certificate to be had."""
-        return not self.finished_at and not self.given_up
+        """True while it can still result in a certificate."""
+        return not self.finished_at and not self.abandoned
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """Names that the CA is not asked about before ``until``, because of what it said last."""
+class NamesBackoff:
+    """Names for which the issuer creates no order before ``until``, because the CA rejected the last one."""
 
     names_id: str
     until: float
@@ -83,8 +83,8 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class LiveCertificate:
-    """A certificate that was given out, by what decides on its renewal."""
+class TrackedCertificate:
+    """An issued certificate, and when to renew it."""
 
     order_id: str
     names_id: str
@@ -93,70 +93,70 @@ class LiveCertificate:
     """RFC 9773 section 4.1."""
     not_after: float
     renew_at: float
-    look_at: float
-    """When to ask the CA again about its renewal."""
+    check_at: float
+    """When to fetch renewal information again."""
 
 
 @dataclass(frozen=True, slots=True)
-class State:
-    """All of it."""
+class AcmeState:
+    """The whole state."""
 
     orders: tuple[OrderRecord, ...] = ()
-    blocks: tuple[Block, ...] = ()
-    live: tuple[LiveCertificate, ...] = ()
+    backoffs: tuple[NamesBackoff, ...] = ()
+    certificates: tuple[TrackedCertificate, ...] = ()
 
     def order(self, order_id: str) -> OrderRecord | None:
         return next((order for order in self.orders if order.id == order_id), None)
 
-    def block(self, names: Iterable[str], now: float) -> Block | None:
-        """What stands against these names at the moment."""
-        wanted = names_id(names)
-        return next((block for block in self.blocks if block.names_id == wanted and block.until > now), None)
+    def backoff(self, names: Iterable[str], now: float) -> NamesBackoff | None:
+        """Return the backoff of these names, if it has not ended."""
+        key = names_id(names)
+        return next((one for one in self.backoffs if one.names_id == key and one.until > now), None)
 
     def failures(self, names: Iterable[str]) -> int:
-        """How often in a row the CA has refused these names."""
-        wanted = names_id(names)
-        return next((block.failures for block in self.blocks if block.names_id == wanted), 0)
+        """Return how often in a row the CA rejected these names."""
+        key = names_id(names)
+        return next((one.failures for one in self.backoffs if one.names_id == key), 0)
 
-    def live_certificate(self, order_id: str) -> LiveCertificate | None:
-        return next((one for one in self.live if one.order_id == order_id), None)
+    def certificate(self, order_id: str) -> TrackedCertificate | None:
+        return next((one for one in self.certificates if one.order_id == order_id), None)
 
-    def with_order(self, order: OrderRecord) -> State:
-        """With this order in the place of the one of its id, or added."""
-        others = tuple(one for one in self.orders if one.id != order.id)
-        return dataclasses.replace(self, orders=(*others, order))
+    def with_order(self, order: OrderRecord) -> AcmeState:
+        """Add the order, or replace the one with the same id."""
+        return replace(self, orders=(*(one for one in self.orders if one.id != order.id), order))
 
-    def without_order(self, order_id: str) -> State:
-        return dataclasses.replace(self, orders=tuple(one for one in self.orders if one.id != order_id))
+    def without_order(self, order_id: str) -> AcmeState:
+        return replace(self, orders=tuple(one for one in self.orders if one.id != order_id))
 
-    def with_block(self, block: Block) -> State:
-        others = tuple(one for one in self.blocks if one.names_id != block.names_id)
-        return dataclasses.replace(self, blocks=(*others, block)[-_MOST_BLOCKS:])
+    def with_backoff(self, backoff: NamesBackoff) -> AcmeState:
+        others = (one for one in self.backoffs if one.names_id != backoff.names_id)
+        return replace(self, backoffs=(*others, backoff)[-_MAX_BACKOFFS:])
 
-    def without_block(self, names: Iterable[str]) -> State:
-        wanted = names_id(names)
-        return dataclasses.replace(self, blocks=tuple(one for one in self.blocks if one.names_id != wanted))
+    def without_backoff(self, names: Iterable[str]) -> AcmeState:
+        key = names_id(names)
+        return replace(self, backoffs=tuple(one for one in self.backoffs if one.names_id != key))
 
-    def with_live(self, certificate: LiveCertificate) -> State:
-        others = tuple(one for one in self.live if one.order_id != certificate.order_id)
-        return dataclasses.replace(self, live=(*others, certificate)[-_MOST_LIVE:])
+    def with_certificate(self, certificate: TrackedCertificate) -> AcmeState:
+        others = (one for one in self.certificates if one.order_id != certificate.order_id)
+        return replace(self, certificates=(*others, certificate)[-_MAX_CERTIFICATES:])
 
-    def without_live(self, certificate_id: str) -> State:
-        return dataclasses.replace(self, live=tuple(one for one in self.live if one.certificate_id != certificate_id))
+    def without_certificate(self, certificate_id: str) -> AcmeState:
+        kept = tuple(one for one in self.certificates if one.certificate_id != certificate_id)
+        return replace(self, certificates=kept)
 
 
 def names_id(names: Iterable[str]) -> str:
-    """The same for the same names in any order."""
+    """Return an identifier of a set of names."""
     return hashlib.sha256("\n".join(sorted(set(names))).encode()).hexdigest()[:32]
 
 
 def order_id(names: Iterable[str], public_key: bytes) -> str:
-    """The same for the same names and key (SubjectPublicKeyInfo, DER)."""
+    """Return an identifier of a set of names and a key (SubjectPublicKeyInfo, DER)."""
     return hashlib.sha256(f"{names_id(names)} {hashlib.sha256(public_key).hexdigest()}".encode()).hexdigest()[:32]
 
 
-def encode(state: State) -> bytes:
-    """As it lies in the store: JSON; intermediates, which most chains share, stand in it once."""
+def encode(state: AcmeState) -> bytes:
+    """Return JSON that contains equal byte strings once, because most chains share their intermediates."""
     pool: dict[bytes, int] = {}
 
     def plain(value: Any) -> Any:
@@ -173,28 +173,29 @@ def encode(state: State) -> bytes:
     return json.dumps(document, separators=(",", ":")).encode("ascii")
 
 
-def decode(content: bytes, where: str) -> State:
-    """Reads what :func:`encode` wrote; raises CertmountError IssuerUnavailable where it is something else."""
+def decode(content: bytes, store: str) -> AcmeState:
+    """Decode the result of :func:`encode`; raise CertmountError IssuerUnavailable for other content."""
     try:
         document = json.loads(content)
         pool = [base64.b64decode(text, validate=True) for text in document["pool"]]
-        return State(
-            tuple(_order(one, pool) for one in document["orders"]),
-            tuple(Block(**one) for one in document["blocks"]),
-            tuple(LiveCertificate(**one) for one in document["live"]),
+        return AcmeState(
+            tuple(_decode_order(one, pool) for one in document["orders"]),
+            tuple(NamesBackoff(**one) for one in document["backoffs"]),
+            tuple(TrackedCertificate(**one) for one in document["certificates"]),
         )
     except (ValueError, TypeError, KeyError, IndexError, RecursionError):
-        fault = Fault(where, "holds orders that cannot be read", "remove its value orders.json; open orders begin anew")
+        hint = "remove the value orders.json to start all open orders again"
+        fault = Fault(store, "contains orders that cannot be parsed", hint)
         raise CertmountError(Reason.ISSUER_UNAVAILABLE, fault) from None
 
 
-def _order(document: dict[str, Any], pool: list[bytes]) -> OrderRecord:
+def _decode_order(document: dict[str, Any], pool: list[bytes]) -> OrderRecord:
     return OrderRecord(
         **{
             **document,
             "names": tuple(document["names"]),
             "csr": pool[document["csr"]],
             "chain": tuple(pool[index] for index in document["chain"]),
-            "proofs": tuple(Proof(**proof) for proof in document["proofs"]),
+            "challenges": tuple(ChallengeRecord(**one) for one in document["challenges"]),
         }
     )

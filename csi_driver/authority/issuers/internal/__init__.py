@@ -1,1 +1,1 @@
-"""internal."""
+"""The internal CA as an issuer."""

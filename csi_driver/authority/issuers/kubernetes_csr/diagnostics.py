@@ -1,4 +1,4 @@
-"""Looks at all that issuing needs of the cluster: the roots, and the authority's permissions."""
+"""Diagnoses a kubernetes_csr issuer: its roots, and the authority's permissions."""
 
 from __future__ import annotations
 
@@ -7,86 +7,88 @@ from dataclasses import dataclass, field
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.csr_api import CSRClient
-from csi_driver.authority.issuers.external import Finding
-from csi_driver.authority.issuers.kubernetes_csr.access import Access
-from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConfiguration
 from csi_driver.authority.issuers.credentials import CredentialReader
+from csi_driver.authority.issuers.findings import Finding
+from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConfiguration
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.formats.pem import decode_certificates, fingerprint
 
-_MOST_ROOTS = 10
-"""As many as a volume takes."""
+_MAX_ROOTS = 10
+"""A volume can hold as many."""
 _REQUESTS = "certificatesigningrequests"
-_HINT = "docs/kubernetes-csr.md has the role"
+_HINT = "apply the role in docs/kubernetes-csr.md"
 
 
 @dataclass(slots=True)
-class Survey:
-    """What was found."""
+class KubernetesCSRDiagnosis:
+    """The result of a diagnosis."""
 
     findings: list[Finding] = field(default_factory=list)
     roots: tuple[bytes, ...] = ()
-    """X.509 DER; none where they could not be had, or are the internal CA's."""
+    """X.509 DER; empty if they are unknown, or are those of the internal CA."""
     username: str = ""
-    """Whom the API server takes the authority for; empty where it could not be asked."""
+    """The authority's user name at the API server; empty if it is unknown."""
 
-    @property
-    def problem(self) -> str | None:
-        """All that is wrong, in one line; None where nothing is."""
-        return "; ".join(f"{one.subject}: {one.text}" for one in self.findings if not one.ok) or None
-
-    def note(self, subject: str, ok: bool, text: str) -> None:
+    def add(self, subject: str, ok: bool, text: str) -> None:
         self.findings.append(Finding(subject, ok, text))
 
 
-async def look(configuration: KubernetesCSRConfiguration, secrets: CredentialReader, access: Access) -> Survey:
-    """Looks at all of it; makes nothing and raises nothing."""
-    survey = Survey()
-    await _look_at_roots(configuration, secrets, survey)
+async def diagnose_kubernetes_csr(
+    configuration: KubernetesCSRConfiguration, credentials: CredentialReader, requests: CSRClient
+) -> KubernetesCSRDiagnosis:
+    """Check everything that issuing needs; create nothing and raise nothing."""
+    diagnosis = KubernetesCSRDiagnosis()
+    await _check_roots(configuration, credentials, diagnosis)
     try:
-        survey.username = await access.requests.own_username()
-        survey.note("account", True, f"the API server takes the authority for {survey.username}")
-        await _look_at_permissions(configuration, access.requests, survey)
+        diagnosis.username = await requests.own_username()
+        diagnosis.add("account", True, f"the authority's user name is {diagnosis.username}")
+        await _check_permissions(configuration, requests, diagnosis)
     except CertmountError as error:
-        survey.note("cluster", False, str(error.args[0]))
-    return survey
+        diagnosis.add("cluster", False, str(error.args[0]))
+    return diagnosis
 
 
-async def _look_at_roots(configuration: KubernetesCSRConfiguration, secrets: CredentialReader, survey: Survey) -> None:
+async def _check_roots(
+    configuration: KubernetesCSRConfiguration, credentials: CredentialReader, diagnosis: KubernetesCSRDiagnosis
+) -> None:
     if configuration.roots is None:
-        survey.note("roots", True, "those of the internal CA, whose signer this is")
+        diagnosis.add("roots", True, "pods trust the internal CA, whose signer this is")
         return
     try:
-        found = decode_certificates((await secrets.read(configuration.roots)).reveal())
+        certificates = decode_certificates((await credentials.read(configuration.roots)).reveal())
     except CertmountError as error:
-        survey.note("roots", False, str(error.args[0]))
+        diagnosis.add("roots", False, str(error.args[0]))
         return
     except ValueError:
-        survey.note("roots", False, f"{configuration.roots} holds no certificates in PEM, or a broken one")
+        diagnosis.add("roots", False, f"{configuration.roots} does not contain valid certificates in PEM")
         return
-    if len(found) > _MOST_ROOTS:
-        survey.note(
-            "roots", False, f"{configuration.roots} holds {len(found)} certificates; at most {_MOST_ROOTS} are read"
-        )
+    if len(certificates) > _MAX_ROOTS:
+        text = f"{configuration.roots} contains {len(certificates)} certificates; expected at most {_MAX_ROOTS}"
+        diagnosis.add("roots", False, text)
         return
-    survey.roots = tuple(dict.fromkeys(one.public_bytes(Encoding.DER) for one in found))
-    survey.note("roots", True, "for pods: " + ", ".join(f"{fingerprint(one)[:21]}..." for one in found))
+    diagnosis.roots = tuple(dict.fromkeys(one.public_bytes(Encoding.DER) for one in certificates))
+    diagnosis.add("roots", True, "pods trust " + ", ".join(f"{fingerprint(one)[:21]}..." for one in certificates))
 
 
-async def _look_at_permissions(configuration: KubernetesCSRConfiguration, requests: CSRClient, survey: Survey) -> None:
-    lacking = [verb for verb in ("create", "get", "list", "watch", "delete") if not await requests.may(verb, _REQUESTS)]
-    if lacking:
-        survey.note("permissions", False, f"the authority may not {', '.join(lacking)} {_REQUESTS}; {_HINT}")
+async def _check_permissions(
+    configuration: KubernetesCSRConfiguration, requests: CSRClient, diagnosis: KubernetesCSRDiagnosis
+) -> None:
+    missing = [verb for verb in ("create", "get", "list", "watch", "delete") if not await requests.may(verb, _REQUESTS)]
+    if missing:
+        text = f"the authority is not permitted to {', '.join(missing)} {_REQUESTS}; {_HINT}"
     else:
-        survey.note("permissions", True, f"the authority may make, follow and delete {_REQUESTS}")
+        text = f"the authority can create, watch and delete {_REQUESTS}"
+    diagnosis.add("permissions", not missing, text)
     signer = configuration.signer
     if not configuration.approve:
-        survey.note("approval", True, f"someone else approves requests for {signer}")
+        diagnosis.add("approval", True, f"not done by the authority; others approve requests for {signer}")
         return
-    # A role names one signer, or all of a domain.
-    allowed = await requests.may("update", f"{_REQUESTS}/approval") and (
+    # A role names one signer, or all signers of a domain.
+    permitted = await requests.may("update", f"{_REQUESTS}/approval") and (
         await requests.may("approve", "signers", signer)
         or await requests.may("approve", "signers", f"{signer.partition('/')[0]}/*")
     )
-    text = f"the authority may {'' if allowed else 'not '}approve requests for {signer}"
-    survey.note("approval", allowed, text if allowed else f"{text}; {_HINT}")
+    if permitted:
+        diagnosis.add("approval", True, f"the authority can approve requests for {signer}")
+    else:
+        diagnosis.add("approval", False, f"the authority is not permitted to approve requests for {signer}; {_HINT}")

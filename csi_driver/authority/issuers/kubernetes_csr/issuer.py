@@ -1,4 +1,4 @@
-"""Has orders signed by one signer of the cluster, and leaves no request behind."""
+"""Requests certificates from one signer of the cluster, and deletes each CertificateSigningRequest afterwards."""
 
 from __future__ import annotations
 
@@ -8,131 +8,116 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import structlog
-from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
-from csi_driver.authority.issuers.certificate_check import certificate_problems, ends_at
-from csi_driver.authority.issuers.external import Finding
-from csi_driver.authority.issuers.kubernetes_csr.access import Access
-from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConfiguration
-from csi_driver.authority.issuers.kubernetes_csr.request import ORDER_LABEL, draft, order_faults, order_id, selector
-from csi_driver.authority.issuers.kubernetes_csr.diagnostics import Survey, look
+from csi_driver.authority.issuers.certificate_check import certificate_problems, ends_at_root, renew_before_chain_ends
 from csi_driver.authority.issuers.credentials import CredentialReader
+from csi_driver.authority.issuers.dependencies import CSRAccess
+from csi_driver.authority.issuers.diagnosed_issuer import DiagnosedIssuer
+from csi_driver.authority.issuers.findings import Finding
+from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConfiguration
+from csi_driver.authority.issuers.kubernetes_csr.diagnostics import KubernetesCSRDiagnosis, diagnose_kubernetes_csr
+from csi_driver.authority.issuers.kubernetes_csr.request import (
+    REQUEST_LABEL,
+    csr_draft,
+    label_selector,
+    request_faults,
+    request_id,
+)
 from csi_driver.core.cluster.csr import APPROVED, ClusterCSR, CSRCondition
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import decode_certificates
-from csi_driver.kube.csrs import CSRs
+from csi_driver.kube.csr_cache import CSRCache
 
 log = structlog.get_logger(__name__)
 
-_PATIENCE_S = 30.0
-"""For the signer. Programs answer in seconds; people, who approve by hand, don't, and a call takes up a slot."""
-_LIST_S = 5.0
-"""For the requests that there are, just after the start: one that this order has already is not made twice."""
-_SURVEY_S = 60.0
-"""So soon a replaced root reaches pods; also how often what was left behind is looked for."""
-_SURVEY_AFTER_TROUBLE_S = 5.0
-_UNCLAIMED = timedelta(minutes=10)
-"""A finished request waits as long for its node, which asks again every half minute."""
-_UNSIGNED = timedelta(minutes=15)
-"""No signer takes so long; Kubernetes itself would keep an approved request for ever."""
-_UNDECIDED = timedelta(hours=1)
-"""For people who approve by hand. If the pod still asks, another request is made."""
+_WAIT_FOR_SIGNER_S = 30.0
+"""Automatic signers answer in seconds. Manual approvals take longer, and a waiting call occupies the request queue."""
+_WAIT_FOR_LIST_S = 5.0
+"""After a start: the existing requests must be known, or a second one would be created for the same certificate."""
+_KEEP_SIGNED = timedelta(minutes=10)
+"""The node retries every half minute."""
+_KEEP_APPROVED = timedelta(minutes=15)
+"""No signer takes longer, and Kubernetes keeps approved requests for ever."""
+_KEEP_UNDECIDED = timedelta(hours=1)
+"""For manual approvals. If the pod still needs the certificate, the next call creates another request."""
 
 
-class KubernetesCSR:
-    """An :class:`csi_driver.authority.issuers.external.ExternalIssuer`."""
-
-    shares_certificates = False
+class KubernetesCSRIssuer(DiagnosedIssuer):
+    """One signer of the cluster."""
 
     def __init__(
         self,
         name: str,
         configuration: KubernetesCSRConfiguration,
-        secrets: CredentialReader,
-        access: Access,
+        credentials: CredentialReader,
+        access: CSRAccess,
         *,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
-        patience_s: float = _PATIENCE_S,
+        wait_s: float = _WAIT_FOR_SIGNER_S,
     ) -> None:
-        self._name = name
+        super().__init__(name)
         self._configuration = configuration
-        self._secrets = secrets
+        self._credentials = credentials
         self._access = access
         self._clock = clock
-        self._patience_s = patience_s
-        self._known = CSRs()
-        self._survey = Survey()
-        self._problem: str | None = "the cluster has not been looked at yet"
+        self._wait_s = wait_s
+        self._cache = CSRCache()
+        self._known = KubernetesCSRDiagnosis()
 
     @property
     def roots(self) -> tuple[bytes, ...]:
-        """Those of the configuration; the internal CA's for our own signer."""
-        if self._configuration.roots is None:
-            return self._access.internal_roots()
-        return self._survey.roots
-
-    @property
-    def problem(self) -> str | None:
-        return self._problem
+        return self._access.internal_roots() if self._configuration.roots is None else self._known.roots
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
-            following = self._access.requests.follow(self._known, labels=selector(self._name))
-            tasks.create_task(following.run(), name=f"requests of {self._name}")
-            while True:
-                await self.check()
-                await self._tidy()
-                await asyncio.sleep(_SURVEY_S if self._problem is None else _SURVEY_AFTER_TROUBLE_S)
+            watch = self._access.requests.follow(self._cache, labels=label_selector(self._name))
+            tasks.create_task(watch.run(), name=f"CertificateSigningRequests of {self._name}")
+            await self._diagnose_periodically()
 
-    async def check(self) -> list[Finding]:
-        survey = await look(self._configuration, self._secrets, self._access)
-        survey.roots = survey.roots or self._survey.roots
-        survey.username = survey.username or self._survey.username
-        self._survey = survey
-        if survey.problem != self._problem:
-            log.info("issuer is usable", issuer=self._name) if survey.problem is None else log.warning(
-                "issuer has a problem", issuer=self._name, problem=survey.problem
-            )
-        self._problem = survey.problem
-        return survey.findings
+    async def diagnose(self) -> list[Finding]:
+        diagnosis = await diagnose_kubernetes_csr(self._configuration, self._credentials, self._access.requests)
+        diagnosis.roots = diagnosis.roots or self._known.roots
+        diagnosis.username = diagnosis.username or self._known.username
+        self._known = diagnosis
+        self._report(diagnosis.findings)
+        return diagnosis.findings
 
-    async def issue(self, order: IssuerRequest) -> IssuedCertificate:
-        """See :class:`csi_driver.authority.issuers.Issuer`."""
-        if faults := order_faults(order, self._configuration):
+    async def issue(self, request: IssuerRequest) -> IssuedCertificate:
+        if faults := request_faults(request, self._configuration):
             raise CertmountError(Reason.NAME_NOT_ALLOWED, *faults)
-        if not self._survey.username:
-            await self.check()
-        if not self.roots or not self._survey.username:
-            raise self._unavailable(self._problem or "the roots of its signer are not known yet")
-        csr = await self._asked(order)
+        if not self._known.username:
+            await self.diagnose()
+        if not self.roots or not self._known.username:
+            raise self._unavailable(self._problem or "the signer's roots are not known yet")
+        csr = await self._find_or_create(request)
         try:
-            found = await self._known.wait(csr.name, self._patience_s)
+            finished = await self._cache.wait(csr.name, self._wait_s)
         except KeyError:
-            raise self._unavailable(f"someone has deleted the CertificateSigningRequest {csr.name}") from None
-        if found is None:
-            raise self._pending(self._known.find(csr.name) or csr)
+            raise self._unavailable(f"another client deleted CertificateSigningRequest {csr.name}") from None
+        if finished is None:
+            raise self._pending(self._cache.find(csr.name) or csr)
         try:
-            return self._checked(found, order)
+            return self._checked(finished, request)
         finally:
-            await self._delete(found)
+            await self._delete(finished)
 
-    async def _asked(self, order: IssuerRequest) -> ClusterCSR:
-        """The order's request: the one that there is from an earlier call, to whichever replica, or a new one."""
+    async def _find_or_create(self, request: IssuerRequest) -> ClusterCSR:
+        """Return the request that an earlier call to any replica created, or a new one; approved if so configured."""
         try:
-            async with asyncio.timeout(_LIST_S):
-                await self._known.listed.wait()
+            async with asyncio.timeout(_WAIT_FOR_LIST_S):
+                await self._cache.listed.wait()
         except TimeoutError:
-            raise self._unavailable("the requests that there are could not be read yet") from None
-        label = order_id(order)
-        csr = next((one for one in self._own() if one.labels.get(ORDER_LABEL) == label), None)
+            raise self._unavailable("the existing CertificateSigningRequests are not known yet") from None
+        label = request_id(request)
+        csr = next((one for one in self._own() if one.labels.get(REQUEST_LABEL) == label), None)
         if csr is None:
-            csr = await self._access.requests.create(draft(self._name, self._configuration, order))
-            self._known.add(csr)
+            csr = await self._access.requests.create(csr_draft(self._name, self._configuration, request))
+            self._cache.add(csr)
         if self._configuration.approve and not csr.finished and csr.condition(APPROVED) is None:
-            account = order.identity.service_account
-            text = f"pod {account.namespace}/{order.identity.pod_name} may have it by {', '.join(order.grant.rules)}"
+            pod = f"{request.identity.service_account.namespace}/{request.identity.pod_name}"
+            text = f"allowed for pod {pod} by {', '.join(request.grant.rules)}"
             try:
                 await self._access.requests.decide(csr, CSRCondition(APPROVED, "PolicyAllows", text))
             except CertmountError:
@@ -141,68 +126,58 @@ class KubernetesCSR:
         return csr
 
     def _own(self) -> list[ClusterCSR]:
-        """Those that the authority has made. Anyone may write its labels on others; the user name is stamped."""
-        return [one for one in self._known if one.username == self._survey.username]
+        """Return the requests of the authority. The API server sets the user name, while anyone can set the labels."""
+        return [one for one in self._cache if one.username == self._known.username]
 
-    def _checked(self, found: ClusterCSR, order: IssuerRequest) -> IssuedCertificate:
-        if (refusal := found.refusal) is not None:
-            denied = "failed to sign" if found.condition(APPROVED) else "denied"
-            subject, text = f"issuer {self._name}", f"{self._configuration.signer} {denied} the request: {refusal}"
-            raise CertmountError(Reason.NAME_NOT_ALLOWED, Fault(subject, text))
+    def _checked(self, csr: ClusterCSR, request: IssuerRequest) -> IssuedCertificate:
+        signer = self._configuration.signer
+        if (rejection := csr.rejection) is not None:
+            verb = "failed to sign" if csr.condition(APPROVED) else "denied"
+            fault = Fault(f"issuer {self._name}", f"{signer} {verb} the request: {rejection}")
+            raise CertmountError(Reason.NAME_NOT_ALLOWED, fault)
         try:
-            chain = decode_certificates(found.certificate)
+            chain = decode_certificates(csr.certificate)
         except ValueError:
-            raise self._unavailable("its signer has answered with what is no certificate") from None
-        asked = order.request.names
-        # What the signer has seen is the request, and nothing that policy has added to it.
-        seen = dataclasses.replace(order, grant=dataclasses.replace(order.grant, names=asked))
-        if problems := certificate_problems(chain[0], seen, self._clock()):
-            signer = self._configuration.signer
-            raise CertmountError(
-                Reason.INVALID_RESPONSE, *(Fault(signer, f"the certificate {problem}") for problem in problems)
-            )
-        if not ends_at(chain, self.roots):
-            raise self._unavailable("it signs by a root that is not among the configured ones; see its roots")
+            raise self._unavailable("the signer returned an invalid certificate") from None
+        names = request.csr.names
+        # The signer got the CSR, without the names that the policy added.
+        expected = dataclasses.replace(request, grant=dataclasses.replace(request.grant, names=names))
+        if problems := certificate_problems(chain[0], expected, self._clock()):
+            faults = [Fault(signer, f"the certificate {problem}") for problem in problems]
+            raise CertmountError(Reason.INVALID_RESPONSE, *faults)
+        if not ends_at_root(chain, self.roots):
+            raise self._unavailable("the chain does not end at a configured root; check roots")
         return IssuedCertificate(
-            tuple(one.public_bytes(Encoding.DER) for one in chain),
+            tuple(certificate.public_bytes(Encoding.DER) for certificate in chain),
             self.roots,
-            self._renew_after(chain),
-            identity_included={*order.grant.names.uris} <= {*asked.uris},
+            renew_before_chain_ends(chain, self._clock()),
+            identity_included={*request.grant.names.uris} <= {*names.uris},
         )
-
-    def _renew_after(self, chain: list[x509.Certificate]) -> timedelta | None:
-        """Ahead of an intermediate that ends before the leaf; else as the node likes."""
-        end = min(one.not_valid_after_utc for one in chain)
-        return None if end >= chain[0].not_valid_after_utc else max((end - self._clock()) * 2 / 3, timedelta())
 
     async def _delete(self, csr: ClusterCSR) -> None:
         try:
             await self._access.requests.delete(csr)
         except CertmountError as error:
-            log.warning("a request is left to be removed later", issuer=self._name, csr=csr.name, error=str(error))
+            text = "CertificateSigningRequest not deleted; retrying later"
+            log.warning(text, issuer=self._name, csr=csr.name, error=str(error))
         else:
-            self._known.forget(csr.name)
+            self._cache.forget(csr.name)
 
-    async def _tidy(self) -> None:
-        """Removes what nobody came back for: of pods that are gone, and of replicas that died."""
+    async def _maintain(self) -> None:
+        """Delete requests that no node needs any more: of deleted pods, and of replicas that stopped."""
         for csr in self._own():
-            if self._clock().timestamp() - csr.created_at > self._kept(csr).total_seconds():
+            if self._clock().timestamp() - csr.created_at > self._keep(csr).total_seconds():
                 await self._delete(csr)
 
-    def _kept(self, csr: ClusterCSR) -> timedelta:
+    def _keep(self, csr: ClusterCSR) -> timedelta:
         if csr.finished:
-            return _UNCLAIMED
-        return _UNSIGNED if self._configuration.approve or csr.condition(APPROVED) else _UNDECIDED
+            return _KEEP_SIGNED
+        return _KEEP_APPROVED if self._configuration.approve or csr.condition(APPROVED) else _KEEP_UNDECIDED
 
     def _pending(self, csr: ClusterCSR) -> CertmountError:
-        signer = self._configuration.signer
         if csr.condition(APPROVED) is not None or self._configuration.approve:
-            waits = f"is approved and waits for {signer} to sign it"
+            problem = f"is approved and waits for {self._configuration.signer} to sign it"
         else:
-            waits = f"waits for someone to approve it: kubectl certificate approve {csr.name}"
-        problem = f"CertificateSigningRequest {csr.name} {waits}"
-        return CertmountError(Reason.ISSUANCE_PENDING, Fault(f"issuer {self._name}", problem))
-
-    def _unavailable(self, problem: str) -> CertmountError:
-        hint = f"`certmount issuer check {self._name}` looks at all of it"
-        return CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(f"issuer {self._name}", problem, hint))
+            problem = f"waits for approval: kubectl certificate approve {csr.name}"
+        fault = Fault(f"issuer {self._name}", f"CertificateSigningRequest {csr.name} {problem}")
+        return CertmountError(Reason.ISSUANCE_PENDING, fault)

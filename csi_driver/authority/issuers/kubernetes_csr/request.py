@@ -1,4 +1,4 @@
-"""An order as a CertificateSigningRequest: what can be asked for, and in which words."""
+"""Translates a request into a CertificateSigningRequest."""
 
 from __future__ import annotations
 
@@ -15,63 +15,63 @@ from csi_driver.core.cluster.csr import DIGITAL_SIGNATURE, KEY_ENCIPHERMENT, PUR
 from csi_driver.core.durations import format_duration
 from csi_driver.core.errors import Fault
 
-ISSUER_LABEL, ORDER_LABEL = "certmount.dev/issuer", "certmount.dev/order"
+ISSUER_LABEL, REQUEST_LABEL = "certmount.dev/issuer", "certmount.dev/request"
 _MANAGED = {"app.kubernetes.io/managed-by": "certmount"}
-_POD_NOTE, _NAMES_NOTE = "certmount.dev/pod", "certmount.dev/names"
-_MAX_NOTE = 2048
+_POD_ANNOTATION, _NAMES_ANNOTATION = "certmount.dev/pod", "certmount.dev/names"
+_MAX_ANNOTATION = 2048
 
 
-def selector(issuer: str) -> str:
-    """By which the issuer's own requests are found: ``kubectl get csr -l ...``."""
+def label_selector(issuer: str) -> str:
+    """Return the selector of the issuer's own requests, for ``kubectl get csr -l``."""
     return f"{ISSUER_LABEL}={issuer}"
 
 
-def order_faults(order: IssuerRequest, configuration: KubernetesCSRConfiguration) -> list[Fault]:
-    """Why it can't be asked for, told before anything is made."""
+def request_faults(request: IssuerRequest, configuration: KubernetesCSRConfiguration) -> list[Fault]:
+    """Return why the signer can't sign the request."""
     faults: list[Fault] = []
-    duration, least, most = order.grant.duration, configuration.min_duration, configuration.max_duration
-    if duration < least:
-        problem = f"{format_duration(duration)} is shorter than this issuer's least, {format_duration(least)}"
+    duration, minimum, maximum = request.grant.duration, configuration.min_duration, configuration.max_duration
+    if duration < minimum:
+        problem = f"{format_duration(duration)} is shorter than this issuer's minimum of {format_duration(minimum)}"
         faults.append(Fault("duration", problem))
-    if most is not None and duration > most:
-        problem = f"{format_duration(duration)} is longer than this issuer's most, {format_duration(most)}"
+    if maximum is not None and duration > maximum:
+        problem = f"{format_duration(duration)} is longer than this issuer's maximum of {format_duration(maximum)}"
         faults.append(Fault("duration", problem))
-    if not len(order.request.names):
-        # The signer sees the node's request alone, and nothing can be added to that.
-        own = ", ".join(str(uri) for uri in order.grant.names.uris)
-        problem = "nothing is asked for, and a signer of the cluster signs what the request names"
-        faults.append(Fault("name", problem, f"name what is needed, such as uri-sans: {own}"))
+    if not len(request.csr.names):
+        # The signer gets the node's CSR, and the authority can't add names to that.
+        own = ", ".join(str(uri) for uri in request.grant.names.uris)
+        problem = "no name is requested, and a signer of the cluster signs only requested names"
+        faults.append(Fault("name", problem, f"set the names, for example uri-sans: {own}"))
     return faults
 
 
-def order_id(order: IssuerRequest) -> str:
-    """The same for the same order, whichever replica gets it: for a label of at most 63 characters."""
+def request_id(request: IssuerRequest) -> str:
+    """Return a label value that is the same for the same request, so that every replica finds it."""
     content = [
-        public_bytes(order.request.public_key).hex(),
-        order.identity.pod_uid,
-        *(usage.value for usage in order.grant.usages),
-        str(order.grant.duration.total_seconds()),
-        *(str(name) for name in order.request.names),
+        public_bytes(request.csr.public_key).hex(),
+        request.identity.pod_uid,
+        *(usage.value for usage in request.grant.usages),
+        str(request.grant.duration.total_seconds()),
+        *(str(name) for name in request.csr.names),
     ]
     return hashlib.sha256("\n".join(content).encode()).hexdigest()[:40]
 
 
-def draft(issuer: str, configuration: KubernetesCSRConfiguration, order: IssuerRequest) -> CSRDraft:
-    """The request that is to be made."""
-    account, rsa_key = order.identity.service_account, isinstance(order.request.public_key, rsa.RSAPublicKey)
+def csr_draft(issuer: str, configuration: KubernetesCSRConfiguration, request: IssuerRequest) -> CSRDraft:
+    """Return the CertificateSigningRequest to create."""
+    account, is_rsa = request.identity.service_account, isinstance(request.csr.public_key, rsa.RSAPublicKey)
     return CSRDraft(
         name_prefix=f"certmount-{issuer[:40]}-",
         signer=configuration.signer,
-        request=x509.load_der_x509_csr(order.request.der).public_bytes(Encoding.PEM),
+        request=x509.load_der_x509_csr(request.csr.der).public_bytes(Encoding.PEM),
         usages=(
             DIGITAL_SIGNATURE,
-            *((KEY_ENCIPHERMENT,) if rsa_key else ()),
-            *(PURPOSES[usage] for usage in order.grant.usages),
+            *((KEY_ENCIPHERMENT,) if is_rsa else ()),
+            *(PURPOSES[usage] for usage in request.grant.usages),
         ),
-        life_s=int(order.grant.duration.total_seconds()),
-        labels={**_MANAGED, ISSUER_LABEL: issuer, ORDER_LABEL: order_id(order)},
+        expiration_s=int(request.grant.duration.total_seconds()),
+        labels={**_MANAGED, ISSUER_LABEL: issuer, REQUEST_LABEL: request_id(request)},
         annotations={
-            _POD_NOTE: f"{account.namespace}/{order.identity.pod_name}",
-            _NAMES_NOTE: str(order.request.names)[:_MAX_NOTE],
+            _POD_ANNOTATION: f"{account.namespace}/{request.identity.pod_name}",
+            _NAMES_ANNOTATION: str(request.csr.names)[:_MAX_ANNOTATION],
         },
     )

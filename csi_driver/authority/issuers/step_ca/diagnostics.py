@@ -1,10 +1,10 @@
-"""Looks at a step-ca and at what the authority has for it: the same walk for its readiness, for a dry run, and to explain a refusal."""
+"""Diagnoses a step-ca issuer: for its readiness, for `certmount issuer check`, and to explain a rejected token."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -13,163 +13,148 @@ from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from csi_driver.authority.issuers.external import Finding
 from csi_driver.authority.issuers.credentials import CredentialReader
-from csi_driver.authority.issuers.step_ca.client import Client, Unreachable, fetch_unverified
+from csi_driver.authority.issuers.findings import Finding
+from csi_driver.authority.issuers.http_client import HttpError
+from csi_driver.authority.issuers.step_ca.client import StepCAClient
 from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.provisioner_key import ProvisionerKey, load_provisioner_key
-from csi_driver.authority.issuers.step_ca.provisioners import Provisioner, choose, judge_key, list_provisioners
+from csi_driver.authority.issuers.step_ca.provisioners import Provisioner, check_key, select_provisioner
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.formats.pem import decode_certificates, fingerprint
 from csi_driver.core.secret import Secret
 
-_MOST_ROOTS = 10
-"""As many as a volume takes."""
+_MAX_ROOTS = 10
+"""A volume can hold as many."""
 _MAX_ROOT_FILE_BYTES = 1024 * 1024
-_LARGEST_SKEW = timedelta(minutes=1)
-"""What step-ca lets pass between the clocks when it looks at a token."""
+_MAX_CLOCK_SKEW = timedelta(minutes=1)
+"""What step-ca tolerates when it verifies a token."""
 
 
 @dataclass(slots=True)
-class Survey:
-    """What was found. It ends at the first thing without which the rest can't be looked at."""
+class StepCADiagnosis:
+    """The result of a diagnosis, which ends at the first failure that prevents the remaining checks."""
 
     findings: list[Finding] = field(default_factory=list)
     roots: tuple[bytes, ...] = ()
-    """For pods, DER: step-ca's own, then those it federates with. None where they could not be had."""
+    """For pods, DER: step-ca's own roots, then those of CAs that it federates with; empty if they are unknown."""
     provisioner: Provisioner | None = None
     key: ProvisionerKey | None = None
-    """Where it is the provisioner's."""
+    """None unless it belongs to the provisioner."""
 
-    @property
-    def problem(self) -> str | None:
-        """All that is wrong, in one line; None where nothing is."""
-        return "; ".join(f"{one.subject}: {one.text}" for one in self.findings if not one.ok) or None
-
-    def note(self, subject: str, ok: bool, text: str) -> None:
+    def add(self, subject: str, ok: bool, text: str) -> None:
         self.findings.append(Finding(subject, ok, text))
 
 
-class KeyRing:
-    """The provisioner's private key as it is now; decrypted only when it is another one than before, as that takes long."""
+class ProvisionerKeyLoader:
+    """Loads the provisioner's private key. It decrypts the key only if it changed, because decryption is slow."""
 
-    def __init__(self, configuration: StepCAConfiguration, secrets: CredentialReader) -> None:
+    def __init__(self, configuration: StepCAConfiguration, credentials: CredentialReader) -> None:
         self._configuration = configuration
-        self._secrets = secrets
+        self._credentials = credentials
         self._content: tuple[Secret[bytes], Secret[bytes] | None] | None = None
         self._key: ProvisionerKey | None = None
 
     async def load(self, provisioner: Provisioner) -> ProvisionerKey:
-        """Raises CertmountError IssuerUnavailable where it can't be read, ValueError in words that follow "is"."""
+        """Raise CertmountError IssuerUnavailable if it can't be read; ValueError, in words that follow "is", if invalid."""
         source, password_source = self._configuration.key, self._configuration.password
-        content = await self._secrets.read(source) if source is not None else provisioner.encrypted_key
+        content = await self._credentials.read(source) if source is not None else provisioner.encrypted_key
         if content is None:
-            raise ValueError("not handed out by step-ca for this provisioner; give it as key")
-        password = await self._secrets.read(password_source) if password_source is not None else None
+            raise ValueError("not published by step-ca for this provisioner; set key")
+        password = await self._credentials.read(password_source) if password_source is not None else None
         if self._key is None or (content, password) != self._content:
             self._key = await asyncio.to_thread(load_provisioner_key, content, password)
             self._content = (content, password)
         return self._key
 
 
-async def find_pinned(configuration: StepCAConfiguration) -> tuple[x509.Certificate, ...]:
-    """The roots that step-ca must prove itself by: those of the file, or the one that has the fingerprint.
+async def fetch_pinned_roots(configuration: StepCAConfiguration) -> tuple[x509.Certificate, ...]:
+    """Return the roots that verify step-ca's TLS certificate: those of the file, or the root with the fingerprint.
 
     Raises:
-        Unreachable: with subject root, or as fetching it fails.
+        HttpError: with subject root, or as the request fails.
     """
     if configuration.root_file is not None:
         return await asyncio.to_thread(_read_roots, configuration.root_file)
-    wanted = configuration.root_sha256 or ""
-    answer = await fetch_unverified(configuration.url, f"/root/{wanted}")
-    if answer.status == 404:
-        hint = "take the fingerprint from `step certificate fingerprint root_ca.crt` on step-ca's machine"
-        raise Unreachable("root", f"step-ca has no root with the SHA-256 {wanted}", hint)
-    # Whoever answered proves nothing; the certificate does, by its hash.
-    found = _decoded([answer.document.get("ca")])
-    if len(found) != 1 or found[0].fingerprint(SHA256()).hex() != wanted:
-        raise Unreachable("root", f"what answers has no root with the SHA-256 {wanted}", "is url right?")
-    return found
+    sha256 = configuration.root_sha256 or ""
+    client = StepCAClient(configuration.url, None)
+    try:
+        roots = await client.root(sha256)
+    finally:
+        await client.close()
+    if roots is None:
+        hint = "run `step certificate fingerprint root_ca.crt` on step-ca's machine for the current fingerprint"
+        raise HttpError("root", f"step-ca has no root with the SHA-256 {sha256}", hint)
+    # The connection is not verified yet, so the certificate must prove itself by its hash.
+    if len(roots) != 1 or roots[0].fingerprint(SHA256()).hex() != sha256:
+        raise HttpError("root", f"the server did not return a root with the SHA-256 {sha256}", "check url")
+    return tuple(roots)
 
 
-async def look(
-    client: Client, configuration: StepCAConfiguration, keys: KeyRing, clock: Callable[[], datetime]
-) -> Survey:
-    """Walks through all that issuing needs; issues nothing and raises nothing."""
-    survey = Survey()
+async def diagnose_step_ca(
+    client: StepCAClient, configuration: StepCAConfiguration, keys: ProvisionerKeyLoader, clock: Callable[[], datetime]
+) -> StepCADiagnosis:
+    """Check everything that issuing needs; request no certificate and raise nothing."""
+    diagnosis = StepCADiagnosis()
     try:
         started = time.perf_counter()
-        health = await client.get("/health")
+        health = await client.health()
         now = clock()
         took = round((time.perf_counter() - started) * 1000)
-        if health.status != 200 or health.document.get("status") != "ok":
-            survey.note("reachable", False, f"it answers HTTP {health.status} to /health {health.message}".rstrip())
-            return survey
-        survey.note(
-            "reachable", True, f"step-ca at {configuration.url} answers in {took} ms, and proves itself by the root"
-        )
-        await _look_at_roots(client, survey)
-        await _look_at_provisioner(client, configuration, keys, survey)
-        _look_at_clock(health.time, now, survey)
-    except Unreachable as error:
-        survey.note(error.subject, False, str(error))
-    return survey
+        text = f"step-ca at {configuration.url} answers in {took} ms, and the root verifies its certificate"
+        diagnosis.add("reachable", True, text)
+        await _check_roots(client, diagnosis)
+        await _check_provisioner(client, configuration, keys, diagnosis)
+        _check_clock(health.time, now, diagnosis)
+    except HttpError as error:
+        diagnosis.add(error.subject, False, str(error))
+    return diagnosis
 
 
-async def _look_at_roots(client: Client, survey: Survey) -> None:
-    own, federated = [await _certificates(client, path) for path in ("/roots", "/federation")]
-    ders = tuple(dict.fromkeys(one.public_bytes(Encoding.DER) for one in (*own, *federated)))
-    if not own or len(ders) > _MOST_ROOTS:
-        survey.note("roots", False, f"it hands out {len(ders)} roots; 1 to {_MOST_ROOTS} can be used")
+async def _check_roots(client: StepCAClient, diagnosis: StepCADiagnosis) -> None:
+    own, federated = [await client.roots(path) for path in ("/roots", "/federation")]
+    roots = {certificate.public_bytes(Encoding.DER): certificate for certificate in (*own, *federated)}
+    if not own or len(roots) > _MAX_ROOTS:
+        diagnosis.add("roots", False, f"step-ca publishes {len(roots)} roots; expected 1 to {_MAX_ROOTS}")
         return
-    survey.roots = ders
-    known = {one.public_bytes(Encoding.DER): one for one in (*own, *federated)}
-    survey.note("roots", True, "for pods: " + ", ".join(_shown(one) for one in known.values()))
+    diagnosis.roots = tuple(roots)
+    diagnosis.add("roots", True, "pods trust " + ", ".join(_describe(certificate) for certificate in roots.values()))
 
 
-async def _look_at_provisioner(
-    client: Client, configuration: StepCAConfiguration, keys: KeyRing, survey: Survey
+async def _check_provisioner(
+    client: StepCAClient, configuration: StepCAConfiguration, keys: ProvisionerKeyLoader, diagnosis: StepCADiagnosis
 ) -> None:
-    survey.provisioner, finding = choose(await list_provisioners(client), configuration.provisioner)
-    survey.findings.append(finding)
-    if survey.provisioner is None:
+    provisioner, finding = select_provisioner(await client.provisioners(), configuration.provisioner)
+    diagnosis.findings.append(finding)
+    if provisioner is None:
         return
+    diagnosis.provisioner = provisioner
     try:
-        key = await keys.load(survey.provisioner)
+        key = await keys.load(provisioner)
     except CertmountError as error:
-        survey.note("key", False, str(error.args[0]))
+        diagnosis.add("key", False, str(error.args[0]))
         return
     except ValueError as problem:
-        survey.note("key", False, f"it is {problem}")
+        diagnosis.add("key", False, f"is {problem}")
         return
-    finding = judge_key(survey.provisioner, key)
-    survey.findings.append(finding)
+    finding = check_key(provisioner, key)
+    diagnosis.findings.append(finding)
     if finding.ok:
-        survey.key = key
-    survey.note("lives", True, f"a certificate may live for {survey.provisioner.lives}")
+        diagnosis.key = key
+    diagnosis.add("lifetime", True, f"the provisioner allows {provisioner.limits}")
 
 
-def _look_at_clock(told: datetime | None, now: datetime, survey: Survey) -> None:
-    if told is None:
-        survey.note("clock", True, "step-ca doesn't tell the time")
+def _check_clock(time: datetime | None, now: datetime, diagnosis: StepCADiagnosis) -> None:
+    if time is None:
+        diagnosis.add("clock", True, "unknown, because step-ca does not send the time")
         return
-    ahead = told - now.replace(microsecond=0)
-    seconds = int(ahead.total_seconds())
-    text = f"step-ca's is {abs(seconds)} s {'ahead' if seconds > 0 else 'behind'}" if abs(seconds) > 1 else "like ours"
-    if abs(ahead) > _LARGEST_SKEW:
-        text += "; it takes tokens of up to a minute's difference: set the clocks right"
-    survey.note("clock", abs(ahead) <= _LARGEST_SKEW, text)
-
-
-async def _certificates(client: Client, path: str) -> tuple[x509.Certificate, ...]:
-    answer = await client.get(path)
-    listed = answer.document.get("crts")
-    if answer.status not in (200, 201) or not isinstance(listed, list):
-        raise Unreachable("roots", f"it answers HTTP {answer.status} to {path} {answer.message}".rstrip())
-    found = _decoded(listed)
-    if len(found) != len(listed):
-        raise Unreachable("roots", f"it answers to {path} with something that is no certificate")
-    return found
+    skew = time - now.replace(microsecond=0)
+    seconds = int(skew.total_seconds())
+    direction = "ahead" if seconds > 0 else "behind"
+    text = f"step-ca's clock is {abs(seconds)} s {direction}" if abs(seconds) > 1 else "in sync"
+    if abs(skew) > _MAX_CLOCK_SKEW:
+        text += "; step-ca tolerates at most 60 s; synchronize the clocks"
+    diagnosis.add("clock", abs(skew) <= _MAX_CLOCK_SKEW, text)
 
 
 def _read_roots(file: str) -> tuple[x509.Certificate, ...]:
@@ -182,21 +167,10 @@ def _read_roots(file: str) -> tuple[x509.Certificate, ...]:
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
     except ValueError:
-        problem = "holds no certificates in PEM, or a broken one"
-    raise Unreachable("root", f"file {file} {problem}")
+        problem = "does not contain valid certificates in PEM"
+    raise HttpError("root", f"file {file} {problem}")
 
 
-def _decoded(pems: Sequence[object]) -> tuple[x509.Certificate, ...]:
-    """Those of the PEM texts that are certificates."""
-    found: list[x509.Certificate] = []
-    for pem in pems:
-        try:
-            found += decode_certificates(pem.encode()) if isinstance(pem, str) else []
-        except ValueError:
-            continue
-    return tuple(found)
-
-
-def _shown(certificate: x509.Certificate) -> str:
+def _describe(certificate: x509.Certificate) -> str:
     name = certificate.subject.rfc4514_string()[:100] or "a root without a name"
     return f"{name} until {certificate.not_valid_after_utc:%Y-%m-%d} ({fingerprint(certificate)[:21]}...)"

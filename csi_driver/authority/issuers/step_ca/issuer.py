@@ -1,236 +1,199 @@
-"""Signs orders by one step-ca, and follows its roots, its provisioner and its health."""
+"""Signs certificates with step-ca, and follows its roots, its provisioner and its health."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import secrets as randomness
+import secrets
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
-import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
-from csi_driver.authority.issuers.certificate_check import certificate_problems, ends_at
-from csi_driver.authority.issuers.external import Finding
+from csi_driver.authority.issuers.certificate_check import certificate_problems, ends_at_root, renew_before_chain_ends
 from csi_driver.authority.issuers.credentials import CredentialReader
-from csi_driver.authority.issuers.step_ca.client import Answer, Client, Unreachable
+from csi_driver.authority.issuers.diagnosed_issuer import DiagnosedIssuer
+from csi_driver.authority.issuers.findings import Finding, problem_of
+from csi_driver.authority.issuers.http_client import HttpError, JsonResponse
+from csi_driver.authority.issuers.step_ca.client import StepCAClient, parse_signed_chain
 from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
-from csi_driver.authority.issuers.step_ca.request import claims_of, order_faults
+from csi_driver.authority.issuers.step_ca.diagnostics import (
+    ProvisionerKeyLoader,
+    StepCADiagnosis,
+    diagnose_step_ca,
+    fetch_pinned_roots,
+)
 from csi_driver.authority.issuers.step_ca.provisioner_key import ProvisionerKey
-from csi_driver.authority.issuers.step_ca.diagnostics import KeyRing, Survey, find_pinned, look
+from csi_driver.authority.issuers.step_ca.request import request_faults, token_claims
+from csi_driver.core.backoff import Backoff
 from csi_driver.core.durations import format_duration
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.formats.pem import decode_certificates
 
-log = structlog.get_logger(__name__)
-
-_SURVEY_S = 60.0
-"""So soon a new root reaches pods, and a new key of the provisioner is used; five small requests."""
-_SURVEY_AFTER_TROUBLE_S = 5.0
-_RETRIES_S = (0.25, 1.0)
-"""A step-ca that restarts is away for about a second; whatever lasts longer is for the node, which tries again."""
-_PATIENCE_S = 10.0
-_MAX_CHAIN = 10
-_SOONEST_RENEWAL = timedelta(minutes=1)
+_BACKOFF = Backoff(0.25, 1.0, factor=4)
+"""step-ca restarts within about a second. The node retries after longer outages."""
+_ATTEMPTS = 3
+_RETRY_FOR_S = 10.0
 
 
-class StepCA:
-    """An :class:`csi_driver.authority.issuers.external.ExternalIssuer`."""
-
-    shares_certificates = False
+class StepCAIssuer(DiagnosedIssuer):
+    """One step-ca."""
 
     def __init__(
         self,
         name: str,
         configuration: StepCAConfiguration,
-        secrets: CredentialReader,
+        credentials: CredentialReader,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        self._name = name
+        super().__init__(name)
         self._configuration = configuration
-        self._keys = KeyRing(configuration, secrets)
+        self._keys = ProvisionerKeyLoader(configuration, credentials)
         self._clock = clock
-        self._pinned: tuple[x509.Certificate, ...] = ()
-        self._client: Client | None = None
-        self._known = Survey()
-        self._problem: str | None = "it has not been reached yet"
-        self._surveying: asyncio.Task[Survey] | None = None
+        self._pinned_roots: tuple[x509.Certificate, ...] = ()
+        self._client: StepCAClient | None = None
         self._connecting = asyncio.Lock()
-        self._trouble = asyncio.Event()
+        self._known = StepCADiagnosis()
+        self._diagnosing: asyncio.Task[StepCADiagnosis] | None = None
         self._running = False
 
     @property
     def roots(self) -> tuple[bytes, ...]:
-        """Those of step-ca and of whom it federates with, as they were last handed out."""
         return self._known.roots
-
-    @property
-    def problem(self) -> str | None:
-        return self._problem
 
     async def run(self) -> None:
         self._running = True
         try:
-            while True:
-                await self._survey()
-                self._trouble.clear()
-                if self._problem is not None:
-                    await asyncio.sleep(_SURVEY_AFTER_TROUBLE_S)
-                    continue
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_SURVEY_S):
-                        await self._trouble.wait()
+            await self._diagnose_periodically()
         finally:
             self._running = False
-            if self._surveying is not None:
-                self._surveying.cancel()
-                await asyncio.wait([self._surveying])
+            if self._diagnosing is not None:
+                self._diagnosing.cancel()
+                await asyncio.wait([self._diagnosing])
             await self._disconnect()
 
-    async def check(self) -> list[Finding]:
+    async def diagnose(self) -> list[Finding]:
         try:
-            return (await self._survey()).findings
+            return (await self._diagnose()).findings
         finally:
             if not self._running:
                 await self._disconnect()
 
-    async def issue(self, order: IssuerRequest) -> IssuedCertificate:
-        """See :class:`csi_driver.authority.issuers.Issuer`."""
-        key = self._known.key or (await self._survey()).key
+    async def issue(self, request: IssuerRequest) -> IssuedCertificate:
+        key = self._known.key or (await self._diagnose()).key
         if key is None or self._known.provisioner is None:
             raise self._unavailable(self._problem or "")
-        if faults := order_faults(order, self._known.provisioner.lives):
+        if faults := request_faults(request, self._known.provisioner.limits):
             raise CertmountError(Reason.NAME_NOT_ALLOWED, *faults)
-        answer = await self._signed(order, key)
-        if answer.status == 401:
-            survey = await self._survey()
-            if survey.problem is not None or survey.key is None or survey.key is key:
-                raise self._unauthorised(survey)
-            answer = await self._signed(order, survey.key)  # as when the provisioner's key has just been replaced
-        if answer.status in (400, 403):
-            # "The request was forbidden by the certificate authority: ..." says itself what the rest of our text says.
-            text = answer.message.rpartition("certificate authority: ")[2] or f"HTTP {answer.status}"
-            hint = "see the provisioner's claims and policy in step-ca's configuration"
-            raise CertmountError(
-                Reason.NAME_NOT_ALLOWED, Fault(f"issuer {self._name}", f"step-ca refuses it: {text}", hint)
-            )
-        if answer.status != 201:
-            raise self._unavailable(f"step-ca answers HTTP {answer.status} {answer.message}".rstrip())
-        return await self._checked(answer, order)
+        response = await self._sign(request, key)
+        if response.status == 401:
+            diagnosis = await self._diagnose()
+            if problem_of(diagnosis.findings) or diagnosis.key is None or diagnosis.key is key:
+                raise self._unauthorized(diagnosis)
+            response = await self._sign(request, diagnosis.key)  # the provisioner's key was replaced
+        if response.status in (400, 403):
+            # Omit "The request was forbidden by the certificate authority: ", which repeats our own text.
+            text = response.message.rpartition("certificate authority: ")[2] or f"HTTP {response.status}"
+            hint = "check the provisioner's claims and policy in step-ca's configuration"
+            fault = Fault(f"issuer {self._name}", f"step-ca rejected the request: {text}", hint)
+            raise CertmountError(Reason.NAME_NOT_ALLOWED, fault)
+        if response.status != 201:
+            raise self._unavailable(f"step-ca returned HTTP {response.status} {response.message}".rstrip())
+        return await self._checked(response, request)
 
-    async def _signed(self, order: IssuerRequest, key: ProvisionerKey) -> Answer:
-        """Step-ca's answer. Each try has a token of its own, as one is used up whatever came of it."""
+    async def _sign(self, request: IssuerRequest, key: ProvisionerKey) -> JsonResponse:
+        """Return step-ca's response. Each attempt needs a new token, because a token is used up even if the call fails."""
         loop = asyncio.get_running_loop()
-        end = loop.time() + _PATIENCE_S
-        csr = x509.load_der_x509_csr(order.request.der).public_bytes(Encoding.PEM).decode("ascii")
-        for delay in (*_RETRIES_S, None):
-            claims = claims_of(order, self._configuration, randomness.token_urlsafe(24))
+        deadline = loop.time() + _RETRY_FOR_S
+        csr = x509.load_der_x509_csr(request.csr.der).public_bytes(Encoding.PEM).decode("ascii")
+        for attempt in range(1, _ATTEMPTS + 1):
+            claims = token_claims(request, self._configuration, secrets.token_urlsafe(24))
             token = key.token(claims, self._clock()).reveal()
-            body = {"csr": csr, "ott": token, "notAfter": format_duration(order.grant.duration)}
-            last = delay is None or loop.time() + delay > end
+            delay_s = _BACKOFF.delay_s(attempt)
+            last = attempt == _ATTEMPTS or loop.time() + delay_s > deadline
             try:
-                answer = await (await self._connected()).post("/1.0/sign", body)
-                if last or answer.status not in (429, 500, 502, 503, 504):
-                    return answer
-            except Unreachable as error:
-                if last or error.subject not in ("reachable", "answer"):
+                client = await self._connect()
+                response = await client.sign(csr, token, format_duration(request.grant.duration))
+                if last or response.status not in (429, 500, 502, 503, 504):
+                    return response
+            except HttpError as error:
+                if last or error.subject not in ("reachable", "response"):
                     raise self._unavailable(str(error)) from None
-            await asyncio.sleep(delay or 0)
-        raise AssertionError("the last try returns or raises")
+            await asyncio.sleep(delay_s)
+        raise AssertionError("the last attempt returns or raises")
 
-    async def _checked(self, answer: Answer, order: IssuerRequest) -> IssuedCertificate:
-        chain = self._chain(answer)
-        if problems := certificate_problems(chain[0], order, self._clock()):
-            hint = "look at the template and the webhooks of the provisioner; docs/issuers.md has a template for usages"
-            faults = [Fault("step-ca", f"the certificate {problem}") for problem in problems]
-            raise CertmountError(Reason.INVALID_RESPONSE, *faults[:-1], Fault("step-ca", faults[-1].problem, hint))
-        if not ends_at(chain, self.roots):
-            await self._survey()  # it may have changed its root a moment ago
-            if not ends_at(chain, self.roots):
-                raise self._unavailable("it signs by a root that it does not hand out at /roots")
+    async def _checked(self, response: JsonResponse, request: IssuerRequest) -> IssuedCertificate:
+        chain = parse_signed_chain(response)
+        if not chain:
+            raise self._unavailable("the response contains no certificate chain")
+        if problems := certificate_problems(chain[0], request, self._clock()):
+            hint = "check the provisioner's template and webhooks; docs/issuers.md has a template for usages"
+            hints = [""] * (len(problems) - 1) + [hint]
+            faults = [
+                Fault("step-ca", f"the certificate {problem}", hint)
+                for problem, hint in zip(problems, hints, strict=True)
+            ]
+            raise CertmountError(Reason.INVALID_RESPONSE, *faults)
+        if not ends_at_root(chain, self.roots):
+            await self._diagnose()  # step-ca's root may have changed since the last diagnosis
+            if not ends_at_root(chain, self.roots):
+                raise self._unavailable("the chain ends at a root that step-ca does not publish at /roots")
         return IssuedCertificate(
-            tuple(one.public_bytes(Encoding.DER) for one in chain), self.roots, self._renew_after(chain)
+            tuple(certificate.public_bytes(Encoding.DER) for certificate in chain),
+            self.roots,
+            renew_before_chain_ends(chain, self._clock()),
         )
 
-    def _chain(self, answer: Answer) -> list[x509.Certificate]:
-        listed = answer.document.get("certChain")
-        try:
-            chain = [decode_certificates(pem.encode())[0] for pem in listed] if isinstance(listed, list) else []
-        except (ValueError, AttributeError):
-            chain = []
-        if not 0 < len(chain) <= _MAX_CHAIN:
-            raise self._unavailable("its answer holds no chain of certificates")
-        return chain
-
-    def _renew_after(self, chain: list[x509.Certificate]) -> timedelta | None:
-        """Ahead of an intermediate that ends before the leaf, as step-ca signs beyond its own end; else as the node likes."""
-        end = min(one.not_valid_after_utc for one in chain)
-        if end >= chain[0].not_valid_after_utc:
-            return None
-        return max((end - self._clock()) * 2 / 3, _SOONEST_RENEWAL)
-
-    def _unauthorised(self, survey: Survey) -> CertmountError:
-        """Step-ca's 401 says nothing on purpose; what it lists to anyone tells most of the reasons."""
+    def _unauthorized(self, diagnosis: StepCADiagnosis) -> CertmountError:
+        """Explain HTTP 401, which step-ca sends without a reason, by what step-ca publishes."""
         host = self._configuration.url.removeprefix("https://")
-        rest = (
-            "provisioner, key and clock fit, so it was started a moment ago, or else knows itself by another name: see that"
-            f' "dnsNames" in its ca.json has the host of {host}; its log has the reason'
+        other = (
+            "provisioner, key and clock match, so step-ca has just started, or its"
+            f' "dnsNames" in ca.json lack the host of {host}; check its log'
         )
-        return self._unavailable(f"step-ca refuses the authority's token (HTTP 401): {survey.problem or rest}")
+        problem = problem_of(diagnosis.findings) or other
+        return self._unavailable(f"step-ca rejected the authority's token (HTTP 401): {problem}")
 
-    async def _survey(self) -> Survey:
-        """A look at step-ca now; who asks while one is under way shares it."""
-        if self._surveying is None or self._surveying.done():
-            self._surveying = asyncio.create_task(self._surveyed(), name=f"survey of {self._name}")
-        survey = self._surveying
-        await asyncio.wait([survey])
-        if survey.cancelled():
-            raise self._unavailable("it is being replaced")
-        return survey.result()
+    async def _diagnose(self) -> StepCADiagnosis:
+        """Diagnose step-ca; concurrent callers share one diagnosis."""
+        if self._diagnosing is None or self._diagnosing.done():
+            self._diagnosing = asyncio.create_task(self._run_diagnosis(), name=f"diagnosis of {self._name}")
+        diagnosing = self._diagnosing
+        await asyncio.wait([diagnosing])
+        if diagnosing.cancelled():
+            raise self._unavailable("the issuer is being replaced")
+        return diagnosing.result()
 
-    async def _surveyed(self) -> Survey:
+    async def _run_diagnosis(self) -> StepCADiagnosis:
         try:
-            survey = await look(await self._connected(refresh=True), self._configuration, self._keys, self._clock)
-        except Unreachable as error:
-            survey = Survey([Finding(error.subject, False, str(error))])
-        self._known = Survey(
-            survey.findings,
-            survey.roots or self._known.roots,
-            survey.provisioner or self._known.provisioner,
-            survey.key or self._known.key,
+            client = await self._connect(refresh=True)
+            diagnosis = await diagnose_step_ca(client, self._configuration, self._keys, self._clock)
+        except HttpError as error:
+            diagnosis = StepCADiagnosis([Finding(error.subject, False, str(error))])
+        known = self._known
+        self._known = StepCADiagnosis(
+            diagnosis.findings,
+            diagnosis.roots or known.roots,
+            diagnosis.provisioner or known.provisioner,
+            diagnosis.key or known.key,
         )
-        self._tell(survey.problem)
-        return survey
+        self._report(diagnosis.findings)
+        return diagnosis
 
-    def _tell(self, problem: str | None) -> None:
-        if problem is None and self._problem is not None:
-            log.info("issuer is usable", issuer=self._name)
-        elif problem != self._problem:
-            log.warning("issuer has a problem", issuer=self._name, problem=problem)
-        self._problem = problem
-        if problem is not None:
-            self._trouble.set()
-
-    async def _connected(self, *, refresh: bool = False) -> Client:
-        """The connections; with ``refresh``, by the roots as their file has them now. Raises Unreachable."""
+    async def _connect(self, *, refresh: bool = False) -> StepCAClient:
+        """Return the client; ``refresh`` reads the root file again. Raise HttpError."""
         async with self._connecting:
             if self._client is not None and not refresh:
                 return self._client
-            from_file = self._configuration.root_file is not None
-            pinned = await find_pinned(self._configuration) if from_file or not self._pinned else self._pinned
-            if self._client is None or pinned != self._pinned:
+            roots = self._pinned_roots
+            if self._configuration.root_file is not None or not roots:
+                roots = await fetch_pinned_roots(self._configuration)
+            if self._client is None or roots != self._pinned_roots:
                 await self._disconnect()
-                self._pinned, self._client = pinned, Client(self._configuration.url, pinned)
+                self._pinned_roots, self._client = roots, StepCAClient(self._configuration.url, roots)
             return self._client
 
     async def _disconnect(self) -> None:
         client, self._client = self._client, None
         if client is not None:
             await client.close()
-
-    def _unavailable(self, problem: str) -> CertmountError:
-        hint = f"`certmount issuer check {self._name}` looks at all of it"
-        return CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(f"issuer {self._name}", problem, hint))

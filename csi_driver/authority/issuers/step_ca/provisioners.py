@@ -1,4 +1,4 @@
-"""The provisioners of a step-ca as it lists them to anyone, and whether the authority's key is one of them."""
+"""The provisioners that step-ca publishes."""
 
 from __future__ import annotations
 
@@ -6,101 +6,81 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
-from urllib.parse import quote
 
-from csi_driver.authority.issuers.external import Finding
-from csi_driver.authority.issuers.step_ca.client import Client, Unreachable
+from csi_driver.authority.issuers.findings import Finding
 from csi_driver.authority.issuers.step_ca.provisioner_key import ProvisionerKey, thumbprint
 from csi_driver.core.durations import format_duration, parse_duration
 from csi_driver.core.secret import Secret
 
-_MOST_PAGES = 50
-"""Of a hundred provisioners each, which is step-ca's own limit for a page."""
-_MOST_NAMED = 10
+_MAX_LISTED = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Lives:
-    """How long a certificate may live; None where the provisioner leaves it to the whole CA, whose limits step-ca doesn't tell."""
+class LifetimeLimits:
+    """The lifetimes that a provisioner allows; None for a limit of the whole CA, which step-ca does not publish."""
 
-    shortest: timedelta | None = None
-    longest: timedelta | None = None
+    minimum: timedelta | None = None
+    maximum: timedelta | None = None
 
-    def problem(self, life: timedelta) -> str | None:
-        """Why a certificate of this life won't be had, in words that follow the life; None where nothing is known against it."""
-        if (self.shortest is not None and life < self.shortest) or (self.longest is not None and life > self.longest):
-            return f"is not within what the provisioner signs, {self}"
+    def problem(self, lifetime: timedelta) -> str | None:
+        """Return why the provisioner won't sign this lifetime, in words that follow it; None if no limit is known."""
+        if (self.minimum is not None and lifetime < self.minimum) or (
+            self.maximum is not None and lifetime > self.maximum
+        ):
+            return f"is outside the limits of the provisioner, {self}"
         return None
 
     def __str__(self) -> str:
-        if self.shortest is None and self.longest is None:
-            return "what step-ca's configuration says as a whole: 5m to 24h, unless changed there"
-        least = "what the CA allows" if self.shortest is None else format_duration(self.shortest)
-        most = "what the CA allows" if self.longest is None else format_duration(self.longest)
-        return f"{least} to {most}"
+        if self.minimum is None and self.maximum is None:
+            return "the limits of the whole CA (step-ca's default: 5m to 24h)"
+        minimum = "the CA's minimum" if self.minimum is None else format_duration(self.minimum)
+        maximum = "the CA's maximum" if self.maximum is None else format_duration(self.maximum)
+        return f"{minimum} to {maximum}"
 
 
 @dataclass(frozen=True, slots=True)
 class Provisioner:
-    """One provisioner; the key's parts are empty for other types than JWK."""
+    """One provisioner; the key attributes are empty if its type is not JWK."""
 
     name: str
     type: str
     kid: str
     thumbprint: str
     encrypted_key: Secret[bytes] | None
-    """A JWE of the private key, which step-ca hands to anyone: its password is all that protects it."""
-    lives: Lives
+    """A JWE of the private key. step-ca publishes it, so only its password protects it."""
+    limits: LifetimeLimits
 
 
-async def list_provisioners(client: Client) -> tuple[Provisioner, ...]:
-    """All of them; raises Unreachable."""
-    found: list[Provisioner] = []
-    cursor = ""
-    for _ in range(_MOST_PAGES):
-        answer = await client.get(f"/provisioners?limit=100&cursor={quote(cursor)}")
-        if answer.status != 200:
-            raise Unreachable(
-                "provisioner", f"it answers HTTP {answer.status} to /provisioners {answer.message}".rstrip()
-            )
-        found += _read(answer.document)
-        cursor = str(answer.document.get("nextCursor") or "")
-        if not cursor:
-            break
-    return tuple(found)
-
-
-def choose(provisioners: Sequence[Provisioner], name: str) -> tuple[Provisioner | None, Finding]:
-    """The JWK provisioner of a name, and what there is to say of it."""
+def select_provisioner(provisioners: Sequence[Provisioner], name: str) -> tuple[Provisioner | None, Finding]:
+    """Return the JWK provisioner with this name, if there is one, and a finding about it."""
     named = [one for one in provisioners if one.name == name]
     usable = [one for one in named if one.type == "JWK" and one.thumbprint]
     if usable:
         return usable[0], Finding("provisioner", True, f"{name} is a JWK provisioner with kid {usable[0].kid}")
     if named:
-        text = (
-            f"{name} is of type {named[0].type}; a JWK provisioner is needed: `step ca provisioner add NAME --type JWK`"
-        )
+        text = f"{name} has type {named[0].type}; expected JWK; run `step ca provisioner add NAME --type JWK`"
         return None, Finding("provisioner", False, text)
     known = [f"{one.name} ({one.type})" for one in provisioners]
-    more = f" and {len(known) - _MOST_NAMED} more" if len(known) > _MOST_NAMED else ""
-    there = f"it has {', '.join(known[:_MOST_NAMED])}{more}" if known else "it has none"
-    return None, Finding("provisioner", False, f"step-ca has no provisioner by the name {name}; {there}")
+    more = f" and {len(known) - _MAX_LISTED} more" if len(known) > _MAX_LISTED else ""
+    available = f"it has {', '.join(known[:_MAX_LISTED])}{more}" if known else "it has no provisioners"
+    return None, Finding("provisioner", False, f"step-ca has no provisioner {name}; {available}")
 
 
-def judge_key(provisioner: Provisioner, key: ProvisionerKey) -> Finding:
-    """Whether the private key is that provisioner's."""
+def check_key(provisioner: Provisioner, key: ProvisionerKey) -> Finding:
+    """Return whether the private key belongs to the provisioner."""
     if key.thumbprint == provisioner.thumbprint and key.kid == provisioner.kid:
-        return Finding("key", True, "it is the provisioner's")
+        return Finding("key", True, "matches the provisioner")
     if key.thumbprint == provisioner.thumbprint:
-        text = f"it is the provisioner's, but its kid is {key.kid} and step-ca knows it as {provisioner.kid}; correct the kid"
+        text = f"matches the provisioner, but its kid is {key.kid}, not {provisioner.kid}; correct the kid"
     elif key.kid == provisioner.kid:
-        text = f"it has the provisioner's kid, {key.kid}, but is another key; take the private JWK that belongs to it"
+        text = f"has the provisioner's kid, {key.kid}, but is another key; use the provisioner's private JWK"
     else:
-        text = f"it is another one: its kid is {key.kid}, the provisioner's is {provisioner.kid}; take the private JWK of this provisioner"
+        text = f"is another key: its kid is {key.kid}, not {provisioner.kid}; use the provisioner's private JWK"
     return Finding("key", False, text)
 
 
-def _read(document: Mapping[str, Any]) -> Iterator[Provisioner]:
+def parse_provisioners(document: Mapping[str, Any]) -> Iterator[Provisioner]:
+    """Return the provisioners in a response of step-ca; skip invalid entries."""
     entries = document.get("provisioners")
     for entry in entries if isinstance(entries, list) else []:
         if not isinstance(entry, dict):
@@ -113,16 +93,18 @@ def _read(document: Mapping[str, Any]) -> Iterator[Provisioner]:
             kid=str(key.get("kid", "")) if isinstance(key, dict) else "",
             thumbprint=thumbprint(key) or "",
             encrypted_key=Secret(encrypted.encode()) if isinstance(encrypted, str) and encrypted else None,
-            lives=_lives(entry.get("claims")),
+            limits=_parse_limits(entry.get("claims")),
         )
 
 
-def _lives(claims: object) -> Lives:
-    told = claims if isinstance(claims, dict) else {}
-    return Lives(_duration(told.get("minTLSCertDuration")), _duration(told.get("maxTLSCertDuration")))
+def _parse_limits(claims: object) -> LifetimeLimits:
+    values = claims if isinstance(claims, dict) else {}
+    return LifetimeLimits(
+        _parse_duration(values.get("minTLSCertDuration")), _parse_duration(values.get("maxTLSCertDuration"))
+    )
 
 
-def _duration(text: object) -> timedelta | None:
+def _parse_duration(text: object) -> timedelta | None:
     try:
         return parse_duration(text) if isinstance(text, str) else None
     except ValueError:
