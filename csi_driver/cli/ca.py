@@ -40,7 +40,7 @@ from csi_driver.authority.trust.acknowledgements import (
     acknowledgements,
 )
 from csi_driver.cli.ca_report import CAStatusReport
-from csi_driver.cli.common import namespaced, parsed
+from csi_driver.cli.common import parse_namespaced_name, parsed
 from csi_driver.core.certificates.name_constraints import parse_constraint
 from csi_driver.core.cluster.objects import ClusterNodes
 from csi_driver.core.errors import CertmountError
@@ -92,7 +92,7 @@ def _with_ca(command: Callable[..., None]) -> Callable[..., None]:
     directory = click.Path(path_type=Path, exists=True, file_okay=False)
     secret_help = "The Secret with the CA, as NAMESPACE/NAME. Default in a cluster: certmount/certmount-ca."
 
-    @click.option("--ca-secret", callback=parsed(namespaced), help=secret_help)
+    @click.option("--ca-secret", callback=parsed(parse_namespaced_name), help=secret_help)
     @click.option("--ca-dir", type=directory, help="The directory with the CA, outside a cluster.")
     @functools.wraps(command)
     def wrapped(ca_secret: tuple[str, str] | None, ca_dir: Path | None, **options: Any) -> None:
@@ -276,8 +276,8 @@ async def _open(ca_secret: tuple[str, str] | None, ca_dir: Path | None) -> Async
     if not ca_secret and "KUBERNETES_SERVICE_HOST" not in os.environ:
         raise click.UsageError("--ca-dir: required outside a cluster")
     from csi_driver.kube.client import ObjectName, connect, in_cluster_configuration
-    from csi_driver.kube.csi_nodes import CsiNodes
-    from csi_driver.kube.secret_store import SecretStore
+    from csi_driver.kube.csi_nodes import CSINodeClient
+    from csi_driver.kube.stored_objects import SecretStore
 
     namespace, name = ca_secret or _DEFAULT_SECRET
     async with connect(in_cluster_configuration()) as api:
@@ -285,4 +285,4 @@ async def _open(ca_secret: tuple[str, str] | None, ca_dir: Path | None) -> Async
         stored = AcknowledgementStore(
             SecretStore(api, ObjectName("Secret", namespace, ACKNOWLEDGEMENTS_SECRET)), lambda: 0
         )
-        yield _StoredState(StoredCA(ca), stored, CsiNodes(api))
+        yield _StoredState(StoredCA(ca), stored, CSINodeClient(api))

@@ -43,7 +43,7 @@ class Setting:
         self.folder = folder
         self.ahead = timedelta()
         metrics = AuthorityMetrics(CollectorRegistry())
-        self.ca = CertificateAuthority(DirectoryStore(folder), metrics, self._clock, fleet=fleet)
+        self.ca = CertificateAuthority(StoredCA(DirectoryStore(folder)), metrics, self._clock, fleet=fleet)
 
     def _clock(self) -> datetime:
         return utc_now() + self.ahead
@@ -154,7 +154,7 @@ def test_a_stolen_cas_root_can_be_dropped_at_once(setting: Setting) -> None:
         patch.setattr("csi_driver.cli.ca.time.time", (utc_now() + timedelta(seconds=120)).timestamp)
         assert "leaves every root.crt within seconds" in setting.says("drop", "--yes")
     setting.go_by()
-    assert old.roots_der[0] not in setting.ca.trust.roots
+    assert old.roots_der[0] not in setting.ca.root_set.roots
     assert setting.status()["phase"] == "steady"
 
 

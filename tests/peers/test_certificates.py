@@ -127,7 +127,7 @@ near_names = st.builds(
 def test_name_constraints_are_read_as_openssl_and_go_read_them(words: frozenset[str], names: Names) -> None:
     """What is issued below them is believed by both; what is refused, at least one of them would not have believed."""
     keyring = ca(None, *sorted(words))
-    permitted = not NameConstraintSet.of((*keyring.intermediates, keyring.root)).refused(names)
+    permitted = not NameConstraintSet.of((*keyring.intermediates, keyring.root)).violations(names)
     with presented(keyring, names) as shown:
         answers = [shown.openssl(Usage.SERVER), shown.go(Usage.SERVER).get("error", "")]
     assert permitted == (not any(answers)), answers

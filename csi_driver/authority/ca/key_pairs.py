@@ -1,10 +1,10 @@
-"""CA certificates with their keys: how a root is made, and an intermediate below it (RFC 5280 section 4.2)."""
+"""Create CA certificates: self-signed roots and intermediates (RFC 5280 section 4.2)."""
 
 from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -18,7 +18,7 @@ from csi_driver.core.certificates.keys import PrivateKey, PublicKey, generate_ke
 ROOT_LIFETIME = timedelta(days=3652)
 INTERMEDIATE_LIFETIME = timedelta(days=365)
 BACKDATE = timedelta(seconds=60)
-"""So that a node whose clock is a little behind takes a new certificate at once."""
+"""A node whose clock is up to a minute slow accepts a new certificate immediately."""
 _USAGE = x509.KeyUsage(
     digital_signature=False,
     content_commitment=False,
@@ -30,7 +30,7 @@ _USAGE = x509.KeyUsage(
     encipher_only=False,
     decipher_only=False,
 )
-_OF_THE_KEY = frozenset(
+_NOT_COPIED = frozenset(
     {
         ExtensionOID.BASIC_CONSTRAINTS,
         ExtensionOID.KEY_USAGE,
@@ -38,15 +38,20 @@ _OF_THE_KEY = frozenset(
         ExtensionOID.AUTHORITY_KEY_IDENTIFIER,
     }
 )
-"""What each certificate has of its own; all else that an administrator wrote into one is kept when it is renewed."""
+"""A renewed intermediate gets its own values of these extensions and keeps all others of its predecessor."""
 _MAX_COMMON_NAME = 64
 """RFC 5280 appendix A.1, ub-common-name."""
-_TAG = re.compile(r" [0-9a-f]{8}\Z")
+_SUFFIX = re.compile(r" [0-9a-f]{8}\Z")
 
 
 @dataclass(frozen=True, slots=True)
 class CAKeyPair:
-    """A CA certificate with its key."""
+    """A CA certificate with its signing key.
+
+    ``key`` is used only to sign and to return its public key. For a key in an HSM (PKCS#11) or a key service (Vault),
+    implement one of cryptography's abstract private key classes, for example ``ec.EllipticCurvePrivateKey``: its
+    ``sign`` method calls the key store. A :class:`~csi_driver.authority.ca.sources.CASource` then returns such a pair.
+    """
 
     certificate: x509.Certificate
     key: PrivateKey
@@ -55,7 +60,7 @@ class CAKeyPair:
 def make_root(
     role: str, key: PrivateKey, now: datetime, *, path_length: int, extra: Iterable[x509.ExtensionType] = ()
 ) -> CAKeyPair:
-    """A self-signed certificate of ten years; ``role`` is in its name, ``extra`` are further extensions, critical."""
+    """Create a self-signed certificate for ten years with ``role`` in its subject and critical ``extra`` extensions."""
     subject = _subject(f"certmount {role}")
     builder = _builder(subject, key.public_key(), now, now + ROOT_LIFETIME, path_length=path_length)
     for value in extra:
@@ -66,20 +71,20 @@ def make_root(
 def make_intermediate(
     root: CAKeyPair, key: PrivateKey, now: datetime, extra: Iterable[x509.ExtensionType] = ()
 ) -> CAKeyPair:
-    """A certificate of one year below ``root``, at most as long as that lives, which may sign leaves only."""
-    further = [x509.Extension(value.oid, True, value) for value in extra]
-    return _sign_below(root, key, now, _subject("certmount intermediate"), further)
+    """Create an intermediate for one year, at most until the root expires, that can sign leaf certificates only."""
+    extensions = [x509.Extension(value.oid, True, value) for value in extra]
+    return _sign_intermediate(root, key, now, _subject("certmount intermediate"), extensions)
 
 
 def renew_intermediate(root: CAKeyPair, former: x509.Certificate, now: datetime) -> CAKeyPair:
-    """A successor of ``former``: like it in its kind of key, its name but for a mark of its own, and its constraints."""
-    key = generate_key_like(former.public_key())  # type: ignore[arg-type]  # of the kinds that a keyring was checked for
-    further = [extension for extension in former.extensions if extension.oid not in _OF_THE_KEY]
-    return _sign_below(root, key, now, _marked(former.subject), further)
+    """Create a successor with a new key of the same type, the same constraints, and the same name with a new suffix."""
+    key = generate_key_like(former.public_key())  # type: ignore[arg-type]  # the keyring loader checked the type
+    extensions = [extension for extension in former.extensions if extension.oid not in _NOT_COPIED]
+    return _sign_intermediate(root, key, now, _with_suffix(former.subject), extensions)
 
 
 def signing_hash(key: PrivateKey) -> SHA256 | SHA384 | SHA512 | None:
-    """The hash that fits the strength of a signing key; none for Ed25519 (RFC 8410) and ML-DSA (RFC 9881), which have their own."""
+    """Return the hash that matches the strength of the key; None for Ed25519 (RFC 8410) and ML-DSA (RFC 9881)."""
     if isinstance(key, rsa.RSAPrivateKey):
         return SHA256()
     if not isinstance(key, ec.EllipticCurvePrivateKey):
@@ -90,59 +95,53 @@ def signing_hash(key: PrivateKey) -> SHA256 | SHA384 | SHA512 | None:
 
 
 def authority_key_identifier(issuer: x509.Certificate) -> x509.AuthorityKeyIdentifier:
-    """What a certificate says of its issuer's key (RFC 5280 section 4.2.1.1)."""
+    """Return the extension that identifies the issuer's key (RFC 5280 section 4.2.1.1)."""
     identifier = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
 
 
-def _sign_below(
+def _sign_intermediate(
     root: CAKeyPair,
     key: PrivateKey,
     now: datetime,
     subject: x509.Name,
-    further: Sequence[x509.Extension[x509.ExtensionType]],
+    extensions: Iterable[x509.Extension[x509.ExtensionType]],
 ) -> CAKeyPair:
-    until = min(now + INTERMEDIATE_LIFETIME, root.certificate.not_valid_after_utc)
-    builder = _builder(subject, key.public_key(), now, until, path_length=0)
+    not_after = min(now + INTERMEDIATE_LIFETIME, root.certificate.not_valid_after_utc)
+    builder = _builder(subject, key.public_key(), now, not_after, path_length=0)
     builder = builder.issuer_name(root.certificate.subject).add_extension(
         authority_key_identifier(root.certificate), critical=False
     )
-    for extension in further:
+    for extension in extensions:
         builder = builder.add_extension(extension.value, critical=extension.critical)
     return CAKeyPair(builder.sign(root.key, signing_hash(root.key)), key)
 
 
-def _subject(name: str) -> x509.Name:
-    return _marked(
-        x509.Name(
-            [
-                x509.NameAttribute(NameOID.ORGANIZATION_NAME, "certmount"),
-                x509.NameAttribute(NameOID.COMMON_NAME, name),
-            ]
-        )
-    )
+def _subject(common_name: str) -> x509.Name:
+    organization = x509.NameAttribute(NameOID.ORGANIZATION_NAME, "certmount")
+    return _with_suffix(x509.Name([organization, x509.NameAttribute(NameOID.COMMON_NAME, common_name)]))
 
 
-def _marked(subject: x509.Name) -> x509.Name:
-    """The name with a mark of its own, so that people and path builders tell a new certificate from the one before."""
+def _with_suffix(subject: x509.Name) -> x509.Name:
+    """Return the name with a new random suffix: path builders must not confuse two certificates of the same subject."""
     names = [item for item in subject if item.oid == NameOID.COMMON_NAME]
-    stem = _TAG.sub("", str(names[-1].value) if names else "intermediate")
-    mark = f" {secrets.token_hex(4)}"
-    common_name = x509.NameAttribute(NameOID.COMMON_NAME, stem[: _MAX_COMMON_NAME - len(mark)] + mark)
+    stem = _SUFFIX.sub("", str(names[-1].value) if names else "intermediate")
+    suffix = f" {secrets.token_hex(4)}"
+    common_name = x509.NameAttribute(NameOID.COMMON_NAME, stem[: _MAX_COMMON_NAME - len(suffix)] + suffix)
     return x509.Name([*(item for item in subject if item.oid != NameOID.COMMON_NAME), common_name])
 
 
 def _builder(
-    subject: x509.Name, key: PublicKey, now: datetime, until: datetime, *, path_length: int
+    subject: x509.Name, key: PublicKey, now: datetime, not_after: datetime, *, path_length: int
 ) -> x509.CertificateBuilder:
-    """What root and intermediate have in common (RFC 5280 sections 4.2.1.2, 4.2.1.3, 4.2.1.9); the issuer is missing."""
+    """Return what roots and intermediates share (RFC 5280 sections 4.2.1.2, 4.2.1.3, 4.2.1.9), without an issuer."""
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - BACKDATE)
-        .not_valid_after(until)
+        .not_valid_after(not_after)
         .add_extension(x509.BasicConstraints(ca=True, path_length=path_length), critical=True)
         .add_extension(_USAGE, critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)

@@ -1,4 +1,4 @@
-"""Reads a CA from a store or files, and believes nothing: a wrong key or chain is found here, not by a pod's handshake."""
+"""Read a CA from a store or from files, and verify all of it before it signs anything."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import decode_certificates
 from csi_driver.core.secret import Secret
 
-_MOST_CERTIFICATES = 8
-"""In one value; nodes take no answer with more than ten."""
-_HINT = "put the right value back, or empty the store to have a new CA made"
+_MAX_CERTIFICATES = 8
+"""In one value. Nodes accept at most ten certificates in a response."""
+_HINT = "restore the correct value, or delete all values to create a new CA"
 
 
 def load_keyring(
@@ -31,24 +31,24 @@ def load_keyring(
     password: Secret[bytes] | None = None,
     hint: str = _HINT,
 ) -> Keyring:
-    """Takes the values of a store; ``where`` names it in errors, ``hint`` says what to do about them.
+    """Return the keyring in the values of a store. ``where`` is the name of the store in errors.
 
-    An expired intermediate is taken where the root's key is there to renew it; further roots, which nothing here leads
-    to, are taken at any time of their life.
+    The intermediate can be expired if the root key is present, because certmount then renews it. Additional roots, at
+    which no chain ends, can have any validity period.
 
     Raises:
-        CertmountError: InvalidCA, with one fault for everything that is wrong.
+        CertmountError: InvalidCA, with all faults and ``hint``.
     """
     source = {name: values[prefix + name] for name in KEYRING_FILES if prefix + name in values}
-    reader = MaterialReader(source, f"{where} {prefix}", hint)
+    reader = CertificateReader(source, f"{where} {prefix}", hint)
     roots, intermediates = reader.certificates(ROOT), reader.certificates(INTERMEDIATE)
     root_key = reader.key(ROOT_KEY, password) if reader.has(ROOT_KEY) else None
     key = reader.key(INTERMEDIATE_KEY, password)
     reader.check_self_signed(ROOT, roots)
     if roots and intermediates:
-        roots, intermediates = reader.arrange(roots, intermediates, now)
-    reader.check_fit(INTERMEDIATE_KEY, key, intermediates[:1], INTERMEDIATE)
-    reader.check_fit(ROOT_KEY, root_key, roots[:1], "the root that issued " + INTERMEDIATE)
+        roots, intermediates = _arrange(reader, roots, intermediates, now)
+    reader.check_key(INTERMEDIATE_KEY, key, intermediates[:1], INTERMEDIATE)
+    reader.check_key(ROOT_KEY, root_key, roots[:1], "the root that issued " + INTERMEDIATE)
     if reader.faults or key is None:
         raise CertmountError(Reason.INVALID_CA, *reader.faults)
     keyring = Keyring(
@@ -59,14 +59,16 @@ def load_keyring(
         encrypted=key.encrypted or (root_key is not None and root_key.encrypted),
         source=source,
     )
-    reader.check_times(keyring, now)
+    reader.check_validity(ROOT, keyring.root, now)
+    for certificate in keyring.intermediates:
+        reader.check_validity(INTERMEDIATE, certificate, now, allow_expired=keyring.renewable)
     if reader.faults:
         raise CertmountError(Reason.INVALID_CA, *reader.faults)
     return keyring
 
 
-class MaterialReader:
-    """Reads values and gathers all that is wrong with them."""
+class CertificateReader:
+    """Parses and checks certificates and keys, and collects all faults."""
 
     def __init__(self, values: Mapping[str, Secret[bytes]], where: str, hint: str) -> None:
         self._values = values
@@ -75,33 +77,37 @@ class MaterialReader:
         self.faults: list[Fault] = []
 
     def fault(self, name: str, problem: str) -> None:
-        """Notes what is wrong with a value."""
+        """Add a fault of a value."""
         self.faults.append(Fault(self._where + name, problem, self._hint))
 
     def has(self, name: str) -> bool:
-        """True where there is a value that is not blank."""
+        """Return True if the value exists and is not blank."""
         return bool(self._values.get(name, Secret(b"")).reveal().strip())
 
     def certificates(self, name: str) -> list[x509.Certificate]:
-        """The certificates of a value, each checked by itself; none where the value can't be read."""
+        """Return the certificates in a value, each checked separately; an empty list if there is a fault."""
         if not self.has(name):
             self.fault(name, "is missing")
             return []
         try:
             certificates = decode_certificates(self._values[name].reveal())
         except ValueError:
-            self.fault(name, "is not an X.509 certificate in PEM")
+            self.fault(name, "is not an X.509 certificate in PEM format")
             return []
-        if len(certificates) > _MOST_CERTIFICATES:
-            self.fault(name, f"holds {len(certificates)} certificates; at most {_MOST_CERTIFICATES} are taken")
+        if len(certificates) > _MAX_CERTIFICATES:
+            self.fault(name, f"contains {len(certificates)} certificates; the maximum is {_MAX_CERTIFICATES}")
             return []
-        problems = [(number, problem) for number, one in enumerate(certificates, 1) for problem in ca_certificate_problems(one)]
+        problems = [
+            (number, problem)
+            for number, certificate in enumerate(certificates, 1)
+            for problem in ca_certificate_problems(certificate)
+        ]
         for number, problem in problems:
             self.fault(name, problem if len(certificates) == 1 else f"certificate {number} {problem}")
         return [] if problems else certificates
 
     def key(self, name: str, password: Secret[bytes] | None) -> AuthorityKey | None:
-        """The key of a value; None where it can't be read."""
+        """Return the key in a value; None if there is a fault."""
         if not self.has(name):
             self.fault(name, "is missing")
             return None
@@ -111,59 +117,56 @@ class MaterialReader:
             self.fault(name, f"is {problem}")
             return None
 
-    def check_fit(
+    def check_key(
         self, name: str, key: AuthorityKey | None, certificates: Sequence[x509.Certificate], owner: str
     ) -> None:
-        """A key must be that of its certificate."""
+        """Check that the key belongs to the first certificate."""
         if key is not None and certificates and certificates[0].public_key() != key.key.public_key():
             self.fault(name, f"is not the key of {owner}")
 
     def check_self_signed(self, name: str, certificates: Sequence[x509.Certificate]) -> None:
-        """A root must have signed itself: OpenSSL takes no other by default."""
+        """Check that roots are self-signed: by default, OpenSSL accepts no other trust anchor."""
         for number, certificate in enumerate(certificates, 1):
-            if not _issued(certificate, certificate):
+            if not is_issued_by(certificate, certificate):
                 which = "" if len(certificates) == 1 else f"certificate {number} "
-                self.fault(name, f"{which}is not self-signed; put the root there")
-
-    def arrange(
-        self, roots: list[x509.Certificate], intermediates: list[x509.Certificate], now: datetime
-    ) -> tuple[list[x509.Certificate], list[x509.Certificate]]:
-        """The root that the intermediates lead to comes first; roots among the intermediates are left away."""
-        intermediates = [one for one in intermediates if one not in roots] or intermediates
-        for number, (one, issuer) in enumerate(itertools.pairwise(intermediates), 1):
-            if not _issued(one, issuer):
-                self.fault(INTERMEDIATE, f"certificate {number} is not issued by certificate {number + 1}")
-        anchors = [root for root in roots if _issued(intermediates[-1], root)]
-        if not anchors:
-            self.fault(INTERMEDIATE, "is not issued by " + (ROOT if len(roots) == 1 else f"any certificate of {ROOT}"))
-            return roots, intermediates
-        # A root may have been signed anew with the same key: of its certificates the one that is good for longest.
-        anchor = max(anchors, key=lambda one: (one.not_valid_before_utc <= now, one.not_valid_after_utc))
-        for below, (name, one) in enumerate([*((INTERMEDIATE, one) for one in intermediates), (ROOT, anchor)]):
-            room = one.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length
-            if room is not None and room < below:
-                self.fault(name, f"has the path length {room}; the intermediates below it need {below}")
-        return [anchor, *(root for root in roots if root != anchor)], intermediates
-
-    def check_times(self, keyring: Keyring, now: datetime) -> None:
-        """What leaves lead through must be valid now; what is renewed here may have expired."""
-        self.check_validity(ROOT, keyring.root, now)
-        for certificate in keyring.intermediates:
-            self.check_validity(INTERMEDIATE, certificate, now, may_have_expired=keyring.renewable)
+                self.fault(name, f"{which}is not self-signed; use the root certificate")
 
     def check_validity(
-        self, name: str, certificate: x509.Certificate, now: datetime, *, may_have_expired: bool = False
+        self, name: str, certificate: x509.Certificate, now: datetime, *, allow_expired: bool = False
     ) -> None:
-        """A certificate must be valid now."""
+        """Check that a certificate is valid now."""
         if now < certificate.not_valid_before_utc:
             self.fault(name, f"is not valid before {certificate.not_valid_before_utc:%Y-%m-%dT%H:%M:%SZ}")
-        if now >= certificate.not_valid_after_utc and not may_have_expired:
+        if now >= certificate.not_valid_after_utc and not allow_expired:
             self.fault(name, f"expired at {certificate.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}")
 
 
-def _issued(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+def is_issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    """Return True if the issuer's name and signature match."""
     try:
         certificate.verify_directly_issued_by(issuer)
     except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
         return False
     return True
+
+
+def _arrange(
+    reader: CertificateReader, roots: list[x509.Certificate], intermediates: list[x509.Certificate], now: datetime
+) -> tuple[list[x509.Certificate], list[x509.Certificate]]:
+    """Return the roots, the one at the end of the chain first, and the intermediates without roots; check the chain."""
+    intermediates = [certificate for certificate in intermediates if certificate not in roots] or intermediates
+    for number, (certificate, issuer) in enumerate(itertools.pairwise(intermediates), 1):
+        if not is_issued_by(certificate, issuer):
+            reader.fault(INTERMEDIATE, f"certificate {number} is not issued by certificate {number + 1}")
+    anchors = [root for root in roots if is_issued_by(intermediates[-1], root)]
+    if not anchors:
+        reader.fault(INTERMEDIATE, "is not issued by " + (ROOT if len(roots) == 1 else f"any certificate of {ROOT}"))
+        return roots, intermediates
+    # A root can have been signed again with the same key. Use the certificate that is valid now and for the longest time.
+    anchor = max(anchors, key=lambda root: (root.not_valid_before_utc <= now, root.not_valid_after_utc))
+    chain = [*((INTERMEDIATE, certificate) for certificate in intermediates), (ROOT, anchor)]
+    for depth, (name, certificate) in enumerate(chain):
+        path_length = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length
+        if path_length is not None and path_length < depth:
+            reader.fault(name, f"has the path length {path_length}; the intermediates below it need {depth}")
+    return [anchor, *(root for root in roots if root != anchor)], intermediates

@@ -1,4 +1,4 @@
-"""Leaf certificates with exactly the extensions we choose (RFC 5280 section 4.2); nothing is copied from a request."""
+"""Sign leaf certificates. They contain exactly the extensions set here (RFC 5280 section 4.2), none from the request."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ _MAX_COMMON_NAME = 64
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """What a certificate is to say; it begins a minute ago and ends ``life`` from now."""
+    """The contents of a leaf certificate. It expires after ``lifetime`` and is backdated by one minute."""
 
     key: PublicKey
     names: Names
-    life: timedelta
+    lifetime: timedelta
     usages: Sequence[Usage]
     subject: bool = True
-    """False leaves it empty whatever the names are."""
+    """If False, the subject is empty whatever the names are."""
 
 
 def sign_leaf(leaf: Leaf, signer: CAKeyPair, now: datetime) -> x509.Certificate:
-    """Signs a certificate that ends no later than its signer's own; raises CertmountError IssuerUnavailable where that has ended."""
-    until = min(now + leaf.life, signer.certificate.not_valid_after_utc)
-    if until <= now:
+    """Sign a certificate that does not outlive its signer; raise CertmountError IssuerUnavailable if the signer expired."""
+    not_after = min(now + leaf.lifetime, signer.certificate.not_valid_after_utc)
+    if not_after <= now:
         raise CertmountError(Reason.ISSUER_UNAVAILABLE, "the intermediate of the internal CA has expired")
     subject = _subject(leaf.names) if leaf.subject else x509.Name([])
     builder = (
@@ -47,17 +47,17 @@ def sign_leaf(leaf: Leaf, signer: CAKeyPair, now: datetime) -> x509.Certificate:
         .public_key(leaf.key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - BACKDATE)
-        .not_valid_after(until)
-        # Critical where the subject is empty, as the names are then all that identifies (section 4.2.1.6).
+        .not_valid_after(not_after)
+        # Critical if the subject is empty, because only these names then identify the holder (section 4.2.1.6).
         .add_extension(san_extension(leaf.names), critical=not subject.rdns)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(leaf.key), critical=False)
     )
     return builder.sign(signer.key, signing_hash(signer.key))
 
 
-@lru_cache(maxsize=32)  # of each signer there are as many as combinations of usages and of key kinds
+@lru_cache(maxsize=32)  # a signer has one entry for each combination of usages and RSA or not
 def _common(signer: x509.Certificate, usages: tuple[Usage, ...], rsa_key: bool) -> x509.CertificateBuilder:
-    """What all leaves of a signer share; a builder never changes, so each leaf goes on from this one."""
+    """Return what the leaf certificates of a signer share. Builders are immutable, so it can be cached."""
     return (
         x509.CertificateBuilder()
         .issuer_name(signer.subject)
@@ -78,7 +78,7 @@ def _key_usage(rsa_key: bool) -> x509.KeyUsage:
     return x509.KeyUsage(
         digital_signature=True,
         content_commitment=False,
-        key_encipherment=rsa_key,  # for TLS 1.2 without forward secrecy, which others still speak
+        key_encipherment=rsa_key,  # for peers that use TLS 1.2 with RSA key exchange
         data_encipherment=False,
         key_agreement=False,
         key_cert_sign=False,

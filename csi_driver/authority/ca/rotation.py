@@ -1,18 +1,19 @@
-"""How one root comes after another without a moment in which two pods don't trust each other. Pure: time is an argument.
+"""Rotate the CA so that at every time all pods trust all valid certificates. Pure: the time is an argument.
 
-| phase | signs | is trusted | ends |
+| phase | signs | trusted | ends when |
 | --- | --- | --- | --- |
-| steady | the CA | its roots | by a person: :func:`begin` |
-| announcing | the CA | and the next one's | when every replica that signs has heard of it |
-| distributing | the CA | likewise | when every node has confirmed that its volumes hold both |
-| retiring | the next CA | likewise | when the last certificate of the former one has ended |
+| steady | the current CA | its roots | an administrator calls :func:`begin` |
+| announcing | the current CA | also the next CA's roots | every replica that signs has read the phase |
+| distributing | the current CA | also the next CA's roots | every node has acknowledged that its volumes contain all roots |
+| retiring | the next CA | both CAs' roots | the last certificate of the former CA has expired |
 
-A replica that has not read the state for :data:`MAX_STATE_AGE_S` signs nothing, so whatever was written that long ago is known to
-all who sign. A node confirms a generation of the trusted roots; it may only count once no replica answers with an older
-one, as a volume that is published after a restart of its driver holds no more than its answer said. Hence two phases
-before the switch: ``announcing`` ends with a new generation, and that one is confirmed.
+A replica signs nothing if it last read the state more than :data:`MAX_STATE_AGE_S` ago. Therefore every replica that
+signs knows everything that was stored before. A node acknowledges a generation of the trusted roots. Its acknowledgement
+counts only when no replica sends an older generation any more: a volume that is published after the driver restarts
+contains only the roots of the response. Hence there are two phases before the switch: ``announcing`` ends with a new
+generation, and nodes acknowledge that one.
 
-A phase counts from when a replica has read it, not from when it was decided on: between the two a writer may be slow.
+The time of a phase starts when a replica has read it, not when it was decided, because saving can be slow.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from enum import Enum, unique
 from csi_driver.core.errors import CertmountError, Fault, Reason
 
 MAX_STATE_AGE_S = 30
-"""Seconds since its last reading of the state after which a replica signs no more."""
+"""A replica that last read the state longer ago signs nothing."""
 CLOCK_SKEW_S = 10
-"""By how much the clocks of replicas and nodes may differ."""
-_STEPS_S = (30, 60, 120, 300, 600, 1800, 3600, *(hours * 3600 for hours in (2, 4, 8, 12, 24)))
-"""A life counts as the next longer of these, so that the state is written a handful of times; beyond a day, in whole days doubled."""
+"""The maximum difference between the clocks of replicas and nodes."""
+_LIFETIME_STEPS_S = (30, 60, 120, 300, 600, 1800, 3600, *(hours * 3600 for hours in (2, 4, 8, 12, 24)))
+"""Recorded lifetimes are rounded up to these values, and above one day to doubled days, so that few of them are saved."""
 
 
 @unique
 class RotationPhase(Enum):
-    """Where a rotation stands."""
+    """The phase of a rotation."""
 
     STEADY = "steady"
     ANNOUNCING = "announcing"
@@ -42,142 +43,155 @@ class RotationPhase(Enum):
 
     @property
     def before_switch(self) -> bool:
-        """True while there is a next CA that signs nothing yet."""
+        """True while there is a next CA that has signed nothing yet."""
         return self in (RotationPhase.ANNOUNCING, RotationPhase.DISTRIBUTING)
 
 
 @dataclass(frozen=True, slots=True)
+class Acknowledgements:
+    """Which nodes have acknowledged a generation of the CA's roots, and which nodes must."""
+
+    acknowledged: frozenset[str]
+    expected: frozenset[str]
+
+    @property
+    def missing(self) -> frozenset[str]:
+        """The nodes that have not acknowledged the generation yet."""
+        return self.expected - self.acknowledged
+
+
+@dataclass(frozen=True, slots=True)
 class RetiredRoot:
-    """A root (X.509 DER) that signs no more; ``life`` is the longest, in seconds, that its CA gave a certificate."""
+    """A root (X.509 DER) whose CA no longer signs, and the longest lifetime in seconds of its CA's certificates."""
 
     root: bytes
-    life: int
+    max_lifetime: int
 
 
 @dataclass(frozen=True, slots=True)
 class RotationState:
-    """All times are unix seconds."""
+    """The state of the rotation. Times are Unix seconds."""
 
     phase: RotationPhase
     generation: int
-    """Of the trusted roots: each other set of them has a higher one."""
+    """Of the trusted roots: every other root set has a higher generation."""
     since: int = 0
-    """When the phase was first read from the store; 0 while that has not been."""
+    """When a replica first read the phase from the store; 0 before that."""
     stopped: bool = False
-    """True: nothing goes on by itself until a person says so."""
-    longest_life: int = 0
-    """Seconds: no certificate of the CA that signs was given a longer one."""
+    """True if the rotation waits until an administrator resumes it."""
+    max_lifetime: int = 0
+    """Seconds: no certificate of the signing CA has a longer lifetime."""
     retired: tuple[RetiredRoot, ...] = ()
 
     def trusted_until(self, retired: RetiredRoot) -> int:
-        """When the last certificate of a retired root has ended."""
-        # A replica that has missed the switch goes on for STALE_S at the most, and gives no longer life unwritten.
-        return self.since + MAX_STATE_AGE_S + CLOCK_SKEW_S + retired.life
+        """Return when the last certificate of a retired root has expired."""
+        # A replica that missed the switch signs for MAX_STATE_AGE_S at most, and with no lifetime that isn't recorded.
+        return self.known_everywhere_at + retired.max_lifetime
 
     @property
-    def announced_at(self) -> int:
-        """When every replica that signs has heard of the phase."""
+    def known_everywhere_at(self) -> int:
+        """When every replica that signs has read the phase."""
         return self.since + MAX_STATE_AGE_S + CLOCK_SKEW_S
 
 
 def initial_state(now: int) -> RotationState:
-    """Of a CA that has signed nothing yet."""
+    """Return the state of a CA that has signed nothing yet."""
     return RotationState(RotationPhase.STEADY, generation=now, since=now)
 
 
 def begin(state: RotationState, now: int) -> RotationState:
-    """From now on the next CA's roots are trusted too.
+    """Start to announce the next CA.
 
     Raises:
-        CertmountError: InvalidRequest while another rotation is under way.
+        CertmountError: InvalidRequest if another rotation is in progress.
     """
     if state.phase is not RotationPhase.STEADY:
-        raise _refused("a rotation is under way already", "see certmount ca status")
+        raise _invalid("another rotation is in progress", "run certmount ca status")
     return _in_phase(state, RotationPhase.ANNOUNCING, now)
 
 
 def stop(state: RotationState) -> RotationState:
-    """Nothing goes on until :func:`resume`; raises CertmountError InvalidRequest where nothing is under way."""
+    """Stop until :func:`resume`; raise CertmountError InvalidRequest if no rotation is in progress."""
     if state.phase is RotationPhase.STEADY:
-        raise _refused("none is under way, so there is nothing to stop")
+        raise _invalid("no rotation is in progress, so there is nothing to stop")
     return replace(state, stopped=True)
 
 
 def resume(state: RotationState) -> RotationState:
-    """After :func:`stop`: whatever is due comes at the next :func:`advance`."""
+    """Continue after :func:`stop`."""
     return replace(state, stopped=False)
 
 
 def discard(state: RotationState, now: int) -> RotationState:
-    """Gives the next CA up.
+    """Abandon the next CA.
 
     Raises:
-        CertmountError: InvalidRequest after the switch, as there are certificates then that only its root vouches for.
+        CertmountError: InvalidRequest after the switch, because pods then have certificates of the next CA.
     """
     if state.phase is RotationPhase.STEADY:
-        raise _refused("none is under way, so there is nothing to discard")
+        raise _invalid("no rotation is in progress, so there is nothing to discard")
     if state.phase is RotationPhase.RETIRING:
-        raise _refused(
-            "the new CA signs already, and pods hold certificates that only its root vouches for",
-            "let it end, then rotate once more if you want another CA",
+        raise _invalid(
+            "the new CA already signs, and pods have certificates that only its root verifies",
+            "wait until the rotation is complete, then rotate again if you want another CA",
         )
     return replace(_in_phase(state, RotationPhase.STEADY, now), stopped=False)
 
 
-def drop(state: RotationState, now: int) -> RotationState:
-    """The former roots go now, with all that they vouch for; for a CA whose key was stolen.
+def drop_retired(state: RotationState, now: int) -> RotationState:
+    """Stop trusting the retired roots and all their certificates now, for a CA whose key was stolen.
 
     Raises:
-        CertmountError: InvalidRequest while nothing is retired, or a replica may not have heard yet that it must not sign.
+        CertmountError: InvalidRequest if no root is retired, or if a replica may still sign with the former CA.
     """
     if state.phase is not RotationPhase.RETIRING:
-        raise _refused("no root is retired", "a root can be dropped when another CA signs: certmount ca rotate")
-    if not state.since or now < state.announced_at:
-        raise _refused("the new CA has only begun to sign", f"try again in {MAX_STATE_AGE_S + CLOCK_SKEW_S} s")
+        raise _invalid("no root is retired", "run certmount ca rotate; you can drop the root when the new CA signs")
+    if not state.since or now < state.known_everywhere_at:
+        raise _invalid("the new CA has just started to sign", f"retry in {MAX_STATE_AGE_S + CLOCK_SKEW_S} s")
     return replace(_in_phase(state, RotationPhase.STEADY, now), stopped=False, retired=())
 
 
 def advance(
-    state: RotationState, now: int, confirmed: Collection[str], expected: Collection[str], leaving: Collection[bytes]
+    state: RotationState, now: int, nodes: Acknowledgements, retiring_roots: Collection[bytes]
 ) -> RotationState:
-    """The state after all that is due, one phase at a time.
+    """Return the state after the next transition, if it is due.
 
-    ``confirmed`` and ``expected`` are nodes, read after ``now``: those that have confirmed the state's generation, and
-    those that must. ``leaving`` are the roots (DER) of the CA that signs which the next one does not have.
+    ``nodes`` was read after ``now``, for the generation of the state. ``retiring_roots`` are the roots (DER) of the
+    signing CA that the next CA doesn't have.
     """
     if not state.since:
         return replace(state, since=now)
     if state.stopped:
         return state
-    if state.phase is RotationPhase.ANNOUNCING and now >= state.announced_at:
+    if state.phase is RotationPhase.ANNOUNCING and now >= state.known_everywhere_at:
         return _in_phase(state, RotationPhase.DISTRIBUTING, now)
-    if state.phase is RotationPhase.DISTRIBUTING and set(expected) <= set(confirmed):
-        retired = tuple(RetiredRoot(root, state.longest_life) for root in leaving)
-        return replace(state, phase=RotationPhase.RETIRING, since=0, longest_life=0, retired=retired)
+    if state.phase is RotationPhase.DISTRIBUTING and not nodes.missing:
+        retired = tuple(RetiredRoot(root, state.max_lifetime) for root in retiring_roots)
+        return replace(state, phase=RotationPhase.RETIRING, since=0, max_lifetime=0, retired=retired)
     if state.phase is RotationPhase.RETIRING and all(now >= state.trusted_until(each) for each in state.retired):
         return replace(_in_phase(state, RotationPhase.STEADY, now), retired=())
     return state
 
 
 def record_lifetime(state: RotationState, seconds: float) -> RotationState:
-    """A certificate of this life is about to be signed: write the state first, where it changes."""
-    return replace(state, longest_life=max(state.longest_life, _rounded_up(seconds)))
+    """Return the state to save before a certificate with this lifetime is signed."""
+    return replace(state, max_lifetime=max(state.max_lifetime, _rounded_up(seconds)))
 
 
-def adopt(state: RotationState | None, now: int, last_generation: int, longest_life: int) -> RotationState:
-    """A CA that a person has put there: what it has signed is unknown, ``longest_life`` what it may have given at the most.
+def adopt_unknown_ca(state: RotationState | None, now: int, last_generation: int, max_lifetime: int) -> RotationState:
+    """Return the state for a CA that an administrator stored, which may have signed certificates of ``max_lifetime``.
 
-    A rotation that was under way before its switch begins again with the CA that is there now.
+    A rotation before its switch starts again with this CA.
     """
     state = state or initial_state(now)
     phase = RotationPhase.ANNOUNCING if state.phase.before_switch else state.phase
     generation = next_generation(last_generation, now)
-    life = max(state.longest_life, longest_life)
-    return replace(state, phase=phase, since=0, generation=generation, longest_life=life)
+    lifetime = max(state.max_lifetime, max_lifetime)
+    return replace(state, phase=phase, since=0, generation=generation, max_lifetime=lifetime)
 
 
 def next_generation(generation: int, now: int) -> int:
-    """Higher than the one before, also where the clock was set back."""
+    """Return a higher generation, even if the clock was set back."""
     return max(generation + 1, now)
 
 
@@ -186,14 +200,14 @@ def _in_phase(state: RotationState, phase: RotationPhase, now: int) -> RotationS
 
 
 def _rounded_up(seconds: float) -> int:
-    for step in _STEPS_S:
+    for step in _LIFETIME_STEPS_S:
         if seconds <= step:
             return step
-    step = _STEPS_S[-1]
+    step = _LIFETIME_STEPS_S[-1]
     while step < seconds:
         step *= 2
     return step
 
 
-def _refused(problem: str, hint: str = "") -> CertmountError:
+def _invalid(problem: str, hint: str = "") -> CertmountError:
     return CertmountError(Reason.INVALID_REQUEST, Fault("rotation", problem, hint))

@@ -1,4 +1,4 @@
-"""Where a CA comes from: a store, in which it is made and rotated, or files that others write."""
+"""Where the internal CA comes from: the protocol of a CA source, and a CA in a store that certmount creates and rotates."""
 
 from __future__ import annotations
 
@@ -11,171 +11,145 @@ from typing import Protocol
 import structlog
 
 from csi_driver.authority.ca import rotation
-from csi_driver.authority.ca.ca_files import CAFiles
-from csi_driver.authority.ca.keyring import DEFAULT_PROFILE, CAProfile, Keyring, make_keyring
-from csi_driver.authority.ca.rotation import RotationPhase, RotationState
+from csi_driver.authority.ca.keyring import DEFAULT_PROFILE, CAProfile, make_keyring
+from csi_driver.authority.ca.rotation import Acknowledgements, RotationPhase
 from csi_driver.authority.ca.state import CAState, new_ca_state, parse_ca_state
-from csi_driver.authority.storage import Store, ca_part
+from csi_driver.authority.storage import Store, Values, ca_part, update
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import fingerprint
+from csi_driver.core.stored_secrets import StoredSecrets
 
 log = structlog.get_logger(__name__)
 
-_MOST_CONFLICTS = 10
-_ANY_LIFE = 2**53
-_LOOK_S = 10.0
-"""Short against STALE_S, which goes by meanwhile."""
-_UNKNOWN = frozenset({"unknown"})
-"""Stands for nodes that nobody can ask for: they have not confirmed."""
+_NODES_TIMEOUT_S = 10.0
+"""Short compared with MAX_STATE_AGE_S: the replica can't refresh the state meanwhile."""
+_UNKNOWN_NODES = Acknowledgements(frozenset(), frozenset({"unknown"}))
+"""Prevents the switch while it is not known which nodes there are."""
 
 
 class NodeAcknowledgements(Protocol):
-    """Whoever knows the nodes."""
+    """Knows which nodes have acknowledged the CA's roots."""
 
-    async def look(self, generation: int) -> tuple[frozenset[str], frozenset[str]]:
-        """The nodes that have confirmed this generation of the CA's roots, and those that must; raises CertmountError."""
+    async def read(self, generation: int) -> Acknowledgements:
+        """Return the nodes that have acknowledged this generation, and those that must; raise CertmountError."""
 
 
 class CASource(Protocol):
-    """Gives the CA as it is now. ``name`` is what errors call it."""
+    """Provides the CA: its roots, intermediates and signing key (:class:`~csi_driver.authority.ca.key_pairs.CAKeyPair`).
+
+    Add a key store that signs elsewhere, such as PKCS#11 or Vault, as another source. All methods raise CertmountError.
+    """
 
     name: str
+    """The name of the source in errors."""
 
     async def refresh(self, now: datetime) -> CAState:
-        """The CA, after all that was due; raises CertmountError."""
+        """Return the current CA; first create it, renew it and advance its rotation if that is due."""
+
+    async def read(self, now: datetime) -> CAState | None:
+        """Return the current CA without changing anything; None if there is none yet."""
 
     async def record_lifetime(self, now: datetime, seconds: float) -> CAState:
-        """The CA, once it is written that it gives certificates of such a life; raises CertmountError."""
+        """Record that the CA signs certificates with this lifetime, and return the current CA."""
 
 
 class StoredCA:
-    """A CA in a store. What the store holds wrongly is never overwritten."""
+    """A CA in a store. Invalid content of the store is never overwritten."""
 
     def __init__(
-        self, store: Store, fleet: NodeAcknowledgements | None = None, design: CAProfile = DEFAULT_PROFILE
+        self, store: Store, nodes: NodeAcknowledgements | None = None, profile: CAProfile = DEFAULT_PROFILE
     ) -> None:
-        """Without a fleet no rotation gets as far as its switch. ``design`` is that of the CA that is made where there is none."""
+        """Without ``nodes``, a rotation never switches to the next CA. A new CA is created with ``profile``."""
         self.name = store.name
         self._store = ca_part(store)
-        self._fleet = fleet
-        self._design = design
-        self._held: CAState | None = None
-        self._version = ""
-        self._known: RootSet | None = None
+        self._nodes = nodes
+        self._profile = profile
+        self._current: CAState | None = None
+        self._version: str | None = None
+        """The version that ``_current`` was read from; None if it was just saved."""
+        self._published: RootSet | None = None
 
     async def refresh(self, now: datetime) -> CAState:
-        async def due(holdings: CAState) -> CAState:
-            return await self._advanced(holdings.renewed(now), now)
+        async def step(ca: CAState) -> CAState:
+            return await self._advance(ca.renew_intermediates(now), now)
 
-        return await self._change(now, due, make=True)
+        return await self._update(now, step, create=True)
+
+    async def read(self, now: datetime) -> CAState | None:
+        stored = await self._store.load()
+        return parse_ca_state(stored.values, now, where=self.name) if stored.values else None
 
     async def record_lifetime(self, now: datetime, seconds: float) -> CAState:
-        async def admitted(holdings: CAState) -> CAState:
-            return replace(holdings, state=rotation.record_lifetime(holdings.state, seconds))
-
-        return await self._change(now, admitted)
-
-    async def look_up(self, now: datetime) -> CAState:
-        """What is stored, with nothing done about it; raises CertmountError, also InvalidCA where nothing is stored yet."""
-        stored = await self._store.load()
-        if not stored.values:
-            raise self._empty()
-        return parse_ca_state(stored.values, now, where=self.name)
+        return await self.change(now, lambda ca: replace(ca, rotation=rotation.record_lifetime(ca.rotation, seconds)))
 
     async def change(self, now: datetime, step: Callable[[CAState], CAState]) -> CAState:
-        """Does what a person wants; raises CertmountError, also what ``step`` raises."""
+        """Save what ``step`` returns for the current CA.
 
-        async def stepped(holdings: CAState) -> CAState:
-            return step(holdings)
+        Raises:
+            CertmountError: InvalidCA if there is no CA yet, or what ``step`` or the store raises.
+        """
 
-        return await self._change(now, stepped)
+        async def stepped(ca: CAState) -> CAState:
+            return step(ca)
 
-    async def _change(
-        self, now: datetime, step: Callable[[CAState], Awaitable[CAState]], *, make: bool = False
+        return await self._update(now, stepped)
+
+    async def _update(
+        self, now: datetime, step: Callable[[CAState], Awaitable[CAState]], *, create: bool = False
     ) -> CAState:
-        for _ in range(_MOST_CONFLICTS):
-            stored = await self._store.load()
-            if self._held is not None and stored.version == self._version:
-                found = self._held
-            elif stored.values:
-                found = parse_ca_state(stored.values, now, where=self.name, known=self._known)
-            elif make:
-                found = new_ca_state(make_keyring(now, self._design), int(now.timestamp()), self._known)
-            else:
-                raise self._empty()
-            after = await step(found)
-            if after == found and after.saved:
-                return self._hold(found, stored.version)
-            # Whoever loses the race goes by what the winner saved: so it is loaded again, never held unsaved.
-            if await self._store.save(after.dump(), stored):
-                _tell(self.name, found, after)
-                return self._hold(replace(after, saved=True), "")
-        raise CertmountError(Reason.ISSUER_UNAVAILABLE, f"{self.name}: other writers came first again and again")
+        async def apply(stored: StoredSecrets) -> tuple[Values | None, tuple[CAState, CAState, str | None]]:
+            before = self._parse(stored, now, create=create)
+            after = await step(before)
+            if after == before and after.saved:
+                return None, (before, after, stored.version)
+            return after.encode(), (before, replace(after, saved=True), None)
 
-    async def _advanced(self, holdings: CAState, now: datetime) -> CAState:
-        confirmed, expected = frozenset[str](), _UNKNOWN
-        if (
-            holdings.state.phase is RotationPhase.DISTRIBUTING
-            and not holdings.state.stopped
-            and self._fleet is not None
-        ):
+        before, after, self._version = await update(self._store, apply)
+        if self._version is None:
+            _log_change(self.name, before, after)
+        self._current, self._published = after, after.root_set
+        return after
+
+    def _parse(self, stored: StoredSecrets, now: datetime, *, create: bool) -> CAState:
+        if self._current is not None and stored.version == self._version:
+            return self._current
+        if stored.values:
+            return parse_ca_state(stored.values, now, where=self.name, published=self._published)
+        if not create:
+            raise missing_ca(self.name)
+        return new_ca_state(make_keyring(now, self._profile), int(now.timestamp()), self._published)
+
+    async def _advance(self, ca: CAState, now: datetime) -> CAState:
+        nodes = _UNKNOWN_NODES
+        if ca.rotation.phase is RotationPhase.DISTRIBUTING and not ca.rotation.stopped and self._nodes is not None:
             try:
-                async with asyncio.timeout(_LOOK_S):
-                    confirmed, expected = await self._fleet.look(holdings.state.generation)
+                async with asyncio.timeout(_NODES_TIMEOUT_S):
+                    nodes = await self._nodes.read(ca.rotation.generation)
             except CertmountError as error:
-                log.warning("rotation waits: the nodes cannot be asked for", reason=error.reason.word, error=str(error))
+                log.warning("node acknowledgements not read", reason=error.reason.word, error=str(error))
             except TimeoutError:
-                log.warning("rotation waits: the nodes cannot be asked for", error=f"no answer in {_LOOK_S:g} s")
-        return holdings.advanced(int(now.timestamp()), confirmed, expected)
-
-    def _empty(self) -> CertmountError:
-        hint = (
-            "an authority makes one when it first starts. One with --ca-files keeps none; there put both roots into root.crt, "
-            "exchange intermediate.crt and intermediate.key when all pods have them, and take the former root away when "
-            "the last certificate of it has ended"
-        )
-        return CertmountError(Reason.INVALID_CA, Fault(self.name, "keeps no CA", hint))
-
-    def _hold(self, holdings: CAState, version: str) -> CAState:
-        self._held, self._version, self._known = holdings, version, holdings.trust
-        return holdings
+                log.warning("node acknowledgements not read", error=f"no response within {_NODES_TIMEOUT_S:g} s")
+        return ca.advance(int(now.timestamp()), nodes)
 
 
-class FileCA:
-    """A CA in files: no state is kept, as nobody here decides what is trusted or who signs."""
-
-    def __init__(self, files: CAFiles) -> None:
-        self.name = files.name
-        self._files = files
-        self._held: CAState | None = None
-
-    async def refresh(self, now: datetime) -> CAState:
-        keyring = await self._files.refresh(now)
-        held = self._held
-        if held is None or held.keyring is not keyring:
-            self._held = held = _from_files(keyring, held, int(now.timestamp()))
-        return held
-
-    async def record_lifetime(self, now: datetime, seconds: float) -> CAState:  # noqa: ARG002  # any is admitted
-        return await self.refresh(now)
+def missing_ca(store: str) -> CertmountError:
+    """Return the error for a store without a CA."""
+    hint = (
+        "an authority creates one when it first starts. With --ca-files there is nothing to rotate here: add the new "
+        "root to root.crt, replace intermediate.crt and intermediate.key when all pods have the new root, and remove "
+        "the former root when the last certificate of the former intermediate has expired"
+    )
+    return CertmountError(Reason.INVALID_CA, Fault(store, "contains no CA", hint))
 
 
-def _from_files(keyring: Keyring, before: CAState | None, now: int) -> CAState:
-    generation = before.state.generation if before else 0
-    if before is None or set(before.keyring.roots_der) != set(keyring.roots_der):
-        generation = rotation.next_generation(generation, now)
-    return CAState(keyring, None, RotationState(RotationPhase.STEADY, generation, since=now, longest_life=_ANY_LIFE))
-
-
-def _tell(store: str, before: CAState, after: CAState) -> None:
+def _log_change(store: str, before: CAState, after: CAState) -> None:
     if after.keyring != before.keyring or not before.saved:
-        ends = f"{after.keyring.intermediate.certificate.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}"
         log.info(
-            "certificate authority saved",
+            "CA saved",
             store=store,
             root=fingerprint(after.keyring.root),
-            intermediate=ends,
+            intermediate_not_after=f"{after.keyring.intermediate.certificate.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}",
         )
-    if after.state.phase is not before.state.phase:
-        log.info("rotation", phase=after.state.phase.value, generation=after.state.generation)
+    if after.rotation.phase is not before.rotation.phase:
+        log.info("CA rotation phase changed", phase=after.rotation.phase.value, generation=after.rotation.generation)

@@ -1,12 +1,11 @@
-"""All that a store keeps of the pods' CA: the keyring that signs, the next one during a rotation, and the rotation's state."""
+"""The state of the CA in a store: the signing keyring, the next keyring during a rotation, and the rotation state."""
 
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -16,7 +15,7 @@ from cryptography import x509
 from csi_driver.authority.ca import rotation
 from csi_driver.authority.ca.keyring import KEYRING_FILES, Keyring, encode_keyring
 from csi_driver.authority.ca.keyring_loader import load_keyring
-from csi_driver.authority.ca.rotation import RetiredRoot, RotationPhase, RotationState
+from csi_driver.authority.ca.rotation import Acknowledgements, RetiredRoot, RotationPhase, RotationState
 from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Fault, Reason
@@ -25,185 +24,188 @@ from csi_driver.core.secret import Secret
 
 STATE = "state.json"
 NEXT = "next."
-_NEXT_NAMES = tuple(NEXT + name for name in KEYRING_FILES)
-_MOST_ROOTS = 10
-"""Nodes take no set of roots with more."""
+_NEXT_FILES = tuple(NEXT + name for name in KEYRING_FILES)
+_MAX_ROOTS = 10
+"""Nodes reject a root set with more."""
 _MAX_NUMBER = 2**53
-"""Larger integers don't survive JSON (RFC 8259 section 6)."""
-_NEXT_HINT = f"put the right value back, or remove every value whose name begins with {NEXT} to give the next CA up"
-_HINT = f"restore it, or remove {STATE} to have it made anew"
+"""JSON does not preserve larger integers (RFC 8259 section 6)."""
+_NEXT_HINT = f"restore the correct value, or delete every value whose name begins with {NEXT} to abandon the next CA"
+_HINT = f"restore it, or delete {STATE} to create it again"
 
 
 @dataclass(frozen=True, slots=True)
 class CAState:
-    """A CA as it is stored. ``following`` is the next one, there before the switch only."""
+    """A CA and the state of its rotation."""
 
     keyring: Keyring
-    following: Keyring | None
-    state: RotationState
-    kept: Mapping[str, Secret[bytes]] = field(default_factory=dict, repr=False)
-    """Values of names that are not ours."""
+    next_keyring: Keyring | None
+    """Present only before the switch of a rotation."""
+    rotation: RotationState
+    other_values: Mapping[str, Secret[bytes]] = field(default_factory=dict, repr=False)
+    """Values with names that certmount doesn't use. They are kept."""
     saved: bool = True
-    """False where the store does not say so yet."""
+    """False if the store does not contain this state yet."""
 
     @property
-    def trust(self) -> RootSet:
-        """What pods are to trust; the oldest root first, so that a switch changes no file."""
-        retired = tuple(each.root for each in self.state.retired)
-        following = self.following.roots_der if self.following else ()
-        return RootSet(tuple(dict.fromkeys((*retired, *self.keyring.roots_der, *following))), self.state.generation)
+    def root_set(self) -> RootSet:
+        """The roots that pods must trust, the oldest root first, so that the switch changes no file."""
+        retired = tuple(each.root for each in self.rotation.retired)
+        following = self.next_keyring.roots_der if self.next_keyring else ()
+        return RootSet(tuple(dict.fromkeys((*retired, *self.keyring.roots_der, *following))), self.rotation.generation)
 
-    def begun(self, following: Keyring, now: int) -> CAState:
-        """A rotation to ``following`` begins.
+    def begin_rotation(self, next_keyring: Keyring, now: int) -> CAState:
+        """Start a rotation to the next keyring.
 
         Raises:
-            CertmountError: InvalidRequest while another one is under way, InvalidCA for more roots than nodes take.
+            CertmountError: InvalidRequest if a rotation is in progress, InvalidCA if nodes would reject the number of roots.
         """
-        after = replace(self, following=following, state=rotation.begin(self.state, now))
-        if len(after.trust.roots) > _MOST_ROOTS:
-            problem = f"together with the roots that are trusted now these are {len(after.trust.roots)}"
-            raise CertmountError(Reason.INVALID_CA, Fault("root.crt", problem, f"nodes take {_MOST_ROOTS}"))
+        after = replace(self, next_keyring=next_keyring, rotation=rotation.begin(self.rotation, now))
+        if (number := len(after.root_set.roots)) > _MAX_ROOTS:
+            problem = f"with the roots that are trusted now, these are {number} roots"
+            raise CertmountError(Reason.INVALID_CA, Fault("root.crt", problem, f"the maximum is {_MAX_ROOTS}"))
         return after
 
-    def discarded(self, now: int) -> CAState:
-        """The next CA is given up; raises CertmountError InvalidRequest where it is too late or none is there."""
-        return replace(self, following=None, state=rotation.discard(self.state, now))
+    def discard_next(self, now: int) -> CAState:
+        """Abandon the next CA; raise CertmountError InvalidRequest if there is none or it already signs."""
+        return replace(self, next_keyring=None, rotation=rotation.discard(self.rotation, now))
 
-    def advanced(self, now: int, confirmed: Collection[str], expected: Collection[str]) -> CAState:
-        """After all that is due, see :func:`csi_driver.authority.ca.rotation.advance`."""
-        leaving = [root for root in self.keyring.roots_der if self.following and root not in self.following.roots_der]
-        state = rotation.advance(self.state, now, confirmed, expected, leaving)
-        if state == self.state:
+    def advance(self, now: int, nodes: Acknowledgements) -> CAState:
+        """Make the next transition if it is due, see :func:`csi_driver.authority.ca.rotation.advance`."""
+        next_roots = self.next_keyring.roots_der if self.next_keyring else self.keyring.roots_der
+        retiring = [root for root in self.keyring.roots_der if root not in next_roots]
+        after = rotation.advance(self.rotation, now, nodes, retiring)
+        if after == self.rotation:
             return self
-        if self.state.phase.before_switch and state.phase is RotationPhase.RETIRING and self.following is not None:
-            # The former keys are of no more use to anyone, so the store forgets them.
-            return replace(self, keyring=self.following, following=None, state=state)
-        return replace(self, state=state)
+        if self.rotation.phase.before_switch and after.phase is RotationPhase.RETIRING and self.next_keyring:
+            # The former keys are no longer needed, so the store does not keep them.
+            return replace(self, keyring=self.next_keyring, next_keyring=None, rotation=after)
+        return replace(self, rotation=after)
 
-    def renewed(self, now: datetime) -> CAState:
-        """With new intermediates where they are due."""
-        keyring, following = _renewed(self.keyring, now), self.following and _renewed(self.following, now)
-        if keyring is self.keyring and following is self.following:
+    def renew_intermediates(self, now: datetime) -> CAState:
+        """Renew the intermediates that are due."""
+        keyring, following = _renewed(self.keyring, now), self.next_keyring and _renewed(self.next_keyring, now)
+        if keyring is self.keyring and following is self.next_keyring:
             return self
-        return replace(self, keyring=keyring, following=following)
+        return replace(self, keyring=keyring, next_keyring=following)
 
-    def dump(self) -> Mapping[str, Secret[bytes]]:
-        """The values for a store; :func:`parse_ca_state` reads them back."""
-        following = encode_keyring(self.following, NEXT) if self.following else {}
-        return {**self.kept, **encode_keyring(self.keyring), **following, STATE: Secret(_dump_state(self))}
+    def encode(self) -> Mapping[str, Secret[bytes]]:
+        """Return the values for a store; :func:`parse_ca_state` reads them."""
+        following = encode_keyring(self.next_keyring, NEXT) if self.next_keyring else {}
+        return {**self.other_values, **encode_keyring(self.keyring), **following, STATE: Secret(_encode_rotation(self))}
 
 
-def new_ca_state(keyring: Keyring, now: int, known: RootSet | None = None) -> CAState:
-    """Of a CA that is made now; ``known`` is what nodes were told before, where the store has been emptied."""
+def new_ca_state(keyring: Keyring, now: int, published: RootSet | None = None) -> CAState:
+    """Return the state of a new CA. ``published`` is what nodes received before someone emptied the store."""
     state = rotation.initial_state(now)
-    if known is not None:
-        state = replace(state, generation=rotation.next_generation(known.generation, now))
+    if published is not None:
+        state = replace(state, generation=rotation.next_generation(published.generation, now))
     return CAState(keyring, None, state, saved=False)
 
 
 def parse_ca_state(
-    values: Mapping[str, Secret[bytes]], now: datetime, *, where: str, known: RootSet | None = None
+    values: Mapping[str, Secret[bytes]], now: datetime, *, where: str, published: RootSet | None = None
 ) -> CAState:
-    """Takes the values of a store, which ``where`` names in errors; ``known`` is what this replica told nodes last.
+    """Read the values of a store. ``where`` names the store in errors; ``published`` is what this replica last published.
 
-    Where a person has put another CA there, or an older state, the result is not ``saved``, and its generation is a new one.
+    If an administrator stored another CA or an older state, the result has a new generation and is not ``saved``.
 
     Raises:
-        CertmountError: InvalidCA, with all that is wrong with the first part that is not right.
+        CertmountError: InvalidCA, with all faults of the first part that is invalid.
     """
     keyring = load_keyring(values, now, where=where)
-    state, trusted = _parse_state(values[STATE], where) if STATE in values else (None, "")
-    before_switch = state is not None and state.phase.before_switch
+    state, root_digest = _parse_rotation(values[STATE], where) if STATE in values else (None, "")
     following = None
-    if before_switch and any(name in values for name in _NEXT_NAMES):
-        following = load_keyring(values, now, where=where, prefix=NEXT, hint=_NEXT_HINT)
-    elif state is not None and before_switch:
-        state, trusted = replace(state, phase=RotationPhase.STEADY, stopped=False), ""
-    kept = {name: value for name, value in values.items() if name not in (*KEYRING_FILES, *_NEXT_NAMES, STATE)}
+    if state is not None and state.phase.before_switch:
+        if any(name in values for name in _NEXT_FILES):
+            following = load_keyring(values, now, where=where, prefix=NEXT, hint=_NEXT_HINT)
+        else:
+            state, root_digest = replace(state, phase=RotationPhase.STEADY, stopped=False), ""
+    others = {name: value for name, value in values.items() if name not in (*KEYRING_FILES, *_NEXT_FILES, STATE)}
     seconds = int(now.timestamp())
-    found = CAState(keyring, following, state or rotation.initial_state(seconds), kept)
-    if state is not None and trusted == _digest(found) and not _behind(found.trust, known):
+    found = CAState(keyring, following, state or rotation.initial_state(seconds), others)
+    if state is not None and root_digest == _root_digest(found) and not _is_older(found.root_set, published):
         return found
-    last = max(state.generation if state else 0, known.generation if known else 0)
-    life = max(0, int((keyring.intermediate.certificate.not_valid_after_utc - now).total_seconds()))
-    return replace(found, state=rotation.adopt(state, seconds, last, life), saved=False)
+    generation = max(state.generation if state else 0, published.generation if published else 0)
+    lifetime = max(0, int((keyring.intermediate.certificate.not_valid_after_utc - now).total_seconds()))
+    adopted = rotation.adopt_unknown_ca(state, seconds, generation, lifetime)
+    return replace(found, rotation=adopted, saved=False)
 
 
-def _behind(found: RootSet, known: RootSet | None) -> bool:
-    """True where nodes would not take what was found, as they were told something newer, or something else."""
-    if known is None or found.generation > known.generation:
+def _is_older(found: RootSet, published: RootSet | None) -> bool:
+    """Return True if nodes would ignore the root set because they know a newer or a different one of its generation."""
+    if published is None or found.generation > published.generation:
         return False
-    return found.generation < known.generation or set(found.roots) != set(known.roots)
+    return found.generation < published.generation or set(found.roots) != set(published.roots)
 
 
 def _renewed(keyring: Keyring, now: datetime) -> Keyring:
     return keyring.renew_intermediate(now) if keyring.intermediate_due(now) else keyring
 
 
-def _digest(holdings: CAState) -> str:
-    """Of the trusted roots, in any order, as a generation stands for them."""
-    digests = sorted(hashlib.sha256(root).hexdigest() for root in holdings.trust.roots)
+def _root_digest(state: CAState) -> str:
+    """Return a digest of the trusted roots in any order: the generation stands for them."""
+    digests = sorted(hashlib.sha256(root).hexdigest() for root in state.root_set.roots)
     return hashlib.sha256(" ".join(digests).encode("ascii")).hexdigest()
 
 
-def _dump_state(holdings: CAState) -> bytes:
-    state = holdings.state
+def _encode_rotation(ca: CAState) -> bytes:
+    state = ca.rotation
     document = {
         "phase": state.phase.value,
         "since": state.since,
         "generation": state.generation,
         "stopped": state.stopped,
-        "longest_life": state.longest_life,
+        "max_lifetime_s": state.max_lifetime,
         "retired": [
-            {"certificate": base64.b64encode(each.root).decode("ascii"), "life": each.life} for each in state.retired
+            {"certificate": base64.b64encode(each.root).decode("ascii"), "max_lifetime_s": each.max_lifetime}
+            for each in state.retired
         ],
-        "trusted": _digest(holdings),
+        "root_digest": _root_digest(ca),
     }
     return json.dumps(document, indent=1).encode("ascii")
 
 
-def _parse_state(content: Secret[bytes], where: str) -> tuple[RotationState, str]:
-    """The state, and the digest of the roots that its generation stands for; raises CertmountError InvalidCA."""
+def _parse_rotation(content: Secret[bytes], where: str) -> tuple[RotationState, str]:
+    """Return the state and the digest of the roots that its generation stands for; raise CertmountError InvalidCA."""
     try:
         document = json.loads(content.reveal())
-        retired = tuple(_retired(each) for each in _of(document["retired"], list))
         state = RotationState(
             RotationPhase(document["phase"]),
             since=_number(document["since"]),
             generation=_number(document["generation"]),
-            stopped=_of(document["stopped"], bool),
-            longest_life=_number(document["longest_life"]),
-            retired=retired,
+            stopped=_typed(document["stopped"], bool),
+            max_lifetime=_number(document["max_lifetime_s"]),
+            retired=tuple(_retired(each) for each in _typed(document["retired"], list)),
         )
-        trusted: str = _of(document["trusted"], str)
+        root_digest: str = _typed(document["root_digest"], str)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         problem = f"is damaged ({type(error).__name__})"
         raise CertmountError(Reason.INVALID_CA, Fault(f"{where} {STATE}", problem, _HINT)) from None
-    return state, trusted
+    return state, root_digest
 
 
 def _retired(document: Any) -> RetiredRoot:
+    der = base64.b64decode(document["certificate"], validate=True)
     try:
-        der = base64.b64decode(document["certificate"], validate=True)
         x509.load_der_x509_certificate(der)
-    except (binascii.Error, *PARSE_ERRORS):
-        raise ValueError("no certificate") from None
-    return RetiredRoot(der, _number(document["life"]))
+    except PARSE_ERRORS:
+        raise ValueError("not a certificate") from None
+    return RetiredRoot(der, _number(document["max_lifetime_s"]))
 
 
 def _number(value: Any) -> int:
-    number: int = value
-    if type(value) is not int or not 0 <= value < _MAX_NUMBER:
-        raise ValueError("no number that a state may hold")
+    number: int = _typed(value, int)
+    if not 0 <= number < _MAX_NUMBER:
+        raise ValueError("out of range")
     return number
 
 
-def _of(value: Any, kind: type) -> Any:
+def _typed(value: Any, kind: type) -> Any:
     if type(value) is not kind:
-        raise TypeError(f"no {kind.__name__}")
+        raise TypeError(f"not {kind.__name__}")
     return value
 
 
 def roots_pem(roots: RootSet) -> bytes:
-    """The roots in PEM, for people and files."""
+    """Return the roots in PEM format."""
     return encode_certificates([x509.load_der_x509_certificate(root) for root in roots.roots])

@@ -56,8 +56,8 @@ class WatchedFile(Generic[_T]):
         self._rejected: tuple[str, str] | None = None
         """Digest and error of the newest content if it is invalid."""
 
-    async def load(self) -> None:
-        """Read the files, and parse them if their content changed.
+    async def load(self) -> _T:
+        """Read the files, parse them if their content changed, and return the value.
 
         Raises:
             CertmountError: if the content is invalid; once for each content, or at every call while there is no value.
@@ -66,35 +66,34 @@ class WatchedFile(Generic[_T]):
         try:
             contents = await asyncio.to_thread(self._read)
             digest = _digest(contents)
-            if digest == self._digest and not self._parse_again:
-                return
+            retry = self._valid_later and self._rejected is not None
+            if digest == self._digest and self.value is not None and not retry:
+                return self.value
             value = await asyncio.to_thread(self._parse, contents)
         except CertmountError as error:
             reported, self._rejected = self._rejected, (digest, str(error))
             self._digest = digest
-            if self._rejected != reported or self.value is None:
-                self._on_rejected()
-                raise
-            return
+            if self._rejected == reported and self.value is not None:
+                return self.value
+            self._on_rejected()
+            raise
         self.value, self._digest, self._rejected = value, digest, None
         self._on_change(value)
+        return value
 
-    async def refresh(self) -> None:
-        """Do what :meth:`load` does, but log the error while there is a previous value."""
+    async def refresh(self) -> _T:
+        """Do what :meth:`load` does, but log the error and return the previous value if there is one."""
         try:
-            await self.load()
+            return await self.load()
         except CertmountError as error:
             if self.value is None:
                 raise
             self._log(error)
+            return self.value
 
     async def run(self, interval_s: float) -> None:
         """Refresh the value every ``interval_s`` seconds until cancelled."""
         await run_periodically(interval_s, self.load, self._log)
-
-    @property
-    def _parse_again(self) -> bool:
-        return self._rejected is not None and (self._valid_later or self.value is None)
 
     def _log(self, error: CertmountError) -> None:
         event = f"{self._what} rejected; the previous {self._what} stays in force"

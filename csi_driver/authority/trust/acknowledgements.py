@@ -1,4 +1,4 @@
-"""Which nodes have said that all their volumes trust a state of the CA's roots: merged by all replicas into one small object."""
+"""Store which nodes have acknowledged a generation of the CA's roots: the replicas merge this into one stored object."""
 
 from __future__ import annotations
 
@@ -11,176 +11,176 @@ from typing import Protocol
 
 import structlog
 
-from csi_driver.authority.storage import Store
+from csi_driver.authority.ca.rotation import Acknowledgements
+from csi_driver.authority.storage import Store, Values, update
 from csi_driver.authority.trust.bundles import TrustBundles
-from csi_driver.core.cluster.nodes import ClusterNodes
+from csi_driver.core.cluster.objects import ClusterNodes
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import DEFAULT_ISSUER
+from csi_driver.core.stored_secrets import StoredSecrets
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
 log = structlog.get_logger(__name__)
 
 ACKNOWLEDGEMENTS_FILE = "confirmations.json"
-"""In a store; outside a cluster also the file, beside the CA's."""
-ACKNOWLEDGEMENTS_SECRET = "certmount-confirmations"
-"""In a cluster, in the namespace of the CA's."""
-MOST_NODES = 20_000
-"""Four times the nodes of the largest supported cluster, as names come and go; 620 kB, of which a Secret takes 1 MiB."""
-_PAUSE_S = 1.0
-"""Between two writes of one replica: thousands of nodes confirm within ten seconds."""
-_MOST_CONFLICTS = 10
+"""The value in the store. Outside a cluster, also the file next to the CA's file."""
+ACKNOWLEDGEMENTS_SECRET = "certmount-confirmations"  # a name, not a secret
+"""In a cluster, in the namespace of the CA's Secret."""
+MAX_NODES = 20_000
+"""Four times the nodes of the largest supported cluster, because nodes are replaced. They need 620 kB; a Secret holds 1 MiB."""
+_WRITE_INTERVAL_S = 1.0
+"""For each replica: thousands of nodes acknowledge a generation within ten seconds."""
+Generations = Mapping[str, int]
+"""The latest generation that each node acknowledged, by :func:`node_hash`."""
 
 
 class NodeList(Protocol):
-    """Whoever knows which nodes there are."""
+    """Knows which nodes there are."""
 
     async def list(self) -> ClusterNodes:
-        """As of now; raises CertmountError."""
+        """Return the current nodes; raise CertmountError."""
 
 
 @dataclass(slots=True)
 class _Batch:
-    marks: dict[str, int] = field(default_factory=dict)
-    done: asyncio.Event = field(default_factory=asyncio.Event)
-    failure: CertmountError | None = None
+    generations: dict[str, int] = field(default_factory=dict)
+    written: asyncio.Event = field(default_factory=asyncio.Event)
+    error: CertmountError | None = None
 
 
 class AcknowledgementStore:
-    """Kept by a node's mark, see :func:`node_hash`, with the highest generation that it has confirmed."""
+    """Stores the highest generation that each node has acknowledged."""
 
-    def __init__(self, store: Store, generation: Callable[[], int], pause_s: float = _PAUSE_S) -> None:
-        """``generation`` is that of the CA's roots as this replica knows them."""
+    def __init__(
+        self, store: Store, current_generation: Callable[[], int], write_interval_s: float = _WRITE_INTERVAL_S
+    ) -> None:
+        """``current_generation`` returns the generation of the CA's roots that this replica knows."""
         self._store = store
-        self._generation = generation
-        self._pause_s = pause_s
+        self._current_generation = current_generation
+        self._write_interval_s = write_interval_s
         self._batch = _Batch()
-        self._wanted = asyncio.Event()
+        self._pending = asyncio.Event()
 
-    async def confirm(self, node: str, set_name: str, generation: int, /) -> None:
-        """Returns when it is written, so that nothing a node was thanked for is lost. Needs :meth:`run`.
+    async def acknowledge(self, node: str, set_name: str, generation: int, /) -> None:
+        """Store an acknowledgement, and return when it is stored. Needs :meth:`run`.
 
         Raises:
-            CertmountError: IssuerUnavailable for a generation that this replica has not heard of yet, or what the store raised.
+            CertmountError: IssuerUnavailable for a generation that this replica doesn't know yet, or what the store raises.
         """
-        current = self._generation()
+        current = self._current_generation()
         if set_name != DEFAULT_ISSUER or generation < current:
-            return  # nothing waits for it
+            return  # no rotation waits for it
         if generation > current:
-            # Whatever a node makes up must not pass for a generation to come.
-            problem = f"this replica knows of generation {current} of {set_name} only; try again"
-            raise CertmountError(Reason.ISSUER_UNAVAILABLE, Fault("generation", problem))
+            # A node must not be able to acknowledge generations in advance.
+            problem = f"this replica knows only generation {current} of {set_name}"
+            raise CertmountError(Reason.ISSUER_UNAVAILABLE, Fault("generation", problem, "retry"))
         batch = self._batch
-        batch.marks[node_hash(node)] = generation
-        self._wanted.set()
-        await batch.done.wait()
-        if batch.failure is not None:
-            raise CertmountError(batch.failure.reason, *batch.failure.faults)
+        batch.generations[node_hash(node)] = generation
+        self._pending.set()
+        await batch.written.wait()
+        if batch.error is not None:
+            raise CertmountError(batch.error.reason, *batch.error.faults)
 
     async def run(self) -> None:
-        """Writes what was confirmed, at most once a second. For ever."""
+        """Write new acknowledgements in batches until cancelled, at most one per second."""
         while True:
-            await self._wanted.wait()
+            await self._pending.wait()
             batch, self._batch = self._batch, _Batch()
-            self._wanted.clear()
+            self._pending.clear()
             try:
-                await self._merge(batch.marks)
+                await self._merge(batch.generations)
             except CertmountError as error:
-                log.warning("confirmations not written", reason=error.reason.word, error=str(error))
-                batch.failure = error
+                log.warning("node acknowledgements not stored", reason=error.reason.word, error=str(error))
+                batch.error = error
             finally:
-                batch.done.set()
-            await asyncio.sleep(self._pause_s)
+                batch.written.set()
+            await asyncio.sleep(self._write_interval_s)
 
-    async def read(self) -> Mapping[str, int]:
-        """The generation that each node has confirmed last, by the node's mark; raises CertmountError."""
-        stored = await self._store.load()
-        return _parse(stored.values, self._store.name)
+    async def read(self) -> Generations:
+        """Return the stored acknowledgements; raise CertmountError."""
+        return _parse(await self._store.load(), self._store.name)
 
-    async def forget(self, name: str) -> bool:
-        """A node (its name or mark) is no longer waited for unless its driver is there; False for one that is not known."""
-        gone = {name, node_hash(name)}
-        return await self._change(lambda marks: {each: value for each, value in marks.items() if each not in gone})
+    async def forget(self, node: str) -> bool:
+        """Remove the acknowledgement of a node (name or hash), so that it must acknowledge only while its driver runs.
 
-    async def _merge(self, news: Mapping[str, int]) -> None:
-        def merged(marks: Mapping[str, int]) -> Mapping[str, int]:
-            newer = {name: max(value, marks.get(name, 0)) for name, value in news.items()}
-            return _bounded({**marks, **newer})
+        Returns False if the node is unknown.
+        """
+        removed = {node, node_hash(node)}
+        return await self._update(lambda stored: {each: stored[each] for each in stored if each not in removed})
 
-        await self._change(merged)
+    async def _merge(self, new: Generations) -> None:
+        def merge(stored: Generations) -> Generations:
+            merged = {**stored, **{node: max(generation, stored.get(node, 0)) for node, generation in new.items()}}
+            newest = sorted(merged.items(), key=lambda item: item[1], reverse=True)[:MAX_NODES]
+            return merged if len(merged) <= MAX_NODES else dict(newest)
 
-    async def _change(self, step: Callable[[Mapping[str, int]], Mapping[str, int]]) -> bool:
-        for _ in range(_MOST_CONFLICTS):
-            stored = await self._store.load()
-            before = _parse(stored.values, self._store.name)
-            after = step(before)
+        await self._update(merge)
+
+    async def _update(self, change: Callable[[Generations], Generations]) -> bool:
+        async def step(stored: StoredSecrets) -> tuple[Values | None, bool]:
+            before = _parse(stored, self._store.name)
+            after = change(before)
             if after == before:
-                return False
+                return None, False
             document = json.dumps({"set": DEFAULT_ISSUER, "nodes": after}, separators=(",", ":"))
-            if await self._store.save({ACKNOWLEDGEMENTS_FILE: Secret(document.encode("ascii"))}, stored):
-                return True
-        raise CertmountError(Reason.ISSUER_UNAVAILABLE, f"{self._store.name}: other writers came first again and again")
+            return {ACKNOWLEDGEMENTS_FILE: Secret(document.encode("ascii"))}, True
+
+        return await update(self._store, step)
 
 
 class AcknowledgingNodes:
-    """Joins the nodes that there are with what they have confirmed."""
+    """Combines the list of nodes with their acknowledgements, for the rotation."""
 
-    def __init__(self, confirmations: AcknowledgementStore, nodes: NodeList, metrics: AuthorityMetrics) -> None:
-        self._confirmations = confirmations
+    def __init__(self, store: AcknowledgementStore, nodes: NodeList, metrics: AuthorityMetrics) -> None:
+        self._store = store
         self._nodes = nodes
         self._metrics = metrics
 
-    async def look(self, generation: int) -> tuple[frozenset[str], frozenset[str]]:
-        """Those that have confirmed this generation, and those that must; raises CertmountError."""
-        confirmed, expected = judge(await self._nodes.list(), await self._confirmations.read(), generation)
-        self._metrics.unconfirmed.set(len(expected - confirmed))
-        return confirmed, expected
+    async def read(self, generation: int) -> Acknowledgements:
+        """Return who has acknowledged the generation and who must; raise CertmountError."""
+        nodes = acknowledgements(await self._nodes.list(), await self._store.read(), generation)
+        self._metrics.unconfirmed.set(len(nodes.missing))
+        return nodes
 
 
 class ConnectedNodes:
-    """Outside of a cluster: the nodes with a trust stream at this replica; of others no one can say more than that they confirmed once."""
+    """Outside a cluster: the nodes with a trust stream to this replica. Other nodes are unknown."""
 
     def __init__(self, trust: TrustBundles) -> None:
         self._trust = trust
 
     async def list(self) -> ClusterNodes:
-        """Those that are connected now."""
         return ClusterNodes(self._trust.nodes, None)
 
 
-def judge(nodes: ClusterNodes, marks: Mapping[str, int], generation: int) -> tuple[frozenset[str], frozenset[str]]:
-    """The nodes that have confirmed, and those that must: where the driver is, or was while its volumes may still be there.
+def acknowledgements(nodes: ClusterNodes, stored: Generations, generation: int) -> Acknowledgements:
+    """Return the nodes that have acknowledged the generation, and the nodes that must.
 
-    A driver that is being updated is not registered for a while, but its pods go on. Where no one can say which other
-    nodes there are, all that ever confirmed must, and those without a name are called by their marks.
+    A node must if its driver is registered, or if it acknowledged any generation and still exists: the driver is not
+    registered during its update, but the pods keep running. If the existing nodes are unknown, every node that ever
+    acknowledged a generation must; a node without a known name is identified by its hash.
     """
-    names = {node_hash(name): name for name in (*nodes.serving, *(nodes.others or ()))}
-    if nodes.others is None:
-        names |= {each: each for each in marks if each not in names}
-    confirmed = frozenset(name for each, name in names.items() if marks.get(each, -1) >= generation)
-    were_there = frozenset(name for each, name in names.items() if each in marks)
-    return confirmed, nodes.serving | were_there
+    names = {node_hash(name): name for name in (*nodes.with_driver, *(nodes.without_driver or ()))}
+    if nodes.without_driver is None:
+        names |= {each: each for each in stored if each not in names}
+    acknowledged = frozenset(name for each, name in names.items() if stored.get(each, -1) >= generation)
+    known = frozenset(name for each, name in names.items() if each in stored)
+    return Acknowledgements(acknowledged, nodes.with_driver | known)
 
 
 def node_hash(node: str) -> str:
-    """16 hexadecimal digits for a node's name, as twenty thousand names would not fit a Secret."""
+    """Return 16 hexadecimal digits that identify a node: 20,000 full names do not fit into a Secret."""
     return hashlib.sha256(node.encode()).hexdigest()[:16]
 
 
-def _bounded(marks: Mapping[str, int]) -> Mapping[str, int]:
-    if len(marks) <= MOST_NODES:
-        return marks
-    newest = sorted(marks.items(), key=lambda item: item[1], reverse=True)
-    return dict(newest[:MOST_NODES])
-
-
-def _parse(values: Mapping[str, Secret[bytes]], where: str) -> Mapping[str, int]:
-    """What is damaged counts for nothing: nodes confirm again with their next stream, within half an hour."""
-    if ACKNOWLEDGEMENTS_FILE not in values:
+def _parse(stored: StoredSecrets, where: str) -> Generations:
+    """Return the acknowledgements. Damaged ones are ignored: nodes repeat them with their next stream, within 30 minutes."""
+    if ACKNOWLEDGEMENTS_FILE not in stored.values:
         return {}
     try:
-        document = json.loads(values[ACKNOWLEDGEMENTS_FILE].reveal())
-        return {str(each): int(value) for each, value in document["nodes"].items()}
+        document = json.loads(stored.values[ACKNOWLEDGEMENTS_FILE].reveal())
+        return {str(node): int(generation) for node, generation in document["nodes"].items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        log.error("confirmations are damaged and begun anew", store=where)  # noqa: TRY400  # no traceback is of use
+        log.error("stored node acknowledgements are damaged and ignored", store=where)  # noqa: TRY400  # a traceback doesn't help
         return {}

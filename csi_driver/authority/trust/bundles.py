@@ -1,4 +1,4 @@
-"""The roots that everyone is to trust: who watches them, and where they are published for those who don't yet know us."""
+"""The trust bundle: all root sets that the authority streams to nodes."""
 
 from __future__ import annotations
 
@@ -7,145 +7,106 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
-from typing import Protocol
 
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.host.atomic_write import replace_file
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
-PODS_ROOTS, AUTHORITYS_ROOT = "root.crt", "authority.crt"
-_MOST_WATCHERS = 10_000
-"""Twice the nodes of the largest supported cluster (Kubernetes: 5,000), as a node may reconnect before its old call is missed."""
-_MOST_DUE = 1000
-"""Each node hears of all: 64 kB. Those beyond come when these are done."""
+_MAX_WATCHERS = 10_000
+"""Twice the nodes of the largest supported cluster (Kubernetes: 5,000): a node can reconnect before its old stream ends."""
+_MAX_RENEW_NOW = 1000
+"""Every node receives all of them, 64 kB. More follow when these certificates are renewed."""
 LONGEST_WATCH = timedelta(minutes=30)
-"""After which a watch ends and its caller comes again: to whichever replica there is then, with a token of that day."""
-
-
-class RootPublisher(Protocol):
-    """Puts two files (PEM) where nodes and people find them before their first call."""
-
-    async def publish(self, roots: bytes, authority: bytes) -> None:
-        """What pods trust and what the authority itself shows; written unless both are there.
-
-        Raises:
-            CertmountError: RootCertificateMissing where that fails.
-        """
-
-
-class DirectoryPublisher:
-    """``root.crt`` and ``authority.crt`` in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    async def publish(self, roots: bytes, authority: bytes) -> None:
-        for name, pem in ((PODS_ROOTS, roots), (AUTHORITYS_ROOT, authority)):
-            await asyncio.to_thread(_publish, self._folder / name, pem)
-
-
-def _publish(file: Path, pem: bytes) -> None:
-    try:
-        if not file.is_file() or file.read_bytes() != pem:
-            replace_file(file, pem, mode=0o644)
-    except OSError as error:
-        problem = f"cannot be written: {error.strerror}"
-        raise CertmountError(Reason.ROOT_CERTIFICATE_MISSING, Fault(str(file), problem)) from None
+"""Then the stream ends and the node reconnects with a new token, possibly to another replica."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrustSnapshot:
-    """All that a node follows."""
+    """A message of the trust stream."""
 
     sets: Mapping[str, RootSet]
-    """Of issuers and federations, by their names."""
+    """The root sets of issuers and federations by name."""
     policy_revision: str
     """The revision of the policy in force."""
     shared_issuers: tuple[str, ...] = ()
-    """Issuers that count certificates: pods of one service account on one node share theirs."""
+    """Issuers with certificate limits: pods of one service account on one node share a certificate."""
     renew_now: tuple[str, ...] = ()
-    """SHA-256 (hexadecimal) of the public keys whose certificates are to be renewed now."""
+    """SHA-256 (hexadecimal) of the public keys whose certificates nodes must renew now."""
 
 
 class TrustBundles:
-    """The current sets of roots, and a stream of them for each watcher."""
+    """Holds the current trust bundle and streams it to watchers."""
 
     def __init__(
-        self, metrics: AuthorityMetrics, most_watchers: int = _MOST_WATCHERS, longest: timedelta = LONGEST_WATCH
+        self, metrics: AuthorityMetrics, max_watchers: int = _MAX_WATCHERS, longest: timedelta = LONGEST_WATCH
     ) -> None:
         self._metrics = metrics
-        self._most_watchers = most_watchers
+        self._max_watchers = max_watchers
         self._longest = longest
         self._watchers: Counter[str] = Counter()
-        self._bundle = TrustSnapshot({}, "")
+        self._snapshot = TrustSnapshot({}, "")
         self._changed = asyncio.Event()
         self._closed = False
 
-    def set_roots(self, name: str, roots: RootSet) -> None:
-        """Tells all watchers, if the set differs from the one before."""
-        if self._bundle.sets.get(name) != roots:
-            self._replace(replace(self._bundle, sets={**self._bundle.sets, name: roots}))
-
-    def drop_roots(self, name: str) -> None:
-        """Forgets a set. Watchers hear of it, and pods that still ask for it are refused."""
-        left = {other: roots for other, roots in self._bundle.sets.items() if other != name}
-        if len(left) < len(self._bundle.sets):
-            self._replace(replace(self._bundle, sets=left))
-
-    def set_policy(self, revision: str) -> None:
-        """Tells all watchers, if another policy is in force."""
-        if self._bundle.policy_revision != revision:
-            self._replace(replace(self._bundle, policy_revision=revision))
-
-    def set_shared_issuers(self, issuers: Iterable[str]) -> None:
-        """Tells all watchers, if pods are to share the certificates of other issuers than before."""
-        names = tuple(sorted(issuers))
-        if self._bundle.shared_issuers != names:
-            self._replace(replace(self._bundle, shared_issuers=names))
-
-    def set_renew_now(self, keys: Iterable[str]) -> None:
-        """Tells all watchers, if other keys' certificates are to be renewed now than before."""
-        due = tuple(sorted(keys)[:_MOST_DUE])
-        if self._bundle.renew_now != due:
-            self._replace(replace(self._bundle, renew_now=due))
-
-    def select(self, issuer: str, federations: Sequence[str]) -> Mapping[str, RootSet]:
-        """The sets that a pod with a certificate of ``issuer`` is to trust.
-
-        Raises:
-            CertmountError: FederationNotFound, or IssuerUnavailable while the issuer's own roots are not known.
-        """
-        sets = self._bundle.sets
-        if issuer not in sets:
-            raise CertmountError(Reason.ISSUER_UNAVAILABLE, f"the roots of issuer {issuer} are not known yet")
-        if unknown := [name for name in federations if name not in sets]:
-            known = f"known are {', '.join(sorted(sets))}"
-            faults = [Fault("federations", f"the authority has no roots by the name {name}", known) for name in unknown]
-            raise CertmountError(Reason.FEDERATION_NOT_FOUND, *faults)
-        return {name: sets[name] for name in (issuer, *federations)}
-
-    def close(self) -> None:
-        """Ends all watches, now and in future."""
-        self._closed = True
-        self._wake()
+    @property
+    def snapshot(self) -> TrustSnapshot:
+        """The current trust bundle."""
+        return self._snapshot
 
     @property
     def nodes(self) -> frozenset[str]:
         """The nodes that watch now."""
         return frozenset(self._watchers)
 
-    async def watch(self, node: str = "") -> AsyncGenerator[TrustSnapshot, None]:
-        """What is trusted now, then each change, for half an hour or until :meth:`close`. ``node`` is who watches.
+    def set_roots(self, name: str, roots: RootSet) -> None:
+        """Add or replace a root set."""
+        self._update(replace(self._snapshot, sets={**self._snapshot.sets, name: roots}))
+
+    def remove_roots(self, name: str) -> None:
+        """Remove a root set. Requests of pods that use it then fail."""
+        sets = {other: roots for other, roots in self._snapshot.sets.items() if other != name}
+        self._update(replace(self._snapshot, sets=sets))
+
+    def set_policy(self, revision: str) -> None:
+        """Set the revision of the policy in force."""
+        self._update(replace(self._snapshot, policy_revision=revision))
+
+    def set_shared_issuers(self, issuers: Iterable[str]) -> None:
+        """Set the issuers whose certificates pods share."""
+        self._update(replace(self._snapshot, shared_issuers=tuple(sorted(issuers))))
+
+    def set_renew_now(self, keys: Iterable[str]) -> None:
+        """Set the keys whose certificates nodes must renew now."""
+        self._update(replace(self._snapshot, renew_now=tuple(sorted(keys)[:_MAX_RENEW_NOW])))
+
+    def select(self, issuer: str, federations: Sequence[str]) -> Mapping[str, RootSet]:
+        """Return the root sets that a pod with a certificate of ``issuer`` trusts.
 
         Raises:
-            CertmountError: AuthorityOverloaded with too many watchers.
+            CertmountError: FederationNotFound, or IssuerUnavailable while the issuer's own roots are unknown.
         """
-        if self._watchers.total() >= self._most_watchers:
-            raise CertmountError(
-                Reason.AUTHORITY_OVERLOADED, f"{self._watchers.total()} callers watch the roots already"
-            )
+        sets = self._snapshot.sets
+        if issuer not in sets:
+            raise CertmountError(Reason.ISSUER_UNAVAILABLE, f"the roots of issuer {issuer} are not known yet")
+        if unknown := [name for name in federations if name not in sets]:
+            hint = f"use one of {', '.join(sorted(sets))}"
+            faults = [Fault("federations", f"the authority has no root set named {name}", hint) for name in unknown]
+            raise CertmountError(Reason.FEDERATION_NOT_FOUND, *faults)
+        return {name: sets[name] for name in (issuer, *federations)}
+
+    def close(self) -> None:
+        """End all current and future watches."""
+        self._closed = True
+        self._wake()
+
+    async def watch(self, node: str = "") -> AsyncGenerator[TrustSnapshot, None]:
+        """Yield the trust bundle and then each change, for 30 minutes or until :meth:`close`. ``node`` watches.
+
+        Raises:
+            CertmountError: AuthorityOverloaded if there are too many watchers.
+        """
+        if (number := self._watchers.total()) >= self._max_watchers:
+            raise CertmountError(Reason.AUTHORITY_OVERLOADED, f"{number} clients already watch the trust bundle")
         self._watchers[node] += 1
         self._metrics.watchers.inc()
         sent: TrustSnapshot | None = None
@@ -153,11 +114,11 @@ class TrustBundles:
         end = loop.time() + self._longest.total_seconds()
         try:
             while not self._closed:
-                changed, bundle = self._changed, self._bundle
-                # A node would take an empty bundle for the end of all trust.
-                if bundle.sets and bundle is not sent:
-                    sent = bundle
-                    yield bundle
+                changed, snapshot = self._changed, self._snapshot
+                # A node would take a bundle without root sets as the removal of all roots.
+                if snapshot.sets and snapshot is not sent:
+                    sent = snapshot
+                    yield snapshot
                 else:
                     async with asyncio.timeout_at(end):
                         await changed.wait()
@@ -169,9 +130,10 @@ class TrustBundles:
                 del self._watchers[node]
             self._metrics.watchers.dec()
 
-    def _replace(self, bundle: TrustSnapshot) -> None:
-        self._bundle = bundle
-        self._wake()
+    def _update(self, snapshot: TrustSnapshot) -> None:
+        if snapshot != self._snapshot:
+            self._snapshot = snapshot
+            self._wake()
 
     def _wake(self) -> None:
         self._changed.set()

@@ -1,12 +1,11 @@
-"""Further sets of roots from a folder, such as a mounted ConfigMap: each file ``NAME.crt`` or ``NAME.pem`` is the set NAME."""
+"""Root sets of federations from a directory, such as a mounted ConfigMap: ``NAME.crt`` or ``NAME.pem`` is the set NAME."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import os
 import re
 from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -15,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.ca.certificate_check import ca_certificate_problems
 from csi_driver.authority.ca.rotation import next_generation
+from csi_driver.authority.config.watched_file import Contents, WatchedFile, read_directory
 from csi_driver.authority.trust.bundles import TrustBundles
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Fault, Reason
@@ -24,131 +24,122 @@ from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 log = structlog.get_logger(__name__)
 
 _CHECK_S = 2.0
-"""A ConfigMap reaches its volume within a minute or so; next to that, two seconds are nothing."""
+"""Short compared with the minute that the kubelet needs to update a mounted ConfigMap."""
 _MAX_BYTES = 256 * 1024
-_MOST_ROOTS = 10
-"""Nodes take no set with more."""
-_MOST_SETS = 64
+_MAX_ROOTS = 10
+"""Nodes reject a root set with more."""
+_MAX_SETS = 64
 _SUFFIXES = (".crt", ".pem")
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
-_KUBELETS = "..data"
-"""The link by which the kubelet changes all files of a mounted ConfigMap at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class _FederationFile:
+    digest: str
+    certificates: tuple[x509.Certificate, ...]
+    error: CertmountError | None = None
 
 
 class FederationDirectory:
-    """Keeps :class:`TrustBundles` in step with a folder. A file that becomes bad keeps its former roots; one that goes takes its set along."""
+    """Publishes the root sets of a directory. An invalid file keeps its previous roots; a removed file removes its set."""
 
     def __init__(
         self,
-        folder: Path,
+        directory: Path,
         trust: TrustBundles,
         metrics: AuthorityMetrics,
         clock: Callable[[], float],
         reserved: Container[str],
     ) -> None:
-        """``clock`` gives unix seconds; ``reserved`` are the names of issuers as they are at any time, which have sets of their own."""
-        self._folder = folder
+        """``clock`` returns Unix seconds. ``reserved`` are the names of issuers, which have root sets of their own."""
         self._trust = trust
         self._metrics = metrics
         self._clock = clock
         self._reserved = reserved
-        # The digest of each file's content when it was last looked at.
-        self._seen: dict[str, str] = {}
-        # By the name of each set that there is, or was: so a set that comes back is newer than before it went.
+        self._files: Mapping[str, _FederationFile] = {}
+        # Including removed sets: a set that returns needs a higher generation than before.
         self._generations: dict[str, int] = {}
         self._sets: dict[str, RootSet] = {}
-        self._unreadable = ""
+        self._watched: WatchedFile[Mapping[str, _FederationFile]] = WatchedFile(
+            "federation directory",
+            lambda: read_directory(
+                directory, lambda name: name.endswith(_SUFFIXES), _MAX_BYTES, Reason.INVALID_CA, "see --federation-dir"
+            ),
+            _parse_files,
+            initial={},
+            on_change=self._apply,
+            on_rejected=metrics.federation_failures.inc,
+        )
 
     async def load(self) -> None:
-        """Takes what has changed in the folder. What is wrong is logged and counted, once for each content."""
-        try:
-            files = await asyncio.to_thread(self._read)
-        except OSError as error:
-            problem = f"cannot be read: {error.strerror}"
-            if problem != self._unreadable:
-                self._refused(_wrong(str(error.filename or self._folder), problem, "see --federation-dir"))
-            self._unreadable = problem
-            return
-        self._unreadable = ""
-        if files.keys() != self._seen.keys():
-            self._seen = {}  # what was wrong with one file may have been the presence of another
-        for file, content in sorted(files.items()):
-            self._take(file, content)
+        """Publish what changed in the directory. Errors are logged and counted once for each content."""
+        await self._watched.refresh()
+
+    async def run(self) -> None:
+        """Follow the directory until cancelled."""
+        await self._watched.run(_CHECK_S)
+
+    def _apply(self, files: Mapping[str, _FederationFile]) -> None:
+        # A file can be invalid only because of another file, so check all files again if their names changed.
+        previous = self._files if self._files.keys() == files.keys() else {}
+        self._files = files
+        for name, file in sorted(files.items()):
+            if name not in previous or previous[name].digest != file.digest:
+                self._apply_file(name, file)
         names = {_set_name(file) for file in files}
         for name in [name for name in self._sets if name not in names]:
             del self._sets[name]
-            self._trust.drop_roots(name)
+            self._trust.remove_roots(name)
             log.info("federation removed", set=name)
 
-    async def run(self) -> None:
-        """Follows the folder for ever."""
-        while True:
-            await asyncio.sleep(_CHECK_S)
-            await self.load()
+    def _apply_file(self, name: str, file: _FederationFile) -> None:
+        set_name = _set_name(name)
+        if error := self._name_error(name, set_name) or file.error:
+            self._metrics.federation_failures.inc()
+            log.error("federation rejected; the previous roots stay", reason=error.reason.word, error=str(error))
+            return
+        roots = tuple(dict.fromkeys(certificate.public_bytes(Encoding.DER) for certificate in file.certificates))
+        if set_name in self._sets and self._sets[set_name].roots == roots:
+            return
+        generation = next_generation(self._generations.get(set_name, 0), int(self._clock()))
+        self._generations[set_name] = generation
+        self._sets[set_name] = RootSet(roots, generation)
+        self._trust.set_roots(set_name, self._sets[set_name])
+        log.info("federation loaded", set=set_name, roots=[fingerprint(each) for each in file.certificates])
 
-    def _take(self, file: str, content: bytes) -> None:
-        digest = hashlib.sha256(content).hexdigest()
-        if self._seen.get(file) == digest:
-            return
-        self._seen[file] = digest
-        name = _set_name(file)
-        try:
-            self._check_name(file, name)
-            certificates = _parse(file, content)
-        except CertmountError as error:
-            self._refused(error)
-            return
-        roots = tuple(dict.fromkeys(each.public_bytes(Encoding.DER) for each in certificates))
-        if name in self._sets and self._sets[name].roots == roots:
-            return
-        self._generations[name] = next_generation(self._generations.get(name, 0), int(self._clock()))
-        self._sets[name] = RootSet(roots, self._generations[name])
-        self._trust.set_roots(name, self._sets[name])
-        log.info("federation taken", set=name, roots=[fingerprint(one) for one in certificates])
-
-    def _check_name(self, file: str, name: str) -> None:
+    def _name_error(self, file: str, name: str) -> CertmountError | None:
         if not _NAME.fullmatch(name):
-            raise _wrong(file, "has a name that no pod can ask for", "take lower-case letters, digits, - and .")
+            return _invalid(file, "is not a valid name for a root set", "use lower-case letters, digits, - and .")
         if name in self._reserved:
-            raise _wrong(file, f"has the name of an issuer, {name}, which has roots of its own")
-        if any(other != file and _set_name(other) == name for other in self._seen):
-            raise _wrong(file, f"stands for the set {name}, and so does another file")
-        if name not in self._sets and len(self._sets) >= _MOST_SETS:
-            raise _wrong(file, f"is one too many: {_MOST_SETS} sets are taken")
+            return _invalid(file, f"has the name of the issuer {name}, which has its own root set")
+        if any(other < file and _set_name(other) == name for other in self._files):
+            return _invalid(file, f"is a second file for the root set {name}")
+        if name not in self._sets and len(self._sets) >= _MAX_SETS:
+            return _invalid(file, f"exceeds the maximum of {_MAX_SETS} root sets")
+        return None
 
-    def _refused(self, error: CertmountError) -> None:
-        self._metrics.federation_failures.inc()
-        log.error("federation refused; what was there before stays", reason=error.reason.word, error=str(error))
 
-    def _read(self) -> Mapping[str, bytes]:
-        """The content of each file; raises OSError. All of one state of the folder, where the kubelet writes it."""
+def _parse_files(contents: Contents) -> Mapping[str, _FederationFile]:
+    files = {}
+    for name, content in contents.items():
+        digest = hashlib.sha256(content).hexdigest()
         try:
-            folder = os.open(self._folder / _KUBELETS, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            return {name: _content(name, folder) for name in os.listdir(folder) if name.endswith(_SUFFIXES)}  # noqa: PTH208  # a descriptor stays with one state of the folder
-        finally:
-            os.close(folder)
-
-
-def _content(name: str, folder: int) -> bytes:
-    # O_NONBLOCK, as opening a pipe would wait for its writer for ever.
-    descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-    with os.fdopen(descriptor, "rb") as file:
-        return file.read(_MAX_BYTES + 1)
+            files[name] = _FederationFile(digest, tuple(_parse(name, content)))
+        except CertmountError as error:
+            files[name] = _FederationFile(digest, (), error)
+    return files
 
 
 def _parse(file: str, content: bytes) -> list[x509.Certificate]:
-    """Raises CertmountError InvalidCA, with all that is wrong."""
+    """Raise CertmountError InvalidCA with all faults."""
     if len(content) > _MAX_BYTES:
-        raise _wrong(file, f"is longer than {_MAX_BYTES} bytes")
+        raise _invalid(file, f"is longer than {_MAX_BYTES} bytes")
     try:
         certificates = decode_certificates(content)
     except ValueError:
-        raise _wrong(file, "holds no certificates in PEM") from None
-    if len(certificates) > _MOST_ROOTS:
-        raise _wrong(file, f"holds {len(certificates)} certificates; nodes take {_MOST_ROOTS}")
+        raise _invalid(file, "contains no certificates in PEM format") from None
+    if len(certificates) > _MAX_ROOTS:
+        raise _invalid(file, f"contains {len(certificates)} certificates; the maximum is {_MAX_ROOTS}")
     faults = [
         Fault(file, f"certificate {number} {problem}")
         for number, certificate in enumerate(certificates, start=1)
@@ -163,5 +154,5 @@ def _set_name(file: str) -> str:
     return file.rpartition(".")[0]
 
 
-def _wrong(file: str, problem: str, hint: str = "") -> CertmountError:
+def _invalid(file: str, problem: str, hint: str = "") -> CertmountError:
     return CertmountError(Reason.INVALID_CA, Fault(file, problem, hint))

@@ -1,4 +1,4 @@
-"""The authority's own certificate, below its own small CA; its key lives in memory only and changes with it."""
+"""The authority's serving certificate. Its key changes with each renewal and exists only in memory."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
 log = structlog.get_logger(__name__)
 
-_LIFE = timedelta(hours=24)
-_RENEW_AFTER = _LIFE * 2 / 3
+_LIFETIME = timedelta(hours=24)
+_RENEW_AFTER = _LIFETIME * 2 / 3
 
 
 class ServingCertificate:
-    """Renewed at two thirds of its life and with each new signer; new handshakes get the new one, old connections go on."""
+    """Renewed after two thirds of its lifetime and when the signer changes. Established connections are not affected."""
 
     def __init__(self, names: Names, metrics: AuthorityMetrics, clock: Callable[[], datetime] = utc_now) -> None:
         self._names = names
@@ -34,15 +34,15 @@ class ServingCertificate:
         self._issuer: x509.Certificate | None = None
         self._renew_at = clock()
         self._configuration: grpc.ServerCertificateConfiguration | None = None
-        self._taken: grpc.ServerCertificateConfiguration | None = None
+        self._fetched: grpc.ServerCertificateConfiguration | None = None
 
     def refresh(self, signer: CAKeyPair) -> grpc.ServerCertificateConfiguration:
-        """Makes a new key and certificate where that is due; the current ones are returned."""
+        """Return the current key and certificate; first renew them if that is due."""
         now = self._clock()
         if self._configuration is not None and now < self._renew_at and signer.certificate == self._issuer:
             return self._configuration
         key = generate_key(KeyType.EC_P256)
-        certificate = sign_leaf(Leaf(key.public_key(), self._names, _LIFE, (Usage.SERVER,)), signer, now)
+        certificate = sign_leaf(Leaf(key.public_key(), self._names, _LIFETIME, (Usage.SERVER,)), signer, now)
         chain = encode_certificates([certificate, signer.certificate])
         self._configuration = grpc.ssl_server_certificate_configuration([(encode_key(key).reveal(), chain)])
         self._issuer, self._renew_at = signer.certificate, now + _RENEW_AFTER
@@ -55,18 +55,18 @@ class ServingCertificate:
         return self._configuration
 
     def credentials(self, signer: CAKeyPair) -> grpc.ServerCredentials:
-        """Credentials that show the certificate which is current at each handshake."""
-        self._taken = self.refresh(signer)
+        """Return credentials that use the current certificate at each handshake."""
+        self._fetched = self.refresh(signer)
         return grpc.dynamic_ssl_server_credentials(
-            self._taken,
-            self._fetch,  # type: ignore[arg-type]  # the stub forgets None, which stands for no change
+            self._fetched,
+            self._fetch,  # type: ignore[arg-type]  # the stub lacks None, which means unchanged
             require_client_authentication=False,
         )
 
     def _fetch(self) -> grpc.ServerCertificateConfiguration | None:
-        """Called by gRPC at each handshake, on a thread of its own; None says that nothing changed."""
+        """Return the certificate if it changed, otherwise None. gRPC calls this in its own threads at each handshake."""
         current = self._configuration
-        if current is self._taken:
+        if current is self._fetched:
             return None
-        self._taken = current
+        self._fetched = current
         return current

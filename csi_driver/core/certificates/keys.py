@@ -1,4 +1,4 @@
-"""Key pairs: made on the pod's node, encoded for the pod's files, and nowhere else."""
+"""Generate, encode and load private keys, and check the keys of CAs."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _ML_DSA: dict[KeyType, tuple[type[_MLDSAPrivateKey], type[_MLDSAPublicKey]]] = {
     KeyType.ML_DSA_65: (mldsa.MLDSA65PrivateKey, mldsa.MLDSA65PublicKey),
     KeyType.ML_DSA_87: (mldsa.MLDSA87PrivateKey, mldsa.MLDSA87PublicKey),
 }
-_LEAST_RSA_BITS = 2048
+_MIN_RSA_BITS = 2048
 _AUTHORITY_CURVES = frozenset({"secp256r1", "secp384r1", "secp521r1"})
-_AUTHORITY_KEYS = "RSA (2048 bits or more), EC P-256, P-384 and P-521, Ed25519 and ML-DSA"
+_UNSUPPORTED_KEY = "an unsupported key; use RSA (2048 bits or more), EC P-256, P-384 or P-521, Ed25519 or ML-DSA"
 
 
 def generate_key(key_type: KeyType) -> PrivateKey:
-    """Makes a key; RSA takes tens to hundreds of milliseconds, so never on the event loop."""
+    """Generate a key. RSA takes up to hundreds of milliseconds, so don't call this in the event loop."""
     if key_type is KeyType.ED25519:
         return ed25519.Ed25519PrivateKey.generate()
     if key_type in _RSA_BITS:
@@ -47,7 +47,7 @@ def generate_key(key_type: KeyType) -> PrivateKey:
 
 
 def key_type_of(key: object) -> KeyType | None:
-    """The key type of a public key, or None for one that certmount doesn't sign."""
+    """Return the type of a public key, or None if certmount doesn't sign keys of that type."""
     if isinstance(key, ed25519.Ed25519PublicKey):
         return KeyType.ED25519
     if isinstance(key, rsa.RSAPublicKey):
@@ -60,64 +60,64 @@ def key_type_of(key: object) -> KeyType | None:
 
 
 def encode_key(key: PrivateKey) -> Secret[bytes]:
-    """PKCS#8 PEM (RFC 5958), unencrypted."""
+    """Return unencrypted PKCS#8 in PEM format (RFC 5958)."""
     return Secret(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
 
 def load_key(pem: Secret[bytes]) -> PrivateKey:
-    """Reads what :func:`encode_key` wrote; raises ValueError for anything else, without showing it."""
+    """Load a key that :func:`encode_key` encoded; raise ValueError, which never contains the input."""
     try:
         key = load_pem_private_key(pem.reveal(), password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise ValueError("not an unencrypted private key in PEM") from None
+        raise ValueError("not an unencrypted private key in PEM format") from None
     if not isinstance(key, PrivateKey) or key_type_of(key.public_key()) is None:
-        raise ValueError("a private key of a type that certmount does not use")
+        raise ValueError("a private key of a type that certmount doesn't support")
     return key
 
 
 @dataclass(frozen=True, slots=True)
 class AuthorityKey:
-    """The key of a certificate authority as someone brings it, and whether it lay encrypted."""
+    """The private key of an administrator's CA, and whether its file is encrypted."""
 
     key: PrivateKey
     encrypted: bool
 
 
 def load_authority_key(pem: Secret[bytes], password: Secret[bytes] | None = None) -> AuthorityKey:
-    """Reads PKCS#8, PKCS#1 (RSA) or SEC1 (EC) in PEM, each plain or encrypted; the password is not needed for a plain one.
+    """Load PKCS#8, PKCS#1 (RSA) or SEC1 (EC) in PEM format. Only encrypted keys need the password.
 
     Raises:
-        ValueError: in words that follow "is": no key, none that may sign here, or no password that opens it.
+        ValueError: in words that follow "is", if there is no supported key or the password is wrong.
     """
     encrypted = b"ENCRYPTED" in pem.reveal()
     if encrypted and (password is None or not password.reveal()):
-        raise ValueError("encrypted, and there is no password for it")
+        raise ValueError("encrypted, and no password is configured")
     try:
         key = load_pem_private_key(pem.reveal(), password.reveal() if encrypted and password is not None else None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         if encrypted and isinstance(error, ValueError) and "password" in str(error):
-            raise ValueError("encrypted with another password than the one given") from None
-        raise ValueError("not a private key in PEM (PKCS#8, PKCS#1 or SEC1)") from None
+            raise ValueError("encrypted with a different password") from None
+        raise ValueError("not a private key in PEM format (PKCS#8, PKCS#1 or SEC1)") from None
     if not isinstance(key, PrivateKey):
-        raise ValueError(f"a key that may not sign here; one of {_AUTHORITY_KEYS} may")
+        raise ValueError(_UNSUPPORTED_KEY)
     if problem := authority_key_problem(key.public_key()):
         raise ValueError(problem)
     return AuthorityKey(key, encrypted)
 
 
 def authority_key_problem(key: object) -> str | None:
-    """Why a public key is none for a certificate authority, in words that follow "is"; None for one that may be."""
+    """Return why a CA can't use a public key, in words that follow "is", or None."""
     curve = key.curve.name if isinstance(key, ec.EllipticCurvePublicKey) else None
     bits = key.key_size if isinstance(key, rsa.RSAPublicKey) else None
-    if bits is not None and bits < _LEAST_RSA_BITS:
-        return f"an RSA key of {bits} bits; at least {_LEAST_RSA_BITS} are needed"
+    if bits is not None and bits < _MIN_RSA_BITS:
+        return f"an RSA key of {bits} bits; use at least {_MIN_RSA_BITS} bits"
     if not isinstance(key, PublicKey) or (curve is not None and curve not in _AUTHORITY_CURVES):
-        return f"a key that may not sign here; one of {_AUTHORITY_KEYS} may"
+        return _UNSUPPORTED_KEY
     return None
 
 
 def generate_key_like(key: PublicKey) -> PrivateKey:
-    """Makes a key of the same algorithm and size; RSA takes long, so never on the event loop."""
+    """Generate a key of the same algorithm and size. RSA is slow, so don't call this in the event loop."""
     if isinstance(key, ec.EllipticCurvePublicKey):
         return ec.generate_private_key(key.curve)
     if isinstance(key, rsa.RSAPublicKey):
@@ -126,10 +126,10 @@ def generate_key_like(key: PublicKey) -> PrivateKey:
 
 
 def key_fingerprint(key: PublicKey) -> str:
-    """SHA-256 (hexadecimal) of :func:`public_bytes`: how logs and the wire call a key."""
+    """Return the SHA-256 (hexadecimal) of :func:`public_bytes`, which identifies a key in logs and RPCs."""
     return hashlib.sha256(public_bytes(key)).hexdigest()
 
 
 def public_bytes(key: PublicKey) -> bytes:
-    """SubjectPublicKeyInfo DER (RFC 5280 section 4.1.2.7): equal for equal keys."""
+    """Return the SubjectPublicKeyInfo in DER (RFC 5280 section 4.1.2.7), which is equal for equal keys."""
     return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)

@@ -37,7 +37,7 @@ async def test_a_node_hears_confirms_and_gets(world: World, caller: Caller) -> N
     old = issuer_of(await caller.issue(duration=timedelta(hours=1)))
     following = make_keyring(utc_now())
     store = world.server._surroundings.store
-    await StoredCA(store).change(utc_now(), lambda held: held.begun(following, int(utc_now().timestamp())))
+    await StoredCA(store).change(utc_now(), lambda held: held.begin_rotation(following, int(utc_now().timestamp())))
     await time.go_by()
     both = (await stream.read()).sets[DEFAULT_ISSUER]
     assert list(both.roots) == [*first.roots, *following.roots_der]

@@ -89,7 +89,7 @@ async def test_a_damaged_file_is_an_error_and_stays(content: bytes, store: Direc
     await store.save(VALUES, await store.load())
     ca_file.write_bytes(content)
     with pytest.raises(CertmountError, match=r"ca\.json: is damaged") as failure:
-        await CertificateAuthority(store, AuthorityMetrics(CollectorRegistry())).refresh()
+        await CertificateAuthority(StoredCA(store), AuthorityMetrics(CollectorRegistry())).refresh()
     assert failure.value.reason is Reason.INVALID_CA
     assert ca_file.read_bytes() == content
 
@@ -149,7 +149,7 @@ def start_replica(folder: Path) -> str:
     """What an authority does first; returns the fingerprints of the CA that it holds."""
 
     async def start() -> str:
-        ca = CertificateAuthority(DirectoryStore(folder), AuthorityMetrics(CollectorRegistry()))
+        ca = CertificateAuthority(StoredCA(DirectoryStore(folder)), AuthorityMetrics(CollectorRegistry()))
         keyring = await ca.refresh()
         return f"{keyring.root.serial_number} {keyring.intermediate.certificate.serial_number}"
 

@@ -91,13 +91,13 @@ def authority(
     store: MemoryStore, clock: Clock, registry: CollectorRegistry | None = None, nodes: Nodes | None = None
 ) -> CertificateAuthority:
     metrics = AuthorityMetrics(registry or CollectorRegistry())
-    return CertificateAuthority(store, metrics, clock.utc, fleet=nodes, elapsed=clock)
+    return CertificateAuthority(StoredCA(store), metrics, clock.utc, fleet=nodes, elapsed=clock)
 
 
 async def rotate(store: MemoryStore, clock: Clock) -> Keyring:
     """What ``certmount ca rotate`` does; gives the next CA."""
     following = make_keyring(clock.utc())
-    await StoredCA(store).change(clock.utc(), lambda holdings: holdings.begun(following, int(clock.now)))
+    await StoredCA(store).change(clock.utc(), lambda holdings: holdings.begin_rotation(following, int(clock.now)))
     return following
 
 
@@ -187,7 +187,7 @@ async def test_writers_without_end_are_an_error(store: MemoryStore, clock: Clock
     """A store on which someone else always comes first is not tried for ever."""
     replica = authority(store, clock)
     store.others = [{} for _ in range(20)]
-    with pytest.raises(CertmountError, match="other writers came first") as failure:
+    with pytest.raises(CertmountError, match="updates conflicted with other writers") as failure:
         await replica.refresh()
     assert failure.value.retryable
 
@@ -277,28 +277,28 @@ async def test_a_rotation_from_the_first_step_to_the_last(store: MemoryStore, cl
     new = await rotate(store, clock)
     await ca.refresh()
     both = (*old.roots_der, *new.roots_der)
-    assert (ca.current.roots, ca.trust.roots) == (old.roots, both)
-    nodes.confirmed = dict.fromkeys(("one", "two"), ca.trust.generation)
+    assert (ca.current.roots, ca.root_set.roots) == (old.roots, both)
+    nodes.confirmed = dict.fromkeys(("one", "two"), ca.root_set.generation)
     await past(ca, clock, 60)
     assert ca.current.roots == old.roots, "the first round of confirmations does not count"
-    nodes.confirmed["one"] = ca.trust.generation
+    nodes.confirmed["one"] = ca.root_set.generation
     await past(ca, clock, 60)
     assert ca.current.roots == old.roots, "a node is missing"
     nodes.down = True
-    nodes.confirmed["two"] = ca.trust.generation
+    nodes.confirmed["two"] = ca.root_set.generation
     await past(ca, clock, 60)
     assert ca.current.roots == old.roots, "no one can say which nodes there are"
     nodes.down = False
     await past(ca, clock, 10)
     assert ca.current.roots == new.roots
-    assert ca.trust.roots == both
+    assert ca.root_set.roots == both
     assert all(old_key not in store.values.values() for old_key in encode_keyring(old).values())
     assert not any(name.startswith("next.") for name in store.values)
     await past(ca, clock, 635)
-    assert ca.trust.roots == both, "a certificate of ten minutes may still be good"
+    assert ca.root_set.roots == both, "a certificate of ten minutes may still be good"
     await past(ca, clock, 10)
-    assert ca.trust.roots == new.roots_der
-    assert told[-1] == ca.trust
+    assert ca.root_set.roots == new.roots_der
+    assert told[-1] == ca.root_set
     assert sorted({each.generation for each in told}) == list(dict.fromkeys(each.generation for each in told))
 
 
@@ -315,7 +315,7 @@ async def test_nodes_that_take_too_long_to_list_hold_up_nothing_else(
     store: MemoryStore, clock: Clock, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rotation waits; certificates are signed meanwhile."""
-    monkeypatch.setattr("csi_driver.authority.ca.sources._LOOK_S", 0.01)
+    monkeypatch.setattr("csi_driver.authority.ca.sources._NODES_TIMEOUT_S", 0.01)
     monkeypatch.setattr(nodes, "look", lambda _generation: asyncio.sleep(60))
     ca = authority(store, clock, nodes=nodes)
     old = await ca.refresh()
@@ -340,7 +340,7 @@ async def test_replicas_do_each_step_once(store: MemoryStore, clock: Clock, node
         _ = replicas[2].current
     await replicas[2].refresh()
     assert [replica.current.roots for replica in replicas] == [new.roots] * 3
-    assert len({replica.trust for replica in replicas}) == 1
+    assert len({replica.root_set for replica in replicas}) == 1
 
 
 async def test_a_longer_life_is_saved_before_it_is_signed(store: MemoryStore, clock: Clock) -> None:
@@ -364,7 +364,7 @@ async def test_nothing_is_parsed_while_nothing_changes(
     ca = authority(store, clock)
     await ca.refresh()
     held = await ca.refresh()
-    monkeypatch.setattr("csi_driver.authority.ca.sources.load_holdings", None)
+    monkeypatch.setattr("csi_driver.authority.ca.sources.parse_ca_state", None)
     assert await ca.refresh() is held
 
 
@@ -372,7 +372,7 @@ async def test_a_ca_that_a_person_put_there_is_told_as_something_newer(store: Me
     """Whether its state is missing, another's, or older than what nodes were told."""
     ca = authority(store, clock)
     await ca.refresh()
-    backup, told = store.values, [ca.trust]
+    backup, told = store.values, [ca.root_set]
     for values in (
         encode_keyring(make_keyring(clock.utc())),
         {**backup, **encode_keyring(make_keyring(clock.utc()))},
@@ -380,23 +380,23 @@ async def test_a_ca_that_a_person_put_there_is_told_as_something_newer(store: Me
     ):
         store.values, store.version = values, store.version + 1
         await ca.refresh()
-        told.append(ca.trust)
+        told.append(ca.root_set)
     assert len({each.generation for each in told}) == 4
     assert told == sorted(told, key=lambda each: each.generation)
     other = authority(store, clock)
     await other.refresh()
-    assert other.trust == ca.trust, "it is saved, so all replicas say the same"
+    assert other.root_set == ca.root_set, "it is saved, so all replicas say the same"
 
 
 async def test_an_emptied_store_is_told_as_something_newer(store: MemoryStore, clock: Clock) -> None:
     """In the same second even."""
     ca = authority(store, clock)
     await ca.refresh()
-    before = ca.trust
+    before = ca.root_set
     store.values, store.version = {}, store.version + 1
     await ca.refresh()
-    assert ca.trust.generation > before.generation
-    assert ca.trust.roots != before.roots
+    assert ca.root_set.generation > before.generation
+    assert ca.root_set.roots != before.roots
 
 
 async def test_values_of_others_are_kept(store: MemoryStore, clock: Clock) -> None:
@@ -439,7 +439,7 @@ async def test_a_next_ca_that_is_damaged_can_be_given_up_by_hand(store: MemorySt
     store.values, store.version = left, store.version + 1
     ca = authority(store, clock)
     await ca.refresh()
-    assert (ca.current.roots, ca.trust.roots) == (old.roots, old.roots_der)
+    assert (ca.current.roots, ca.root_set.roots) == (old.roots, old.roots_der)
     assert (await StoredCA(store).look_up(clock.utc())).state.phase is RotationPhase.STEADY
 
 
@@ -449,7 +449,7 @@ async def test_more_roots_than_nodes_take_are_refused(store: MemoryStore, clock:
     following = make_keyring(clock.utc())
     many = replace(following, roots=(*following.roots, *(make_keyring(clock.utc()).root for _ in range(9))))
     with pytest.raises(CertmountError, match="nodes take 10"):
-        await StoredCA(store).change(clock.utc(), lambda holdings: holdings.begun(many, int(clock.now)))
+        await StoredCA(store).change(clock.utc(), lambda holdings: holdings.begin_rotation(many, int(clock.now)))
 
 
 async def test_a_ca_in_files_is_followed(tmp_path: Path, clock: Clock, metrics: AuthorityMetrics) -> None:
@@ -463,15 +463,15 @@ async def test_a_ca_in_files_is_followed(tmp_path: Path, clock: Clock, metrics: 
     put(first)
     ca = CertificateAuthority(CAFiles(tmp_path, metrics), metrics, clock.utc, elapsed=clock)
     await ca.refresh()
-    told = ca.trust
+    told = ca.root_set
     assert (await ca.record_lifetime(timedelta(days=900))).roots == first.roots
     put(first.renew_intermediate(clock.utc()))
     await ca.refresh()
-    assert ca.trust == told
+    assert ca.root_set == told
     assert ca.current.intermediate.certificate != first.intermediate.certificate
     put(make_keyring(clock.utc()))
     await ca.refresh()
-    assert ca.trust.generation > told.generation
+    assert ca.root_set.generation > told.generation
 
 
 async def test_the_phase_is_a_metric(store: MemoryStore, clock: Clock) -> None:
@@ -501,7 +501,7 @@ async def test_an_end_that_only_the_owner_can_put_off_is_warned_of(store: Memory
         await ca.refresh()
         clock.forward(timedelta(hours=1))
         await ca.refresh()
-    warnings = [entry for entry in logs if "ends soon" in entry["event"]]
+    warnings = [entry for entry in logs if "expires soon" in entry["event"]]
     assert [entry["certificate"] for entry in warnings] == ["intermediate.crt"] * 2
 
 

@@ -159,7 +159,7 @@ DAMAGES: dict[str, tuple[Callable[[Values], Values], str]] = {
     "other root": (from_other("root.crt", "root.key"), "here intermediate.crt: is not issued by root.crt"),
     "leaf as intermediate": (
         leaf_as_intermediate,
-        "intermediate.crt: is not the certificate of a certificate authority",
+        "intermediate.crt: is not a CA certificate",
     ),
 }
 
@@ -227,7 +227,7 @@ def test_an_administrators_own_ca_is_taken() -> None:
 
 def test_a_ca_that_may_not_sign_certificates_is_refused() -> None:
     """By its own key usage; verifiers would refuse all that it signs."""
-    with pytest.raises(CertmountError, match="is not the certificate of a certificate authority"):
+    with pytest.raises(CertmountError, match="is not a CA certificate"):
         load_keyring(own_ca(usage=True), NOW, where="here")
 
 

@@ -243,20 +243,20 @@ LATE, ENDED = Validity(start=timedelta(1), end=timedelta(9)), Validity(end=timed
 SUB = functools.partial(CA, "sub", ROOT, key=key(7))
 
 FAULTS: dict[str, tuple[Values, str]] = {
-    "no CA": (values([ROOT], [SUB(ca=False)]), "intermediate.crt: is not the certificate of a certificate authority"),
+    "no CA": (values([ROOT], [SUB(ca=False)]), "intermediate.crt: is not a CA certificate"),
     "may not sign": (values([ROOT], [SUB(extensions=[LEAF_USAGE])]), "its key usage lacks keyCertSign"),
     "may not sign, as root": (values([CA("r", extensions=[LEAF_USAGE])], [MIDDLE]), "root.crt: is not the certificate"),
     "servers only": (
         values([ROOT], [SUB(extensions=[pki.CA_USAGE, SERVERS_ONLY])]),
-        "intermediate.crt: has an extended key usage that leaves out TLS servers or TLS clients",
+        "intermediate.crt: has an extended key usage that excludes TLS servers or TLS clients",
     ),
     "unknown critical": (
         values([ROOT], [SUB(extensions=[pki.CA_USAGE, UNKNOWN])]),
-        "intermediate.crt: has the critical extension 1.2.3.4, which can't be honoured here",
+        "intermediate.crt: has the critical extension 1.2.3.4, which certmount doesn't support",
     ),
     "other names": (
         values([ROOT], [SUB(extensions=[pki.CA_USAGE, OTHER_NAMES])]),
-        "constrains names of a kind that can't be checked here: RegisteredID",
+        "has name constraints of a type that certmount can't check: RegisteredID",
     ),
     "no room": (
         values([SHORT_ROOT], [CA("sub", SHORT_ROOT, key=key(7))]),
@@ -281,7 +281,7 @@ FAULTS: dict[str, tuple[Values, str]] = {
     "too many": (values([ROOT] * 9, [MIDDLE]), "root.crt: holds 9 certificates; at most 8 are taken"),
     "the second": (
         values([ROOT], [LOWER, SUB(ca=False)]),
-        "intermediate.crt: certificate 2 is not the certificate of a certificate authority",
+        "intermediate.crt: certificate 2 is not a CA certificate",
     ),
 }
 

@@ -37,7 +37,7 @@ def test_a_rotation_goes_through_its_phases_in_order() -> None:
     state = step(state, NOW + 200)
     assert step(state, NOW + 9999, "a", "ab") == state
     state = step(state, NOW + 300, "abc", "ab")
-    assert (state.phase, state.longest_life, state.retired) == (RotationPhase.RETIRING, 0, (RetiredRoot(OLD, 60),))
+    assert (state.phase, state.max_lifetime, state.retired) == (RotationPhase.RETIRING, 0, (RetiredRoot(OLD, 60),))
     state = step(state, NOW + 400)
     assert step(state, NOW + 400 + WAIT + 59) == state
     state = step(state, NOW + 400 + WAIT + 60)
@@ -90,20 +90,20 @@ def test_a_life_is_written_a_handful_of_times() -> None:
     state, written = STEADY, set()
     for seconds in range(1, 31 * 86400, 997):
         state = rotation.record_lifetime(state, seconds)
-        assert state.longest_life >= seconds
-        written.add(state.longest_life)
+        assert state.max_lifetime >= seconds
+        written.add(state.max_lifetime)
     assert len(written) <= 20
     assert rotation.record_lifetime(state, 1) == state
-    assert rotation.record_lifetime(STEADY, 86400).longest_life == 86400
+    assert rotation.record_lifetime(STEADY, 86400).max_lifetime == 86400
 
 
 def test_a_ca_that_a_person_put_there_may_have_signed_anything() -> None:
     """Its certificates are waited for as long as they can be; a rotation begins again with it."""
-    fresh = rotation.adopt(None, NOW, 0, longest_life=500)
-    assert (fresh.phase, fresh.generation, fresh.longest_life) == (RotationPhase.STEADY, NOW, 500)
-    distributing = RotationState(RotationPhase.DISTRIBUTING, NOW + 5, since=3, longest_life=900)
-    again = rotation.adopt(distributing, NOW, NOW + 8, longest_life=500)
-    assert (again.phase, again.since, again.generation, again.longest_life) == (
+    fresh = rotation.adopt_unknown_ca(None, NOW, 0, max_lifetime=500)
+    assert (fresh.phase, fresh.generation, fresh.max_lifetime) == (RotationPhase.STEADY, NOW, 500)
+    distributing = RotationState(RotationPhase.DISTRIBUTING, NOW + 5, since=3, max_lifetime=900)
+    again = rotation.adopt_unknown_ca(distributing, NOW, NOW + 8, max_lifetime=500)
+    assert (again.phase, again.since, again.generation, again.max_lifetime) == (
         RotationPhase.ANNOUNCING,
         0,
         NOW + 9,
@@ -254,7 +254,7 @@ class Model:
         node = self.nodes.setdefault(self.random.choice("abc"), Node())
         if self.now - replica.seen > MAX_STATE_AGE_S or not node.driver:
             return
-        if life > replica.view.state.longest_life:
+        if life > replica.view.state.max_lifetime:
             state = rotation.record_lifetime(self.store.state, life)
             self.store = replace(self.store, state=state, version=self.store.version + 1)
             replica.view, replica.seen, replica.plan = self.store, self.now, None
@@ -345,7 +345,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
             )
         ),
     ),
-    "longer lives are not written": ("admit_life", lambda _: lambda s, _life: replace(s, longest_life=10)),
+    "longer lives are not written": ("record_lifetime", lambda _: lambda s, _life: replace(s, max_lifetime=10)),
 }
 
 
@@ -358,10 +358,10 @@ def test_the_model_finds_an_outage_where_a_rule_is_broken(broken: str, monkeypat
         walk_all(3000)
 
 
-@pytest.mark.parametrize("rule", ["announced_at", "trusted_until"])
+@pytest.mark.parametrize("rule", ["known_everywhere_at", "trusted_until"])
 def test_the_model_finds_an_outage_where_a_wait_is_left_out(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each wait is needed: for replicas that have not heard of a phase yet, and for certificates that have not ended."""
-    short = property(lambda state: state.since) if rule == "announced_at" else lambda state, _: state.since
+    short = property(lambda state: state.since) if rule == "known_everywhere_at" else lambda state, _: state.since
     monkeypatch.setattr(RotationState, rule, short)
     with pytest.raises(Outage):
         walk_all(3000)

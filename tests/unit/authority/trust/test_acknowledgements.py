@@ -12,16 +12,16 @@ from prometheus_client import CollectorRegistry
 
 from csi_driver.authority.trust.acknowledgements import (
     ACKNOWLEDGEMENTS_FILE,
-    MOST_NODES,
+    MAX_NODES,
     AcknowledgementStore,
     AcknowledgingNodes,
     ConnectedNodes,
-    judge,
+    acknowledgements,
     node_hash,
 )
 from csi_driver.authority.trust.bundles import TrustBundles
 from csi_driver.core.certificates.root_sets import RootSet
-from csi_driver.core.cluster.nodes import ClusterNodes
+from csi_driver.core.cluster.objects import ClusterNodes
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
@@ -126,13 +126,13 @@ async def test_damaged_confirmations_are_begun_anew(content: bytes, store: Memor
 
 async def test_what_is_kept_is_bounded(store: MemoryStore) -> None:
     """The nodes that have not been heard of for longest go first, and all of them fit a Secret."""
-    old = {node_hash(f"old-{number}"): GENERATION - 1 for number in range(MOST_NODES)}
+    old = {node_hash(f"old-{number}"): GENERATION - 1 for number in range(MAX_NODES)}
     store.values = {ACKNOWLEDGEMENTS_FILE: Secret(json.dumps({"nodes": old}).encode())}
     confirmations = replica(store)
     async with running(confirmations):
         await confirmations.confirm("node-1", "internal", GENERATION)
     kept = await confirmations.read()
-    assert len(kept) == MOST_NODES
+    assert len(kept) == MAX_NODES
     assert kept[node_hash("node-1")] == GENERATION
     assert len(store.values[ACKNOWLEDGEMENTS_FILE].reveal()) < 700_000
 
@@ -151,13 +151,13 @@ MARKS: Mapping[str, int] = {node_hash("now"): 7, node_hash("late"): 6, node_hash
 def test_nodes_with_the_driver_must_confirm() -> None:
     """And those that had it and are still there, as their pods go on while a driver is updated; not those that are gone."""
     nodes = ClusterNodes(frozenset({"now", "late", "new"}), frozenset({"updating", "windows"}))
-    assert judge(nodes, MARKS, 7) == (frozenset({"now"}), frozenset({"now", "late", "new", "updating"}))
+    assert acknowledgements(nodes, MARKS, 7) == (frozenset({"now"}), frozenset({"now", "late", "new", "updating"}))
 
 
 def test_where_nodes_cannot_be_listed_all_that_ever_confirmed_must() -> None:
     """Those that are not connected are called by their marks."""
     nodes = ClusterNodes(frozenset({"now"}), None)
-    assert judge(nodes, MARKS, 7) == (
+    assert acknowledgements(nodes, MARKS, 7) == (
         frozenset({"now"}),
         frozenset({"now", node_hash("late"), node_hash("updating"), node_hash("gone")}),
     )
@@ -187,6 +187,6 @@ async def test_writers_without_end_are_an_error(store: MemoryStore) -> None:
     store.others = [{} for _ in range(20)]
     confirmations = replica(store)
     async with running(confirmations):
-        with pytest.raises(CertmountError, match="other writers came first") as failure:
+        with pytest.raises(CertmountError, match="updates conflicted with other writers") as failure:
             await confirmations.confirm("node-1", "internal", GENERATION)
     assert failure.value.reason is Reason.ISSUER_UNAVAILABLE

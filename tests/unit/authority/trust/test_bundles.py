@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from csi_driver.authority.trust.bundles import DirectoryPublisher, TrustBundles, TrustSnapshot
+from csi_driver.authority.trust.bundles import TrustBundles, TrustSnapshot
+from csi_driver.authority.trust.publishers import DirectoryPublisher
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
@@ -31,7 +32,7 @@ async def test_a_watcher_gets_the_sets_now_and_each_change(trust: TrustBundles) 
     assert await anext(watch) == TrustSnapshot({"internal": ONE}, "")
     trust.set_roots("internal", ONE)
     trust.set_policy("")
-    trust.drop_roots("unknown")
+    trust.remove_roots("unknown")
     waiting = asyncio.create_task(anext(watch))
     await asyncio.sleep(0)
     assert not waiting.done()
@@ -41,7 +42,7 @@ async def test_a_watcher_gets_the_sets_now_and_each_change(trust: TrustBundles) 
     assert await anext(watch) == TrustSnapshot({"internal": TWO}, "a")
     trust.set_roots("partner", ONE)
     assert await anext(watch) == TrustSnapshot({"internal": TWO, "partner": ONE}, "a")
-    trust.drop_roots("partner")
+    trust.remove_roots("partner")
     assert await anext(watch) == TrustSnapshot({"internal": TWO}, "a")
     await watch.aclose()
 
@@ -124,9 +125,9 @@ async def test_watchers_hear_whose_certificates_are_shared(trust: TrustBundles) 
     trust.set_shared_issuers({"b", "a"})
     trust.set_policy("new")
     assert (await anext(watch)).shared_issuers == ("a", "b")
-    before = trust._bundle
+    before = trust.snapshot
     trust.set_shared_issuers(["a", "b"])
-    assert trust._bundle is before
+    assert trust.snapshot is before
     trust.set_roots("partner", TWO)
     bundle = await anext(watch)
     assert (bundle.shared_issuers, bundle.policy_revision) == (("a", "b"), "new")

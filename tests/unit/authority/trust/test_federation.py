@@ -55,7 +55,7 @@ async def test_each_file_is_a_set(folder: FederationDirectory, tmp_path: Path, t
     put(tmp_path, "eu.shop.pem", TWO.root)
     (tmp_path / "README.md").write_text("hello")
     await folder.load()
-    sets = trust._bundle.sets
+    sets = trust.snapshot.sets
     assert {name: each.roots for name, each in sets.items()} == {
         "partner": (*ONE.roots_der, *TWO.roots_der),
         "eu.shop": TWO.roots_der,
@@ -67,14 +67,14 @@ async def test_another_content_is_a_newer_set(folder: FederationDirectory, tmp_p
     """Also in the same second, and when the clock was set back; the same roots written anew are none."""
     put(tmp_path, "partner.crt", ONE.root)
     await folder.load()
-    first = trust._bundle
+    first = trust.snapshot
     (tmp_path / "partner.crt").write_bytes(b"# a comment\n" + encode_certificates([ONE.root]))
     await folder.load()
-    assert trust._bundle is first
+    assert trust.snapshot is first
     put(tmp_path, "partner.crt", TWO.root)
     await folder.load()
-    assert trust._bundle.sets["partner"].roots == TWO.roots_der
-    assert trust._bundle.sets["partner"].generation == first.sets["partner"].generation + 1
+    assert trust.snapshot.sets["partner"].roots == TWO.roots_der
+    assert trust.snapshot.sets["partner"].generation == first.sets["partner"].generation + 1
 
 
 async def test_a_file_that_goes_takes_its_set_along(
@@ -83,13 +83,13 @@ async def test_a_file_that_goes_takes_its_set_along(
     """And is newer than before when it comes back, under whichever suffix."""
     put(tmp_path, "partner.crt", ONE.root)
     await folder.load()
-    before = trust._bundle.sets["partner"].generation
+    before = trust.snapshot.sets["partner"].generation
     (tmp_path / "partner.crt").rename(tmp_path / "partner")
     await folder.load()
-    assert trust._bundle.sets == {}
+    assert trust.snapshot.sets == {}
     put(tmp_path, "partner.pem", ONE.root)
     await folder.load()
-    assert trust._bundle.sets["partner"].generation > before
+    assert trust.snapshot.sets["partner"].generation > before
 
 
 BAD = {
@@ -111,11 +111,11 @@ async def test_a_bad_content_keeps_the_former_roots(
     (tmp_path / "partner.crt").write_bytes(BAD[bad])
     for _ in range(3):
         await folder.load()
-    assert trust._bundle.sets["partner"].roots == ONE.roots_der
+    assert trust.snapshot.sets["partner"].roots == ONE.roots_der
     assert refusals(registry) == 1
     put(tmp_path, "partner.crt", TWO.root)
     await folder.load()
-    assert trust._bundle.sets["partner"].roots == TWO.roots_der
+    assert trust.snapshot.sets["partner"].roots == TWO.roots_der
     assert refusals(registry) == 1
 
 
@@ -126,8 +126,8 @@ async def test_a_certificate_that_is_no_authority_is_refused(
     put(tmp_path, "partner.crt", ONE.root, leaf())
     with structlog.testing.capture_logs() as logs:
         await folder.load()
-    assert trust._bundle.sets == {}
-    assert "partner.crt: certificate 2 is not the certificate of a certificate authority" in logs[0]["error"]
+    assert trust.snapshot.sets == {}
+    assert "partner.crt: certificate 2 is not a CA certificate" in logs[0]["error"]
 
 
 @pytest.mark.parametrize("name", ["internal.crt", "step.pem", "Big.crt", ".crt", "a b.crt", "-a.pem"])
@@ -137,7 +137,7 @@ async def test_a_name_that_cannot_be_asked_for_or_is_an_issuers_is_refused(
     """A file must not take the place of an issuer's own roots."""
     put(tmp_path, name, ONE.root)
     await folder.load()
-    assert (trust._bundle.sets, refusals(registry)) == ({}, 1)
+    assert (trust.snapshot.sets, refusals(registry)) == ({}, 1)
 
 
 async def test_two_files_of_one_set_are_refused(folder: FederationDirectory, tmp_path: Path, trust: TrustBundles) -> None:
@@ -145,10 +145,10 @@ async def test_two_files_of_one_set_are_refused(folder: FederationDirectory, tmp
     put(tmp_path, "partner.crt", ONE.root)
     put(tmp_path, "partner.pem", TWO.root)
     await folder.load()
-    assert trust._bundle.sets["partner"].roots == ONE.roots_der
+    assert trust.snapshot.sets["partner"].roots == ONE.roots_der
     (tmp_path / "partner.crt").unlink()
     await folder.load()
-    assert trust._bundle.sets["partner"].roots == TWO.roots_der
+    assert trust.snapshot.sets["partner"].roots == TWO.roots_der
 
 
 async def test_a_folder_that_cannot_be_read_changes_nothing(
@@ -160,12 +160,12 @@ async def test_a_folder_that_cannot_be_read_changes_nothing(
     tmp_path.rename(tmp_path.with_name("away"))
     for _ in range(2):
         await folder.load()
-    assert trust._bundle.sets["partner"].roots == ONE.roots_der
+    assert trust.snapshot.sets["partner"].roots == ONE.roots_der
     assert refusals(registry) == 1
     tmp_path.with_name("away").rename(tmp_path)
     put(tmp_path, "partner.crt", TWO.root)
     await folder.load()
-    assert trust._bundle.sets["partner"].roots == TWO.roots_der
+    assert trust.snapshot.sets["partner"].roots == TWO.roots_der
 
 
 async def test_files_are_read_as_the_kubelet_swaps_them(
@@ -179,7 +179,7 @@ async def test_files_are_read_as_the_kubelet_swaps_them(
         (tmp_path / "..next").symlink_to(state.name)
         (tmp_path / "..next").rename(tmp_path / "..data")
         await folder.load()
-        assert trust._bundle.sets["partner"].roots == keyring.roots_der
+        assert trust.snapshot.sets["partner"].roots == keyring.roots_der
 
 
 async def test_sets_are_bounded(folder: FederationDirectory, tmp_path: Path, trust: TrustBundles) -> None:
@@ -187,7 +187,7 @@ async def test_sets_are_bounded(folder: FederationDirectory, tmp_path: Path, tru
     for number in range(70):
         put(tmp_path, f"set-{number}.crt", ONE.root)
     await folder.load()
-    assert len(trust._bundle.sets) == 64
+    assert len(trust.snapshot.sets) == 64
 
 
 def leaf() -> x509.Certificate:

@@ -14,7 +14,7 @@ from csi_driver.authority.trust.serving_certificate import ServingCertificate
 from csi_driver.authority.trust.serving_root import (
     SERVING,
     SERVING_KEY,
-    dump_serving_root,
+    encode_serving_root,
     load_serving_root,
     make_serving_root,
 )
@@ -78,10 +78,10 @@ def test_its_root_is_made_and_read_back() -> None:
     assert certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length == 0
     assert key_type_of(certificate.public_key()) is KeyType.EC_P256
     assert certificate.not_valid_after_utc - now == ROOT_LIFETIME
-    values = {**dump_serving_root(root), **encode_keyring(make_keyring(now))}
+    values = {**encode_serving_root(root), **encode_keyring(make_keyring(now))}
     loaded = load_serving_root(values, now, where="here")
     assert loaded is not None
-    assert dump_serving_root(loaded) == dump_serving_root(root)
+    assert encode_serving_root(loaded) == encode_serving_root(root)
 
 
 def test_without_both_its_values_there_is_no_root_yet() -> None:
@@ -89,7 +89,7 @@ def test_without_both_its_values_there_is_no_root_yet() -> None:
     now = Clock().utc()
     assert load_serving_root(encode_keyring(make_keyring(now)), now, where="here") is None
     for name in (SERVING, SERVING_KEY):
-        values = {**dump_serving_root(make_serving_root(now)), name: Secret(b"")}
+        values = {**encode_serving_root(make_serving_root(now)), name: Secret(b"")}
         with pytest.raises(CertmountError, match=f"here {name}: is missing"):
             load_serving_root(values, now, where="here")
 
@@ -97,7 +97,7 @@ def test_without_both_its_values_there_is_no_root_yet() -> None:
 def test_all_faults_of_its_root_are_said_at_once() -> None:
     """With what to do: nothing of the pods' CA is touched by making a new one."""
     now = Clock().utc()
-    one, other = dump_serving_root(make_serving_root(now)), dump_serving_root(make_serving_root(now))
+    one, other = encode_serving_root(make_serving_root(now)), encode_serving_root(make_serving_root(now))
     with pytest.raises(CertmountError) as refusal:
         load_serving_root({**one, SERVING_KEY: other[SERVING_KEY]}, now + ROOT_LIFETIME, where="here")
     assert refusal.value.reason is Reason.INVALID_CA

@@ -16,7 +16,7 @@ from csi_driver.core.certificates.name_constraints import (
     parse_constraint,
     unsupported_kinds,
 )
-from csi_driver.core.names import URI, DNSName, EmailAddress, IPAddress, NameProblem, Names
+from csi_driver.core.names import URI, DNSName, EmailAddress, InvalidName, IPAddress, Names
 from tests.unit.core import pki, strategies
 
 GOOD = {
@@ -65,17 +65,17 @@ BAD = {
 @pytest.mark.parametrize("text", BAD)
 def test_what_is_no_constraint_is_refused_in_words(text: str) -> None:
     """They follow the text that was written."""
-    with pytest.raises(NameProblem) as refusal:
+    with pytest.raises(InvalidName) as refusal:
         parse_constraint(text)
     assert BAD[text] in str(refusal.value)
 
 
 @given(st.builds("{}:{}".format, st.sampled_from(["dns", "uri", "ip", "email", "x"]), strategies.hostile_texts))
 def test_no_text_does_worse_than_being_refused(text: str) -> None:
-    """Whatever is written, it is a constraint that a certificate can hold, or a NameProblem."""
+    """Whatever is written, it is a constraint that a certificate can hold, or a InvalidName."""
     try:
         constraint = parse_constraint(text)
-    except NameProblem:
+    except InvalidName:
         return
     x509.NameConstraints([constraint], None).public_bytes()
 
@@ -128,11 +128,11 @@ OUTSIDE = {
 @pytest.mark.parametrize("constraint", INSIDE)
 def test_names_inside_pass(constraint: str) -> None:
     """And those of all other kinds, which are not constrained by it."""
-    assert bounds((constraint,)).refused(names(*INSIDE[constraint])) == []
+    assert bounds((constraint,)).violations(names(*INSIDE[constraint])) == []
     others = [
         name for kind in INSIDE for name in INSIDE[kind] if name.partition(":")[0] != constraint.partition(":")[0]
     ]
-    assert bounds((constraint,)).refused(names(*others)) == []
+    assert bounds((constraint,)).violations(names(*others)) == []
 
 
 @pytest.mark.parametrize("constraint", OUTSIDE)
@@ -140,14 +140,14 @@ def test_each_name_outside_is_told_with_what_is_permitted(constraint: str) -> No
     """All at once."""
     outside = OUTSIDE[constraint]
     words = f"the CA's certificate permits {constraint} only"
-    assert bounds((constraint,)).refused(names(*outside)) == [(name.partition(":")[2], words) for name in outside]
+    assert bounds((constraint,)).violations(names(*outside)) == [(name.partition(":")[2], words) for name in outside]
 
 
 def test_each_certificate_of_a_chain_counts() -> None:
     """A name must pass all of them."""
     both = NameConstraintSet((*bounds(("dns:test",)).constraints, *bounds(("dns:a.test", "dns:b.test")).constraints))
-    assert both.refused(names("dns:x.a.test", "dns:b.test")) == []
-    assert both.refused(names("dns:c.test")) == [("c.test", "the CA's certificate permits dns:a.test, dns:b.test only")]
+    assert both.violations(names("dns:x.a.test", "dns:b.test")) == []
+    assert both.violations(names("dns:c.test")) == [("c.test", "the CA's certificate permits dns:a.test, dns:b.test only")]
 
 
 EXCLUDED = {
@@ -169,7 +169,7 @@ def test_what_is_excluded_is_refused_also_where_verifiers_differ(name: str) -> N
     """A wildcard that covers an excluded name, or hosts below an excluded one, are refused by some."""
     tree, refused = EXCLUDED[name]
     problem = f"the CA's certificate excludes {format_constraint(tree)}"
-    assert bounds(excluded=(tree,)).refused(names(name)) == ([(name.partition(":")[2], problem)] if refused else [])
+    assert bounds(excluded=(tree,)).violations(names(name)) == ([(name.partition(":")[2], problem)] if refused else [])
 
 
 def test_constraints_are_found_in_certificates() -> None:
@@ -180,7 +180,7 @@ def test_constraints_are_found_in_certificates() -> None:
     lower = pki.authority("lower", middle)
     chain = [signer.certificate for signer in (lower, middle, root)]
     assert NameConstraintSet.of(chain) == NameConstraintSet((other, one))
-    assert NameConstraintSet.of(chain[:1]).refused(names("dns:b.test")) == []
+    assert NameConstraintSet.of(chain[:1]).violations(names("dns:b.test")) == []
 
 
 def test_directory_names_bind_subjects_only() -> None:
@@ -189,7 +189,7 @@ def test_directory_names_bind_subjects_only() -> None:
     assert format_constraint(directory) == "directory:O=Example"
     found = bounds(excluded=(directory,))
     assert found.constrains_subjects
-    assert found.refused(names("dns:a.test")) == []
+    assert found.violations(names("dns:a.test")) == []
     assert not bounds(("dns:a.test",)).constrains_subjects
     other = x509.RegisteredID(ObjectIdentifier("1.2.3"))
     assert unsupported_kinds(x509.NameConstraints([directory, other], None)) == ["RegisteredID"]
