@@ -1,253 +1,206 @@
-"""The nodes: each with the driver's own agenda, pace and formulas, in an event queue of all."""
+"""Simulated nodes with the driver's own due times, request queues and formulas, and one event queue for all of them."""
 
 from __future__ import annotations
 
 import heapq
 import math
 import random
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
+from csi_driver.core.backoff import Backoff
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.core.renewal import plan_renewal, retry_delay_s
-from csi_driver.node.issuance.first_calls import FIRST_SIDE_BY_SIDE, PATIENCE_S
-from csi_driver.node.issuance.pace import Pace, spread_s
-from csi_driver.node.renewal.agenda import Agenda
-from csi_driver.node.renewal.rotation import wait_s
+from csi_driver.core.renewal import catch_up_delay_s, plan_renewal, retry_delay_s
+from csi_driver.core.spec import DEFAULT_ISSUER
+from csi_driver.node.issuance.issuer_queue import IssuerQueue, QueuedRequest, RequestClass
+from csi_driver.node.issuance.request_queue import MAX_WAIT_S
+from csi_driver.node.scheduler import DueTimes
 from tests.scaling.authority import Authority
 
-_SILENT = CertmountError(Reason.AUTHORITY_UNAVAILABLE)
-_BUSY = CertmountError(Reason.AUTHORITY_OVERLOADED)
-_KUBELET_FIRST_S, _KUBELET_CAP_S, _KUBELET_LOOK_S = 0.5, 122.0, 0.1
-"""Kubelet tries a failed mount again after half a second, doubling to 2 min 2 s, and looks for what is due ten times a second."""
-_TRY, _ARRIVE, _END, _MOUNT, _TRY_FIRST, _FIRST_END, _GIVE_UP = range(7)
+_UNAVAILABLE = CertmountError(Reason.AUTHORITY_UNAVAILABLE)
+_OVERLOADED = CertmountError(Reason.AUTHORITY_OVERLOADED)
+_KUBELET = Backoff(0.5, 122.0)
+_KUBELET_SYNC_S = 0.1
+"""The kubelet retries a failed mount with this backoff, and checks ten times a second for mounts that are due."""
 
 
 @dataclass(slots=True)
 class Volume:
-    """One certificate. Times in seconds of the story."""
+    """One certificate. Times are in seconds of the simulation."""
 
     name: str
     renew_at: float
     not_after: float
-    attempt: int = 0
-    came: float = 0.0
-    """When the kubelet's present call came."""
-    mounts: int = 0
-    """The kubelet's calls that failed."""
+    failures: int = 0
+    mount_started_at: float = 0.0
+    mount_failures: int = 0
 
 
 @dataclass(slots=True)
-class _Node:
-    agenda: Agenda
-    pace: Pace
-    volumes: dict[str, Volume]
-    queue: Agenda
-    first_pace: Pace
-    next_try: float = math.inf
-    next_first: float = math.inf
+class Node:
+    """One node with its volumes by name."""
+
+    number: int
+    queue: IssuerQueue
+    due: DueTimes = field(default_factory=DueTimes)
+    volumes: dict[str, Volume] = field(default_factory=dict)
+    next_update: float = math.inf
 
 
 class Cluster:
-    """Nodes with volumes that all have certificates of one life, and one authority."""
+    """Nodes whose certificates all have the same lifetime, and one authority."""
 
-    def __init__(self, nodes: int, life_s: float, authority: Authority, seed: int) -> None:
-        self.life_s = life_s
+    def __init__(self, nodes: int, lifetime_s: float, authority: Authority, seed: int) -> None:
+        self.lifetime_s = lifetime_s
         self.authority = authority
-        self._rng = random.Random(seed).random  # noqa: S311  # chance that can be repeated
-        self.nodes = [
-            _Node(Agenda(), Pace(self._rng), {}, Agenda(), Pace(self._rng, FIRST_SIDE_BY_SIDE, FIRST_SIDE_BY_SIDE))
-            for _ in range(nodes)
-        ]
-        self._events: list[tuple[float, int, int, int, Volume | None, int]] = []
-        self._number = 0
+        self._rng = random.Random(seed).random  # noqa: S311  # The simulation must be repeatable.
+        self.nodes = [Node(number, IssuerQueue(DEFAULT_ISSUER, self._rng)) for number in range(nodes)]
+        self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._events_added = 0
         self.caught_up_at = -math.inf
-        """When the last certificate came that was due before the authority was back, or a pod that waited got its first."""
+        """The time of the last certificate that was due before second 0, or that a new pod waited for."""
         self.expired = 0
-        """Certificates that ended before their successors came."""
+        """Certificates that expired before their renewal."""
         self.expired_after = 0
-        """Of these, those that were still good at second 0."""
+        """Those that were still valid at second 0."""
 
-    # Before the story.
+    # Before the simulation.
 
-    def add(self, node: int, name: str, issued_at: float, renew_at: float) -> None:
-        """A volume that has its certificate."""
-        volume = Volume(name, renew_at, issued_at + self.life_s)
-        self.nodes[node].volumes[name] = volume
-        self.nodes[node].agenda.schedule(name, renew_at, volume.not_after)
+    def add(self, node: Node, name: str, issued_at: float, renew_at: float) -> None:
+        """Add a volume that has a certificate."""
+        node.volumes[name] = Volume(name, renew_at, issued_at + self.lifetime_s)
+        node.due.schedule(name, renew_at)
 
-    def silence(self, node: int, until: float) -> None:
-        """The node has had no answer since its first volume was due, and its pace heard so at each of its tries."""
-        pace, volumes = self.nodes[node].pace, self.nodes[node].volumes.values()
-        now, ends = min(((volume.renew_at, volume.not_after) for volume in volumes), default=(math.inf, math.inf))
+    def simulate_outage(self, node: Node, until: float) -> None:
+        """Record failed probes of a node from its first due time on."""
+        volumes = node.volumes.values()
+        now, expiry = min(((volume.renew_at, volume.not_after) for volume in volumes), default=(math.inf, math.inf))
         while now < until:
-            pace.heard(pace.stamp, _SILENT, now)
-            now += pace.pause_s(now, ends - now) + self.authority.figures.patience_s
+            node.queue.record(node.queue.epochs, _UNAVAILABLE, now)
+            now += node.queue.pause_s(now, expiry - now) + self.authority.figures.patience_s
 
-    def first(self, node: int, name: str, now: float) -> None:
-        """The kubelet mounts a new pod's volume."""
-        volume = Volume(name, now, now)
-        self.nodes[node].volumes[name] = volume
-        self._push(now, _MOUNT, node, volume, 0)
+    def add_new_pod(self, node: Node, name: str, now: float) -> None:
+        """Add a volume that the kubelet mounts for a new pod."""
+        node.volumes[name] = Volume(name, now, now)
+        self._at(now, self._mount, node, node.volumes[name])
 
     def plan(self, issued_at: float, late_s: float) -> float:
-        """When a certificate is renewed."""
+        """Return the renewal time of a certificate."""
         return plan_renewal(
             issued_at=issued_at,
-            not_after=issued_at + self.life_s,
+            not_after=issued_at + self.lifetime_s,
             renew_before_s=None,
             renew_after_s=None,
             jitter=self._rng(),
             late_s=late_s,
         )
 
-    # The story.
+    # The simulation.
 
     def run(self, start: float, end: float) -> None:
-        """Lets time pass."""
-        for number in range(len(self.nodes)):
-            self._look(number, start)
-        steps = {
-            _TRY: self._try,
-            _ARRIVE: self._arrive,
-            _END: self._end,
-            _MOUNT: self._mount,
-            _TRY_FIRST: self._try_first,
-            _FIRST_END: self._first_end,
-            _GIVE_UP: self._give_up,
-        }
+        """Process all events until ``end``."""
+        for node in self.nodes:
+            self._update(start, node)
         while self._events and self._events[0][0] < end:
-            now, _, kind, node, volume, stamp = heapq.heappop(self._events)
-            steps[kind](now, node, volume, stamp)
+            now, _, action, arguments = heapq.heappop(self._events)
+            action(now, *arguments)
 
-    def _push(self, when: float, kind: int, node: int, volume: Volume | None, stamp: int) -> None:
-        self._number += 1
-        heapq.heappush(self._events, (when, self._number, kind, node, volume, stamp))
+    def _at(self, when: float, action: Callable[..., None], *arguments: Any) -> None:
+        self._events_added += 1
+        heapq.heappush(self._events, (when, self._events_added, action, arguments))
 
-    def _look(self, number: int, now: float) -> None:
-        """As csi_driver.node.renewal.rotation.Rotation.run: begins what may begin now, and says when to look again."""
-        node = self.nodes[number]
-        while True:
-            wait = wait_s(node.agenda, node.pace, now, now)
-            if wait > 0:
-                break
-            name = node.agenda.take(now)
-            if name is None:
-                break
-            node.pace.begin()
-            self._begin(now, number, node.volumes[name])
-        if now + wait < node.next_try:
-            node.next_try = now + wait
-            self._push(node.next_try, _TRY, number, None, 0)
+    def _update(self, now: float, node: Node) -> None:
+        """Queue the renewals that are due, and start the requests that may start (as Scheduler and RequestQueue do)."""
+        while (name := node.due.take(now)) is not None:
+            self._enqueue(node, RequestClass.RENEWAL, name, node.volumes[name].not_after)
+        while (request := node.queue.start_next(now, now)) is not None:
+            self._send(now, node, request)
+        next_update = now + min(node.due.wait_s(now), node.queue.wait_s(now, now))
+        if next_update < node.next_update:
+            node.next_update = next_update
+            self._at(next_update, self._update_if_due, node)
 
-    def _try(self, now: float, number: int, _volume: Volume | None, _stamp: int) -> None:
-        if self.nodes[number].next_try <= now:
-            self.nodes[number].next_try = math.inf
-            self._look(number, now)
+    def _update_if_due(self, now: float, node: Node) -> None:
+        if node.next_update <= now:
+            node.next_update = math.inf
+            self._update(now, node)
 
-    def _begin(self, now: float, number: int, volume: Volume) -> None:
-        stamp = self.nodes[number].pace.stamp
-        authority = self.authority
-        if authority.away(now):
-            self._push(now + authority.figures.patience_s, _END, number, volume, ~stamp)
-        elif (arrival := authority.arrival(now, self._rng())) > now:
-            self._push(arrival, _ARRIVE, number, volume, stamp)
+    @staticmethod
+    def _enqueue(node: Node, request_class: RequestClass, name: str, urgency: float) -> QueuedRequest:
+        request = QueuedRequest(request_class, name, urgency, name)
+        node.queue.add(request)
+        return request
+
+    def _send(self, now: float, node: Node, request: QueuedRequest) -> None:
+        epochs = node.queue.epochs
+        if self.authority.away(now):
+            end = now + self.authority.figures.patience_s
+            self._at(end, self._end, node, request, epochs, _UNAVAILABLE)
         else:
-            self._arrive(now, number, volume, stamp)
+            self._at(self.authority.arrival(now, self._rng()), self._arrive, node, request, epochs)
 
-    def _arrive(self, now: float, number: int, volume: Volume | None, stamp: int) -> None:
-        assert volume is not None
-        end, issued = self.authority.ask(number, now)
-        volume.attempt = 0 if issued else volume.attempt + 1
-        self._push(end, _END, number, volume, stamp)
+    def _arrive(self, now: float, node: Node, request: QueuedRequest, epochs: tuple[int, ...]) -> None:
+        end, issued = self.authority.ask(node.number, now)
+        self._at(end, self._end, node, request, epochs, None if issued else _OVERLOADED)
 
-    def _end(self, now: float, number: int, volume: Volume | None, stamp: int) -> None:
-        """As Renewals and Lanes do with an answer."""
-        assert volume is not None
-        node = self.nodes[number]
-        error = None if volume.attempt == 0 else _BUSY
-        if stamp < 0:  # no answer came
-            stamp, error = ~stamp, _SILENT
-            volume.attempt += 1
-        silence = node.pace.heard(stamp, error, now)
-        if silence is not None:
-            node.agenda.put_off(now, lambda left: spread_s(silence, self._rng, left))
-        node.pace.end()
+    def _end(
+        self, now: float, node: Node, request: QueuedRequest, epochs: tuple[int, ...], error: CertmountError | None
+    ) -> None:
+        volume = node.volumes[request.volume_id]
+        outage_s = node.queue.record(epochs, error, now)
+        if outage_s is not None:
+            self._postpone_renewals(now, node, outage_s)
+        node.queue.end(request)
         if error is None:
-            self._issued(now, node, volume)
+            self._issued(now, node, volume, math.inf if request.request_class is RequestClass.FIRST else None)
+        elif request.request_class is RequestClass.FIRST:
+            self._retry_first_request(now, node, volume)
         else:
-            delay = retry_delay_s(attempt=volume.attempt, kind=error.reason.kind, jitter=self._rng())
-            node.agenda.schedule(volume.name, now + delay, volume.not_after)
-        self._look(number, now)
+            volume.failures += 1
+            delay_s = retry_delay_s(attempt=volume.failures, kind=error.reason.kind, jitter=self._rng())
+            node.due.schedule(volume.name, now + delay_s)
+        self._update(now, node)
 
-    def _issued(self, now: float, node: _Node, volume: Volume) -> None:
-        if volume.renew_at < 0:
+    def _postpone_renewals(self, now: float, node: Node, outage_s: float) -> None:
+        for request in node.queue.waiting(RequestClass.RENEWAL):
+            delay_s = catch_up_delay_s(outage_s=outage_s, left_s=request.urgency - now, jitter=self._rng())
+            if delay_s > 0:
+                node.queue.end(request)
+                node.due.schedule(request.volume_id, now + delay_s)
+
+    def _issued(self, now: float, node: Node, volume: Volume, late_s: float | None) -> None:
+        if late_s is not None or volume.renew_at < 0:
             self.caught_up_at = max(self.caught_up_at, now)
-        if now > volume.not_after:
+        if late_s is None and now > volume.not_after:
             self.expired += 1
             self.expired_after += volume.not_after > 0
-        late_s = max(now - volume.renew_at, 0.0)
-        volume.renew_at, volume.not_after = self.plan(now, late_s), now + self.life_s
-        node.agenda.schedule(volume.name, volume.renew_at, volume.not_after)
+        late_s = max(now - volume.renew_at, 0.0) if late_s is None else late_s
+        volume.failures = 0
+        volume.renew_at, volume.not_after = self.plan(now, late_s), now + self.lifetime_s
+        node.due.schedule(volume.name, volume.renew_at)
 
-    def _mount(self, now: float, number: int, volume: Volume | None, _stamp: int) -> None:
-        """As the kubelet calls, and csi_driver.node.issuance.first_calls.FirstCalls.issue begins."""
-        assert volume is not None
-        volume.came = now
-        self.nodes[number].queue.schedule(volume.name, now, now)
-        self._push(now + PATIENCE_S, _GIVE_UP, number, volume, 0)
-        self._look_first(number, now)
+    def _mount(self, now: float, node: Node, volume: Volume) -> None:
+        """The kubelet calls NodePublishVolume (see RequestQueue.issue_first)."""
+        volume.mount_started_at = now
+        request = self._enqueue(node, RequestClass.FIRST, volume.name, now)
+        self._at(now + MAX_WAIT_S, self._time_out, node, request)
+        self._update(now, node)
 
-    def _give_up(self, now: float, number: int, volume: Volume | None, _stamp: int) -> None:
-        assert volume is not None
-        node = self.nodes[number]
-        if volume.came + PATIENCE_S <= now and node.queue.due(volume.name) is not None:
-            node.queue.cancel(volume.name)
-            self._mount_failed(now, number, volume)
+    def _time_out(self, now: float, node: Node, request: QueuedRequest) -> None:
+        if request.waiting:
+            node.queue.end(request)
+            self._mount_failed(now, node, node.volumes[request.volume_id])
 
-    def _look_first(self, number: int, now: float) -> None:
-        node = self.nodes[number]
-        while True:
-            wait = wait_s(node.queue, node.first_pace, now, now)
-            if wait > 0:
-                break
-            name = node.queue.take(now)
-            if name is None:
-                break
-            node.first_pace.begin()
-            end, issued = self.authority.ask(number, now)
-            volume = node.volumes[name]
-            volume.attempt = 0 if issued else volume.attempt + 1
-            self._push(end, _FIRST_END, number, volume, node.first_pace.stamp)
-        if now + wait < node.next_first:
-            node.next_first = now + wait
-            self._push(node.next_first, _TRY_FIRST, number, None, 0)
-
-    def _try_first(self, now: float, number: int, _volume: Volume | None, _stamp: int) -> None:
-        if self.nodes[number].next_first <= now:
-            self.nodes[number].next_first = math.inf
-            self._look_first(number, now)
-
-    def _first_end(self, now: float, number: int, volume: Volume | None, stamp: int) -> None:
-        """As FirstCalls does with an answer; the pace of the renewals hears of it too."""
-        assert volume is not None
-        node = self.nodes[number]
-        error = None if volume.attempt == 0 else _BUSY
-        node.pace.heard(node.pace.stamp, error, now)
-        node.first_pace.heard(stamp, error, now)
-        node.first_pace.end()
-        if error is None:
-            self.caught_up_at = max(self.caught_up_at, now)
-            volume.renew_at, volume.not_after = self.plan(now, math.inf), now + self.life_s
-            node.agenda.schedule(volume.name, volume.renew_at, volume.not_after)
-            self._look(number, now)
-        elif now < volume.came + PATIENCE_S:
-            node.queue.schedule(volume.name, volume.came, volume.came)
+    def _retry_first_request(self, now: float, node: Node, volume: Volume) -> None:
+        deadline = volume.mount_started_at + MAX_WAIT_S
+        if now < deadline:
+            request = self._enqueue(node, RequestClass.FIRST, volume.name, volume.mount_started_at)
+            self._at(deadline, self._time_out, node, request)
         else:
-            self._mount_failed(now, number, volume)
-        self._look_first(number, now)
+            self._mount_failed(now, node, volume)
 
-    def _mount_failed(self, now: float, number: int, volume: Volume) -> None:
-        """As the kubelet does with an error."""
-        volume.mounts += 1
-        delay = min(_KUBELET_FIRST_S * 2.0 ** min(volume.mounts - 1, 30), _KUBELET_CAP_S)
-        self._push(now + delay + self._rng() * _KUBELET_LOOK_S, _MOUNT, number, volume, 0)
+    def _mount_failed(self, now: float, node: Node, volume: Volume) -> None:
+        volume.mount_failures += 1
+        delay_s = _KUBELET.delay_s(volume.mount_failures) + self._rng() * _KUBELET_SYNC_S
+        self._at(now + delay_s, self._mount, node, volume)

@@ -79,7 +79,7 @@ def _fill(cluster: Cluster, rng: random.Random, since: float, horizon: float, no
             planned = cluster.plan(0.0, 0.0)
             issued_at = since - rng.random() * planned
             if issued_at + planned < horizon:
-                cluster.add(node, str(number), issued_at, issued_at + planned)
+                cluster.add(cluster.nodes[node], str(number), issued_at, issued_at + planned)
 
 
 def _cluster(case: Case, figures: Figures, seed: int, back_at: float) -> tuple[Cluster, random.Random]:
@@ -101,8 +101,8 @@ def _outage(case: Case, figures: Figures, seed: int) -> Result:
     end = min(case.life_s * 1.1, 1.5 * _OUTAGE_S)
     cluster, rng = _cluster(case, figures, seed, back_at=0.0)
     _fill(cluster, rng, -_OUTAGE_S, end, range(len(cluster.nodes)))
-    for number in range(len(cluster.nodes)):
-        cluster.silence(number, -_BEFORE_S)
+    for node in cluster.nodes:
+        cluster.simulate_outage(node, -_BEFORE_S)
     cluster.run(-_BEFORE_S, end)
     return _result(case, cluster, max(math.ceil(cluster.caught_up_at), 1), int(end))
 
@@ -115,7 +115,7 @@ def _zone(case: Case, figures: Figures, seed: int) -> Result:
     for node in range(zone):
         boot = rng.random() * _BOOT_SPREAD_S
         for number in range(PODS):
-            cluster.first(node, str(number), boot + rng.random() * _MOUNTS_SPREAD_S)
+            cluster.add_new_pod(cluster.nodes[node], str(number), boot + rng.random() * _MOUNTS_SPREAD_S)
     cluster.run(0.0, end)
     return _result(case, cluster, max(math.ceil(cluster.caught_up_at), 1), int(end))
 
