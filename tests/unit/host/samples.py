@@ -1,4 +1,4 @@
-"""Values that tests of the host layer start from."""
+"""Values for the tests of the host package."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ POD_UID = "0b7a3c5e-6d0f-4e57-9d7a-0c9f1f6d2a11"
 
 
 def files(**contents: str) -> list[VolumeFile]:
-    """``site_crt="x"`` becomes the file ``site.crt`` that holds x."""
+    """Return files: ``site_crt="x"`` becomes ``site.crt`` with content x."""
     return [VolumeFile(name.replace("_", "."), Secret(text.encode()), 0o644, None) for name, text in contents.items()]
 
 
 def pair(number: int, size: int = 1) -> list[VolumeFile]:
-    """A certificate and its key, which belong together when they hold the same number."""
+    """Return a certificate and its key; they match if they contain the same number."""
     text = f"{number} " * size
     return files(site_crt=text, site_key=text)
 
@@ -36,5 +36,6 @@ def record(
         "issued_at": 1_800_000_000.5,
         "renew_at": 1_800_002_400.0,
         "not_after": 1_800_003_600.0,
+        "interim": False,
     }
     return VolumeRecord(**(values | fields))  # type: ignore[arg-type]  # tests vary any field

@@ -1,4 +1,4 @@
-"""The files of a volume change all at once, or not at all."""
+"""The files of a volume change atomically."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ OLD = {"a.crt": b"old", "b.crt": b"old"}
 NEW = {"b.crt": b"new", "c.crt": b"new"}
 
 
-def listing(folder: Path) -> dict[str, list[str]]:
-    """All that is in a files folder: links as where they lead, folders as what they hold."""
+def listing(directory: Path) -> dict[str, list[str]]:
+    """Return the content of a files directory: the targets of links and the entries of directories."""
     return {
         path.name: [str(path.readlink())] if path.is_symlink() else sorted(child.name for child in path.iterdir())
-        for path in folder.iterdir()
+        for path in directory.iterdir()
     }
 
 
 def complete(stamp: str, *names: str) -> dict[str, list[str]]:
-    """The listing of a folder with one generation and nothing else."""
+    """Return the listing of a directory with one generation and nothing else."""
     return {f"..{stamp}": sorted(names), "..data": [f"..{stamp}"]} | {name: [f"..data/{name}"] for name in names}
 
 
-def settled(folder: Path) -> dict[str, list[str]]:
-    """The listing without the one generation before the current one, which late readers may still be in."""
-    found = listing(folder)
+def settled(directory: Path) -> dict[str, list[str]]:
+    """Return the listing without the previous generation, which readers may still use."""
+    found = listing(directory)
     current = found["..data"][0]
     others = [name for name in found if name.startswith("..") and name not in ("..data", current)]
     assert len(others) <= 1, others
@@ -50,7 +50,7 @@ def settled(folder: Path) -> dict[str, list[str]]:
 
 
 class FaultyOs:
-    """The os module, until call number ``at`` of those in ``names``: then ``fail`` decides, ``late`` after it was done."""
+    """The os module, but ``fail`` runs at call number ``at`` of ``names`` and at all later ones, or after them if ``late``."""
 
     def __init__(self, at: int, fail: Callable[[int], None], names: Sequence[str], *, late: bool) -> None:
         self.calls = 0
@@ -77,7 +77,7 @@ class FaultyOs:
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing that would clean up works after it."""
+    """Simulates SIGKILL: no cleanup works after it."""
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def full_once(later: int) -> None:
         raise OSError(errno.ENOSPC, "full")
 
 
-def full_for_good(later: int) -> None:  # noqa: ARG001 - any later call fails likewise
+def stays_full(later: int) -> None:  # noqa: ARG001 - all later calls fail too
     raise OSError(errno.ENOSPC, "full")
 
 
@@ -103,7 +103,7 @@ def full_then_broken(later: int) -> None:
     raise OSError(errno.EIO if later else errno.ENOSPC, "broken")
 
 
-def killed(later: int) -> None:  # noqa: ARG001 - as above
+def killed(later: int) -> None:  # noqa: ARG001 - all later calls fail too
     raise Killed
 
 
@@ -112,208 +112,210 @@ def named(contents: dict[str, bytes]) -> list[VolumeFile]:
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
+def directory() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
         yield Path(name)
 
 
-def test_a_reader_finds_the_files_by_their_names(folder: Path) -> None:
-    """The layout is that of a Kubernetes Secret volume: a link per file, through ``..data``, to one generation."""
-    write_generation(folder, files(root_crt="r", site_crt="c"), "2026_11_22_10_00_00.123456")
-    assert settled(folder) == complete("2026_11_22_10_00_00.123456", "root.crt", "site.crt")
-    assert (folder / "site.crt").read_text() == "c"
-    assert read_generation(folder) == {"root.crt": b"r", "site.crt": b"c"}
+def test_layout_is_that_of_a_secret_volume(directory: Path) -> None:
+    """A link for each file through ``..data`` to one generation."""
+    write_generation(directory, files(root_crt="r", site_crt="c"), "2026_11_22_10_00_00.123456")
+    assert settled(directory) == complete("2026_11_22_10_00_00.123456", "root.crt", "site.crt")
+    assert (directory / "site.crt").read_text() == "c"
+    assert read_generation(directory) == {"root.crt": b"r", "site.crt": b"c"}
 
 
-def test_a_new_generation_replaces_the_old_one(folder: Path) -> None:
-    """Names come and go, contents change, and the link of a name that went is gone."""
-    write_generation(folder, named(OLD), "1")
-    write_generation(folder, named(NEW), "2")
-    assert settled(folder) == complete("2", "b.crt", "c.crt")
-    assert read_generation(folder) == NEW
+def test_new_generation_replaces_the_old_one(directory: Path) -> None:
+    """Including added and removed names."""
+    write_generation(directory, named(OLD), "1")
+    write_generation(directory, named(NEW), "2")
+    assert settled(directory) == complete("2", "b.crt", "c.crt")
+    assert read_generation(directory) == NEW
 
 
-def test_a_reader_that_is_late_still_finds_its_generation(folder: Path) -> None:
-    """Certificate and key read one after the other through ``..data`` as it was are a pair; two changes later they are gone."""
-    write_generation(folder, pair(1), "1")
-    followed = (folder / "..data").resolve()
-    write_generation(folder, pair(2), "2")
+def test_previous_generation_stays_until_the_next_write(directory: Path) -> None:
+    """A reader that has resolved ``..data`` still reads a matching pair."""
+    write_generation(directory, pair(1), "1")
+    followed = (directory / "..data").resolve()
+    write_generation(directory, pair(2), "2")
     assert (followed / "site.crt").read_bytes() == (followed / "site.key").read_bytes() == b"1 "
-    write_generation(folder, pair(3), "3")
+    write_generation(directory, pair(3), "3")
     assert not followed.exists()
 
 
-def test_modes_are_exact(folder: Path) -> None:
-    """A file has the mode it was given, whatever the process's umask is; its generation can be entered by all."""
+def test_modes_do_not_depend_on_the_umask(directory: Path) -> None:
+    """A generation is readable for all."""
     before = os.umask(0o077)
     try:
         write_generation(
-            folder, [VolumeFile("a", Secret(b""), 0o440, os.getgid()), VolumeFile("b", Secret(b""), 0o666, None)], "1"
+            directory,
+            [VolumeFile("a", Secret(b""), 0o440, os.getgid()), VolumeFile("b", Secret(b""), 0o666, None)],
+            "1",
         )
     finally:
         os.umask(before)
-    assert stat.S_IMODE((folder / "a").stat().st_mode) == 0o440
-    assert stat.S_IMODE((folder / "b").stat().st_mode) == 0o666
-    assert stat.S_IMODE((folder / "..1").stat().st_mode) == 0o755
-    assert (folder / "a").stat().st_gid == os.getgid()
+    assert stat.S_IMODE((directory / "a").stat().st_mode) == 0o440
+    assert stat.S_IMODE((directory / "b").stat().st_mode) == 0o666
+    assert stat.S_IMODE((directory / "..1").stat().st_mode) == 0o755
+    assert (directory / "a").stat().st_gid == os.getgid()
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "..data", "..x", "a/b", "/", "a\0", "x" * 256, "ü" * 128])
-def test_a_name_that_is_a_path_is_refused(name: str) -> None:
-    """No file can lie elsewhere or look like a generation."""
-    with pytest.raises(ValueError, match="is no name"):
+def test_invalid_file_name_is_rejected(name: str) -> None:
+    """No file can be elsewhere or look like a generation."""
+    with pytest.raises(ValueError, match="is not a valid name"):
         VolumeFile(name, Secret(b""), 0o644, None)
 
 
 @pytest.mark.parametrize("mode", [-1, 0o1000, 0o4755])
-def test_a_mode_with_special_bits_is_refused(mode: int) -> None:
-    """No set-user-id, no sticky bit."""
-    with pytest.raises(ValueError, match="is no file mode"):
+def test_special_mode_bits_are_rejected(mode: int) -> None:
+    """No set-user-ID and no sticky bit."""
+    with pytest.raises(ValueError, match="is not a file mode"):
         VolumeFile("a", Secret(b""), mode, None)
 
 
 @pytest.mark.parametrize("stamp", ["", "data", "data_tmp", "link_tmp", "../x", "a/b", ".a", "a\n", "x" * 101])
-def test_a_stamp_that_is_a_path_is_refused(folder: Path, stamp: str) -> None:
-    """A generation's name is plain, and none of those that the swap itself uses."""
-    with pytest.raises(ValueError, match="is no name for a generation"):
-        write_generation(folder, files(a="x"), stamp)
-    assert listing(folder) == {}
+def test_invalid_generation_name_is_rejected(directory: Path, stamp: str) -> None:
+    """Also the names that the swap uses."""
+    with pytest.raises(ValueError, match="is not a valid name for a generation"):
+        write_generation(directory, files(a="x"), stamp)
+    assert listing(directory) == {}
 
 
-def test_an_empty_or_ambiguous_set_is_refused(folder: Path) -> None:
-    """A volume is never shown without files, and each name means one file."""
+def test_no_files_or_duplicate_names_are_rejected(directory: Path) -> None:
+    """A volume is never without files."""
     for wrong in ([], [*files(a="1"), *files(a="2")]):
-        with pytest.raises(ValueError, match="each with its own name"):
-            write_generation(folder, wrong, "1")
+        with pytest.raises(ValueError, match="unique file names"):
+            write_generation(directory, wrong, "1")
 
 
-def test_a_clock_that_stands_still_does_no_harm(folder: Path) -> None:
-    """The same stamp twice, thrice: each time the new files replace the old ones."""
+def test_same_stamp_can_be_used_again(directory: Path) -> None:
+    """The clock can stand still or go back."""
     for number in range(4):
-        write_generation(folder, pair(number), "1")
-        assert read_generation(folder)["site.key"] == f"{number} ".encode()
-        assert len(settled(folder)) == 4
+        write_generation(directory, pair(number), "1")
+        assert read_generation(directory)["site.key"] == f"{number} ".encode()
+        assert len(settled(directory)) == 4
 
 
-def test_a_secret_is_in_no_error(folder: Path) -> None:
-    """A failed write tells the folder and the kernel's words, not the content."""
-    with faulty(3, full_for_good), pytest.raises(CertmountError) as caught:
-        write_generation(folder, files(site_key="CANARY"), "1")
+def test_error_contains_no_file_content(directory: Path) -> None:
+    """It contains the directory and the kernel's error."""
+    with faulty(3, stays_full), pytest.raises(CertmountError) as caught:
+        write_generation(directory, files(site_key="CANARY"), "1")
     assert caught.value.reason is Reason.NO_SPACE
     assert "CANARY" not in f"{caught.value!r} {caught.value} {caught.value.__cause__!r}"
-    assert str(folder) in str(caught.value)
+    assert str(directory) in str(caught.value)
     assert "No space left on device" in str(caught.value)
 
 
-def test_other_failures_are_no_full_volume(tmp_path: Path) -> None:
-    """Only what is full is called full."""
+def test_other_errors_are_not_reported_as_full_volume(tmp_path: Path) -> None:
+    """Only ENOSPC and EDQUOT are."""
     with pytest.raises(CertmountError) as caught:
         write_generation(tmp_path / "nowhere", files(a="x"), "1")
     assert caught.value.reason is Reason.MOUNT_FAILED
 
 
-def test_a_volume_that_fills_up_anywhere_keeps_its_files(folder: Path) -> None:
-    """Each call to the kernel in turn fails with ENOSPC: the old set stays to the last link, or the new one is there."""
+def test_files_stay_if_the_volume_is_full_at_any_call(directory: Path) -> None:
+    """Each system call in turn fails with ENOSPC: the old files stay, or the new ones are complete."""
     at, outcome, kept = 0, None, 0
     while outcome != "untouched":
         at += 1
-        write_generation(folder, named(OLD), f"old{at}")
-        assert settled(folder) == complete(f"old{at}", *OLD)
+        write_generation(directory, named(OLD), f"old{at}")
+        assert settled(directory) == complete(f"old{at}", *OLD)
         with faulty(at, full_once) as replaced:
             try:
-                write_generation(folder, named(NEW), "new")
+                write_generation(directory, named(NEW), "new")
             except CertmountError as error:
                 assert error.reason is Reason.NO_SPACE
-                outcome = "refused"
+                outcome = "failed"
             else:
                 outcome = "written" if replaced.calls >= at else "untouched"
-        if outcome == "refused":
+        if outcome == "failed":
             kept += 1
-            assert settled(folder) == complete(f"old{at}", *OLD)
-        assert read_generation(folder) == (OLD if outcome == "refused" else NEW), at
+            assert settled(directory) == complete(f"old{at}", *OLD)
+        assert read_generation(directory) == (OLD if outcome == "failed" else NEW), at
     assert kept > 10
 
 
-@pytest.mark.parametrize("fail", [full_for_good, full_then_broken, killed])
-def test_a_crash_anywhere_leaves_a_whole_set_and_is_repaired(folder: Path, fail: Callable[[int], None]) -> None:
-    """Killed at each call in turn: readers see the old or the new set, and the next write leaves no trace of it."""
+@pytest.mark.parametrize("fail", [stays_full, full_then_broken, killed])
+def test_crash_at_any_call_leaves_complete_files(directory: Path, fail: Callable[[int], None]) -> None:
+    """Readers see the old or the new files. The next write removes all leftovers."""
     at, untouched, seen = 0, False, set()
     while not untouched:
         at += 1
-        write_generation(folder, named(OLD), "old")
+        write_generation(directory, named(OLD), "old")
         with faulty(at, fail) as replaced:
             try:
-                write_generation(folder, named(NEW), "new")
+                write_generation(directory, named(NEW), "new")
             except CertmountError as error:
                 assert error.reason is Reason.NO_SPACE
             except Killed:
                 pass
             else:
                 untouched = replaced.calls < at
-        found = read_generation(folder)
+        found = read_generation(directory)
         assert found in (OLD, NEW), at
-        shown = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        shown = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
         assert shown.items() <= found.items(), at
         seen.add(found == NEW)
-        write_generation(folder, named(OLD), "repaired")
-        assert settled(folder) == complete("repaired", *OLD), at
+        write_generation(directory, named(OLD), "repaired")
+        assert settled(directory) == complete("repaired", *OLD), at
     assert seen == {True, False}
 
 
-def test_live_files_that_cannot_be_told_apart_are_left_alone(folder: Path) -> None:
-    """When the kernel will not say which generation is current, none is removed."""
-    write_generation(folder, named(OLD), "1")
+def test_nothing_is_removed_if_the_current_generation_is_unknown(directory: Path) -> None:
+    """The kernel does not return the target of ``..data``."""
+    write_generation(directory, named(OLD), "1")
     with faulty(1, full_once, ["readlink"]), pytest.raises(CertmountError):
-        write_generation(folder, named(NEW), "2")
-    assert settled(folder) == complete("1", *OLD)
+        write_generation(directory, named(NEW), "2")
+    assert settled(directory) == complete("1", *OLD)
 
 
-def test_an_interruption_after_the_swap_keeps_the_new_files(folder: Path) -> None:
-    """Once readers see the new generation it is not taken back, whatever comes between."""
-    write_generation(folder, named(OLD), "1")
+def test_interruption_after_the_swap_keeps_the_new_files(directory: Path) -> None:
+    """Readers may use them already."""
+    write_generation(directory, named(OLD), "1")
     links_and_swap = len(NEW.keys() - OLD.keys()) + 1
     with faulty(links_and_swap, killed, ["rename"], late=True), pytest.raises(Killed):
-        write_generation(folder, named(NEW), "2")
-    assert read_generation(folder) == NEW
-    assert {name: (folder / name).read_bytes() for name in NEW} == NEW
+        write_generation(directory, named(NEW), "2")
+    assert read_generation(directory) == NEW
+    assert {name: (directory / name).read_bytes() for name in NEW} == NEW
 
 
-def test_leftovers_of_a_crash_are_removed(folder: Path) -> None:
-    """Half a generation, half a swap and a stale link of a driver that was killed go with the next write."""
-    write_generation(folder, pair(1), "1")
-    (folder / "..2").mkdir()
-    (folder / "..2" / "site.key").write_text("half")
-    (folder / "..data_tmp").symlink_to("..2")
-    (folder / "..link_tmp").symlink_to("..data/x")
-    (folder / "gone.crt").symlink_to("..data/gone.crt")
-    write_generation(folder, pair(3), "3")
-    assert settled(folder) == complete("3", "site.crt", "site.key")
+def test_leftovers_of_a_crash_are_removed(directory: Path) -> None:
+    """A partial generation, temporary links and a stale link."""
+    write_generation(directory, pair(1), "1")
+    (directory / "..2").mkdir()
+    (directory / "..2" / "site.key").write_text("half")
+    (directory / "..data_tmp").symlink_to("..2")
+    (directory / "..link_tmp").symlink_to("..data/x")
+    (directory / "gone.crt").symlink_to("..data/gone.crt")
+    write_generation(directory, pair(3), "3")
+    assert settled(directory) == complete("3", "site.crt", "site.key")
 
 
-def test_reading_before_the_first_write_says_so(folder: Path) -> None:
-    """An empty volume has no files, and that is no crash."""
+def test_reading_an_empty_volume_raises_volume_not_found(directory: Path) -> None:
+    """Before the first write."""
     with pytest.raises(CertmountError) as caught:
-        read_generation(folder)
+        read_generation(directory)
     assert caught.value.reason is Reason.VOLUME_NOT_FOUND
 
 
-def test_reading_is_bounded(folder: Path) -> None:
-    """A file that someone with root has blown up does not fill the driver's memory."""
-    write_generation(folder, files(a="x", b="x"), "1")
+def test_reading_is_limited(directory: Path) -> None:
+    """A file that root has enlarged does not fill the driver's memory."""
+    write_generation(directory, files(a="x", b="x"), "1")
     half = b"x" * (MAX_READ_BYTES // 2 + 1)
-    (folder / "a").write_bytes(half)
-    assert read_generation(folder)["a"] == half
-    (folder / "b").write_bytes(half)
+    (directory / "a").write_bytes(half)
+    assert read_generation(directory)["a"] == half
+    (directory / "b").write_bytes(half)
     with pytest.raises(CertmountError) as caught:
-        read_generation(folder)
+        read_generation(directory)
     assert caught.value.reason is Reason.INTERNAL
 
 
-def test_a_generation_that_always_changes_is_given_up(folder: Path) -> None:
-    """A current generation that can't be entered ends in an error to try again, not in an endless loop."""
-    (folder / "..data").symlink_to("..nowhere")
+def test_reading_gives_up_if_the_generation_cannot_be_opened(directory: Path) -> None:
+    """There is no endless loop; the error is retryable."""
+    (directory / "..data").symlink_to("..nowhere")
     with pytest.raises(CertmountError) as caught:
-        read_generation(folder)
+        read_generation(directory)
     assert caught.value.reason is Reason.VOLUME_REMOVED
 
 
@@ -322,23 +324,23 @@ generation_contents = st.dictionaries(file_names, st.binary(max_size=9000), min_
 
 
 @given(st.lists(generation_contents, min_size=1, max_size=5))
-def test_a_volume_is_always_its_newest_set(history: list[dict[str, bytes]]) -> None:
-    """Whatever sets follow each other, the folder shows the last one, and of those before only one is still there."""
+def test_directory_shows_the_last_files(history: list[dict[str, bytes]]) -> None:
+    """At most one previous generation remains."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        directory = Path(name)
         for number, contents in enumerate(history):
-            write_generation(folder, named(contents), str(number))
-            assert read_generation(folder) == contents
-            assert settled(folder) == complete(str(number), *contents)
+            write_generation(directory, named(contents), str(number))
+            assert read_generation(directory) == contents
+            assert settled(directory) == complete(str(number), *contents)
 
 
 @settings(max_examples=15)  # each example is dozens of swaps
 @given(swaps=st.integers(20, 60), size=st.integers(1, 3000))
-def test_a_reader_never_sees_a_torn_pair(swaps: int, size: int) -> None:
-    """Two threads read while a third swaps: certificate and key are always of the same generation, and never old again."""
+def test_concurrent_readers_see_matching_pairs(swaps: int, size: int) -> None:
+    """Two threads read while a third one writes."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_generation(folder, pair(0, size), "0")
+        directory = Path(name)
+        write_generation(directory, pair(0, size), "0")
         done = threading.Event()
         seen: list[dict[str, bytes]] = []
         failures: list[BaseException] = []
@@ -346,7 +348,7 @@ def test_a_reader_never_sees_a_torn_pair(swaps: int, size: int) -> None:
         def read() -> None:
             try:
                 while not done.is_set():
-                    seen.append(read_generation(folder))
+                    seen.append(read_generation(directory))
             except CertmountError as error:
                 failures.append(error)
 
@@ -355,7 +357,7 @@ def test_a_reader_never_sees_a_torn_pair(swaps: int, size: int) -> None:
             reader.start()
         try:
             for number in range(1, swaps):
-                write_generation(folder, pair(number, size), str(number))
+                write_generation(directory, pair(number, size), str(number))
         finally:
             done.set()
             for reader in readers:

@@ -1,4 +1,4 @@
-"""The kernel's mount table."""
+"""Parsing the kernel's mount table."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ paths = st.binary(max_size=80).map(lambda raw: b"/" + raw.replace(b"\0", b""))
 
 
 def escape(raw: bytes) -> bytes:
-    """What the kernel does to a path before it prints it (proc_pid_mountinfo(5))."""
+    """Escape a path as the kernel does, proc_pid_mountinfo(5)."""
     return b"".join(ESCAPED.get(byte, bytes([byte])) for byte in raw)
 
 
-def test_reads_every_field_of_a_line() -> None:
-    """All ten parts of a line are told apart, optional fields of any number included."""
+def test_all_fields_of_a_line_are_parsed() -> None:
+    """Including any number of optional fields."""
     assert parse_mount(LINE) == MOUNT
 
 
-def test_a_line_without_optional_fields_is_private() -> None:
-    """A private mount has none, and an empty mount source is a source too."""
+def test_line_without_optional_fields_and_with_empty_source_is_parsed() -> None:
+    """A private mount has no optional fields."""
     mount = parse_mount(b"22 27 0:21 / /proc rw - proc  rw\n")
     assert mount is not None
     assert (mount.propagation, mount.source, mount.fs_type) == ((), "", "proc")
 
 
 @given(point=paths, source=st.binary(max_size=20).map(lambda raw: raw.replace(b"\0", b"")))
-def test_every_path_survives_the_kernels_escapes(point: bytes, source: bytes) -> None:
-    """Blanks, tabs, line ends, backslashes, and bytes that are no UTF-8: what was mounted is what is read."""
+def test_escaped_paths_are_decoded(point: bytes, source: bytes) -> None:
+    """Including spaces, tabs, newlines, backslashes and bytes that are not UTF-8."""
     line = b"1 0 0:5 / " + escape(point) + b" rw shared:1 - tmpfs " + escape(source) + b" rw\n"
     mount = parse_mount(line)
     assert mount is not None
@@ -56,21 +56,21 @@ def test_every_path_survives_the_kernels_escapes(point: bytes, source: bytes) ->
 
 
 @given(st.binary(max_size=200))
-def test_no_line_is_fatal(line: bytes) -> None:
-    """Any bytes are a mount or none, never an exception."""
+def test_any_line_is_parsed_without_exception(line: bytes) -> None:
+    """The result is a mount or None."""
     parse_mount(line)
 
 
 @given(st.integers(0, len(LINE) - 1))
-def test_a_cut_line_is_never_taken_for_another_mount(length: int) -> None:
-    """What is cut off in the middle is left out, or lacks only the end of its last field."""
+def test_truncated_line_is_never_another_mount(length: int) -> None:
+    """It is skipped, or only the end of its last field is missing."""
     mount = parse_mount(LINE[:length])
     assert mount is None or (mount.id, mount.point, mount.source) == (MOUNT.id, MOUNT.point, MOUNT.source)
 
 
 @pytest.mark.parametrize("line", [b"", b"\n", b"x 1 0:1 / / rw - a b c", b"1 2 0:1 / / rw a b c", b"1 2 0:1 / - a b c"])
-def test_malformed_lines_are_left_out(tmp_path: Path, line: bytes) -> None:
-    """A table with a line of another kernel's making still gives all the others."""
+def test_malformed_lines_are_skipped(tmp_path: Path, line: bytes) -> None:
+    """The other lines of the table are still parsed."""
     table = tmp_path / "mountinfo"
     table.write_bytes(LINE + line + b"\n" + LINE.replace(b"36 ", b"37 ", 1))
     assert [mount.id for mount in read_mounts(table)] == [36, 37]
@@ -78,8 +78,8 @@ def test_malformed_lines_are_left_out(tmp_path: Path, line: bytes) -> None:
     assert find_mount(3, table) is None
 
 
-def test_finds_the_mount_of_an_open_folder() -> None:
-    """The id of a descriptor's mount is that of its line in the table."""
+def test_mount_of_an_open_directory_is_found() -> None:
+    """By the mount ID of its descriptor."""
     descriptor = os.open("/proc", os.O_PATH)
     try:
         mount = find_mount(mount_id(descriptor))

@@ -1,4 +1,4 @@
-"""The life of a volume where the process may not mount: links and folders stand in for mounts."""
+"""The volume directories, with directories and links instead of mounts."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def published(store: VolumeStore, target: Path) -> Path:
     return target
 
 
-def test_a_whole_life_leaves_nothing(store: VolumeStore, root: Path, published: Path) -> None:
-    """Published, healthy, rotated, published again, unpublished twice: the pod sees it all, and nothing stays behind."""
+def test_publish_renew_and_unpublish_leave_nothing(store: VolumeStore, root: Path, published: Path) -> None:
+    """The pod sees every change, and each step can be repeated."""
     assert store.is_healthy(VOLUME_ID, published)
     assert (published / "site.crt").read_text() == "1 "
     write_generation(store.files_dir(VOLUME_ID), pair(2), "2")
@@ -60,8 +60,8 @@ def test_a_whole_life_leaves_nothing(store: VolumeStore, root: Path, published: 
     assert not store.is_healthy(VOLUME_ID, published)
 
 
-def test_folders_and_records_are_the_drivers_own(store: VolumeStore, root: Path, published: Path) -> None:
-    """Others can't enter the folder of volumes; the files folder inside is open, as pods see that one."""
+def test_volume_directories_and_records_are_private(store: VolumeStore, root: Path, published: Path) -> None:
+    """Only the files directory, which pods see, is readable for others."""
     assert published.is_symlink()
     modes = {path: stat.S_IMODE((root / path).stat().st_mode) for path in (".", VOLUME_ID, f"{VOLUME_ID}/record.json")}
     assert modes == {".": 0o700, VOLUME_ID: 0o700, f"{VOLUME_ID}/record.json": 0o600}
@@ -71,20 +71,20 @@ def test_folders_and_records_are_the_drivers_own(store: VolumeStore, root: Path,
 @pytest.mark.parametrize(
     "volume_id", ["../../etc", "/etc", ".", "..", ".hidden", "a/b", "", "x" * 129, "ü", "a\n", "a b"]
 )
-def test_an_id_that_is_a_path_becomes_a_hash(store: VolumeStore, root: Path, volume_id: str) -> None:
-    """The folder of any id lies in the folder of volumes, under a name that is safe."""
+def test_unsafe_volume_id_becomes_a_hash(store: VolumeStore, root: Path, volume_id: str) -> None:
+    """So no ID leads to another directory."""
     assert store.key(volume_id) == hashlib.sha256(volume_id.encode()).hexdigest()
     assert store.files_dir(volume_id).parent.parent == root
 
 
-def test_the_kubelets_ids_are_kept(store: VolumeStore) -> None:
-    """A person finds a volume's folder by the id that the kubelet logs."""
+def test_kubelets_volume_id_is_the_directory_name(store: VolumeStore) -> None:
+    """People find the directory by the ID in the kubelet's log."""
     assert store.key(VOLUME_ID) == VOLUME_ID
     assert store.key("x" * 128) == "x" * 128
 
 
-def test_nothing_is_shown_empty(store: VolumeStore, target: Path) -> None:
-    """A volume without files is not bound, and the target stays as it was."""
+def test_volume_without_files_is_not_bound(store: VolumeStore, target: Path) -> None:
+    """The target is not created."""
     store.create(VOLUME_ID)
     with pytest.raises(CertmountError) as caught:
         store.bind(VOLUME_ID, target)
@@ -92,8 +92,8 @@ def test_nothing_is_shown_empty(store: VolumeStore, target: Path) -> None:
     assert not target.exists()
 
 
-def test_a_failed_bind_removes_the_folder_it_made(store: VolumeStore, target: Path) -> None:
-    """The kubelet finds its own folder as it made it; a target that was there before stays."""
+def test_failed_bind_removes_the_target_that_it_created(store: VolumeStore, target: Path) -> None:
+    """A target that existed before stays."""
 
     class Broken(DirectoryMounts):
         def bind_read_only(self, source: Path, target: Path) -> None:
@@ -102,16 +102,16 @@ def test_a_failed_bind_removes_the_folder_it_made(store: VolumeStore, target: Pa
     store.create(VOLUME_ID)
     write_generation(store.files_dir(VOLUME_ID), pair(1), "1")
     broken = VolumeStore(store.files_dir(VOLUME_ID).parent.parent, target.parent, Broken())
-    for made_before in (False, True):
-        if made_before:
+    for exists in (False, True):
+        if exists:
             target.mkdir()
         with pytest.raises(CertmountError, match="Input/output error"):
             broken.bind(VOLUME_ID, target)
-        assert target.exists() == made_before
+        assert target.exists() == exists
 
 
-def test_a_strangers_file_at_the_target_stays(store: VolumeStore, published: Path, target: Path) -> None:
-    """Unpublishing takes what is ours, or empty; a file, a full folder and another's link are left alone."""
+def test_unbind_keeps_foreign_files(store: VolumeStore, published: Path, target: Path) -> None:
+    """It removes the driver's mount or an empty directory, but no file, no directory with content, and no foreign link."""
     store.unbind(published)
     target.write_text("mine")
     store.unbind(target)
@@ -132,8 +132,8 @@ def test_a_strangers_file_at_the_target_stays(store: VolumeStore, published: Pat
     assert target.is_symlink()
 
 
-def test_a_link_whose_folder_is_gone_is_replaced(store: VolumeStore, published: Path) -> None:
-    """A target of a volume that was lost shows the new one after the next publish."""
+def test_dangling_link_of_a_lost_volume_is_replaced(store: VolumeStore, published: Path) -> None:
+    """The next publish binds the new volume."""
     store.remove(VOLUME_ID)
     assert not store.is_healthy(VOLUME_ID, published)
     store.create(VOLUME_ID)
@@ -142,16 +142,16 @@ def test_a_link_whose_folder_is_gone_is_replaced(store: VolumeStore, published: 
     assert (published / "site.crt").read_text() == "2 "
 
 
-def test_leftovers_in_the_way_are_removed(store: VolumeStore, root: Path) -> None:
-    """A plain folder of another time, with files in it, makes room for the volume."""
+def test_leftover_directory_is_replaced(store: VolumeStore, root: Path) -> None:
+    """A directory that is not mounted is from before a reboot."""
     (root / VOLUME_ID / "files" / "..1").mkdir(parents=True)
     (root / VOLUME_ID / "files" / "..1" / "site.key").write_text("old")
     store.create(VOLUME_ID)
     assert list(store.files_dir(VOLUME_ID).iterdir()) == []
 
 
-def test_a_record_is_read_back(store: VolumeStore, published: Path) -> None:
-    """What was written is known after a restart; a missing or damaged record says which of the two."""
+def test_record_is_read_back(store: VolumeStore, published: Path) -> None:
+    """A damaged record and a missing one are different errors."""
     assert store.read_record(VOLUME_ID) == record(str(published))
     path = store.files_dir(VOLUME_ID).parent / "record.json"
     path.write_bytes(path.read_bytes()[:-1])
@@ -164,8 +164,8 @@ def test_a_record_is_read_back(store: VolumeStore, published: Path) -> None:
         assert caught.value.reason is Reason.VOLUME_NOT_FOUND
 
 
-def test_a_start_sorts_what_it_finds(store: VolumeStore, root: Path, published: Path, tmp_path: Path) -> None:
-    """Healthy, orphaned, damaged, missing, foreign and lost volumes are told apart, and one never hides another."""
+def test_scan_classifies_all_volumes(store: VolumeStore, root: Path, published: Path, tmp_path: Path) -> None:
+    """One bad volume does not affect the others. A second scan finds the same."""
     assert VolumeStore(tmp_path / "new", tmp_path, DirectoryMounts()).scan().records == ()
     orphan = record(volume_id="orphan", pod_uid="gone")
     for volume_id in ("orphan", "corrupt", "nothing", "swapped"):
@@ -174,36 +174,36 @@ def test_a_start_sorts_what_it_finds(store: VolumeStore, root: Path, published: 
     (root / "corrupt" / "record.json").write_bytes(record().to_json()[:40])
     (root / "swapped" / "record.json").write_bytes(record().to_json())
     (root / "lost" / "files").mkdir(parents=True)
-    (root / "stray").write_text("no folder")
+    (root / "stray").write_text("a file")
     scan = store.scan()
     assert scan.records == (record(str(published)),)
     assert scan.orphans == (orphan,)
     assert {entry.key: entry.reason for entry in scan.quarantined} == {
         "corrupt": "record.json: Unterminated string starting at: line 1 column 26 (char 25)",
-        "nothing": "there is no record.json",
-        "swapped": f"record.json: volume_id: {VOLUME_ID!r} is another volume's",
+        "nothing": "record.json is missing",
+        "swapped": f"record.json: volume_id: {VOLUME_ID!r} belongs to another volume",
     }
     assert scan.dropped == ("lost",)
     assert (root / "corrupt" / "record.json.corrupt").exists()
     assert (published / "site.crt").read_text() == "1 "
     again = store.scan()
     assert (again.records, again.dropped) == (scan.records, ())
-    assert {entry.reason for entry in again.quarantined} == {"there is no record.json"}
+    assert {entry.reason for entry in again.quarantined} == {"record.json is missing"}
 
 
-def test_in_doubt_a_pod_lives(store: VolumeStore, published: Path, tmp_path: Path) -> None:
-    """A pod is gone only when the kubelet's folder of pods is there without it: a lost mount orphans nobody."""
+def test_pod_exists_if_in_doubt(store: VolumeStore, published: Path, tmp_path: Path) -> None:
+    """A pod is gone only if the kubelet's pods directory exists without it: a lost mount does not orphan all volumes."""
     assert store.pod_exists(POD_UID)
     assert not store.pod_exists("gone")
     (tmp_path / "pods").rename(tmp_path / "moved")
-    assert published.parent.exists() is False
+    assert not published.parent.exists()
     assert store.pod_exists(POD_UID)
     assert len(store.scan().records) == 1
 
 
-def test_usage_is_that_of_the_file_system(store: VolumeStore, published: Path) -> None:
-    """Figures add up; a volume that is not there has none."""
-    assert published.exists()
+@pytest.mark.usefixtures("published")
+def test_usage_is_that_of_the_file_system(store: VolumeStore) -> None:
+    """An unknown volume has none."""
     usage = store.usage(VOLUME_ID)
     assert 0 < usage.used_bytes <= usage.total_bytes
     assert usage.available_bytes <= usage.total_bytes

@@ -1,4 +1,4 @@
-"""A publish call is a value or one error, whatever it holds."""
+"""Parsing NodePublishVolume calls."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from csi_driver import POD_AUDIENCE
 from csi_driver._proto import csi_pb2
 from csi_driver.core.errors import CertmountError, FailureKind, Reason
-from csi_driver.node.publishing.publish_request import parse_publish
+from csi_driver.node.publishing.publish_request import parse_declaration, parse_publish
 from tests.support.kubelet import FakePod, Kubelet
 
+_KUBELET_DIR = Path("/var/lib/kubelet")
 _PREFIX = "csi.storage.k8s.io/"
 _TOKENS = f"{_PREFIX}serviceAccount.tokens"
-_KUBELET_DIR = Path("/var/lib/kubelet")
 _POD = FakePod(uid="0b7a3c5e-6d0f-4e57-9d7a-0c9f1f6d2a11")
 
 _json = st.recursive(
@@ -40,34 +40,38 @@ _contexts = st.dictionaries(
 
 
 @pytest.fixture(scope="module")
-def request_text(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A good call."""
+def valid_call(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     kubelet = Kubelet(Path(tmp_path_factory.mktemp("kubelet")))
     return kubelet.publish_request(_POD, {"name": "shop.example.com"}, fs_group="2000").SerializeToString()
 
 
-@given(_contexts, _tokens, st.booleans(), st.text(max_size=12), st.text())
-def test_anything_is_a_value_or_an_error(
-    request_text: bytes, context: dict[str, str], tokens: str, in_secrets: bool, group: str, target: str
+@pytest.fixture
+def call(valid_call: bytes) -> csi_pb2.NodePublishVolumeRequest:
+    return csi_pb2.NodePublishVolumeRequest.FromString(valid_call)
+
+
+@given(_contexts, _tokens, st.booleans(), st.text(max_size=12), st.text(), st.booleans())
+def test_any_call_is_parsed_or_rejected(
+    valid_call: bytes, context: dict[str, str], tokens: str, in_secrets: bool, group: str, target: str, read_only: bool
 ) -> None:
-    """Never another exception; the error is one line that any terminal may show, and final or not for the kubelet."""
-    call = csi_pb2.NodePublishVolumeRequest.FromString(request_text)
+    """There is no other exception. The error is one printable line."""
+    call = csi_pb2.NodePublishVolumeRequest.FromString(valid_call)
     call.volume_context.update(context)
     (call.secrets if in_secrets else call.volume_context)[_TOKENS] = tokens
-    call.volume_capability.mount.volume_mount_group, call.target_path = group, target
+    call.volume_capability.mount.volume_mount_group, call.target_path, call.readonly = group, target, read_only
     try:
         parsed = parse_publish(call, _KUBELET_DIR)
+        assert not any(key.startswith(_PREFIX) for key in parsed.attributes)
+        assert parsed.token is None or parsed.token.claims.pod_uid == _POD.uid
+        parse_declaration(parsed, _KUBELET_DIR)
     except CertmountError as error:
         assert error.reason.kind in (FailureKind.INVALID, FailureKind.NOT_AUTHENTICATED, FailureKind.MISCONFIGURED)
         assert str(error).isprintable()
-    else:
-        assert not any(key.startswith(_PREFIX) for key in parsed.attributes)
-        assert parsed.token is None or parsed.token.claims.pod_uid == _POD.uid
 
 
-def test_a_good_call(request_text: bytes) -> None:
-    """Pod, attributes without the kubelet's own, group and token; nothing shows the token."""
-    parsed = parse_publish(csi_pb2.NodePublishVolumeRequest.FromString(request_text), _KUBELET_DIR)
+def test_valid_call_is_parsed(call: csi_pb2.NodePublishVolumeRequest) -> None:
+    """The attributes do not include the kubelet's keys, and no repr shows the token."""
+    parsed = parse_publish(call, _KUBELET_DIR)
     assert (parsed.pod.namespace, parsed.pod.name, parsed.pod.uid) == (_POD.namespace, _POD.name, _POD.uid)
     assert parsed.attributes == {"name": "shop.example.com"}
     assert parsed.mount_group == 2000
@@ -76,14 +80,66 @@ def test_a_good_call(request_text: bytes) -> None:
     assert "eyJ" not in repr(parsed)
 
 
-def test_every_fault_is_told_at_once(request_text: bytes) -> None:
-    """A call with several faults is one error with all of them."""
-    call = csi_pb2.NodePublishVolumeRequest.FromString(request_text)
-    call.volume_context.clear()
+def _fields(error: CertmountError) -> list[str]:
+    return [getattr(fault, "field", "") for fault in error.faults]
+
+
+def test_all_faults_are_reported_together(call: csi_pb2.NodePublishVolumeRequest) -> None:
+    """Including the volume attributes and the target path, which need no valid call."""
+    call.readonly = False
     call.ClearField("volume_capability")
     call.ClearField("volume_id")
+    call.target_path = "relative"
+    call.volume_context.update({"typo": "x", "duration": "-5m", f"{_PREFIX}ephemeral": "", f"{_PREFIX}x": "y"})
     with pytest.raises(CertmountError) as caught:
         parse_publish(call, _KUBELET_DIR)
     assert caught.value.reason is Reason.INVALID_REQUEST
-    fields = [getattr(fault, "field", "") for fault in caught.value.faults]
-    assert {"volume_id", "volume_capability", f"volume_context {_PREFIX}pod.uid", "pod.spec.volumes[]"} <= set(fields)
+    assert sorted(_fields(caught.value)) == sorted(
+        [
+            "volume_id",
+            "volume_capability",
+            "pod.spec.volumes[].csi.readOnly",
+            "pod.spec.volumes[]",
+            f"volumeAttributes.{_PREFIX}x",
+            "volumeAttributes.typo",
+            "volumeAttributes.duration",
+            "target_path",
+        ]
+    )
+
+
+def test_missing_context_is_one_error(call: csi_pb2.NodePublishVolumeRequest) -> None:
+    """Without a pod UID, the target path cannot be checked."""
+    call.volume_context.clear()
+    with pytest.raises(CertmountError) as caught:
+        parse_publish(call, _KUBELET_DIR)
+    keys = ("pod.name", "pod.namespace", "pod.uid", "serviceAccount.name")
+    assert _fields(caught.value) == [*(f"volume_context {_PREFIX}{key}" for key in keys), "pod.spec.volumes[]"]
+
+
+@pytest.mark.parametrize(
+    "attributes, target, reason, fields",
+    [
+        ({"typo": "x"}, None, Reason.INVALID_ATTRIBUTES, ["volumeAttributes.typo"]),
+        ({}, "relative", Reason.INVALID_REQUEST, ["target_path"]),
+        ({}, "/elsewhere", Reason.INVALID_KUBELET_DIRECTORY, ["--kubelet-dir"]),
+        ({"typo": "x"}, "/elsewhere", Reason.INVALID_REQUEST, ["volumeAttributes.typo", "--kubelet-dir"]),
+    ],
+)
+def test_faults_of_attributes_and_target_path_are_reported_together(
+    call: csi_pb2.NodePublishVolumeRequest,
+    tmp_path: Path,
+    attributes: dict[str, str],
+    target: str | None,
+    reason: Reason,
+    fields: list[str],
+) -> None:
+    """A single error keeps its reason. Several become one InvalidRequest."""
+    valid_target = tmp_path / "pods" / _POD.uid / "volumes" / "mount"
+    valid_target.parent.mkdir(parents=True)
+    call.volume_context.update(attributes)
+    call.target_path = target or str(valid_target)
+    request = parse_publish(call, tmp_path)
+    with pytest.raises(CertmountError) as caught:
+        parse_declaration(request, tmp_path)
+    assert (caught.value.reason, _fields(caught.value)) == (reason, fields)

@@ -1,4 +1,4 @@
-"""What the node knows of the sets of roots, whatever the order in which replicas that differ tell it."""
+"""The known root sets, in whatever order the replicas send them."""
 
 from __future__ import annotations
 
@@ -20,57 +20,54 @@ def _set(generation: int) -> RootSet:
 
 
 @dataclass(frozen=True)
-class _Answer:
-    sets: dict[str, RootSet]
+class _Message:
+    """A trust bundle, or the sets of an issuance response."""
 
-
-@dataclass(frozen=True)
-class _Bundle:
+    is_bundle: bool
     sets: dict[str, RootSet]
 
 
 _sets = st.dictionaries(st.sampled_from(_NAMES), st.integers(0, 9).map(_set))
-_told = st.lists(st.one_of(st.builds(_Answer, _sets), st.builds(_Bundle, _sets)), max_size=12)
+_messages = st.lists(st.builds(_Message, st.booleans(), _sets), max_size=12)
 
 
-def _tell(known: KnownRootSets, told: _Answer | _Bundle) -> None:
-    (known.answered if isinstance(told, _Answer) else known.streamed)(told.sets)
+def _receive(known: KnownRootSets, messages: list[_Message]) -> None:
+    for message in messages:
+        (known.apply_bundle if message.is_bundle else known.add_response)(message.sets)
 
 
-@given(_told)
-def test_a_set_never_goes_back(story: list[_Answer | _Bundle]) -> None:
-    """A known set gets newer or is dropped by the stream; an answer takes none away and is never older than what is known."""
+@given(_messages)
+def test_generation_of_a_set_never_decreases(messages: list[_Message]) -> None:
+    """Only a bundle removes a set."""
     known = KnownRootSets()
-    for told in story:
+    for message in messages:
         before = dict(known.sets)
-        _tell(known, told)
+        _receive(known, [message])
         for name, roots in before.items():
             if name in known.sets:
                 assert known.sets[name].generation >= roots.generation
             else:
-                assert isinstance(told, _Bundle)
-                assert name not in told.sets
+                assert message.is_bundle
+                assert name not in message.sets
         for name in known.sets:
-            assert known.sets[name] in (before.get(name), told.sets.get(name))
+            assert known.sets[name] in (before.get(name), message.sets.get(name))
 
 
-@given(_told, _sets)
-def test_what_the_stream_lists_is_known(story: list[_Answer | _Bundle], listed: dict[str, RootSet]) -> None:
-    """After a bundle each set in it is known in that state or a newer one, whatever was told or dropped before."""
+@given(_messages, _sets)
+def test_all_sets_of_a_bundle_are_known(messages: list[_Message], listed: dict[str, RootSet]) -> None:
+    """In that generation or a newer one, whatever was received or removed before."""
     known = KnownRootSets()
-    for told in (*story, _Bundle(listed)):
-        _tell(known, told)
+    _receive(known, [*messages, _Message(True, listed)])
     assert all(known.sets[name].generation >= roots.generation for name, roots in listed.items())
 
 
-@given(_told, _sets, _sets)
-def test_what_the_stream_drops_stays_away(
-    story: list[_Answer | _Bundle], listed: dict[str, RootSet], later: dict[str, RootSet]
+@given(_messages, _sets, _sets)
+def test_removed_set_comes_back_only_with_a_newer_generation(
+    messages: list[_Message], listed: dict[str, RootSet], later: dict[str, RootSet]
 ) -> None:
-    """A set that one bundle lists and the next does not is gone, and an answer brings it back in a newer state only."""
+    """A set is removed if one bundle lists it and the next one does not."""
     known = KnownRootSets()
-    for told in (*story, _Bundle(listed)):
-        _tell(known, told)
+    _receive(known, [*messages, _Message(True, listed)])
     before = dict(known.sets)
     known.apply_bundle({})
     assert not known.sets.keys() & listed.keys()
@@ -79,8 +76,8 @@ def test_what_the_stream_drops_stays_away(
         assert (name in known.sets) == (later[name].generation > before[name].generation)
 
 
-def test_an_answer_may_be_ahead_of_the_stream() -> None:
-    """A set that only another replica has heard of survives one bundle without it, not two."""
+def test_set_of_a_response_survives_one_bundle_without_it() -> None:
+    """Another replica may know the set before the replica that streams. A second bundle without it removes it."""
     known = KnownRootSets()
     known.apply_bundle({"internal": _set(1)})
     known.add_response({"internal": _set(1), "partner": _set(5)})
@@ -90,8 +87,8 @@ def test_an_answer_may_be_ahead_of_the_stream() -> None:
     assert known.select(("internal", "partner")) == {"internal": _set(2)}
 
 
-def test_nothing_is_said_too_early() -> None:
-    """After a start, an answer for one volume tells nothing of a volume that trusts more: its files stay as they are."""
+def test_select_returns_nothing_while_a_set_may_be_missing() -> None:
+    """Before the first bundle, the response for one volume does not list the sets of another one."""
     known = KnownRootSets()
     assert known.select(("internal",)) == {}
     known.add_response({"internal": _set(1)})
@@ -102,15 +99,10 @@ def test_nothing_is_said_too_early() -> None:
     assert known.select(("partner",)) == {}
 
 
-def test_the_issuers_set_comes_first() -> None:
-    """Each name once, however often the pod asks for it."""
+def test_trusted_sets_are_the_issuers_first_and_the_internal_cas_last() -> None:
+    """Without duplicates. The internal CA's set is added for an interim certificate."""
     spec = CertificateSpec(Names(), issuer="acme", federations=("partner", "acme", "other"))
     assert trusted_root_set_names(spec) == ("acme", "partner", "other")
-
-
-def test_with_a_stand_in_the_internal_roots_come_too() -> None:
-    """Last, and once where the pod asks for them anyway."""
-    spec = CertificateSpec(Names(), issuer="acme", federations=("partner",))
-    assert trusted_root_set_names(spec, interim=True) == ("acme", "partner", "internal")
+    assert trusted_root_set_names(spec, interim=True) == ("acme", "partner", "other", "internal")
     spec = CertificateSpec(Names(), issuer="acme", federations=("internal",))
     assert trusted_root_set_names(spec, interim=True) == ("acme", "internal")

@@ -1,4 +1,4 @@
-"""What all volumes hold, and for how long a volume that nobody can look at is waited for."""
+"""Which root sets all volumes contain, and how long the driver waits for a quarantined volume."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _ROOT = TestCA().der
 
 
 class _Store:
-    """As much of a store as the bookkeeping asks for."""
+    """The parts of VolumeStore that the tests need."""
 
     @staticmethod
     def key(volume_id: str) -> str:
         return volume_id
 
 
-def _roots(volumes: VolumeTable) -> RootDistribution:
+def _distribution(volumes: VolumeTable) -> RootDistribution:
     store = cast("VolumeStore", _Store())
-    removal = VolumeRemover(store, volumes, lambda: 0.0, lambda: 0.5)
-    return RootDistribution(store, volumes, removal, NodeMetrics(CollectorRegistry()), lambda: 0.0, lambda: 0.5)
+    remover = VolumeRemover(store, volumes, lambda: 0.0, lambda: 0.5)
+    return RootDistribution(store, volumes, remover, NodeMetrics(CollectorRegistry()), lambda: 0.0, lambda: 0.5)
 
 
-def _volume(volume_id: str, *federations: str) -> Volume:
+def _volume(volumes: VolumeTable, volume_id: str, *federations: str) -> Volume:
     record = VolumeRecord(
         volume_id=volume_id,
         pod_namespace="web",
@@ -49,19 +49,19 @@ def _volume(volume_id: str, *federations: str) -> Volume:
         renew_at=1,
         not_after=2,
     )
-    return Volume(record, CertificateSpec(federations=federations))
+    volume = Volume(record, CertificateSpec(federations=federations))
+    volumes.keep(volume)
+    return volume
 
 
 def _sets(**generations: int) -> dict[str, RootSet]:
     return {name: RootSet((_ROOT,), generation) for name, generation in generations.items()}
 
 
-def test_a_set_is_held_when_all_who_trust_it_have_it() -> None:
-    """Each set by itself: one that no volume trusts is held at once, and what one volume lacks holds up no other set."""
+def test_root_set_is_written_when_all_volumes_that_trust_it_contain_it() -> None:
+    """Each set counts separately. A set that no volume trusts is written immediately."""
     volumes = VolumeTable()
-    roots, one, two = _roots(volumes), _volume("one"), _volume("two", "partner")
-    volumes.keep(one)
-    volumes.keep(two)
+    roots, one, two = _distribution(volumes), _volume(volumes, "one"), _volume(volumes, "two", "partner")
     roots.apply_bundle(_sets(internal=3, partner=4, unused=5))
     assert roots.written() == {"unused": 5}
     one.root_sets = _sets(internal=3)
@@ -73,72 +73,68 @@ def test_a_set_is_held_when_all_who_trust_it_have_it() -> None:
     assert roots.written() == {"unused": 5, "internal": 3, "partner": 4}
 
 
-def test_before_the_stream_a_volume_that_trusts_more_is_not_passed_over() -> None:
-    """An answer for one volume tells of one set; another volume that trusts it too has not got it yet."""
+def test_response_before_the_first_bundle_does_not_mark_other_volumes_as_written() -> None:
+    """The other volume trusts the set too, but does not contain it yet."""
     volumes = VolumeTable()
-    roots, one, two = _roots(volumes), _volume("one"), _volume("two", "partner")
-    volumes.keep(one)
-    volumes.keep(two)
+    roots, one = _distribution(volumes), _volume(volumes, "one")
+    _volume(volumes, "two", "partner")
     one.root_sets = roots.accept_response(one.trusted_names, _sets(internal=3))
     assert roots.written() == {}
 
 
-def test_a_volume_that_nobody_takes_up_is_waited_for_three_minutes() -> None:
-    """Its record was no use at the start: the kubelet would have asked for it by then, if its pod lived."""
-    roots = _roots(VolumeTable())
+def test_quarantined_volume_delays_acknowledgement_for_180_seconds() -> None:
+    """If its pod were running, the kubelet would have republished the volume by then."""
+    roots = _distribution(VolumeTable())
 
-    async def story() -> list[dict[str, int]]:
+    async def scenario() -> list[dict[str, int]]:
         roots.await_adoption(["lost"])
         roots.apply_bundle(_sets(internal=1))
-        held = [dict(roots.written())]
+        written = [dict(roots.written())]
         await asyncio.sleep(179)
-        held.append(dict(roots.written()))
+        written.append(dict(roots.written()))
         await roots.changed()
         await asyncio.sleep(2)
         await roots.changed()
-        held.append(dict(roots.written()))
-        return held
+        written.append(dict(roots.written()))
+        return written
 
-    assert run_virtually(story()) == [{}, {}, {"internal": 1}]
+    assert run_virtually(scenario()) == [{}, {}, {"internal": 1}]
 
 
-def test_a_volume_that_is_taken_up_or_removed_is_waited_for_no_longer() -> None:
-    """Adopted or unpublished: then all that is there is known."""
-    roots_volumes = VolumeTable()
-    roots = _roots(roots_volumes)
+def test_quarantined_volume_counts_until_it_is_adopted_or_unpublished() -> None:
+    """After that, all volumes are known."""
+    volumes = VolumeTable()
+    roots = _distribution(volumes)
 
-    async def story() -> None:
+    async def scenario() -> None:
         roots.await_adoption(["adopted", "unpublished"])
         roots.apply_bundle(_sets(internal=1))
-        adopted = _volume("adopted")
+        adopted = _volume(volumes, "adopted")
         adopted.root_sets = _sets(internal=1)
-        roots_volumes.keep(adopted)
         roots.check_restored(adopted)
         assert roots.written() == {}
-        roots_volumes.forget("unpublished")
+        volumes.forget("unpublished")
         assert roots.written() == {"internal": 1}
 
-    run_virtually(story())
+    run_virtually(scenario())
 
 
-def test_the_roots_of_an_issuer_that_is_gone_stay_with_its_certificates() -> None:
-    """Its chain ends there; what else the volume trusts is renewed, and without its own nothing is written."""
+def test_roots_of_a_removed_issuer_stay_in_its_volumes() -> None:
+    """The certificate chains to them. Other sets are updated. A volume without its issuer's set is not written."""
     volumes = VolumeTable()
-    roots, volume = _roots(volumes), _volume("one", "partner")
+    roots, volume = _distribution(volumes), _volume(volumes, "one", "partner")
     roots.apply_bundle(_sets(internal=1, partner=1))
     volume.root_sets = _sets(internal=1, partner=1)
-    volumes.keep(volume)
     roots.apply_bundle(_sets(partner=2))
-    assert roots._wanted(volume) == _sets(internal=1, partner=2)
+    assert roots._required_sets(volume) == _sets(internal=1, partner=2)
     volume.root_sets = {}
-    assert roots._wanted(volume) == {}
-    assert not roots._behind(volume)
+    assert roots._required_sets(volume) == {}
+    assert not roots._is_outdated(volume)
 
 
-def test_a_certificate_brings_the_roots_that_the_stream_does_not_know() -> None:
-    """Of its own issuer: another replica may stream than the one that answered."""
-    roots = _roots(VolumeTable())
-    roots.apply_bundle(_sets(internal=1))
-    roots.apply_bundle(_sets(internal=2, partner=3))
-    roots.apply_bundle(_sets(partner=3))
+def test_response_contains_the_issuers_roots_even_if_the_stream_removed_them() -> None:
+    """The stream can come from another replica than the response."""
+    roots = _distribution(VolumeTable())
+    for sets in (_sets(internal=1), _sets(internal=2, partner=3), _sets(partner=3)):
+        roots.apply_bundle(sets)
     assert roots.accept_response(("internal", "partner"), _sets(internal=2, partner=3)) == _sets(internal=2, partner=3)
