@@ -22,17 +22,14 @@ from csi_driver.authority.policy.subjects import ClusterSubjectLookup
 from csi_driver.authority.trust.acknowledgements import ACKNOWLEDGEMENTS_SECRET
 from csi_driver.kube.client import Api, ObjectName, connect, in_cluster_configuration
 from csi_driver.kube.cluster_cache import ClusterCache
-from csi_driver.kube.config_map import ConfigMapPublisher
 from csi_driver.kube.csi_nodes import CSINodeClient
-from csi_driver.kube.csr_client import CSRClient
+from csi_driver.kube.csr_client import KubernetesCSRClient
 from csi_driver.kube.events import EventClient
 from csi_driver.kube.ingress import IngressRoutes
-from csi_driver.kube.leases import ClusterLease
 from csi_driver.kube.permissions import SIGNER_LEASE, find_object, has_permission, needed_permissions
 from csi_driver.kube.pod_client import PodClient
-from csi_driver.kube.stored_objects import SecretStore
-from csi_driver.kube.token_keys import ClusterTokenKeys
-from csi_driver.kube.tokens import TokenReviewClient
+from csi_driver.kube.stored_objects import ConfigMapPublisher, LeaseClient, SecretStore
+from csi_driver.kube.tokens import TokenKeyClient, TokenReviewClient
 from csi_driver.telemetry.cluster_metrics import ClusterMetrics
 
 ACME_SERVICE, ACME_PORT = "certmount-acme", 80
@@ -80,7 +77,7 @@ async def open_cluster_environment(
             ca_store=SecretStore(api, ObjectName("Secret", *names.ca)),
             acknowledgement_store=SecretStore(api, ObjectName("Secret", namespace, ACKNOWLEDGEMENTS_SECRET)),
             publisher=ConfigMapPublisher(api, ObjectName("ConfigMap", *names.root)),
-            fetch_keys=ClusterTokenKeys(api).fetch,
+            fetch_keys=TokenKeyClient(api).fetch,
             reviewer=TokenReviewClient(reviews),
             subjects=ClusterSubjectLookup(cache.pods, cache.services, cache.namespaces, cache.outdated),
             events=events,
@@ -94,9 +91,9 @@ async def open_cluster_environment(
             run=run,
             outdated=cache.outdated,
             csr_api=CSRApi(
-                CSRClient(api, watches),
+                KubernetesCSRClient(api, watches),
                 PodClient(api),
-                ClusterLease(api, ObjectName("Lease", namespace, SIGNER_LEASE)),
+                LeaseClient(api, ObjectName("Lease", namespace, SIGNER_LEASE)),
                 pod_name,
             ),
         )

@@ -58,7 +58,7 @@ def parse_content(request: ClusterCSR) -> CSRContent:
     faults += content_faults(csr)
     if faults:
         raise CertmountError(Reason.INVALID_CSR, *faults)
-    return CSRContent(csr, usages, None if request.life_s is None else timedelta(seconds=request.life_s))
+    return CSRContent(csr, usages, None if request.expiration_s is None else timedelta(seconds=request.expiration_s))
 
 
 def _decode_only_block(pem: bytes) -> bytes | None:

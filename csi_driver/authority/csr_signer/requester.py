@@ -41,7 +41,7 @@ def verify_running(pod: PodIdentity, found: LivePod | None) -> None:
         problems.append(f"runs as service account {found.service_account}, not {pod.service_account.name}")
     if found.node_name != pod.node_name:
         problems.append(f"is on node {found.node_name or '(none)'}, but its token names {pod.node_name}")
-    if found.ending:
+    if found.terminating:
         problems.append("is terminating")
     if problems:
         raise CertmountError(Reason.TOKEN_REJECTED, *(Fault(str(pod), problem) for problem in problems))

@@ -163,8 +163,8 @@ class CSRSigner:
         # The certificate is signed before the approval, so that a request that the CA cannot sign is denied, not approved.
         current = await self._approve(csr, signed)
         record.decision = "issued" if current.certificate else "rejected"
-        if current.refusal is not None:
-            record.error = f"another approver decided: {current.refusal}"
+        if current.rejection is not None:
+            record.error = f"another approver decided: {current.rejection}"
         return current.finished, None
 
     async def _approve(self, csr: ClusterCSR, signed: SignedCSR) -> ClusterCSR:

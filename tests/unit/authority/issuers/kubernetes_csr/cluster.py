@@ -10,10 +10,8 @@ from datetime import datetime
 from typing import Any
 
 from csi_driver.core.cluster.csr import ClusterCSR, CSRCondition, CSRDraft
-from csi_driver.core.cluster.lease import Lease
-from csi_driver.core.cluster.pod import LivePod
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.kube.csrs import CSRs, read_csr
+from csi_driver.kube.csr_cache import CSRCache, read_csr
 from tests.unit.core import pki
 
 ACCOUNT = "system:serviceaccount:certmount:certmount-authority"
@@ -25,7 +23,7 @@ class Watch:
     """A watch that is never behind."""
 
     cluster: FakeRequests
-    sink: CSRs
+    sink: CSRCache
     labels: str
 
     async def run(self) -> None:
@@ -109,7 +107,7 @@ class FakeRequests:
             "signerName": draft.signer,
             "request": base64.b64encode(draft.request).decode(),
             "usages": list(draft.usages),
-            "expirationSeconds": draft.life_s,
+            "expirationSeconds": draft.expiration_s,
             "username": self.username,
         }
         name = f"{draft.name_prefix}{self.made + 1}"
@@ -143,40 +141,10 @@ class FakeRequests:
         await self._reach()
         return not {(verb, resource), (verb, name)} & self.forbidden
 
-    def follow(self, sink: CSRs, *, signer: str = "", labels: str = "") -> Watch:
+    def follow(self, sink: CSRCache, *, signer: str = "", labels: str = "") -> Watch:
         del signer  # what is of another signer must not be believed to be kept away
         return Watch(self, sink, labels)
 
 
 def _json(condition: CSRCondition) -> Json:
     return {"type": condition.kind, "reason": condition.reason, "message": condition.message}
-
-
-@dataclass
-class FakePods:
-    """Pods by namespace and name."""
-
-    pods: dict[tuple[str, str], LivePod] = field(default_factory=dict)
-
-    async def find(self, namespace: str, name: str) -> LivePod | None:
-        return self.pods.get((namespace, name))
-
-
-@dataclass
-class FakeLease:
-    """A lease in memory."""
-
-    lease: Lease = Lease("", 0, "1")
-    broken: bool = False
-
-    async def load(self) -> Lease:
-        if self.broken:
-            raise CertmountError(Reason.ISSUER_UNAVAILABLE, "no API server")
-        return self.lease
-
-    async def save(self, lease: Lease) -> bool:
-        found = await self.load()
-        if lease.version != found.version:
-            return False
-        self.lease = Lease(lease.holder, lease.seconds, str(int(found.version) + 1))
-        return True

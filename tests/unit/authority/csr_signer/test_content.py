@@ -1,0 +1,185 @@
+"""The content of CertificateSigningRequests and the pods that created them."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from hypothesis import given
+from hypothesis import strategies as st
+
+from csi_driver.authority.csr_signer.content import parse_content
+from csi_driver.authority.csr_signer.requester import parse_requester, verify_running
+from csi_driver.core.cluster.csr import CERTMOUNT_SIGNER, ClusterCSR
+from csi_driver.core.cluster.objects import LivePod
+from csi_driver.core.errors import CertmountError, Fault
+from csi_driver.core.identity import PodIdentity, ServiceAccount
+from csi_driver.kube.csr_cache import read_csr
+from tests.unit.authority.csr_signer.requests import EXTRA, NAME, USAGES, USERNAME, crafted, item, pem
+
+POD = LivePod("pod-uid", "edge", "node-a", False)
+
+
+def authenticate(request: ClusterCSR) -> PodIdentity:
+    """Return the requester if it is the only pod of the cluster, web/edge-0."""
+    pod = parse_requester(request)
+    exists = (pod.service_account.namespace, pod.pod_name) == ("web", "edge-0")
+    verify_running(pod, POD if exists else None)
+    return pod
+
+
+def stored(request: dict[str, Any]) -> ClusterCSR:
+    metadata = {"name": "csr-1", "uid": "uid-1", **request["metadata"]}
+    return read_csr({**request, "metadata": metadata})
+
+
+def key_usage(**bits_set: bool) -> x509.KeyUsage:
+    bits = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
+    more = ("key_cert_sign", "crl_sign", "encipher_only", "decipher_only")
+    return x509.KeyUsage(**dict.fromkeys((*bits, *more), False) | bits_set)
+
+
+def changed_signature() -> bytes:
+    der = bytearray(x509.load_pem_x509_csr(pem(NAME)).public_bytes(Encoding.DER))
+    der[-1] ^= 1
+    return (
+        b"-----BEGIN CERTIFICATE REQUEST-----\n"
+        + base64.encodebytes(bytes(der))
+        + b"-----END CERTIFICATE REQUEST-----\n"
+    )
+
+
+BLOCK = pem(NAME)
+INVALID: dict[str, tuple[dict[str, Any], str]] = {
+    "no PEM": (item(b""), "exactly one PEM block"),
+    "two blocks": (item(BLOCK + BLOCK), "exactly one PEM block"),
+    "text before": (item(b"x\n" + BLOCK), "exactly one PEM block"),
+    "text after": (item(BLOCK + b"x"), "exactly one PEM block"),
+    "PEM headers": (item(BLOCK.replace(b"REQUEST-----\n", b"REQUEST-----\nA: b\n\n", 1)), "exactly one PEM block"),
+    "another label": (item(BLOCK.replace(b"CERTIFICATE REQUEST", b"CERTIFICATE")), "exactly one PEM block"),
+    "no base64": (item(BLOCK[:50] + BLOCK[51:]), "PEM block"),
+    "no request": (
+        item(b"-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n"),
+        "is not a PKCS#10",
+    ),
+    "signature": (item(changed_signature()), "is not signed by the key it names"),
+    "key": (item(crafted(key=ec.generate_private_key(ec.SECP521R1()))), "has a key of another type"),
+    "usage": (item(usages=[*USAGES, "cert sign"]), "spec.usages: cert sign is not allowed for pods"),
+    "any": (item(usages=["any"]), "spec.usages: any is not allowed for pods"),
+    "no purpose": (item(usages=["digital signature"]), "neither server auth nor client auth"),
+    "CA": (item(crafted(x509.BasicConstraints(ca=True, path_length=0))), "asks for a certificate authority"),
+    "CA's usage": (item(crafted(key_usage(key_cert_sign=True))), "more than digital signature"),
+    "key agreement": (item(crafted(key_usage(key_agreement=True))), "more than digital signature"),
+    "purpose": (
+        item(crafted(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE]))),
+        "server auth and client",
+    ),
+    "extension": (item(crafted(x509.OCSPNoCheck())), "no certificate for pods has that"),
+    "system user": (item(crafted(subject=(NameOID.COMMON_NAME, "system:admin"))), "a name of Kubernetes' own"),
+    "system group": (item(crafted(subject=(NameOID.ORGANIZATION_NAME, "System:masters"))), "a name of Kubernetes' own"),
+    "organisation": (
+        item(crafted(subject=(NameOID.ORGANIZATION_NAME, "Example"))),
+        "no certificate for pods has that",
+    ),
+    "common name": (
+        item(crafted(subject=(NameOID.COMMON_NAME, "b.web.svc"))),
+        "not among the subject alternative names",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", INVALID)
+def test_invalid_content_is_rejected(what: str) -> None:
+    """The message names the field. Content that the certificate cannot have is not omitted silently."""
+    request, text = INVALID[what]
+    with pytest.raises(CertmountError, match="InvalidCSR: ") as rejected:
+        parse_content(stored(request))
+    assert text in str(rejected.value)
+    assert all(isinstance(fault, Fault) for fault in rejected.value.faults)
+
+
+@pytest.mark.parametrize(
+    "request_pem",
+    [
+        crafted(subject=(NameOID.COMMON_NAME, NAME.upper())),
+        crafted(
+            x509.BasicConstraints(ca=False, path_length=None), key_usage(digital_signature=True, key_encipherment=True)
+        ),
+        crafted(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])),
+        BLOCK.replace(b"\n", b"\r\n"),
+        b"\n" + BLOCK + b"\n\n",
+    ],
+)
+def test_common_content_of_scripts_is_accepted(request_pem: bytes) -> None:
+    """A common name that is one of the names, harmless extensions, other line endings."""
+    assert parse_content(stored(item(request_pem))).requested.names.dns
+
+
+REJECTED: dict[str, tuple[dict[str, Any], str]] = {
+    "a person": (item(username="jane@example.com"), "is not a service account"),
+    "a node": (item(username="system:node:node-a"), "is not a service account"),
+    "half an account": (item(username="system:serviceaccount:web"), "is not a service account"),
+    "a strange account": (item(username="system:serviceaccount:web:a:b"), "is not a service account"),
+    "no pod": (item(extra={}), "has no pod-name, pod-uid, node-name"),
+    "no node": (item(extra={**EXTRA, "node-name": []}), "has no node-name"),
+    "two pods": (item(extra={**EXTRA, "pod-uid": ["pod-uid", "other"]}), "has no pod-uid"),
+    "a deleted pod": (item(extra={**EXTRA, "pod-name": ["edge-1"]}), "pod web/edge-1: does not exist"),
+    "a recreated pod": (item(extra={**EXTRA, "pod-uid": ["before"]}), "was created again"),
+    "another node": (item(extra={**EXTRA, "node-name": ["node-b"]}), "is on node node-a, but its token names node-b"),
+    "another account": (item(username="system:serviceaccount:web:other"), "runs as service account edge, not other"),
+    "the same pod's name elsewhere": (
+        item(username="system:serviceaccount:shop:edge"),
+        "pod shop/edge-0: does not exist",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REJECTED)
+def test_requester_that_is_not_a_running_pod_is_rejected(what: str) -> None:
+    """The requester that the API server recorded must match the current pod."""
+    request, text = REJECTED[what]
+    with pytest.raises(CertmountError, match="TokenRejected: ") as rejected:
+        authenticate(stored(request))
+    assert text in str(rejected.value)
+
+
+def test_terminating_pod_is_rejected() -> None:
+    """Its token is still valid for some seconds."""
+    with pytest.raises(CertmountError, match="is terminating"):
+        verify_running(parse_requester(stored(item())), LivePod("pod-uid", "edge", "node-a", True))
+
+
+@given(
+    st.builds(
+        ClusterCSR,
+        name=st.just("x"),
+        uid=st.just("u"),
+        created_at=st.just(0.0),
+        signer=st.just(CERTMOUNT_SIGNER),
+        request=st.binary(max_size=200) | st.sampled_from([BLOCK, BLOCK[:-3], BLOCK[30:]]),
+        usages=st.lists(st.text(max_size=10), max_size=3).map(tuple),
+        expiration_s=st.none() | st.integers(),
+        username=st.text(max_size=60) | st.text(max_size=20).map(lambda text: f"system:serviceaccount:{text}"),
+        extra=st.dictionaries(
+            st.sampled_from([f"authentication.kubernetes.io/{key}" for key in EXTRA]), st.lists(st.text()).map(tuple)
+        ),
+    )
+)
+def test_any_request_is_parsed_or_rejected(csr: ClusterCSR) -> None:
+    for read in (parse_content, parse_requester):
+        with contextlib.suppress(CertmountError):
+            read(csr)
+
+
+def test_identity_comes_from_what_the_api_server_recorded() -> None:
+    extra = {f"authentication.kubernetes.io/{key}": tuple(value) for key, value in EXTRA.items()}
+    csr = ClusterCSR("x", "u", 0.0, CERTMOUNT_SIGNER, b"", (), None, USERNAME, extra)
+    assert parse_requester(csr) == PodIdentity(
+        ServiceAccount("web", "edge"), "", "edge-0", "pod-uid", "node-a", "node-uid", 0.0
+    )

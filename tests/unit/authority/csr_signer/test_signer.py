@@ -1,0 +1,341 @@
+"""The CSR signer: all checks of a request, and requests that other approvers change at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, cast
+
+import pytest
+import structlog
+from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
+from prometheus_client import CollectorRegistry
+
+from csi_driver.authority.ca.authority import CertificateAuthority
+from csi_driver.authority.ca.keyring import Keyring, make_keyring
+from csi_driver.authority.csr_signer.csr_pipeline import ACCOUNT_RATE, CSRPipeline
+from csi_driver.authority.csr_signer.leader_election import LeaderElection
+from csi_driver.authority.csr_signer.signer import CSRSigner
+from csi_driver.authority.issuance.steps import IssuanceSteps
+from csi_driver.authority.issuers.internal.issuer import InternalIssuer
+from csi_driver.core.certificates.csr import names_of
+from csi_driver.core.cluster.csr import APPROVED, DENIED, FAILED, ClusterCSR, CSRCondition
+from csi_driver.core.cluster.objects import LivePod
+from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.formats.pem import decode_certificates
+from csi_driver.core.identity import PodIdentity
+from csi_driver.core.policy.engine import Policy, PolicySubject
+from csi_driver.core.policy.rules import DenyListEntry, RuleMatch
+from csi_driver.telemetry.authority_metrics import AuthorityMetrics
+from tests.support.waiting import until
+from tests.unit.authority.csr_signer.fakes import FakeLease, FakePods
+from tests.unit.authority.csr_signer.requests import EXTRA, NAME, USERNAME, crafted, item, pem
+from tests.unit.authority.issuers.kubernetes_csr.cluster import ACCOUNT as AUTHORITY
+from tests.unit.authority.issuers.kubernetes_csr.cluster import FakeRequests
+from tests.unit.core import pki
+
+KEYRING = make_keyring(pki.NOW)
+
+
+@dataclass
+class LoadedCA:
+    """The part of a CA that the internal issuer uses."""
+
+    current: Keyring = KEYRING
+    unavailable: bool = False
+
+    async def record_lifetime(self, _: timedelta) -> Keyring:
+        if self.unavailable:
+            raise CertmountError(Reason.ISSUER_UNAVAILABLE, "the internal CA is not loaded yet")
+        return self.current
+
+
+@dataclass
+class OneService:
+    """Subjects of pods that one Service selects."""
+
+    async def find(self, pod: PodIdentity) -> PolicySubject:
+        return PolicySubject(pod, services=("hello",))
+
+
+@dataclass
+class RecordedEvents:
+    """Events on pods."""
+
+    recorded: list[tuple[str, str]] = field(default_factory=list)
+
+    def record(self, pod: PodIdentity, *, warning: bool, reason: str, message: str) -> None:
+        assert warning
+        assert message
+        self.recorded.append((str(pod), reason))
+
+
+@dataclass
+class World:
+    """A running signer and its cluster."""
+
+    cluster: FakeRequests = field(default_factory=FakeRequests)
+    pods: FakePods = field(
+        default_factory=lambda: FakePods({("web", "edge-0"): LivePod("pod-uid", "edge", "node-a", False)})
+    )
+    ca: LoadedCA = field(default_factory=LoadedCA)
+    policy: Policy = field(default_factory=lambda: Policy("cluster.local", "cluster.local"))
+    events: RecordedEvents = field(default_factory=RecordedEvents)
+    results: list[Reason | None] = field(default_factory=list)
+
+    def add_result(self, seconds: float, reason: Reason | None) -> None:
+        assert seconds > 0
+        self.results.append(reason)
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        internal = InternalIssuer(cast("CertificateAuthority", self.ca), lambda: pki.NOW)
+        steps = IssuanceSteps(OneService(), lambda: self.policy, AuthorityMetrics(CollectorRegistry()))
+        pipeline = CSRPipeline(self.pods, steps, internal)
+        election = LeaderElection(FakeLease(), "one")
+        signer = CSRSigner(self.cluster, pipeline, election, self.events, self.add_result)
+        running = asyncio.create_task(signer.run())
+        try:
+            yield
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
+
+    async def process(self, request: dict[str, Any]) -> ClusterCSR:
+        """Return the finished request."""
+        async with self.running():
+            name = self.cluster.put(request)
+            await until(lambda: self.cluster.find(name).finished, "a decision")
+            await asyncio.sleep(0)
+        return self.cluster.find(name)
+
+    async def process_denied(self, request: dict[str, Any]) -> CSRCondition:
+        csr = await self.process(request)
+        denied = csr.condition(DENIED)
+        assert denied is not None
+        assert not csr.certificate
+        return denied
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+async def test_request_of_a_pod_is_approved_and_signed(world: World) -> None:
+    """With the requested names and lifetime, the SPIFFE ID and the chain, and an entry in the audit log."""
+    with structlog.testing.capture_logs() as logs:
+        csr = await world.process(item())
+    approved = csr.condition(APPROVED)
+    assert approved is not None
+    assert str(approved) == f"PolicyAllows: {NAME}, {pki.SPIFFE} for 1h, by built-in"
+    leaf, intermediate = decode_certificates(csr.certificate)
+    assert names_of(leaf.extensions) == pki.names(NAME, pki.SPIFFE)
+    assert leaf.not_valid_after_utc == pki.NOW + pki.HOUR
+    leaf.verify_directly_issued_by(intermediate)
+    (line,) = [log for log in logs if log["event"] == "certificate"]
+    assert (line["decision"], line["pod"], line["node"], line["csr"]) == ("issued", "edge-0", "node-a", csr.name)
+    assert line["serial"] == f"{leaf.serial_number:x}"
+    assert world.cluster.answers == 1, "the watch also delivers the approval, which must not cause another certificate"
+    assert world.events.recorded == []
+    assert world.results == [None]
+
+
+async def test_request_without_names_and_lifetime_gets_the_defaults(world: World) -> None:
+    """Like a volume without attributes."""
+    leaf, _ = decode_certificates((await world.process(item(pem(), seconds=None, usages=["server auth"]))).certificate)
+    assert names_of(leaf.extensions) == pki.names(NAME, f"{NAME}.cluster.local", pki.SPIFFE)
+    assert leaf.not_valid_after_utc == pki.NOW + 24 * pki.HOUR
+    assert list(leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [
+        ExtendedKeyUsageOID.SERVER_AUTH
+    ]
+
+
+@pytest.mark.parametrize(
+    "request_item,reason,namespace",
+    [
+        (item(crafted(x509.OCSPNoCheck())), Reason.INVALID_CSR, "web"),
+        (item(extra={**EXTRA, "pod-uid": ["before"]}), Reason.TOKEN_REJECTED, "web"),
+        (item(username="system:serviceaccount:shop:edge"), Reason.TOKEN_REJECTED, "shop"),
+    ],
+)
+async def test_rejected_request_is_denied_with_a_pod_event(
+    request_item: dict[str, Any], reason: Reason, namespace: str, world: World
+) -> None:
+    denied = await world.process_denied(request_item)
+    assert denied.reason == reason.word
+    assert denied.message
+    assert world.events.recorded == [(f"pod {namespace}/edge-0", reason.word)]
+    assert world.results == [reason]
+
+
+async def test_request_without_a_pod_is_denied_without_an_event(world: World) -> None:
+    assert (await world.process_denied(item(username="jane@example.com"))).reason == "TokenRejected"
+    assert world.events.recorded == []
+
+
+@pytest.mark.parametrize(
+    "request_item,text",
+    [
+        (item(pem("shop.example.com")), "shop.example.com"),
+        (item(pem("spiffe://cluster.local/ns/web/sa/other")), "spiffe://cluster.local/ns/web/sa/other"),
+        (item(seconds=90_000), "not 25h"),
+    ],
+)
+async def test_request_that_the_policy_does_not_allow_is_denied(
+    request_item: dict[str, Any], text: str, world: World
+) -> None:
+    denied = await world.process_denied(request_item)
+    assert denied.reason == "NameNotAllowed"
+    assert text in denied.message
+
+
+async def test_request_of_an_account_on_the_deny_list_is_denied(world: World) -> None:
+    """With the administrator's reason."""
+    denial = DenyListEntry(RuleMatch(("web",), ("*",)), "its key was in a bug report")
+    world.policy = Policy("cluster.local", "cluster.local", denials=(denial,))
+    denied = await world.process_denied(item())
+    assert denied.reason == "ServiceAccountDenied"
+    assert "its key was in a bug report" in denied.message
+
+
+async def test_requests_for_other_signers_are_ignored(world: World) -> None:
+    """Even if the watch delivers them."""
+    other = world.cluster.put(item(signer="example.com/other"))
+    await world.process(item())
+    assert world.cluster.find(other).conditions == ()
+    assert not world.cluster.find(other).certificate
+
+
+async def test_requests_of_one_account_are_rate_limited(world: World) -> None:
+    """Requests of other accounts are not affected."""
+    world.pods.pods["web", "other-0"] = LivePod("other-uid", "other", "node-a", terminating=False)
+    other = item(
+        username="system:serviceaccount:web:other", extra={**EXTRA, "pod-name": ["other-0"], "pod-uid": ["other-uid"]}
+    )
+    async with world.running():
+        names = [world.cluster.put(item()) for _ in range(ACCOUNT_RATE.burst + 30)]
+        last = world.cluster.put(other)
+        await until(lambda: all(world.cluster.find(name).finished for name in [*names, last]), "decisions", 60)
+    denied = [one for name in names if (one := world.cluster.find(name).condition(DENIED))]
+    assert len(denied) >= 10
+    assert {one.reason for one in denied} == {"TooManyRequests"}
+    assert world.cluster.find(last).certificate
+
+
+async def test_manual_approval_does_not_override_the_policy(world: World) -> None:
+    """A request that is not allowed fails; an allowed request is signed, as after a crash between approval and signing."""
+    approved = [{"type": APPROVED, "reason": "KubectlApprove", "message": ""}]
+    bad = world.cluster.put({**item(pem("shop.example.com")), "status": {"conditions": approved}})
+    good = world.cluster.put({**item(), "status": {"conditions": approved}})
+    async with world.running():
+        await until(lambda: all(world.cluster.find(name).finished for name in (bad, good)), "decisions")
+    failed = world.cluster.find(bad).condition(FAILED)
+    assert failed is not None
+    assert failed.reason == "NameNotAllowed"
+    assert world.cluster.find(good).certificate
+
+
+async def test_manual_denial_is_kept(world: World) -> None:
+    """Even if it comes while the request is processed."""
+    denied = [{"type": DENIED, "reason": "ByHand", "message": ""}]
+
+    class Late(FakePods):
+        async def find(self, namespace: str, name: str) -> LivePod | None:
+            world.cluster.change("csr-1", conditions=denied)
+            return await super().find(namespace, name)
+
+    world.pods = Late(world.pods.pods)
+    csr = await world.process(item())
+    await asyncio.sleep(0)
+    assert csr.condition(DENIED) is not None
+    assert world.cluster.answers == 0
+
+
+async def test_request_that_is_approved_during_its_denial_fails(world: World) -> None:
+    """An approved request cannot be denied."""
+    approved = [{"type": APPROVED, "reason": "KubectlApprove", "message": ""}]
+    decide = world.cluster.decide
+
+    async def late(csr: ClusterCSR, condition: CSRCondition) -> ClusterCSR:
+        world.cluster.objects[csr.name]["status"] = {"conditions": approved}  # before the watch delivers it
+        return await decide(csr, condition)
+
+    world.cluster.decide = late  # type: ignore[method-assign]  # another approver is faster
+    csr = await world.process(item(pem("shop.example.com")))
+    assert [one.kind for one in csr.conditions] == [APPROVED, FAILED]
+
+
+async def test_approval_that_the_watch_delivers_late_does_not_sign_again(world: World) -> None:
+    """The certificate was written before the watch delivers the approval."""
+    csr = await world.process(item())
+    async with world.running():
+        stale = {**world.cluster.objects[csr.name], "status": {"conditions": [{"type": APPROVED}]}}
+        name = world.cluster.put(item())
+        await until(lambda: world.cluster.find(name).finished, "a decision")
+        current, world.cluster.objects[name] = world.cluster.objects[name], {**world.cluster.objects[name], **stale}
+        world.cluster.objects[name]["metadata"] = current["metadata"]
+        for watch in world.cluster.sinks:
+            watch.tell(name)
+        another = world.cluster.put(item())
+        await until(lambda: world.cluster.find(another).finished, "the next one's decision")
+    assert world.cluster.answers == 3
+    assert world.results == [None] * 3
+
+
+async def test_approval_that_the_watch_delivers_during_signing_does_not_sign_again(world: World) -> None:
+    answer = world.cluster.answer
+
+    async def answer_unnoticed(csr: ClusterCSR, certificate: bytes) -> ClusterCSR:
+        watches, world.cluster.sinks = world.cluster.sinks, []
+        try:
+            return await answer(csr, certificate)
+        finally:
+            world.cluster.sinks = watches
+
+    world.cluster.answer = answer_unnoticed  # type: ignore[method-assign]  # the watch lags
+    async with world.running():
+        for number in range(1, 4):
+            name = world.cluster.put(item())
+            await until(lambda name=name: world.cluster.find(name).finished, "a decision")  # type: ignore[misc]
+            await until(lambda number=number: len(world.results) >= number, "its result")  # type: ignore[misc]
+    assert world.cluster.answers == 3
+    assert world.results == [None] * 3
+
+
+async def test_retryable_failure_is_retried(world: World) -> None:
+    """An unavailable CA denies no request."""
+    world.ca.unavailable = True
+    async with world.running():
+        name = world.cluster.put(item())
+        with structlog.testing.capture_logs() as logs:
+            await until(lambda: logs, "an attempt")
+        assert not world.cluster.find(name).conditions
+        world.ca.unavailable = False
+        await until(lambda: world.cluster.find(name).finished, "the retry")
+    assert world.cluster.find(name).certificate
+
+
+async def test_requests_of_the_authority_need_no_pod(world: World) -> None:
+    """The policy allowed their names before. They get exactly these names."""
+    csr = await world.process(item(pem("shop.example.com"), username=AUTHORITY, extra={}))
+    leaf, _ = decode_certificates(csr.certificate)
+    assert names_of(leaf.extensions) == pki.names("shop.example.com")
+
+
+@pytest.mark.parametrize("request_pem", [pem(), crafted(x509.BasicConstraints(ca=True, path_length=None))])
+async def test_requests_of_the_authority_must_have_valid_content(request_pem: bytes, world: World) -> None:
+    assert (await world.process(item(request_pem, username=AUTHORITY, extra={}))).condition(DENIED)
+
+
+@pytest.mark.parametrize(
+    "username", ["system:serviceaccount:certmount:default", "certmount-authority", f"{AUTHORITY}:x", "", USERNAME]
+)
+async def test_requests_of_others_are_not_taken_for_the_authoritys(username: str, world: World) -> None:
+    """With any labels: the complete user name counts, which the API server records."""
+    labels = {"app.kubernetes.io/managed-by": "certmount", "certmount.dev/issuer": "own"}
+    assert await world.process_denied(item(pem("shop.example.com"), username=username, labels=labels))
