@@ -1,4 +1,4 @@
-"""The roots: who hears of them, and where they are published."""
+"""The trust bundle: what watchers receive, and where roots are published."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def trust(metrics: AuthorityMetrics) -> TrustBundles:
     return trust
 
 
-async def test_a_watcher_gets_the_sets_now_and_each_change(trust: TrustBundles) -> None:
-    """Of roots and of the policy; setting the same again is no change."""
+async def test_watcher_receives_the_bundle_and_each_change(trust: TrustBundles) -> None:
+    """Setting the same value again is no change."""
     watch = trust.watch()
     assert await anext(watch) == TrustSnapshot({"internal": ONE}, "")
     trust.set_roots("internal", ONE)
@@ -47,8 +47,7 @@ async def test_a_watcher_gets_the_sets_now_and_each_change(trust: TrustBundles) 
     await watch.aclose()
 
 
-async def test_a_slow_watcher_gets_the_latest_roots(trust: TrustBundles) -> None:
-    """What came and went in between is of no use to anyone."""
+async def test_slow_watcher_receives_only_the_latest_roots(trust: TrustBundles) -> None:
     watch = trust.watch()
     await anext(watch)
     for generation in (2, 3, 4):
@@ -57,8 +56,8 @@ async def test_a_slow_watcher_gets_the_latest_roots(trust: TrustBundles) -> None
     await watch.aclose()
 
 
-async def test_a_watcher_that_comes_before_the_roots_waits(metrics: AuthorityMetrics) -> None:
-    """No empty bundle is ever sent: a node would take it for the end of all trust."""
+async def test_watcher_waits_until_there_are_roots(metrics: AuthorityMetrics) -> None:
+    """An empty bundle would tell a node to remove all roots."""
     trust = TrustBundles(metrics)
     trust.set_policy("a")
     watch = trust.watch()
@@ -70,8 +69,8 @@ async def test_a_watcher_that_comes_before_the_roots_waits(metrics: AuthorityMet
     await watch.aclose()
 
 
-async def test_closing_ends_all_watches(trust: TrustBundles, registry: CollectorRegistry) -> None:
-    """Those that wait, and those that come later; so a stop is not held up by streams that never end."""
+async def test_close_ends_current_and_future_watches(trust: TrustBundles, registry: CollectorRegistry) -> None:
+    """Otherwise endless streams would delay the shutdown."""
 
     async def follow() -> list[TrustSnapshot]:
         return [bundle async for bundle in trust.watch()]
@@ -85,17 +84,16 @@ async def test_closing_ends_all_watches(trust: TrustBundles, registry: Collector
     assert registry.get_sample_value("certmount_authority_trust_watchers") == 0
 
 
-async def test_a_watch_ends_by_itself(metrics: AuthorityMetrics, registry: CollectorRegistry) -> None:
-    """Cleanly, so that its caller proves itself again, and no replica keeps its callers for ever."""
+async def test_watch_ends_after_the_longest_time(metrics: AuthorityMetrics, registry: CollectorRegistry) -> None:
+    """The client then authenticates again, possibly to another replica."""
     trust = TrustBundles(metrics, longest=timedelta(milliseconds=20))
     trust.set_roots("internal", ONE)
     assert len([bundle async for bundle in trust.watch()]) == 1
     assert registry.get_sample_value("certmount_authority_trust_watchers") == 0
 
 
-async def test_watchers_are_bounded(metrics: AuthorityMetrics) -> None:
-    """One too many is told to come later; a place is free again when someone leaves."""
-    trust = TrustBundles(metrics, most_watchers=2)
+async def test_number_of_watchers_is_limited(metrics: AuthorityMetrics) -> None:
+    trust = TrustBundles(metrics, max_watchers=2)
     trust.set_roots("internal", ONE)
     first, second = trust.watch(), trust.watch()
     await anext(first)
@@ -110,16 +108,15 @@ async def test_watchers_are_bounded(metrics: AuthorityMetrics) -> None:
     await third.aclose()
 
 
-async def test_a_pod_gets_the_sets_of_its_issuer_and_of_what_it_asks_for(trust: TrustBundles) -> None:
-    """And none that it did not ask for: a partner's root could vouch for any name."""
+async def test_select_returns_only_the_issuer_and_requested_federations(trust: TrustBundles) -> None:
+    """A federation's CA can sign any name, so a pod must request it."""
     trust.set_roots("partner", TWO)
     trust.set_roots("other", TWO)
     assert trust.select("internal", ()) == {"internal": ONE}
     assert trust.select("internal", ("partner",)) == {"internal": ONE, "partner": TWO}
 
 
-async def test_watchers_hear_whose_certificates_are_shared(trust: TrustBundles) -> None:
-    """With all the rest, and again when it changes; in one order, so that no change is none."""
+async def test_watcher_receives_shared_issuers_in_a_stable_order(trust: TrustBundles) -> None:
     watch = trust.watch()
     assert (await anext(watch)).shared_issuers == ()
     trust.set_shared_issuers({"b", "a"})
@@ -134,28 +131,26 @@ async def test_watchers_hear_whose_certificates_are_shared(trust: TrustBundles) 
     await watch.aclose()
 
 
-async def test_all_unknown_federations_are_named(trust: TrustBundles) -> None:
-    """With those that there are."""
+async def test_error_lists_all_unknown_federations(trust: TrustBundles) -> None:
     trust.set_roots("partner", TWO)
     with pytest.raises(CertmountError) as refusal:
         trust.select("internal", ("a", "partner", "b"))
     assert refusal.value.reason is Reason.FEDERATION_NOT_FOUND
     assert [fault.problem for fault in refusal.value.faults if isinstance(fault, Fault)] == [
-        "the authority has no roots by the name a",
-        "the authority has no roots by the name b",
+        "the authority has no root set named a",
+        "the authority has no root set named b",
     ]
-    assert "known are internal, partner" in str(refusal.value)
+    assert "use one of internal, partner" in str(refusal.value)
 
 
-async def test_without_roots_of_the_issuer_no_one_is_answered(trust: TrustBundles) -> None:
-    """A certificate that its own pod could not verify is worth another try, not more."""
+async def test_select_fails_while_the_roots_of_the_issuer_are_unknown(trust: TrustBundles) -> None:
+    """The pod could not verify its own certificate."""
     with pytest.raises(CertmountError, match="the roots of issuer acme are not known yet") as refusal:
         trust.select("acme", ())
     assert refusal.value.retryable
 
 
-async def test_the_root_is_published_to_a_folder(tmp_path: Path) -> None:
-    """Readable by all, and not written again while it is right."""
+async def test_directory_publisher_writes_only_changed_files(tmp_path: Path) -> None:
     publisher, file = DirectoryPublisher(tmp_path), tmp_path / "root.crt"
     await publisher.publish(b"root", b"own")
     assert (file.read_bytes(), file.stat().st_mode & 0o777) == (b"root", 0o644)
@@ -163,13 +158,12 @@ async def test_the_root_is_published_to_a_folder(tmp_path: Path) -> None:
     before = file.stat()
     await publisher.publish(b"root", b"own")
     assert file.stat().st_ino == before.st_ino
-    file.write_bytes(b"somebody's mistake")
+    file.write_bytes(b"changed by mistake")
     await publisher.publish(b"root", b"own")
     assert file.read_bytes() == b"root"
 
 
-async def test_a_root_that_cannot_be_published_may_be_later(tmp_path: Path) -> None:
-    """It names the file."""
+async def test_publish_failure_is_retryable_and_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(CertmountError, match=r"missing/root\.crt: cannot be written") as failure:
         await DirectoryPublisher(tmp_path / "missing").publish(b"root", b"own")
     assert failure.value.retryable

@@ -1,5 +1,5 @@
 # ruff: noqa: ASYNC240  # a test that looks at files has nothing else to run meanwhile
-"""Further roots from a folder: followed by content, and never replaced by something worse."""
+"""Root sets of federations: files are followed by content, and invalid content never replaces valid roots."""
 
 from __future__ import annotations
 
@@ -37,24 +37,26 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, trust: TrustBundles, metrics: AuthorityMetrics, clock: Clock) -> FederationDirectory:
+def federations(tmp_path: Path, trust: TrustBundles, metrics: AuthorityMetrics, clock: Clock) -> FederationDirectory:
     return FederationDirectory(tmp_path, trust, metrics, clock, ("internal", "step"))
 
 
-def put(folder: Path, name: str, *certificates: x509.Certificate) -> None:
-    (folder / name).write_bytes(encode_certificates(certificates))
+def put(directory: Path, name: str, *certificates: x509.Certificate) -> None:
+    (directory / name).write_bytes(encode_certificates(certificates))
 
 
-def refusals(registry: CollectorRegistry) -> float:
+def rejections(registry: CollectorRegistry) -> float:
     return registry.get_sample_value("certmount_federation_reload_failures_total") or 0.0
 
 
-async def test_each_file_is_a_set(folder: FederationDirectory, tmp_path: Path, trust: TrustBundles) -> None:
-    """By its name without .crt or .pem; whatever else lies there is not looked at."""
+async def test_each_certificate_file_is_a_root_set(
+    federations: FederationDirectory, tmp_path: Path, trust: TrustBundles
+) -> None:
+    """Its name without .crt or .pem is the name of the set. Other files are ignored."""
     put(tmp_path, "partner.crt", ONE.root, TWO.root, ONE.root)
     put(tmp_path, "eu.shop.pem", TWO.root)
     (tmp_path / "README.md").write_text("hello")
-    await folder.load()
+    await federations.load()
     sets = trust.snapshot.sets
     assert {name: each.roots for name, each in sets.items()} == {
         "partner": (*ONE.roots_der, *TWO.roots_der),
@@ -63,32 +65,34 @@ async def test_each_file_is_a_set(folder: FederationDirectory, tmp_path: Path, t
     assert {each.generation for each in sets.values()} == {int(CLOCK.now)}
 
 
-async def test_another_content_is_a_newer_set(folder: FederationDirectory, tmp_path: Path, trust: TrustBundles) -> None:
-    """Also in the same second, and when the clock was set back; the same roots written anew are none."""
+async def test_changed_roots_get_a_higher_generation(
+    federations: FederationDirectory, tmp_path: Path, trust: TrustBundles
+) -> None:
+    """Even in the same second. The same roots in changed content are no change."""
     put(tmp_path, "partner.crt", ONE.root)
-    await folder.load()
+    await federations.load()
     first = trust.snapshot
     (tmp_path / "partner.crt").write_bytes(b"# a comment\n" + encode_certificates([ONE.root]))
-    await folder.load()
+    await federations.load()
     assert trust.snapshot is first
     put(tmp_path, "partner.crt", TWO.root)
-    await folder.load()
+    await federations.load()
     assert trust.snapshot.sets["partner"].roots == TWO.roots_der
     assert trust.snapshot.sets["partner"].generation == first.sets["partner"].generation + 1
 
 
-async def test_a_file_that_goes_takes_its_set_along(
-    folder: FederationDirectory, tmp_path: Path, trust: TrustBundles
+async def test_removed_file_removes_its_set(
+    federations: FederationDirectory, tmp_path: Path, trust: TrustBundles
 ) -> None:
-    """And is newer than before when it comes back, under whichever suffix."""
+    """If the set returns, with either suffix, its generation is higher."""
     put(tmp_path, "partner.crt", ONE.root)
-    await folder.load()
+    await federations.load()
     before = trust.snapshot.sets["partner"].generation
     (tmp_path / "partner.crt").rename(tmp_path / "partner")
-    await folder.load()
+    await federations.load()
     assert trust.snapshot.sets == {}
     put(tmp_path, "partner.pem", ONE.root)
-    await folder.load()
+    await federations.load()
     assert trust.snapshot.sets["partner"].generation > before
 
 
@@ -102,91 +106,92 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-async def test_a_bad_content_keeps_the_former_roots(
-    bad: str, folder: FederationDirectory, tmp_path: Path, trust: TrustBundles, registry: CollectorRegistry
+async def test_invalid_content_keeps_the_previous_roots(
+    bad: str, federations: FederationDirectory, tmp_path: Path, trust: TrustBundles, registry: CollectorRegistry
 ) -> None:
-    """It is counted once for each content, and a good one heals it."""
+    """It is counted once for each content."""
     put(tmp_path, "partner.crt", ONE.root)
-    await folder.load()
+    await federations.load()
     (tmp_path / "partner.crt").write_bytes(BAD[bad])
     for _ in range(3):
-        await folder.load()
+        await federations.load()
     assert trust.snapshot.sets["partner"].roots == ONE.roots_der
-    assert refusals(registry) == 1
+    assert rejections(registry) == 1
     put(tmp_path, "partner.crt", TWO.root)
-    await folder.load()
+    await federations.load()
     assert trust.snapshot.sets["partner"].roots == TWO.roots_der
-    assert refusals(registry) == 1
+    assert rejections(registry) == 1
 
 
-async def test_a_certificate_that_is_no_authority_is_refused(
-    folder: FederationDirectory, tmp_path: Path, trust: TrustBundles
+async def test_certificate_that_is_not_a_ca_is_rejected(
+    federations: FederationDirectory, tmp_path: Path, trust: TrustBundles
 ) -> None:
-    """A pod would take whoever has its key for anyone; the words name file and certificate."""
+    """Otherwise a pod would accept its holder under any name."""
     put(tmp_path, "partner.crt", ONE.root, leaf())
     with structlog.testing.capture_logs() as logs:
-        await folder.load()
+        await federations.load()
     assert trust.snapshot.sets == {}
     assert "partner.crt: certificate 2 is not a CA certificate" in logs[0]["error"]
 
 
 @pytest.mark.parametrize("name", ["internal.crt", "step.pem", "Big.crt", ".crt", "a b.crt", "-a.pem"])
-async def test_a_name_that_cannot_be_asked_for_or_is_an_issuers_is_refused(
-    name: str, folder: FederationDirectory, tmp_path: Path, trust: TrustBundles, registry: CollectorRegistry
+async def test_invalid_name_or_name_of_an_issuer_is_rejected(
+    name: str, federations: FederationDirectory, tmp_path: Path, trust: TrustBundles, registry: CollectorRegistry
 ) -> None:
-    """A file must not take the place of an issuer's own roots."""
+    """A file must not replace an issuer's own roots."""
     put(tmp_path, name, ONE.root)
-    await folder.load()
-    assert (trust.snapshot.sets, refusals(registry)) == ({}, 1)
+    await federations.load()
+    assert (trust.snapshot.sets, rejections(registry)) == ({}, 1)
 
 
-async def test_two_files_of_one_set_are_refused(folder: FederationDirectory, tmp_path: Path, trust: TrustBundles) -> None:
-    """The second of them; and taken when the first is gone."""
+async def test_second_file_for_a_set_is_rejected(
+    federations: FederationDirectory, tmp_path: Path, trust: TrustBundles
+) -> None:
+    """It is used when the first file is removed."""
     put(tmp_path, "partner.crt", ONE.root)
     put(tmp_path, "partner.pem", TWO.root)
-    await folder.load()
+    await federations.load()
     assert trust.snapshot.sets["partner"].roots == ONE.roots_der
     (tmp_path / "partner.crt").unlink()
-    await folder.load()
+    await federations.load()
     assert trust.snapshot.sets["partner"].roots == TWO.roots_der
 
 
-async def test_a_folder_that_cannot_be_read_changes_nothing(
-    folder: FederationDirectory, tmp_path: Path, trust: TrustBundles, registry: CollectorRegistry
+async def test_unreadable_directory_keeps_all_sets(
+    federations: FederationDirectory, tmp_path: Path, trust: TrustBundles, registry: CollectorRegistry
 ) -> None:
-    """Counted once while it lasts; an optional ConfigMap that comes later is taken."""
+    """It is counted once. An optional ConfigMap that appears later is used."""
     put(tmp_path, "partner.crt", ONE.root)
-    await folder.load()
+    await federations.load()
     tmp_path.rename(tmp_path.with_name("away"))
     for _ in range(2):
-        await folder.load()
+        await federations.load()
     assert trust.snapshot.sets["partner"].roots == ONE.roots_der
-    assert refusals(registry) == 1
+    assert rejections(registry) == 1
     tmp_path.with_name("away").rename(tmp_path)
     put(tmp_path, "partner.crt", TWO.root)
-    await folder.load()
+    await federations.load()
     assert trust.snapshot.sets["partner"].roots == TWO.roots_der
 
 
-async def test_files_are_read_as_the_kubelet_swaps_them(
-    folder: FederationDirectory, tmp_path: Path, trust: TrustBundles
+async def test_files_are_read_through_the_link_of_the_kubelet(
+    federations: FederationDirectory, tmp_path: Path, trust: TrustBundles
 ) -> None:
-    """All of one state: through the link that it renames."""
     for number, keyring in enumerate((ONE, TWO)):
         state = tmp_path / f"..{number}"
         state.mkdir()
         put(state, "partner.crt", keyring.root)
         (tmp_path / "..next").symlink_to(state.name)
         (tmp_path / "..next").rename(tmp_path / "..data")
-        await folder.load()
+        await federations.load()
         assert trust.snapshot.sets["partner"].roots == keyring.roots_der
 
 
-async def test_sets_are_bounded(folder: FederationDirectory, tmp_path: Path, trust: TrustBundles) -> None:
-    """A folder of thousands is a mistake, and every node would be told of it."""
+async def test_number_of_sets_is_limited(federations: FederationDirectory, tmp_path: Path, trust: TrustBundles) -> None:
+    """Every node receives all of them."""
     for number in range(70):
         put(tmp_path, f"set-{number}.crt", ONE.root)
-    await folder.load()
+    await federations.load()
     assert len(trust.snapshot.sets) == 64
 
 

@@ -1,4 +1,4 @@
-"""When the authority's own certificate is made anew. That handshakes get it is shown over the wire."""
+"""When the authority's serving certificate is renewed. tests/integration shows that handshakes use it."""
 
 from __future__ import annotations
 
@@ -40,10 +40,9 @@ def serving(metrics: AuthorityMetrics, clock: Clock) -> ServingCertificate:
     return ServingCertificate(NAMES, metrics, clock.utc)
 
 
-def test_it_is_made_anew_at_two_thirds_of_its_day(
+def test_serving_certificate_is_renewed_after_two_thirds_of_its_lifetime(
     serving: ServingCertificate, clock: Clock, registry: CollectorRegistry
 ) -> None:
-    """Not before, as each costs a key."""
     first = serving.refresh(SIGNER)
     clock.forward(timedelta(hours=15, minutes=59))
     assert serving.refresh(SIGNER) is first
@@ -53,14 +52,13 @@ def test_it_is_made_anew_at_two_thirds_of_its_day(
     assert expiry == (clock.utc() + timedelta(hours=24)).timestamp()
 
 
-def test_it_is_made_anew_with_each_new_intermediate(serving: ServingCertificate, clock: Clock) -> None:
-    """So that a replaced CA is shown at once."""
+def test_serving_certificate_is_renewed_when_the_signer_changes(serving: ServingCertificate, clock: Clock) -> None:
     first = serving.refresh(SIGNER)
     assert serving.refresh(make_root("other", generate_key(KeyType.EC_P256), clock.utc(), path_length=0)) is not first
 
 
-def test_a_handshake_is_told_only_of_changes(serving: ServingCertificate, clock: Clock) -> None:
-    """Parsing the same certificate again would make every handshake slower."""
+def test_handshake_gets_only_changes(serving: ServingCertificate, clock: Clock) -> None:
+    """Parsing the same certificate again would slow down every handshake."""
     serving.credentials(SIGNER)
     assert serving._fetch() is None
     clock.forward(timedelta(hours=17))
@@ -69,8 +67,8 @@ def test_a_handshake_is_told_only_of_changes(serving: ServingCertificate, clock:
     assert serving._fetch() is None
 
 
-def test_its_root_is_made_and_read_back() -> None:
-    """EC P-256, ten years, no CA below it, and named so that people see what it is for."""
+def test_serving_root_is_created_and_read_back() -> None:
+    """EC P-256, ten years, no CA below it, and a subject that says what it is for."""
     now = Clock().utc()
     root = make_serving_root(now)
     certificate = root.certificate
@@ -84,8 +82,7 @@ def test_its_root_is_made_and_read_back() -> None:
     assert encode_serving_root(loaded) == encode_serving_root(root)
 
 
-def test_without_both_its_values_there_is_no_root_yet() -> None:
-    """The store of a CA that was made before, or brought; with one of them something is wrong."""
+def test_serving_root_is_missing_only_if_both_values_are() -> None:
     now = Clock().utc()
     assert load_serving_root(encode_keyring(make_keyring(now)), now, where="here") is None
     for name in (SERVING, SERVING_KEY):
@@ -94,8 +91,7 @@ def test_without_both_its_values_there_is_no_root_yet() -> None:
             load_serving_root(values, now, where="here")
 
 
-def test_all_faults_of_its_root_are_said_at_once() -> None:
-    """With what to do: nothing of the pods' CA is touched by making a new one."""
+def test_error_lists_all_faults_of_the_serving_root() -> None:
     now = Clock().utc()
     one, other = encode_serving_root(make_serving_root(now)), encode_serving_root(make_serving_root(now))
     with pytest.raises(CertmountError) as refusal:
@@ -104,7 +100,7 @@ def test_all_faults_of_its_root_are_said_at_once() -> None:
     text = str(refusal.value)
     assert "serving.key: is not the key of serving.crt" in text
     assert "serving.crt: expired at" in text
-    assert "remove serving.crt and serving.key to have new ones made" in text
+    assert "delete serving.crt and serving.key to create new ones" in text
     intermediate = encode_keyring(make_keyring(now))
     with pytest.raises(CertmountError, match=r"serving\.crt: is not self-signed"):
         load_serving_root(
@@ -112,5 +108,5 @@ def test_all_faults_of_its_root_are_said_at_once() -> None:
             now,
             where="here",
         )
-    with pytest.raises(CertmountError, match=r"serving\.crt: holds 2 certificates"):
+    with pytest.raises(CertmountError, match=r"serving\.crt: contains 2 certificates"):
         load_serving_root({**one, SERVING: Secret(one[SERVING].reveal() + other[SERVING].reveal())}, now, where="here")
