@@ -1,4 +1,4 @@
-"""What passes, OpenSSL passes too: no chain is written that the pod's peers would not believe."""
+"""OpenSSL accepts every chain that the driver accepts, so the pod's peers accept it too."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from csi_driver.core.errors import CertmountError
 from csi_driver.core.spec import KeyType
 from tests.support.requirements import require_program
 from tests.unit.core import pki
-from tests.unit.core.answers import (
-    GOOD,
-    SIGNS_NOTHING,
-    UNKNOWN,
-    Answer,
-    leaf,
-)
 from tests.unit.core.outcomes import outcome
 from tests.unit.core.pki import CA_USAGE, NOW, Signer, Validity, der, key_of
+from tests.unit.core.responses import (
+    GOOD,
+    NO_CERT_SIGN,
+    UNKNOWN,
+    Response,
+    leaf,
+)
 
-# The library warns of oddities that it still reads; here warnings are errors otherwise.
+# cryptography warns about unusual certificates that it still parses.
 pytestmark = pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What one authority of a chain is like."""
+    """The properties of one CA in a chain."""
 
     ca: bool
     path_length: int | None
@@ -57,7 +57,7 @@ class Shape:
 
 
 def mostly(usual: object, *others: object) -> st.SearchStrategy[object]:
-    """The usual one nine times in ten: a chain should fail by one thing at a time."""
+    """Return the usual value nine times out of ten, so that most chains have one fault."""
     return st.integers(0, 9).flatmap(lambda number: st.sampled_from(others) if number == 9 else st.just(usual))
 
 
@@ -65,7 +65,7 @@ shapes = st.builds(
     Shape,
     mostly(True, False),
     st.sampled_from([None, None, 0, 1, 2]),
-    mostly(CA_USAGE, None, None, SIGNS_NOTHING),
+    mostly(CA_USAGE, None, None, NO_CERT_SIGN),
     mostly(False, True),
     mostly(Validity(), Validity(end=timedelta(seconds=-2)), Validity(start=timedelta(seconds=2))),
     st.sampled_from([KeyType.EC_P256, KeyType.EC_P384, KeyType.ED25519, KeyType.RSA_2048]),
@@ -73,15 +73,17 @@ shapes = st.builds(
 PLAIN = Shape(True, None, CA_USAGE, False, Validity(), KeyType.EC_P256)
 
 
-def openssl_verifies(folder: Path, bundle: VerifiedCertificate, now: datetime) -> bool:
-    """True when `openssl verify` finds a way from the leaf to a root at that time."""
+def openssl_accepts(directory: Path, verified: VerifiedCertificate, now: datetime) -> bool:
+    """Return True if `openssl verify` accepts the chain at that time."""
     openssl = require_program("openssl")
-    for name, certificates in (("roots", bundle.roots), ("chain", bundle.chain[1:]), ("leaf", bundle.chain[:1])):
+    for name, certificates in (("roots", verified.roots), ("chain", verified.chain[1:]), ("leaf", verified.chain[:1])):
         pem = b"".join(certificate.public_bytes(Encoding.PEM) for certificate in certificates)
-        (folder / name).write_bytes(pem)
+        (directory / name).write_bytes(pem)
     command = [openssl, "verify", "-attime", str(int(now.timestamp())), "-no-CApath", "-no-CAstore", "-CAfile", "roots"]
-    untrusted = ["-untrusted", "chain"] if len(bundle.chain) > 1 else []
-    return subprocess.run([*command, *untrusted, "leaf"], cwd=folder, capture_output=True, check=False).returncode == 0
+    untrusted = ["-untrusted", "chain"] if len(verified.chain) > 1 else []
+    return (
+        subprocess.run([*command, *untrusted, "leaf"], cwd=directory, capture_output=True, check=False).returncode == 0
+    )
 
 
 @settings(max_examples=2 * settings().max_examples)
@@ -89,30 +91,30 @@ def openssl_verifies(folder: Path, bundle: VerifiedCertificate, now: datetime) -
 @example([PLAIN], (), False)
 @example([PLAIN] * 3, (), True)
 @example([PLAIN, dataclasses.replace(PLAIN, usage=None)], (), False)
-@example([PLAIN, dataclasses.replace(PLAIN, usage=SIGNS_NOTHING)], (), False)
+@example([PLAIN, dataclasses.replace(PLAIN, usage=NO_CERT_SIGN)], (), False)
 @example([PLAIN, dataclasses.replace(PLAIN, unknown=True)], (), False)
 @example([dataclasses.replace(PLAIN, unknown=True), PLAIN], (), False)
 @example([dataclasses.replace(PLAIN, path_length=1), PLAIN, PLAIN], (), False)
-def test_what_passes_openssl_passes_too(
+def test_openssl_accepts_every_accepted_chain(
     tmp_path_factory: pytest.TempPathFactory,
     line: list[Shape],
     extensions: tuple[x509.ExtensionType, ...],
     send_root: bool,
 ) -> None:
-    """Chains of any length and make: none is written that the pod's peers would not believe."""
+    """Chains of any length and composition."""
     signers: list[Signer] = []
     for number, shape in enumerate(line):
         signers.append(shape.build(f"authority {number}", signers[-1] if signers else None, 10 + number))
     certificates = [signer.certificate for signer in reversed(signers)]
     chain = der(leaf(signers[-1], extensions=extensions), *certificates[: None if send_root else -1])
-    bundle = outcome(Answer(chain, der(signers[0].certificate)).check, CertmountError)
-    event("passes" if isinstance(bundle, VerifiedCertificate) else "refused")
-    if isinstance(bundle, VerifiedCertificate):
-        assert openssl_verifies(tmp_path_factory.mktemp("pki"), bundle, NOW)
+    verified = outcome(Response(chain, der(signers[0].certificate)).check, CertmountError)
+    event("accepted" if isinstance(verified, VerifiedCertificate) else "rejected")
+    if isinstance(verified, VerifiedCertificate):
+        assert openssl_accepts(tmp_path_factory.mktemp("pki"), verified, NOW)
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_good_answers_pass_openssl(name: str, tmp_path: Path) -> None:
-    """The examples above too."""
-    answer = GOOD[name]()
-    assert openssl_verifies(tmp_path, answer.check(), answer.now)
+def test_openssl_accepts_valid_responses(name: str, tmp_path: Path) -> None:
+    """All examples."""
+    response = GOOD[name]()
+    assert openssl_accepts(tmp_path, response.check(), response.now)

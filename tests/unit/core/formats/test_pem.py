@@ -1,4 +1,4 @@
-"""The files of a volume are what TLS libraries expect: OpenSSL's tools and Python's ssl read every one of them."""
+"""OpenSSL and Python's ssl module read the PEM files of a volume."""
 
 from __future__ import annotations
 
@@ -15,23 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csi_driver.core.certificates.keys import PrivateKey, encode_key
-from csi_driver.core.formats.pem import (
-    RenderedFile,
-    decode_certificates,
-    encode_certificates,
-    fingerprint,
-    render_files,
-)
+from csi_driver.core.formats.file_format import RenderedFile, VolumeContents
+from csi_driver.core.formats.pem import decode_certificates, encode_certificates, fingerprint
+from csi_driver.core.formats.registry import render_files
 from csi_driver.core.spec import KeyType
 from tests.support.openssl import openssl_for
 from tests.unit.core import pki
 from tests.unit.core.outcomes import outcome
 from tests.unit.core.pki import key_of
 
-# The library warns of oddities that it still reads; here warnings are errors otherwise.
+# cryptography warns about unusual certificates that it still parses.
 pytestmark = pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")
 
-# Python's ssl can be given no other time than the machine's, whatever that is.
+# Python's ssl module always uses the time of the machine.
 LONG = pki.Validity(start=-timedelta(days=3650), end=timedelta(days=36_500))
 ROOTS = [
     pki.authority(name, key=key_of(KeyType.EC_P256, number), validity=LONG)
@@ -42,9 +38,11 @@ MIDDLE = pki.authority("middle", ROOTS[0], key=key_of(KeyType.EC_P256, 2), valid
 
 @functools.cache
 def files_of(kind: KeyType) -> dict[str, RenderedFile]:
-    """The files of a volume with a key of that type, by name."""
+    """Return the files of a volume with a key of that type by name."""
     leaf = pki.leaf(MIDDLE, key_of(kind), pki.names("localhost", pki.SPIFFE), validity=LONG)
-    rendered = render_files(key_of(kind), [leaf, MIDDLE.certificate], [root.certificate for root in ROOTS])
+    rendered = render_files(
+        VolumeContents(key_of(kind), (leaf, MIDDLE.certificate), tuple(root.certificate for root in ROOTS))
+    )
     return {file.name: file for file in rendered}
 
 
@@ -61,14 +59,14 @@ def public_key(key: PrivateKey, kind: KeyType) -> bytes:
     return openssl("pkey", "-pubout", stdin=encode_key(key).reveal(), kind=kind)
 
 
-def test_these_files_and_no_others() -> None:
-    """Their names are what users mount; only what holds the key is private."""
+def test_pem_files_and_their_privacy() -> None:
+    """Only files with the key are private."""
     private = {name: file.private for name, file in files_of(KeyType.EC_P256).items()}
     assert private == {"root.crt": False, "site.crt": False, "site.key": True, "site.pem": True}
 
 
-def test_certificates_are_in_the_order_that_servers_send() -> None:
-    """Leaf first (RFC 8446 section 4.4.2); every root is there."""
+def test_chain_starts_with_the_leaf() -> None:
+    """As TLS servers send it (RFC 8446 section 4.4.2). root.crt contains all roots."""
     kind = KeyType.EC_P256
     leaf, middle = decode_certificates(content(kind, "site.crt"))
     assert middle == MIDDLE.certificate
@@ -76,15 +74,15 @@ def test_certificates_are_in_the_order_that_servers_send() -> None:
     assert decode_certificates(content(kind, "root.crt")) == [root.certificate for root in ROOTS]
 
 
-def test_site_pem_is_the_key_and_then_the_chain() -> None:
-    """One read gives a pair that fits, at any moment."""
+def test_site_pem_is_the_key_followed_by_the_chain() -> None:
+    """One read returns a matching pair."""
     for kind in KeyType:
         assert content(kind, "site.pem") == content(kind, "site.key") + content(kind, "site.crt")
 
 
 @pytest.mark.parametrize("kind", KeyType)
 def test_openssl_reads_every_file(kind: KeyType) -> None:
-    """`openssl x509` finds the leaf, `openssl pkey` the key, and both the same public key, in site.pem too."""
+    """`openssl x509` and `openssl pkey` find the same public key, in site.pem too."""
     expected = public_key(key_of(kind), kind)
     assert openssl("pkey", "-pubout", stdin=content(kind, "site.key")) == expected
     assert openssl("pkey", "-pubout", stdin=content(kind, "site.pem")) == expected
@@ -99,7 +97,7 @@ def test_openssl_reads_every_file(kind: KeyType) -> None:
 
 
 def handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> tuple[ssl.SSLObject, ssl.SSLObject]:
-    """A handshake in memory, no socket: the two ends after it."""
+    """Perform a handshake in memory and return both ends."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = (
         client.wrap_bio(to_client, to_server, server_hostname="localhost"),
@@ -118,8 +116,8 @@ def handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> tuple[ssl.SSLOb
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KeyType if not kind.value.startswith("ML-DSA")])
-def test_python_talks_tls_with_the_files(kind: KeyType, tmp_path: Path) -> None:
-    """`load_cert_chain` takes site.pem alone, or site.crt and site.key; with root.crt two pods believe each other."""
+def test_python_completes_a_mutual_tls_handshake(kind: KeyType, tmp_path: Path) -> None:
+    """`load_cert_chain` accepts site.pem alone, or site.crt and site.key. Both sides trust root.crt."""
     for name in files_of(kind):
         (tmp_path / name).write_bytes(content(kind, name))
     server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(tmp_path / "root.crt"))
@@ -132,14 +130,14 @@ def test_python_talks_tls_with_the_files(kind: KeyType, tmp_path: Path) -> None:
 
 
 @given(st.lists(st.sampled_from([MIDDLE, *ROOTS]), min_size=1, max_size=5))
-def test_certificates_read_back(signers: list[pki.Signer]) -> None:
-    """In their order and number."""
+def test_certificates_round_trip(signers: list[pki.Signer]) -> None:
+    """In their order."""
     certificates = [signer.certificate for signer in signers]
     assert decode_certificates(encode_certificates(certificates)) == certificates
 
 
-def test_a_broken_certificate_in_pem_is_a_value_error() -> None:
-    """No certificate, another kind of PEM, or any bit of one flipped: parsed or ValueError, as the docstring says."""
+def test_malformed_pem_raises_value_error() -> None:
+    """No certificate, another kind of PEM, or a flipped bit that cannot be parsed."""
     for other in (b"", b"garbage", encode_key(key_of(KeyType.EC_P256)).reveal()):
         with pytest.raises(ValueError, match=r"."):
             decode_certificates(other)
@@ -152,8 +150,8 @@ def test_a_broken_certificate_in_pem_is_a_value_error() -> None:
         assert isinstance(result, ValueError) or all(isinstance(one, x509.Certificate) for one in result)
 
 
-def test_a_fingerprint_is_what_openssl_prints() -> None:
-    """So that people compare the two by eye, or by paste."""
+def test_fingerprint_is_what_openssl_prints() -> None:
+    """So people can compare the two."""
     pem = encode_certificates([ROOTS[0].certificate])
     printed = openssl("x509", "-noout", "-fingerprint", "-sha256", stdin=pem).decode().strip()
     assert fingerprint(ROOTS[0].certificate) == "SHA256:" + printed.partition("=")[2]

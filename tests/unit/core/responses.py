@@ -1,4 +1,4 @@
-"""Answers of an authority, good ones and the parts of bad ones."""
+"""Valid responses of an authority, and parts for invalid ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STRANGER = pki.authority("root", key=key_of(KeyType.EC_P256, 5))
 IMPOSTOR = pki.authority("middle", STRANGER, key=key_of(KeyType.EC_P256, 6))
 NAMES = pki.names("www.example.com", SPIFFE)
 ADDRESSES = ("10.0.0.1", "fd00::1", "Shop@example.com")
-SIGNS_NOTHING = x509.KeyUsage(
+NO_CERT_SIGN = x509.KeyUsage(
     digital_signature=True,
     content_commitment=False,
     key_encipherment=False,
@@ -37,22 +37,22 @@ SIGNS_NOTHING = x509.KeyUsage(
     decipher_only=False,
 )
 UNKNOWN = x509.UnrecognizedExtension(ObjectIdentifier("1.3.6.1.4.1.99999.1"), b"\x05\x00")
-# A name of a kind that the library cannot read: x400Address ([3], RFC 5280 section 4.2.1.6).
+# A type of name that cryptography cannot parse: x400Address ([3], RFC 5280 section 4.2.1.6).
 X400 = x509.UnrecognizedExtension(ObjectIdentifier("2.5.29.17"), b"\x30\x02\xa3\x00")
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """An answer, what it is to fit, and when."""
+class Response:
+    """A chain and roots, the requested names, and the time of the verification."""
 
     chain: Sequence[bytes]
     roots: Sequence[bytes] = tuple(der(ROOT.certificate))
-    asked: Names = pki.names("www.example.com")
+    requested: Names = pki.names("www.example.com")
     now: datetime = NOW
 
     def check(self) -> VerifiedCertificate:
         return verify_certificate(
-            self.chain, self.roots, ExpectedCertificate(KEY.public_key(), self.asked, "web", "edge"), self.now
+            self.chain, self.roots, ExpectedCertificate(KEY.public_key(), self.requested, "web", "edge"), self.now
         )
 
 
@@ -67,55 +67,57 @@ def leaf(
 
 
 def under(*signers: Signer) -> list[bytes]:
-    """A leaf of the first signer, and all of them as its chain."""
+    """Return a chain: a leaf of the first signer, and all signers."""
     return der(leaf(signers[0]), *(signer.certificate for signer in signers))
 
 
 def middle(*extensions: x509.ExtensionType, **changes: int | bool | Validity | None) -> Signer:
-    """An intermediate that differs from the usual one."""
+    """Return an intermediate that differs from MIDDLE."""
     return pki.authority("middle", ROOT, key=MIDDLE.key, extensions=extensions or (CA_USAGE,), **changes)  # type: ignore[arg-type]  # each by its name
 
 
 @functools.cache
 def root_above(path_length: int) -> Signer:
-    """The root, limited to so many intermediates."""
+    """Return ROOT with a path length."""
     return pki.authority("root", key=ROOT.key, path_length=path_length)
 
 
 GOOD = {
-    "leaf under an intermediate": lambda: Answer(under(MIDDLE)),
-    "leaf under the root": lambda: Answer(der(leaf(ROOT))),
-    "a leaf that says it is no CA": lambda: Answer(
+    "leaf under an intermediate": lambda: Response(under(MIDDLE)),
+    "leaf under the root": lambda: Response(der(leaf(ROOT))),
+    "leaf with CA flag false": lambda: Response(
         der(leaf(extensions=[x509.BasicConstraints(ca=False, path_length=None)]), MIDDLE.certificate)
     ),
-    "two intermediates": lambda: Answer(under(LOWER, MIDDLE)),
-    "the root is sent along": lambda: Answer(under(MIDDLE, ROOT)),
-    "one of several roots": lambda: Answer(under(MIDDLE), der(STRANGER.certificate, ROOT.certificate)),
-    "roots of many federations": lambda: Answer(
+    "two intermediates": lambda: Response(under(LOWER, MIDDLE)),
+    "chain includes the root": lambda: Response(under(MIDDLE, ROOT)),
+    "one of several roots": lambda: Response(under(MIDDLE), der(STRANGER.certificate, ROOT.certificate)),
+    "roots of many federations": lambda: Response(
         under(MIDDLE), [*der(STRANGER.certificate) * 99, *der(ROOT.certificate)]
     ),
-    "addresses as asked for": lambda: Answer(
-        der(leaf(wanted=pki.names(SPIFFE, *ADDRESSES)), MIDDLE.certificate), asked=pki.names(*ADDRESSES)
+    "requested addresses": lambda: Response(
+        der(leaf(wanted=pki.names(SPIFFE, *ADDRESSES)), MIDDLE.certificate), requested=pki.names(*ADDRESSES)
     ),
-    "names of Services for a pod that names nothing": lambda: Answer(
+    "names of Services for a request without names": lambda: Response(
         der(leaf(wanted=pki.names(SPIFFE, "shop.web.svc", "shop.web.svc.cluster.local")), MIDDLE.certificate),
-        asked=Names(),
+        requested=Names(),
     ),
-    "an expired root beside a valid one": lambda: Answer(
+    "expired root and a valid one": lambda: Response(
         under(MIDDLE),
         der(pki.authority("root", key=ROOT.key, validity=Validity(end=-SECOND)).certificate, ROOT.certificate),
     ),
-    "just enough path length": lambda: Answer(under(middle(path_length=0))),
-    "just enough path length of the root": lambda: Answer(under(MIDDLE), der(root_above(1).certificate)),
-    "the same with the root sent along": lambda: Answer(under(MIDDLE, root_above(1)), der(root_above(1).certificate)),
-    "an unknown extension that is not critical": lambda: Answer(
+    "sufficient path length": lambda: Response(under(middle(path_length=0))),
+    "sufficient path length of the root": lambda: Response(under(MIDDLE), der(root_above(1).certificate)),
+    "sufficient path length, chain includes the root": lambda: Response(
+        under(MIDDLE, root_above(1)), der(root_above(1).certificate)
+    ),
+    "unknown extension that is not critical": lambda: Response(
         der(pki.leaf(MIDDLE, KEY, NAMES, extensions=[UNKNOWN], critical=False), MIDDLE.certificate)
     ),
-    "only the SPIFFE ID": lambda: Answer(der(leaf(wanted=pki.names(SPIFFE)), MIDDLE.certificate), asked=Names()),
-    "the SPIFFE ID asked for": lambda: Answer(der(leaf(), MIDDLE.certificate), asked=NAMES),
-    "another trust domain": lambda: Answer(
-        der(leaf(wanted=pki.names("spiffe://other.example/ns/web/sa/edge")), MIDDLE.certificate), asked=Names()
+    "only the SPIFFE ID": lambda: Response(der(leaf(wanted=pki.names(SPIFFE)), MIDDLE.certificate), requested=Names()),
+    "requested SPIFFE ID": lambda: Response(der(leaf(), MIDDLE.certificate), requested=NAMES),
+    "another trust domain": lambda: Response(
+        der(leaf(wanted=pki.names("spiffe://other.example/ns/web/sa/edge")), MIDDLE.certificate), requested=Names()
     ),
-    "the first second": lambda: Answer(under(MIDDLE), now=NOW - HOUR),
-    "the last second": lambda: Answer(under(MIDDLE), now=NOW + HOUR - SECOND),
+    "first valid second": lambda: Response(under(MIDDLE), now=NOW - HOUR),
+    "last valid second": lambda: Response(under(MIDDLE), now=NOW + HOUR - SECOND),
 }
