@@ -33,7 +33,7 @@ async def test_a_denied_renewal_is_dropped_until_the_policy_changes(node: Node) 
     assert "compromised" in node.authority.reports[0].message
     ((_, reason, message),) = await node.health(request)
     assert reason == "ServiceAccountDenied"
-    assert "will not be before the policy changes" in message
+    assert "the driver does not retry before the policy changes" in message
     assert node.metric("certmount_node_volumes_unhealthy", reason="ServiceAccountDenied") == 1
     node.script.failure = node.script.renew_after = None
     await node.publish(request)

@@ -32,7 +32,7 @@ async def test_killed_and_started_again(node: Node) -> None:
     await until(lambda: node.metric("certmount_node_volumes_unhealthy", reason="TokenMissing"), "due without a token")
     ((status, reason, message),) = await node.health(request)
     assert (status, reason) == (DEGRADED, "TokenMissing")
-    assert "kubelet sends one with its next look at the volume" in message
+    assert "the kubelet sends a token when it republishes the volume" in message
     assert (node.script.calls, node.shown(request)) == (1, before)
     await node.publish(node.kubelet.publish_request(pod))
     await until(lambda: node.shown(request).serial != before.serial, "renewed")
