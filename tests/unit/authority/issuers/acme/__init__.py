@@ -1,1 +1,1 @@
-"""The ACME issuer's rules, without a CA."""
+"""Tests of the ACME issuer's rules, without a CA."""

@@ -1,4 +1,4 @@
-"""When certificates are renewed, and what they are called until then."""
+"""Renewal times, certificate identifiers, and the verification of chains."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csi_driver.authority.issuers.acme.chain import certificate_id, check_chain, parse_chain
-from csi_driver.authority.issuers.acme.client import CaProblem
-from csi_driver.authority.issuers.acme.renewal import Window, renewal_without_advice
+from csi_driver.authority.issuers.acme.client import AcmeProblem
+from csi_driver.authority.issuers.acme.renewal import RenewalWindow, default_renewal_time
 from csi_driver.core.certificates.csr import build_csr
 from csi_driver.core.names import DNSName, Names
 
 _KEY = ec.generate_private_key(ec.SECP256R1())
-_BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
+_START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def _certificate(
-    life: timedelta = timedelta(days=90), serial: int = 1, name: str = "a.example.test"
-) -> x509.Certificate:
+def _certificate(lifetime: timedelta = timedelta(days=90), serial: int = 1) -> x509.Certificate:
     authority = x509.AuthorityKeyIdentifier(bytes.fromhex("69885B6B87464041E1B37B847BA0AE2CDE01C8D4"), None, None)
     return (
         x509.CertificateBuilder()
@@ -31,50 +29,46 @@ def _certificate(
         .issuer_name(x509.Name([]))
         .public_key(_KEY.public_key())
         .serial_number(serial)
-        .not_valid_before(_BEGIN)
-        .not_valid_after(_BEGIN + life)
+        .not_valid_before(_START)
+        .not_valid_after(_START + lifetime)
         .add_extension(authority, critical=False)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("a.example.test")]), critical=True)
         .sign(_KEY, hashes.SHA256())
     )
 
 
-def test_the_name_of_a_certificate() -> None:
-    """The example of RFC 9773 section 4.1; its serial number has its first bit set, so a zero byte before it."""
+def test_certificate_id_is_that_of_the_rfc() -> None:
+    """The example of RFC 9773 section 4.1: the first bit of the serial number is set, so a zero byte precedes it."""
     assert certificate_id(_certificate(serial=0x87654321)) == "aYhba4dGQEHhs3uEe6CuLN4ByNQ.AIdlQyE"
 
 
-@pytest.mark.parametrize("life, lead", [(90, 30), (365, 30), (45, 15), (6, 2)])
-def test_renewal_without_advice(life: int, lead: int) -> None:
-    """30 days before the end, or a third of the life."""
-    expected = _BEGIN + timedelta(days=life - lead)
-    assert renewal_without_advice(_certificate(timedelta(days=life))) == expected.timestamp()
+@pytest.mark.parametrize("lifetime, lead", [(90, 30), (365, 30), (45, 15), (6, 2)])
+def test_default_renewal_is_30_days_or_a_third_of_the_lifetime_before_the_end(lifetime: int, lead: int) -> None:
+    expected = _START + timedelta(days=lifetime - lead)
+    assert default_renewal_time(_certificate(timedelta(days=lifetime))) == expected.timestamp()
 
 
 @given(st.floats(0, 1e9), st.floats(0, 1e9), st.floats(0, 1), st.floats(0, 2e9) | st.none())
-def test_the_moment_lies_in_the_window(start: float, length: float, jitter: float, planned: float | None) -> None:
-    """Whatever was planned before; and what was planned stays, while the window allows it."""
-    window = Window(start, start + length, 0)
-    moment = window.moment(jitter, planned)
-    assert window.start <= moment <= window.end or moment == pytest.approx(window.end)
+def test_renewal_time_lies_in_the_window(start: float, length: float, jitter: float, planned: float | None) -> None:
+    """A planned time stays while the window contains it."""
+    window = RenewalWindow(start, start + length, 0)
+    time = window.renewal_time(jitter, planned)
+    assert window.start <= time <= window.end or time == pytest.approx(window.end)
     if planned is not None and window.start <= planned <= window.end:
-        assert moment == planned
+        assert time == planned
 
 
-def test_a_certificate_that_was_not_ordered() -> None:
-    """For other names, or another key, it is refused."""
+def test_certificate_with_other_names_or_key_is_rejected() -> None:
     chain = (_certificate(),)
-    check_chain(chain, build_csr(_KEY, Names.of([DNSName.parse("a.example.test")])))
-    with pytest.raises(CaProblem, match=r"certificate for a\.example\.test and not b\.example\.test"):
+    own = Names.of([DNSName.parse("a.example.test")])
+    check_chain(chain, build_csr(_KEY, own))
+    with pytest.raises(AcmeProblem, match=r"certificate is for a\.example\.test, not b\.example\.test"):
         check_chain(chain, build_csr(_KEY, Names.of([DNSName.parse("b.example.test")])))
-    with pytest.raises(CaProblem, match="another key"):
-        check_chain(
-            chain, build_csr(ec.generate_private_key(ec.SECP256R1()), Names.of([DNSName.parse("a.example.test")]))
-        )
+    with pytest.raises(AcmeProblem, match="another key"):
+        check_chain(chain, build_csr(ec.generate_private_key(ec.SECP256R1()), own))
 
 
 @pytest.mark.parametrize("text", ["", "x", "-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n", "é"])
-def test_an_answer_that_is_no_chain(text: str) -> None:
-    """Refused in words."""
-    with pytest.raises(CaProblem, match="no chain of certificates"):
+def test_response_without_a_chain_is_rejected(text: str) -> None:
+    with pytest.raises(AcmeProblem, match="not a certificate chain"):
         parse_chain(text)

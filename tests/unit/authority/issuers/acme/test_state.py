@@ -1,4 +1,4 @@
-"""What lies in the store is read back as it was, and anything else is refused in words."""
+"""The state survives the store unchanged, and invalid content is reported."""
 
 from __future__ import annotations
 
@@ -9,72 +9,63 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csi_driver.authority.issuers.acme.state import (
-    Block,
-    LiveCertificate,
+    AcmeState,
+    ChallengeRecord,
+    NamesBackoff,
     OrderRecord,
-    Proof,
-    State,
+    TrackedCertificate,
     decode,
     encode,
     names_id,
     order_id,
 )
 from csi_driver.core.errors import CertmountError, Reason
-from tests.unit.authority.issuers.acme.samples import live, record
+from tests.unit.authority.issuers.acme.samples import certificate, order
 
 _TEXT = st.text(max_size=20)
 _TIME = st.floats(0, 4e9)
-_PROOF = st.builds(Proof, _TEXT, _TEXT, _TEXT, _TEXT, _TEXT, _TEXT)
+_CHALLENGE = st.builds(ChallengeRecord, _TEXT, _TEXT, _TEXT, _TEXT, _TEXT, _TEXT)
 _ORDER = st.builds(
     OrderRecord, _TEXT, st.lists(_TEXT).map(tuple), st.binary(), _TIME, _TIME, _TEXT, _TEXT, _TEXT, _TIME, _TIME,
-    st.integers(0, 100), _TEXT, st.lists(_PROOF, max_size=3).map(tuple), st.lists(st.binary(), max_size=3).map(tuple),
-    _TIME, st.booleans(),
+    st.integers(0, 100), _TEXT, st.lists(_CHALLENGE, max_size=3).map(tuple),
+    st.lists(st.binary(), max_size=3).map(tuple), _TIME, st.booleans(),
 )  # fmt: skip
 _STATE = st.builds(
-    State,
+    AcmeState,
     st.lists(_ORDER, max_size=4).map(tuple),
-    st.lists(st.builds(Block, _TEXT, _TIME, st.integers(0, 100), _TEXT, _TEXT), max_size=3).map(tuple),
-    st.lists(st.builds(LiveCertificate, _TEXT, _TEXT, _TEXT, _TEXT, _TIME, _TIME, _TIME), max_size=3).map(tuple),
+    st.lists(st.builds(NamesBackoff, _TEXT, _TIME, st.integers(0, 100), _TEXT, _TEXT), max_size=3).map(tuple),
+    st.lists(st.builds(TrackedCertificate, _TEXT, _TEXT, _TEXT, _TEXT, _TIME, _TIME, _TIME), max_size=3).map(tuple),
 )
+_JSON = st.recursive(st.none() | st.integers() | _TEXT, lambda inner: st.dictionaries(_TEXT, inner))
 
 
 @given(_STATE)
-def test_it_is_read_back(state: State) -> None:
-    """Whatever it is."""
+def test_state_is_decoded_as_it_was_encoded(state: AcmeState) -> None:
     assert decode(encode(state), "store") == state
 
 
-@given(
-    st.one_of(
-        st.binary(),
-        st.recursive(st.none() | st.integers() | _TEXT, lambda inner: st.dictionaries(_TEXT, inner)).map(
-            lambda value: json.dumps(value).encode()
-        ),
-    )
-)
-def test_anything_else_is_refused(content: bytes) -> None:
-    """As an error that says where, and what to do."""
-    with pytest.raises(CertmountError, match=r"orders\.json") as refusal:
+@given(st.binary() | _JSON.map(lambda value: json.dumps(value).encode()))
+def test_invalid_content_is_reported_with_what_to_do(content: bytes) -> None:
+    with pytest.raises(CertmountError, match=r"orders\.json") as failure:
         decode(content, "Secret a/b")
-    assert refusal.value.reason is Reason.ISSUER_UNAVAILABLE
+    assert failure.value.reason is Reason.ISSUER_UNAVAILABLE
 
 
-def test_intermediates_are_kept_once() -> None:
-    """A hundred certificates of one CA do not fill the store with its intermediate."""
+def test_common_intermediates_are_encoded_once() -> None:
     intermediate = bytes(1000)
-    orders = tuple(record(id=str(number), chain=(bytes([number]) * 10, intermediate)) for number in range(100))
-    assert len(encode(State(orders))) < 100 * 700
+    orders = tuple(order(id=str(number), chain=(bytes([number]) * 10, intermediate)) for number in range(100))
+    assert len(encode(AcmeState(orders))) < 100 * 700
 
 
 @given(st.lists(_TEXT, min_size=1), st.binary(), st.binary())
-def test_orders_are_known_by_names_and_key(names: list[str], key: bytes, other: bytes) -> None:
-    """The order of the names does not matter; another key is another order."""
+def test_order_id_depends_on_the_set_of_names_and_the_key(names: list[str], key: bytes, other: bytes) -> None:
     assert order_id(names, key) == order_id(sorted(names, reverse=True), key)
     assert names_id(names) == names_id([*names, names[0]])
     assert (order_id(names, key) == order_id(names, other)) == (key == other)
 
 
-def test_one_live_certificate_for_each_order() -> None:
-    """A renewal with the same key takes the place of what it renews."""
-    state = State().with_live(live(certificate_id="old")).with_live(live(certificate_id="new"))
-    assert [one.certificate_id for one in state.live] == ["new"]
+def test_renewal_with_the_same_key_replaces_the_tracked_certificate() -> None:
+    state = AcmeState()
+    for identifier in ("old", "new"):
+        state = state.with_certificate(certificate(certificate_id=identifier))
+    assert [one.certificate_id for one in state.certificates] == ["new"]

@@ -1,1 +1,1 @@
-"""step_ca."""
+"""Tests of the step-ca issuer without a real step-ca."""

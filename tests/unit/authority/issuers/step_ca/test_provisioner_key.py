@@ -1,4 +1,4 @@
-"""The key of a JWK provisioner, and its tokens."""
+"""Loading a provisioner's key, and the tokens that it signs."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
-from csi_driver.authority.issuers.step_ca import key_encryption as jwe
-from csi_driver.authority.issuers.step_ca.provisioner_key import Claims, load_provisioner_key, thumbprint
+from csi_driver.authority.issuers.step_ca.key_encryption import MAX_ITERATIONS, decrypt
+from csi_driver.authority.issuers.step_ca.provisioner_key import TokenClaims, load_provisioner_key, thumbprint
 from csi_driver.core.secret import Secret
 from tests.support.provisioner_key import JWE, JWK, PASSWORD
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
-CLAIMS = Claims(
+CLAIMS = TokenClaims(
     "csi", "https://ca/1.0/sign", "hello.svc", ("hello.svc", "spiffe://a/b"), ("serverAuth",), b"CSR", "n-1"
 )
 
 
 def load(document: object, password: str | None = None) -> str:
-    """The kid of what is loaded, or the problem."""
+    """Return the kid of the key, or the error."""
     text = document if isinstance(document, str) else json.dumps(document)
     try:
         return load_provisioner_key(Secret(text.encode()), Secret(password.encode()) if password else None).kid
@@ -34,66 +34,63 @@ def load(document: object, password: str | None = None) -> str:
         return str(problem)
 
 
-def test_a_key_made_and_encrypted_by_smallstep_is_read() -> None:
-    """In both forms of a JWE; a line feed after the password, as editors leave it, does no harm."""
+def test_key_that_smallstep_encrypted_is_loaded() -> None:
+    """In compact and JSON form; a trailing line feed of the password is ignored."""
     parts = dict(zip(("protected", "encrypted_key", "iv", "ciphertext", "tag"), JWE.split("."), strict=True))
     assert load(JWK) == JWK["kid"]
     assert load(JWE, PASSWORD) == load(JWE + "\n", PASSWORD + "\n") == JWK["kid"]
     assert load(json.dumps(parts, indent=2), PASSWORD) == JWK["kid"]
-    assert json.loads(jwe.decrypt(JWE, Secret(PASSWORD.encode())).reveal()) == JWK
+    assert json.loads(decrypt(JWE, Secret(PASSWORD.encode())).reveal()) == JWK
 
 
 @pytest.mark.parametrize(
     "document,password,problem",
     [
-        (JWE, None, "encrypted, and there is no password for it"),
-        (JWE, "wrong", "encrypted with another password than the one given"),
-        (JWE[:-4] + "AAAA", PASSWORD, "encrypted with another password than the one given"),
+        (JWE, None, "encrypted, and no password is configured"),
+        (JWE, "wrong", "encrypted with another password"),
+        (JWE[:-4] + "AAAA", PASSWORD, "encrypted with another password"),
         ("a.b.c.d.e", PASSWORD, "not a JWE in compact or flattened JSON form"),
-        ("..." + JWE[JWE.rindex(".") :], PASSWORD, "not a JWE under a password"),
-        ("", None, "not a JWK: it is no JSON"),
-        ("[]", None, "not a JWK of a kind that signs"),
-        ({"kty": "oct", "k": "AAAA", "kid": "a"}, None, "not a JWK of a kind that signs"),
-        ({name: value for name, value in JWK.items() if name != "d"}, None, "a public JWK; the private one is needed"),
+        ("..." + JWE[JWE.rindex(".") :], PASSWORD, "not a JWE with a password"),
+        ("", None, "not a JWK: not JSON"),
+        ("[]", None, "not a signing JWK"),
+        ({"kty": "oct", "k": "AAAA", "kid": "a"}, None, "not a signing JWK"),
+        ({name: value for name, value in JWK.items() if name != "d"}, None, "a public JWK; expected a private one"),
         ({name: value for name, value in JWK.items() if name != "kid"}, None, "a JWK without a kid"),
-        ({**JWK, "crv": "secp256k1"}, None, "a JWK of another curve"),
-        ({**JWK, "x": "AAAA"}, None, "not a JWK whose numbers make a key"),
+        ({**JWK, "crv": "secp256k1"}, None, "a JWK with an unsupported curve"),
+        ({**JWK, "x": "AAAA"}, None, "not a valid JWK: its numbers are not a key"),
     ],
 )
-def test_what_is_no_key_is_told_in_words(document: object, password: str | None, problem: str) -> None:
-    """And never shown."""
-    said = load(document, password)
-    assert said.startswith(problem)
-    assert JWK["d"] not in said
+def test_error_explains_an_invalid_key_without_showing_it(document: object, password: str | None, problem: str) -> None:
+    text = load(document, password)
+    assert text.startswith(problem)
+    assert JWK["d"] not in text
 
 
 def header(**changes: object) -> str:
-    usual = json.loads(base64.urlsafe_b64decode(JWE.split(".")[0] + "=="))
-    text = json.dumps({**usual, **changes}).encode()
+    original = json.loads(base64.urlsafe_b64decode(JWE.split(".")[0] + "=="))
+    text = json.dumps({**original, **changes}).encode()
     return base64.urlsafe_b64encode(text).rstrip(b"=").decode() + JWE[JWE.index(".") :]
 
 
-@pytest.mark.parametrize("count", [0, 1, 999, jwe.MOST_ITERATIONS + 1, 10**12, "600000", None, 1e6])
-def test_a_count_of_iterations_that_would_take_forever_is_refused(count: object) -> None:
-    """It comes with the key, which step-ca may hand out: nobody else decides how long the authority computes."""
+@pytest.mark.parametrize("count", [0, 1, 999, MAX_ITERATIONS + 1, 10**12, "600000", None, 1e6])
+def test_number_of_iterations_is_limited(count: object) -> None:
+    """The key contains it, and step-ca can publish any key."""
     assert "p2c" in load(header(p2c=count), PASSWORD)
 
 
 @pytest.mark.parametrize("changes", [{"alg": "dir"}, {"enc": "A128CBC-HS256"}, {"zip": "DEF"}, {"crit": ["b64"]}])
-def test_other_encryptions_are_named(changes: dict[str, object]) -> None:
-    """Instead of a failure deep inside."""
-    assert "encrypted in another way than step does it" in load(header(**changes), PASSWORD)
+def test_unsupported_algorithms_are_rejected(changes: dict[str, object]) -> None:
+    assert "encrypted with an unsupported algorithm" in load(header(**changes), PASSWORD)
 
 
 @given(st.text(max_size=200) | st.binary(max_size=200).map(lambda raw: base64.b64encode(raw).decode()))
-def test_any_text_ends_in_a_problem(text: str) -> None:
-    """No input raises anything but ValueError."""
+def test_any_text_raises_only_value_error(text: str) -> None:
     assert load(text, PASSWORD)
     assert load(f"{text}.{text}.{text}.{text}.{text}", PASSWORD)
 
 
-def test_the_thumbprint_is_that_of_the_rfc() -> None:
-    """The example of RFC 7638 section 3.1; and Smallstep's kid is the thumbprint."""
+def test_thumbprint_is_that_of_the_rfc() -> None:
+    """The example of RFC 7638 section 3.1; Smallstep uses the thumbprint as the kid."""
     modulus = (
         "0vx7agoebGcQSuuPiLJXZptN9nndrQmbXEps2aiAFbWhM78LhWx4cbbfAAtVT86zwu1RK7aPFFxuhDR1L6tSoc_BJECPebWKRXjBZCiFV4n3oknjhMs"
         "tn64tZ_2W-5JsGY4Hc5n9yBXArwl93lqt7_RN5w6Cf0h4QyQ5v-65YGjQR0_FDW2QvzqY368QQMicAtaSqzs8KJZgnYb9c7d0zgdAZHzu6qMQvRL5hajrn"
@@ -106,14 +103,13 @@ def test_the_thumbprint_is_that_of_the_rfc() -> None:
     assert thumbprint({"kty": "EC"}) is thumbprint(None) is None
 
 
-def test_a_token_says_what_was_granted_and_is_bound_to_the_request() -> None:
-    """Names exact, one minute, one request, one provisioner."""
+def test_token_contains_the_granted_names_and_the_hash_of_the_csr() -> None:
     key = load_provisioner_key(Secret(json.dumps(JWK).encode()), None)
     token = key.token(CLAIMS, NOW).reveal()
     assert jwt.get_unverified_header(token) == {"alg": "ES256", "kid": JWK["kid"], "typ": "JWT"}
     options = {"verify_exp": False, "verify_nbf": False, "verify_iat": False}
     payload = jwt.decode(token, jwt.PyJWK(JWK).key, ["ES256"], audience=CLAIMS.audience, options=options)  # type: ignore[arg-type]  # a plain mapping
-    started = int(NOW.timestamp())
+    issued_at = int(NOW.timestamp())
     digest = base64.urlsafe_b64encode(hashlib.sha256(b"CSR").digest()).rstrip(b"=").decode()
     assert payload == {
         "iss": "csi",
@@ -122,22 +118,21 @@ def test_a_token_says_what_was_granted_and_is_bound_to_the_request() -> None:
         "sans": ["hello.svc", "spiffe://a/b"],
         "extKeyUsage": ["serverAuth"],
         "jti": "n-1",
-        "iat": started,
-        "nbf": started,
-        "exp": started + 60,
+        "iat": issued_at,
+        "nbf": issued_at,
+        "exp": issued_at + 60,
         "cnf": {"x5rt#S256": digest},
     }
 
 
-def test_every_kind_of_key_that_step_makes_signs() -> None:
-    """EC, RSA and Ed25519, each by its own algorithm."""
-    made = {
+def test_all_key_types_of_step_sign_with_their_own_algorithm() -> None:
+    keys = {
         "ES384": ECAlgorithm.to_jwk(ec.generate_private_key(ec.SECP384R1())),
         "ES512": ECAlgorithm.to_jwk(ec.generate_private_key(ec.SECP521R1())),
         "RS256": RSAAlgorithm.to_jwk(rsa.generate_private_key(65537, 2048)),
         "EdDSA": OKPAlgorithm.to_jwk(ed25519.Ed25519PrivateKey.generate()),
     }
-    for algorithm, text in made.items():
+    for algorithm, text in keys.items():
         document = {**json.loads(text), "kid": "a"}
         token = load_provisioner_key(Secret(json.dumps(document).encode()), None).token(CLAIMS, NOW).reveal()
         assert jwt.get_unverified_header(token)["alg"] == algorithm

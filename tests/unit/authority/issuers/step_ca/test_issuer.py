@@ -1,4 +1,4 @@
-"""The step-ca issuer before something that is no step-ca: an answer may be anything, and nothing is believed without the root."""
+"""The step-ca issuer against a fake server, which can return anything."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from csi_driver.authority.issuers import IssuerRequest
 from csi_driver.authority.issuers.credentials import CredentialReader
 from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
-from csi_driver.authority.issuers.step_ca.issuer import StepCA
+from csi_driver.authority.issuers.step_ca.issuer import StepCAIssuer
+from csi_driver.core.backoff import Backoff
 from csi_driver.core.certificates.csr import build_csr, parse_csr
 from csi_driver.core.certificates.keys import generate_key
 from csi_driver.core.config.issuers import FileSource
@@ -49,14 +50,14 @@ def pem(*certificates: x509.Certificate) -> list[str]:
 
 @dataclass
 class FakeStepCA:
-    """Does what step-ca does, as far as the issuer sees it; a test may put anything else in a path's place."""
+    """Responds like step-ca; ``overrides`` replaces the handlers of paths."""
 
-    folder: Path
+    directory: Path
     root: pki.Signer = field(default_factory=lambda: pki.authority("Fake Root", validity=ALWAYS))
-    others: dict[str, Handler] = field(default_factory=dict)
+    overrides: dict[str, Handler] = field(default_factory=dict)
     bodies: list[dict[str, str]] = field(default_factory=list)
     names: Names = field(default_factory=lambda: Names.of([DNSName(NAME)], [OWN]))
-    life: timedelta = timedelta(hours=1)
+    lifetime: timedelta = timedelta(hours=1)
     extensions: tuple[x509.ExtensionType, ...] = (BOTH,)
     url: str = ""
 
@@ -66,7 +67,7 @@ class FakeStepCA:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         application = web.Application()
-        application.router.add_route("*", "/{path:.*}", self._answer)
+        application.router.add_route("*", "/{path:.*}", self._respond)
         runner = web.AppRunner(application)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=self._context()).start()
@@ -77,16 +78,16 @@ class FakeStepCA:
             await runner.cleanup()
 
     @contextlib.asynccontextmanager
-    async def issuer(self, **changes: Any) -> AsyncIterator[StepCA]:
-        key = self.folder / "key.jwk"
+    async def issuer(self, **changes: Any) -> AsyncIterator[StepCAIssuer]:
+        key = self.directory / "key.jwk"
         key.write_text(json.dumps(JWK))
-        usual: dict[str, Any] = {
+        defaults: dict[str, Any] = {
             "url": self.url,
             "provisioner": "csi",
             "root_sha256": self.root.certificate.fingerprint(SHA256()).hex(),
             "key": FileSource(str(key)),
         }
-        issuer = StepCA("step", StepCAConfiguration(**{**usual, **changes}), CredentialReader())
+        issuer = StepCAIssuer("step", StepCAConfiguration(**{**defaults, **changes}), CredentialReader())
         running = asyncio.create_task(issuer.run())
         try:
             yield issuer
@@ -97,18 +98,18 @@ class FakeStepCA:
     def _context(self) -> ssl.SSLContext:
         key = pki.key_of(KeyType.EC_P256)
         server = pki.leaf(self.root, key, Names.of([DNSName("localhost")]), validity=ALWAYS)
-        files = self.folder / "server.pem"
-        files.write_bytes(
+        file = self.directory / "server.pem"
+        file.write_bytes(
             key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()) + server.public_bytes(Encoding.PEM)
         )
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(files)
+        context.load_cert_chain(file)
         return context
 
-    async def _answer(self, request: web.Request) -> web.StreamResponse:
+    async def _respond(self, request: web.Request) -> web.StreamResponse:
         path = request.path if not request.path.startswith("/root/") else "/root"
-        if path in self.others:
-            return await self.others[path](request)
+        if path in self.overrides:
+            return await self.overrides[path](request)
         roots = {"crts": pem(self.root.certificate)}
         provisioner = {"type": "JWK", "name": "csi", "key": PUBLIC}
         fixed: dict[str, Any] = {
@@ -130,15 +131,15 @@ class FakeStepCA:
 
     def leaf(self, public: Any) -> x509.Certificate:
         now = datetime.now(UTC) - pki.NOW
-        validity = pki.Validity(now - timedelta(minutes=1), now + self.life)
+        validity = pki.Validity(now - timedelta(minutes=1), now + self.lifetime)
         key = pki.key_of(KeyType.EC_P256, 7)
-        private: Any = _Public(public or key.public_key())
+        private: Any = _PublicOnly(public or key.public_key())
         return pki.leaf(self.signer, private, self.names, validity=validity, extensions=self.extensions)
 
 
 @dataclass(frozen=True)
-class _Public:
-    """Stands for a private key of which only the public half is known."""
+class _PublicOnly:
+    """Acts as a private key whose public key is known."""
 
     key: Any
 
@@ -148,30 +149,30 @@ class _Public:
 
 @pytest.fixture
 async def ca(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeStepCA]:
-    monkeypatch.setattr("csi_driver.authority.issuers.step_ca.issuer._RETRIES_S", (0.01, 0.01))
+    monkeypatch.setattr("csi_driver.authority.issuers.step_ca.issuer._BACKOFF", Backoff(0.01, 0.01))
     fake = FakeStepCA(tmp_path)
     async with fake.running():
         yield fake
 
 
-def order() -> IssuerRequest:
-    asked = Names.of([DNSName(NAME)])
-    grant = Grant(Names.of(asked.dns, [OWN]), timedelta(hours=1), ALL_USAGES, ())
+def request() -> IssuerRequest:
+    names = Names.of([DNSName(NAME)])
+    grant = Grant(Names.of(names.dns, [OWN]), timedelta(hours=1), ALL_USAGES, ())
     pod = PodIdentity(ServiceAccount("default", "hello"), "", "pod", "uid", "node", "", 0)
-    return IssuerRequest(parse_csr(build_csr(generate_key(KeyType.EC_P256), asked)), grant, pod)
+    return IssuerRequest(parse_csr(build_csr(generate_key(KeyType.EC_P256), names)), grant, pod)
 
 
-async def refusal(issuer: StepCA) -> CertmountError:
+async def failure(issuer: StepCAIssuer) -> CertmountError:
     with pytest.raises(CertmountError) as raised:
-        await issuer.issue(order())
+        await issuer.issue(request())
     return raised.value
 
 
 def plain(text: str, status: int = 200) -> Handler:
-    async def answer(_: web.Request) -> web.Response:
+    async def respond(_: web.Request) -> web.Response:
         return web.Response(text=text, status=status)
 
-    return answer
+    return respond
 
 
 async def broken(request: web.Request) -> web.Response:
@@ -180,7 +181,7 @@ async def broken(request: web.Request) -> web.Response:
     return web.Response()
 
 
-async def elsewhere(_: web.Request) -> web.Response:
+async def redirect(_: web.Request) -> web.Response:
     return web.Response(status=302, headers={"Location": "/health"})
 
 
@@ -193,9 +194,9 @@ async def too_long(request: web.Request) -> web.StreamResponse:
     return response
 
 
-STRANGE: list[Handler] = [
+INVALID: list[Handler] = [
     broken,
-    elsewhere,
+    redirect,
     too_long,
     *map(plain, ("", "hello", "[]", "null", "1", "{}", '{"crts": 1}', '{"crts": ["x", 1, null]}', "[" * 100_000)),
     *map(plain, ('{"provisioners": [1, null, {}, {"type": "JWK", "key": 1, "claims": 5}], "nextCursor": 7}',)),
@@ -205,105 +206,101 @@ STRANGE: list[Handler] = [
 
 
 @pytest.mark.parametrize("path", ["/health", "/root", "/roots", "/federation", "/provisioners", "/1.0/sign"])
-async def test_a_strange_answer_ends_in_words(path: str, ca: FakeStepCA) -> None:
-    """Whatever comes instead of an answer: nothing is issued, nothing but our own error is raised, nothing waits for ever."""
-    for strange in STRANGE:
-        ca.others = {path: strange}
+async def test_invalid_response_results_in_an_error(path: str, ca: FakeStepCA) -> None:
+    """Whatever the server returns, the issuer raises only CertmountError, and finishes."""
+    for invalid in INVALID:
+        ca.overrides = {path: invalid}
         async with asyncio.timeout(30), ca.issuer() as issuer:
-            await issuer.check()
+            await issuer.diagnose()
             try:
-                issued = await issuer.issue(order())
+                issued = await issuer.issue(request())
             except CertmountError as error:
-                assert error.reason in (Reason.ISSUER_UNAVAILABLE, Reason.NAME_NOT_ALLOWED)  # either is right
+                assert error.reason in (Reason.ISSUER_UNAVAILABLE, Reason.NAME_NOT_ALLOWED)
             else:
                 assert issued.roots == (ca.root.certificate.public_bytes(Encoding.DER),)
 
 
-async def test_a_certificate_that_was_not_ordered_is_not_handed_on(ca: FakeStepCA) -> None:
-    """A template, a webhook or a break-in at step-ca can't give a pod what policy did not."""
-    stranger = pki.authority("Stranger", validity=ALWAYS)
+async def test_certificate_that_differs_from_the_request_is_rejected(ca: FakeStepCA) -> None:
+    """A template, a webhook or an intruder in step-ca can't add what the policy does not grant."""
+    other = pki.authority("Other", validity=ALWAYS)
     changes: list[tuple[dict[str, Any], str]] = [
         ({"names": Names.of([DNSName(NAME)])}, f"the certificate lacks {OWN}"),
-        ({"names": Names.of([DNSName(NAME), DNSName("bank.test")], [OWN])}, "the certificate also holds bank.test"),
-        ({"life": timedelta(hours=2)}, "longer than was granted"),
+        ({"names": Names.of([DNSName(NAME), DNSName("bank.test")], [OWN])}, "the certificate also contains bank.test"),
+        ({"lifetime": timedelta(hours=2)}, "longer than the policy grants"),
         ({"extensions": ()}, "the certificate is for any usage, not for client and server"),
-        ({"extensions": (BOTH, x509.BasicConstraints(ca=True, path_length=None))}, "is a certificate authority's"),
-        ({"signer": stranger}, "it signs by a root that it does not hand out at /roots"),
+        ({"extensions": (BOTH, x509.BasicConstraints(ca=True, path_length=None))}, "is a CA certificate"),
+        ({"signer": other}, "ends at a root that step-ca does not publish at /roots"),
     ]
     async with ca.issuer() as issuer:
-        assert (await issuer.issue(order())).chain
-        for change, words in changes:
-            usual = {name: getattr(ca, name) for name in change}
+        assert (await issuer.issue(request())).chain
+        for change, text in changes:
+            previous = {name: getattr(ca, name) for name in change}
             vars(ca).update(change)
-            assert words in str(await refusal(issuer))
-            vars(ca).update(usual)
+            assert text in str(await failure(issuer))
+            vars(ca).update(previous)
 
         async def other_key(_: web.Request) -> web.Response:
             return web.json_response({"certChain": pem(ca.leaf(None))}, status=201)
 
-        ca.others["/1.0/sign"] = other_key
-        refused = await refusal(issuer)
-        assert refused.reason is Reason.INVALID_RESPONSE
-        assert "the certificate is for another key" in str(refused)
+        ca.overrides["/1.0/sign"] = other_key
+        error = await failure(issuer)
+        assert error.reason is Reason.INVALID_RESPONSE
+        assert "the certificate is for another key" in str(error)
 
 
-async def test_each_try_has_a_token_of_its_own(ca: FakeStepCA) -> None:
-    """One that was sent may be used up, even if no answer came."""
+async def test_each_attempt_sends_a_new_token(ca: FakeStepCA) -> None:
+    """A token can be used up even if the call fails."""
     tokens: list[str] = []
 
-    async def busy_twice(request: web.Request) -> web.StreamResponse:
-        tokens.append((await request.json())["ott"])
+    async def fail_twice(received: web.Request) -> web.StreamResponse:
+        tokens.append((await received.json())["ott"])
         if len(tokens) == 1:
-            return await broken(request)
-        return web.json_response({"message": "busy"}, status=503) if len(tokens) == 2 else await ca.sign(request)
+            return await broken(received)
+        return web.json_response({"message": "busy"}, status=503) if len(tokens) == 2 else await ca.sign(received)
 
-    ca.others["/1.0/sign"] = busy_twice
+    ca.overrides["/1.0/sign"] = fail_twice
     async with ca.issuer() as issuer:
-        assert (await issuer.issue(order())).chain
+        assert (await issuer.issue(request())).chain
     assert len(set(tokens)) == 3
 
 
-async def test_a_token_that_comes_back_in_an_error_is_not_told(ca: FakeStepCA) -> None:
-    """Neither to the pod nor to the log."""
+async def test_error_never_contains_a_token(ca: FakeStepCA) -> None:
+    async def quote_token(received: web.Request) -> web.Response:
+        return web.json_response({"message": "bad token " + (await received.json())["ott"]}, status=403)
 
-    async def chatty(request: web.Request) -> web.Response:
-        return web.json_response({"message": "bad token " + (await request.json())["ott"]}, status=403)
-
-    ca.others["/1.0/sign"] = chatty
+    ca.overrides["/1.0/sign"] = quote_token
     async with ca.issuer() as issuer:
-        assert "eyJ" not in str(await refusal(issuer))
+        assert "eyJ" not in str(await failure(issuer))
 
 
-async def test_proxies_of_the_environment_are_not_asked(ca: FakeStepCA, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens go to step-ca, and to no one between."""
+async def test_proxies_of_the_environment_are_ignored(ca: FakeStepCA, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     async with ca.issuer() as issuer:
-        assert (await issuer.issue(order())).chain
+        assert (await issuer.issue(request())).chain
 
 
-async def test_a_certificate_that_calls_itself_the_root_is_not_believed(ca: FakeStepCA) -> None:
-    """Who answers at the address before anything is known of it must show the very certificate of the fingerprint."""
-    stranger = pki.authority("Stranger", validity=ALWAYS)
+async def test_root_must_have_the_configured_fingerprint(ca: FakeStepCA) -> None:
+    """Otherwise no token is sent."""
+    other = pki.authority("Other", validity=ALWAYS)
 
-    async def lie(_: web.Request) -> web.Response:
-        return web.json_response({"ca": pem(stranger.certificate)[0]})
+    async def other_root(_: web.Request) -> web.Response:
+        return web.json_response({"ca": pem(other.certificate)[0]})
 
-    ca.others["/root"] = lie
+    ca.overrides["/root"] = other_root
     async with ca.issuer() as issuer:
-        assert "what answers has no root with the SHA-256" in str(await refusal(issuer))
+        assert "the server did not return a root with the SHA-256" in str(await failure(issuer))
     assert ca.bodies == []
 
 
-async def test_a_replaced_key_is_taken_up_in_the_same_call(ca: FakeStepCA) -> None:
-    """When the provisioner's key is changed in step-ca and in the Secret, the next pod waits for nothing."""
+async def test_replaced_provisioner_key_is_used_in_the_same_call(ca: FakeStepCA) -> None:
     async with ca.issuer() as issuer:
-        assert (await issuer.issue(order())).chain
-        (ca.folder / "key.jwk").write_text(json.dumps({**JWK, "alg": "ES256", "extra": "new"}))
+        assert (await issuer.issue(request())).chain
+        (ca.directory / "key.jwk").write_text(json.dumps({**JWK, "alg": "ES256", "extra": "new"}))
 
-        async def takes_the_new_one(request: web.Request) -> web.StreamResponse:
-            ca.bodies.append(await request.json())
-            return web.json_response({}, status=401) if len(ca.bodies) == 2 else await ca.sign(request)
+        async def accept_new_key(received: web.Request) -> web.StreamResponse:
+            ca.bodies.append(await received.json())
+            return web.json_response({}, status=401) if len(ca.bodies) == 2 else await ca.sign(received)
 
-        ca.others["/1.0/sign"] = takes_the_new_one
-        assert (await issuer.issue(order())).chain
+        ca.overrides["/1.0/sign"] = accept_new_key
+        assert (await issuer.issue(request())).chain
