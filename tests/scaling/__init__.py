@@ -1,1 +1,1 @@
-"""What a large cluster asks of the authority: a simulation with the node's own clocks, pace and formulas."""
+"""Simulate the load of a large cluster on the authority, with the node driver's own queues, schedules and formulas."""

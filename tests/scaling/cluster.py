@@ -78,7 +78,7 @@ class Cluster:
         now, expiry = min(((volume.renew_at, volume.not_after) for volume in volumes), default=(math.inf, math.inf))
         while now < until:
             node.queue.record(node.queue.epochs, _UNAVAILABLE, now)
-            now += node.queue.pause_s(now, expiry - now) + self.authority.figures.patience_s
+            now += node.queue.pause_s(now, expiry - now) + self.authority.figures.unavailable_timeout_s
 
     def add_new_pod(self, node: Node, name: str, now: float) -> None:
         """Add a volume that the kubelet mounts for a new pod."""
@@ -134,14 +134,14 @@ class Cluster:
 
     def _send(self, now: float, node: Node, request: QueuedRequest) -> None:
         epochs = node.queue.epochs
-        if self.authority.away(now):
-            end = now + self.authority.figures.patience_s
+        if self.authority.is_unavailable(now):
+            end = now + self.authority.figures.unavailable_timeout_s
             self._at(end, self._end, node, request, epochs, _UNAVAILABLE)
         else:
             self._at(self.authority.arrival(now, self._rng()), self._arrive, node, request, epochs)
 
     def _arrive(self, now: float, node: Node, request: QueuedRequest, epochs: tuple[int, ...]) -> None:
-        end, issued = self.authority.ask(node.number, now)
+        end, issued = self.authority.call(node.number, now)
         self._at(end, self._end, node, request, epochs, None if issued else _OVERLOADED)
 
     def _end(

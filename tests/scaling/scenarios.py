@@ -1,4 +1,4 @@
-"""The stories: a day like any other, the end of an outage, a zone that starts anew. Second 0 is when that happens."""
+"""The scenarios: normal operation, the end of an outage, and a zone that restarts. The event is at second 0."""
 
 from __future__ import annotations
 
@@ -12,110 +12,110 @@ from tests.scaling.cluster import Cluster
 
 PODS = 110
 _OUTAGE_S = 3600.0
-_BEFORE_S = 60.0
-"""Of the outage that is played with all others; before it, each node is alone with its tries."""
-_BOOT_SPREAD_S = 60.0
-"""From the first node of the zone that starts pods to the last."""
-_MOUNTS_SPREAD_S = 2.0
-"""In which a kubelet begins with the volumes of all its pods."""
+_SIMULATED_OUTAGE_S = 60.0
+"""The end of the outage, simulated with all nodes. Before it, each node is simulated alone."""
+_BOOT_S = 60.0
+"""The time between the first and the last node of the zone that starts its pods."""
+_MOUNT_S = 2.0
+"""The time in which a kubelet starts to mount the volumes of all its pods."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is played."""
+    """One row of a table."""
 
-    story: str
+    scenario: str
     nodes: int
-    life_s: float
+    lifetime_s: float
     replicas: int
     share: float = 1.0
-    """Of the nodes that are played, with an authority of as much less power; 1: all of them, exactly."""
+    """The share of the nodes that is simulated, with an authority of the same share of the capacity."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of it. Certificates and TokenReviews per second."""
+    """The result of a case. Certificates and TokenReviews per second."""
 
     case: Case
     mean: float
     worst: float
     usual: float
-    """The mean of a day like any other."""
+    """The mean in normal operation."""
     seconds: int
-    """That these figures are of: after an event, until the last one that was due or waited had its certificate."""
+    """The length of the period: until the last certificate that was due or a new pod waited for."""
     reviews_mean: float
     reviews_worst: float
-    refused: int
+    rejected: int
     expired_in: int
-    """Certificates that ended in the outage."""
+    """Certificates that expired in the outage."""
     expired_after: int
-    """Certificates that were still good when the authority was back, and ended before their successors came."""
+    """Certificates that were still valid at the end of the outage and expired before their renewal."""
     later_worst: float
-    """The worst second of all that came later in the story, when what was issued together is renewed."""
+    """The worst second after the period, when certificates that were issued together are renewed."""
 
 
-def replicas_for(nodes: int, life_s: float, figures: Figures) -> int:
-    """Enough for twice the mean of a usual day by all but one of them, and never fewer than two."""
-    return max(2, math.ceil(2 * steady_mean(nodes, life_s) / figures.issue_per_core_s) + 1)
+def replicas_for(nodes: int, lifetime_s: float, figures: Figures) -> int:
+    """Return the replicas for twice the usual load with one replica unavailable, at least two."""
+    return max(2, math.ceil(2 * usual_mean(nodes, lifetime_s) / figures.issue_per_core_s) + 1)
 
 
-def steady_mean(nodes: int, life_s: float) -> float:
-    """Renewals a second: each volume at two thirds of its certificate's life."""
-    return nodes * PODS / (life_s * 2 / 3)
+def usual_mean(nodes: int, lifetime_s: float) -> float:
+    """Return the renewals per second if each volume is renewed at two thirds of the lifetime."""
+    return nodes * PODS / (lifetime_s * 2 / 3)
 
 
-def play(case: Case, figures: Figures, seed: int = 1) -> Result:
-    """Plays a case exactly: every node and every call."""
-    return {"steady": _steady, "outage": _outage, "zone": _zone}[case.story](case, figures, seed)
+def simulate(case: Case, figures: Figures, seed: int = 1) -> Result:
+    """Simulate every node and every call of a case."""
+    return {"normal": _normal, "outage": _outage, "zone": _zone}[case.scenario](case, figures, seed)
 
 
-def _fill(cluster: Cluster, rng: random.Random, since: float, horizon: float, nodes: range) -> None:
-    """Volumes as a long quiet time leaves them: at ``since`` each one is somewhere between issuance and renewal.
+def _add_volumes(cluster: Cluster, rng: random.Random, since: float, until: float, nodes: range) -> None:
+    """Add volumes whose certificates are at a random point between issuance and renewal at ``since``.
 
-    What falls due after the horizon is left out.
+    Ignore those that are due after ``until``.
     """
     for node in nodes:
         for number in range(PODS):
             planned = cluster.plan(0.0, 0.0)
             issued_at = since - rng.random() * planned
-            if issued_at + planned < horizon:
+            if issued_at + planned < until:
                 cluster.add(cluster.nodes[node], str(number), issued_at, issued_at + planned)
 
 
-def _cluster(case: Case, figures: Figures, seed: int, back_at: float) -> tuple[Cluster, random.Random]:
-    rng = random.Random(seed)  # noqa: S311  # rng that can be repeated
+def _cluster(case: Case, figures: Figures, seed: int, available_at: float) -> tuple[Cluster, random.Random]:
+    rng = random.Random(seed)  # noqa: S311  # The simulation must be repeatable.
     nodes = round(case.nodes * case.share)
-    authority = Authority(case.replicas, figures.of(case.share), back_at, [rng.random() for _ in range(nodes)])
-    return Cluster(nodes, case.life_s, authority, seed + 1), rng
+    authority = Authority(case.replicas, figures.scaled(case.share), available_at, [rng.random() for _ in range(nodes)])
+    return Cluster(nodes, case.lifetime_s, authority, seed + 1), rng
 
 
-def _steady(case: Case, figures: Figures, seed: int) -> Result:
-    end = 3600.0 if case.life_s > 3600 else 600.0
-    cluster, rng = _cluster(case, figures, seed, back_at=-math.inf)
-    _fill(cluster, rng, 0.0, end, range(len(cluster.nodes)))
+def _normal(case: Case, figures: Figures, seed: int) -> Result:
+    end = 3600.0 if case.lifetime_s > 3600 else 600.0
+    cluster, rng = _cluster(case, figures, seed, available_at=-math.inf)
+    _add_volumes(cluster, rng, 0.0, end, range(len(cluster.nodes)))
     cluster.run(0.0, end)
     return _result(case, cluster, int(end), int(end))
 
 
 def _outage(case: Case, figures: Figures, seed: int) -> Result:
-    end = min(case.life_s * 1.1, 1.5 * _OUTAGE_S)
-    cluster, rng = _cluster(case, figures, seed, back_at=0.0)
-    _fill(cluster, rng, -_OUTAGE_S, end, range(len(cluster.nodes)))
+    end = min(case.lifetime_s * 1.1, 1.5 * _OUTAGE_S)
+    cluster, rng = _cluster(case, figures, seed, available_at=0.0)
+    _add_volumes(cluster, rng, -_OUTAGE_S, end, range(len(cluster.nodes)))
     for node in cluster.nodes:
-        cluster.simulate_outage(node, -_BEFORE_S)
-    cluster.run(-_BEFORE_S, end)
+        cluster.simulate_outage(node, -_SIMULATED_OUTAGE_S)
+    cluster.run(-_SIMULATED_OUTAGE_S, end)
     return _result(case, cluster, max(math.ceil(cluster.caught_up_at), 1), int(end))
 
 
 def _zone(case: Case, figures: Figures, seed: int) -> Result:
-    end = case.life_s * 1.1 if case.life_s <= 3600 else 600.0
-    cluster, rng = _cluster(case, figures, seed, back_at=-math.inf)
+    end = case.lifetime_s * 1.1 if case.lifetime_s <= 3600 else 600.0
+    cluster, rng = _cluster(case, figures, seed, available_at=-math.inf)
     zone = len(cluster.nodes) // 3
-    _fill(cluster, rng, 0.0, end, range(zone, len(cluster.nodes)))
-    for node in range(zone):
-        boot = rng.random() * _BOOT_SPREAD_S
+    _add_volumes(cluster, rng, 0.0, end, range(zone, len(cluster.nodes)))
+    for node in cluster.nodes[:zone]:
+        boot = rng.random() * _BOOT_S
         for number in range(PODS):
-            cluster.add_new_pod(cluster.nodes[node], str(number), boot + rng.random() * _MOUNTS_SPREAD_S)
+            cluster.add_new_pod(node, str(number), boot + rng.random() * _MOUNT_S)
     cluster.run(0.0, end)
     return _result(case, cluster, max(math.ceil(cluster.caught_up_at), 1), int(end))
 
@@ -129,11 +129,11 @@ def _result(case: Case, cluster: Cluster, seconds: int, end: int) -> Result:
         case=case,
         mean=mean,
         worst=worst,
-        usual=steady_mean(case.nodes, case.life_s),
+        usual=usual_mean(case.nodes, case.lifetime_s),
         seconds=seconds,
         reviews_mean=reviews_mean,
         reviews_worst=reviews_worst,
-        refused=round(sum(counts.refused.values()) / share),
+        rejected=round(sum(counts.rejected.values()) / share),
         expired_in=round((cluster.expired - cluster.expired_after) / share),
         expired_after=round(cluster.expired_after / share),
         later_worst=later_worst,
