@@ -1,4 +1,4 @@
-"""A running authority and one who calls it."""
+"""A running authority and a client."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.support.tokens import TokenIssuer
 
 @pytest.fixture(scope="session")
 def issuer() -> TokenIssuer:
-    """The cluster's own."""
+    """The token issuer of the cluster."""
     return TokenIssuer()
 
 
 @pytest.fixture
 async def idle_world(tmp_path: Path, issuer: TokenIssuer) -> World:
-    """An authority that a test starts itself."""
+    """An authority that the test starts."""
     return World(tmp_path, issuer, Cluster(issuer))
 
 

@@ -1,4 +1,4 @@
-"""``certmount authority`` as a process: its options, its signals, and what it never writes."""
+"""``certmount authority`` as a process: options, signals, logs and ``--check``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def free_port() -> int:
 
 
 class Process:
-    """One authority process outside a cluster."""
+    """An authority process without a cluster."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -71,7 +71,7 @@ class Process:
             return subprocess.Popen([*main, *self.arguments], stderr=log, stdout=log)
 
     def get(self, path: str) -> tuple[int, str]:
-        """An HTTP answer; (0, "") where there is none."""
+        """Return status and body; (0, "") without a response."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.http}{path}", timeout=10) as response:
                 return response.status, response.read().decode()
@@ -87,8 +87,8 @@ def process(idle_world: World) -> Process:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_it_serves_until_it_is_told_to_stop(number: signal.Signals, process: Process) -> None:
-    """Ready, healthy, measured; then a clean end within the grace, with a stream still open."""
+async def test_authority_serves_until_a_signal(number: signal.Signals, process: Process) -> None:
+    """It serves probes and metrics, and stops gracefully although a stream is open."""
     async with process.running() as running, process.world.channel(port=process.port) as channel:
         caller = Caller(process.world, channel)
         assert len((await caller.issue()).chain) == 2
@@ -102,36 +102,35 @@ async def test_it_serves_until_it_is_told_to_stop(number: signal.Signals, proces
         assert await stream.read() == grpc.aio.EOF
         assert await asyncio.to_thread(running.wait, 10) == 0
     events = [json.loads(line)["event"] for line in process.log.read_text().splitlines()]
-    assert events[0].startswith("no cluster to ask: a token counts until it expires")
+    assert events[0].startswith("no cluster is configured: a token is valid until it expires")
     assert events[-2:] == ["stopping", "stopped"]
 
 
-async def test_a_restart_keeps_the_ca(process: Process) -> None:
-    """Nodes that know the root go on to trust it."""
+async def test_restart_keeps_the_ca(process: Process) -> None:
     async with process.running():
         root = (process.world.ca / "root.crt").read_bytes()
     async with process.running():
         assert (process.world.ca / "root.crt").read_bytes() == root
 
 
-async def test_no_token_and_no_key_is_ever_written(process: Process, issuer: TokenIssuer) -> None:
-    """Whatever is sent, good or bad, and at debug level: not into the log, the metrics, or an answer."""
-    good_pod, good_node = issuer.pod_token(POD), issuer.node_token()
+async def test_tokens_and_keys_are_not_in_logs_metrics_and_responses(process: Process, issuer: TokenIssuer) -> None:
+    """For valid and invalid tokens, at level debug."""
+    pod_token, node_token = issuer.pod_token(POD), issuer.node_token()
     pods = [make(issuer) for make, _ in POD_TOKENS.values()]
     nodes = [make(issuer) for make, _ in NODE_TOKENS.values()]
-    answers = []
+    responses = []
     async with process.running() as running, process.world.channel(port=process.port) as channel:
         caller = Caller(process.world, channel)
-        await caller.issue(pod=good_pod, node=good_node)
-        answers += [str(await caller.refused(pod=token)) for token in pods]
-        answers += [str(await caller.refused(node=token)) for token in nodes]
-        answers += [str(await caller.refused(csr=make(process.world))) for make, _ in CSRS.values()]
-        answers.append(process.get("/metrics")[1])
+        await caller.issue(pod=pod_token, node=node_token)
+        responses += [str(await caller.rejected(pod=token)) for token in pods]
+        responses += [str(await caller.rejected(node=token)) for token in nodes]
+        responses += [str(await caller.rejected(csr=make(process.world))) for make, _ in CSRS.values()]
+        responses.append(process.get("/metrics")[1])
         running.send_signal(signal.SIGTERM)
         await asyncio.to_thread(running.wait, 20)
-    written = process.log.read_text() + "".join(answers)
+    written = process.log.read_text() + "".join(responses)
     assert '"decision": "issued"' in written
-    for token in (good_pod, good_node, *pods, *nodes):
+    for token in (pod_token, node_token, *pods, *nodes):
         for part in parts(token):
             assert part not in written
     assert "PRIVATE KEY" not in written
@@ -140,38 +139,46 @@ async def test_no_token_and_no_key_is_ever_written(process: Process, issuer: Tok
 
 
 def parts(token: Secret[str]) -> list[str]:
-    """The pieces that would give a token away; its header is everyone's."""
+    """Return the secret parts of a token: all but its header."""
     pieces = token.reveal().split(".")[1:] or [token.reveal()]
     return [piece[:40] for piece in pieces if len(piece) > 16]
 
 
-OUTSIDE = ["--ca-dir=ca", "--jwks=jwks", "--token-issuer=https://issuer.test"]
-INSIDE = ["--ca-secret=certmount/ca", "--root-configmap=certmount/root"]
-NEEDED = ["--policy=policy.yaml", "--serving-name=localhost"]
+DIRECTORY = ["--ca-dir=ca", "--jwks=jwks", "--token-issuer=https://issuer.test"]
+CLUSTER = ["--ca-secret=certmount/ca", "--root-configmap=certmount/root"]
+REQUIRED = ["--policy=policy.yaml", "--serving-name=localhost"]
 
 
 @pytest.mark.parametrize(
     "arguments,words",
     [
         ([], "Missing option '--policy'"),
-        (["--policy=policy.yaml", *OUTSIDE], "Missing option '--serving-name'"),
-        (NEEDED, "--ca-secret, --root-configmap: needed, or else --ca-dir, --jwks, --token-issuer outside a cluster"),
-        ([*NEEDED, *OUTSIDE, *INSIDE], "give one or the other"),
-        ([*NEEDED, *OUTSIDE[:2]], "--token-issuer: needed beside --ca-dir, --jwks"),
-        ([*NEEDED, *INSIDE[:1]], "--root-configmap: needed beside --ca-secret"),
-        ([*NEEDED, *OUTSIDE, "--listen=8443"], "Invalid value for '--listen': '8443' is not HOST:PORT"),
-        ([*NEEDED, *OUTSIDE, "--http=localhost:99999"], "Invalid value for '--http'"),
-        ([*NEEDED, *OUTSIDE, "--trust-domain=Big"], "'--trust-domain': 'Big' is not a trust domain"),
-        ([*NEEDED, *OUTSIDE, "--cluster-domain=a..b"], "'--cluster-domain': 'a..b' has the label ''"),
-        ([*NEEDED, *OUTSIDE, "--serving-name=10.0.0.1"], "'--serving-name': '10.0.0.1' is a number or an IP address"),
-        ([*NEEDED, *OUTSIDE, "--node-service-account=node"], "'--node-service-account': 'node' is not NAMESPACE/NAME"),
-        ([*NEEDED, "--ca-secret=a/b/c"], "'--ca-secret': 'a/b/c' is not NAMESPACE/NAME"),
-        ([*NEEDED, *OUTSIDE, "--log-level=loud"], "Invalid value for '--log-level'"),
-        ([*NEEDED, *OUTSIDE, "--verbose"], "No such option"),
+        (["--policy=policy.yaml", *DIRECTORY], "Missing option '--serving-name'"),
+        (
+            REQUIRED,
+            "--ca-secret, --root-configmap: required in a cluster; required without a cluster: --ca-dir, --jwks, --token-issuer",
+        ),
+        ([*REQUIRED, *DIRECTORY, *CLUSTER], "use one set"),
+        ([*REQUIRED, *DIRECTORY[:2]], "--token-issuer: required with --ca-dir, --jwks"),
+        ([*REQUIRED, *CLUSTER[:1]], "--root-configmap: required with --ca-secret"),
+        ([*REQUIRED, *DIRECTORY, "--listen=8443"], "Invalid value for '--listen': '8443' is not HOST:PORT"),
+        ([*REQUIRED, *DIRECTORY, "--http=localhost:99999"], "Invalid value for '--http'"),
+        ([*REQUIRED, *DIRECTORY, "--trust-domain=Big"], "'--trust-domain': 'Big' is not a trust domain"),
+        ([*REQUIRED, *DIRECTORY, "--cluster-domain=a..b"], "'--cluster-domain': 'a..b' has the label ''"),
+        (
+            [*REQUIRED, *DIRECTORY, "--serving-name=10.0.0.1"],
+            "'--serving-name': '10.0.0.1' is a number or an IP address",
+        ),
+        (
+            [*REQUIRED, *DIRECTORY, "--node-service-account=node"],
+            "'--node-service-account': 'node' is not NAMESPACE/NAME",
+        ),
+        ([*REQUIRED, "--ca-secret=a/b/c"], "'--ca-secret': 'a/b/c' is not NAMESPACE/NAME"),
+        ([*REQUIRED, *DIRECTORY, "--log-level=loud"], "Invalid value for '--log-level'"),
+        ([*REQUIRED, *DIRECTORY, "--verbose"], "No such option"),
     ],
 )
-def test_a_wrong_option_is_named(arguments: list[str], words: str) -> None:
-    """Before anything is started, in a sentence that says what is wanted."""
+def test_invalid_option_is_named(arguments: list[str], words: str) -> None:
     result = CliRunner(env=dict.fromkeys(os.environ, "")).invoke(command, arguments)
     assert result.exit_code == 2
     assert words in " ".join(result.output.split())
@@ -182,17 +189,16 @@ def test_a_wrong_option_is_named(arguments: list[str], words: str) -> None:
     [
         (lambda process: process.world.policy.unlink(), "cannot be read: No such file or directory; see --policy"),
         (lambda process: process.world.policy.write_text("policy: 7"), "policy (line 1): is not a list"),
-        (lambda process: damage(process.world.ca), "ca.json: is damaged"),
+        (lambda process: write_invalid_ca(process.world.ca), "ca.json: is damaged"),
         (lambda process: process.arguments.append(f"--http=127.0.0.1:{process.port}"), "--http"),
     ],
-    ids=["no policy", "bad policy", "damaged ca", "port in use"],
+    ids=["missing policy", "invalid policy", "invalid CA", "port in use"],
 )
-async def test_what_it_cannot_start_with_ends_it_with_a_sentence(change: object, words: str, process: Process) -> None:
-    """Exit code 1 and no traceback."""
+async def test_start_failure_is_reported_without_a_traceback(change: object, words: str, process: Process) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        change(process)  # type: ignore[operator]  # each is a function
+        change(process)  # type: ignore[operator]  # a function
         if words == "--http":
             process.arguments.append(f"--http=127.0.0.1:{taken.getsockname()[1]}")
         running = process.start()
@@ -206,15 +212,15 @@ async def test_what_it_cannot_start_with_ends_it_with_a_sentence(change: object,
     assert "Traceback" not in log
 
 
-async def test_a_missing_key_set_is_waited_for(process: Process) -> None:
-    """It may be written by someone who starts at the same moment; until then it says why it is not ready."""
+async def test_authority_waits_for_the_token_keys(process: Process) -> None:
+    """Until then it is unready with a reason."""
     jwks = process.world.folder / "jwks.json"
     content = jwks.read_bytes()
     jwks.unlink()
     running = process.start()
     try:
         await until(lambda: "see --jwks" in process.log.read_text(), "the first attempt")
-        assert "the keys that the cluster signs tokens with are not known" in process.get("/readyz")[1]
+        assert "the cluster's token keys are not loaded" in process.get("/readyz")[1]
         jwks.write_bytes(content)
         await until(lambda: process.get("/readyz") == (200, "ok\n"), "the authority")
     finally:
@@ -222,33 +228,31 @@ async def test_a_missing_key_set_is_waited_for(process: Process) -> None:
         running.wait()
 
 
-def test_the_options_of_a_cluster_need_one() -> None:
-    """Outside of one the command ends with a sentence, not with a traceback."""
-    main = [sys.executable, "-m", "csi_driver.cli.main", "authority", *NEEDED, *INSIDE, "--http=127.0.0.1:0"]
+def test_cluster_options_fail_without_a_cluster() -> None:
+    main = [sys.executable, "-m", "csi_driver.cli.main", "authority", *REQUIRED, *CLUSTER, "--http=127.0.0.1:0"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("KUBERNETES_")}
     result = subprocess.run(main, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1
-    assert "cluster: cannot be found: Service host/port is not set" in result.stderr
+    assert "TokenReviewUnavailable: cluster: no in-cluster configuration: " in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def damage(folder: Path) -> None:
-    folder.mkdir()
-    file = folder / "ca.json"
+def write_invalid_ca(directory: Path) -> None:
+    directory.mkdir(mode=0o700)
+    file = directory / "ca.json"
     file.write_text("{")
     file.chmod(0o600)
 
 
-def checked(process: Process) -> tuple[int, list[str]]:
-    """The exit status and the lines of ``--check``."""
+def check(process: Process) -> tuple[int, list[str]]:
+    """Return the exit status and the lines of ``--check``."""
     main = [sys.executable, "-m", "csi_driver.cli.main", "authority", "--check"]
     done = subprocess.run([*main, *process.arguments], capture_output=True, text=True, timeout=60, check=False)
     return done.returncode, done.stdout.splitlines()
 
 
-def test_check_looks_at_everything_and_changes_nothing(process: Process) -> None:
-    """A line for each thing; no CA is made, and no port is listened on."""
-    status, lines = checked(process)
+def test_check_prints_a_line_for_each_check_and_changes_nothing(process: Process) -> None:
+    status, lines = check(process)
     assert status == 0
     assert [line.partition(":")[0] for line in lines] == [
         "ok   policy",
@@ -258,16 +262,13 @@ def test_check_looks_at_everything_and_changes_nothing(process: Process) -> None
     assert not process.world.ca.exists()
 
 
-def test_check_says_all_that_is_wrong_and_fails(process: Process) -> None:
-    """Every fault of every part at once, so that one look is enough."""
+def test_check_reports_all_faults_and_fails(process: Process) -> None:
     process.world.policy.write_text("policy:\n- match: {namespaces: [a]}\n")
     (process.world.folder / "jwks.json").write_text("{}")
-    process.world.ca.mkdir(mode=0o700)
-    (process.world.ca / "ca.json").write_text("{")
-    (process.world.ca / "ca.json").chmod(0o600)
-    status, lines = checked(process)
+    write_invalid_ca(process.world.ca)
+    status, lines = check(process)
     assert status == 1
     assert all(line.startswith("FAIL ") for line in lines)
     text = "\n".join(lines)
-    for said in ("policy[0].allow (line 2): is missing", "ca.json: is damaged", "is not a JSON Web Key Set"):
-        assert said in text
+    for words in ("policy[0].allow (line 2): is missing", "ca.json: is damaged", "is not a JSON Web Key Set"):
+        assert words in text

@@ -1,4 +1,4 @@
-"""Certificates over the real wire."""
+"""Issue calls over gRPC."""
 
 from __future__ import annotations
 
@@ -11,57 +11,49 @@ import pytest
 from structlog.testing import capture_logs
 
 from csi_driver._proto import authority_pb2
+from csi_driver.authority import retry
 from csi_driver.core.certificates.csr import build_csr
 from csi_driver.core.certificates.keys import generate_key
-from csi_driver.core.certificates.verification import ExpectedCertificate, verify_certificate
+from csi_driver.core.certificates.verification import ExpectedCertificate, VerifiedCertificate, verify_certificate
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.formats.pem import encode_certificates
 from csi_driver.core.names import URI, DNSName, Names, spiffe_id
 from csi_driver.core.spec import DEFAULT_ISSUER, KeyType
-from tests.integration.authority.world import NAME, POD, Caller, Refusal, World
+from tests.integration.authority.world import NAME, POD, Caller, World, failure_of
 from tests.support.tokens import Pod
 from tests.support.waiting import until
 
 ID = spiffe_id("cluster.local", "default", "hello")
 
 
+def verified(answer: authority_pb2.IssueResponse, world: World, names: Names) -> VerifiedCertificate:
+    expected = ExpectedCertificate(world.key.public_key(), names, "default", "hello")
+    return verify_certificate(answer.chain, answer.trust[DEFAULT_ISSUER].roots, expected, datetime.now(UTC))
+
+
 @pytest.mark.parametrize("key_type", [KeyType.EC_P256, KeyType.EC_P384, KeyType.RSA_2048, KeyType.ED25519])
-async def test_what_is_issued_passes_the_nodes_judgement(key_type: KeyType, world: World, caller: Caller) -> None:
-    """Key, names, validity and chain are what the node asked for; the SPIFFE ID comes with it, unasked."""
+async def test_certificate_passes_the_nodes_verification(key_type: KeyType, world: World, caller: Caller) -> None:
+    """It has the requested key, names and lifetime, and the SPIFFE ID."""
     key = generate_key(key_type)
     names = Names.of([DNSName.parse(NAME)], [URI.parse("spiffe://cluster.local/extra/a")])
     answer = await caller.issue(csr=build_csr(key, names), duration=timedelta(minutes=5))
     expected = ExpectedCertificate(key.public_key(), names, "default", "hello")
     bundle = verify_certificate(answer.chain, answer.trust[DEFAULT_ISSUER].roots, expected, datetime.now(UTC))
-    life = bundle.leaf.not_valid_after_utc - datetime.now(UTC)
-    assert timedelta(minutes=4, seconds=50) < life <= timedelta(minutes=5)
+    lifetime = bundle.leaf.not_valid_after_utc - datetime.now(UTC)
+    assert timedelta(minutes=4, seconds=50) < lifetime <= timedelta(minutes=5)
     assert not answer.HasField("renew_after")
     assert encode_certificates(bundle.roots) == (world.ca / "root.crt").read_bytes()
 
 
-async def test_a_pod_that_asks_for_nothing_gets_its_spiffe_id(caller: Caller, world: World) -> None:
-    """For a day, by default."""
-    answer = await caller.issue(csr=world.csr())
-    bundle = verify_certificate(
-        answer.chain,
-        answer.trust[DEFAULT_ISSUER].roots,
-        ExpectedCertificate(world.key.public_key(), Names(), "default", "hello"),
-        datetime.now(UTC),
-    )
-    life = bundle.leaf.not_valid_after_utc - datetime.now(UTC)
-    assert timedelta(hours=23, minutes=59) < life <= timedelta(hours=24)
+async def test_request_without_names_gets_the_spiffe_id_for_a_day(caller: Caller, world: World) -> None:
+    bundle = verified(await caller.issue(csr=world.csr()), world, Names())
+    lifetime = bundle.leaf.not_valid_after_utc - datetime.now(UTC)
+    assert timedelta(hours=23, minutes=59) < lifetime <= timedelta(hours=24)
 
 
 @pytest.mark.peers("openssl")
-async def test_openssl_agrees(caller: Caller, world: World) -> None:
-    """Another program verifies what came over the wire."""
-    answer = await caller.issue()
-    bundle = verify_certificate(
-        answer.chain,
-        answer.trust[DEFAULT_ISSUER].roots,
-        ExpectedCertificate(world.key.public_key(), Names.of([DNSName.parse(NAME)]), "default", "hello"),
-        datetime.now(UTC),
-    )
+async def test_openssl_verifies_the_certificate(caller: Caller, world: World) -> None:
+    bundle = verified(await caller.issue(), world, Names.of([DNSName.parse(NAME)]))
     (world.folder / "chain.pem").write_bytes(encode_certificates(bundle.chain))
     command = ["openssl", "verify", "-x509_strict", "-CAfile", "ca/root.crt", "-untrusted", "chain.pem", "chain.pem"]
     result = await asyncio.to_thread(
@@ -70,21 +62,19 @@ async def test_openssl_agrees(caller: Caller, world: World) -> None:
     assert result.returncode == 0, result.stderr
 
 
-async def test_a_name_that_no_rule_allows_is_refused_by_name(caller: Caller) -> None:
-    """All refused names at once, with the account and what to do."""
+async def test_error_lists_all_names_that_are_not_allowed(caller: Caller) -> None:
     names = Names.of([DNSName.parse("bank.example.com"), DNSName.parse(NAME)], [URI.parse("https://mallory.test/")])
-    refusal = await caller.refused(csr=build_csr(generate_key(KeyType.EC_P256), names))
-    assert (refusal.code, refusal.reason) == (grpc.StatusCode.PERMISSION_DENIED, "NameNotAllowed")
-    assert "bank.example.com: no policy rule allows this name for service account default/hello" in refusal.text
-    assert "https://mallory.test/" in refusal.text
-    assert NAME not in refusal.text
+    failure = await caller.rejected(csr=build_csr(generate_key(KeyType.EC_P256), names))
+    assert (failure.code, failure.reason) == (grpc.StatusCode.PERMISSION_DENIED, "NameNotAllowed")
+    assert "bank.example.com: no policy rule allows this name for service account default/hello" in failure.text
+    assert "https://mallory.test/" in failure.text
+    assert NAME not in failure.text
 
 
-async def test_another_pods_spiffe_id_is_refused(caller: Caller) -> None:
-    """It can be asked for like any name, and is granted by a rule only."""
+async def test_spiffe_id_of_another_pod_is_not_allowed(caller: Caller) -> None:
     names = Names.of(uris=[spiffe_id("cluster.local", "kube-system", "admin")])
-    refusal = await caller.refused(csr=build_csr(generate_key(KeyType.EC_P256), names))
-    assert refusal.reason == "NameNotAllowed"
+    failure = await caller.rejected(csr=build_csr(generate_key(KeyType.EC_P256), names))
+    assert failure.reason == "NameNotAllowed"
 
 
 @pytest.mark.parametrize(
@@ -96,30 +86,26 @@ async def test_another_pods_spiffe_id_is_refused(caller: Caller) -> None:
         (timedelta(seconds=-1), "InvalidRequest"),
     ],
 )
-async def test_a_life_that_policy_does_not_allow_is_refused(duration: timedelta, reason: str, caller: Caller) -> None:
-    """Too long, too short, or none at all: never silently something else."""
-    refusal = await caller.refused(duration=duration)
-    assert refusal.reason == reason
-    assert ("duration 10s to 24h" if reason == "NameNotAllowed" else "duration") in refusal.text
+async def test_lifetime_outside_the_policy_is_not_allowed(duration: timedelta, reason: str, caller: Caller) -> None:
+    """It is not replaced by another lifetime silently."""
+    failure = await caller.rejected(duration=duration)
+    assert failure.reason == reason
+    assert ("duration 10s to 24h" if reason == "NameNotAllowed" else "duration") in failure.text
 
 
-async def test_a_duration_beyond_all_calendars_is_refused(caller: Caller, world: World) -> None:
-    """No arithmetic breaks on it."""
+async def test_duration_out_of_range_is_rejected(caller: Caller, world: World) -> None:
     request = authority_pb2.IssueRequest(csr=world.csr(), pod_token=world.issuer.pod_token(POD).reveal())
     request.duration.seconds = 2**62
-    with pytest.raises(grpc.aio.AioRpcError) as failure:
-        await caller.send(request)
-    assert Refusal.of(failure.value).reason == "InvalidRequest"
+    assert (await failure_of(caller.send(request))).reason == "InvalidRequest"
 
 
-async def test_a_fixed_policy_works_without_a_restart(caller: Caller, world: World) -> None:
-    """What was refused is issued some seconds after the administrator's change."""
+async def test_policy_change_applies_without_a_restart(caller: Caller, world: World) -> None:
     csr = build_csr(world.key, Names.of([DNSName.parse("www.example.com")]))
-    assert (await caller.refused(csr=csr)).reason == "NameNotAllowed"
+    assert (await caller.rejected(csr=csr)).reason == "NameNotAllowed"
     rule = "policy:\n- match: {namespaces: [default], serviceAccounts: [hello]}\n  allow: {dns: [www.example.com]}\n"
     world.policy.write_text(rule)
     async with asyncio.timeout(20):
-        while (answer := await _try(caller, csr)) is None:  # noqa: ASYNC110  # the authority tells no one that it has read a file
+        while (answer := await _try(caller, csr)) is None:  # noqa: ASYNC110  # no event shows that the authority has read the file
             await asyncio.sleep(0.1)
     assert len(answer.chain) == 2
 
@@ -131,30 +117,27 @@ async def _try(caller: Caller, csr: bytes) -> authority_pb2.IssueResponse | None
         return None
 
 
-async def test_too_many_at_once_are_told_to_come_later(
-    world: World, caller: Caller, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A bounded queue: the rest gets an answer at once, and memory does not grow."""
+async def test_concurrent_calls_are_limited(world: World, caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call beyond the limit fails immediately, so that memory does not grow."""
     world.reviewer.gate.clear()
-    monkeypatch.setattr("csi_driver.authority.authn.token_reviews._PATIENCE_S", 0.0)
-    calls = [asyncio.create_task(caller.refused()) for _ in range(512)]
-    await until(lambda: world.metric("certmount_authority_issues_in_flight") == 512, "512 calls under way")
-    refusal = await caller.refused()
-    assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "AuthorityOverloaded")
-    world.reviewer.pod = CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, "down")
+    monkeypatch.setattr(retry, "CLUSTER_RETRY_S", 0.0)
+    calls = [asyncio.create_task(caller.rejected()) for _ in range(512)]
+    await until(lambda: world.metric("certmount_authority_issues_in_flight") == 512, "512 calls")
+    failure = await caller.rejected()
+    assert (failure.code, failure.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "AuthorityOverloaded")
+    world.reviewer.pod = CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, "unavailable")
     world.reviewer.gate.set()
-    # All are of one node, which may wait for half as many.
-    assert {refusal.reason for refusal in await asyncio.gather(*calls)} <= {"TokenReviewUnavailable", "TooManyRequests"}
+    # All calls are of one node, which can make only half as many.
+    assert {failure.reason for failure in await asyncio.gather(*calls)} <= {"TokenReviewUnavailable", "TooManyRequests"}
     assert world.metric("certmount_authority_issues_in_flight") == 0
 
 
-async def test_each_decision_is_one_line_of_the_audit_log(world: World, caller: Caller) -> None:
-    """Who, on which node, which names, which serial and key, or why not."""
+async def test_each_request_is_one_entry_of_the_audit_log(world: World, caller: Caller) -> None:
     with capture_logs() as logs:
         await caller.issue()
-        await caller.refused(csr=world.csr("bank.example.com"))
-        await caller.refused(pod=world.issuer.pod_token(Pod(node="node-b")))
-    issued, refused, foreign = (entry for entry in logs if entry["event"] == "certificate")
+        await caller.rejected(csr=world.csr("bank.example.com"))
+        await caller.rejected(pod=world.issuer.pod_token(Pod(node="node-b")))
+    issued, rejected, foreign = (entry for entry in logs if entry["event"] == "certificate")
     assert issued["decision"] == "issued"
     assert (
         issued.items()
@@ -169,37 +152,35 @@ async def test_each_decision_is_one_line_of_the_audit_log(world: World, caller: 
     )
     assert len(issued["serial"]) > 30
     assert len(issued["key_sha256"]) == 64
-    assert (issued["issuer"], issued["asked"], issued["rules"]) == (
+    assert (issued["issuer"], issued["requested_names"], issued["rules"]) == (
         "internal",
         [NAME],
         ("policy[0] (line 3)", "built-in"),
     )
-    steps = [issued[f"{step}_ms"] for step in ("proof", "policy", "sign")]
+    steps = [issued[f"{step}_ms"] for step in ("authentication", "policy", "sign")]
     assert 0 < sum(steps) <= issued["duration_ms"] + 0.02
-    assert (refused["decision"], refused["reason"]) == ("refused", "NameNotAllowed")
-    assert refused["asked"] == ["bank.example.com"]
-    assert "sign_ms" not in refused
+    assert (rejected["decision"], rejected["reason"]) == ("rejected", "NameNotAllowed")
+    assert rejected["requested_names"] == ["bank.example.com"]
+    assert "sign_ms" not in rejected
     assert (foreign["reason"], foreign["node"]) == ("TokenRejected", "node-a")
     assert "names" not in foreign
 
 
-async def test_a_caller_that_goes_away_leaves_a_line_too(world: World, caller: Caller) -> None:
-    """With what was known by then, and no decision."""
+async def test_cancelled_call_has_an_audit_entry_without_a_decision(world: World, caller: Caller) -> None:
     world.reviewer.gate.clear()
     with capture_logs() as logs:
         call = asyncio.create_task(caller.issue())
-        await until(lambda: world.reviewer.asked > 0, "the proof to be under way")
+        await until(lambda: world.reviewer.calls > 0, "the review")
         call.cancel()
-        await until(lambda: any(entry["event"] == "certificate" for entry in logs), "the line")
+        await until(lambda: any(entry["event"] == "certificate" for entry in logs), "the entry")
     assert [entry["decision"] for entry in logs if entry["event"] == "certificate"] == ["none"]
     assert world.metric("certmount_authority_issues_in_flight") == 0
 
 
 async def test_calls_are_counted_by_reason(world: World, caller: Caller) -> None:
-    """Success and each kind of failure, as the events name them."""
     await caller.issue()
-    await caller.refused(csr=b"")
-    await caller.refused(csr=b"")
+    await caller.rejected(csr=b"")
+    await caller.rejected(csr=b"")
     assert world.metric("certmount_authority_calls_total", method="Issue", reason="Ok") == 1
     assert world.metric("certmount_authority_calls_total", method="Issue", reason="InvalidCSR") == 2
     assert world.metric("certmount_authority_call_seconds_count", method="Issue") == 3

@@ -1,4 +1,4 @@
-"""Three authorities, each a process, behind what stands for a Service: the end of one, or of all in turn, costs no call a failure."""
+"""Three authority processes behind a model of a Service: crashes and restarts fail no call."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from tests.support.waiting import until
 
 _NODES, _CALLS = 5, 500
 _PROBE_S = 0.5
-"""How often the Service looks who is ready; until then it sends connections to a replica that is dead."""
+"""How often the Service probes its replicas. Until then it forwards connections to a replica that has stopped."""
 
 
 class Replica(Process):
-    """One of several on one store."""
+    """One of several authorities that share a store."""
 
     def __init__(self, world: World, number: int) -> None:
         super().__init__(world)
@@ -44,20 +44,20 @@ class Replica(Process):
     def issued(self) -> int:
         return self.log.read_text().count('"decision": "issued"')
 
-    def begin(self) -> None:
+    def launch(self) -> None:
         self.process = self.start()
 
-    def end(self, number: signal.Signals) -> None:
+    def signal(self, number: signal.Signals) -> None:
         assert self.process is not None
         self.process.send_signal(number)
 
-    async def gone(self) -> None:
+    async def wait_for_exit(self) -> None:
         assert self.process is not None
         await asyncio.to_thread(self.process.wait, 30)
 
 
 class Service:
-    """One address for the replicas that were ready when it last looked; they take turns, a connection each."""
+    """One address for the replicas that were ready at the last probe. It distributes connections in turn."""
 
     def __init__(self) -> None:
         self.replicas: list[Replica] = []
@@ -97,15 +97,15 @@ class Service:
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)
-        back: asyncio.StreamWriter | None = None
+        upstream: asyncio.StreamWriter | None = None
         try:
-            answers, back = await asyncio.open_connection("127.0.0.1", self._next())
-            await asyncio.gather(_copy(reader, back), _copy(answers, writer))
+            responses, upstream = await asyncio.open_connection("127.0.0.1", self._next())
+            await asyncio.gather(_copy(reader, upstream), _copy(responses, writer))
         except OSError:
-            pass  # the replica is dead: the caller's connection ends too, as by the packet that a Service passes back
+            pass  # the replica has stopped, so the client's connection is reset, as a Service does
         finally:
             self._connections.discard(task)
-            for one in (writer, back):
+            for one in (writer, upstream):
                 if one is not None:
                     one.transport.abort()
 
@@ -114,11 +114,11 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     while data := await reader.read(65536):
         writer.write(data)
         await writer.drain()
-    raise ConnectionResetError("one side has ended")
+    raise ConnectionResetError("one side has closed")
 
 
 class Nodes:
-    """Node drivers' clients that ask for certificates side by side."""
+    """Clients of node drivers that request certificates concurrently."""
 
     def __init__(self, world: World, service: Service) -> None:
         token = world.folder / "node-token"
@@ -127,13 +127,13 @@ class Nodes:
         self._world = world
         self._clients = [AuthorityClient(f"localhost:{service.port}", root, token) for _ in range(_NODES)]
         self._pods = [replace(POD, name=f"hello-{number}", uid=f"uid-{number}") for number in range(50)]
-        self.asked = 0
+        self.requests = 0
         self.roots: set[tuple[bytes, ...]] = set()
         self.outcomes: Counter[str] = Counter()
 
     async def issue(self) -> None:
-        """One certificate, checked."""
-        number, self.asked = self.asked, self.asked + 1
+        """Request a certificate and verify it."""
+        number, self.requests = self.requests, self.requests + 1
         client, pod = self._clients[number % _NODES], self._pods[number % len(self._pods)]
         spec = CertificateSpec(Names.of([DNSName.parse(NAME)]))
         try:
@@ -146,7 +146,7 @@ class Nodes:
         self.roots.add(tuple(answer.trust["internal"].roots))
         self.outcomes["issued"] += 1
 
-    def have(self, count: int) -> bool:
+    def issued(self, count: int) -> bool:
         return self.outcomes["issued"] >= count
 
     async def close(self) -> None:
@@ -156,11 +156,11 @@ class Nodes:
 
 @pytest.fixture
 async def service(idle_world: World) -> AsyncIterator[Service]:
-    """Three replicas that began at once on an empty store."""
+    """Three replicas that start at once with an empty store."""
     service = Service()
     service.replicas = [Replica(idle_world, number) for number in range(3)]
     for replica in service.replicas:
-        replica.begin()
+        replica.launch()
     try:
         async with service.serving():
             await until(lambda: len(service.endpoints) == 3, "three replicas", 60)
@@ -180,51 +180,49 @@ async def nodes(idle_world: World, service: Service) -> AsyncIterator[Nodes]:
 
 
 async def worker(nodes: Nodes, calls: int) -> None:
-    while nodes.asked < calls:
+    while nodes.requests < calls:
         await nodes.issue()
 
 
-async def test_killing_one_of_three_costs_no_call_a_failure(idle_world: World, service: Service, nodes: Nodes) -> None:
-    """The three have made one CA; one of them, with calls under way, is killed while 500 certificates are issued: all are."""
+async def test_killing_one_of_three_replicas_fails_no_call(idle_world: World, service: Service, nodes: Nodes) -> None:
+    """All replicas use the same CA."""
     victim = service.replicas[0]
     async with asyncio.TaskGroup() as tasks:
         for _ in range(20):
             tasks.create_task(worker(nodes, _CALLS))
-        await until(lambda: nodes.outcomes["issued"] >= 50 and victim.issued > 0, "the victim to have issued")
-        victim.end(signal.SIGKILL)
-        await victim.gone()
-    assert nodes.outcomes == {"issued": nodes.asked}
-    assert nodes.asked >= _CALLS
+        await until(lambda: nodes.outcomes["issued"] >= 50 and victim.issued > 0, "a certificate from the victim")
+        victim.signal(signal.SIGKILL)
+        await victim.wait_for_exit()
+    assert nodes.outcomes == {"issued": nodes.requests}
+    assert nodes.requests >= _CALLS
     assert len(nodes.roots) == 1
     assert all(replica.issued > 0 for replica in service.replicas)
     assert "PRIVATE KEY" not in logs(idle_world.folder)
 
 
-async def test_a_rolling_restart_under_load_costs_no_call_a_failure(
-    idle_world: World, service: Service, nodes: Nodes
-) -> None:
-    """Each is ended after another one is ready, with calls under way all the time; every certificate is of the same CA."""
+async def test_rolling_restart_under_load_fails_no_call(idle_world: World, service: Service, nodes: Nodes) -> None:
+    """Each replica is stopped when a new one is ready. All certificates are from the same CA."""
     done = False
 
-    async def ask() -> None:
+    async def request() -> None:
         while not done:
             await nodes.issue()
-            await asyncio.sleep(0.02)  # load, not a race: the limits of a node hold here too
+            await asyncio.sleep(0.02)  # stays below the rate limits of a node
 
     async with asyncio.TaskGroup() as tasks:
         for _ in range(5):
-            tasks.create_task(ask())
+            tasks.create_task(request())
         for number, old in enumerate(list(service.replicas), 3):
             new = Replica(idle_world, number)
-            new.begin()
+            new.launch()
             service.replicas = [*service.replicas, new]
             await until(functools.partial(service.serves, new), "the new replica", 60)
-            old.end(signal.SIGTERM)
-            await old.gone()
+            old.signal(signal.SIGTERM)
+            await old.wait_for_exit()
             service.replicas = [one for one in service.replicas if one is not old]
-            await until(functools.partial(nodes.have, nodes.outcomes["issued"] + 20), "calls after it")
+            await until(functools.partial(nodes.issued, nodes.outcomes["issued"] + 20), "more certificates")
         done = True
-    assert nodes.outcomes == {"issued": nodes.asked}
+    assert nodes.outcomes == {"issued": nodes.requests}
     assert len(nodes.roots) == 1
 
 

@@ -1,10 +1,10 @@
-"""A real authority on loopback, with a token issuer and a reviewer that tests control, and a client that may misbehave."""
+"""An authority on the loopback interface, with a token issuer and a reviewer that tests control, and a client."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -18,10 +18,10 @@ from csi_driver._proto import authority_pb2, authority_pb2_grpc
 from csi_driver.authority.environment import Environment
 from csi_driver.authority.server import AuthorityServer, AuthoritySettings
 from csi_driver.authority.storage import DirectoryStore
-from csi_driver.authority.trust.bundles import DirectoryPublisher
+from csi_driver.authority.trust.publishers import DirectoryPublisher
 from csi_driver.core.certificates.csr import build_csr
 from csi_driver.core.certificates.keys import PrivateKey, generate_key
-from csi_driver.core.cluster.token_review import PublishedKeys, ReviewedToken
+from csi_driver.core.cluster.objects import PublishedKeys, ReviewedToken
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.core.names import DNSName, Names
@@ -43,17 +43,17 @@ NAME = "hello.default.svc.cluster.local"
 
 
 class Reviewer:
-    """The live cluster: knows the driver and one pod; a test may let it say something else, or nothing."""
+    """Reviews of the driver's token and of one pod's token. Tests can change or delay the answers."""
 
     def __init__(self) -> None:
         self.pod: ReviewedToken | Exception = POD.reviewed
         self.node: ReviewedToken | Exception = DRIVER.reviewed
-        self.asked = 0
+        self.calls = 0
         self.gate = asyncio.Event()
         self.gate.set()
 
     async def review(self, _token: Secret[str], audience: str) -> ReviewedToken:
-        self.asked += 1
+        self.calls += 1
         await self.gate.wait()
         answer = self.node if audience == NODE_AUDIENCE else self.pod
         if isinstance(answer, Exception):
@@ -61,55 +61,64 @@ class Reviewer:
         return answer
 
 
-class Heard:
-    """Keeps what would be said on pods."""
+class RecordedEvents:
+    """Pod events: pod, whether it is a warning, reason and message."""
 
     def __init__(self) -> None:
-        self.events: list[tuple[str, bool, str, str]] = []
+        self.all: list[tuple[str, bool, str, str]] = []
 
     def record(self, pod: PodIdentity, *, warning: bool, reason: str, message: str) -> None:
-        self.events.append((pod.pod_name, warning, reason, message))
+        self.all.append((pod.pod_name, warning, reason, message))
 
 
 class Cluster:
-    """Publishes an issuer's keys, unless it is down."""
+    """Publishes the keys of a token issuer."""
 
     def __init__(self, issuer: TokenIssuer) -> None:
         self.issuer = issuer
-        self.down = False
+        self.unavailable = False
 
     async def fetch(self) -> PublishedKeys:
-        if self.down:
+        if self.unavailable:
             raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, "the API server cannot be reached")
         return self.issuer.published
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """How a call failed."""
+class CallFailure:
+    """The status of a failed call."""
 
     code: grpc.StatusCode
     reason: str
     text: str
 
     @classmethod
-    def of(cls, error: grpc.aio.AioRpcError) -> Refusal:
+    def of(cls, error: grpc.aio.AioRpcError) -> CallFailure:
         metadata = {str(key): str(value) for key, value in error.trailing_metadata() or ()}
         return cls(error.code(), metadata.get(REASON_KEY, ""), error.details() or "")
 
 
+async def failure_of(call: Awaitable[object]) -> CallFailure:
+    """Return how the call fails."""
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return CallFailure.of(error)
+    raise AssertionError("the call succeeded")
+
+
 @dataclass
 class World:
-    """One authority and all around it."""
+    """One authority and its environment."""
 
     folder: Path
     issuer: TokenIssuer
     cluster: Cluster
     issuers: Path | None = None
-    """The file that declares issuers outside."""
+    """The issuers file."""
     serving_names: tuple[str, ...] = (SERVING_NAME,)
     reviewer: Reviewer = field(default_factory=Reviewer)
-    heard: Heard = field(default_factory=Heard)
+    events: RecordedEvents = field(default_factory=RecordedEvents)
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     key: PrivateKey = field(default_factory=lambda: generate_key(KeyType.EC_P256))
@@ -121,7 +130,7 @@ class World:
         self.server = self.replica(self.registry)
 
     def replica(self, registry: CollectorRegistry) -> AuthorityServer:
-        """An authority on the same store; each call makes another one."""
+        """Return another authority that uses the same store."""
         settings = AuthoritySettings(
             listen="127.0.0.1:0",
             trust_domain="cluster.local",
@@ -131,19 +140,19 @@ class World:
             node_account=ServiceAccount("certmount", "certmount-node"),
             issuers=self.issuers,
         )
-        around = Environment(
+        environment = Environment(
             DirectoryStore(self.ca),
             DirectoryStore(self.ca, "confirmations.json"),
             DirectoryPublisher(self.ca),
             self.cluster.fetch,
             self.reviewer,
-            events=self.heard,
+            events=self.events,
         )
-        return AuthorityServer(settings, around, AuthorityMetrics(registry))
+        return AuthorityServer(settings, environment, AuthorityMetrics(registry))
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[AuthorityServer]:
-        """Serves until the block ends."""
+        """Serve until the block ends."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.server.run(self.stop))
             await until(lambda: not self.server.unready(), "the authority")
@@ -156,7 +165,7 @@ class World:
     async def channel(
         self, options: Sequence[tuple[str, Any]] = (), port: int | None = None
     ) -> AsyncIterator[grpc.aio.Channel]:
-        """A TLS connection that trusts the published root only and checks the serving name."""
+        """Open a TLS connection that trusts only the published root and verifies the serving name."""
         credentials = grpc.ssl_channel_credentials((self.ca / "authority.crt").read_bytes())
         own = (("grpc.ssl_target_name_override", SERVING_NAME), ("grpc.use_local_subchannel_pool", 1), *options)
         address = f"127.0.0.1:{port or self.server.port}"
@@ -171,7 +180,7 @@ class World:
 
 
 class Caller:
-    """Calls as the node driver does; every argument may be replaced by a worse one."""
+    """Calls the authority as the node driver does. Tests can replace every argument by an invalid one."""
 
     def __init__(self, world: World, channel: grpc.aio.Channel) -> None:
         self._world = world
@@ -184,11 +193,14 @@ class Caller:
         node: Secret[str] | None = None,
         duration: timedelta | None = None,
         metadata: Sequence[tuple[str, str]] | None = None,
+        **fields: Any,
     ) -> authority_pb2.IssueResponse:
+        """Call Issue; ``fields`` are further fields of the message."""
         world = self._world
         request = authority_pb2.IssueRequest(
             csr=world.csr(NAME) if csr is None else csr,
             pod_token=(pod or world.issuer.pod_token(POD)).reveal(),
+            **fields,
         )
         if duration is not None:
             request.duration.FromTimedelta(duration)
@@ -200,30 +212,26 @@ class Caller:
         node: Secret[str] | None = None,
         metadata: Sequence[tuple[str, str]] | None = None,
     ) -> authority_pb2.IssueResponse:
-        shown = self.bearer(node) if metadata is None else metadata
-        return await self._stub.Issue(request, metadata=tuple(shown), timeout=30)
+        sent = self.bearer(node) if metadata is None else metadata
+        return await self._stub.Issue(request, metadata=tuple(sent), timeout=30)
 
-    async def refused(self, **arguments: Any) -> Refusal:
-        """How :meth:`issue` fails with these arguments."""
-        try:
-            await self.issue(**arguments)
-        except grpc.aio.AioRpcError as error:
-            return Refusal.of(error)
-        raise AssertionError("it was issued")
+    async def rejected(self, **arguments: Any) -> CallFailure:
+        """Return how :meth:`issue` fails."""
+        return await failure_of(self.issue(**arguments))
 
     async def report(self, condition: int, reason: str = "", message: str = "", pod: Secret[str] | None = None) -> None:
-        """Tells what has become of the pod's certificate."""
+        """Report a condition of the pod's certificate."""
         token = (pod or self._world.issuer.pod_token(POD)).reveal()
         request = authority_pb2.ReportRequest(
             pod_token=token,
-            condition=condition,  # type: ignore[arg-type]  # also such that there is no such condition
+            condition=condition,  # type: ignore[arg-type]  # tests send invalid values, too
             reason=reason,
             message=message,
         )
         await self._stub.Report(request, metadata=self.bearer(), timeout=30)
 
     def watch(self, node: Secret[str] | None = None) -> Any:
-        """The WatchTrust call."""
+        """Call WatchTrust."""
         return self._stub.WatchTrust(authority_pb2.WatchTrustRequest(), metadata=self.bearer(node))
 
     def bearer(self, node: Secret[str] | None = None) -> tuple[tuple[str, str], ...]:

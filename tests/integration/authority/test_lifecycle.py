@@ -1,4 +1,4 @@
-"""An authority from its start to its end: readiness, its own certificate, trust streams, replicas, a graceful stop."""
+"""The lifecycle of an authority: start, readiness, serving certificate, streams, replicas and stop."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from tests.integration.authority.world import SERVING_NAME, Caller, World
 from tests.support.waiting import until
 
 
-async def shown(world: World) -> x509.Certificate:
-    """The certificate that a new handshake gets, verified by another TLS library."""
+async def serving_certificate(world: World) -> x509.Certificate:
+    """Return the certificate of a new handshake, verified by another TLS library."""
     context = ssl.create_default_context(cafile=str(world.ca / "authority.crt"))
     context.set_alpn_protocols(["h2"])
     _, writer = await asyncio.open_connection("127.0.0.1", world.server.port, ssl=context, server_hostname=SERVING_NAME)
@@ -35,16 +35,16 @@ async def shown(world: World) -> x509.Certificate:
     return x509.load_der_x509_certificate(der)
 
 
-async def test_the_serving_certificate_is_renewed_without_a_restart(world: World, caller: Caller) -> None:
-    """New handshakes get the new one; a connection that is open goes on, stream and all."""
-    before = await shown(world)
+async def test_serving_certificate_is_renewed_without_a_restart(world: World, caller: Caller) -> None:
+    """New handshakes get the new certificate. Open connections and streams continue."""
+    before = await serving_certificate(world)
     assert before.not_valid_after_utc - utc_now() <= timedelta(hours=24)
     stream = caller.watch()
     await stream.read()
-    assert await shown(world) == before
+    assert await serving_certificate(world) == before
     world.server._serving._renew_at = utc_now()
     await world.server._load_ca()
-    after = await shown(world)
+    after = await serving_certificate(world)
     assert after.serial_number != before.serial_number
     assert after.public_key() != before.public_key()
     await caller.issue()
@@ -52,21 +52,20 @@ async def test_the_serving_certificate_is_renewed_without_a_restart(world: World
     assert list(_roots(await stream.read())) == [b"x"]
 
 
-async def test_the_serving_key_is_nowhere_on_disk(world: World) -> None:
-    """Whatever the folder holds, it is the CA's."""
-    certificate = await shown(world)
+async def test_serving_key_is_not_stored(world: World) -> None:
+    certificate = await serving_certificate(world)
     assert {path.name for path in world.ca.iterdir()} == {"ca.json", "root.crt", "authority.crt", ".lock"}
     assert certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(
         x509.DNSName
     ) == [SERVING_NAME]
 
 
-async def test_a_watcher_hears_of_a_new_root(world: World, caller: Caller) -> None:
-    """Now, and when an administrator replaces the CA; new certificates come from it."""
+async def test_stream_delivers_the_roots_of_a_replaced_ca(world: World, caller: Caller) -> None:
+    """New certificates come from the new CA."""
     stream = caller.watch()
     first = parse_certificates(_roots(await stream.read()), "roots")
     other = make_keyring(utc_now())
-    store = world.server._surroundings.store
+    store = world.server._environment.ca_store
     assert await store.save(encode_keyring(other), await store.load())
     await world.server._load_ca()
     second = parse_certificates(_roots(await stream.read()), "roots")
@@ -75,71 +74,63 @@ async def test_a_watcher_hears_of_a_new_root(world: World, caller: Caller) -> No
     assert tuple((await caller.issue()).trust[DEFAULT_ISSUER].roots) == other.roots_der
 
 
-async def test_a_watcher_that_leaves_is_forgotten(world: World, caller: Caller) -> None:
-    """Its place is free for the next."""
+async def test_cancelled_stream_is_released(world: World, caller: Caller) -> None:
     stream = caller.watch()
     await stream.read()
     assert world.metric("certmount_authority_trust_watchers") == 1
     stream.cancel()
-    await until(lambda: world.metric("certmount_authority_trust_watchers") == 0, "the watcher to be forgotten")
+    await until(lambda: world.metric("certmount_authority_trust_watchers") == 0, "the end of the stream")
 
 
-async def test_a_stop_lets_calls_end_and_takes_no_new_ones(world: World) -> None:
-    """Not ready first, streams end cleanly, what is under way is answered, and the whole takes no longer than that."""
+async def test_stop_finishes_calls_in_progress_and_accepts_no_new_calls(world: World) -> None:
+    """The authority becomes unready first, and its streams end with OK."""
     async with world.channel() as channel, world.channel() as another:
         caller = Caller(world, channel)
         stream = caller.watch()
         await stream.read()
         world.reviewer.gate.clear()
-        under_way = asyncio.create_task(caller.issue())
+        in_progress = asyncio.create_task(caller.issue())
         await until(lambda: world.metric("certmount_authority_issues_in_flight") == 1, "the call")
         world.stop.set()
         await until(lambda: "stopping" in world.server.unready(), "the stop")
         assert await stream.read() == grpc.aio.EOF
         assert await stream.code() is grpc.StatusCode.OK
-        refusal = await Caller(world, another).refused()
-        assert refusal.code is grpc.StatusCode.UNAVAILABLE
+        failure = await Caller(world, another).rejected()
+        assert failure.code is grpc.StatusCode.UNAVAILABLE
         world.reviewer.gate.set()
-        assert len((await under_way).chain) == 2
+        assert len((await in_progress).chain) == 2
 
 
-async def test_it_is_ready_only_when_it_can_issue(idle_world: World) -> None:
-    """While the cluster's keys can't be had it says so, serves no one, and heals by itself."""
-    idle_world.cluster.down = True
+async def test_authority_is_unready_until_it_can_issue(idle_world: World) -> None:
+    """Without token keys it does not serve, and it starts to serve when it gets them."""
+    idle_world.cluster.unavailable = True
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(idle_world.server.run(idle_world.stop))
         assert len(idle_world.server.unready()) == 4
-        await until(
-            lambda: idle_world.metric("certmount_token_proof_failures_total", proof="keys") > 0, "the first attempt"
-        )
+        await until(lambda: _keys_failed(idle_world), "the first attempt")
         assert idle_world.server.unready() == [
-            "the keys that the cluster signs tokens with are not known",
+            "the cluster's token keys are not loaded",
             "not serving yet",
         ]
-        idle_world.cluster.down = False
+        idle_world.cluster.unavailable = False
         await until(lambda: not idle_world.server.unready(), "the authority")
         idle_world.stop.set()
 
 
-async def test_it_can_be_stopped_before_it_ever_served(idle_world: World) -> None:
-    """A rollout that is called off leaves nothing hanging."""
-    idle_world.cluster.down = True
+async def test_authority_can_be_stopped_before_it_serves(idle_world: World) -> None:
+    idle_world.cluster.unavailable = True
     async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
         tasks.create_task(idle_world.server.run(idle_world.stop))
-        await until(
-            lambda: idle_world.metric("certmount_token_proof_failures_total", proof="keys") > 0, "the first attempt"
-        )
+        await until(lambda: _keys_failed(idle_world), "the first attempt")
         idle_world.stop.set()
 
 
-async def test_an_expired_intermediate_makes_it_unready(world: World) -> None:
-    """What it would sign, no one would believe."""
+async def test_expired_intermediate_makes_the_authority_unready(world: World) -> None:
     world.server._ca._clock = lambda: utc_now() + timedelta(days=366)
-    assert world.server.unready() == ["there is no internal CA that is known to be current, with a valid intermediate"]
+    assert world.server.unready() == ["the internal CA is not loaded, outdated or expired"]
 
 
-async def test_replicas_that_start_at_once_share_ca_and_trust(idle_world: World) -> None:
-    """A pod may renew at another replica than it was issued by."""
+async def test_replicas_that_start_at_once_use_the_same_ca(idle_world: World) -> None:
     others = [idle_world.replica(CollectorRegistry()) for _ in range(2)]
     async with asyncio.TaskGroup() as tasks:
         for replica in others:
@@ -156,8 +147,8 @@ async def test_replicas_that_start_at_once_share_ca_and_trust(idle_world: World)
             assert len(roots) == 1
 
 
-async def test_a_port_in_use_is_said_in_words(idle_world: World) -> None:
-    """Also when the other one would let it in: two authorities on one port are a mistake."""
+async def test_port_in_use_fails_the_start(idle_world: World) -> None:
+    """Even if the other process would share the port."""
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         other.bind(("127.0.0.1", 0))
@@ -166,15 +157,18 @@ async def test_a_port_in_use_is_said_in_words(idle_world: World) -> None:
         idle_world.server._settings = replace(idle_world.server._settings, listen=address)
         with pytest.raises(ExceptionGroup) as failure:
             await idle_world.server.run(idle_world.stop)
-    assert failure.group_contains(OSError, match=f"--listen {address}: cannot be listened on")
+    assert failure.group_contains(OSError, match=f"--listen {address}: cannot listen on it")
 
 
-async def test_a_policy_that_is_wrong_at_the_start_ends_it(idle_world: World) -> None:
-    """Running on without the administrator's rules would be a surprise."""
+async def test_invalid_policy_fails_the_start(idle_world: World) -> None:
     idle_world.policy.write_text("policy: 7")
     with pytest.raises(ExceptionGroup) as failure:
         await idle_world.server.run(idle_world.stop)
     assert failure.group_contains(CertmountError, match=r"InvalidPolicy: policy \(line 1\): is not a list")
+
+
+def _keys_failed(world: World) -> bool:
+    return world.metric("certmount_token_verification_failures_total", source="keys") > 0
 
 
 def _roots(bundle: authority_pb2.TrustBundle) -> Sequence[bytes]:

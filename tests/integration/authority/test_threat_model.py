@@ -1,4 +1,4 @@
-"""Who may get what: a test for each row of the table of attackers, from the attacker's side and over the real wire."""
+"""The threat model (docs/architecture.md): one test for each attacker, over gRPC."""
 
 from __future__ import annotations
 
@@ -27,20 +27,18 @@ ELSEWHERE = replace(VICTIM, node="node-b", node_uid="node-b-uid")
 
 
 async def test_hostile_pod(world: World, caller: Caller) -> None:
-    """It holds its own token, and those that it can mint for other audiences: it can't even call; and where the driver asks
-    for it, it gets the names of its own service account and no other's.
-    """
+    """It cannot call with its own tokens for any audience. The driver gets only names of the pod's service account for it."""
     for own in (
         world.issuer.pod_token(POD),
-        world.issuer.node_token(POD),  # minted with the node's audience
+        world.issuer.node_token(POD),  # with the node's audience
         world.issuer.pod_token(POD, aud=["https://kubernetes.default.svc"]),
     ):
         world.reviewer.node = POD.reviewed
-        assert (await caller.refused(pod=world.issuer.pod_token(POD), node=own)).reason == "TokenRejected"
-    assert (await caller.refused(metadata=())).reason == "TokenRejected"
+        assert (await caller.rejected(pod=world.issuer.pod_token(POD), node=own)).reason == "TokenRejected"
+    assert (await caller.rejected(metadata=())).reason == "TokenRejected"
     world.reviewer.node = DRIVER.reviewed
     foreign = Names.of([DNSName.parse("bank.bank.svc")], [spiffe_id("cluster.local", "bank", "bank")])
-    assert (await caller.refused(csr=build_csr(world.key, foreign))).reason == "NameNotAllowed"
+    assert (await caller.rejected(csr=build_csr(world.key, foreign))).reason == "NameNotAllowed"
     leaf = x509.load_der_x509_certificate((await caller.issue()).chain[0])
     assert names_of(leaf) == {NAME, "spiffe://cluster.local/ns/default/sa/hello"}
     assert not leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
@@ -49,58 +47,54 @@ async def test_hostile_pod(world: World, caller: Caller) -> None:
 
 
 async def test_hostile_pod_author(world: World, caller: Caller) -> None:
-    """Whatever is written into a volume's attributes reaches the authority as names, an issuer, federations: each is an error
-    in words, and the error is said on the pod.
-    """
+    """Volume attributes reach the authority as names. Each fault is an error and a pod event."""
     for csr, reason in (
         (world.csr("kubernetes.default.svc"), "NameNotAllowed"),
         (build_csr(world.key, Names.of(uris=[spiffe_id("cluster.local", "kube-system", "admin")])), "NameNotAllowed"),
         (world.csr(*(f"{number}.default.svc.cluster.local" for number in range(101))), "InvalidCSR"),
     ):
-        assert (await caller.refused(csr=csr)).reason == reason
-        assert world.heard.events[-1][:3] == (POD.name, True, reason)
+        assert (await caller.rejected(csr=csr)).reason == reason
+        assert world.events.all[-1][:3] == (POD.name, True, reason)
 
 
 @pytest.mark.parametrize("where", ["on another node", "without any driver"])
 async def test_stolen_pod_token(where: str, world: World, caller: Caller) -> None:
-    """It is worth nothing without the token of the driver on the very node that it names."""
+    """It needs the token of the driver on the node that it names."""
     stolen = world.issuer.pod_token(POD)
     if where == "on another node":
         thief = replace(DRIVER, node="node-b", node_uid="node-b-uid")
         world.reviewer.node = thief.reviewed
-        refusal = await caller.refused(pod=stolen, node=world.issuer.node_token(thief))
-        assert "pod on node node-a, but the driver on node node-b shows it" in refusal.text
+        failure = await caller.rejected(pod=stolen, node=world.issuer.node_token(thief))
+        assert "pod on node node-a, but the driver on node node-b sent it" in failure.text
     else:
-        refusal = await caller.refused(pod=stolen, node=stolen)
-    assert refusal.reason == "TokenRejected"
-    assert not world.heard.events  # nothing is proven, so nothing is said on anyone's pod
+        failure = await caller.rejected(pod=stolen, node=stolen)
+    assert failure.reason == "TokenRejected"
+    assert not world.events.all  # no pod was authenticated
 
 
 async def test_stolen_node(world: World, caller: Caller) -> None:
-    """Root of a node gets what the pods on it may have now: not what pods of other nodes may have, not what its deleted pods
-    might have had, and no name beyond the policy's.
-    """
+    """Root on a node gets only what the policy allows the pods that run there now."""
     await caller.issue()
     world.reviewer.pod = ELSEWHERE.reviewed
-    assert (await caller.refused(pod=world.issuer.pod_token(ELSEWHERE))).reason == "TokenRejected"
-    # A token that an API server would never sign, as the attacker has no key of the cluster's.
+    assert (await caller.rejected(pod=world.issuer.pod_token(ELSEWHERE))).reason == "TokenRejected"
+    # A forged token: the attacker has no key of the cluster.
     mallory = TokenIssuer(key_id=world.issuer.key_id)
-    assert (await caller.refused(pod=mallory.pod_token(VICTIM))).reason == "TokenRejected"
-    # A pod that ran here and is gone: signed, not expired, and dead.
+    assert (await caller.rejected(pod=mallory.pod_token(VICTIM))).reason == "TokenRejected"
+    # A deleted pod, whose token is still valid.
     world.reviewer.pod = CertmountError(Reason.TOKEN_REJECTED, "the API server does not accept it")
-    assert (await caller.refused(pod=world.issuer.pod_token(POD, jti="of the deleted"))).reason == "TokenRejected"
-    # The token of a pod that is now somebody else's: the name was given again.
+    assert (await caller.rejected(pod=world.issuer.pod_token(POD, jti="of the deleted"))).reason == "TokenRejected"
+    # A deleted pod whose name is in use again.
     world.reviewer.pod = replace(POD.reviewed, pod_uid="its successor")
-    assert (await caller.refused(pod=world.issuer.pod_token(POD, jti="of the former"))).reason == "TokenRejected"
+    assert (await caller.rejected(pod=world.issuer.pod_token(POD, jti="of the former"))).reason == "TokenRejected"
 
 
 async def test_stolen_node_token(world: World, caller: Caller) -> None:
-    """Alone it gets no certificate: neither by itself as the pod's, nor for the driver's own pod, nor with a forged one."""
+    """It gets no certificate without a valid pod token."""
     node = world.issuer.node_token()
     mallory = TokenIssuer(key_id=world.issuer.key_id)
     for pod in (Secret(""), node, mallory.pod_token(POD), mallory.pod_token(DRIVER)):
-        assert (await caller.refused(pod=pod, node=node)).reason == "TokenRejected"
-    assert not world.heard.events
+        assert (await caller.rejected(pod=pod, node=node)).reason == "TokenRejected"
+    assert not world.events.all
 
 
 @asynccontextmanager
@@ -112,14 +106,14 @@ async def channel_with(world: World, roots: bytes, name: str) -> AsyncIterator[g
 
 
 async def test_network(world: World) -> None:
-    """Whoever sits between sees TLS 1.2 or newer only; another root, another name or plain text ends the call before a token is sent."""
+    """With another root or name the call fails before a token is sent. TLS 1.2 is the minimum."""
     own = (world.ca / "authority.crt").read_bytes()
     pods = (world.ca / "root.crt").read_bytes()
     for roots, name in ((pods, SERVING_NAME), (own, "another.certmount.svc")):
         async with channel_with(world, roots, name) as channel:
-            refusal = await Caller(world, channel).refused()
-        assert refusal.code is grpc.StatusCode.UNAVAILABLE
-    assert world.reviewer.asked == 0
+            failure = await Caller(world, channel).rejected()
+        assert failure.code is grpc.StatusCode.UNAVAILABLE
+    assert world.reviewer.calls == 0
     async with channel_with(world, own, SERVING_NAME) as channel:
         await Caller(world, channel).issue()
     with pytest.raises(ssl.SSLError):
@@ -130,7 +124,7 @@ def handshake(world: World, roots: bytes, newest: ssl.TLSVersion) -> None:
     context = ssl.create_default_context(cadata=roots.decode())
     context.set_ciphers("ALL:@SECLEVEL=0")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # that it is old is the point
+        warnings.simplefilter("ignore", DeprecationWarning)  # the test needs an old version
         context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1, newest
     with (
         socket.create_connection(("127.0.0.1", world.server.port), timeout=5) as plain,

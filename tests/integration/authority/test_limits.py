@@ -1,0 +1,197 @@
+"""Limits for callers: beyond them, other callers are still served."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+
+from csi_driver._proto import authority_pb2
+from csi_driver.authority import retry
+from csi_driver.authority.authn.limits import MAX_ISSUES_PER_NODE, MAX_STREAMS_PER_NODE, POD_RATE
+from csi_driver.core.backoff import Backoff
+from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.identity import MAX_TOKEN_BYTES
+from csi_driver.core.secret import Secret
+from tests.integration.authority.world import NAME, POD, Caller, CallFailure, World, failure_of
+from tests.support.tokens import Pod
+from tests.support.waiting import until
+
+EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
+OTHER_POD = Pod(name="other-0", uid="other")
+
+
+async def test_pod_that_calls_in_a_loop_is_rate_limited(world: World, caller: Caller) -> None:
+    """Other pods are not affected."""
+    token = world.issuer.pod_token(POD)
+    for _ in range(POD_RATE.burst):
+        await caller.issue(pod=token)
+    for _ in range(50):
+        try:
+            await caller.issue(pod=token)
+        except grpc.aio.AioRpcError as error:
+            failure = CallFailure.of(error)
+            break
+    else:
+        pytest.fail("no call was limited")
+    assert (failure.code, failure.reason) == (EXHAUSTED, "TooManyRequests")
+    assert f"pod default/{POD.name}" in failure.text
+    assert "retry after 1 s" in failure.text
+    world.reviewer.pod = OTHER_POD.reviewed
+    await caller.issue(pod=world.issuer.pod_token(OTHER_POD))
+
+
+async def test_concurrent_calls_of_a_node_are_limited(world: World, caller: Caller) -> None:
+    """While the API server is slow, a node uses at most half of all concurrent calls."""
+    node = world.issuer.node_token()
+    await caller.issue(node=node)  # caches the review of the node token
+    world.reviewer.gate.clear()
+    calls = [
+        asyncio.create_task(caller.issue(pod=world.issuer.pod_token(POD, jti=str(number % 50)), node=node))
+        for number in range(MAX_ISSUES_PER_NODE)
+    ]
+    await until(lambda: world.metric("certmount_authority_issues_in_flight") == MAX_ISSUES_PER_NODE, "the calls")
+    failure = await caller.rejected(node=node)
+    assert (failure.code, failure.reason) == (EXHAUSTED, "TooManyRequests")
+    assert f"has {MAX_ISSUES_PER_NODE} concurrent Issue calls" in failure.text
+    world.reviewer.gate.set()
+    await asyncio.gather(*calls, return_exceptions=True)
+    assert world.metric("certmount_authority_issues_in_flight") == 0
+
+
+async def test_streams_of_a_node_are_limited(world: World, caller: Caller) -> None:
+    streams = [caller.watch() for _ in range(MAX_STREAMS_PER_NODE)]
+    for stream in streams:
+        await stream.read()
+    assert (await failure_of(caller.watch().read())).reason == "TooManyRequests"
+    streams[0].cancel()
+    await until(
+        lambda: world.metric("certmount_authority_trust_watchers") < MAX_STREAMS_PER_NODE, "the end of the stream"
+    )
+    await caller.watch().read()
+
+
+async def test_client_that_does_not_read_its_stream_delays_no_other_client(world: World) -> None:
+    async with world.channel() as slow, world.channel() as quick:
+        Caller(world, slow).watch()
+        reader = Caller(world, quick)
+        stream = reader.watch()
+        await stream.read()
+        for number in range(200):
+            world.server._trust.set_policy(f"revision-{number}" + "x" * 1000)
+            await asyncio.sleep(0)
+        async with asyncio.timeout(20):
+            while not (await stream.read()).policy_revision.startswith("revision-199"):
+                pass
+        await reader.issue()
+
+
+INVALID: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown usage": ({"usages": [7]}, "usages: has an unknown value"),
+    "unspecified usage": ({"usages": [0]}, "usages: has an unknown value"),
+    "too many federations": ({"federations": [f"f-{number}" for number in range(5000)]}, "federations: has more than"),
+    "long federation": ({"federations": ["x" * 10_000]}, "longer than 253"),
+    "empty federation": ({"federations": [""]}, "is empty"),
+    "long issuer": ({"issuer": "x" * 10_000}, "longer than 253"),
+    "several faults": ({"usages": [7], "issuer": "x" * 10_000}, "(2) issuer, federations: has a name"),
+}
+
+
+@pytest.mark.parametrize("fault", INVALID)
+async def test_invalid_request_is_rejected(fault: str, caller: Caller) -> None:
+    """The error does not quote long values."""
+    fields, words = INVALID[fault]
+    failure = await caller.rejected(**fields)
+    assert failure.reason == "InvalidRequest"
+    assert words in failure.text
+    assert len(failure.text) < 500
+
+
+@pytest.mark.parametrize(
+    "fields,reason",
+    [({"issuer": "letsencrypt"}, "IssuerNotFound"), ({"federations": ["partner"]}, "FederationNotFound")],
+)
+async def test_unknown_issuer_or_federation_is_rejected_with_the_known_names(
+    fields: dict[str, Any], reason: str, world: World, caller: Caller
+) -> None:
+    """Nothing is signed for it."""
+    failure = await caller.rejected(**fields)
+    assert failure.reason == reason
+    assert "internal" in failure.text
+    assert world.events.all[-1][:3] == (POD.name, True, reason)
+    assert world.metric("certmount_issuer_calls_total", issuer="internal", reason="Ok") == 0
+
+
+async def test_fields_of_a_newer_version_are_ignored(world: World, caller: Caller) -> None:
+    """During an upgrade a newer node driver calls an older authority."""
+    request = authority_pb2.IssueRequest(csr=world.csr(NAME), pod_token=world.issuer.pod_token(POD).reveal())
+    unknown = b"\xa2\x06\x05hello"  # field 100, five bytes
+    request.MergeFromString(unknown)
+    assert unknown in request.SerializeToString()
+    assert len((await caller.send(request)).chain) == 2
+
+
+async def test_large_metadata_is_rejected_by_the_transport(caller: Caller) -> None:
+    """The next call succeeds."""
+    for metadata in ((("x-padding", "x" * (2 * MAX_TOKEN_BYTES)),), tuple((f"x-{n}", "y" * 100) for n in range(2000))):
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await caller.issue(metadata=(*caller.bearer(), *metadata))
+        assert failure.value.code() in (EXHAUSTED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL)
+    await caller.issue()
+
+
+async def test_report_becomes_a_pod_event(world: World, caller: Caller) -> None:
+    """A problem is a warning. A line break cannot create a second message."""
+    await caller.report(authority_pb2.CONDITION_RENEWAL_FAILING, "NameNotAllowed", "no rule\nallows it")
+    await caller.report(authority_pb2.CONDITION_RECOVERED, "", "renewed")
+    assert world.events.all == [
+        (POD.name, True, "RenewalFailing", "NameNotAllowed: no rule allows it"),
+        (POD.name, False, "CertificateRecovered", "renewed"),
+    ]
+
+
+REPORTS: dict[str, tuple[tuple[int, str, str], str]] = {
+    "unknown condition": ((99, "NameNotAllowed", ""), "condition: is unknown"),
+    "no condition": ((0, "NameNotAllowed", ""), "condition: is unknown"),
+    "unknown reason": ((1, "Mallory", ""), "reason: is unknown"),
+    "no reason": ((3, "", ""), "reason: is unknown"),
+    "long message": ((1, "NameNotAllowed", "x" * 1025), "message: exceeds 1024"),
+}
+
+
+@pytest.mark.parametrize("fault", REPORTS)
+async def test_invalid_report_is_rejected_without_an_event(fault: str, world: World, caller: Caller) -> None:
+    arguments, words = REPORTS[fault]
+    failure = await failure_of(caller.report(*arguments))
+    assert failure.reason == "InvalidRequest"
+    assert words in failure.text
+    assert not world.events.all
+
+
+async def test_report_needs_a_token_of_a_pod_on_the_node(world: World, caller: Caller) -> None:
+    world.reviewer.pod = Pod(node="node-b").reviewed
+    for token in (Secret("garbage"), world.issuer.pod_token(Pod(node="node-b"))):
+        assert (
+            await failure_of(caller.report(authority_pb2.CONDITION_EXPIRED, "NameNotAllowed", "", token))
+        ).reason == "TokenRejected"
+    assert not world.events.all
+
+
+async def test_calls_wait_for_an_api_server_that_restarts(
+    world: World, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is issued before."""
+    monkeypatch.setattr(retry, "CLUSTER_BACKOFF", Backoff(0.01, 0.05))
+    world.reviewer.pod = CertmountError(
+        Reason.TOKEN_REVIEW_UNAVAILABLE, "TokenReview: the API server cannot be reached"
+    )
+    calls = [
+        asyncio.create_task(caller.issue(pod=world.issuer.pod_token(POD, jti=str(number)))) for number in range(20)
+    ]
+    await until(lambda: world.reviewer.calls > 60, "retries of all calls")
+    assert not any(call.done() for call in calls)
+    assert world.metric("certmount_issuer_calls_total", issuer="internal", reason="Ok") == 0
+    world.reviewer.pod = POD.reviewed
+    assert all(len(answer.chain) == 2 for answer in await asyncio.gather(*calls))
