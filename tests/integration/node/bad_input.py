@@ -1,4 +1,4 @@
-"""Bad input, and what is said to it: for first publishes, for live volumes, and for the canary."""
+"""Invalid publish calls and the expected errors."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def _unsigned(claims: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class BadToken:
-    """What stands where the kubelet puts tokens, for a pod; and what is said to it."""
+    """Invalid tokens of a publish call, and the expected error."""
 
     make: Callable[[FakePod], str]
     code: grpc.StatusCode
     reason: str
-    words: str
+    text: str
 
 
 BAD_TOKENS = {
@@ -156,21 +156,21 @@ SHAPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "persistent": (
         {"volume_context": {f"{KUBELET}ephemeral": "false"}},
-        ("pod.spec.volumes[]", "not by a PersistentVolume"),
+        ("pod.spec.volumes[]", "not with a PersistentVolume"),
     ),
     "forged-key": (
         {"volume_context": {f"{KUBELET}pod.node": "x"}},
-        ("volumeAttributes.csi.storage.k8s.io/pod.node", "only kubelet may use"),
+        ("volumeAttributes.csi.storage.k8s.io/pod.node", "is reserved for the kubelet"),
     ),
     "all-at-once": (
         {"volume_capability": None, "volume_context": {f"{KUBELET}ephemeral": "", f"{KUBELET}x": "y"}},
-        ("(1)", "(3)", "volume_capability", "PersistentVolume", "only kubelet may use"),
+        ("(1)", "(3)", "volume_capability", "PersistentVolume", "is reserved for the kubelet"),
     ),
 }
 
 
-async def refuses(node: Node, request: Request, code: grpc.StatusCode, reason: str, *words: str) -> Failure:
-    """Publishing fails as expected, says so in the expected words, and leaves nothing."""
+async def rejects(node: Node, request: Request, code: grpc.StatusCode, reason: str, *words: str) -> Failure:
+    """Check that publish fails with this error and leaves nothing."""
     failure = await failure_of(node.publish(request))
     assert (failure.code, failure.reason) == (code, reason), failure.text
     assert failure.text.startswith(f"{reason}: ")

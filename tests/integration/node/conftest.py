@@ -1,4 +1,4 @@
-"""A running node for each module; each test leaves it as it found it, and is held to that."""
+"""A running node for each module. Each test must leave it clean."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ async def module_node() -> AsyncIterator[Node]:
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def node(module_node: Node) -> AsyncIterator[Node]:
-    """The module's node, with nothing published before and, whatever the test did, nothing left after it."""
+    """The module's node, without volumes before and after the test."""
     await module_node.reset()
     yield module_node
     await module_node.clear()

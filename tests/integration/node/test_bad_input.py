@@ -1,4 +1,4 @@
-"""Bad input is a clear error that names the field and the fix, with nothing half mounted."""
+"""Invalid input is an error that names the field and the fix. Nothing is mounted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.integration.node.bad_input import (
     TOKENS,
     UNAVAILABLE,
     change,
-    refuses,
+    rejects,
 )
 from tests.integration.node.world import Node, failure_of
 from tests.support.kubelet import FakePod
@@ -28,52 +28,52 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest.mark.parametrize("attributes, words", ATTRIBUTES, ids=[str(number) for number in range(len(ATTRIBUTES))])
-async def test_attributes(node: Node, attributes: dict[str, str], words: tuple[str, ...]) -> None:
-    """The pod's author hears of every fault at once, in the words of the pod's spec; the authority is not bothered."""
-    await refuses(node, node.request(attributes=attributes), INVALID, "InvalidAttributes", *words)
+async def test_invalid_attributes_are_rejected(node: Node, attributes: dict[str, str], words: tuple[str, ...]) -> None:
+    """With all faults. The authority receives no request."""
+    await rejects(node, node.request(attributes=attributes), INVALID, "InvalidAttributes", *words)
     assert node.script.calls == 0
 
 
 @pytest.mark.parametrize("in_secrets", [False, True], ids=["volume_context", "secrets"])
 @pytest.mark.parametrize("kind", BAD_TOKENS)
-async def test_tokens(node: Node, kind: str, in_secrets: bool) -> None:
-    """A token that can't be this pod's is not sent anywhere, and the answer says what to look at, never the token."""
+async def test_invalid_tokens_are_rejected(node: Node, kind: str, in_secrets: bool) -> None:
+    """The driver does not send them, and the error does not show them."""
     bad, pod = BAD_TOKENS[kind], FakePod()
     request, tokens = node.request(pod, token=None), bad.make(pod)
     if in_secrets:
         request.secrets[TOKENS] = tokens
     else:
         request.volume_context[TOKENS] = tokens
-    failure = await refuses(node, request, bad.code, bad.reason, bad.words)
+    failure = await rejects(node, request, bad.code, bad.reason, bad.text)
     assert len(tokens) < 20 or tokens[:40] not in failure.text
     assert node.script.calls == 0
 
 
-async def test_an_alg_none_token_is_the_authoritys_to_refuse(node: Node) -> None:
-    """The node does not judge signatures: it passes the token on and gives the authority's refusal to the pod's event."""
+async def test_unsigned_token_is_rejected_by_the_authority(node: Node) -> None:
+    """The driver does not verify signatures."""
     pod = FakePod()
     node.script.failure = CertmountError(Reason.TOKEN_REJECTED, "pod token: is not signed by this cluster")
     request = node.request(pod, token=jwt.encode(pod.claims(), "", algorithm="none"))
-    await refuses(node, request, DENIED, "TokenRejected", "pod token: is not signed by this cluster")
+    await rejects(node, request, DENIED, "TokenRejected", "pod token: is not signed by this cluster")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-async def test_requests(node: Node, shape: str) -> None:
-    """What can't be a certificate volume of a pod is told in the words of the pod's spec or the CSIDriver object."""
+async def test_invalid_calls_are_rejected(node: Node, shape: str) -> None:
+    """In terms of the pod spec or the CSIDriver object."""
     fields, words = SHAPES[shape]
-    await refuses(node, change(node.request(), **fields), INVALID, "InvalidRequest", *words)
+    await rejects(node, change(node.request(), **fields), INVALID, "InvalidRequest", *words)
     assert node.script.calls == 0
 
 
 @pytest.mark.parametrize("group", ["staff", "-1", "1.5", "99999999999", " 5"])
-async def test_fs_group(node: Node, group: str) -> None:
-    """An fsGroup that is no group id is not guessed at."""
-    await refuses(node, node.request(fs_group=group), INVALID, "InvalidRequest", "pod.spec.securityContext.fsGroup")
+async def test_invalid_fs_group_is_rejected(node: Node, group: str) -> None:
+    """The error names the field of the pod spec."""
+    await rejects(node, node.request(fs_group=group), INVALID, "InvalidRequest", "pod.spec.securityContext.fsGroup")
 
 
 @pytest.mark.parametrize("field", ["volume_id", "target_path"])
-async def test_required_fields(node: Node, field: str) -> None:
-    """An empty volume_id or target_path is INVALID_ARGUMENT, as the CSI specification asks."""
+async def test_missing_fields_are_rejected(node: Node, field: str) -> None:
+    """As the CSI specification requires."""
     request = change(node.kubelet.publish_request(FakePod()), **{field: None})
     failure = await failure_of(node.publish(request))
     assert (failure.code, failure.reason) == (INVALID, "InvalidRequest")
@@ -82,51 +82,51 @@ async def test_required_fields(node: Node, field: str) -> None:
 
 
 @pytest.mark.parametrize("volume_id", ["../../escape", "a/b", ".", "..", "ünï\u202e", "x" * 256, "sp ace\n"])
-async def test_strange_volume_ids(node: Node, volume_id: str) -> None:
-    """Any id that CSI allows makes a volume inside our own folder, and goes again without a trace."""
+async def test_any_volume_id_is_accepted(node: Node, volume_id: str) -> None:
+    """Its directory is always in the driver's own directory."""
     request = node.kubelet.publish_request(FakePod(), volume_id=volume_id)
     await node.publish(request)
     assert node.shown(request).names
-    (folder,) = node.volumes.iterdir()
-    assert len(folder.name) == 64
+    (directory,) = node.volumes.iterdir()
+    assert len(directory.name) == 64
     await node.unpublish(request)
     shutil.rmtree(node.pod_dir(request))
 
 
-async def test_the_authoritys_refusal_reaches_the_user(node: Node) -> None:
-    """The reason and the words of the authority are the kubelet's error, and so the pod's event; a fixed policy lets the pod start."""
+async def test_error_of_the_authority_reaches_the_pods_events(node: Node) -> None:
+    """After a policy change, the pod starts."""
     node.script.failure = refused("shop.example.com")
     request = node.request(attributes={"name": "shop.example.com"})
-    await refuses(node, request, DENIED, "NameNotAllowed", "shop.example.com: no policy rule allows this name")
+    await rejects(node, request, DENIED, "NameNotAllowed", "shop.example.com: no policy rule allows this name")
     node.script.failure = None
     await node.publish(request)
     assert node.shown(request).names
 
 
-async def test_an_authority_that_is_away(node: Node) -> None:
-    """Not final for the kubelet: UNAVAILABLE, nothing left, and the next try succeeds when the authority is back."""
+async def test_unavailable_authority_is_retryable(node: Node) -> None:
+    """The next call succeeds when it is available again."""
     await node.authority.stop()
     request = node.request()
-    await refuses(node, request, UNAVAILABLE, "AuthorityUnavailable")
+    await rejects(node, request, UNAVAILABLE, "AuthorityUnavailable")
     await node.authority.start()
     await node.publish(request)
     assert node.shown(request).names
 
 
-async def test_an_authority_of_another_root(node: Node) -> None:
-    """Who can't prove to be the authority gets no token and no say."""
+async def test_authority_with_another_root_gets_no_token(node: Node) -> None:
+    """The TLS handshake fails."""
     pem = node.authority.root_file.read_bytes()
-    node.authority.root_file.write_bytes(TestCA("somebody").pem)
+    node.authority.root_file.write_bytes(TestCA("other").pem)
     try:
-        await refuses(node, node.request(), UNAVAILABLE, "AuthorityUnavailable")
+        await rejects(node, node.request(), UNAVAILABLE, "AuthorityUnavailable")
         assert node.script.calls == 0
     finally:
         node.authority.root_file.write_bytes(pem)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"two\nlines", b"\xff\xfe\0", b"sp ace", b"x" * 2_000_000])
-async def test_the_drivers_own_token(node: Node, content: bytes | None) -> None:
-    """A node token that is missing or garbage is told as such, does not end the driver, and is never shown."""
+async def test_invalid_node_token_is_reported(node: Node, content: bytes | None) -> None:
+    """The error does not show it, and the driver continues."""
     path = node.authority.token_file
     good = path.read_bytes()
     if content is None:
@@ -134,7 +134,7 @@ async def test_the_drivers_own_token(node: Node, content: bytes | None) -> None:
     else:
         path.write_bytes(content)
     try:
-        failure = await refuses(
+        failure = await rejects(
             node, node.request(), UNAVAILABLE, "NodeTokenMissing", "projected token with audience certmount-node"
         )
         assert not content or content.decode(errors="replace")[:40] not in failure.text
@@ -143,18 +143,18 @@ async def test_the_drivers_own_token(node: Node, content: bytes | None) -> None:
     await node.published()
 
 
-async def test_a_bad_token_of_its_own_does_not_end_the_driver(node: Node) -> None:
-    """Neither a driver that runs, when its trust stream is opened anew, nor one that starts."""
+async def test_driver_runs_and_starts_with_an_invalid_node_token(node: Node) -> None:
+    """The trust stream fails and is retried."""
     path = node.authority.token_file
     good = path.read_bytes()
     await node.restart()
     await node.watched()
     path.write_bytes(b"two\nlines")
     try:
-        logged = len(node.driver.events("roots not followed"))
+        logged = len(node.driver.events("trust stream failed"))
         await node.authority.stop()
         await node.authority.start()
-        await until(lambda: len(node.driver.events("roots not followed")) > logged, "the stream is asked for")
+        await until(lambda: len(node.driver.events("trust stream failed")) > logged, "the driver opens the stream")
         assert node.driver.get("/healthz") == (200, "ok\n")
         await node.restart()
     finally:
@@ -162,23 +162,23 @@ async def test_a_bad_token_of_its_own_does_not_end_the_driver(node: Node) -> Non
     await node.published()
 
 
-SOMEBODY = TestCA("somebody")
+OTHER_CA = TestCA("other")
 
 
 @pytest.mark.parametrize(
     "answer, words",
     [
-        (answer_of([], [SOMEBODY.der]), "chain holds 0 certificates"),
-        (Response(chain=[b"x"]), "came without the roots of internal"),
-        (answer_of([b"x"], [SOMEBODY.der]), "chain does not parse as X.509 in DER"),
-        (answer_of([SOMEBODY.der], [b"y"]), "does not parse as X.509 in DER"),
-        (answer_of([b"x"] * 50, [SOMEBODY.der]), "expected were 1 to 10"),
-        (answer_of([b"x" * 100_000], [SOMEBODY.der]), "holds a certificate of more than"),
-        (answer_of([SOMEBODY.der], [SOMEBODY.der]), "another key"),
+        (answer_of([], [OTHER_CA.der]), "chain: has 0 certificates"),
+        (Response(chain=[b"x"]), "does not contain the roots of internal"),
+        (answer_of([b"x"], [OTHER_CA.der]), "chain: a certificate is not valid X.509 DER"),
+        (answer_of([OTHER_CA.der], [b"y"]), "a certificate is not valid X.509 DER"),
+        (answer_of([b"x"] * 50, [OTHER_CA.der]), "expected 1 to 10"),
+        (answer_of([b"x" * 100_000], [OTHER_CA.der]), "a certificate has more than"),
+        (answer_of([OTHER_CA.der], [OTHER_CA.der]), "is not the key of the request"),
     ],
     ids=["empty", "no-roots", "garbage", "bad-roots", "many", "big", "other"],
 )
-async def test_answers(node: Node, answer: Response, words: str) -> None:
-    """An answer that does not fit is not written; it may be better next time, so it is not final for the kubelet."""
+async def test_invalid_responses_are_rejected(node: Node, answer: Response, words: str) -> None:
+    """Nothing is written. The error is retryable."""
     node.script.tamper = lambda _: answer
-    await refuses(node, node.request(), UNAVAILABLE, "InvalidResponse", words)
+    await rejects(node, node.request(), UNAVAILABLE, "InvalidResponse", words)

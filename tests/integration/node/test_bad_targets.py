@@ -1,4 +1,4 @@
-"""Targets, file systems and disks that can't hold a volume: a clear error, and what is not ours stays untouched."""
+"""Target paths and file systems that cannot hold a volume. The driver does not touch foreign files and mounts."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import grpc
 import pytest
 
 from csi_driver.host import syscalls
-from tests.integration.node.bad_input import FAILED, INVALID, KUBELET, refuses
+from tests.integration.node.bad_input import FAILED, INVALID, KUBELET, rejects
 from tests.integration.node.world import Node, failure_of
 from tests.support.kubelet import FakePod
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@pytest.mark.parametrize("thing", ["file", "symlink", "dangling-symlink", "fifo"])
-async def test_a_target_that_is_no_folder(node: Node, thing: str) -> None:
-    """What lies at the target is told and stays untouched; once it is removed, the next try succeeds."""
+@pytest.mark.parametrize("kind", ["file", "symlink", "dangling-symlink", "fifo"])
+async def test_target_that_is_not_a_directory_is_rejected(node: Node, kind: str) -> None:
+    """The driver does not touch it. After its removal, the next call succeeds."""
     request, elsewhere = node.request(), node.folder / "elsewhere"
     target = node.target(request)
     elsewhere.mkdir(exist_ok=True)
     (elsewhere / "precious").touch()
-    if thing == "file":
+    if kind == "file":
         target.write_text("precious")
-    elif thing == "fifo":
+    elif kind == "fifo":
         os.mkfifo(target)
     else:
-        target.symlink_to(elsewhere if thing == "symlink" else node.folder / "nowhere")
+        target.symlink_to(elsewhere if kind == "symlink" else node.folder / "nowhere")
     before = target.lstat()
     failure = await failure_of(node.publish(request))
     assert (failure.code, failure.reason) == (FAILED, "InvalidTargetPath")
@@ -46,8 +46,8 @@ async def test_a_target_that_is_no_folder(node: Node, thing: str) -> None:
 
 
 @pytest.mark.root
-async def test_a_target_that_others_mounted_on(node: Node) -> None:
-    """A stranger's mount is neither covered nor taken away."""
+async def test_target_with_a_foreign_mount_is_rejected(node: Node) -> None:
+    """The driver neither covers nor unmounts it."""
     request = node.request()
     target = node.target(request)
     target.mkdir()
@@ -72,7 +72,12 @@ async def test_a_target_that_others_mounted_on(node: Node) -> None:
             "set --kubelet-dir to /var/lib/other",
         ),
         ("/somewhere/else", FAILED, "InvalidKubeletDirectory", "--kubelet-dir"),
-        ("{root}/pods/another-pod/volumes/x/mount", FAILED, "InvalidTargetPath", "its own pod's folder only"),
+        (
+            "{root}/pods/another-pod/volumes/x/mount",
+            FAILED,
+            "InvalidTargetPath",
+            "only in the directory of its own pod",
+        ),
         ("{root}/pods/{uid}/volumes/none/x/mount", FAILED, "InvalidTargetPath", "does not exist"),
         ("{root}/pods/{uid}/volumes/../../mount", INVALID, "InvalidRequest", "target_path"),
         ("{root}/pods/{uid}/volumes/x\0/mount", INVALID, "InvalidRequest", "target_path"),
@@ -82,8 +87,10 @@ async def test_a_target_that_others_mounted_on(node: Node) -> None:
     ],
     ids=["other-root", "elsewhere", "other-pod", "no-parent", "dots", "nul", "relative", "long-path", "long-name"],
 )
-async def test_targets(node: Node, target: str, code: grpc.StatusCode, reason: str, words: str) -> None:
-    """A target that is not where this pod's volumes are is refused before anything is asked for or made."""
+async def test_wrong_target_path_is_rejected(
+    node: Node, target: str, code: grpc.StatusCode, reason: str, words: str
+) -> None:
+    """Before the driver creates anything or calls the authority."""
     pod = FakePod()
     request = node.kubelet.publish_request(pod)
     request.target_path = target.format(root=node.kubelet.root, uid=pod.uid)
@@ -96,25 +103,25 @@ async def test_targets(node: Node, target: str, code: grpc.StatusCode, reason: s
     shutil.rmtree(node.pod_dir(request))
 
 
-def _fill(folder: Path) -> None:
-    """Uses up the inodes of the file system."""
+def _fill(directory: Path) -> None:
+    """Use all inodes of the file system."""
     try:
         for number in range(1_000_000):
-            (folder / str(number)).touch()
+            (directory / str(number)).touch()
     except OSError as error:
         assert error.errno == errno.ENOSPC
 
 
 @pytest.mark.root
-async def test_a_full_disk(node: Node) -> None:
-    """The kubelet's disk has no inode left: RESOURCE_EXHAUSTED, nothing half mounted, live volumes rotate on; with room, it works."""
+async def test_full_kubelet_file_system_affects_only_new_volumes(node: Node) -> None:
+    """The error is RESOURCE_EXHAUSTED. With free space, the next call succeeds."""
     live = await node.published()
     filler = node.kubelet.root / "filler"
     filler.mkdir()
     request = node.request()
     try:
         _fill(filler)
-        await refuses(node, request, grpc.StatusCode.RESOURCE_EXHAUSTED, "NoSpace", "No space left on device")
+        await rejects(node, request, grpc.StatusCode.RESOURCE_EXHAUSTED, "NoSpace", "No space left on device")
         before, pod = node.shown(live), live.volume_context[f"{KUBELET}pod.uid"]
         await node.publish(node.kubelet.publish_request(FakePod(uid=pod)))
         await node.restart()
@@ -127,17 +134,14 @@ async def test_a_full_disk(node: Node) -> None:
 
 
 @pytest.mark.root
-async def test_a_full_volume(node: Node) -> None:
-    """The volume's own file system can't hold the files (a leftover of this boot fills it): nothing stays of it."""
+async def test_full_volume_is_removed(node: Node) -> None:
+    """A leftover fills the volume's file system."""
     request = node.request()
-    folder = node.volume_dir(request)
-    folder.mkdir()
-    syscalls.mount("certmount", str(folder), "tmpfs", 0, "size=64k,mode=0700")
-    (folder / "filler").write_bytes(b"x" * 65536)
-    words = ("No space left on device", "fewer names or a smaller key make room")
-    await refuses(node, request, grpc.StatusCode.RESOURCE_EXHAUSTED, "NoSpace", *words)
+    directory = node.volume_dir(request)
+    directory.mkdir()
+    syscalls.mount("certmount", str(directory), "tmpfs", 0, "size=64k,mode=0700")
+    (directory / "filler").write_bytes(b"x" * 65536)
+    words = ("No space left on device", "use fewer names or a smaller key")
+    await rejects(node, request, grpc.StatusCode.RESOURCE_EXHAUSTED, "NoSpace", *words)
     await node.publish(request)
     assert node.shown(request).names
-
-
-# A volume that its pod has before it.

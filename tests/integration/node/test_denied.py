@@ -1,4 +1,4 @@
-"""A pod on the deny list is not asked for any more until the policy changes, and what becomes of certificates is reported."""
+"""Renewals of denied pods stop until the policy changes, and certificate conditions are reported."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def _reported(node: Node) -> list[tuple[int, str]]:
     return [(report.condition, report.reason) for report in node.authority.reports]
 
 
-async def test_a_denied_renewal_is_dropped_until_the_policy_changes(node: Node) -> None:
-    """One try, then none; log, health, metric and the authority hear of it; a new policy brings it back by itself."""
+async def test_denied_renewal_stops_until_the_policy_changes(node: Node) -> None:
+    """Log, health, metric and a report show it. A new policy starts the renewal again."""
     await node.watched()
     node.authority.reports.clear()
     node.script.renew_after = timedelta(seconds=1)
     request = await node.published()
     before = node.shown(request)
     node.script.failure = CertmountError(Reason.SERVICE_ACCOUNT_DENIED, "web/shop: compromised")
-    await until(lambda: node.driver.events("renewal stopped"), "dropped")
+    await until(lambda: node.driver.events("renewal stopped"), "the renewal stops")
     await until(lambda: _reported(node), "the report")
     assert _reported(node) == [(authority_pb2.CONDITION_RENEWAL_STOPPED, "ServiceAccountDenied")]
     assert "compromised" in node.authority.reports[0].message
@@ -38,7 +38,7 @@ async def test_a_denied_renewal_is_dropped_until_the_policy_changes(node: Node) 
     node.script.failure = node.script.renew_after = None
     await node.publish(request)
     await node.authority.tell()
-    other = await node.published()  # the driver goes on
+    other = await node.published()
     assert (node.script.calls, node.shown(request)) == (3, before)
     node.authority.policy = "another"
     await node.authority.tell()
@@ -49,8 +49,8 @@ async def test_a_denied_renewal_is_dropped_until_the_policy_changes(node: Node) 
     assert node.shown(other).names
 
 
-async def test_a_renewal_that_fails_twice_is_reported(node: Node) -> None:
-    """Once, with the pod's token, and its recovery once."""
+async def test_second_failure_of_a_renewal_is_reported_once(node: Node) -> None:
+    """With the pod's token. The recovery is reported once."""
     node.authority.reports.clear()
     node.script.renew_after = timedelta(seconds=1)
     request = await node.published()
@@ -65,8 +65,8 @@ async def test_a_renewal_that_fails_twice_is_reported(node: Node) -> None:
     await until(lambda: len(_reported(node)) == 2, "the report of recovery")
 
 
-async def test_an_expired_certificate_is_reported(node: Node) -> None:
-    """Overdue and expired by the clock, whatever is tried meanwhile."""
+async def test_overdue_and_expired_certificates_are_reported(node: Node) -> None:
+    """While the driver retries."""
     node.authority.reports.clear()
     node.script.life = timedelta(seconds=3)
     request = await node.published()

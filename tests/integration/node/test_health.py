@@ -1,4 +1,4 @@
-"""What the driver tells others about itself: registration, probes, metrics, the health of a volume."""
+"""Registration, probes, metrics and volume health."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.support.waiting import until
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-async def test_kubelet_finds_the_driver(node: Node) -> None:
-    """The registration names type, driver, versions and the socket where CSI is served."""
+async def test_registration_has_the_csi_socket(node: Node) -> None:
+    """Type, name and versions too."""
     info = await node.kubelet.register()
     assert (info.type, info.name) == ("CSIPlugin", "csi.certmount.dev")
     assert list(info.supported_versions) == ["1.0.0"]
@@ -27,8 +27,8 @@ async def test_kubelet_finds_the_driver(node: Node) -> None:
         assert (await answer(b"")).name == info.name
 
 
-async def test_ready_once_registered(node: Node) -> None:
-    """Not ready before the kubelet knows the driver, ready after, not ready with the kubelet's words when it failed."""
+async def test_driver_is_ready_after_its_registration(node: Node) -> None:
+    """A failed registration shows the kubelet's error."""
     await node.restart()
     status, text = node.driver.get("/readyz")
     assert (status, "the kubelet has not registered the driver yet" in text) == (503, True)
@@ -41,21 +41,24 @@ async def test_ready_once_registered(node: Node) -> None:
     assert node.driver.get("/readyz") == (200, "ok\n")
 
 
-async def test_the_registration_socket_is_made_anew(node: Node) -> None:
-    """The kubelet notices a new socket only: each start makes one, and an end takes it away."""
+async def test_each_start_creates_a_new_registration_socket(node: Node) -> None:
+    """The kubelet detects only a new socket. A stop removes it."""
     socket, kept = node.kubelet.registration_socket, node.kubelet.root / "kept.sock"
     await node.driver.kill()
-    kept.hardlink_to(socket)  # so that the kernel can't give its inode to the new one
+    kept.hardlink_to(socket)  # the new socket gets another inode
     await node.driver.start()
     await until(lambda: socket.exists() and not socket.samefile(kept), "a new socket")
     await node.driver.stop()
     assert not node.kubelet.registration_socket.exists()
 
 
-async def test_not_ready_without_the_authoritys_root(node: Node) -> None:
-    """Until the ConfigMap is there the driver waits, says what for, and refuses volumes with the same words; then it works."""
+async def test_driver_is_not_ready_without_the_authoritys_root(node: Node) -> None:
+    """Publish calls fail with the same text until the file exists."""
     pem = node.authority.root_file.read_bytes()
-    for content, problem in ((None, "the authority's root is not there yet"), (b"x", "holds no certificate in PEM")):
+    for content, problem in (
+        (None, "the root certificate of the authority does not exist yet"),
+        (b"x", "does not contain a PEM certificate"),
+    ):
         if content is None:
             node.authority.root_file.unlink()
         else:
@@ -73,8 +76,8 @@ async def test_not_ready_without_the_authoritys_root(node: Node) -> None:
     await node.published()
 
 
-async def test_not_ready_in_a_folder_that_is_no_kubelets(node: Node) -> None:
-    """A wrong --kubelet-dir is told by the probe and the log in one clear line."""
+async def test_driver_is_not_ready_with_a_wrong_kubelet_directory(node: Node) -> None:
+    """The probe names the option."""
     registry, away = node.kubelet.root / "plugins_registry", node.kubelet.root / "away"
     await node.kubelet.register()
     registry.rename(away)
@@ -84,18 +87,18 @@ async def test_not_ready_in_a_folder_that_is_no_kubelets(node: Node) -> None:
         away.rename(registry)
     assert status == 503
     assert "--kubelet-dir" in text
-    assert "has no plugins_registry" in text
+    assert "does not contain plugins_registry" in text
 
 
-async def test_alive(node: Node) -> None:
-    """The liveness probe passes also while the authority is away, and unknown paths are told so."""
+async def test_liveness_does_not_depend_on_the_authority(node: Node) -> None:
+    """Unknown paths return 404."""
     await node.authority.stop()
     assert node.driver.get("/healthz") == (200, "ok\n")
     assert node.driver.get("/")[0] == 404
 
 
-async def test_metrics(node: Node) -> None:
-    """Volumes, calls by method and reason, renewals and failures are counted under documented names."""
+async def test_metrics_count_volumes_calls_and_renewals(node: Node) -> None:
+    """Calls by method and reason."""
     calls = 'certmount_node_call_seconds_count{method="NodePublishVolume",reason="'
 
     def count(reason: str) -> float:
@@ -108,19 +111,19 @@ async def test_metrics(node: Node) -> None:
     node.script.renew_after = timedelta(seconds=0.2)
     await node.published()
     await failure_of(node.publish(node.request(read_only=False)))
-    # A call is counted when it has ended, and its answer may arrive before that.
+    # A call is counted after its response was sent.
     await until(lambda: (count("") - good, count("InvalidRequest") - bad) == (1, 1), "both calls are counted")
     assert node.metric("certmount_node_volumes") == 1
     await until(lambda: node.metric("certmount_node_renewals_total") > renewals, "a renewal is counted")
     assert node.metric("certmount_node_first_expiry_timestamp_seconds") > 0
 
 
-async def test_a_healthy_volume_has_no_entries(node: Node) -> None:
-    """Health is asked with or without the path; an unknown volume or path is NOT_FOUND."""
+async def test_healthy_volume_has_no_health_entries(node: Node) -> None:
+    """The path is optional. An unknown volume or path is NOT_FOUND."""
     request = await node.published()
     assert await node.health(request) == []
-    question = csi_pb2.NodeGetVolumeHealthRequest(volume_id=request.volume_id)
-    assert not (await node.stub.NodeGetVolumeHealth(question)).volume_health.health_statuses
+    health_request = csi_pb2.NodeGetVolumeHealthRequest(volume_id=request.volume_id)
+    assert not (await node.stub.NodeGetVolumeHealth(health_request)).volume_health.health_statuses
     for unknown in (
         csi_pb2.NodeGetVolumeHealthRequest(volume_id="csi-unknown"),
         csi_pb2.NodeGetVolumeHealthRequest(volume_id=request.volume_id, volume_publish_path="/some/path"),

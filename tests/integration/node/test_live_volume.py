@@ -1,4 +1,4 @@
-"""A volume that its pod has before it survives whatever a republish says."""
+"""No republish affects a mounted volume."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _put_token(bad: BadToken, request: Request) -> None:
     request.volume_context[TOKENS] = bad.make(FakePod())
 
 
-_HARMFUL: dict[str, Callable[[Request], object]] = {
+_INVALID: dict[str, Callable[[Request], object]] = {
     "writable": lambda request: change(request, readonly=False),
     "block": lambda request: change(request, volume_capability=BLOCK),
     "no-capability": lambda request: change(request, volume_capability=None),
@@ -34,14 +34,14 @@ _HARMFUL: dict[str, Callable[[Request], object]] = {
 }
 
 
-@pytest.mark.parametrize("harm", _HARMFUL)
-async def test_a_live_volume_survives(node: Node, harm: str) -> None:
-    """After its first success a republish never fails, whatever it says: the kubelet would take the mount away."""
+@pytest.mark.parametrize("fault", _INVALID)
+async def test_republish_of_a_mounted_volume_never_fails(node: Node, fault: str) -> None:
+    """The kubelet would remove the mount."""
     pod = FakePod()
     request = await node.published(pod)
     state, shown = node.state(request), node.shown(request)
     bad = node.kubelet.publish_request(pod)
-    _HARMFUL[harm](bad)
+    _INVALID[fault](bad)
     await node.publish(bad)
     assert (node.state(request), node.shown(request), node.script.calls) == (state, shown, 1)
 
@@ -55,10 +55,10 @@ _contexts = st.dictionaries(
 
 @given(context=_contexts, secrets=_contexts, read_only=st.booleans(), group=st.text(max_size=5))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
-async def test_a_live_volume_survives_anything(
+async def test_republish_with_any_content_never_fails(
     node: Node, context: dict[str, str], secrets: dict[str, str], read_only: bool, group: str
 ) -> None:
-    """As above, for whatever may come: always OK, and not a file is touched."""
+    """No file changes."""
     pod = FakePod(uid="survivor")
     request = node.kubelet.publish_request(pod)
     if not node.target(request).exists():

@@ -1,4 +1,4 @@
-"""Ten failures that were reproduced with other certificate drivers; each is played against this one."""
+"""Ten failures of other certificate drivers, tested with this one."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 SOON = timedelta(seconds=1)
 
 
-async def test_1_concurrent_publishes_are_never_answered_with_an_empty_volume(node: Node) -> None:
-    """Failure: of two publishes at once, the second returns OK while the volume is empty.
+async def test_1_concurrent_publish_calls_return_a_complete_volume(node: Node) -> None:
+    """Failure: the second of two concurrent calls succeeds while the volume is empty.
 
-    Here every call, at the moment it returns, has the whole volume; and one certificate serves them all.
+    Here the volume is complete when any call returns, and one certificate serves all calls.
     """
     for _ in range(3):
         node.script.delay_s = 0.2
@@ -52,10 +52,10 @@ async def test_1_concurrent_publishes_are_never_answered_with_an_empty_volume(no
 
 
 @pytest.mark.root
-async def test_2_a_full_file_system_never_costs_a_live_volume(node: Node) -> None:
-    """Failure: a republish that hits ENOSPC unmounts and deletes the live volume.
+async def test_2_full_file_system_does_not_affect_a_mounted_volume(node: Node) -> None:
+    """Failure: a republish that gets ENOSPC unmounts and deletes the volume.
 
-    Here republishes and renewals in a full volume leave it as it is, say why, and heal when there is room.
+    Here republishes and renewals leave the volume unchanged, report the reason, and succeed when there is space.
     """
     node.script.renew_after = SOON
     pod = FakePod()
@@ -63,7 +63,7 @@ async def test_2_a_full_file_system_never_costs_a_live_volume(node: Node) -> Non
     filler = node.volume_dir(request) / "filler"
     _fill(filler)
     before, mounts = node.shown(request), node.mounts(node.kubelet.root)
-    await until(lambda: node.metric("certmount_node_volumes_unhealthy", reason="NoSpace"), "a renewal without room")
+    await until(lambda: node.metric("certmount_node_volumes_unhealthy", reason="NoSpace"), "a renewal without space")
     for _ in range(3):
         await node.publish(node.kubelet.publish_request(pod))
     assert (node.shown(request), node.mounts(node.kubelet.root)) == (before, mounts)
@@ -74,21 +74,21 @@ async def test_2_a_full_file_system_never_costs_a_live_volume(node: Node) -> Non
     await node.publish(node.kubelet.publish_request(pod))
     assert (node.shown(request), node.mounts(node.kubelet.root)) == (before, mounts)
     filler.unlink()
-    await until(lambda: node.shown(request).serial != before.serial, "healed")
+    await until(lambda: node.shown(request).serial != before.serial, "the renewal")
     assert await node.health(request) == []
 
 
 def _fill(path: Path) -> None:
-    """Takes the last byte of the file system."""
+    """Use all space of the file system."""
     with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
 
 
-async def test_3_unpublish_of_a_missing_target_is_fine(node: Node) -> None:
-    """Failure: unpublish of a target that does not exist is an error, and the pod hangs in Terminating.
+async def test_3_unpublish_of_a_missing_target_succeeds(node: Node) -> None:
+    """Failure: unpublish of a target that does not exist fails, and the pod stays in Terminating.
 
-    Here it is OK, with the volume there or not, and the volume goes.
+    Here it succeeds and removes the volume.
     """
     request = await node.published()
     if node.real_mounts:
@@ -101,11 +101,10 @@ async def test_3_unpublish_of_a_missing_target_is_fine(node: Node) -> None:
     await node.unpublish(request)
 
 
-async def test_4_a_truncated_record_stops_nothing(node: Node) -> None:
-    """Failure: one truncated metadata file keeps the driver from starting.
+async def test_4_truncated_record_affects_only_its_volume(node: Node) -> None:
+    """Failure: a truncated metadata file prevents the start of the driver.
 
-    Here the driver starts, other volumes rotate on, the volume's pod keeps its files, and the kubelet's next look takes it
-    up again without a new certificate.
+    Here the driver starts, other volumes are renewed, and the next republish adopts the volume without a new certificate.
     """
     pod, other = FakePod(), FakePod(name="other")
     request = await node.published(pod)
@@ -118,7 +117,7 @@ async def test_4_a_truncated_record_stops_nothing(node: Node) -> None:
     await node.driver.start()
     assert node.shown(request) == shown
     await node.publish(node.kubelet.publish_request(other))
-    await until(lambda: node.shown(neighbour).serial != neighbours.serial, "the neighbour rotates")
+    await until(lambda: node.shown(neighbour).serial != neighbours.serial, "the neighbour is renewed")
     await node.publish(node.kubelet.publish_request(pod))
     assert node.shown(request) == shown
     assert await node.health(request) == []
@@ -135,18 +134,18 @@ _GARBAGE: dict[str, Callable[[Response], Response]] = {
 
 
 @pytest.mark.parametrize("garbage", _GARBAGE)
-async def test_5_an_answer_that_does_not_parse_is_an_error(node: Node, garbage: str) -> None:
-    """Failure: a reply that is not PEM crashes the process.
+async def test_5_malformed_response_is_an_error(node: Node, garbage: str) -> None:
+    """Failure: a response that is not PEM crashes the process.
 
-    Here it fails that call or renewal alone, with a reason; the process stays, and the next good answer is taken.
+    Here only that call or renewal fails, with a reason.
     """
-    await _refuses(node, _GARBAGE[garbage])
+    await _rejects(node, _GARBAGE[garbage])
 
 
 def _signed(
     ca: TestCA, answer: Response, *, own_key: bool = True, account: str = "shop", is_ca: bool = False
 ) -> Response:
-    """The answer with another certificate of the same CA, which fits but for one thing."""
+    """Return the response with another certificate of the CA that has one fault."""
     key = x509.load_der_x509_certificate(answer.chain[0]).public_key()
     if not own_key:
         key = ec.generate_private_key(ec.SECP256R1()).public_key()
@@ -156,7 +155,7 @@ def _signed(
     return answer_of([leaf.public_bytes(Encoding.DER)], roots_of(answer))
 
 
-_UNFIT: dict[str, Callable[[TestCA, Response], Response]] = {
+_WRONG: dict[str, Callable[[TestCA, Response], Response]] = {
     "wrong-key": lambda ca, answer: _signed(ca, answer, own_key=False),
     "other-account": lambda ca, answer: _signed(ca, answer, account="root"),
     "authority": lambda ca, answer: _signed(ca, answer, is_ca=True),
@@ -164,23 +163,23 @@ _UNFIT: dict[str, Callable[[TestCA, Response], Response]] = {
 }
 
 
-@pytest.mark.parametrize("fault", ["expired", *_UNFIT])
-async def test_6_a_certificate_that_does_not_fit_is_not_written(node: Node, fault: str) -> None:
-    """Failure: an expired certificate, or one for another key, is written all the same.
+@pytest.mark.parametrize("fault", ["expired", *_WRONG])
+async def test_6_wrong_certificate_is_not_written(node: Node, fault: str) -> None:
+    """Failure: an expired certificate, or one for another key, is written.
 
-    Here none gets to a pod, first or later: no volume is made of it, and a live one keeps what it has.
+    Here no volume gets it, and a mounted volume keeps its files.
     """
     ca = node.authority.ca
     if fault == "expired":
-        await _refuses(node, life=timedelta(seconds=-10))
+        await _rejects(node, life=timedelta(seconds=-10))
     else:
-        await _refuses(node, lambda answer: _UNFIT[fault](ca, answer))
+        await _rejects(node, lambda answer: _WRONG[fault](ca, answer))
 
 
-async def _refuses(
+async def _rejects(
     node: Node, tamper: Callable[[Response], Response] = lambda answer: answer, life: timedelta = timedelta(hours=1)
 ) -> None:
-    """A first publish with such answers fails and leaves nothing; a live volume keeps its files; good answers are taken again."""
+    """Check that a first publish fails, that a mounted volume keeps its files, and that valid responses work again."""
     good = node.script.tamper
     node.script.renew_after = SOON
     live = await node.published()
@@ -200,12 +199,11 @@ async def _refuses(
 
 @pytest.mark.root
 @pytest.mark.peers("unshare")
-async def test_7_pods_see_rotations_by_a_driver_that_was_started_again() -> None:
-    """Failure: after a driver restart pods never see a rotation again, as the new driver writes to a tmpfs of its own.
+async def test_7_pods_see_renewals_of_a_restarted_driver() -> None:
+    """Failure: after a restart pods never see a renewal, because the new driver writes to a new tmpfs.
 
-    Here the driver lives in a mount namespace of its own, as its container does, and so does the pod, which no later mount
-    reaches; drivers are killed, their namespaces with them, and the pod sees each rotation in the mount it has had from
-    the beginning, read-only.
+    Here the driver and the pod have their own mount namespaces. Drivers and their namespaces are killed, and the pod sees
+    each renewal in its first mount, read-only.
     """
     async with running_node(within=["unshare", "--mount", "--propagation", "unchanged"]) as node:
         pod = FakePod()
@@ -219,7 +217,7 @@ async def test_7_pods_see_rotations_by_a_driver_that_was_started_again() -> None
                 node.script.renew_after = SOON
                 await _make_due(node, request)
                 await node.publish(node.kubelet.publish_request(pod))
-                await until(lambda: Shown.at(target).serial not in seen, "the pod sees the rotation")
+                await until(lambda: Shown.at(target).serial not in seen, "the pod sees the renewal")
                 seen.add(Shown.at(target).serial)
             assert Shown.at(target) == node.shown(request)
         await node.unpublish(request)
@@ -227,7 +225,7 @@ async def test_7_pods_see_rotations_by_a_driver_that_was_started_again() -> None
 
 
 async def _make_due(node: Node, request: Request) -> None:
-    """Lets the volume's moment have come when the driver starts."""
+    """Make the renewal due when the driver starts."""
     await node.driver.kill()
     record = node.record(request)
     (node.volume_dir(request) / "record.json").write_text(json.dumps(record | {"renew_at": record["issued_at"]}))
@@ -236,7 +234,7 @@ async def _make_due(node: Node, request: Request) -> None:
 
 @contextlib.asynccontextmanager
 async def _namespace() -> AsyncIterator[Path]:
-    """A pod's view: the root folder of a process with a mount namespace that is a copy of ours as it is now."""
+    """Return the root directory of a process with a copy of our mount namespace, as a pod has."""
     command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo ready; exec cat"]
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
@@ -250,10 +248,10 @@ async def _namespace() -> AsyncIterator[Path]:
         await process.wait()
 
 
-async def test_8_volumes_of_pods_that_are_gone_are_not_renewed(node: Node) -> None:
-    """Failure: the certificate of a pod that no longer exists is renewed for ever.
+async def test_8_volumes_of_deleted_pods_are_not_renewed(node: Node) -> None:
+    """Failure: the certificate of a deleted pod is renewed for ever.
 
-    Here it is dropped with its key: at the next start, else when its renewal is due; the authority is not asked.
+    Here the volume is removed at the next start, or when its renewal is due. The authority receives no request.
     """
     node.script.renew_after = timedelta(seconds=2)
     later, while_down = await node.published(), await node.published()
@@ -262,17 +260,16 @@ async def test_8_volumes_of_pods_that_are_gone_are_not_renewed(node: Node) -> No
     await node.driver.start()
     node.assert_nothing_of(while_down)
     node.forget_pod(later)
-    await until(lambda: not node.volume_dir(later).exists(), "dropped when due")
+    await until(lambda: not node.volume_dir(later).exists(), "removed when due")
     node.assert_nothing_of(later)
     assert node.script.calls == 2
 
 
 @pytest.mark.root
-async def test_9_the_tmpfs_is_small_private_and_the_drivers_own(node: Node) -> None:
-    """Failure: one tmpfs for all pods, mode 1777, half of the memory, no noswap, nosuid, nodev, noexec, in a folder of /tmp
-    that two drivers share.
+async def test_9_each_volume_has_a_small_private_tmpfs(node: Node) -> None:
+    """Failure: one tmpfs for all pods with mode 1777, half of the memory, and no noswap, nosuid, nodev and noexec.
 
-    Here each volume has its own of one megabyte, which only root can enter, in the driver's folder of the kubelet's plugins.
+    Here each volume has a tmpfs of one mebibyte in the driver's own directory, which only root can enter.
     """
     first, second = await node.published(), await node.published()
     assert node.volumes == node.kubelet.root / "plugins" / DRIVER_NAME / "volumes"
@@ -296,17 +293,17 @@ def _kernel() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-async def test_10_no_token_in_any_record_or_log(node: Node) -> None:
-    """Failure: live tokens are written into the volume's metadata, and were logged at the default verbosity.
+async def test_10_no_token_in_records_and_logs(node: Node) -> None:
+    """Failure: tokens are written to the volume's metadata and logged by default.
 
-    Here neither token nor key is in the record or in the log, which is written at debug level (see also the canary).
+    Here neither a token nor a key is in the record or in the debug log (see also test_canary).
     """
     pod = FakePod()
     token = pod.token()
     node.script.renew_after = SOON
     request = await node.published(pod, token=token)
     before = node.shown(request)
-    await until(lambda: node.shown(request).serial != before.serial, "a rotation")
+    await until(lambda: node.shown(request).serial != before.serial, "a renewal")
     texts = [node.driver.log_text(), json.dumps(node.record(request))]
     lines = before.key.decode().splitlines()[1:-1] + node.shown(request).key.decode().splitlines()[1:-1]
     for secret in (token, *token.split("."), node.authority.token_file.read_text(), *lines):

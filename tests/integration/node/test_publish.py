@@ -1,4 +1,4 @@
-"""The first publish makes a whole volume or nothing; every later one looks after it and costs nothing."""
+"""The first publish creates a complete volume or nothing. A republish of a healthy volume does no I/O."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.support.waiting import until
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 _STEP_S = 0.0003
-"""A publish takes some milliseconds: calls cut a step later each are cut in each of its parts."""
+"""A publish takes some milliseconds. Timeouts that differ by this step end it in all of its parts."""
 _TOKENS = "csi.storage.k8s.io/serviceAccount.tokens"
 
 
-async def test_a_published_volume_is_whole(node: Node) -> None:
-    """When the call returns, the pod has matching files for the names it asked for, and its own SPIFFE ID."""
+async def test_published_volume_has_files_for_the_requested_names(node: Node) -> None:
+    """With the pod's SPIFFE ID. The files exist when the call returns."""
     attributes = {
         "name": "shop.web.svc",
         "dns-names": "a.example.com,*.b.example.com",
@@ -46,8 +46,8 @@ async def test_a_published_volume_is_whole(node: Node) -> None:
     assert len(node.script.issued) == 1
 
 
-async def test_the_life_asked_for_is_the_life_given(node: Node) -> None:
-    """``duration`` reaches the authority; without it the authority decides."""
+async def test_duration_reaches_the_authority(node: Node) -> None:
+    """Without it, the authority decides."""
     node.script.life = timedelta(hours=3)
     for attributes, hours in (({"duration": "1h30m"}, 1.5), ({}, 3.0)):
         leaf = node.shown(await node.published(attributes=attributes)).leaf
@@ -66,15 +66,15 @@ async def test_the_life_asked_for_is_the_life_given(node: Node) -> None:
         ("Ed25519", ed25519.Ed25519PublicKey, None),
     ],
 )
-async def test_every_key_type_is_given_as_asked(node: Node, key_type: str, kind: type, bits: int | None) -> None:
-    """``key-type`` decides algorithm and size of the key."""
+async def test_key_type_attribute_decides_the_key(node: Node, key_type: str, kind: type, bits: int | None) -> None:
+    """Algorithm and size."""
     key = node.shown(await node.published(attributes={"key-type": key_type})).leaf.public_key()
     assert isinstance(key, kind)
     assert getattr(key, "key_size", None) == bits
 
 
-async def test_without_a_group_every_user_of_the_pod_reads_the_key(node: Node) -> None:
-    """No fsGroup and no attribute: all files are 0444."""
+async def test_key_is_readable_for_all_users_without_a_group(node: Node) -> None:
+    """Without fsGroup and fs-group, all files have mode 0444."""
     request = await node.published()
     modes = {name: stat.S_IMODE(node.target(request, name).stat().st_mode) for name in FILES}
     assert modes == dict.fromkeys(FILES, 0o444)
@@ -86,8 +86,8 @@ async def test_without_a_group_every_user_of_the_pod_reads_the_key(node: Node) -
     [("", "2000", 2000), ("3000", "", 3000), ("3000", "2000", 3000)],
     ids=["fsGroup", "attribute", "attribute-wins"],
 )
-async def test_a_group_alone_reads_the_key(node: Node, attribute: str, fs_group: str, expected: int) -> None:
-    """Key and bundle are 0440 root:group, also after a restart and a rotation; certificates stay readable by all."""
+async def test_only_the_group_reads_the_key(node: Node, attribute: str, fs_group: str, expected: int) -> None:
+    """Also after a restart and a renewal. Certificates stay readable for all users."""
     node.script.renew_after = timedelta(seconds=0.1)
     request = await node.published(attributes={"fs-group": attribute} if attribute else {}, fs_group=fs_group)
     node.script.renew_after = None
@@ -98,17 +98,17 @@ async def test_a_group_alone_reads_the_key(node: Node, attribute: str, fs_group:
         return {name: (stat.S_IMODE(each.st_mode), each.st_uid, each.st_gid) for name, each in found.items()}
 
     private, public = (0o440, 0, expected), (0o444, 0, 0)
-    wanted = {"site.key": private, "site.pem": private, "site.crt": public, "root.crt": public}
-    assert rights() == wanted
+    expected_rights = {"site.key": private, "site.pem": private, "site.crt": public, "root.crt": public}
+    assert rights() == expected_rights
     await node.restart()
     await node.publish(request)
-    await until(lambda: node.shown(request).serial != first, "a rotation")
-    assert rights() == wanted
+    await until(lambda: node.shown(request).serial != first, "a renewal")
+    assert rights() == expected_rights
 
 
 @pytest.mark.root
-async def test_the_pod_reads_only(node: Node) -> None:
-    """Not even root writes through the target, and the volume is a small tmpfs that only root can enter from outside."""
+async def test_target_is_read_only(node: Node) -> None:
+    """Even for root. The volume is a small tmpfs that only root can enter."""
     request = await node.published()
     target = node.target(request)
     with pytest.raises(OSError, match="Read-only"):
@@ -123,16 +123,16 @@ async def test_the_pod_reads_only(node: Node) -> None:
 
 
 @pytest.mark.parametrize("in_secrets", [False, True], ids=["volume_context", "secrets"])
-async def test_the_token_is_taken_from_where_kubelet_puts_it(node: Node, in_secrets: bool) -> None:
-    """Kubelets send it in volume_context, or in secrets where the CSIDriver object asks so (KEP-5538)."""
+async def test_token_is_read_from_volume_context_and_secrets(node: Node, in_secrets: bool) -> None:
+    """It depends on the CSIDriver object (KEP-5538)."""
     pod = FakePod()
     token = pod.token()
     await node.published(pod, token=token, tokens_in_secrets=in_secrets)
     assert node.script.tokens == [token]
 
 
-async def test_a_token_in_secrets_wins(node: Node) -> None:
-    """What stands in volume_context could be an attribute of the pod's author; secrets come from the kubelet alone."""
+async def test_token_in_secrets_takes_precedence(node: Node) -> None:
+    """A key in volume_context can be an attribute of the pod's author."""
     pod = FakePod()
     real, other = pod.token(), pod.token(jti="other")
     request = node.request(pod, token=real, tokens_in_secrets=True)
@@ -141,8 +141,8 @@ async def test_a_token_in_secrets_wins(node: Node) -> None:
     assert node.script.tokens == [real]
 
 
-async def test_a_republish_costs_no_network_and_no_write(node: Node) -> None:
-    """The kubelet repeats the call for ever, with ever new tokens: a healthy volume is left as it is."""
+async def test_republish_of_a_healthy_volume_does_no_io(node: Node) -> None:
+    """The kubelet repeats the call all the time, with new tokens."""
     pod = FakePod()
     request = await node.published(pod)
     before, calls = node.state(request), node.script.calls
@@ -156,7 +156,7 @@ async def test_a_republish_costs_no_network_and_no_write(node: Node) -> None:
 
 @pytest.mark.root
 async def test_mounts_do_not_stack(node: Node) -> None:
-    """However often a volume is published, also by many calls at once and after restarts, it has one mount."""
+    """Repeated and concurrent publish calls, and restarts, leave one mount."""
     request = await node.published()
     for _ in range(3):
         await asyncio.gather(*(node.publish(request) for _ in range(5)))
@@ -168,8 +168,8 @@ async def test_mounts_do_not_stack(node: Node) -> None:
 
 
 @pytest.mark.root
-async def test_a_mount_that_was_taken_away_is_put_back(node: Node) -> None:
-    """Somebody unmounts the target: the next republish shows the same certificate again."""
+async def test_republish_restores_a_removed_mount(node: Node) -> None:
+    """With the same certificate."""
     request = await node.published()
     before = node.shown(request)
     for remove in (False, True):
@@ -181,8 +181,8 @@ async def test_a_mount_that_was_taken_away_is_put_back(node: Node) -> None:
     assert node.script.calls == 1
 
 
-async def test_a_second_target_shows_the_same_certificate(node: Node) -> None:
-    """One volume at two targets has one certificate, which lives until the last target is unpublished."""
+async def test_second_target_shows_the_same_certificate(node: Node) -> None:
+    """The certificate stays until the last target is unpublished."""
     pod = FakePod()
     first = await node.published(pod)
     second = node.request(pod)
@@ -199,8 +199,8 @@ async def test_a_second_target_shows_the_same_certificate(node: Node) -> None:
     assert node.script.calls == 1
 
 
-async def test_many_volumes_at_once(node: Node) -> None:
-    """Seventy pods start together: each gets its own certificate."""
+async def test_seventy_volumes_are_published_concurrently(node: Node) -> None:
+    """Each gets its own key and certificate."""
     requests = [node.request(FakePod(name=f"shop-{number}")) for number in range(70)]
     await asyncio.gather(*(node.publish(request, timeout=60.0) for request in requests))
     assert len({node.shown(request).serial for request in requests}) == 70
@@ -208,8 +208,8 @@ async def test_many_volumes_at_once(node: Node) -> None:
     assert node.script.calls == 70
 
 
-async def test_a_call_cancelled_while_the_authority_thinks_leaves_nothing(node: Node) -> None:
-    """The kubelet gives up: nothing is half mounted, and the next call succeeds."""
+async def test_call_that_times_out_at_the_authority_leaves_nothing(node: Node) -> None:
+    """The next call succeeds."""
     node.script.delay_s = 5.0
     request = node.request()
     failure = await failure_of(node.publish(request, timeout=0.5))
@@ -220,8 +220,8 @@ async def test_a_call_cancelled_while_the_authority_thinks_leaves_nothing(node: 
     assert node.shown(request).names
 
 
-async def test_a_call_cancelled_at_any_moment_leaves_all_or_nothing(node: Node) -> None:
-    """Wherever the kubelet's patience ends, the next call finds a whole volume or makes one."""
+async def test_call_that_times_out_anywhere_is_repeatable(node: Node) -> None:
+    """The next call finds a complete volume or creates one."""
     cut = 0
     for number in range(1, 61):
         request = node.request()
@@ -234,11 +234,11 @@ async def test_a_call_cancelled_at_any_moment_leaves_all_or_nothing(node: Node) 
         assert node.shown(request).names
         await node.unpublish(request)
         node.assert_nothing_of(request)
-    assert cut, "no call was cut, so nothing was shown"
+    assert cut, "no call timed out, so the test proves nothing"
 
 
-async def test_a_cancelled_call_that_is_unpublished_leaves_nothing(node: Node) -> None:
-    """The pod is deleted while its volume is being made: what was made of it goes."""
+async def test_unpublish_after_a_timed_out_call_leaves_nothing(node: Node) -> None:
+    """The pod can be deleted while its volume is created."""
     for number in range(1, 61, 2):
         request = node.request()
         call = asyncio.ensure_future(node.publish(request, timeout=number * _STEP_S))
@@ -249,10 +249,10 @@ async def test_a_cancelled_call_that_is_unpublished_leaves_nothing(node: Node) -
 
 
 async def test_stats_are_those_of_the_volume(node: Node) -> None:
-    """Space and inodes of the volume's own file system, for its target and no other path."""
+    """Only its target path is accepted."""
     request = await node.published()
-    question = csi_pb2.NodeGetVolumeStatsRequest(volume_id=request.volume_id, volume_path=request.target_path)
-    answer = await node.stub.NodeGetVolumeStats(question)
+    stats_request = csi_pb2.NodeGetVolumeStatsRequest(volume_id=request.volume_id, volume_path=request.target_path)
+    answer = await node.stub.NodeGetVolumeStats(stats_request)
     usage = {entry.unit: entry for entry in answer.usage}
     assert set(usage) == {csi_pb2.VolumeUsage.BYTES, csi_pb2.VolumeUsage.INODES}
     for entry in usage.values():
@@ -260,12 +260,12 @@ async def test_stats_are_those_of_the_volume(node: Node) -> None:
         assert 0 < entry.available <= entry.total - entry.used
     if node.real_mounts:
         assert usage[csi_pb2.VolumeUsage.BYTES].total == 1 << 20
-    question.volume_path = str(node.target(request).parent)
-    assert (await failure_of(node.stub.NodeGetVolumeStats(question))).code is grpc.StatusCode.NOT_FOUND
+    stats_request.volume_path = str(node.target(request).parent)
+    assert (await failure_of(node.stub.NodeGetVolumeStats(stats_request))).code is grpc.StatusCode.NOT_FOUND
 
 
-async def test_the_driver_says_who_it_is(node: Node) -> None:
-    """Name, node and exactly the capabilities that are served; staging and expansion are not."""
+async def test_identity_node_info_and_capabilities(node: Node) -> None:
+    """Staging is not implemented."""
     identity: csi_pb2_grpc.IdentityAsyncStub = csi_pb2_grpc.IdentityStub(node.channel)
     info = await identity.GetPluginInfo(csi_pb2.GetPluginInfoRequest(), wait_for_ready=True)
     assert info.name == "csi.certmount.dev"
@@ -283,8 +283,8 @@ async def test_the_driver_says_who_it_is(node: Node) -> None:
     assert (await failure_of(stage(b""))).code is grpc.StatusCode.UNIMPLEMENTED
 
 
-async def test_two_volumes_of_one_pod_are_two_certificates(node: Node) -> None:
-    """Each volume has its own key, names and life."""
+async def test_two_volumes_of_one_pod_have_two_certificates(node: Node) -> None:
+    """With different keys and names."""
     pod = FakePod()
     first = await node.published(pod, {"name": "first.example.com"})
     second = node.request(pod, {"name": "second.example.com"}, volume_id="csi-second")

@@ -1,4 +1,4 @@
-"""A driver that ends, however it ends, is followed by one that knows its volumes and re-issues nothing."""
+"""A restarted driver knows its volumes and requests no new certificates."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-_QUARANTINED = "record quarantined; the volume stays as it is"
+_QUARANTINED = "record quarantined; the volume keeps its files"
 
 
-async def test_killed_and_started_again(node: Node) -> None:
-    """SIGKILL and a new process: 0 re-issued, nothing written, and the pod sees the next rotation in the mount it has."""
+async def test_killed_driver_restores_its_volumes(node: Node) -> None:
+    """Without new certificates and writes. A renewal waits for a token, and the pod sees it in its existing mount."""
     pod = FakePod()
     node.script.renew_after = timedelta(seconds=2)
     request = await node.published(pod)
@@ -28,7 +28,7 @@ async def test_killed_and_started_again(node: Node) -> None:
     node.script.renew_after = None
     await node.restart()
     assert node.state(request) == state
-    # The token was in memory only, so a renewal that falls due waits for the kubelet's next look.
+    # Tokens are only in memory, so a renewal that is due waits for the next republish.
     await until(lambda: node.metric("certmount_node_volumes_unhealthy", reason="TokenMissing"), "due without a token")
     ((status, reason, message),) = await node.health(request)
     assert (status, reason) == (DEGRADED, "TokenMissing")
@@ -39,8 +39,8 @@ async def test_killed_and_started_again(node: Node) -> None:
     assert await node.health(request) == []
 
 
-async def test_many_volumes_after_a_kubelet_restart(node: Node) -> None:
-    """Driver killed, then all volumes published again at once: 0 re-issued, one mount each, nothing written."""
+async def test_restart_of_driver_and_kubelet_reissues_nothing(node: Node) -> None:
+    """Twenty volumes are republished concurrently: nothing is written, and each has one mount."""
     pods = [FakePod(name=f"shop-{number}") for number in range(20)]
     requests = [node.request(pod) for pod in pods]
     await asyncio.gather(*(node.publish(request) for request in requests))
@@ -54,14 +54,14 @@ async def test_many_volumes_after_a_kubelet_restart(node: Node) -> None:
     assert node.metric("certmount_node_volumes") == len(pods)
 
 
-async def test_a_graceful_stop_lets_a_call_end(node: Node) -> None:
-    """On SIGTERM the registration goes first, a call under way still gets its answer, and the exit status is 0."""
+async def test_sigterm_lets_calls_finish(node: Node) -> None:
+    """The registration ends first, and the exit status is 0."""
     node.script.delay_s = 1.0
     request = node.request()
     call = asyncio.ensure_future(node.publish(request))
-    await until(lambda: node.script.calls, "the call is under way")
+    await until(lambda: node.script.calls, "the call is in progress")
     stopped = asyncio.ensure_future(node.driver.stop())
-    await until(lambda: not node.kubelet.registration_socket.exists(), "the registration is gone")
+    await until(lambda: not node.kubelet.registration_socket.exists(), "the registration has ended")
     assert not call.done()
     await call
     assert await stopped == 0
@@ -73,8 +73,8 @@ async def test_a_graceful_stop_lets_a_call_end(node: Node) -> None:
     assert node.script.calls == 1
 
 
-async def test_a_stop_while_idle_leaves_the_pods_alone(node: Node) -> None:
-    """A stopped driver takes nothing from the pods; volumes that are unpublished meanwhile are so after the start."""
+async def test_stopped_driver_leaves_the_files_of_pods(node: Node) -> None:
+    """After the next start, a volume can be unpublished."""
     requests = [await node.published() for _ in range(2)]
     shown = [node.shown(request) for request in requests]
     assert await node.driver.stop() == 0
@@ -86,8 +86,8 @@ async def test_a_stop_while_idle_leaves_the_pods_alone(node: Node) -> None:
     assert node.shown(requests[1]) == shown[1]
 
 
-async def test_orphans_are_dropped_at_the_start(node: Node) -> None:
-    """A pod that vanished while no driver ran leaves no key behind; its neighbours stay."""
+async def test_orphaned_volumes_are_removed_at_start(node: Node) -> None:
+    """Other volumes stay."""
     gone, stays = await node.published(), await node.published()
     await node.driver.kill()
     node.forget_pod(gone)
@@ -98,12 +98,12 @@ async def test_orphans_are_dropped_at_the_start(node: Node) -> None:
 
 
 @pytest.mark.root
-async def test_damaged_records_cost_nothing(node: Node) -> None:
-    """Records that can't be used stop neither the start nor the pods; the kubelet's next look takes the volumes up again."""
+async def test_volumes_with_damaged_records_are_adopted(node: Node) -> None:
+    """The driver starts, the pods keep their files, and the next republish adopts the volumes without new certificates."""
     damages = ("truncated", "empty", "missing", "garbage", "another-volumes")
     pods = {damage: FakePod(name=damage) for damage in damages}
-    wanted: dict[str, Any] = {"attributes": {"name": "shop.example.com"}, "fs_group": "2000"}
-    requests = {damage: await node.published(pod, **wanted) for damage, pod in pods.items()}
+    options: dict[str, Any] = {"attributes": {"name": "shop.example.com"}, "fs_group": "2000"}
+    requests = {damage: await node.published(pod, **options) for damage, pod in pods.items()}
     shown = {damage: node.shown(request) for damage, request in requests.items()}
     bystander = await node.published()
     await node.driver.kill()
@@ -121,7 +121,7 @@ async def test_damaged_records_cost_nothing(node: Node) -> None:
     assert node.metric("certmount_node_records_quarantined_total") == len(damages)
     for damage, request in requests.items():
         assert node.shown(request) == shown[damage]
-        await node.publish(node.kubelet.publish_request(pods[damage], **wanted))
+        await node.publish(node.kubelet.publish_request(pods[damage], **options))
         assert node.shown(request) == shown[damage]
         record = node.record(request)
         assert (record["pod_uid"], record["mount_group"]) == (pods[damage].uid, 2000)
@@ -130,8 +130,8 @@ async def test_damaged_records_cost_nothing(node: Node) -> None:
     assert node.script.calls == 6
 
 
-async def test_a_record_of_a_driver_that_knew_more_attributes(node: Node) -> None:
-    """After a downgrade a record may hold what this driver can't read: the pod keeps its files, and its volume ends well."""
+async def test_volume_of_a_newer_driver_keeps_its_files(node: Node) -> None:
+    """After a downgrade, its record can have unknown attributes."""
     request = await node.published()
     shown = node.shown(request)
     await node.driver.kill()
@@ -146,8 +146,8 @@ async def test_a_record_of_a_driver_that_knew_more_attributes(node: Node) -> Non
 
 
 @pytest.mark.root
-async def test_a_damaged_volume_is_unpublished_like_any(node: Node) -> None:
-    """A pod can end while its record is unreadable: nothing stays."""
+async def test_volume_with_damaged_record_can_be_unpublished(node: Node) -> None:
+    """Nothing remains."""
     request = await node.published()
     await node.driver.kill()
     (node.volume_dir(request) / "record.json").write_bytes(b"{")
@@ -157,8 +157,8 @@ async def test_a_damaged_volume_is_unpublished_like_any(node: Node) -> None:
 
 
 @pytest.mark.root
-async def test_a_damaged_record_with_a_certificate_of_other_names_is_renewed(node: Node) -> None:
-    """What is adopted is judged as if the authority had just sent it; where it does not fit the pod, it is renewed in place."""
+async def test_adopted_volume_with_other_names_is_renewed(node: Node) -> None:
+    """The driver verifies adopted certificates like responses of the authority."""
     pod = FakePod()
     request = await node.published(pod, {"name": "old.example.com"})
     before = node.shown(request)
@@ -171,8 +171,8 @@ async def test_a_damaged_record_with_a_certificate_of_other_names_is_renewed(nod
 
 
 @pytest.mark.root
-async def test_a_half_made_volume_of_a_killed_driver_is_dropped(node: Node) -> None:
-    """Killed between its tmpfs and the bind: no pod has seen it, so it goes at the start; a publish makes it anew."""
+async def test_volume_that_was_never_bound_is_removed_at_start(node: Node) -> None:
+    """The driver was killed before the bind. A publish creates the volume again."""
     request = await node.published()
     await node.driver.kill()
     node.unmount(request)
@@ -184,12 +184,12 @@ async def test_a_half_made_volume_of_a_killed_driver_is_dropped(node: Node) -> N
     assert node.shown(request).names
 
 
-async def test_killed_at_any_moment_of_a_publish(node: Node) -> None:
-    """Whenever the driver is killed, the next one starts, and the kubelet's retry ends with one whole volume."""
+async def test_kill_at_any_time_of_a_publish_is_repaired(node: Node) -> None:
+    """The kubelet's retry creates one complete volume."""
     for milliseconds in (1, 2, 3, 4, 6, 9, 14):
         request = node.request()
         call = asyncio.ensure_future(node.publish(request))
-        await asyncio.sleep(milliseconds / 1000)  # the moment is the point
+        await asyncio.sleep(milliseconds / 1000)
         await node.driver.kill()
         await node.driver.start()
         await asyncio.wait([call])
@@ -200,8 +200,8 @@ async def test_killed_at_any_moment_of_a_publish(node: Node) -> None:
 
 
 @pytest.mark.root
-async def test_after_a_reboot_everything_is_made_anew(node: Node) -> None:
-    """A reboot drops the tmpfs and leaves folders: they are no volumes, and the kubelet's calls find a clean node."""
+async def test_volumes_are_created_again_after_a_reboot(node: Node) -> None:
+    """A reboot leaves directories that are not mounted."""
     request = await node.published()
     await node.driver.kill()
     for mount in reversed(node.mounts(node.kubelet.root)):
@@ -213,8 +213,8 @@ async def test_after_a_reboot_everything_is_made_anew(node: Node) -> None:
     assert node.script.calls == 2
 
 
-async def test_stale_sockets_do_not_stop_a_start(node: Node) -> None:
-    """A killed driver leaves its sockets; even other things in their place are taken over."""
+async def test_stale_sockets_are_replaced(node: Node) -> None:
+    """Also other files in their place."""
     await node.driver.kill()
     for socket in (node.kubelet.socket, node.kubelet.registration_socket):
         socket.unlink(missing_ok=True)
@@ -224,8 +224,8 @@ async def test_stale_sockets_do_not_stop_a_start(node: Node) -> None:
     await node.published()
 
 
-async def test_the_kubelets_folder_of_pods_may_be_missing(node: Node) -> None:
-    """In doubt a pod lives: where no folder of pods is seen at all, nothing is dropped at a start."""
+async def test_nothing_is_removed_while_the_pods_directory_is_missing(node: Node) -> None:
+    """If in doubt, a pod exists."""
     request = await node.published()
     await node.driver.kill()
     pods, elsewhere = node.kubelet.root / "pods", node.kubelet.root / "elsewhere"

@@ -1,4 +1,4 @@
-"""Roots reach every volume whatever replica tells them, and what has arrived everywhere is confirmed."""
+"""Roots reach all volumes from any replica, and the driver acknowledges sets that all volumes contain."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MS_RDONLY, _MS_REMOUNT = 1, 32
 
 @pytest_asyncio.fixture(autouse=True, loop_scope="module")
 async def own_roots(node: Node) -> AsyncIterator[None]:
-    """Each test begins and ends with the authority's own root alone."""
+    """Start and end each test with the root of the internal CA only."""
     await node.watched()
     yield
     node.authority.confirm_gate = None
@@ -42,16 +42,16 @@ def _generation(node: Node, name: str = DEFAULT_ISSUER) -> int:
     return node.authority.sets[name].generation
 
 
-async def _hold(node: Node, requests: Sequence[Request], *roots: bytes) -> None:
+async def _wait_for_roots(node: Node, requests: Sequence[Request], *roots: bytes) -> None:
     await until(lambda: all(_roots(node, request) == list(roots) for request in requests), "the roots")
 
 
-async def _confirmed(node: Node, name: str = DEFAULT_ISSUER) -> None:
-    await until(lambda: node.authority.confirmed_of(name) == _generation(node, name), "the confirmation")
+async def _wait_for_acknowledgement(node: Node, name: str = DEFAULT_ISSUER) -> None:
+    await until(lambda: node.authority.confirmed_of(name) == _generation(node, name), "the acknowledgement")
 
 
-async def test_a_volume_trusts_its_issuer_and_its_federations(node: Node) -> None:
-    """root.crt is the union of the sets that the volume asks for, follows each of them, and holds no other's roots."""
+async def test_root_crt_contains_the_roots_of_issuer_and_federations(node: Node) -> None:
+    """It follows each of these sets and ignores others."""
     partner, later, own = TestCA("partner"), TestCA("later"), node.authority.ca.der
     await node.authority.trust(partner.der, name="partner")
     plain, federated = await node.published(), await node.published(attributes={"federations": "partner"})
@@ -59,25 +59,25 @@ async def test_a_volume_trusts_its_issuer_and_its_federations(node: Node) -> Non
     assert _roots(node, federated) == [own, partner.der]
     state = node.state(plain)
     await node.authority.trust(partner.der, later.der, name="partner")
-    await _hold(node, [federated], own, partner.der, later.der)
-    await _confirmed(node, "partner")
+    await _wait_for_roots(node, [federated], own, partner.der, later.der)
+    await _wait_for_acknowledgement(node, "partner")
     assert node.state(plain) == state
     del node.authority.sets["partner"]
     await node.authority.tell()
-    await _hold(node, [federated], own)
+    await _wait_for_roots(node, [federated], own)
     assert node.script.calls == 2
 
 
-async def test_an_answer_that_is_ahead_of_the_stream(node: Node) -> None:
-    """A newer set that comes with one volume's certificate reaches all, and an older one of the stream takes nothing back."""
+async def test_newer_set_of_a_response_reaches_all_volumes(node: Node) -> None:
+    """An older one of the trust stream does not replace it."""
     own, other = node.authority.ca.der, TestCA("ahead").der
     before = await node.published()
     ahead = _generation(node) + 1
     node.script.tamper = lambda answer: answer_of(answer.chain, [own, other], ahead)
     first = await node.published()
     assert _roots(node, first) == [own, other]
-    await _hold(node, [before], own, other)
-    node.authority.policy = "told again"
+    await _wait_for_roots(node, [before], own, other)
+    node.authority.policy = "another"
     await node.authority.tell()
     await node.authority.trust(own, TestCA("same generation").der)
     node.script.tamper = lambda answer: answer
@@ -85,18 +85,18 @@ async def test_an_answer_that_is_ahead_of_the_stream(node: Node) -> None:
     assert _roots(node, before) == _roots(node, first) == [own, other]
 
 
-async def test_an_answer_that_is_behind_the_stream(node: Node) -> None:
-    """A replica that has not read the newest roots signs: the volume gets the newest ones all the same."""
+async def test_older_set_of_a_response_is_ignored(node: Node) -> None:
+    """The volume gets the newest roots."""
     own, other = node.authority.ca.der, TestCA("newest").der
     waits = await node.published()
     await node.authority.trust(own, other)
-    await _hold(node, [waits], own, other)
+    await _wait_for_roots(node, [waits], own, other)
     node.script.tamper = lambda answer: answer_of(answer.chain, [own], _generation(node) - 1)
     assert _roots(node, await node.published()) == [own, other]
 
 
-async def test_roots_that_come_while_volumes_are_published(node: Node) -> None:
-    """Sets change again and again while pods start: in the end all hold the newest ones, none ever lacks its own issuer's."""
+async def test_roots_that_change_during_publish_calls_reach_all_volumes(node: Node) -> None:
+    """The issuer's root is never missing."""
     own, requests = node.authority.ca.der, [node.request() for _ in range(20)]
     publishing = asyncio.gather(*(node.publish(request) for request in requests))
     several = [TestCA(f"number {number}").der for number in range(10)]
@@ -105,50 +105,50 @@ async def test_roots_that_come_while_volumes_are_published(node: Node) -> None:
         await asyncio.sleep(0)
     await publishing
     assert all(own in _roots(node, request) for request in requests)
-    await _hold(node, requests, own, several[-1])
-    await _confirmed(node)
+    await _wait_for_roots(node, requests, own, several[-1])
+    await _wait_for_acknowledgement(node)
 
 
 @pytest.mark.root
-async def test_one_volume_that_fails_holds_up_no_other(node: Node) -> None:
-    """One of fifty can't be written: the others follow at once, nothing is confirmed, and it is tried until it heals."""
+async def test_failing_volume_does_not_delay_others(node: Node) -> None:
+    """Nothing is acknowledged, and the driver retries until the volume is writable."""
     requests = [node.request(FakePod(name=f"shop-{number}")) for number in range(50)]
     await asyncio.gather(*(node.publish(request) for request in requests))
-    await _confirmed(node)
+    await _wait_for_acknowledgement(node)
     own, other, bad = node.authority.ca.der, TestCA("another").der, requests[17]
-    folder = str(node.volume_dir(bad))
-    syscalls.mount(None, folder, None, _MS_REMOUNT | _MS_RDONLY)
+    directory = str(node.volume_dir(bad))
+    syscalls.mount(None, directory, None, _MS_REMOUNT | _MS_RDONLY)
     try:
         await node.authority.trust(own, other)
-        await _hold(node, [request for request in requests if request is not bad], own, other)
+        await _wait_for_roots(node, [request for request in requests if request is not bad], own, other)
         await until(lambda: node.metric("certmount_node_volumes_roots_behind") == 1, "the failure")
         assert _roots(node, bad) == [own]
-        await until(lambda: len(node.driver.events("roots not replaced")) > 1, "another try")
+        await until(lambda: len(node.driver.events("root certificate update failed")) > 1, "a retry")
         assert node.authority.confirmed_of() < _generation(node)
     finally:
-        syscalls.mount(None, folder, None, _MS_REMOUNT)
-    await _hold(node, requests, own, other)
-    await _confirmed(node)
+        syscalls.mount(None, directory, None, _MS_REMOUNT)
+    await _wait_for_roots(node, requests, own, other)
+    await _wait_for_acknowledgement(node)
     assert node.metric("certmount_node_volumes_roots_behind") == 0
 
 
-async def test_killed_between_write_and_confirmation(node: Node) -> None:
-    """The next process finds the volume as it is, writes nothing, and confirms."""
+async def test_driver_killed_before_the_acknowledgement(node: Node) -> None:
+    """The next process writes nothing and acknowledges."""
     request, own, other = await node.published(), node.authority.ca.der, TestCA("another").der
     node.authority.confirm_gate = asyncio.Event()
     await node.authority.trust(own, other)
-    await _hold(node, [request], own, other)
+    await _wait_for_roots(node, [request], own, other)
     state = node.state(request)
     await node.driver.kill()
     node.authority.confirm_gate.set()
     node.authority.confirmed.clear()
     await node.driver.start()
-    await _confirmed(node)
+    await _wait_for_acknowledgement(node)
     assert node.state(request) == state
 
 
-async def test_roots_that_changed_while_no_driver_ran(node: Node) -> None:
-    """A restarted driver leaves root.crt as it is until it hears of the sets, then brings it up to date and confirms."""
+async def test_roots_that_changed_while_the_driver_was_stopped(node: Node) -> None:
+    """The volume keeps its roots until the driver receives the new ones."""
     partner, own, other = TestCA("partner").der, node.authority.ca.der, TestCA("another").der
     await node.authority.trust(partner, name="partner")
     request = await node.published(attributes={"federations": "partner"})
@@ -158,36 +158,36 @@ async def test_roots_that_changed_while_no_driver_ran(node: Node) -> None:
     await node.driver.start()
     assert _roots(node, request) == [own, partner]
     await node.authority.start()
-    await _hold(node, [request], own, other, partner)
-    await _confirmed(node)
+    await _wait_for_roots(node, [request], own, other, partner)
+    await _wait_for_acknowledgement(node)
 
 
 async def test_root_crt_is_never_empty(node: Node) -> None:
-    """The authority knows none of a volume's sets any more: the pod keeps what it has."""
+    """If the authority does not know any of the volume's sets, the files stay."""
     request, own = await node.published(), node.authority.sets[DEFAULT_ISSUER]
     state = node.state(request)
     await node.authority.trust(TestCA("another").der, name="partner")
     del node.authority.sets[DEFAULT_ISSUER]
     await node.authority.tell()
-    await _confirmed(node, "partner")
+    await _wait_for_acknowledgement(node, "partner")
     assert node.state(request) == state
     node.authority.sets[DEFAULT_ISSUER] = own
 
 
-async def test_a_pod_that_is_gone_is_not_waited_for(node: Node) -> None:
-    """A volume whose pod vanished is removed when its roots are to be written, and the others' are confirmed."""
+async def test_deleted_pod_does_not_delay_the_acknowledgement(node: Node) -> None:
+    """Its volume is removed when new roots arrive."""
     gone, stays = await node.published(), await node.published()
     node.forget_pod(gone)
     own, other = node.authority.ca.der, TestCA("another").der
     await node.authority.trust(own, other)
-    await _hold(node, [stays], own, other)
+    await _wait_for_roots(node, [stays], own, other)
     await until(lambda: not node.volume_dir(gone).exists(), "removed")
-    await _confirmed(node)
+    await _wait_for_acknowledgement(node)
 
 
 @pytest.mark.root
-async def test_a_quarantined_volume_is_waited_for(node: Node) -> None:
-    """Its root.crt can't be looked after until the kubelet's next look, which comes within 90 s: then it is, and is confirmed."""
+async def test_quarantined_volume_delays_the_acknowledgement(node: Node) -> None:
+    """Until the next republish adopts it and updates its roots."""
     pod = FakePod()
     request = await node.published(pod)
     await node.driver.kill()
@@ -201,7 +201,7 @@ async def test_a_quarantined_volume_is_waited_for(node: Node) -> None:
     assert node.authority.confirmed_of() < _generation(node)
     await node.publish(node.kubelet.publish_request(pod))
     await until(partial(_holds_all, node, request, [own, other]), "adopted")
-    await _confirmed(node)
+    await _wait_for_acknowledgement(node)
 
 
 def _holds_all(node: Node, request: Request, roots: list[bytes]) -> bool:

@@ -1,4 +1,4 @@
-"""A driver that can't do its work says so in one line, makes nothing where it does not belong, and tells no kubelet of it."""
+"""A driver that cannot work reports the reason in one line and does not register with the kubelet."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SOME = {"--node-name": "node1", "--authority": "localhost:1", "--token": "/none
 
 
 async def _start(**options: str) -> tuple[int | None, str]:
-    """Starts a driver that should end by itself; its exit status and all that it wrote."""
+    """Start a driver that must exit. Return its exit status and output."""
     given = (
         _SOME
         | {"--http": f"127.0.0.1:{free_port()}"}
@@ -37,7 +37,7 @@ async def _start(**options: str) -> tuple[int | None, str]:
     return process.returncode, output.decode()
 
 
-async def _refuses_to_start(*words: str, **options: str) -> None:
+async def _fails_to_start(*words: str, **options: str) -> None:
     status, output = await _start(**options)
     assert status not in (0, None)
     last = output.splitlines()[-1]
@@ -47,39 +47,39 @@ async def _refuses_to_start(*words: str, **options: str) -> None:
     assert "Traceback" not in output
 
 
-def _names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+def _names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
 
 
 @pytest.mark.parametrize("place", ["nowhere", "file", "relative"])
-async def test_a_kubelet_directory_that_is_none(tmp_path: Path, place: str) -> None:
-    """The option and the fix are named, and no folder is made."""
+async def test_wrong_kubelet_directory_is_rejected(tmp_path: Path, place: str) -> None:
+    """The error names the option and the fix. No directory is created."""
     (tmp_path / "file").touch()
     wrong = "relative/path" if place == "relative" else str(tmp_path / place)
-    await _refuses_to_start(
+    await _fails_to_start(
         "InvalidKubeletDirectory: --kubelet-dir", wrong, "the kubelet's --root-dir", kubelet_dir=wrong
     )
     assert _names(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:99999", "127.0.0.1:x"])
-async def test_an_http_address_that_is_none(tmp_path: Path, address: str) -> None:
-    """The option is named."""
-    await _refuses_to_start(f"'--http': '{address}' is not HOST:PORT", kubelet_dir=str(tmp_path), http=address)
+async def test_invalid_http_address_is_rejected(tmp_path: Path, address: str) -> None:
+    """The error names the option."""
+    await _fails_to_start(f"'--http': '{address}' is not HOST:PORT", kubelet_dir=str(tmp_path), http=address)
 
 
-async def test_a_busy_http_port(tmp_path: Path) -> None:
-    """Likewise, with the system's words."""
+async def test_busy_http_port_is_reported(tmp_path: Path) -> None:
+    """With the error of the system."""
     with socket.create_server(("127.0.0.1", 0)) as busy:
         address = f"127.0.0.1:{busy.getsockname()[1]}"
-        await _refuses_to_start(f"--http {address}: Address already in use", kubelet_dir=str(tmp_path), http=address)
+        await _fails_to_start(f"--http {address}: Address already in use", kubelet_dir=str(tmp_path), http=address)
 
 
-async def test_a_path_too_long_for_a_socket(tmp_path: Path) -> None:
-    """A kubelet's root may lie too deep for any socket in it."""
+async def test_too_long_socket_path_is_reported(tmp_path: Path) -> None:
+    """The kubelet directory can have a long path."""
     deep = tmp_path / ("d" * 100)
     deep.mkdir()
-    await _refuses_to_start("no socket can be made at", "107 bytes", kubelet_dir=str(deep), mounts="folder")
+    await _fails_to_start("cannot create the socket", "107 bytes", kubelet_dir=str(deep), mounts="directory")
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -89,26 +89,26 @@ async def node() -> AsyncIterator[Node]:
         yield node
 
 
-async def test_a_folder_without_a_kubelet_is_waited_for(node: Node) -> None:
-    """Without the kubelet's own folders the driver is not registered, says why once, and is as soon as they are there."""
+async def test_driver_waits_for_the_kubelets_directories(node: Node) -> None:
+    """It logs the reason once and registers when they exist."""
     registry, away = node.kubelet.root / "plugins_registry", node.kubelet.root / "away"
     registry.rename(away)
     await node.driver.start()
-    await until(lambda: node.driver.events("not registered with the kubelet"), "the log says so")
+    await until(lambda: node.driver.events("not registered with the kubelet"), "the log shows the reason")
     (line,) = node.driver.events("not registered with the kubelet")
-    assert f"--kubelet-dir: {node.kubelet.root} has no plugins_registry" in line["error"]
+    assert f"--kubelet-dir: {node.kubelet.root} does not contain plugins_registry" in line["error"]
     away.rename(registry)
     await node.kubelet.register()
     assert node.driver.get("/readyz") == (200, "ok\n")
 
 
 @pytest.mark.root
-async def test_mounts_that_reach_no_pod(node: Node) -> None:
-    """Without Bidirectional propagation every pod would see an empty folder: the kubelet is not told that there is a driver."""
+async def test_driver_does_not_register_without_shared_propagation(node: Node) -> None:
+    """Otherwise every pod would see an empty directory."""
     syscalls.mount(None, str(node.kubelet.root), None, _MS_PRIVATE)
     await node.driver.start()
-    await until(lambda: node.driver.events("not registered with the kubelet"), "the log says so")
+    await until(lambda: node.driver.events("not registered with the kubelet"), "the log shows the reason")
     assert not node.kubelet.registration_socket.exists()
     status, text = node.driver.get("/readyz")
     assert status == 503
-    assert "so no pod would see a mount made there; set mountPropagation: Bidirectional" in text
+    assert "so pods do not see mounts in it; set mountPropagation: Bidirectional" in text

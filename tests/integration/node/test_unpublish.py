@@ -1,4 +1,4 @@
-"""Unpublish of anything is fine, and nothing stays."""
+"""Unpublish always succeeds and leaves nothing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.support.kubelet import FakePod
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-async def test_a_volume_goes_with_mount_folder_and_record(node: Node) -> None:
-    """After unpublish nothing of the volume is on the node, and its key is not in the metrics of live volumes."""
+async def test_unpublish_removes_mount_directory_and_record(node: Node) -> None:
+    """And the volume's metrics."""
     request = await node.published()
     assert node.metric("certmount_node_volumes") == 1
     await node.unpublish(request)
@@ -24,8 +24,8 @@ async def test_a_volume_goes_with_mount_folder_and_record(node: Node) -> None:
     assert node.metric("certmount_node_volumes") == 0
 
 
-async def test_again_is_fine(node: Node) -> None:
-    """The kubelet repeats what it got no answer for."""
+async def test_unpublish_can_be_repeated(node: Node) -> None:
+    """Also concurrently."""
     request = await node.published()
     for _ in range(3):
         await node.unpublish(request)
@@ -33,8 +33,8 @@ async def test_again_is_fine(node: Node) -> None:
     node.assert_nothing_of(request)
 
 
-async def test_the_unknown_is_fine(node: Node) -> None:
-    """A volume that was never here, a target that does not exist, also not its folder."""
+async def test_unpublish_of_an_unknown_volume_succeeds(node: Node) -> None:
+    """Or of a target that does not exist."""
     request = node.request()
     await node.unpublish(request)
     request.target_path = f"{node.kubelet.root}/pods/no-such-pod/volumes/kubernetes.io~csi/tls/mount"
@@ -43,29 +43,31 @@ async def test_the_unknown_is_fine(node: Node) -> None:
     await node.unpublish(request)
 
 
-@pytest.mark.parametrize("half", ["unmounted", "target-gone", "pod-gone", "tmpfs-gone", "folder-gone", "files-gone"])
+@pytest.mark.parametrize(
+    "state", ["unmounted", "target-gone", "pod-gone", "tmpfs-gone", "directory-gone", "files-gone"]
+)
 @pytest.mark.root
-async def test_the_half_gone_is_fine(node: Node, half: str) -> None:
-    """Whatever is missing already, the rest goes."""
+async def test_unpublish_of_a_partial_volume_succeeds(node: Node, state: str) -> None:
+    """It removes what is left."""
     request = await node.published()
-    if half in ("unmounted", "target-gone", "pod-gone"):
+    if state in ("unmounted", "target-gone", "pod-gone"):
         node.unmount(request)
-    if half == "target-gone":
+    if state == "target-gone":
         node.target(request).rmdir()
-    if half == "pod-gone":
+    if state == "pod-gone":
         shutil.rmtree(node.pod_dir(request))
-    if half == "files-gone":
+    if state == "files-gone":
         shutil.rmtree(node.volume_dir(request) / "files")
-    if half in ("tmpfs-gone", "folder-gone"):
+    if state in ("tmpfs-gone", "directory-gone"):
         node.unmount_path(str(node.volume_dir(request)))
-    if half == "folder-gone":
+    if state == "directory-gone":
         node.volume_dir(request).rmdir()
     await node.unpublish(request)
     node.assert_nothing_of(request)
 
 
-async def test_what_others_put_at_the_target_stays(node: Node) -> None:
-    """Unpublish removes what publish made, and nothing of anybody else."""
+async def test_unpublish_keeps_foreign_files(node: Node) -> None:
+    """At the target path."""
     request = node.request()
     target = node.target(request)
     target.mkdir()
@@ -79,8 +81,8 @@ async def test_what_others_put_at_the_target_stays(node: Node) -> None:
     target.unlink()
 
 
-async def test_publish_and_unpublish_at_once(node: Node) -> None:
-    """Calls of one volume take turns: in the end it is whole or gone, never half."""
+async def test_concurrent_publish_and_unpublish_leave_no_partial_volume(node: Node) -> None:
+    """Calls for one volume run one after another."""
     for _ in range(10):
         request = node.request()
         calls = (node.publish(request), node.unpublish(request), node.publish(request), node.unpublish(request))
@@ -91,8 +93,8 @@ async def test_publish_and_unpublish_at_once(node: Node) -> None:
         node.assert_nothing_of(request)
 
 
-async def test_unpublish_waits_for_nobody_else(node: Node) -> None:
-    """A volume whose publish hangs at the authority does not hold up the end of another pod."""
+async def test_unpublish_does_not_wait_for_other_volumes(node: Node) -> None:
+    """Whose publish waits for the authority."""
     done = await node.published()
     node.script.delay_s = 5.0
     hanging = asyncio.ensure_future(node.publish(node.request(FakePod(name="slow")), timeout=3.0))
@@ -104,8 +106,8 @@ async def test_unpublish_waits_for_nobody_else(node: Node) -> None:
 
 
 @pytest.mark.parametrize("missing", ["volume_id", "target_path"])
-async def test_what_is_required_is_named(node: Node, missing: str) -> None:
-    """Only a call that does not say what it is about is refused."""
+async def test_missing_field_is_rejected_by_name(node: Node, missing: str) -> None:
+    """As the CSI specification requires."""
     request = csi_pb2.NodeUnpublishVolumeRequest(volume_id="csi-1", target_path="/x")
     request.ClearField(missing)  # type: ignore[arg-type]  # one of the two field names
     failure = await failure_of(node.stub.NodeUnpublishVolume(request))
@@ -118,8 +120,8 @@ async def test_what_is_required_is_named(node: Node, missing: str) -> None:
     ["relative", "{pods}/../x", "{pods}/nul\0byte", "{pods}/" + "long/" * 999, "{pods}/" + "n" * 256, "{pods}/\u202e"],
     ids=["relative", "dots", "nul", "long-path", "long-name", "unicode"],
 )
-async def test_a_strange_target_is_fine(node: Node, target: str) -> None:
-    """Nothing of ours can be there, so there is nothing to do: an error would hold the pod in Terminating."""
+async def test_unpublish_of_an_invalid_target_succeeds(node: Node, target: str) -> None:
+    """No volume can be there, and an error would keep the pod in Terminating."""
     request = await node.published()
     target = target.format(pods=node.kubelet.root / "pods")
     for volume_id in (request.volume_id, "csi-unknown"):

@@ -1,4 +1,4 @@
-"""One node under test: the kubelet's folder, a scripted authority, the driver's process, and what a pod sees of it all."""
+"""A node under test: the kubelet directory, a scripted authority, the driver process, and what pods see."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Request = csi_pb2.NodePublishVolumeRequest
 
 @dataclass(frozen=True)
 class Failure:
-    """How a call failed: the status, the reason in the metadata, and the text that the pod's event shows."""
+    """The status, the reason and the text of a failed call."""
 
     code: grpc.StatusCode
     reason: str
@@ -43,7 +43,7 @@ class Failure:
 
 
 async def failure_of(call: Awaitable[object]) -> Failure:
-    """Awaits a call that must fail."""
+    """Await a call that must fail."""
     try:
         await call
     except grpc.aio.AioRpcError as error:
@@ -54,7 +54,7 @@ async def failure_of(call: Awaitable[object]) -> Failure:
 
 @dataclass(frozen=True)
 class Shown:
-    """The files of one volume as somebody sees them in a folder, read from one generation."""
+    """The files of one generation of a volume."""
 
     key: bytes
     chain: tuple[x509.Certificate, ...]
@@ -63,13 +63,13 @@ class Shown:
 
     @classmethod
     def at(cls, folder: Path) -> Shown:
-        """Reads a folder; fails unless it holds exactly our four files, whole and fitting each other."""
+        """Read a directory, which must contain exactly the four matching PEM files."""
         assert {path.name for path in folder.iterdir() if not path.name.startswith("..")} == FILES
         generation = str((folder / "..data").readlink())
         content = {name: (folder / generation / name).read_bytes() for name in FILES}
         chain = x509.load_pem_x509_certificates(content["site.crt"])
         public = load_pem_private_key(content["site.key"], None).public_key()
-        assert _spki(public) == _spki(chain[0].public_key()), "key and certificate belong together"
+        assert _spki(public) == _spki(chain[0].public_key()), "key and certificate match"
         assert content["site.pem"] == content["site.key"] + content["site.crt"]
         roots = x509.load_pem_x509_certificates(content["root.crt"])
         return cls(content["site.key"], tuple(chain), tuple(roots), generation)
@@ -95,7 +95,7 @@ def _spki(key: Any) -> bytes:
 
 
 class Node:
-    """What a test holds: it makes requests as the kubelet would, sends them, and looks at what became of them."""
+    """Sends requests like the kubelet, and inspects the results."""
 
     def __init__(self, folder: Path, kubelet: Kubelet, authority: ScriptedAuthority, driver: Driver) -> None:
         self.folder = folder
@@ -119,23 +119,21 @@ class Node:
     def channel(self) -> grpc.aio.Channel:
         return self._channel
 
-    # What the kubelet does.
-
     def request(
         self, pod: FakePod | None = None, attributes: Mapping[str, str] | None = None, **options: Any
     ) -> Request:
-        """A publish call for a pod (a new one by default); the volume is cleared away after the test."""
+        """Return a publish call for a pod (by default a new one). The volume is removed after the test."""
         request = self.kubelet.publish_request(pod or FakePod(), attributes, **options)
         self._requests.append(request)
         return request
 
-    async def publish(self, request: Request, timeout: float = 20.0) -> None:  # noqa: ASYNC109  # the call's own deadline, as the kubelet sets it
+    async def publish(self, request: Request, timeout: float = 20.0) -> None:  # noqa: ASYNC109  # the deadline of the call
         await self.stub.NodePublishVolume(request, timeout=timeout, wait_for_ready=True)
 
     async def published(
         self, pod: FakePod | None = None, attributes: Mapping[str, str] | None = None, **options: Any
     ) -> Request:
-        """Publishes a volume and gives the request that did it."""
+        """Publish a volume and return the request."""
         request = self.request(pod, attributes, **options)
         await self.publish(request)
         return request
@@ -145,7 +143,7 @@ class Node:
         await self.stub.NodeUnpublishVolume(unpublish, timeout=20.0, wait_for_ready=True)
 
     async def health(self, request: Request) -> list[tuple[int, str, str]]:
-        """Status, reason and message of all that is wrong with a volume."""
+        """Return the status, reason and message of each health entry."""
         question = csi_pb2.NodeGetVolumeHealthRequest(
             volume_id=request.volume_id, volume_publish_path=request.target_path
         )
@@ -154,7 +152,7 @@ class Node:
         return [(entry.status, entry.reason, entry.message) for entry in answer.volume_health.health_statuses]
 
     def unmount(self, request: Request) -> None:
-        """Takes the mount from the pod, behind the driver's back; needs root."""
+        """Unmount the target without the driver; needs root."""
         self.unmount_path(request.target_path)
 
     @staticmethod
@@ -162,29 +160,27 @@ class Node:
         syscalls.unmount(path, syscalls.MNT_DETACH)
 
     def forget_pod(self, request: Request) -> None:
-        """The pod ends without an unpublish call: its mount and its folder go."""
+        """Remove the pod's mount and directory without an unpublish call."""
         if self.real_mounts:
             self.unmount(request)
         shutil.rmtree(self.pod_dir(request))
         self._requests.remove(request)
 
     async def watched(self) -> None:
-        """Waits until the driver follows the roots; after an outage its next try may be half a minute away."""
+        """Wait until the driver follows the trust stream. After an outage, its retry can take 30 s."""
         await until(lambda: self.authority.watchers, "the driver follows the roots", patience_s=60.0)
 
     async def restart(self) -> None:
-        """SIGKILL, then a new process."""
+        """Kill the driver and start a new process."""
         await self.driver.kill()
         await self.driver.start()
 
-    # What there is to see.
-
     def target(self, request: Request, *name: str) -> Path:
-        """Where the volume is to be shown, or a file there."""
+        """Return the target path, or a file in it."""
         return Path(request.target_path, *name)
 
     def shown(self, request: Request) -> Shown:
-        """What the pod sees."""
+        """Return what the pod sees."""
         return Shown.at(self.target(request))
 
     def pod_dir(self, request: Request) -> Path:
@@ -198,12 +194,11 @@ class Node:
         return self.volumes / request.volume_id
 
     def record(self, request: Request) -> dict[str, Any]:
-        """The volume's record."""
         record: dict[str, Any] = json.loads((self.volume_dir(request) / "record.json").read_text())
         return record
 
     def state(self, request: Request) -> dict[str, tuple[int, int, int]]:
-        """Inode and times of everything in the volume: equal before and after means that nothing was written."""
+        """Return inode and times of all files of the volume. If they do not change, nothing was written."""
         found = {}
         for path in sorted(self.volume_dir(request).rglob("*")):
             stat = path.lstat()
@@ -211,29 +206,27 @@ class Node:
         return found
 
     def mounts(self, below: Path | str) -> list[MountEntry]:
-        """The mounts at or below a path, the kubelet's own folder not among them."""
+        """Return the mounts at or below a path, except the kubelet directory."""
         root, wanted = os.path.realpath(self.kubelet.root), os.path.realpath(below)
         found = (mount for mount in read_mounts() if mount.point == wanted or mount.point.startswith(f"{wanted}/"))
         return [mount for mount in found if mount.point != root]
 
     def assert_nothing_of(self, request: Request) -> None:
-        """No mount, folder or record of the volume is there: neither half nor whole."""
-        assert not os.path.lexists(request.target_path), "the target is there"
-        assert not self.volume_dir(request).exists(), "the volume's folder is there"
+        """Check that there is no mount, directory or record of the volume."""
+        assert not os.path.lexists(request.target_path), "the target exists"
+        assert not self.volume_dir(request).exists(), "the volume directory exists"
         assert self.mounts(self.pod_dir(request)) == []
         assert self.mounts(self.volume_dir(request)) == []
 
     def metric(self, name: str, **labels: str) -> float:
-        """A sample of /metrics; 0 for one that is not there."""
+        """Return a sample of /metrics, or 0 if it does not exist."""
         status, page = self.driver.get("/metrics")
         assert status == 200
         wanted = name + ("{" + ",".join(f'{key}="{value}"' for key, value in labels.items()) + "}" if labels else "")
         return sum(float(line.rpartition(" ")[2]) for line in page.splitlines() if line.rpartition(" ")[0] == wanted)
 
-    # Between tests.
-
     async def reset(self) -> None:
-        """A well-behaved authority and a running driver, whatever the test before did to them."""
+        """Restore a working authority and a running driver."""
         self.authority.script = Script()
         if not self.authority.serving:
             await self.authority.start()
@@ -241,7 +234,7 @@ class Node:
             await self.driver.start()
 
     async def clear(self) -> None:
-        """Unpublishes all that the test published, ends its pods, and holds the node to having nothing left."""
+        """Unpublish all volumes of the test and check that nothing is left."""
         await self.reset()
         for request in self._requests:
             await self.unpublish(request)
@@ -257,12 +250,12 @@ class Node:
 
 @contextmanager
 def kubelet_root() -> Iterator[Path]:
-    """A short path (a unix socket's has 107 bytes); where it may be, a file system of its own that spreads its mounts.
+    """Create a kubelet directory with a short path, because a unix socket path has at most 107 bytes.
 
-    It has few inodes, so that a test can fill it.
+    As root, it is a shared mount with few inodes, so that a test can fill it.
     """
-    folder = Path(tempfile.mkdtemp(prefix="cm-"))
-    root = folder / "kubelet"
+    directory = Path(tempfile.mkdtemp(prefix="cm-"))
+    root = directory / "kubelet"
     root.mkdir()
     try:
         if may_mount():
@@ -273,12 +266,12 @@ def kubelet_root() -> Iterator[Path]:
         real = os.path.realpath(root)
         for mount in reversed([mount for mount in read_mounts() if f"{mount.point}/".startswith(f"{real}/")]):
             syscalls.unmount(mount.point, syscalls.MNT_DETACH)
-        shutil.rmtree(folder)
+        shutil.rmtree(directory)
 
 
 @asynccontextmanager
 async def running_node(within: Sequence[str] = ()) -> AsyncIterator[Node]:
-    """A node with its driver running."""
+    """Start a node with its driver."""
     with kubelet_root() as root:
         folder = root.parent
         kubelet = Kubelet(root)
