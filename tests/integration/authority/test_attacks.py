@@ -203,7 +203,7 @@ CSRS: dict[str, tuple[Callable[[World], bytes], str]] = {
         lambda _: request([x509.DNSName(f"{n}.default.svc.cluster.local") for n in range(1000)]),
         "at most 100",
     ),
-    "invalid email name": (lambda _: request([x509.RFC822Name("root@localhost\nx")]), "names something that"),
+    "invalid email name": (lambda _: request([x509.RFC822Name._init_without_validation("root@localhost\nx")]), "names something that"),
     "a network as IP name": (
         lambda _: request([x509.IPAddress(IPv4Network("10.0.0.0/8"))]),
         "names something that",
