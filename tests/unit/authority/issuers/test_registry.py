@@ -1,13 +1,11 @@
-"""The issuers' file: what is taken from it, that its schema says the same, and that a bad one never replaces a good one."""
+"""The issuers file: what the parser accepts, and how the registry follows the file."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
-import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,25 +14,21 @@ import pytest
 import yaml
 from structlog.testing import capture_logs
 
-from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
-from csi_driver.authority.issuers import registry as issuers_file
-from csi_driver.authority.issuers.kinds import ISSUER_KINDS, IssuerDependencies, IssuerKind, read_issuers
-from csi_driver.authority.issuers.external import Finding
-from csi_driver.authority.issuers.registry import IssuersFile
+from csi_driver.authority.issuers import IssuedCertificate, Issuer, IssuerRequest, registry
 from csi_driver.authority.issuers.credentials import CredentialReader
+from csi_driver.authority.issuers.dependencies import IssuerDependencies, IssuerKind
+from csi_driver.authority.issuers.kinds import ISSUER_KINDS, read_issuers
+from csi_driver.authority.issuers.registry import IssuerRegistry
 from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
 from csi_driver.core.config.document_reader import DocumentReader
-from csi_driver.core.config.document_reader import Path as Place
+from csi_driver.core.config.document_reader import Path as DocumentPath
 from csi_driver.core.config.issuers import FileSource, SecretSource
-from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.errors import CertmountError
 from csi_driver.core.secret import Secret
-from tests.support.json_schema import valid
 from tests.support.waiting import until
+from tests.unit.authority.issuers.schema import DOCS, SCHEMA, assert_schema_agrees, paths
 
-ROOT = Path(__file__).parents[4]
-SHA256 = "ab" * 32
-AWAY = object()
-GOOD: dict[str, Any] = {
+VALID: dict[str, Any] = {
     "issuers": [
         {
             "name": "step",
@@ -59,21 +53,13 @@ GOOD: dict[str, Any] = {
 }
 
 
-def refusal(document: object) -> CertmountError:
-    with pytest.raises(CertmountError) as raised:
-        read_issuers(yaml.safe_dump(document).encode())
-    assert raised.value.reason is Reason.INVALID_ISSUERS
-    return raised.value
-
-
-def test_a_good_file_becomes_values() -> None:
-    """Fingerprints and addresses in their one form; credentials as references."""
-    step, other = read_issuers(yaml.safe_dump(GOOD).encode())
+def test_file_is_parsed_into_normalized_values() -> None:
+    step, other = read_issuers(yaml.safe_dump(VALID).encode())
     assert (step.name, step.kind) == ("step", "step_ca")
     assert step.configuration == StepCAConfiguration(
         url="https://ca.example.com:9000",
         provisioner="csi",
-        root_sha256=SHA256,
+        root_sha256="ab" * 32,
         key=SecretSource("certmount", "step-provisioner", "jwk"),
         password=FileSource("/etc/certmount/password"),
     )
@@ -82,13 +68,11 @@ def test_a_good_file_becomes_values() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "# none yet\n", "issuers:\n", "issuers: []\n"])
-def test_an_empty_file_declares_none(text: str) -> None:
-    """The internal CA needs no entry."""
+def test_empty_file_declares_no_issuers(text: str) -> None:
     assert read_issuers(text.encode()) == ()
 
 
-def test_all_that_is_wrong_is_said_at_once_with_its_line() -> None:
-    """So that one look at the log is enough."""
+def test_all_faults_are_reported_together_with_their_lines() -> None:
     text = """
 issuers:
 - name: internal
@@ -104,9 +88,9 @@ issuers:
     key: {secret: certmount/a}
 - {name: x}
 """
-    with pytest.raises(CertmountError) as raised:
+    with pytest.raises(CertmountError) as failure:
         read_issuers(text.encode())
-    faults = [str(fault) for fault in raised.value.faults]
+    faults = [str(fault) for fault in failure.value.faults]
     assert [fault.split(":")[0] for fault in faults] == [
         "issuers[0].name (line 3)",
         "issuers[0].step_ca.url (line 4)",
@@ -122,101 +106,44 @@ issuers:
         "issuers[2].step_ca.key.key (line 13)",
         "issuers[3] (line 14)",
     ]
-    said = "\n".join(faults)
-    assert "'step' is the name of issuers[1] (line 5) already" in said
-    assert "did you mean step_ca?" in said
-    assert "put it in quotes" in said
-    assert "hunter2" not in said, "what was meant to be secret is not told to the log"
+    errors = "\n".join(faults)
+    assert re.search(r"'step' .*issuers\[1\] \(line 5\)", errors)
+    assert "did you mean step_ca?" in errors
+    assert "hunter2" not in errors, "the log must not contain secrets"
 
 
-def places(value: object, path: Place = ()) -> Iterator[Place]:
-    yield path
-    for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield from places(part, (*path, key))
+@pytest.mark.parametrize("path", list(paths(VALID)), ids=str)
+def test_schema_agrees_with_the_parser(path: DocumentPath) -> None:
+    assert_schema_agrees(VALID, path)
 
 
-def changed(path: Place, change: Any) -> dict[str, Any]:
-    """The good file with one part replaced, or taken away."""
-    document: dict[str, Any] = copy.deepcopy(GOOD)
-    part: Any = document
-    for step in path[:-1]:
-        part = part[step]
-    if change is AWAY:
-        del part[path[-1]]
-    else:
-        part[path[-1]] = change
-    return document
-
-
-CHANGES: list[Any] = [
-    AWAY,
-    None,
-    "",
-    "x",
-    "/",
-    "A b",
-    5,
-    [],
-    [1],
-    {},
-    {"unknown": "x"},
-    {"file": "/x"},
-    {"file": "x"},
-    True,
-]
-
-
-@pytest.mark.parametrize("path", [path for path in places(GOOD) if path], ids=str)
-def test_the_schema_says_what_the_program_does(path: Place) -> None:
-    """Each part of a good file replaced by something else, taken away, or with a stranger beside it: both agree."""
-    schema = json.loads((ROOT / "docs" / "issuers.schema.json").read_text())
-    assert valid(schema, GOOD)
-    documents = [changed(path, change) for change in CHANGES]
-    documents += [changed((*path[:-1], "stranger"), "x")] if isinstance(path[-1], str) else []
-    for document in documents:
-        try:
-            read_issuers(yaml.safe_dump(document).encode())
-            taken = True
-        except CertmountError:
-            taken = False
-        assert taken == valid(schema, document), document
-
-
-def test_the_schema_knows_every_kind() -> None:
-    """An editor that checks by the schema offers what the program has."""
-    schema = json.loads((ROOT / "docs" / "issuers.schema.json").read_text())
-    entry = schema["properties"]["issuers"]["items"]
+def test_schema_and_documentation_list_all_kinds() -> None:
+    entry = SCHEMA["properties"]["issuers"]["items"]
     assert set(entry["properties"]) == {"name", *ISSUER_KINDS}
     assert [{"required": [kind]} for kind in ISSUER_KINDS] == entry["oneOf"]
-
-
-def test_every_kind_is_in_the_documents() -> None:
-    """docs/issuers.md lists what the file may declare."""
-    page = (ROOT / "docs" / "issuers.md").read_text()
-    rows = page.split("| kind | signs |")[1].split("\n\n")[0]
+    rows = (DOCS / "issuers.md").read_text().split("| kind | signs |")[1].split("\n\n")[0]
     assert re.findall(r"^\| `(\w+)`", rows, flags=re.MULTILINE) == list(ISSUER_KINDS)
 
 
-def test_every_yaml_example_in_the_documents_is_taken() -> None:
-    """What a reader copies works."""
-    for name in ("issuers.md", "from-autocert.md"):
-        for block in (ROOT / "docs" / name).read_text().split("```yaml\n")[1:]:
-            example = block.split("```")[0]
-            if example.lstrip().startswith("issuers:"):
-                assert read_issuers(example.encode()), example
+@pytest.mark.parametrize("page", ["issuers.md", "from-autocert.md"])
+def test_yaml_examples_in_the_documentation_are_valid(page: str) -> None:
+    for block in (DOCS / page).read_text().split("```yaml\n")[1:]:
+        example = block.split("```")[0]
+        if example.lstrip().startswith("issuers:"):
+            assert read_issuers(example.encode()), example
 
 
-class FakeIssuer:
-    """Has what it is given, and counts its lives."""
+class FakeIssuer(Issuer):
+    """Counts how often it is running; fails if its configuration is ``defect``."""
 
-    shares_certificates = False
-    problem: str | None = None
-
-    def __init__(self, name: str, configuration: object) -> None:
-        self.name = name
+    def __init__(self, configuration: object = None) -> None:
         self.configuration = configuration
-        self.roots: tuple[bytes, ...] = ()
+        self.known_roots: tuple[bytes, ...] = ()
         self.running = 0
+
+    @property
+    def roots(self) -> tuple[bytes, ...]:
+        return self.known_roots
 
     async def run(self) -> None:
         self.running += 1
@@ -227,31 +154,28 @@ class FakeIssuer:
         finally:
             self.running -= 1
 
-    async def check(self) -> list[Finding]:
-        return []
-
-    async def issue(self, order: IssuerRequest) -> IssuedCertificate:
+    async def issue(self, request: IssuerRequest) -> IssuedCertificate:
         raise NotImplementedError
 
 
-def parse_fake(reader: DocumentReader, path: Place, value: object) -> object:
+def parse_fake(reader: DocumentReader, path: DocumentPath, value: object) -> object:
     if value == "wrong":
         reader.fault(path, "is wrong")
     return value
 
 
 @dataclass
-class Office:
-    """An issuers' file, and what is heard of it."""
+class RegistryWorld:
+    """A registry with fake issuers, its file, and what its callbacks got."""
 
     file: Path
     roots: dict[str, tuple[bytes, ...]] = field(default_factory=dict)
     loads: list[bool] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        fake = IssuerKind(parse_fake, lambda name, configuration, _: FakeIssuer(name, configuration))
-        self.internal = FakeIssuer("internal", None)
-        self.issuers = IssuersFile(
+        fake = IssuerKind(parse_fake, lambda _name, configuration, _dependencies: FakeIssuer(configuration))
+        self.internal = FakeIssuer()
+        self.issuers = IssuerRegistry(
             self.file,
             self.internal,
             IssuerDependencies(CredentialReader()),
@@ -284,74 +208,71 @@ class Office:
 
 
 @pytest.fixture
-def office(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Office:
-    monkeypatch.setattr(issuers_file, "_CHECK_S", 0.01)
-    return Office(tmp_path / "issuers.yaml")
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RegistryWorld:
+    monkeypatch.setattr(registry, "_INTERVAL_S", 0.01)
+    return RegistryWorld(tmp_path / "issuers.yaml")
 
 
-async def test_issuers_come_go_and_stay(office: Office) -> None:
-    """Who is not changed keeps its connections; who is gone stops, and what its pods trust is left alone."""
-    office.write(a="1", b="1")
-    async with office.running():
-        a, b = office["a"], office["b"]
-        await until(lambda: a.running == b.running == 1, "their work")
-        a.roots = b.roots = (b"root",)
-        await until(lambda: set(office.roots) == {"a", "b"}, "their roots")
-        office.write(b="1", c="1")
-        await until(lambda: "c" in office.issuers, "the new file")
-        await until(lambda: a.running == 0 and office["c"].running == 1, "the change")
-        assert office["b"] is b
+async def test_unchanged_issuers_stay_and_removed_issuers_stop(world: RegistryWorld) -> None:
+    """The roots of a removed issuer are not reported again: its pods keep them."""
+    world.write(a="1", b="1")
+    async with world.running():
+        a, b = world["a"], world["b"]
+        await until(lambda: a.running == b.running == 1, "the background work")
+        a.known_roots = b.known_roots = (b"root",)
+        await until(lambda: set(world.roots) == {"a", "b"}, "the roots")
+        world.write(b="1", c="1")
+        await until(lambda: "c" in world.issuers, "the new file")
+        await until(lambda: a.running == 0 and world["c"].running == 1, "the change")
+        assert world["b"] is b
         assert b.running == 1
-        assert list(office.issuers) == ["internal", "b", "c"]
-        assert office.issuers.get("a") is None
-        assert office.roots["a"] == (b"root",)
-        office.write(b="2", c="1")
-        await until(lambda: office["b"] is not b, "the changed entry")
-    assert b.running == office["c"].running == 0
-    assert office.issuers["internal"] is office.internal
+        assert list(world.issuers) == ["internal", "b", "c"]
+        assert world.issuers.get("a") is None
+        assert world.roots["a"] == (b"root",)
+        world.write(b="2", c="1")
+        await until(lambda: world["b"] is not b, "the changed declaration")
+    assert b.running == world["c"].running == 0
+    assert world.issuers["internal"] is world.internal
 
 
-async def test_a_bad_file_keeps_what_there_is(office: Office) -> None:
-    """It is said once, counted once, and over as soon as the file is good again."""
-    office.write(a="1")
-    async with office.running():
+async def test_invalid_file_keeps_the_previous_issuers(world: RegistryWorld) -> None:
+    """Each invalid content is logged and counted once."""
+    world.write(a="1")
+    async with world.running():
         with capture_logs() as logs:
-            office.write(a="wrong", b="1")
-            await until(lambda: office.loads == [True, False], "the bad file")
-            assert list(office.issuers) == ["internal", "a"]
-            office.file.unlink()
-            await until(lambda: office.loads == [True, False, False], "the missing file")
-            office.write(b="1")
-            await until(lambda: "b" in office.issuers, "the good file")
-    refused = [entry for entry in logs if entry["event"] == "issuers file rejected; the previous issuers file stays in force"]
-    assert [entry["error"].partition(": ")[2] for entry in refused] == [
+            world.write(a="wrong", b="1")
+            await until(lambda: world.loads == [True, False], "the invalid file")
+            assert list(world.issuers) == ["internal", "a"]
+            world.file.unlink()
+            await until(lambda: world.loads == [True, False, False], "the missing file")
+            world.write(b="1")
+            await until(lambda: "b" in world.issuers, "the valid file")
+    rejected = [entry["error"] for entry in logs if entry["event"].startswith("issuers rejected")]
+    assert [error.partition(": ")[2] for error in rejected] == [
         "issuers[0].fake (line 2): is wrong",
-        f"{office.file}: cannot be read: No such file or directory; see --issuers",
+        f"{world.file}: cannot be read: No such file or directory; check --issuers",
     ]
 
 
-async def test_a_bad_file_at_the_start_is_refused(office: Office) -> None:
-    """An authority does not begin with half of what its administrator meant."""
-    office.write(a="wrong")
+async def test_invalid_file_prevents_the_start(world: RegistryWorld) -> None:
+    world.write(a="wrong")
     with pytest.raises(CertmountError, match="is wrong"):
-        await office.issuers.load()
+        await world.issuers.load()
 
 
-async def test_a_defect_of_one_issuer_is_its_own(office: Office) -> None:
-    """The others go on, and it is logged."""
-    office.write(a="defect", b="1")
+async def test_unexpected_error_of_one_issuer_does_not_stop_others(world: RegistryWorld) -> None:
+    world.write(a="defect", b="1")
     with capture_logs() as logs:
-        async with office.running():
-            await until(lambda: office["b"].running == 1, "the other one")
+        async with world.running():
+            await until(lambda: world["b"].running == 1, "the other issuer")
             await until(lambda: logs, "the log")
-            assert office["b"].running == 1
-    assert any(entry["event"] == "the background work of an issuer failed" for entry in logs)
+            assert world["b"].running == 1
+    assert any(entry["event"] == "background work of issuer failed" for entry in logs)
 
 
-async def test_without_a_file_there_is_the_internal_ca() -> None:
-    """As before there was such a file."""
-    internal = FakeIssuer("internal", None)
-    issuers = IssuersFile(
+async def test_registry_without_a_file_contains_the_internal_ca() -> None:
+    internal = FakeIssuer()
+    issuers = IssuerRegistry(
         None,
         internal,
         IssuerDependencies(CredentialReader()),
@@ -364,12 +285,12 @@ async def test_without_a_file_there_is_the_internal_ca() -> None:
     assert issuers.problems == {}
 
 
-async def test_credentials_are_read_from_where_they_are(tmp_path: Path) -> None:
-    """From files and Secrets; what is not there is told by its place, without a word of its content."""
-    asked: list[tuple[str, str, str]] = []
+async def test_credentials_are_read_from_files_and_secrets(tmp_path: Path) -> None:
+    """Errors name the source and never show the content."""
+    requested: list[tuple[str, str, str]] = []
 
     async def read_secret(namespace: str, name: str, key: str) -> Secret[bytes]:
-        asked.append((namespace, name, key))
+        requested.append((namespace, name, key))
         return Secret(b"from the cluster")
 
     file = tmp_path / "key"
@@ -377,8 +298,8 @@ async def test_credentials_are_read_from_where_they_are(tmp_path: Path) -> None:
     assert (await CredentialReader().read(FileSource(str(file)))).reveal() == b"from a file"
     in_cluster = SecretSource("certmount", "step", "jwk")
     assert (await CredentialReader(read_secret).read(in_cluster)).reveal() == b"from the cluster"
-    assert asked == [("certmount", "step", "jwk")]
-    with pytest.raises(CertmountError, match="there is no cluster to read it from; keep it in a file"):
+    assert requested == [("certmount", "step", "jwk")]
+    with pytest.raises(CertmountError, match="cannot be read outside a cluster; store it in a file"):
         await CredentialReader().read(in_cluster)
     file.write_bytes(b"")
     with pytest.raises(CertmountError, match="is empty"):

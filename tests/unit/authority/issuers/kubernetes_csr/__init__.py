@@ -1,1 +1,1 @@
-"""Both sides of certificates.k8s.io: the issuer, and the approver and signer of our own name."""
+"""Tests of the kubernetes_csr issuer with a fake cluster."""

@@ -1,4 +1,4 @@
-"""A cluster in memory: requests as the API server keeps them, told to whoever follows them."""
+"""A fake API server that stores CertificateSigningRequests and notifies watches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Json = dict[str, Any]
 
 @dataclass
 class Watch:
-    """A watch that is never behind."""
+    """A watch that is notified immediately."""
 
     cluster: FakeRequests
     sink: CSRCache
@@ -29,14 +29,14 @@ class Watch:
     async def run(self) -> None:
         self.cluster.sinks.append(self)
         for name in self.cluster.objects:
-            self.tell(name)
+            self.notify(name)
         self.sink.retain(set(self.cluster.objects))
         try:
             await asyncio.Event().wait()
         finally:
             self.cluster.sinks.remove(self)
 
-    def tell(self, name: str) -> None:
+    def notify(self, name: str) -> None:
         key, _, value = self.labels.partition("=")
         item = copy.deepcopy(self.cluster.objects[name])
         if not key or item["metadata"]["labels"].get(key) == value:
@@ -45,38 +45,38 @@ class Watch:
 
 @dataclass
 class FakeRequests:
-    """Requests, with somebody else's hand on them where a test wants it."""
+    """CertificateSigningRequests, which a test can change as another client."""
 
     objects: dict[str, Json] = field(default_factory=dict)
     sinks: list[Watch] = field(default_factory=list)
     username: str = ACCOUNT
     forbidden: set[tuple[str, str]] = field(default_factory=set)
     broken: str = ""
-    """Why every call fails; empty: none does."""
+    """The error of every call; empty if calls succeed."""
     undecidable: str = ""
-    """Why nothing can be approved or denied; empty: it can."""
+    """The error of approvals and denials; empty if they succeed."""
     now: datetime = pki.NOW
     made: int = 0
     answers: int = 0
     drafts: list[CSRDraft] = field(default_factory=list)
 
     def put(self, item: Json) -> str:
-        """Somebody makes a request."""
+        """Create a request as another client."""
         self.made += 1
         name = item["metadata"].setdefault("name", f"csr-{self.made}")
         item["metadata"].setdefault("uid", f"uid-{name}")
         item["metadata"].setdefault("labels", {})
         item["metadata"].setdefault("creationTimestamp", self.now.isoformat())
         self.objects[name] = item
-        self._tell(name)
+        self._notify(name)
         return str(name)
 
     def change(self, name: str, **status: Any) -> None:
         self.objects[name]["status"] = {**self.objects[name].get("status", {}), **status}
-        self._tell(name)
+        self._notify(name)
 
     def sign(self, name: str, pem: bytes) -> None:
-        """Some signer answers."""
+        """Write a certificate as a signer."""
         self.change(name, certificate=base64.b64encode(pem).decode())
 
     def remove(self, name: str) -> None:
@@ -87,21 +87,21 @@ class FakeRequests:
     def find(self, name: str) -> ClusterCSR:
         return read_csr(self.objects[name])
 
-    def _tell(self, name: str) -> None:
+    def _notify(self, name: str) -> None:
         for watch in self.sinks:
-            watch.tell(name)
+            watch.notify(name)
 
-    async def _reach(self) -> None:
+    async def _call(self) -> None:
         await asyncio.sleep(0)
         if self.broken:
             raise CertmountError(Reason.ISSUER_UNAVAILABLE, self.broken)
 
     async def own_username(self) -> str:
-        await self._reach()
+        await self._call()
         return self.username
 
     async def create(self, draft: CSRDraft) -> ClusterCSR:
-        await self._reach()
+        await self._call()
         self.drafts.append(draft)
         spec = {
             "signerName": draft.signer,
@@ -114,7 +114,7 @@ class FakeRequests:
         return self.find(self.put({"metadata": {"name": name, "labels": dict(draft.labels)}, "spec": spec}))
 
     async def decide(self, csr: ClusterCSR, condition: CSRCondition) -> ClusterCSR:
-        await self._reach()
+        await self._call()
         if self.undecidable:
             raise CertmountError(Reason.ISSUER_UNAVAILABLE, self.undecidable)
         if not self.find(csr.name).conditions:
@@ -122,27 +122,27 @@ class FakeRequests:
         return self.find(csr.name)
 
     async def answer(self, csr: ClusterCSR, certificate: bytes) -> ClusterCSR:
-        await self._reach()
+        await self._call()
         self.answers += 1
         self.sign(csr.name, certificate)
         return self.find(csr.name)
 
     async def fail(self, csr: ClusterCSR, condition: CSRCondition) -> ClusterCSR:
-        await self._reach()
+        await self._call()
         self.change(csr.name, conditions=[*self.objects[csr.name]["status"]["conditions"], _json(condition)])
         return self.find(csr.name)
 
     async def delete(self, csr: ClusterCSR) -> None:
-        await self._reach()
+        await self._call()
         if csr.name in self.objects:
             self.remove(csr.name)
 
     async def may(self, verb: str, resource: str, name: str = "") -> bool:
-        await self._reach()
+        await self._call()
         return not {(verb, resource), (verb, name)} & self.forbidden
 
     def follow(self, sink: CSRCache, *, signer: str = "", labels: str = "") -> Watch:
-        del signer  # what is of another signer must not be believed to be kept away
+        del signer  # the caller must not rely on this filter
         return Watch(self, sink, labels)
 
 

@@ -1,4 +1,4 @@
-"""docs/kubernetes-csr.md: what a reader copies from it is taken, and the tables are complete."""
+"""The examples in docs/kubernetes-csr.md are valid, and its tables are complete."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 
 from csi_driver.authority.issuers.kinds import read_issuers
 from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConfiguration
-from csi_driver.core.cluster.csr import OWN_SIGNER
+from csi_driver.core.cluster.csr import CERTMOUNT_SIGNER
 from csi_driver.core.errors import REASONS
 from csi_driver.kube.permissions import SIGNER_LEASE
 
@@ -24,8 +24,7 @@ def blocks() -> Iterator[Any]:
         yield from yaml.safe_load_all(block.split("```")[0])
 
 
-def test_the_issuers_are_taken() -> None:
-    """And the role is for the signer that they name."""
+def test_example_issuers_are_valid_and_the_role_allows_their_signer() -> None:
     (text,) = [yaml.safe_dump(block) for block in blocks() if "issuers" in block]
     (declared,) = read_issuers(text.encode())
     assert isinstance(declared.configuration, KubernetesCSRConfiguration)
@@ -34,23 +33,20 @@ def test_the_issuers_are_taken() -> None:
     assert named == [declared.configuration.signer]
 
 
-def test_every_key_is_explained() -> None:
-    """And no other."""
+def test_table_lists_all_keys() -> None:
     rows = PAGE.split("| key | meaning |")[1].split("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in rows.splitlines()[2:]))) == {
         field.name for field in fields(KubernetesCSRConfiguration)
     }
 
 
-def test_reasons_are_those_of_the_program() -> None:
-    """People search for them."""
+def test_table_lists_existing_reasons() -> None:
     rows = PAGE.split("| checked | reason |")[1].split("\n\n")[0].splitlines()[2:]
-    told = {word for row in rows for word in re.findall(r"`(\w+)`", row.split("|")[2])}
-    assert told <= set(REASONS)
-    assert {"InvalidCSR", "TokenRejected", "ServiceAccountDenied", "NameNotAllowed", "TooManyRequests"} == told
+    reasons = {word for row in rows for word in re.findall(r"`(\w+)`", row.split("|")[2])}
+    assert reasons <= set(REASONS)
+    assert {"InvalidCSR", "TokenRejected", "ServiceAccountDenied", "NameNotAllowed", "TooManyRequests"} == reasons
 
 
-def test_names_are_those_of_the_program() -> None:
-    """The signer's and the lease's."""
-    assert OWN_SIGNER in PAGE
+def test_page_names_the_signer_and_the_lease() -> None:
+    assert CERTMOUNT_SIGNER in PAGE
     assert SIGNER_LEASE in PAGE

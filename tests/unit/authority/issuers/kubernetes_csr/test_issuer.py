@@ -1,11 +1,11 @@
-"""A signer of the cluster as an issuer: what it is asked, what is made of its answers, and that nothing is left behind."""
+"""A signer of the cluster as an issuer: requests, responses, and cleanup."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -16,12 +16,12 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
-from csi_driver.authority.issuers.kinds import IssuerDependencies, make_issuer, read_issuers
-from csi_driver.authority.issuers.kubernetes_csr.access import Access
-from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConfiguration
-from csi_driver.authority.issuers.kubernetes_csr.issuer import KubernetesCSR
-from csi_driver.authority.issuers.kubernetes_csr.request import ORDER_LABEL, order_id
 from csi_driver.authority.issuers.credentials import CredentialReader
+from csi_driver.authority.issuers.dependencies import CSRAccess, IssuerDependencies
+from csi_driver.authority.issuers.kinds import make_issuer, read_issuers
+from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConfiguration
+from csi_driver.authority.issuers.kubernetes_csr.issuer import KubernetesCSRIssuer
+from csi_driver.authority.issuers.kubernetes_csr.request import ISSUER_LABEL, REQUEST_LABEL, request_id
 from csi_driver.core.certificates.csr import build_csr, parse_csr
 from csi_driver.core.certificates.keys import PrivateKey, generate_key
 from csi_driver.core.cluster.csr import APPROVED, DENIED, FAILED, ClusterCSR
@@ -42,19 +42,21 @@ OTHER = pki.authority("other")
 BOTH = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
 POD = PodIdentity(ServiceAccount("web", "edge"), "sa", "edge-0", "pod-uid", "node-a", "node-uid", 0.0)
 KEY = pki.key_of(KeyType.EC_P256, 7)
+NOT_DIAGNOSED = "diagnostics have not finished yet"
 
 
-def order(*asked: str, key: PrivateKey = KEY, life: timedelta = pki.HOUR, pod: PodIdentity = POD) -> IssuerRequest:
-    """A pod's, which has also been granted its SPIFFE ID."""
-    names = pki.names(*asked)
-    granted = names if pki.SPIFFE in asked else pki.names(*asked, pki.SPIFFE)
-    return IssuerRequest(
-        parse_csr(build_csr(key, names)), Grant(granted, life, (Usage.SERVER, Usage.CLIENT), ("built-in",)), pod
-    )
+def request(
+    *names: str, key: PrivateKey = KEY, lifetime: timedelta = pki.HOUR, pod: PodIdentity = POD
+) -> IssuerRequest:
+    """Return a pod's request; the policy also grants its SPIFFE ID."""
+    requested = pki.names(*names)
+    granted = requested if pki.SPIFFE in names else pki.names(*names, pki.SPIFFE)
+    grant = Grant(granted, lifetime, (Usage.SERVER, Usage.CLIENT), ("built-in",))
+    return IssuerRequest(parse_csr(build_csr(key, requested)), grant, pod)
 
 
-def answer(*names: str, key: PrivateKey = KEY, by: pki.Signer = ROOT, hours: int = 1) -> bytes:
-    """What a signer writes."""
+def signed(*names: str, key: PrivateKey = KEY, by: pki.Signer = ROOT, hours: int = 1) -> bytes:
+    """Return a certificate as a signer writes it."""
     validity = pki.Validity(end=timedelta(hours=hours))
     leaf = pki.leaf(by, key, pki.names(*names), validity=validity, extensions=[BOTH], critical=False)
     return encode_certificates([leaf, by.certificate])
@@ -62,7 +64,7 @@ def answer(*names: str, key: PrivateKey = KEY, by: pki.Signer = ROOT, hours: int
 
 @dataclass
 class World:
-    """An issuer that runs, and its cluster."""
+    """A running issuer and its cluster."""
 
     roots: Path
     cluster: FakeRequests = field(default_factory=FakeRequests)
@@ -71,36 +73,32 @@ class World:
 
     @contextlib.asynccontextmanager
     async def running(
-        self, *, approve: bool = True, patience_s: float = 5.0, own: bool = False, most: timedelta | None = None
-    ) -> AsyncIterator[KubernetesCSR]:
+        self, *, approve: bool = True, wait_s: float = 5.0, own: bool = False, maximum: timedelta | None = None
+    ) -> AsyncIterator[KubernetesCSRIssuer]:
         roots = None if own else FileSource(str(self.roots))
-        configuration = KubernetesCSRConfiguration(SIGNER, approve, roots, max_duration=most)
-        issuer = KubernetesCSR(
-            "corporate",
-            configuration,
-            CredentialReader(),
-            Access(self.cluster, lambda: self.internal),
-            clock=lambda: self.now,
-            patience_s=patience_s,
+        configuration = KubernetesCSRConfiguration(SIGNER, approve, roots, max_duration=maximum)
+        access = CSRAccess(self.cluster, lambda: self.internal)
+        issuer = KubernetesCSRIssuer(
+            "corporate", configuration, CredentialReader(), access, clock=lambda: self.now, wait_s=wait_s
         )
         running = asyncio.create_task(issuer.run())
         try:
-            await until(lambda: issuer.problem != "the cluster has not been looked at yet", "a first look")
+            await until(lambda: issuer.problem != NOT_DIAGNOSED, "the first diagnosis")
             yield issuer
         finally:
             running.cancel()
             await asyncio.wait([running])
 
-    async def asked(self) -> ClusterCSR:
-        """The one request, approved."""
+    async def approved(self) -> ClusterCSR:
+        """Return the only request after it was approved."""
         await until(lambda: any(self.cluster.find(name).conditions for name in self.cluster.objects), "the request")
         (name,) = self.cluster.objects
         return self.cluster.find(name)
 
-    async def issue(self, issuer: KubernetesCSR, wanted: IssuerRequest, pem: bytes) -> IssuedCertificate:
-        """With a signer that answers."""
-        issuing = asyncio.create_task(issuer.issue(wanted))
-        self.cluster.sign((await self.asked()).name, pem)
+    async def issue(self, issuer: KubernetesCSRIssuer, to_sign: IssuerRequest, pem: bytes) -> IssuedCertificate:
+        """Issue with a signer that returns ``pem``."""
+        issuing = asyncio.create_task(issuer.issue(to_sign))
+        self.cluster.sign((await self.approved()).name, pem)
         return await issuing
 
 
@@ -111,19 +109,18 @@ def world(tmp_path: Path) -> World:
     return World(roots)
 
 
-async def test_a_request_is_made_approved_signed_and_removed(world: World) -> None:
-    """It says all that the signer needs, who it is for, and whose order it is; the roots are the administrator's."""
+async def test_request_is_created_approved_signed_and_deleted(world: World) -> None:
     async with world.running() as issuer:
-        issuing = asyncio.create_task(issuer.issue(order(NAME)))
-        csr = await world.asked()
-        assert (csr.signer, csr.life_s) == (SIGNER, 3600)
+        issuing = asyncio.create_task(issuer.issue(request(NAME)))
+        csr = await world.approved()
+        assert (csr.signer, csr.expiration_s) == (SIGNER, 3600)
         assert csr.usages == ("digital signature", "server auth", "client auth")
         assert parse_csr(x509.load_pem_x509_csr(csr.request).public_bytes(Encoding.DER)).names == pki.names(NAME)
         (draft,) = world.cluster.drafts
         assert draft.annotations == {"certmount.dev/pod": "web/edge-0", "certmount.dev/names": NAME}
-        assert draft.labels["certmount.dev/issuer"] == "corporate"
-        assert "pod web/edge-0 may have it by built-in" in str(csr.condition(APPROVED))
-        world.cluster.sign(csr.name, answer(NAME))
+        assert draft.labels[ISSUER_LABEL] == "corporate"
+        assert "allowed for pod web/edge-0 by built-in" in str(csr.condition(APPROVED))
+        world.cluster.sign(csr.name, signed(NAME))
         issued = await issuing
     assert issued.chain[1:] == tuple(pki.der(ROOT.certificate))
     assert issued.roots == issuer.roots == tuple(pki.der(ROOT.certificate))
@@ -131,111 +128,106 @@ async def test_a_request_is_made_approved_signed_and_removed(world: World) -> No
     assert world.cluster.objects == {}
 
 
-async def test_an_rsa_key_is_for_encipherment_too(world: World) -> None:
-    """TLS 1.2 without forward secrecy needs it, and signers look at it."""
+async def test_rsa_key_also_requests_key_encipherment(world: World) -> None:
+    """TLS 1.2 without forward secrecy needs it, and signers verify it."""
     key = pki.key_of(KeyType.RSA_2048)
     async with world.running() as issuer:
-        await world.issue(issuer, order(NAME, key=key), answer(NAME, key=key))
+        await world.issue(issuer, request(NAME, key=key), signed(NAME, key=key))
     assert "key encipherment" in world.cluster.drafts[0].usages
 
 
-async def test_the_identity_is_included_where_the_volume_asks_for_it(world: World) -> None:
-    """The signer sees the node's request only."""
+async def test_identity_is_included_if_the_volume_requests_it(world: World) -> None:
     async with world.running() as issuer:
-        issued = await world.issue(issuer, order(NAME, pki.SPIFFE), answer(NAME, pki.SPIFFE))
+        issued = await world.issue(issuer, request(NAME, pki.SPIFFE), signed(NAME, pki.SPIFFE))
     assert issued.identity_included
 
 
-WRONG: dict[str, tuple[bytes, Reason, str]] = {
-    "a name more": (answer(NAME, "b.web.svc"), Reason.INVALID_RESPONSE, "also holds b.web.svc"),
-    "a name less": (answer("b.web.svc"), Reason.INVALID_RESPONSE, f"lacks {NAME}"),
-    "another key": (answer(NAME, key=generate_key(KeyType.EC_P256)), Reason.INVALID_RESPONSE, "is for another key"),
-    "a longer life": (answer(NAME, hours=30), Reason.INVALID_RESPONSE, "longer than was granted"),
-    "another root": (answer(NAME, by=OTHER), Reason.ISSUER_UNAVAILABLE, "not among the configured ones"),
-    "no certificate": (b"hello", Reason.ISSUER_UNAVAILABLE, "is no certificate"),
-}
-
-
-@pytest.mark.parametrize("what", WRONG)
-async def test_a_wrong_answer_is_no_certificate(what: str, world: World) -> None:
-    """Told in words, and nothing is left of it."""
-    pem, reason, text = WRONG[what]
+@pytest.mark.parametrize(
+    "pem, reason, text",
+    [
+        (signed(NAME, "b.web.svc"), Reason.INVALID_RESPONSE, "also contains b.web.svc"),
+        (signed("b.web.svc"), Reason.INVALID_RESPONSE, f"lacks {NAME}"),
+        (signed(NAME, key=generate_key(KeyType.EC_P256)), Reason.INVALID_RESPONSE, "is for another key"),
+        (signed(NAME, hours=30), Reason.INVALID_RESPONSE, "longer than the policy grants"),
+        (signed(NAME, by=OTHER), Reason.ISSUER_UNAVAILABLE, "does not end at a configured root"),
+        (b"hello", Reason.ISSUER_UNAVAILABLE, "invalid certificate"),
+    ],
+    ids=["another name", "missing name", "another key", "longer lifetime", "another root", "no certificate"],
+)
+async def test_certificate_that_differs_from_the_request_is_rejected(
+    pem: bytes, reason: Reason, text: str, world: World
+) -> None:
     async with world.running() as issuer:
         with pytest.raises(CertmountError, match=text) as failure:
-            await world.issue(issuer, order(NAME), pem)
+            await world.issue(issuer, request(NAME), pem)
     assert failure.value.reason is reason
     assert world.cluster.objects == {}
 
 
 @pytest.mark.parametrize(
-    "conditions,word",
+    "conditions,verb",
     [
         ([{"type": DENIED, "reason": "Unwanted", "message": "not on Sundays"}], "denied"),
         ([{"type": APPROVED}, {"type": FAILED, "reason": "Unwanted", "message": "not on Sundays"}], "failed to sign"),
     ],
 )
-async def test_a_refusal_is_told_in_its_own_words(conditions: list[object], word: str, world: World) -> None:
-    """And the next try begins anew."""
+async def test_denial_is_reported_and_the_request_deleted(conditions: list[object], verb: str, world: World) -> None:
     async with world.running(approve=False) as issuer:
-        issuing = asyncio.create_task(issuer.issue(order(NAME)))
+        issuing = asyncio.create_task(issuer.issue(request(NAME)))
         await until(lambda: world.cluster.objects, "the request")
         world.cluster.change(next(iter(world.cluster.objects)), conditions=conditions)
-        with pytest.raises(CertmountError, match=f"{word} the request: Unwanted: not on Sundays") as failure:
+        with pytest.raises(CertmountError, match=f"{verb} the request: Unwanted: not on Sundays") as failure:
             await issuing
     assert failure.value.reason is Reason.NAME_NOT_ALLOWED
     assert world.cluster.objects == {}
 
 
-async def test_what_takes_long_goes_on(world: World) -> None:
-    """The call ends with what is waited for; the same order, at another replica, takes the finished certificate."""
-    async with world.running(approve=False, patience_s=0.02) as issuer:
+async def test_pending_request_is_continued_by_another_call_and_replica(world: World) -> None:
+    async with world.running(approve=False, wait_s=0.02) as issuer:
         with pytest.raises(CertmountError, match="kubectl certificate approve certmount-corporate-1") as failure:
-            await issuer.issue(order(NAME))
+            await issuer.issue(request(NAME))
         assert failure.value.reason is Reason.ISSUANCE_PENDING
         (name,) = world.cluster.objects
         world.cluster.change(name, conditions=[{"type": APPROVED}])
         with pytest.raises(CertmountError, match=r"is approved and waits for example\.com/pods to sign it"):
-            await issuer.issue(order(NAME))
+            await issuer.issue(request(NAME))
         assert world.cluster.made == 1
-    world.cluster.sign(name, answer(NAME))
+    world.cluster.sign(name, signed(NAME))
     async with world.running(approve=False) as another:
-        assert (await another.issue(order(NAME))).chain
+        assert (await another.issue(request(NAME))).chain
     assert (world.cluster.made, world.cluster.objects) == (1, {})
 
 
-def test_an_order_is_the_same_for_the_same_pod_key_and_wishes_only() -> None:
-    """Nobody takes what was signed for another."""
-    other_pod = PodIdentity(POD.service_account, "sa", "edge-1", "other-uid", "node-a", "node-uid", 0.0)
-    other_key = pki.key_of(KeyType.EC_P256, 8)
-    orders = [
-        order(NAME),
-        order(NAME, pki.SPIFFE),
-        order(NAME, key=other_key),
-        order(NAME, life=2 * pki.HOUR),
-        order(NAME, pod=other_pod),
+def test_request_id_depends_on_pod_key_names_and_lifetime() -> None:
+    """A pod never gets a certificate that was signed for another request."""
+    requests = [
+        request(NAME),
+        request(NAME, pki.SPIFFE),
+        request(NAME, key=pki.key_of(KeyType.EC_P256, 8)),
+        request(NAME, lifetime=2 * pki.HOUR),
+        request(NAME, pod=replace(POD, pod_name="edge-1", pod_uid="other-uid")),
     ]
-    assert len({order_id(one) for one in orders}) == len(orders)
-    assert order_id(order(NAME)) == order_id(order(NAME)), "another signature of the same request is the same order"
+    assert len({request_id(one) for one in requests}) == len(requests)
+    assert request_id(request(NAME)) == request_id(request(NAME)), "the signature of the CSR does not matter"
 
 
-async def test_labels_of_others_requests_mean_nothing(world: World) -> None:
-    """Whoever copies them gets their request neither taken for the authority's nor removed."""
-    labels = {"certmount.dev/issuer": "corporate", ORDER_LABEL: order_id(order(NAME))}
+async def test_requests_of_other_users_are_ignored_despite_their_labels(world: World) -> None:
+    labels = {ISSUER_LABEL: "corporate", REQUEST_LABEL: request_id(request(NAME))}
     spec = {"signerName": SIGNER, "username": "system:serviceaccount:web:hostile"}
     created = (pki.NOW - timedelta(days=1)).isoformat()
     world.cluster.put({"metadata": {"name": "forged", "labels": labels, "creationTimestamp": created}, "spec": spec})
-    world.cluster.sign("forged", answer(NAME, by=OTHER))
+    world.cluster.sign("forged", signed(NAME, by=OTHER))
     async with world.running() as issuer:
-        issuing = asyncio.create_task(issuer.issue(order(NAME)))
-        await until(lambda: len(world.cluster.objects) == 2, "a request of its own")
+        issuing = asyncio.create_task(issuer.issue(request(NAME)))
+        await until(lambda: len(world.cluster.objects) == 2, "the authority's own request")
         (own,) = (name for name in world.cluster.objects if name != "forged")
-        world.cluster.sign(own, answer(NAME))
+        world.cluster.sign(own, signed(NAME))
         await issuing
     assert list(world.cluster.objects) == ["forged"]
 
 
 @pytest.mark.parametrize(
-    "conditions,certificate,minutes,stays",
+    "conditions,certificate,minutes,kept",
     [
         ([], "", 14, True),
         ([], "", 16, False),
@@ -245,59 +237,53 @@ async def test_labels_of_others_requests_mean_nothing(world: World) -> None:
         ([{"type": DENIED}], "", 11, False),
     ],
 )
-async def test_what_a_dead_replica_left_is_removed(
-    conditions: list[object], certificate: str, minutes: int, stays: bool, world: World
+async def test_requests_of_stopped_replicas_are_deleted_after_a_while(
+    conditions: list[object], certificate: str, minutes: int, kept: bool, world: World
 ) -> None:
-    """At the start, too, and not before its node has had time to come for it."""
-    labels = {"certmount.dev/issuer": "corporate", ORDER_LABEL: "x"}
+    labels = {ISSUER_LABEL: "corporate", REQUEST_LABEL: "x"}
     created = (pki.NOW - timedelta(minutes=minutes)).isoformat()
-    name = world.cluster.put(
-        {"metadata": {"labels": labels, "creationTimestamp": created}, "spec": {"username": ACCOUNT}}
-    )
+    metadata = {"labels": labels, "creationTimestamp": created}
+    name = world.cluster.put({"metadata": metadata, "spec": {"username": ACCOUNT}})
     world.cluster.change(name, conditions=conditions, certificate=certificate)
     async with world.running() as issuer:
-        await until(lambda: issuer.problem is None, "a look")
+        await until(lambda: issuer.problem is None, "the diagnosis")
         await asyncio.sleep(0.05)
-    assert bool(world.cluster.objects) is stays
+    assert bool(world.cluster.objects) is kept
 
 
-async def test_what_cannot_be_asked_for_is_told_before_anything_is_made(world: World) -> None:
-    """The API's least life, the administrator's most, and a volume that names nothing; all at once."""
-    async with world.running(most=2 * pki.HOUR) as issuer:
-        with pytest.raises(CertmountError, match="5m is shorter than this issuer's least, 10m") as failure:
-            await issuer.issue(order(life=timedelta(minutes=5)))
+async def test_unsupported_request_is_rejected_before_anything_is_created(world: World) -> None:
+    async with world.running(maximum=2 * pki.HOUR) as issuer:
+        with pytest.raises(CertmountError, match="5m is shorter than this issuer's minimum of 10m") as failure:
+            await issuer.issue(request(lifetime=timedelta(minutes=5)))
         assert (failure.value.reason, len(failure.value.faults)) == (Reason.NAME_NOT_ALLOWED, 2)
-        assert f"name what is needed, such as uri-sans: {pki.SPIFFE}" in str(failure.value)
-        with pytest.raises(CertmountError, match="24h is longer than this issuer's most, 2h"):
-            await issuer.issue(order(NAME, life=timedelta(hours=24)))
+        assert f"set the names, for example uri-sans: {pki.SPIFFE}" in str(failure.value)
+        with pytest.raises(CertmountError, match="24h is longer than this issuer's maximum of 2h"):
+            await issuer.issue(request(NAME, lifetime=timedelta(hours=24)))
     assert world.cluster.made == 0
 
 
-async def test_an_approval_that_fails_leaves_nothing(world: World) -> None:
-    """The request is of no use to anyone."""
+async def test_request_is_deleted_if_approval_fails(world: World) -> None:
     async with world.running() as issuer:
-        world.cluster.undecidable = "the API server answers 403"
+        world.cluster.undecidable = "the API server returned 403"
         with pytest.raises(CertmountError, match="403"):
-            await issuer.issue(order(NAME))
+            await issuer.issue(request(NAME))
     assert (world.cluster.made, world.cluster.objects) == (1, {})
 
 
-async def test_someone_who_deletes_a_request_is_noticed_at_once(world: World) -> None:
-    """The node tries again, and gets another one."""
+async def test_deletion_by_another_client_is_reported_immediately(world: World) -> None:
     async with world.running() as issuer:
-        issuing = asyncio.create_task(issuer.issue(order(NAME)))
-        world.cluster.remove((await world.asked()).name)
-        with pytest.raises(CertmountError, match="someone has deleted"):
+        issuing = asyncio.create_task(issuer.issue(request(NAME)))
+        world.cluster.remove((await world.approved()).name)
+        with pytest.raises(CertmountError, match="another client deleted"):
             await issuing
 
 
-async def test_our_own_signer_has_the_internal_roots(world: World) -> None:
-    """As they are now; without them nothing is asked for."""
+async def test_certmounts_own_signer_uses_the_roots_of_the_internal_ca(world: World) -> None:
     async with world.running(own=True) as issuer:
-        with pytest.raises(CertmountError, match="roots of its signer are not known yet"):
-            await issuer.issue(order(NAME))
+        with pytest.raises(CertmountError, match="the signer's roots are not known yet"):
+            await issuer.issue(request(NAME))
         world.internal = tuple(pki.der(ROOT.certificate))
-        assert (await world.issue(issuer, order(NAME), answer(NAME))).roots == issuer.roots == world.internal
+        assert (await world.issue(issuer, request(NAME), signed(NAME))).roots == issuer.roots == world.internal
 
 
 @pytest.mark.parametrize(
@@ -305,20 +291,20 @@ async def test_our_own_signer_has_the_internal_roots(world: World) -> None:
     [
         (
             {("create", "certificatesigningrequests"), ("delete", "certificatesigningrequests")},
-            "may not create, delete",
+            "not permitted to create, delete",
         ),
-        ({("update", "certificatesigningrequests/approval")}, "may not approve requests"),
-        ({("approve", SIGNER), ("approve", "example.com/*")}, "may not approve requests"),
+        ({("update", "certificatesigningrequests/approval")}, "not permitted to approve requests"),
+        ({("approve", SIGNER), ("approve", "example.com/*")}, "not permitted to approve requests"),
     ],
 )
-async def test_missing_permissions_are_named(forbidden: set[tuple[str, str]], text: str, world: World) -> None:
-    """With where the role is; a role for all signers of a domain is as good."""
+async def test_missing_permissions_are_reported(forbidden: set[tuple[str, str]], text: str, world: World) -> None:
+    """A role for all signers of a domain is sufficient."""
     world.cluster.forbidden = forbidden
     async with world.running() as issuer:
-        bad = [one for one in await issuer.check() if not one.ok]
+        failed = [finding for finding in await issuer.diagnose() if not finding.ok]
         assert issuer.problem is not None
-    assert text in bad[0].text
-    assert "docs/kubernetes-csr.md" in bad[0].text
+    assert text in failed[0].text
+    assert "docs/kubernetes-csr.md" in failed[0].text
     assert world.cluster.made == 0
     world.cluster.forbidden = {("approve", SIGNER)}
     async with world.running() as issuer:
@@ -326,40 +312,37 @@ async def test_missing_permissions_are_named(forbidden: set[tuple[str, str]], te
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", encode_certificates([ROOT.certificate] * 11)])
-async def test_roots_that_are_none_are_told(content: bytes, world: World) -> None:
-    """Nothing is signed that nobody could verify."""
+async def test_invalid_roots_are_reported_and_nothing_is_signed(content: bytes, world: World) -> None:
     world.roots.write_bytes(content)
     async with world.running() as issuer:
         assert issuer.problem is not None
         with pytest.raises(CertmountError, match="roots") as failure:
-            await issuer.issue(order(NAME))
+            await issuer.issue(request(NAME))
     assert failure.value.reason is Reason.ISSUER_UNAVAILABLE
 
 
-async def test_an_api_server_that_is_away_is_a_problem_not_a_defect(world: World) -> None:
-    """And known roots stay known."""
+async def test_unavailable_api_server_is_a_problem_and_roots_stay(world: World) -> None:
     async with world.running() as issuer:
         world.cluster.broken = "the API server cannot be reached"
-        await issuer.check()
+        await issuer.diagnose()
         assert issuer.problem == "cluster: the API server cannot be reached"
         assert issuer.roots
         with pytest.raises(CertmountError, match="cannot be reached"):
-            await issuer.issue(order(NAME))
+            await issuer.issue(request(NAME))
 
 
-def parsed(**entry: object) -> KubernetesCSRConfiguration:
+def parse(**entry: object) -> KubernetesCSRConfiguration:
     content = yaml.safe_dump({"issuers": [{"name": "corporate", "kubernetes_csr": entry}]})
     (declared,) = read_issuers(content.encode())
     assert isinstance(declared.configuration, KubernetesCSRConfiguration)
     return declared.configuration
 
 
-def test_the_file_says_it_in_few_words() -> None:
-    """Roots by reference, lives as people write them."""
-    found = parsed(signer=SIGNER, approve=True, roots={"file": "/roots.pem"}, min_duration="1h", max_duration="24h")
+def test_configuration_is_parsed() -> None:
+    found = parse(signer=SIGNER, approve=True, roots={"file": "/roots.pem"}, min_duration="1h", max_duration="24h")
     expected = KubernetesCSRConfiguration(SIGNER, True, FileSource("/roots.pem"), pki.HOUR, timedelta(hours=24))
     assert found == expected
-    assert parsed(signer="certmount.dev/pod") == KubernetesCSRConfiguration("certmount.dev/pod")
+    assert parse(signer="certmount.dev/pod") == KubernetesCSRConfiguration("certmount.dev/pod")
 
 
 @pytest.mark.parametrize(
@@ -368,29 +351,27 @@ def test_the_file_says_it_in_few_words() -> None:
         ({}, ["signer: is missing"]),
         ({"signer": SIGNER}, ["roots: is missing"]),
         ({"signer": "kubernetes.io/kubelet-serving"}, ["is a signer of Kubernetes itself"]),
-        ({"signer": "x", "approve": "yes", "roots": None}, ["is not the name of a signer", "approve", "roots"]),
+        ({"signer": "x", "approve": "yes", "roots": None}, ["is not a signer name", "approve", "roots"]),
         ({"signer": "certmount.dev/pod", "min_duration": "5m"}, ["is shorter than 10m"]),
         (
             {"signer": "certmount.dev/pod", "min_duration": "2h", "max_duration": "1h"},
-            ["is shorter than min_duration, 2h"],
+            ["shorter than min_duration, 2h"],
         ),
         ({"signer": "certmount.dev/pod", "aprove": True}, ["did you mean approve?"]),
     ],
 )
-def test_all_that_is_wrong_in_the_file_is_said(entry: dict[str, object], texts: Sequence[str]) -> None:
-    """With its place."""
+def test_all_faults_of_the_configuration_are_reported(entry: dict[str, object], texts: Sequence[str]) -> None:
     with pytest.raises(CertmountError) as failure:
-        parsed(**entry)
+        parse(**entry)
     assert failure.value.reason is Reason.INVALID_ISSUERS
     for text in texts:
         assert text in str(failure.value).replace(" (line 3)", "").replace(" (line 2)", "")
 
 
-def test_outside_a_cluster_there_is_no_such_issuer(world: World) -> None:
-    """It is said when the file is read."""
+def test_issuer_needs_a_cluster(world: World) -> None:
     (declared,) = read_issuers(b"issuers: [{name: own, kubernetes_csr: {signer: certmount.dev/pod}}]")
-    with pytest.raises(CertmountError, match="there is no cluster"):
+    with pytest.raises(CertmountError, match="needs a cluster for its signer"):
         make_issuer(declared, IssuerDependencies(CredentialReader()))
-    made = make_issuer(declared, IssuerDependencies(CredentialReader(), csrs=Access(world.cluster)))
-    assert isinstance(made, KubernetesCSR)
+    made = make_issuer(declared, IssuerDependencies(CredentialReader(), csrs=CSRAccess(world.cluster)))
+    assert isinstance(made, KubernetesCSRIssuer)
     assert made.roots == ()
