@@ -22,5 +22,5 @@ class Backoff:
 
     def delay_s(self, failures: float, rng: float = 0.5) -> float:
         """Return the seconds to wait after this many consecutive failures (at least 1). ``rng`` is in [0, 1)."""
-        delay_s = min(self.first_s * self.factor ** min(failures - 1, _MAX_EXPONENT), self.cap_s)
+        delay_s: float = min(self.first_s * self.factor ** min(failures - 1, _MAX_EXPONENT), self.cap_s)
         return delay_s * (1 + self.jitter * (2 * rng - 1))
