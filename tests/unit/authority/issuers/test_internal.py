@@ -81,7 +81,7 @@ async def test_all_names_that_the_ca_does_not_permit_are_reported() -> None:
         await issue(keyring, request("a.example.com", "a.test", "spiffe://other/x", pki.SPIFFE))
     assert failure.value.reason is Reason.NAME_NOT_ALLOWED
     assert [str(fault) for fault in failure.value.faults] == [
-        f"{name}: the CA's certificate permits {permitted} only; "
+        f"{name}: the CA's certificate permits only {permitted}; "
         "request names that the CA permits, or ask an administrator to change the CA"
         for name, permitted in (("a.test", "dns:example.com"), ("spiffe://other/x", "uri:cluster.local"))
     ]
