@@ -1,4 +1,4 @@
-"""Needs the cluster that ``tests/e2e/run`` starts. One module after the other: the later ones disturb the whole node."""
+"""Orders the end-to-end tests. They need the cluster that ``tests/e2e/run`` starts."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.logs import LogKeeper
+from tests.e2e.logs import LogCollector
 from tests.support.requirements import missing, require_root
 
+# Later modules disturb the whole node. The search for secrets is last, so that it covers all logs.
 _ORDER = (
     "test_first_start",
     "test_volumes",
     "test_services",
     "test_access",
-    "test_csr",
+    "test_csr_signer",
+    "test_csr_issuer",
     "test_autocert",
     "test_acme",
     "test_replicas",
@@ -26,23 +28,22 @@ _ORDER = (
     "test_rotation",
     "test_secrecy",
 )
-"""Logs are searched for secrets last, when everything has been logged that ever will be."""
-_FOLDER = Path(__file__).parent
+_DIRECTORY = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if _FOLDER in item.path.parents:
+        if _DIRECTORY in item.path.parents:
             item.add_marker(pytest.mark.e2e)
     items.sort(key=lambda item: _ORDER.index(item.path.stem) if item.path.stem in _ORDER else -1)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def logs() -> Iterator[LogKeeper]:
+def logs() -> Iterator[LogCollector]:
     """Everything that certmount logs during the tests."""
     require_root()
     if not os.environ.get("CERTMOUNT_E2E_OVERLAY") or shutil.which("kubectl") is None:
-        missing("needs a cluster: tests/e2e/run starts one")
-    keeper = LogKeeper()
-    yield keeper
-    keeper.close()
+        missing("needs a cluster; run tests/e2e/run")
+    collector = LogCollector()
+    yield collector
+    collector.close()

@@ -1,4 +1,4 @@
-"""All that certmount has logged, also what came from containers and pods that are gone."""
+"""Collects all log lines of certmount, including those of deleted containers and pods."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-_POLL_S = 0.1
+AUTHORITY, DRIVER = "certmount-authority", "certmount-node"
+_POLL_INTERVAL_S = 0.1
 
 
-class LogKeeper:
-    """Holds the log files of certmount's containers open from when they appear: an open file outlives its deletion."""
+class LogCollector:
+    """Opens each log file of certmount's containers when it appears: an open file remains readable after its deletion."""
 
     def __init__(self) -> None:
-        self._folder = Path(os.environ["LOCALKUBE_RUN"]) / "pod-logs"
+        self._directory = Path(os.environ["LOCALKUBE_RUN"]) / "pod-logs"
         self._files: dict[tuple[int, int], tuple[Path, BufferedReader]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="logs", daemon=True)
-        self._look()
+        self._open_new_files()
         self._thread.start()
 
     def close(self) -> None:
@@ -31,11 +32,11 @@ class LogKeeper:
             file.close()
 
     def text(self, component: str = "") -> str:
-        """The whole text, as the container runtime wrote it; of ``certmount-node`` or ``certmount-authority`` only where asked."""
+        """Return the text that the container runtime wrote, of one component or of both."""
         return "".join(text for _, text in self._texts(component))
 
     def events(self, component: str = "") -> list[dict[str, Any]]:
-        """The lines as certmount wrote them, by time, with the container's log file as ``file``; one of another form is an error."""
+        """Return the log lines by time, each with its log file as ``file``. Fails for a line that is not JSON."""
         events = [
             {**json.loads(line.split(" ", 3)[3]), "file": str(path)}
             for path, text in self._texts(component)
@@ -43,26 +44,24 @@ class LogKeeper:
         ]
         return sorted(events, key=lambda event: str(event["timestamp"]))
 
-    def issued(self, pod_uid: str) -> int:
-        """How many certificates the authority's audit log tells of for a pod."""
-        return sum(
-            event.get("decision") == "issued" and event.get("pod_uid") == pod_uid
-            for event in self.events("certmount-authority")
-        )
+    def issued(self, pod_uid: str | None = None) -> list[dict[str, Any]]:
+        """Return the audit log lines of issued certificates, of one pod or of all."""
+        events = [event for event in self.events(AUTHORITY) if event.get("decision") == "issued"]
+        return [event for event in events if pod_uid is None or event.get("pod_uid") == pod_uid]
 
     def _texts(self, component: str) -> Iterator[tuple[Path, str]]:
-        self._look()
+        self._open_new_files()
         for path, file in list(self._files.values()):
             if component in str(path):
                 file.seek(0)
                 yield path, file.read().decode()
 
     def _follow(self) -> None:
-        while not self._stop.wait(_POLL_S):
-            self._look()
+        while not self._stop.wait(_POLL_INTERVAL_S):
+            self._open_new_files()
 
-    def _look(self) -> None:
-        for path in self._folder.glob("certmount_*/*/*.log"):
+    def _open_new_files(self) -> None:
+        for path in self._directory.glob("certmount_*/*/*.log"):
             try:
                 status = path.stat()
                 key = (status.st_dev, status.st_ino)

@@ -1,4 +1,4 @@
-"""Pods with a certificate volume: written in a few words, and read from outside."""
+"""Pods with a certificate volume, and their manifests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 from cryptography import x509
 
 from csi_driver import DRIVER_NAME
-from tests.e2e.kubectl import Manifest, get, kubectl
+from tests.e2e import host
+from tests.e2e.kubectl import Manifest, get, kubectl, wait_for
 
 BUSYBOX = "docker.io/local/busybox:1"
 CERTMOUNT_IMAGE = "docker.io/local/certmount:e2e"
@@ -21,7 +22,7 @@ SCRIPTS = Path(__file__).parent / "inpod"
 
 @dataclass(frozen=True)
 class Pod:
-    """A pod that runs, or is to run, in the cluster."""
+    """The name of a pod in the cluster."""
 
     namespace: str
     name: str
@@ -37,21 +38,25 @@ class Pod:
         uid: str = self.get()["metadata"]["uid"]
         return uid
 
+    def wait_until_ready(self, seconds: float = 60) -> None:
+        wait_for("Ready", f"pod/{self.name}", namespace=self.namespace, seconds=seconds)
+
     def run(self, *command: str) -> str:
-        """The output of a command in the pod's first container; KubectlError when it fails."""
+        """Run a command in the pod's first container, and return its output. Raises KubectlError."""
         return kubectl("-n", self.namespace, "exec", self.name, "--", *command)
 
     def read(self, name: str) -> str:
-        """A file of its certificate volume."""
+        """Return a file of the certificate volume."""
         return self.run("cat", f"{TLS}/{name}")
 
     def certificate(self) -> x509.Certificate:
         return x509.load_pem_x509_certificate(self.read("site.crt").encode())
 
     def restarts(self) -> int:
-        """How often its first container was started again."""
-        count: int = self.get()["status"]["containerStatuses"][0]["restartCount"]
-        return count
+        return host.restarts(self.get())
+
+    def logs(self, *flags: str) -> str:
+        return kubectl("-n", self.namespace, "logs", self.name, *flags)
 
     def delete(self, *flags: str) -> None:
         kubectl("-n", self.namespace, "delete", "pod", self.name, *flags)
@@ -65,8 +70,8 @@ def manifest(
     image: str = BUSYBOX,
     security: Mapping[str, Any] | None = None,
     labels: Mapping[str, str] | None = None,
-) -> Manifest:
-    """A pod with one certificate volume at ``TLS``; without a command it waits."""
+) -> Any:
+    """Return the manifest of a pod with one certificate volume at ``TLS``. Without a command the pod waits."""
     container: dict[str, Any] = {
         "name": "app",
         "image": image,
@@ -90,13 +95,11 @@ def manifest(
     }
 
 
-def with_script(pod: Mapping[str, Any], script: str, *arguments: str) -> tuple[Manifest, Manifest]:
-    """The pod, made to run a file of ``inpod/`` by certmount's own Python, and the ConfigMap that brings it there."""
+def with_script(pod: Mapping[str, Any], script: str, *arguments: str) -> tuple[Any, Any]:
+    """Return a ConfigMap with a script of ``inpod/``, and the pod's manifest changed to run it in certmount's image."""
     spec = pod["spec"]
-    container = spec["containers"][0] | {
-        "image": CERTMOUNT_IMAGE,
-        "command": [PYTHON, "-u", f"/scripts/{script}", *arguments],
-    }
+    command = [PYTHON, "-u", f"/scripts/{script}", *arguments]
+    container = spec["containers"][0] | {"image": CERTMOUNT_IMAGE, "command": command}
     container["volumeMounts"] = [*container["volumeMounts"], {"name": "scripts", "mountPath": "/scripts"}]
     name = f"{pod['metadata']['name']}-script"
     volumes = [*spec["volumes"], {"name": "scripts", "configMap": {"name": name}}]
@@ -107,3 +110,13 @@ def with_script(pod: Mapping[str, Any], script: str, *arguments: str) -> tuple[M
         "data": {script: (SCRIPTS / script).read_text(encoding="utf-8")},
     }
     return config_map, {**pod, "spec": {**spec, "containers": [container], "volumes": volumes}}
+
+
+def service(name: str, namespace: str, app: str = "", port: int = 8443) -> Manifest:
+    """Return the manifest of a Service that selects the pods with the label ``app``, by default its own name."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {"selector": {"app": app or name}, "ports": [{"port": port}]},
+    }

@@ -1,201 +1,191 @@
-"""Everything that may fail fails: no pod loses its certificate, and nothing is issued that nobody asked for."""
+"""Restarts and outages of each component: no pod loses its certificate, and no certificate is issued twice."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 from tests.e2e import host
-from tests.e2e.host import metric, mounts_at, restart_kubelet, target_of, traces_of, volume_folder
-from tests.e2e.kubectl import CERTMOUNT, apply, find, kubectl, make_namespace, roll_out, wait_for, wait_until
-from tests.e2e.logs import LogKeeper
+from tests.e2e.host import leftovers_of, metric, mounts_at, restart_kubelet, target_path, volume_directory
+from tests.e2e.kubectl import (
+    CERTMOUNT,
+    apply,
+    create_namespace,
+    find,
+    kubectl,
+    stopped_authority,
+    wait_for,
+    wait_for_rollout,
+    wait_until,
+)
+from tests.e2e.logs import DRIVER, LogCollector
 from tests.e2e.pods import TLS, Pod, manifest
 
 NAMESPACE = "e2e-interruptions"
-STEADY = [Pod(NAMESPACE, f"steady-{number}") for number in range(4)]
-"""Their certificates last for a day: whatever is issued for them after the first one is a mistake."""
-BRISK = Pod(NAMESPACE, "brisk")
-"""Its certificate is renewed about every 26 seconds."""
+LONG_LIVED = [Pod(NAMESPACE, f"long-lived-{number}") for number in range(4)]
+"""Their certificates have a lifetime of a day, so each second certificate is an error."""
+SHORT_LIVED = Pod(NAMESPACE, "short-lived")
+"""The driver renews its certificate about every 26 seconds."""
 MANY = 40
 
 
 @pytest.fixture(scope="module", autouse=True)
 def scene() -> None:
-    """The pods that live through everything."""
-    make_namespace(NAMESPACE)
-    apply(manifest(BRISK, {"duration": "40s"}), *(manifest(pod, {}) for pod in STEADY))
+    """The pods that run through all interruptions."""
+    create_namespace(NAMESPACE)
+    apply(manifest(SHORT_LIVED, {"duration": "40s"}), *(manifest(pod, {}) for pod in LONG_LIVED))
     wait_for("Ready", "pod", "--all", namespace=NAMESPACE)
 
 
 def _state() -> dict[str, tuple[str, str, int]]:
-    """Of each steady pod: its certificate and key, and how often it was started again."""
-    return {pod.name: (pod.read("site.crt"), pod.read("site.key"), pod.restarts()) for pod in STEADY}
+    """Return certificate, key and restarts of each long-lived pod."""
+    return {pod.name: (pod.read("site.crt"), pod.read("site.key"), pod.restarts()) for pod in LONG_LIVED}
 
 
-def _next_rotation(seconds: float) -> None:
-    """Waits until the brisk pod, unharmed, sees another certificate than now."""
-    before = BRISK.read("site.crt")
-    wait_until(lambda: BRISK.read("site.crt") != before, seconds=seconds, what="the running pod sees the next rotation")
-    assert BRISK.restarts() == 0
+def _wait_for_rotation() -> None:
+    before = SHORT_LIVED.read("site.crt")
+    wait_until(lambda: SHORT_LIVED.read("site.crt") != before, seconds=60, what="a renewal in the running pod")
+    assert SHORT_LIVED.restarts() == 0
 
 
-def _registrations(logs: LogKeeper) -> int:
-    return sum(event["event"] == "registered with the kubelet" for event in logs.events("certmount-node"))
+def _registrations(logs: LogCollector) -> int:
+    return sum(event["event"] == "registered with the kubelet" for event in logs.events(DRIVER))
 
 
-def _look_after(logs: LogKeeper, what: str, begin: int) -> None:
-    """Waits until the driver is registered once more and the kubelet has looked at all volumes."""
-    wait_until(lambda: _registrations(logs) > begin, seconds=60, what=f"registered again after {what}")
+def _wait_for_republish() -> None:
+    """Wait until the kubelet has published all volumes once more."""
     driver = host.driver()
-    calls = host.republished(driver)
-    wait_until(
-        lambda: host.republished(driver) >= calls + len(STEADY) + 1, seconds=60, what=f"all published after {what}"
-    )
+    calls = host.publish_calls(driver) + len(LONG_LIVED) + 1
+    wait_until(lambda: host.publish_calls(driver) >= calls, seconds=60, what="a republish of all volumes")
 
 
-def _one_mount_each() -> None:
-    for pod in (*STEADY, BRISK):
-        assert len(mounts_at(target_of(pod.uid))) == 1, pod.name
-        assert len(mounts_at(volume_folder(pod.uid))) == 1, pod.name
+def _wait_for_recovery(logs: LogCollector, registrations: int) -> None:
+    """Wait until the driver has registered again and all volumes are republished."""
+    wait_until(lambda: _registrations(logs) > registrations, seconds=60, what="the driver registers again")
+    _wait_for_republish()
+
+
+def _assert_one_mount_each() -> None:
+    for pod in (*LONG_LIVED, SHORT_LIVED):
+        assert len(mounts_at(target_path(pod.uid))) == 1, pod.name
+        assert len(mounts_at(volume_directory(pod.uid))) == 1, pod.name
+
+
+def _assert_issued_once(logs: LogCollector) -> None:
+    assert [len(logs.issued(pod.uid)) for pod in LONG_LIVED] == [1] * len(LONG_LIVED)
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("what", ["killed by SIGKILL", "pod deleted"])
-def test_driver_restarts_and_nothing_is_issued_again(what: str, logs: LogKeeper) -> None:
-    """Whether its process is killed or its pod is replaced: 0 certificates re-issued, and a running pod sees the next rotation."""
-    before, uids, begin = _state(), [pod.uid for pod in STEADY], _registrations(logs)
+@pytest.mark.parametrize("how", ["SIGKILL", "pod deleted"])
+def test_driver_restart_issues_no_certificate_again(how: str, logs: LogCollector) -> None:
+    """After its process is killed or its pod is replaced, the driver issues 0 certificates again and still rotates."""
+    before, registrations = _state(), _registrations(logs)
     pod = host.driver()
-    if what == "pod deleted":
-        kubectl("-n", CERTMOUNT, "delete", "pod", pod["metadata"]["name"])
-    else:
+    if how == "SIGKILL":
         os.kill(host.process_of(pod), signal.SIGKILL)
-    _look_after(logs, what, begin)
-    _next_rotation(seconds=60)
+    else:
+        kubectl("-n", CERTMOUNT, "delete", "pod", pod["metadata"]["name"])
+    _wait_for_recovery(logs, registrations)
+    _wait_for_rotation()
     assert _state() == before
-    assert [logs.issued(uid) for uid in uids] == [1] * len(uids)
-    _one_mount_each()
+    _assert_issued_once(logs)
+    _assert_one_mount_each()
 
 
 @pytest.mark.timeout(240)
-def test_kubelet_restarts_three_times(logs: LogKeeper) -> None:
-    """All volumes are published again at once each time: still one mount each, and 0 certificates re-issued."""
-    before, uids = _state(), [pod.uid for pod in STEADY]
-    for number in range(3):
-        begin = _registrations(logs)
+def test_kubelet_restarts_issue_no_certificate_again(logs: LogCollector) -> None:
+    """The kubelet republishes all volumes after each of three restarts: one mount each, and 0 certificates issued again."""
+    before = _state()
+    for _ in range(3):
+        registrations = _registrations(logs)
         restart_kubelet()
-        _look_after(logs, f"restart {number + 1} of the kubelet", begin)
-    _one_mount_each()
+        _wait_for_recovery(logs, registrations)
+    _assert_one_mount_each()
     assert _state() == before
-    assert [logs.issued(uid) for uid in uids] == [1] * len(uids)
-
-
-@contextlib.contextmanager
-def _authority_away() -> Iterator[None]:
-    kubectl("-n", CERTMOUNT, "scale", "deployment/certmount-authority", "--replicas=0")
-    try:
-        wait_for("delete", "pod", "-l", "app.kubernetes.io/name=certmount-authority")
-        yield
-    finally:
-        kubectl("-n", CERTMOUNT, "scale", "deployment/certmount-authority", "--replicas=2")
-        roll_out("deployment/certmount-authority")
+    _assert_issued_once(logs)
 
 
 @pytest.mark.timeout(300)
-def test_authority_is_away_past_a_renewal(logs: LogKeeper) -> None:
-    """While no replica runs a pod keeps its files, though they could not be renewed; within a minute of the return they are."""
-    steady = _state()
+def test_renewal_waits_for_an_unavailable_authority(logs: LogCollector) -> None:
+    """During an outage of the authority a pod keeps its files past a due renewal. Within a minute after it, they are renewed."""
+    before = _state()
     driver = host.driver()
 
-    def missed() -> int:
-        events = logs.events("certmount-node")
-        return sum(event["event"] == "renewal failed" and event.get("pod") == str(BRISK) for event in events)
+    def failures() -> int:
+        pod = str(SHORT_LIVED)
+        return sum(event["event"] == "renewal failed" and event.get("pod") == pod for event in logs.events(DRIVER))
 
-    before = missed()
-    with _authority_away():
-        files = BRISK.read("site.pem")
-        wait_until(lambda: missed() > before, seconds=60, what="a missed renewal")
-        calls = host.republished(driver)
-        wait_until(lambda: host.republished(driver) > calls + len(STEADY) + 1, seconds=60, what="a republish after it")
+    failed = failures()
+    with stopped_authority():
+        files = SHORT_LIVED.read("site.pem")
+        wait_until(lambda: failures() > failed, seconds=60, what="a failed renewal")
+        _wait_for_republish()
         assert metric(driver, "certmount_node_volumes_unhealthy") >= 1
-        assert BRISK.read("site.pem") == files
-        assert len(mounts_at(target_of(BRISK.uid))) == 1
-    wait_until(lambda: BRISK.read("site.pem") != files, seconds=60, what="healed within a minute of the return")
-    wait_until(
-        lambda: not metric(driver, "certmount_node_volumes_unhealthy"), seconds=60, what="all volumes are healed"
-    )
-    assert BRISK.restarts() == 0
-    assert _state() == steady
+        assert SHORT_LIVED.read("site.pem") == files
+        assert len(mounts_at(target_path(SHORT_LIVED.uid))) == 1
+    wait_until(lambda: SHORT_LIVED.read("site.pem") != files, seconds=60, what="a renewal after the outage")
+    wait_until(lambda: not metric(driver, "certmount_node_volumes_unhealthy"), seconds=60, what="healthy volumes")
+    assert SHORT_LIVED.restarts() == 0
+    assert _state() == before
 
 
 @pytest.mark.timeout(300)
-def test_replica_dies_while_forty_pods_start_and_they_end_without_a_trace(logs: LogKeeper) -> None:
-    """The death of the replica that issues costs none of forty starting pods a failure; deleted at once, they leave nothing."""
+def test_forty_pods_start_although_a_replica_dies_and_leave_nothing(logs: LogCollector) -> None:
+    """The replica that issues dies, and none of forty starting pods sees a failure. Deleted together, they leave nothing."""
     names = [f"many-{number}" for number in range(MANY)]
-    earlier = len(_issued_to_many(logs))
-    processes = {pod["metadata"]["name"]: host.process_of(pod) for pod in host.pods_of("certmount-authority")}
-    with ThreadPoolExecutor(1) as side:
-        # On the side, as the first certificates are issued before the last pod is made.
-        made = side.submit(apply, *(manifest(Pod(NAMESPACE, name), {}, labels={"app": "many"}) for name in names))
-        first = wait_until(
-            lambda: _issued_to_many(logs)[earlier:], seconds=60, pause=0.02, what="the first of the certificates"
-        )
-        (victim,) = [process for name, process in processes.items() if name in first[-1]]
+
+    def issued() -> list[dict[str, Any]]:
+        return [event for event in logs.issued() if str(event.get("pod")).startswith("many-")]
+
+    earlier = len(issued())
+    processes = {pod["metadata"]["name"]: host.process_of(pod) for pod in host.authorities()}
+    with ThreadPoolExecutor(1) as thread:
+        # In another thread, because the authority issues the first certificates before kubectl has created the last pod.
+        applied = thread.submit(apply, *(manifest(Pod(NAMESPACE, name), {}, labels={"app": "many"}) for name in names))
+        first = wait_until(lambda: issued()[earlier:], seconds=60, pause=0.02, what="the first certificates")
+        (victim,) = [process for name, process in processes.items() if name in first[-1]["file"]]
         os.kill(victim, signal.SIGKILL)
-        issued_before = len(_issued_to_many(logs)) - earlier
-        made.result()
+        issued_before = len(issued()) - earlier
+        applied.result()
     wait_for("Ready", "pod", "-l", "app=many", namespace=NAMESPACE, seconds=120)
     assert issued_before < MANY / 2, "the replica died too late to matter"
-    failed = [
-        event["message"]
-        for event in find("events", "--field-selector", "reason=FailedMount", namespace=NAMESPACE)
-        if event["involvedObject"]["name"] in names
-    ]
-    assert failed == []
+    failures = find("events", "--field-selector", "reason=FailedMount", namespace=NAMESPACE)
+    assert [event["message"] for event in failures if event["involvedObject"]["name"] in names] == []
 
     pods = find("pods", "-l", "app=many", namespace=NAMESPACE)
-    left = {uid: volume_folder(uid) for uid in (pod["metadata"]["uid"] for pod in pods)}
-    assert len(left) == MANY
+    directories = {uid: volume_directory(uid) for uid in (pod["metadata"]["uid"] for pod in pods)}
+    assert len(directories) == MANY
     begin = time.monotonic()
     kubectl("-n", NAMESPACE, "delete", "pods", "-l", "app=many", "--wait=false")
     wait_for("delete", "pod", "-l", "app=many", namespace=NAMESPACE, seconds=90)
     wait_until(
-        lambda: not [trace for uid, folder in left.items() for trace in traces_of(uid, folder)],
+        lambda: not any(leftovers_of(uid, directory) for uid, directory in directories.items()),
         seconds=60,
-        what="nothing is left of forty pods",
+        what="no leftovers of forty pods",
     )
-    print(f"{MANY} pods were gone without a trace after {time.monotonic() - begin:.1f} s")
+    print(f"{MANY} pods were deleted without leftovers after {time.monotonic() - begin:.1f} s")
 
 
 @pytest.mark.timeout(240)
-def test_node_reboots() -> None:
-    """After a reboot, which takes every volume away, a pod's first command finds the files of a new certificate."""
+def test_pod_gets_a_new_certificate_after_a_reboot() -> None:
+    """A reboot removes all mounts. The first command of the restarted pod finds the files of a new certificate."""
     pod = Pod(NAMESPACE, "rebooted")
     check = f"grep -q -e '-----END' {TLS}/site.key && grep -q -e '-----END' {TLS}/site.crt || exit 1"
     command = ["/bin/sh", "-c", f"{check}; trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done"]
-    found = manifest(pod, {}, command=command)
-    found["spec"]["restartPolicy"] = "Always"
-    apply(found)
-    wait_for("Ready", f"pod/{pod.name}", namespace=NAMESPACE)
+    rebooted = manifest(pod, {}, command=command)
+    rebooted["spec"]["restartPolicy"] = "Always"
+    apply(rebooted)
+    pod.wait_until_ready()
     before, uid = pod.read("site.crt"), pod.uid
     host.reboot()
     wait_until(lambda: pod.restarts() > 0, seconds=90, what="the pod runs again")
-    wait_for("Ready", f"pod/{pod.name}", namespace=NAMESPACE)
+    pod.wait_until_ready()
     assert (pod.uid, pod.restarts()) == (uid, 1)
     assert pod.read("site.crt") != before
-    assert len(mounts_at(target_of(uid))) == len(mounts_at(volume_folder(uid))) == 1
-    roll_out("deployment/certmount-authority", "daemonset/certmount-node")
-
-
-def _issued_to_many(logs: LogKeeper) -> list[str]:
-    """The log file of the replica that issued, for each certificate of the many pods."""
-    return [
-        event["file"]
-        for event in logs.events("certmount-authority")
-        if event.get("decision") == "issued" and str(event.get("pod")).startswith("many-")
-    ]
+    assert len(mounts_at(target_path(uid))) == len(mounts_at(volume_directory(uid))) == 1
+    wait_for_rollout("deployment/certmount-authority", "daemonset/certmount-node")

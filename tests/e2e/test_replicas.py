@@ -1,4 +1,4 @@
-"""Replicas come and go under load, and no one who asks for a certificate notices."""
+"""Replicas of the authority die and are replaced under load, and no request fails."""
 
 from __future__ import annotations
 
@@ -22,58 +22,57 @@ from csi_driver.core.spec import CertificateSpec, KeyType
 from csi_driver.node import authority_client
 from csi_driver.node.authority_client import AuthorityClient
 from tests.e2e import authority, host
-from tests.e2e.kubectl import CERTMOUNT, apply, kubectl, make_namespace, roll_out, wait_for, wait_until
+from tests.e2e.kubectl import CERTMOUNT, apply, create_namespace, kubectl, wait_for, wait_for_rollout, wait_until
 from tests.e2e.pods import Pod, manifest
 
 NAMESPACE = "e2e-replicas"
-PODS = [Pod(NAMESPACE, f"asking-{number}") for number in range(20)]
-ISSUANCES = 500
-SIDE_BY_SIDE = 10
+PODS = [Pod(NAMESPACE, f"pod-{number}") for number in range(20)]
+REQUESTS = 500
+CLIENTS = 10
 SPEC = CertificateSpec(duration=timedelta(minutes=5))
 
 
 @pytest.fixture(scope="module")
 def tokens() -> list[Secret[str]]:
-    """What the kubelet would give the driver for each of twenty pods."""
-    make_namespace(NAMESPACE)
+    """The tokens of twenty pods."""
+    create_namespace(NAMESPACE)
     apply(*(manifest(pod, {}) for pod in PODS))
     wait_for("Ready", "pod", "--all", namespace=NAMESPACE, seconds=90)
-    with ThreadPoolExecutor(4) as side:
-        return [
-            Secret(token)
-            for token in side.map(lambda pod: authority.token("default", NAMESPACE, pod.name, "certmount"), PODS)
-        ]
+    with ThreadPoolExecutor(4) as threads:
+        return [Secret(token) for token in threads.map(lambda pod: authority.pod_token(NAMESPACE, pod.name), PODS)]
 
 
 @pytest.fixture
 def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The Service of the authority, for the node's own client. This machine does not ask the cluster's DNS."""
+    """The address of the authority's Service for the driver's client; this machine does not use the cluster's DNS."""
     options = (*authority_client._OPTIONS, ("grpc.ssl_target_name_override", authority.NAME))
     monkeypatch.setattr(authority_client, "_OPTIONS", options)
-    driver = host.driver()["metadata"]["name"]
     (tmp_path / "authority.crt").write_bytes(authority.serving_root())
-    (tmp_path / "token").write_text(authority.token("certmount-node", CERTMOUNT, driver, "certmount-node"))
+    (tmp_path / "token").write_text(authority.node_token())
     return authority.service_address()
 
 
 async def _issue(
-    address: str, folder: Path, tokens: list[Secret[str]], then: Callable[[int], Awaitable[None]]
+    address: str, directory: Path, tokens: list[Secret[str]], after_each: Callable[[int], Awaitable[None]]
 ) -> set[int]:
-    """Has certificates issued side by side, telling ``then`` how many there are; gives their serial numbers. Raises what a call raises."""
-    clients = [AuthorityClient(address, folder / "authority.crt", folder / "token") for _ in range(SIDE_BY_SIDE)]
+    """Request certificates concurrently, and return their serial numbers; call ``after_each`` with the count so far.
+
+    Raises the error of the first call that fails.
+    """
+    clients = [AuthorityClient(address, directory / "authority.crt", directory / "token") for _ in range(CLIENTS)]
     serials: set[int] = set()
     csr = build_csr(generate_key(KeyType.EC_P256), Names())
 
-    async def ask(number: int) -> None:
-        for turn in range(number, ISSUANCES, SIDE_BY_SIDE):
-            answer = await clients[number].issue(csr, tokens[turn % len(tokens)], SPEC)
-            serials.add(x509.load_der_x509_certificate(answer.chain[0]).serial_number)
-            await then(len(serials))
+    async def run_client(number: int) -> None:
+        for index in range(number, REQUESTS, CLIENTS):
+            issued = await clients[number].issue(csr, tokens[index % len(tokens)], SPEC)
+            serials.add(x509.load_der_x509_certificate(issued.chain[0]).serial_number)
+            await after_each(len(serials))
 
     try:
-        async with asyncio.TaskGroup() as asking:
-            for number in range(SIDE_BY_SIDE):
-                asking.create_task(ask(number))
+        async with asyncio.TaskGroup() as running:
+            for number in range(CLIENTS):
+                running.create_task(run_client(number))
     finally:
         for client in clients:
             await client.close()
@@ -81,35 +80,34 @@ async def _issue(
 
 
 @pytest.mark.timeout(240)
-def test_replica_is_killed_during_five_hundred_issuances(
-    address: str, tmp_path: Path, tokens: list[Secret[str]]
-) -> None:
-    """One of two replicas dies without a word after a hundred certificates: not one of five hundred calls fails."""
-    victim = host.process_of(host.pods_of("certmount-authority")[0])
+def test_no_request_fails_when_a_replica_is_killed(address: str, tmp_path: Path, tokens: list[Secret[str]]) -> None:
+    """One of two replicas is killed after a hundred certificates, and none of five hundred requests fails."""
+    victim = host.process_of(host.authorities()[0])
     killed = ExitStack()
     killed.callback(os.kill, victim, signal.SIGKILL)
 
-    async def then(count: int) -> None:
+    async def kill_once(count: int) -> None:
         if count >= 100:
             killed.close()
 
-    assert len(asyncio.run(_issue(address, tmp_path, tokens, then))) == ISSUANCES
-    roll_out("deployment/certmount-authority")
+    assert len(asyncio.run(_issue(address, tmp_path, tokens, kill_once))) == REQUESTS
+    wait_for_rollout()
 
 
 @pytest.mark.timeout(300)
-def test_rolling_update_under_load(address: str, tmp_path: Path, tokens: list[Secret[str]]) -> None:
-    """All replicas are replaced, one after the other, while certificates are issued: not one call fails."""
-    before = {pod["metadata"]["uid"] for pod in host.pods_of("certmount-authority")}
+def test_no_request_fails_during_a_rolling_update(address: str, tmp_path: Path, tokens: list[Secret[str]]) -> None:
+    """All replicas are replaced, one after the other, while certificates are issued, and no request fails."""
+    before = {pod["metadata"]["uid"] for pod in host.authorities()}
     kubectl("-n", CERTMOUNT, "rollout", "restart", "deployment/certmount-authority")
 
-    def replaced() -> bool:
-        return not before & {pod["metadata"]["uid"] for pod in host.pods_of("certmount-authority")}
-
-    async def pace(_count: int) -> None:
-        # As spread as a rollout is long; the calls must be there whenever a replica goes.
+    async def pause(_count: int) -> None:
+        # Spread the requests over the whole rollout, so that some are in flight when a replica stops.
         await asyncio.sleep(0.5)
 
-    assert len(asyncio.run(_issue(address, tmp_path, tokens, pace))) == ISSUANCES
-    wait_until(replaced, seconds=60, what="every replica is a new one")
-    roll_out("deployment/certmount-authority")
+    assert len(asyncio.run(_issue(address, tmp_path, tokens, pause))) == REQUESTS
+    wait_until(
+        lambda: not before & {pod["metadata"]["uid"] for pod in host.authorities()},
+        seconds=60,
+        what="every replica is new",
+    )
+    wait_for_rollout()

@@ -1,4 +1,4 @@
-"""No token and no key anywhere where people look, at the most talkative log level."""
+"""No token and no key in logs, records and events, at the debug log level."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import re
 
 from tests.e2e import host
 from tests.e2e.kubectl import CERTMOUNT, find, get, kubectl
-from tests.e2e.logs import LogKeeper
+from tests.e2e.logs import AUTHORITY, DRIVER, LogCollector
 
 _TOKEN = re.compile(r"eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
 _KEY = "PRIVATE KEY"
 
 
-def _canaries() -> list[str]:
-    """Parts of secrets that are in use: keys of volumes and of the CA without their PEM armour, and the driver's token."""
+def _secrets_in_use() -> list[str]:
+    """Return the Base64 lines of the keys of volumes and of the CA, and the signature of the driver's token."""
     keys = [path.read_text() for path in host.VOLUMES.glob("*/files/site.key")]
     stored = get("secret", "certmount-ca")["data"]
     keys += [base64.b64decode(stored[name]).decode() for name in ("root.key", "intermediate.key")]
@@ -23,15 +23,15 @@ def _canaries() -> list[str]:
     return [line for key in keys for line in key.splitlines() if "KEY" not in line] + [token.rpartition(".")[2]]
 
 
-def test_no_token_and_no_key_in_logs_records_and_events(logs: LogKeeper) -> None:
-    """At debug level, through all failures of these tests, neither component has logged a token or a key; nor are there any in events or records."""
-    running = [*host.pods_of("certmount-node"), *host.pods_of("certmount-authority")]
+def test_logs_records_and_events_contain_no_secret(logs: LogCollector) -> None:
+    """After all failures of these tests, logs at debug level, events and records contain no token and no key."""
+    running = [host.driver(), *host.authorities()]
     assert all("--log-level=debug" in pod["spec"]["containers"][0]["args"] for pod in running)
-    canaries = _canaries()
-    assert len(canaries) > 5
+    secrets = _secrets_in_use()
+    assert len(secrets) > 5
     texts = {
-        "the driver's log": logs.text("certmount-node"),
-        "the authority's log": logs.text("certmount-authority"),
+        "the driver's log": logs.text(DRIVER),
+        "the authority's log": logs.text(AUTHORITY),
         "events": str(find("events", "--all-namespaces")),
         "records": "".join(path.read_text() for path in host.VOLUMES.glob("*/record.json*")),
         "the description of pods": kubectl("-n", CERTMOUNT, "describe", "pods"),
@@ -40,9 +40,9 @@ def test_no_token_and_no_key_in_logs_records_and_events(logs: LogKeeper) -> None
         assert text, where
         assert not _TOKEN.search(text), f"a token in {where}"
         assert _KEY not in text, f"a key in {where}"
-        assert not [canary for canary in canaries if canary in text], f"a secret in {where}"
+        assert not [secret for secret in secrets if secret in text], f"a secret in {where}"
 
 
-def test_nothing_had_to_be_cut_out(logs: LogKeeper) -> None:
-    """The filter of the logs is a second belt: nothing ever reached it."""
+def test_log_filter_redacted_nothing(logs: LogCollector) -> None:
+    """The filter of the logs is defence in depth: no secret reached it."""
     assert "<redacted>" not in logs.text()

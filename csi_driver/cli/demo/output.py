@@ -36,7 +36,7 @@ class Output:
             self.line(line, "cyan")
 
     def fields(self, fields: Sequence[tuple[str, Sequence[str]]]) -> None:
-        """Write labels, each with its values on lines of their own."""
+        """Write each label with its values, one value per line."""
         width = max(len(label) for label, _ in fields)
         for label, values in fields:
             for number, value in enumerate(values):

@@ -1,6 +1,6 @@
-"""Connects ten times a second by mutual TLS, with what its volume holds at that moment; prints once a second what it saw.
+"""Connects ten times a second by mutual TLS with the current files of its volume; prints its status once a second.
 
-Argument: the server's name. It begins to count when the server has answered once.
+Argument: the server's name. Counting starts after the first response of the server.
 """
 
 import json
@@ -26,9 +26,9 @@ def serial(certificate: x509.Certificate) -> str:
 
 
 def connect() -> str:
-    """One connection; gives the serial number of the server's certificate."""
+    """Connect once, and return the serial number of the server's certificate."""
     context = ssl.create_default_context(cafile=f"{TLS}/root.crt")
-    # Python opens the file twice, for certificates and key; by the descriptor it is the same file both times.
+    # OpenSSL opens the file twice, for certificates and key; the descriptor makes sure that both are of one generation.
     with Path(TLS, "site.pem").open("rb") as bundle:
         context.load_cert_chain(f"/proc/self/fd/{bundle.fileno()}")
     with (
@@ -37,9 +37,9 @@ def connect() -> str:
     ):
         connection.sendall(b"hello")
         if connection.recv(100) != b"hello":
-            raise OSError("another answer")
-        shown = connection.getpeercert(binary_form=True)
-    return serial(x509.load_der_x509_certificate(shown or b""))
+            raise OSError("unexpected response")
+        presented = connection.getpeercert(binary_form=True)
+    return serial(x509.load_der_x509_certificate(presented or b""))
 
 
 def wait_for_server() -> None:
@@ -58,11 +58,11 @@ while True:
     time.sleep(max(0.0, begin + connections * PERIOD_S - time.monotonic()))
     connections += 1
     try:
-        shown_serial = connect()
+        server_serial = connect()
     except OSError as error:
         errors.append(f"{time.time():.3f} {error!r}")
     else:
-        servers += [shown_serial] if shown_serial not in servers else []
+        servers += [server_serial] if server_serial not in servers else []
     mine = serial(x509.load_pem_x509_certificate(Path(TLS, "site.crt").read_bytes()))
     own += [mine] if mine not in own else []
     if connections % 10 == 0:

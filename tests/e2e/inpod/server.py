@@ -1,4 +1,4 @@
-"""Serves mutual TLS on port 8443; reads its certificate afresh for each connection, so every generation is shown to someone."""
+"""Serves mutual TLS on port 8443; reads its certificate again for each connection, so that clients see every generation."""
 
 import socket
 import ssl
@@ -9,7 +9,7 @@ TLS = "/var/run/tls"
 
 def answer(raw: socket.socket) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    # Python opens the file twice, for certificates and key; by the descriptor it is the same file both times.
+    # OpenSSL opens the file twice, for certificates and key; the descriptor makes sure that both are of one generation.
     with Path(TLS, "site.pem").open("rb") as bundle:
         context.load_cert_chain(f"/proc/self/fd/{bundle.fileno()}")
     context.load_verify_locations(f"{TLS}/root.crt")

@@ -14,15 +14,14 @@ export PATH=$BIN:$PATH
 
 ctrk() { ctr -a "$SOCK" -n k8s.io "$@"; }
 
-# A process is ours only while it also has the start time that was noted: its number may be someone else's by now.
-# One that has ended and is only not collected yet has none.
+# A process is ours only if it also has the recorded start time, because process IDs are reused. A zombie has no start time.
 started_at() { awk '$3 != "Z" { print $22 }' "/proc/$1/stat" 2>/dev/null; }
 running() {
   [ -f "$RUN/$1.pid" ] && kill -0 "$(cat "$RUN/$1.pid")" 2>/dev/null &&
     [ "$(started_at "$(cat "$RUN/$1.pid")")" = "$(cat "$RUN/$1.started" 2>/dev/null)" ]
 }
 
-# start NAME COMMAND...: unless it is running; its output goes to a log of that name.
+# start NAME COMMAND...: start the command if it does not run yet. Its output goes to $RUN/log/NAME.log.
 start() {
   local name=$1
   shift

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the cluster needs: Debian packages, and Kubernetes built from its published Go modules.
+# Installs the Debian packages that the cluster needs, and builds Kubernetes from its published Go modules.
 . "$(dirname "$0")/common.sh"
 need=; for c in etcd containerd runc iptables buildah mmdebstrap busybox; do command -v $c >/dev/null || need=1; done
 if [ -n "$need" ] || [ ! -d /usr/lib/cni ] || [ ! -x /bin/busybox ]; then

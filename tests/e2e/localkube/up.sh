@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts what is not running and prints the exports for the caller's shell.
+# Starts all components that do not run, and prints the exports for the caller's shell.
 . "$(dirname "$0")/common.sh"
 mkdir -p "$RUN"/{pki,log,etcd,cni}; cd "$RUN"
 if [ ! -f pki/done ]; then ( cd pki
@@ -36,7 +36,7 @@ wait_for kubectl get --raw /readyz
 start cm kube-controller-manager --kubeconfig=cm.kubeconfig --service-account-private-key-file=pki/sa.key --root-ca-file=pki/ca.crt --use-service-account-credentials \
   --cluster-signing-cert-file=pki/ca.crt --cluster-signing-key-file=pki/ca.key --leader-elect=false --allocate-node-cidrs --cluster-cidr=10.244.0.0/16
 start sched kube-scheduler --kubeconfig=sched.kubeconfig --leader-elect=false
-# restrict_oom_score_adj: this works without CAP_SYS_RESOURCE too.
+# restrict_oom_score_adj makes containerd work without CAP_SYS_RESOURCE.
 cat >containerd.toml <<X
 version = 2
 root = "$RUN/containerd"
@@ -57,7 +57,7 @@ cat >cni/10-bridge.conflist <<X
 {"cniVersion":"0.4.0","name":"localkube","plugins":[{"type":"bridge","bridge":"cni0","isGateway":true,"ipMasq":true,"hairpinMode":true,
 "ipam":{"type":"host-local","ranges":[[{"subnet":"10.244.0.0/24"}]],"routes":[{"dst":"0.0.0.0/0"}]}},{"type":"portmap","capabilities":{"portMappings":true}}]}
 X
-# The bridge is made before the first pod needs it, so that the cluster's DNS can listen on it.
+# Create the bridge before the first pod needs it, because the cluster's DNS listens on it.
 ip link show cni0 >/dev/null 2>&1 || { ip link add cni0 type bridge; ip addr add 10.244.0.1/24 dev cni0; ip link set cni0 up; }
 sysctl -qw net.ipv4.ip_forward=1; sysctl -qw net.bridge.bridge-nf-call-iptables=1 2>/dev/null || true
 start containerd containerd -c "$RUN/containerd.toml"

@@ -1,6 +1,6 @@
-"""A hostile pod: it has minted tokens for both audiences of certmount itself, and asks the authority without a node driver.
+"""An attacker's pod: calls the authority without a node driver, with its own tokens for certmount's audiences.
 
-Prints for each way of asking the reason of the answer, or OK.
+Prints the reason of the error, or OK, for each call.
 """
 
 import json
@@ -22,17 +22,17 @@ def read(path: str) -> str:
     return Path(path).read_text(encoding="ascii").strip()
 
 
-def ask_to_issue(stub: Any, metadata: Metadata) -> None:
+def issue(stub: Any, metadata: Metadata) -> None:
     request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
     csr = request.sign(ec.generate_private_key(ec.SECP256R1()), SHA256()).public_bytes(Encoding.DER)
     stub.Issue(authority_pb2.IssueRequest(csr=csr, pod_token=read("/tokens/pod")), metadata=metadata, timeout=20)
 
 
-def ask_for_trust(stub: Any, metadata: Metadata) -> None:
+def watch_trust(stub: Any, metadata: Metadata) -> None:
     next(stub.WatchTrust(authority_pb2.WatchTrustRequest(), metadata=metadata, timeout=20))
 
 
-def outcome_of(method: Any, stub: Any, metadata: Metadata) -> str:
+def reason_of(method: Any, stub: Any, metadata: Metadata) -> str:
     try:
         method(stub, metadata)
     except grpc.RpcError as error:
@@ -42,16 +42,16 @@ def outcome_of(method: Any, stub: Any, metadata: Metadata) -> str:
 
 
 credentials = grpc.ssl_channel_credentials(read("/scripts/authority.crt").encode())
-ways: dict[str, Metadata] = {
+tokens: dict[str, Metadata] = {
     "no token": (),
     "pod token": (("authorization", f"Bearer {read('/tokens/pod')}"),),
     "own node token": (("authorization", f"Bearer {read('/tokens/node')}"),),
 }
 with grpc.secure_channel("certmount-authority.certmount.svc:443", credentials) as channel:
     authority = authority_pb2_grpc.AuthorityStub(channel)
-    outcomes = {
-        f"{method.__name__} with {way}": outcome_of(method, authority, metadata)
-        for way, metadata in ways.items()
-        for method in (ask_to_issue, ask_for_trust)
+    reasons = {
+        f"{method.__name__} with {token}": reason_of(method, authority, metadata)
+        for token, metadata in tokens.items()
+        for method in (issue, watch_trust)
     }
-print(json.dumps(outcomes))
+print(json.dumps(reasons))
