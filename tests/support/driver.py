@@ -1,4 +1,4 @@
-"""Runs the real ``certmount node`` as a process of its own."""
+"""Runs ``certmount node`` as a process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _END_S = 30.0
 
 
 class Driver:
-    """One driver process on a kubelet root directory; ``log`` keeps every line of all its lives."""
+    """A driver process for a kubelet directory. ``log`` contains the output of all its starts."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Driver:
         *,
         within: Sequence[str] = (),
     ) -> None:
-        """``within`` is a command that runs the driver's own, such as ``unshare --mount``."""
+        """``within`` is a command that runs the driver, for example ``unshare --mount``."""
         self._kubelet = kubelet
         self._log = log
         self._within = within
@@ -70,7 +70,7 @@ class Driver:
         return self._process is not None and self._process.returncode is None
 
     async def start(self) -> None:
-        """Starts it and waits until it serves CSI."""
+        """Start the driver and wait until it serves CSI."""
         with self._log.open("ab") as log:
             command = [*self._within, sys.executable, "-m", "csi_driver.cli.main", "node", *self._arguments]
             self._process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
@@ -87,11 +87,11 @@ class Driver:
         raise AssertionError(f"the driver does not serve:\n{self._log.read_text()}")
 
     async def stop(self) -> int:
-        """Asks it to end, as the kubelet does; gives its exit status."""
+        """Send SIGTERM and return the exit status."""
         return await self._end(signal.SIGTERM)
 
     async def kill(self) -> None:
-        """Ends it without a chance to tidy up."""
+        """Send SIGKILL."""
         await self._end(signal.SIGKILL)
 
     async def _end(self, number: signal.Signals) -> int:
@@ -111,12 +111,12 @@ class Driver:
         return self._log.read_text()
 
     def events(self, event: str) -> list[dict[str, Any]]:
-        """The log lines with this text."""
+        """Return the log lines of an event."""
         lines = (json.loads(line) for line in self.log_text().splitlines() if line.startswith("{"))
         return [line for line in lines if line.get("event") == event]
 
     def get(self, path: str) -> tuple[int, str]:
-        """Status and body of the driver's own HTTP port."""
+        """Return the status and body of a path of the driver's HTTP server."""
         try:
             with urllib.request.urlopen(f"http://{self.http}{path}", timeout=10) as response:
                 return response.status, response.read().decode()
@@ -125,7 +125,7 @@ class Driver:
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on now."""
+    """Return a loopback port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

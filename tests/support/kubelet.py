@@ -1,4 +1,4 @@
-"""Plays the kubelet to a running driver: pod folders, tokens, calls over the real unix socket."""
+"""A kubelet for a running driver: pod directories, tokens, and calls over the unix socket."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from csi_driver._proto import csi_pb2, csi_pb2_grpc, registration_pb2, registrat
 _OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 _REGISTRATION_S = 20.0
 _TOKEN_KEY = secrets.token_bytes(32)
-"""Signs tokens that only a scripted authority believes."""
+"""Signs tokens that only a scripted authority accepts."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class FakePod:
 
 
 class Kubelet:
-    """Makes a kubelet root directory, then speaks to the driver that runs on it."""
+    """Creates a kubelet directory and calls the driver that uses it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -66,7 +66,7 @@ class Kubelet:
         return grpc.aio.insecure_channel(f"unix:{self.socket}", options=_OWN_CONNECTION)
 
     async def register(self, error: str = "") -> registration_pb2.PluginInfo:
-        """What the kubelet's plugin watcher does with a new socket: asks who it is, then says how it went."""
+        """Register the driver like the kubelet's plugin watcher, or report an error to it."""
         async with grpc.aio.insecure_channel(f"unix:{self.registration_socket}", options=_OWN_CONNECTION) as channel:
             stub: registration_pb2_grpc.RegistrationAsyncStub = registration_pb2_grpc.RegistrationStub(channel)
             info = await stub.GetInfo(registration_pb2.InfoRequest(), wait_for_ready=True, timeout=_REGISTRATION_S)
@@ -75,7 +75,7 @@ class Kubelet:
         return info
 
     def target(self, pod: FakePod, volume: str = "tls") -> Path:
-        """Where the volume is to appear; its parent is made, as the kubelet does."""
+        """Return the target path of a volume and create its parent, like the kubelet."""
         target = self.root / "pods" / pod.uid / "volumes" / "kubernetes.io~csi" / volume / "mount"
         target.parent.mkdir(parents=True, exist_ok=True)
         return target
@@ -91,7 +91,7 @@ class Kubelet:
         fs_group: str = "",
         read_only: bool = True,
     ) -> csi_pb2.NodePublishVolumeRequest:
-        """A request as the kubelet sends it; ``token`` None leaves it out, empty makes a fresh one."""
+        """Return a call of the kubelet. If ``token`` is None, it has no token; if empty, a new one."""
         tokens = {}
         if token is not None:
             entry = {"token": token or pod.token(), "expirationTimestamp": "2030-01-01T00:00:00Z"}
@@ -122,5 +122,4 @@ class Kubelet:
 
 
 def node_stub(channel: grpc.aio.Channel) -> csi_pb2_grpc.NodeAsyncStub:
-    """The driver's Node service."""
     return csi_pb2_grpc.NodeStub(channel)

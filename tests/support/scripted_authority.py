@@ -1,11 +1,10 @@
-"""An authority for tests of the node: a real TLS gRPC server and a real CA, whose behaviour a test scripts.
+"""An authority for tests of the node: a TLS gRPC server and a CA, controlled by a script.
 
-It believes every token, so it proves nothing about admission; that is tested against the real authority.
-Run as a program (for benchmarks, so that its work is not the driver's):
+It accepts every token. For benchmarks, run it as a process of its own:
 
     python -m tests.support.scripted_authority DIR [--delay-ms 20]
 
-writes DIR/root.crt and DIR/address, and serves until standard input closes.
+It writes DIR/root.crt and DIR/address, and serves until standard input closes.
 """
 
 from __future__ import annotations
@@ -39,18 +38,18 @@ TRUST_DOMAIN = "cluster.local"
 
 
 class TestCA:
-    """A root that signs leaves directly."""
+    """A root that signs leaf certificates."""
 
     __test__ = False
 
-    def __init__(self, name: str = "test root", life: timedelta = timedelta(days=1)) -> None:
+    def __init__(self, name: str = "test root", lifetime: timedelta = timedelta(days=1)) -> None:
         self.key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
         now = datetime.now(UTC)
         self.certificate = (
             x509.CertificateBuilder(subject, subject, self.key.public_key(), x509.random_serial_number())
             .not_valid_before(now - timedelta(minutes=1))
-            .not_valid_after(now + life)
+            .not_valid_after(now + lifetime)
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
             .sign(self.key, SHA256())
         )
@@ -63,12 +62,12 @@ class TestCA:
     def der(self) -> bytes:
         return self.certificate.public_bytes(Encoding.DER)
 
-    def sign(self, key: PublicKey, names: Names, life: timedelta, *, ca: bool = False) -> x509.Certificate:
+    def sign(self, key: PublicKey, names: Names, lifetime: timedelta, *, ca: bool = False) -> x509.Certificate:
         now = datetime.now(UTC)
         return (
             x509.CertificateBuilder(self.certificate.subject, x509.Name([]), key, x509.random_serial_number())
             .not_valid_before(now - timedelta(minutes=1))
-            .not_valid_after(now + life)
+            .not_valid_after(now + lifetime)
             .add_extension(san_extension(names), critical=True)
             .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
             .sign(self.key, SHA256())
@@ -78,73 +77,72 @@ class TestCA:
 Response = authority_pb2.IssueResponse
 
 
-def answer_of(chain: Sequence[bytes], roots: Sequence[bytes], generation: int = 0) -> Response:
-    """An answer with a chain and the internal issuer's roots (X.509 DER)."""
+def response_of(chain: Sequence[bytes], roots: Sequence[bytes], generation: int = 0) -> Response:
+    """Return a response with a chain and the roots of the internal CA (X.509 DER)."""
     return Response(chain=chain, trust={DEFAULT_ISSUER: authority_pb2.RootSet(roots=roots, generation=generation)})
 
 
-def roots_of(answer: Response) -> Sequence[bytes]:
-    """The internal issuer's roots in an answer."""
-    return answer.trust[DEFAULT_ISSUER].roots
+def roots_of(response: Response) -> Sequence[bytes]:
+    """Return the roots of the internal CA in a response."""
+    return response.trust[DEFAULT_ISSUER].roots
 
 
 @dataclass
 class Script:
-    """What the authority does next; a test changes it at any time."""
+    """What the authority does. Tests can change it at any time."""
 
     delay_s: float = 0.0
     gate: asyncio.Event | None = None
-    """Where there is one, requests wait until it is set."""
-    gate_outside: asyncio.Event | None = None
-    """The same for requests to issuers outside only."""
-    life: timedelta = timedelta(hours=1)
-    """For requests that name none."""
+    """If not None, requests wait for it."""
+    external_gate: asyncio.Event | None = None
+    """If not None, requests to external issuers wait for it."""
+    lifetime: timedelta = timedelta(hours=1)
+    """Without a requested duration."""
     failure: CertmountError | None = None
     renew_after: timedelta | None = None
-    """The hint to renew; short ones let a test see rotations soon."""
+    """A short time causes an early renewal."""
     tamper: Callable[[Response], Response] = lambda response: response
     calls: int = 0
-    """Requests to issue that arrived, whatever became of them."""
+    """All issuance requests."""
     tokens: list[str] = field(default_factory=list)
-    """The pod token of each of them."""
+    """The pod token of each request."""
     csrs: list[bytes] = field(default_factory=list)
-    """The request of each of them."""
+    """The CSR of each request."""
     issued: list[Names] = field(default_factory=list)
-    """The names of every certificate that was signed."""
+    """The names of each signed certificate."""
     finished: bool = True
-    """While false, issuers outside keep their orders open, and the answer is that they are pending."""
-    stand_in: timedelta | None = None
-    """Where there is one, pods get a certificate of the internal CA meanwhile, and are to ask again after so long."""
+    """If false, requests to external issuers stay pending."""
+    interim_renew_after: timedelta | None = None
+    """If not None, pending requests get an interim certificate to renew after this time."""
     orders: dict[bytes, Names] = field(default_factory=dict)
-    """What issuers outside were asked to sign, by the key: who asks again with a key asks for the same order."""
+    """The names of each request to an external issuer, by public key."""
 
 
 class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
-    """Serves on a free port of loopback; ``address``, ``root_file`` and ``token_file`` are what the node needs to call it."""
+    """Serves on a free loopback port. The node needs ``address``, ``root_file`` and ``token_file``."""
 
-    def __init__(self, folder: Path, script: Script | None = None) -> None:
+    def __init__(self, directory: Path, script: Script | None = None) -> None:
         self.ca = TestCA()
         self.script = script or Script()
-        self.root_file = folder / "root.crt"
-        self.token_file = folder / "node-token"
+        self.root_file = directory / "root.crt"
+        self.token_file = directory / "node-token"
         self.address = ""
         self.watchers = 0
-        """Nodes that watch the roots now."""
-        self.confirmed: list[tuple[str, int]] = []
-        """Sets and generations that nodes confirmed."""
-        self.confirm_gate: asyncio.Event | None = None
-        """Where there is one, confirmations wait until it is set."""
+        """The number of open trust streams."""
+        self.acknowledged: list[tuple[str, int]] = []
+        """Sets and generations."""
+        self.acknowledgement_gate: asyncio.Event | None = None
+        """If not None, acknowledgements wait for it."""
         self.reports: list[authority_pb2.ReportRequest] = []
         self.sets: dict[str, RootSet] = {DEFAULT_ISSUER: RootSet((self.ca.der,), 1)}
-        """What is to be trusted now; :meth:`tell` sends it to those who watch."""
+        """The current root sets. :meth:`send_bundle` sends them."""
         self.policy = "first"
-        self.outside: dict[str, TestCA] = {}
-        """Issuers beside the internal CA; they sign the names in the CSR, and no SPIFFE ID, as public CAs do."""
-        self.sharing: tuple[str, ...] = ()
-        self.due: tuple[str, ...] = ()
-        """Digests of the keys whose certificates are to be renewed now."""
-        """Those of them whose certificates pods are to share."""
-        self._told = 0
+        self.external_issuers: dict[str, TestCA] = {}
+        """They sign only the names of the CSR and no SPIFFE ID, like public CAs."""
+        self.shared_issuers: tuple[str, ...] = ()
+        self.renew_now: tuple[str, ...] = ()
+        """Fingerprints of keys whose certificates need an early renewal."""
+        self._version = 0
         self._changed = asyncio.Condition()
         self._server: grpc.aio.Server | None = None
 
@@ -170,7 +168,7 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         await self._server.start()
 
     async def stop(self) -> None:
-        """Ends at once; ``start`` serves again at the same port with the same CA."""
+        """Stop immediately. ``start`` serves again on the same port with the same CA."""
         if self._server is not None:
             await self._server.stop(None)
             self._server = None
@@ -180,28 +178,28 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         return self._server is not None
 
     async def trust(self, *roots: bytes, name: str = DEFAULT_ISSUER) -> None:
-        """Gives a set other roots (DER), and sends them to everyone who watches."""
+        """Replace the roots (DER) of a set and send a bundle."""
         before = self.sets.get(name)
         self.sets[name] = RootSet(roots, before.generation + 1 if before else 1)
-        await self.tell()
+        await self.send_bundle()
 
-    async def open_issuer(self, name: str, *, sharing: bool) -> TestCA:
-        """Has an issuer outside from now on; nodes confirm its roots when they know it."""
-        self.outside[name] = TestCA(f"root of {name}")
-        if sharing:
-            self.sharing = (*self.sharing, name)
-        await self.trust(self.outside[name].der, name=name)
-        return self.outside[name]
+    async def add_external_issuer(self, name: str, *, shared: bool) -> TestCA:
+        """Add an external issuer and send a bundle."""
+        self.external_issuers[name] = TestCA(f"root of {name}")
+        if shared:
+            self.shared_issuers = (*self.shared_issuers, name)
+        await self.trust(self.external_issuers[name].der, name=name)
+        return self.external_issuers[name]
 
-    async def tell(self) -> None:
-        """Sends what there is now to everyone who watches."""
+    async def send_bundle(self) -> None:
+        """Send the current state on all trust streams."""
         async with self._changed:
-            self._told += 1
+            self._version += 1
             self._changed.notify_all()
 
-    def confirmed_of(self, name: str = DEFAULT_ISSUER) -> int:
-        """The newest generation of a set that was confirmed; 0 for none."""
-        return max((generation for confirmed, generation in self.confirmed if confirmed == name), default=0)
+    def acknowledged_generation(self, name: str = DEFAULT_ISSUER) -> int:
+        """Return the newest acknowledged generation of a set, or 0."""
+        return max((generation for acknowledged, generation in self.acknowledged if acknowledged == name), default=0)
 
     async def Issue(self, request: authority_pb2.IssueRequest, _context: Any) -> Response:  # noqa: N802
         script = self.script
@@ -209,42 +207,44 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         script.tokens.append(request.pod_token)
         script.csrs.append(request.csr)
         if script.delay_s:
-            await asyncio.sleep(script.delay_s)  # the issuer's own time, by the test's script
+            await asyncio.sleep(script.delay_s)
         if script.gate is not None:
             await script.gate.wait()
         if script.failure is not None:
             raise script.failure
-        if request.issuer in self.outside:
-            if script.gate_outside is not None:
-                await script.gate_outside.wait()
-            return script.tamper(self._ordered(request))
-        return script.tamper(self._signed(request, request.issuer))
+        if request.issuer in self.external_issuers:
+            if script.external_gate is not None:
+                await script.external_gate.wait()
+            return script.tamper(self._sign_external(request))
+        return script.tamper(self._sign_internal(request, request.issuer))
 
-    def _signed(self, request: authority_pb2.IssueRequest, *names_of_sets: str) -> Response:
-        """What the internal CA signs."""
+    def _sign_internal(self, request: authority_pb2.IssueRequest, *names_of_sets: str) -> Response:
+        """Sign with the internal CA."""
         script, csr = self.script, parse_csr(request.csr)
         claims = jwt.decode(request.pod_token, options={"verify_signature": False})["kubernetes.io"]
         own = spiffe_id(TRUST_DOMAIN, claims["namespace"], claims["serviceaccount"]["name"])
         names = Names.of(csr.names.dns, (own, *csr.names.uris))
-        life = request.duration.ToTimedelta() if request.HasField("duration") else script.life
-        return self._answer(self.ca, csr.public_key, names, life, [*names_of_sets, *request.federations])
+        lifetime = request.duration.ToTimedelta() if request.HasField("duration") else script.lifetime
+        return self._response(self.ca, csr.public_key, names, lifetime, [*names_of_sets, *request.federations])
 
-    def _ordered(self, request: authority_pb2.IssueRequest) -> Response:
-        """What an issuer outside makes of a request."""
+    def _sign_external(self, request: authority_pb2.IssueRequest) -> Response:
+        """Sign with an external issuer, or return its pending state."""
         script, csr = self.script, parse_csr(request.csr)
         script.orders[public_bytes(csr.public_key)] = csr.names
         if script.finished:
             sets = [request.issuer, *request.federations]
-            return self._answer(self.outside[request.issuer], csr.public_key, csr.names, script.life, sets)
-        if script.stand_in is None:
-            raise CertmountError(Reason.ISSUANCE_PENDING, "the CA is at it")
-        response = self._signed(request, DEFAULT_ISSUER, request.issuer)
+            return self._response(
+                self.external_issuers[request.issuer], csr.public_key, csr.names, script.lifetime, sets
+            )
+        if script.interim_renew_after is None:
+            raise CertmountError(Reason.ISSUANCE_PENDING, "the CA has not issued the certificate yet")
+        response = self._sign_internal(request, DEFAULT_ISSUER, request.issuer)
         response.interim = True
-        response.renew_after.FromTimedelta(script.stand_in)
+        response.renew_after.FromTimedelta(script.interim_renew_after)
         return response
 
-    def _answer(self, ca: TestCA, key: PublicKey, names: Names, life: timedelta, sets: Sequence[str]) -> Response:
-        leaf = ca.sign(key, names, life)
+    def _response(self, ca: TestCA, key: PublicKey, names: Names, lifetime: timedelta, sets: Sequence[str]) -> Response:
+        leaf = ca.sign(key, names, lifetime)
         self.script.issued.append(names)
         trust = self._wire(
             {name: self.sets[name] for name in (each or DEFAULT_ISSUER for each in sets) if name in self.sets}
@@ -255,9 +255,9 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         return response
 
     async def ConfirmTrust(self, request: authority_pb2.ConfirmTrustRequest, _context: Any) -> Any:  # noqa: N802
-        if self.confirm_gate is not None:
-            await self.confirm_gate.wait()
-        self.confirmed.append((request.set, request.generation))
+        if self.acknowledgement_gate is not None:
+            await self.acknowledgement_gate.wait()
+        self.acknowledged.append((request.set, request.generation))
         return authority_pb2.ConfirmTrustResponse()
 
     async def Report(self, request: authority_pb2.ReportRequest, _context: Any) -> Any:  # noqa: N802
@@ -268,15 +268,15 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         self.watchers += 1
         try:
             while True:
-                told = self._told
+                version = self._version
                 yield authority_pb2.TrustBundle(
                     sets=self._wire(self.sets),
                     policy_revision=self.policy,
-                    shared_issuers=self.sharing,
-                    renew_now=self.due,
+                    shared_issuers=self.shared_issuers,
+                    renew_now=self.renew_now,
                 )
                 async with self._changed:
-                    await self._changed.wait_for(lambda told=told: self._told != told)  # type: ignore[misc]
+                    await self._changed.wait_for(lambda version=version: self._version != version)  # type: ignore[misc]
         finally:
             self.watchers -= 1
 
@@ -287,20 +287,20 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         }
 
 
-def refused(name: str) -> CertmountError:
-    """What the real authority answers for a name that no rule allows."""
+def name_not_allowed(name: str) -> CertmountError:
+    """Return the error of the authority for a name that no rule allows."""
     return CertmountError(Reason.NAME_NOT_ALLOWED, f"{name}: no policy rule allows this name")
 
 
-async def _serve(folder: Path, delay_ms: float) -> None:
-    async with ScriptedAuthority(folder, Script(delay_s=delay_ms / 1000)) as authority:
-        (folder / "address").write_text(authority.address)
+async def _serve(directory: Path, delay_ms: float) -> None:
+    async with ScriptedAuthority(directory, Script(delay_s=delay_ms / 1000)) as authority:
+        (directory / "address").write_text(authority.address)
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("directory", type=Path)
     parser.add_argument("--delay-ms", type=float, default=0.0)
     arguments = parser.parse_args()
-    asyncio.run(_serve(arguments.folder, arguments.delay_ms))
+    asyncio.run(_serve(arguments.directory, arguments.delay_ms))

@@ -21,7 +21,7 @@ from tests.integration.node.bad_input import (
 )
 from tests.integration.node.world import Node, failure_of
 from tests.support.kubelet import FakePod
-from tests.support.scripted_authority import Response, TestCA, answer_of, refused
+from tests.support.scripted_authority import Response, TestCA, name_not_allowed, response_of
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -95,7 +95,7 @@ async def test_any_volume_id_is_accepted(node: Node, volume_id: str) -> None:
 
 async def test_error_of_the_authority_reaches_the_pods_events(node: Node) -> None:
     """After a policy change, the pod starts."""
-    node.script.failure = refused("shop.example.com")
+    node.script.failure = name_not_allowed("shop.example.com")
     request = node.request(attributes={"name": "shop.example.com"})
     await rejects(node, request, DENIED, "NameNotAllowed", "shop.example.com: no policy rule allows this name")
     node.script.failure = None
@@ -168,13 +168,13 @@ OTHER_CA = TestCA("other")
 @pytest.mark.parametrize(
     "answer, words",
     [
-        (answer_of([], [OTHER_CA.der]), "chain: has 0 certificates"),
+        (response_of([], [OTHER_CA.der]), "chain: has 0 certificates"),
         (Response(chain=[b"x"]), "does not contain the roots of internal"),
-        (answer_of([b"x"], [OTHER_CA.der]), "chain: a certificate is not valid X.509 DER"),
-        (answer_of([OTHER_CA.der], [b"y"]), "a certificate is not valid X.509 DER"),
-        (answer_of([b"x"] * 50, [OTHER_CA.der]), "expected 1 to 10"),
-        (answer_of([b"x" * 100_000], [OTHER_CA.der]), "a certificate has more than"),
-        (answer_of([OTHER_CA.der], [OTHER_CA.der]), "is not the key of the request"),
+        (response_of([b"x"], [OTHER_CA.der]), "chain: a certificate is not valid X.509 DER"),
+        (response_of([OTHER_CA.der], [b"y"]), "a certificate is not valid X.509 DER"),
+        (response_of([b"x"] * 50, [OTHER_CA.der]), "expected 1 to 10"),
+        (response_of([b"x" * 100_000], [OTHER_CA.der]), "a certificate has more than"),
+        (response_of([OTHER_CA.der], [OTHER_CA.der]), "is not the key of the request"),
     ],
     ids=["empty", "no-roots", "garbage", "bad-roots", "many", "big", "other"],
 )

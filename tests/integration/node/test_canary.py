@@ -14,7 +14,7 @@ from csi_driver.core.errors import CertmountError, Reason
 from tests.integration.node.bad_input import ATTRIBUTES, BAD_TOKENS, SHAPES, TOKENS, change
 from tests.integration.node.world import Node, Request, running_node
 from tests.support.kubelet import FakePod
-from tests.support.scripted_authority import TestCA, answer_of, refused
+from tests.support.scripted_authority import TestCA, name_not_allowed, response_of
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -98,7 +98,7 @@ async def _failing_authority(canary: _Canary) -> None:
     """Let a first publish, a republish and a renewal fail with each error."""
     node = canary.node
     failures: dict[str, CertmountError | None] = {
-        "NameNotAllowed": refused("shop.example.com"),
+        "NameNotAllowed": name_not_allowed("shop.example.com"),
         "TokenRejected": CertmountError(Reason.TOKEN_REJECTED, "pod token: is not signed by this cluster"),
         "InvalidResponse": None,
         "AuthorityUnavailable": None,
@@ -110,7 +110,7 @@ async def _failing_authority(canary: _Canary) -> None:
         canary.note_key(request)
         node.script.failure = failure
         if reason == "InvalidResponse":
-            node.script.tamper = lambda _: answer_of([b"x"], [b"y"])
+            node.script.tamper = lambda _: response_of([b"x"], [b"y"])
         if reason == "AuthorityUnavailable":
             await node.authority.stop()
         await canary.publish(node.request(fresh, token=canary.token(fresh)))

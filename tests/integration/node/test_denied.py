@@ -9,7 +9,7 @@ import pytest
 from csi_driver._proto import authority_pb2
 from csi_driver.core.errors import CertmountError, Reason
 from tests.integration.node.world import Node
-from tests.support.scripted_authority import refused
+from tests.support.scripted_authority import name_not_allowed
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -37,11 +37,11 @@ async def test_denied_renewal_stops_until_the_policy_changes(node: Node) -> None
     assert node.metric("certmount_node_volumes_unhealthy", reason="ServiceAccountDenied") == 1
     node.script.failure = node.script.renew_after = None
     await node.publish(request)
-    await node.authority.tell()
+    await node.authority.send_bundle()
     other = await node.published()
     assert (node.script.calls, node.shown(request)) == (3, before)
     node.authority.policy = "another"
-    await node.authority.tell()
+    await node.authority.send_bundle()
     await until(lambda: node.shown(request).serial != before.serial, "renewed", patience_s=40.0)
     assert await node.health(request) == []
     await until(lambda: len(_reported(node)) == 2, "the report of recovery")
@@ -56,7 +56,7 @@ async def test_second_failure_of_a_renewal_is_reported_once(node: Node) -> None:
     request = await node.published()
     token = node.script.tokens[-1]
     before = node.shown(request)
-    node.script.failure = refused("shop.example.com")
+    node.script.failure = name_not_allowed("shop.example.com")
     await until(lambda: node.script.calls > 3, "three failures")
     assert _reported(node) == [(authority_pb2.CONDITION_RENEWAL_FAILING, "NameNotAllowed")]
     assert node.authority.reports[0].pod_token == token
@@ -68,11 +68,11 @@ async def test_second_failure_of_a_renewal_is_reported_once(node: Node) -> None:
 async def test_overdue_and_expired_certificates_are_reported(node: Node) -> None:
     """While the driver retries."""
     node.authority.reports.clear()
-    node.script.life = timedelta(seconds=3)
+    node.script.lifetime = timedelta(seconds=3)
     request = await node.published()
     before = node.shown(request)
     node.script.failure = CertmountError(Reason.INVALID_RESPONSE, "nonsense")
     await until(lambda: (authority_pb2.CONDITION_EXPIRED, "InvalidResponse") in _reported(node), "expired")
     assert authority_pb2.CONDITION_OVERDUE in [condition for condition, _ in _reported(node)]
-    node.script.failure, node.script.life = None, timedelta(hours=1)
+    node.script.failure, node.script.lifetime = None, timedelta(hours=1)
     await until(lambda: node.shown(request).serial != before.serial, "healed")

@@ -22,7 +22,7 @@ from csi_driver._proto.csi_pb2 import DEGRADED
 from csi_driver.core.names import Names, spiffe_id
 from tests.integration.node.world import Node, Request, Shown, failure_of, running_node
 from tests.support.kubelet import FakePod
-from tests.support.scripted_authority import Response, TestCA, answer_of, roots_of
+from tests.support.scripted_authority import Response, TestCA, response_of, roots_of
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -124,12 +124,12 @@ async def test_4_truncated_record_affects_only_its_volume(node: Node) -> None:
 
 
 _GARBAGE: dict[str, Callable[[Response], Response]] = {
-    "text": lambda _: answer_of([b"not PEM, not DER"], [b"neither"]),
-    "pem": lambda answer: answer_of([b"-----BEGIN CERTIFICATE-----"], roots_of(answer)),
+    "text": lambda _: response_of([b"not PEM, not DER"], [b"neither"]),
+    "pem": lambda answer: response_of([b"-----BEGIN CERTIFICATE-----"], roots_of(answer)),
     "empty": lambda _: Response(),
-    "cut": lambda answer: answer_of([answer.chain[0][:-1]], roots_of(answer)),
-    "long": lambda answer: answer_of([answer.chain[0] + b"\0"], roots_of(answer)),
-    "roots": lambda answer: answer_of(answer.chain, [b""]),
+    "cut": lambda answer: response_of([answer.chain[0][:-1]], roots_of(answer)),
+    "long": lambda answer: response_of([answer.chain[0] + b"\0"], roots_of(answer)),
+    "roots": lambda answer: response_of(answer.chain, [b""]),
 }
 
 
@@ -152,14 +152,14 @@ def _signed(
     assert isinstance(key, ec.EllipticCurvePublicKey)
     names = Names.of([], [spiffe_id("cluster.local", "web", account)])
     leaf = ca.sign(key, names, timedelta(hours=1), ca=is_ca)
-    return answer_of([leaf.public_bytes(Encoding.DER)], roots_of(answer))
+    return response_of([leaf.public_bytes(Encoding.DER)], roots_of(answer))
 
 
 _WRONG: dict[str, Callable[[TestCA, Response], Response]] = {
     "wrong-key": lambda ca, answer: _signed(ca, answer, own_key=False),
     "other-account": lambda ca, answer: _signed(ca, answer, account="root"),
     "authority": lambda ca, answer: _signed(ca, answer, is_ca=True),
-    "other-root": lambda _, answer: answer_of(answer.chain, [TestCA("another").der]),
+    "other-root": lambda _, answer: response_of(answer.chain, [TestCA("another").der]),
 }
 
 
@@ -184,14 +184,14 @@ async def _rejects(
     node.script.renew_after = SOON
     live = await node.published()
     before, pid = node.shown(live), node.driver.pid
-    node.script.tamper, node.script.life = tamper, life
+    node.script.tamper, node.script.lifetime = tamper, life
     request = node.request(FakePod(name="new"))
     failure = await failure_of(node.publish(request))
     assert (failure.code, failure.reason) == (grpc.StatusCode.UNAVAILABLE, "InvalidResponse")
     node.assert_nothing_of(request)
     await until(lambda: node.metric("certmount_node_volumes_unhealthy", reason="InvalidResponse"), "a failed renewal")
     assert node.shown(live) == before
-    node.script.tamper, node.script.life = good, timedelta(hours=1)
+    node.script.tamper, node.script.lifetime = good, timedelta(hours=1)
     await node.publish(request)
     assert node.shown(request).names
     assert node.driver.pid == pid

@@ -48,7 +48,7 @@ async def test_published_volume_has_files_for_the_requested_names(node: Node) ->
 
 async def test_duration_reaches_the_authority(node: Node) -> None:
     """Without it, the authority decides."""
-    node.script.life = timedelta(hours=3)
+    node.script.lifetime = timedelta(hours=3)
     for attributes, hours in (({"duration": "1h30m"}, 1.5), ({}, 3.0)):
         leaf = node.shown(await node.published(attributes=attributes)).leaf
         left = leaf.not_valid_after_utc - datetime.now(UTC)

@@ -15,7 +15,7 @@ from csi_driver._proto.csi_pb2 import DEGRADED
 from csi_driver.core.errors import CertmountError, Reason
 from tests.integration.node.world import Node, Request, Shown
 from tests.support.kubelet import FakePod
-from tests.support.scripted_authority import TestCA, answer_of, refused, roots_of
+from tests.support.scripted_authority import TestCA, name_not_allowed, response_of, roots_of
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -142,7 +142,7 @@ async def test_renewal_that_is_not_allowed_recovers_when_the_policy_is_fixed(nod
     node.script.renew_after = SOON
     request = await node.published(attributes={"name": "shop.example.com"})
     before = node.shown(request)
-    node.script.failure = refused("shop.example.com")
+    node.script.failure = name_not_allowed("shop.example.com")
     await until(lambda: node.script.calls > 2, "two failed renewals")
     ((status, reason, message),) = await node.health(request)
     assert (status, reason) == (DEGRADED, "NameNotAllowed")
@@ -154,7 +154,7 @@ async def test_renewal_that_is_not_allowed_recovers_when_the_policy_is_fixed(nod
 
 async def test_expired_certificate_stays_in_the_volume(node: Node) -> None:
     """Health reports the expiry and the reason, and the driver continues to retry."""
-    node.script.life = timedelta(seconds=2)
+    node.script.lifetime = timedelta(seconds=2)
     request = await node.published()
     before = node.shown(request)
     node.script.failure = ISSUER_UNAVAILABLE
@@ -164,7 +164,7 @@ async def test_expired_certificate_stays_in_the_volume(node: Node) -> None:
     ((status, reason, message),) = await node.health(request)
     assert (status, reason) == (DEGRADED, "CertificateExpired")
     assert "the issuer is unavailable" in message
-    node.script.failure, node.script.life = None, timedelta(hours=1)
+    node.script.failure, node.script.lifetime = None, timedelta(hours=1)
     await _recovered(node, request, before)
 
 
@@ -274,7 +274,7 @@ async def test_invalid_response_is_not_written(node: Node) -> None:
     node.script.renew_after = SOON
     request = await node.published()
     before = node.shown(request)
-    node.script.tamper = lambda answer: answer_of(roots_of(answer), roots_of(answer))
+    node.script.tamper = lambda answer: response_of(roots_of(answer), roots_of(answer))
     await _unhealthy(node, "InvalidResponse")
     assert node.shown(request) == before
     node.script.tamper, node.script.renew_after = (lambda answer: answer), None
@@ -334,7 +334,7 @@ async def test_roots_that_change_during_a_request_are_not_lost(node: Node, hangi
     """A response can contain older roots than the trust bundle, for a first publish and for a renewal."""
     await node.watched()
     before, root, old = node.shown(hanging), TestCA("another root"), node.authority.ca.der
-    node.script.tamper = lambda answer: answer_of(answer.chain, [old])
+    node.script.tamper = lambda answer: response_of(answer.chain, [old])
     first = node.request()
     publishing = asyncio.ensure_future(node.publish(first))
     await until(lambda: node.script.calls > 2, "a publish in progress")

@@ -15,7 +15,7 @@ from csi_driver.core.spec import DEFAULT_ISSUER
 from csi_driver.host import syscalls
 from tests.integration.node.world import Node, Request
 from tests.support.kubelet import FakePod
-from tests.support.scripted_authority import TestCA, answer_of
+from tests.support.scripted_authority import TestCA, response_of
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -28,7 +28,7 @@ async def own_roots(node: Node) -> AsyncIterator[None]:
     """Start and end each test with the root of the internal CA only."""
     await node.watched()
     yield
-    node.authority.confirm_gate = None
+    node.authority.acknowledgement_gate = None
     for name in [name for name in node.authority.sets if name != DEFAULT_ISSUER]:
         del node.authority.sets[name]
     await node.authority.trust(node.authority.ca.der)
@@ -47,7 +47,7 @@ async def _wait_for_roots(node: Node, requests: Sequence[Request], *roots: bytes
 
 
 async def _wait_for_acknowledgement(node: Node, name: str = DEFAULT_ISSUER) -> None:
-    await until(lambda: node.authority.confirmed_of(name) == _generation(node, name), "the acknowledgement")
+    await until(lambda: node.authority.acknowledged_generation(name) == _generation(node, name), "the acknowledgement")
 
 
 async def test_root_crt_contains_the_roots_of_issuer_and_federations(node: Node) -> None:
@@ -63,7 +63,7 @@ async def test_root_crt_contains_the_roots_of_issuer_and_federations(node: Node)
     await _wait_for_acknowledgement(node, "partner")
     assert node.state(plain) == state
     del node.authority.sets["partner"]
-    await node.authority.tell()
+    await node.authority.send_bundle()
     await _wait_for_roots(node, [federated], own)
     assert node.script.calls == 2
 
@@ -73,12 +73,12 @@ async def test_newer_set_of_a_response_reaches_all_volumes(node: Node) -> None:
     own, other = node.authority.ca.der, TestCA("ahead").der
     before = await node.published()
     ahead = _generation(node) + 1
-    node.script.tamper = lambda answer: answer_of(answer.chain, [own, other], ahead)
+    node.script.tamper = lambda answer: response_of(answer.chain, [own, other], ahead)
     first = await node.published()
     assert _roots(node, first) == [own, other]
     await _wait_for_roots(node, [before], own, other)
     node.authority.policy = "another"
-    await node.authority.tell()
+    await node.authority.send_bundle()
     await node.authority.trust(own, TestCA("same generation").der)
     node.script.tamper = lambda answer: answer
     assert _roots(node, await node.published()) == [own, other]
@@ -91,7 +91,7 @@ async def test_older_set_of_a_response_is_ignored(node: Node) -> None:
     waits = await node.published()
     await node.authority.trust(own, other)
     await _wait_for_roots(node, [waits], own, other)
-    node.script.tamper = lambda answer: answer_of(answer.chain, [own], _generation(node) - 1)
+    node.script.tamper = lambda answer: response_of(answer.chain, [own], _generation(node) - 1)
     assert _roots(node, await node.published()) == [own, other]
 
 
@@ -124,7 +124,7 @@ async def test_failing_volume_does_not_delay_others(node: Node) -> None:
         await until(lambda: node.metric("certmount_node_volumes_roots_behind") == 1, "the failure")
         assert _roots(node, bad) == [own]
         await until(lambda: len(node.driver.events("root certificate update failed")) > 1, "a retry")
-        assert node.authority.confirmed_of() < _generation(node)
+        assert node.authority.acknowledged_generation() < _generation(node)
     finally:
         syscalls.mount(None, directory, None, _MS_REMOUNT)
     await _wait_for_roots(node, requests, own, other)
@@ -135,13 +135,13 @@ async def test_failing_volume_does_not_delay_others(node: Node) -> None:
 async def test_driver_killed_before_the_acknowledgement(node: Node) -> None:
     """The next process writes nothing and acknowledges."""
     request, own, other = await node.published(), node.authority.ca.der, TestCA("another").der
-    node.authority.confirm_gate = asyncio.Event()
+    node.authority.acknowledgement_gate = asyncio.Event()
     await node.authority.trust(own, other)
     await _wait_for_roots(node, [request], own, other)
     state = node.state(request)
     await node.driver.kill()
-    node.authority.confirm_gate.set()
-    node.authority.confirmed.clear()
+    node.authority.acknowledgement_gate.set()
+    node.authority.acknowledged.clear()
     await node.driver.start()
     await _wait_for_acknowledgement(node)
     assert node.state(request) == state
@@ -168,7 +168,7 @@ async def test_root_crt_is_never_empty(node: Node) -> None:
     state = node.state(request)
     await node.authority.trust(TestCA("another").der, name="partner")
     del node.authority.sets[DEFAULT_ISSUER]
-    await node.authority.tell()
+    await node.authority.send_bundle()
     await _wait_for_acknowledgement(node, "partner")
     assert node.state(request) == state
     node.authority.sets[DEFAULT_ISSUER] = own
@@ -198,7 +198,7 @@ async def test_quarantined_volume_delays_the_acknowledgement(node: Node) -> None
     await node.watched()
     bystander = await node.published()
     assert _roots(node, bystander) == [own, other]
-    assert node.authority.confirmed_of() < _generation(node)
+    assert node.authority.acknowledged_generation() < _generation(node)
     await node.publish(node.kubelet.publish_request(pod))
     await until(partial(_holds_all, node, request, [own, other]), "adopted")
     await _wait_for_acknowledgement(node)

@@ -17,7 +17,7 @@ from csi_driver.core.certificates.keys import key_fingerprint
 from csi_driver.core.errors import CertmountError, Reason
 from tests.integration.node.world import Failure, Node, Request, failure_of, running_node
 from tests.support.kubelet import FakePod
-from tests.support.scripted_authority import Response, answer_of
+from tests.support.scripted_authority import Response, response_of
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -33,15 +33,18 @@ NOT_ALLOWED = CertmountError(Reason.NAME_NOT_ALLOWED, "shop.example.com: no poli
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def module_node() -> AsyncIterator[Node]:
     async with running_node() as node:
-        await node.authority.open_issuer("acme", sharing=True)
-        await node.authority.open_issuer("slow", sharing=False)
-        await until(lambda: node.authority.confirmed_of("acme") and node.authority.confirmed_of("slow"), "the issuers")
+        await node.authority.add_external_issuer("acme", shared=True)
+        await node.authority.add_external_issuer("slow", shared=False)
+        await until(
+            lambda: node.authority.acknowledged_generation("acme") and node.authority.acknowledged_generation("slow"),
+            "the issuers",
+        )
         yield node
 
 
 def _roots(node: Node, request: Request) -> set[str]:
     """Return the CAs whose roots the pod trusts."""
-    cas = {"internal": node.authority.ca, **node.authority.outside}
+    cas = {"internal": node.authority.ca, **node.authority.external_issuers}
     return {name for name, ca in cas.items() if ca.certificate in node.shown(request).roots}
 
 
@@ -157,7 +160,7 @@ async def test_order_outlives_the_call_and_the_volume(node: Node, shop: FakePod,
     for _ in range(3):
         failure = await _pending(node, request)
         assert failure.code is grpc.StatusCode.UNAVAILABLE
-        assert "the CA is at it" in failure.text
+        assert "the CA has not issued the certificate yet" in failure.text
     node.script.finished = True
     await node.publish(request)
     assert len(node.script.csrs) == 4
@@ -188,12 +191,12 @@ async def test_request_after_a_cancelled_call_uses_the_same_csr(node: Node, shop
 
 async def test_internal_ca_does_not_wait_for_a_slow_issuer(node: Node) -> None:
     """Twenty pods wait for an external issuer."""
-    node.script.gate_outside = asyncio.Event()
+    node.script.external_gate = asyncio.Event()
     waiting = [node.request(FakePod(), ALONE) for _ in range(20)]
     calls = [asyncio.ensure_future(node.publish(request)) for request in waiting]
     await until(lambda: node.script.calls == 20, "all requests")
     await node.published()
-    node.script.gate_outside.set()
+    node.script.external_gate.set()
     await asyncio.gather(*calls)
 
 
@@ -230,7 +233,7 @@ async def test_invalid_certificate_causes_no_further_orders(node: Node, shop: Fa
 
 
 def _with_root(answer: Response, root: bytes) -> Response:
-    changed = answer_of(answer.chain, [root])
+    changed = response_of(answer.chain, [root])
     changed.trust["acme"].CopyFrom(changed.trust["internal"])
     return changed
 
@@ -267,14 +270,14 @@ async def test_early_renewal_suggested_by_the_ca(node: Node, shop: FakePod, rest
         for request in shared:  # The kubelet sends the tokens again.
             await node.publish(request)
     orders = len(node.script.orders)
-    node.authority.due = (key_fingerprint(before.leaf.public_key()),)  # type: ignore[arg-type]  # The driver's own key type.
-    await node.authority.tell()
+    node.authority.renew_now = (key_fingerprint(before.leaf.public_key()),)  # type: ignore[arg-type]  # The driver's own key type.
+    await node.authority.send_bundle()
     await _renewed(node, shared, before.serial)
     assert node.shown(shared[0]).key == node.shown(shared[1]).key != before.key
     assert node.shown(other) == unaffected
     assert len(node.script.orders) == orders + 1
-    node.authority.due = ()
-    await node.authority.tell()
+    node.authority.renew_now = ()
+    await node.authority.send_bundle()
 
 
 async def test_denied_renewal_ends_the_sharing(node: Node, shop: FakePod) -> None:
@@ -298,7 +301,7 @@ async def test_restarted_driver_shares_the_certificate_of_a_volume(node: Node, s
 
 async def test_interim_certificate_is_replaced_in_place(node: Node, shop: FakePod) -> None:
     """It has the same key. While it is valid, the driver does not replace it with another interim certificate."""
-    node.script.finished, node.script.stand_in = False, timedelta(seconds=1)
+    node.script.finished, node.script.interim_renew_after = False, timedelta(seconds=1)
     request = await node.published(shop, EDGE)
     mounts = node.mounts(node.kubelet.root)
     before = node.shown(request)
@@ -319,7 +322,7 @@ async def test_interim_certificate_is_replaced_in_place(node: Node, shop: FakePo
 
 async def test_restarted_driver_continues_a_pending_order(node: Node, shop: FakePod) -> None:
     """It uses the key of the volume's interim certificate."""
-    node.script.finished, node.script.stand_in = False, timedelta(seconds=1)
+    node.script.finished, node.script.interim_renew_after = False, timedelta(seconds=1)
     request = await node.published(shop, EDGE)
     before = node.shown(request)
     await node.restart()
@@ -334,9 +337,9 @@ async def test_restarted_driver_continues_a_pending_order(node: Node, shop: Fake
 
 
 async def test_new_roots_keep_the_roots_of_an_interim_certificate(node: Node, shop: FakePod) -> None:
-    node.script.finished, node.script.stand_in = False, NEVER
+    node.script.finished, node.script.interim_renew_after = False, NEVER
     request = await node.published(shop, EDGE)
-    internal, acme = node.authority.ca, node.authority.outside["acme"]
+    internal, acme = node.authority.ca, node.authority.external_issuers["acme"]
     generation = node.shown(request).generation
     await node.authority.trust(acme.der, internal.der, name="acme")
     await until(lambda: node.record(request) and _roots(node, request) == {"internal", "acme"}, "both roots")
@@ -348,7 +351,7 @@ async def test_new_roots_keep_the_roots_of_an_interim_certificate(node: Node, sh
 async def test_pending_renewal_is_reported_when_it_is_overdue(node: Node, shop: FakePod) -> None:
     """The pod keeps its files and the retry delays grow. Until the renewal is overdue, the volume is healthy."""
     node.authority.reports.clear()
-    node.script.renew_after, node.script.life = timedelta(seconds=1), timedelta(seconds=20)
+    node.script.renew_after, node.script.lifetime = timedelta(seconds=1), timedelta(seconds=20)
     request = await node.published(shop, EDGE)
     before, logged = node.shown(request), len(node.driver.events("renewal failed"))
     node.script.finished = False

@@ -1,20 +1,22 @@
-"""An event loop whose clock jumps to the next timer, so that hours pass in milliseconds and always alike."""
+"""An event loop with virtual time: the clock jumps to the next timer, so hours pass in milliseconds, deterministically."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import selectors
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, ParamSpec, TypeVar
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
-_TURN_S = 1e-9
-"""Even a turn of the loop that waits for nothing takes time; without it, one that asks again too soon would do so for ever."""
+_ITERATION_S = 1e-9
+"""An iteration without a timer takes this long. Otherwise, code that retries too soon would never end."""
 
 
-class _Jumping(selectors.DefaultSelector):
-    """Where the loop would sleep, it moves the clock instead."""
+class _VirtualSelector(selectors.DefaultSelector):
+    """Moves the clock instead of sleeping."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,23 +26,33 @@ class _Jumping(selectors.DefaultSelector):
         ready = super().select(0)
         if not ready:
             if timeout is None:
-                raise AssertionError("everything waits, and nothing can come")
-            self.now += max(timeout, _TURN_S)
+                raise AssertionError("deadlock: all tasks wait, and there is no timer")
+            self.now += max(timeout, _ITERATION_S)
         return ready
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Time starts at 0 and passes only while all tasks wait. Without threads."""
+    """Starts at time 0. Time passes only while all tasks wait. Threads are not supported."""
 
     def __init__(self) -> None:
-        self._jumping = _Jumping()
-        super().__init__(self._jumping)
+        self._virtual_selector = _VirtualSelector()
+        super().__init__(self._virtual_selector)
 
     def time(self) -> float:
-        return self._jumping.now
+        return self._virtual_selector.now
 
 
 def run_virtually(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Runs to the end in virtual time."""
+    """Run a coroutine in virtual time."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(coroutine)
+
+
+def in_virtual_time(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+    """Run an async test in virtual time."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        run_virtually(test(*args, **kwargs))
+
+    return run
