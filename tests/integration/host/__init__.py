@@ -1,1 +1,1 @@
-"""Promises about real mounts. All of them need root, and lie in the test's own folder."""
+"""Tests with real mounts in the test's own directory. All need root."""

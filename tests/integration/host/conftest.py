@@ -1,4 +1,4 @@
-"""A kubelet's folder to mount in, which is free of mounts afterwards, also when the test fails."""
+"""A kubelet directory for mounts, which are removed after each test."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ MS_SHARED = 1 << 20
 
 
 def mounts_at(point: Path) -> list[MountEntry]:
-    """What is mounted at ``point``, oldest first."""
+    """Return the mounts at ``point``, oldest first."""
     return [mount for mount in read_mounts() if mount.point == os.path.realpath(point)]
 
 
-def mounts_below(folder: Path) -> list[MountEntry]:
-    real = os.path.realpath(folder)
+def mounts_below(directory: Path) -> list[MountEntry]:
+    real = os.path.realpath(directory)
     return [mount for mount in read_mounts() if mount.point == real or mount.point.startswith(f"{real}/")]
 
 
-def mount_stranger(point: Path) -> None:
-    """A tmpfs of someone else."""
-    syscalls.mount("stranger", str(point), "tmpfs", 0, "size=64k")
+def mount_foreign(point: Path) -> None:
+    """Mount a tmpfs that is not the driver's."""
+    syscalls.mount("foreign", str(point), "tmpfs", 0, "size=64k")
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def kubelet(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def shared_kubelet(kubelet: Path) -> Path:
-    """As a hostPath with Bidirectional propagation is: mounts made in it spread to other namespaces."""
+    """Like a hostPath with Bidirectional propagation: mounts propagate to other namespaces."""
     syscalls.mount(str(kubelet), str(kubelet), None, syscalls.MS_BIND)
     syscalls.mount(None, str(kubelet), None, MS_SHARED)
     return kubelet
@@ -59,7 +59,7 @@ def target(kubelet: Path) -> Path:
 
 @pytest.fixture(params=[True, False], ids=["detached", "before-5.12"])
 def mounts(request: pytest.FixtureRequest) -> KernelMounts:
-    """Both ways to a read-only bind."""
+    """Both implementations of a read-only bind."""
     return KernelMounts(detached=request.param)
 
 

@@ -1,8 +1,8 @@
-"""A driver in a process of its own: run with a mount namespace, a system call filter or without capabilities.
+"""A driver process, to run with a mount namespace, a system call filter or without capabilities.
 
     python -m tests.integration.host.driver_process COMMAND KUBELET TARGET
 
-``old-kernel-`` before the command makes the kernel answer ENOSYS to open_tree and mount_setattr.
+With the prefix ``old-kernel-``, open_tree and mount_setattr fail with ENOSYS.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from csi_driver.host.volume_store import VolumeStore
 from tests.unit.host.samples import VOLUME_ID, pair, record
 
 _OLD_KERNEL = "old-kernel-"
-_UNKNOWN = {"open_tree": 428, "mount_setattr": 442}
+_DISABLED = {"open_tree": 428, "mount_setattr": 442}
 _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _FILTER = 22, 38, 2
 
 
-def forget_system_calls() -> None:
-    """Installs a seccomp(2) filter under which the newer mount calls do not exist."""
+def disable_new_system_calls() -> None:
+    """Install a seccomp(2) filter that disables the newer mount calls."""
     load, equal, answer = 0x20, 0x15, 0x06
     allow, no_such_call = 0x7FFF0000, 0x00050000 | 38
     code = struct.pack("HBBI", load, 0, 0, 0)
-    for number in _UNKNOWN.values():
+    for number in _DISABLED.values():
         code += struct.pack("HBBI", equal, 0, 1, number) + struct.pack("HBBI", answer, 0, 0, no_such_call)
     code += struct.pack("HBBI", answer, 0, 0, allow)
     buffer = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(buffer))
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(_PR_SET_SECCOMP, _FILTER, program, 0, 0):
-        raise OSError(ctypes.get_errno(), "no system call filter")
+        raise OSError(ctypes.get_errno(), "cannot install the filter")
 
 
 def run(command: str, kubelet: Path, target: Path) -> None:
     if command.startswith(_OLD_KERNEL):
-        forget_system_calls()
+        disable_new_system_calls()
     store = VolumeStore(kubelet / "plugins" / "csi.certmount.dev" / "volumes", kubelet, KernelMounts())
     match command.removeprefix(_OLD_KERNEL):
         case "publish":
@@ -48,9 +48,9 @@ def run(command: str, kubelet: Path, target: Path) -> None:
             write_generation(store.files_dir(VOLUME_ID), pair(1), "1")
             store.write_record(record(str(target)))
             store.bind(VOLUME_ID, target)
-        case "rotate":
+        case "renew":
             if [found.volume_id for found in store.scan().records] != [VOLUME_ID]:
-                raise SystemExit("the volume was not found again")
+                raise SystemExit("the volume was not found")
             write_generation(store.files_dir(VOLUME_ID), pair(2), "2")
         case "unpublish":
             store.unbind(target)

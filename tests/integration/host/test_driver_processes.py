@@ -1,4 +1,4 @@
-"""A driver with its own mount namespace, on an older kernel, or without rights: each a process of its own."""
+"""Driver processes with their own mount namespace, on an older kernel, or without privileges."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.host import syscalls
 from csi_driver.host.mountinfo import MountEntry
 from csi_driver.host.target_paths import check_kubelet_dir
-from tests.integration.host.conftest import mount_stranger, mounts_at, mounts_below
+from tests.integration.host.conftest import mount_foreign, mounts_at, mounts_below
 from tests.unit.host.samples import VOLUME_ID
 
 pytestmark = [pytest.mark.root, pytest.mark.peers("unshare", "setpriv")]
 
 OWN_NAMESPACE = ("unshare", "--mount", "--propagation", "unchanged")
-OWN_USERS = ("unshare", "--user", "--map-root-user", "--mount", "--propagation", "unchanged")
-NO_RIGHTS = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
-HARMLESS = {"ro", "nosuid", "nodev", "noexec"}
+OWN_USER_NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount", "--propagation", "unchanged")
+NO_CAPABILITIES = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
+RESTRICTED = {"ro", "nosuid", "nodev", "noexec"}
 
 
 def drive(command: str, kubelet: Path, target: Path, wrapper: tuple[str, ...] = OWN_NAMESPACE) -> str:
-    """Runs the driver to its end, and gives what it complained about."""
+    """Run the driver and return its standard error."""
     program = [sys.executable, "-m", "tests.integration.host.driver_process", command, str(kubelet), str(target)]
     return subprocess.run([*wrapper, *program], capture_output=True, text=True, check=False, timeout=60).stderr
 
 
 @contextmanager
 def observed(point: Path) -> Iterator[list[frozenset[str]]]:
-    """The options of every mount that the host sees at ``point`` while the block runs."""
+    """Collect the options of all mounts that the host sees at ``point`` while the block runs."""
     seen: list[frozenset[str]] = []
     done = threading.Event()
 
@@ -57,17 +57,17 @@ def the_mount_at(target: Path) -> MountEntry:
 
 
 @pytest.mark.parametrize("kernel", ["", "old-kernel-"])
-def test_the_host_and_the_pod_outlive_the_driver(kernel: str, shared_kubelet: Path, target: Path) -> None:
-    """A target is read-only in the host's mount table from its first moment, and a new driver's rotation reaches it; no mount is left."""
+def test_host_and_pod_keep_the_mount_of_a_stopped_driver(kernel: str, shared_kubelet: Path, target: Path) -> None:
+    """The target is read-only from the start, a new driver renews its files, and no mount is left at the end."""
     with observed(target) as seen:
         assert drive(f"{kernel}publish", shared_kubelet, target) == ""
     assert seen
-    assert all(options >= HARMLESS for options in seen)
-    assert the_mount_at(target).options >= HARMLESS
+    assert all(options >= RESTRICTED for options in seen)
+    assert the_mount_at(target).options >= RESTRICTED
     with pytest.raises(OSError, match="Read-only file system"):
         (target / "x").touch()
     assert (target / "site.crt").read_text() == "1 "
-    assert drive(f"{kernel}rotate", shared_kubelet, target) == ""
+    assert drive(f"{kernel}renew", shared_kubelet, target) == ""
     assert (target / "site.crt").read_text() == "2 "
     assert drive(f"{kernel}publish", shared_kubelet, target) == ""
     volume = shared_kubelet / "plugins" / "csi.certmount.dev" / "volumes" / VOLUME_ID
@@ -79,34 +79,34 @@ def test_the_host_and_the_pod_outlive_the_driver(kernel: str, shared_kubelet: Pa
     assert not target.exists()
 
 
-def test_an_unknown_tmpfs_option_is_left_out(kubelet: Path, target: Path) -> None:
-    """Where the kernel refuses noswap, as it does in a user namespace, the tmpfs is made without it."""
+def test_tmpfs_is_mounted_without_noswap_if_the_kernel_rejects_it(kubelet: Path, target: Path) -> None:
+    """As in a user namespace."""
     if (
         "Operation not permitted"
-        in subprocess.run([*OWN_USERS, "true"], capture_output=True, text=True, check=False).stderr
+        in subprocess.run([*OWN_USER_NAMESPACE, "true"], capture_output=True, text=True, check=False).stderr
     ):
-        pytest.skip("this machine allows no user namespaces")
-    assert drive("publish", kubelet, target, OWN_USERS) == ""
+        pytest.skip("this machine does not allow user namespaces")
+    assert drive("publish", kubelet, target, OWN_USER_NAMESPACE) == ""
 
 
-def test_without_rights_the_hint_says_what_is_missing(kubelet: Path, target: Path) -> None:
-    """A container that is not privileged fails with the path, the kernel's words and what to change."""
-    complaint = drive("publish", kubelet, target, NO_RIGHTS)
-    assert complaint.startswith("MountFailed: volume: could not mount a tmpfs at ")
-    assert "Operation not permitted; the driver's container must be privileged" in complaint
+def test_missing_privileges_are_reported_with_a_hint(kubelet: Path, target: Path) -> None:
+    """With the path and the kernel's error."""
+    error = drive("publish", kubelet, target, NO_CAPABILITIES)
+    assert error.startswith("MountFailed: volume: could not mount a tmpfs at ")
+    assert "Operation not permitted; the driver's container must be privileged" in error
     volumes = kubelet / "plugins" / "csi.certmount.dev" / "volumes"
     assert list(volumes.iterdir()) == []
     assert not target.exists()
 
 
-def test_only_a_shared_kubelet_directory_will_do(shared_kubelet: Path) -> None:
-    """Without Bidirectional propagation no pod would see its volume, so the driver says so at its start."""
+def test_kubelet_directory_without_shared_propagation_is_rejected(shared_kubelet: Path) -> None:
+    """No pod would see its volume."""
     check_kubelet_dir(shared_kubelet)
     syscalls.mount(None, str(shared_kubelet), None, 1 << 18)
     with pytest.raises(CertmountError, match="mountPropagation: Bidirectional") as caught:
         check_kubelet_dir(shared_kubelet)
     assert caught.value.reason is Reason.INVALID_KUBELET_DIRECTORY
-    mount_stranger(shared_kubelet)
-    with pytest.raises(CertmountError, match="has no plugins_registry and no pods") as caught:
+    mount_foreign(shared_kubelet)
+    with pytest.raises(CertmountError, match="does not contain plugins_registry and pods") as caught:
         check_kubelet_dir(shared_kubelet)
     assert len(caught.value.faults) == 2

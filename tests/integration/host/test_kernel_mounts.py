@@ -1,4 +1,4 @@
-"""Single mounts, by both ways, as the kernel shows them."""
+"""Single mounts of both implementations, as the kernel shows them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import pytest
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.host import syscalls
 from csi_driver.host.mounts import KernelMounts
-from tests.integration.host.conftest import mount_stranger, mounts_at, mounts_below
+from tests.integration.host.conftest import mount_foreign, mounts_at, mounts_below
 
 pytestmark = pytest.mark.root
 
 SIZE, INODES = 1 << 20, 128
-HARMLESS = {"nosuid", "nodev", "noexec"}
+RESTRICTED = {"nosuid", "nodev", "noexec"}
 
 
 @pytest.fixture
 def source(kubelet: Path, mounts: KernelMounts) -> Path:
-    """A folder in a tmpfs of ours."""
+    """A directory in a tmpfs of the driver."""
     point = kubelet / "volume"
     point.mkdir()
     mounts.make_tmpfs(point, SIZE, INODES)
@@ -35,25 +35,25 @@ def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - a count
 
 
-def test_a_tmpfs_is_small_closed_and_harmless(source: Path) -> None:
-    """Only root enters it, no program runs from it, no device works in it, and it is known as ours by its source."""
+def test_tmpfs_is_small_private_and_restricted(source: Path) -> None:
+    """Its source identifies it as the driver's."""
     (mount,) = mounts_at(source.parent)
     assert (mount.fs_type, mount.source) == ("tmpfs", "certmount")
-    assert mount.options >= HARMLESS | {"rw"}
+    assert mount.options >= RESTRICTED | {"rw"}
     assert mount.super_options >= {"size=1024k", "nr_inodes=128", "mode=700"}
     assert source.parent.stat().st_mode & 0o7777 == 0o700
 
 
-def test_a_tmpfs_is_never_swapped(source: Path) -> None:
-    """Keys do not get to a disk by swapping, where the kernel can promise it (Linux 6.4)."""
+def test_tmpfs_is_never_swapped(source: Path) -> None:
+    """If the kernel supports noswap (Linux 6.4), keys are never written to a disk."""
     release = tuple(int(part) for part in os.uname().release.split(".")[:2])
     if release < (6, 4):
-        pytest.skip("this kernel has no noswap for tmpfs")
+        pytest.skip("this kernel does not support noswap")
     assert "noswap" in mounts_at(source.parent)[0].super_options
 
 
-def test_the_size_limits_hold(source: Path) -> None:
-    """More bytes or more files than allowed do not fit, so one volume can't eat the node's memory."""
+def test_size_and_inode_limits_are_enforced(source: Path) -> None:
+    """A volume cannot use the node's memory."""
     with pytest.raises(OSError, match="No space left") as caught:
         (source / "large").write_bytes(b"x" * (SIZE + 1))
     assert caught.value.errno == errno.ENOSPC
@@ -63,12 +63,12 @@ def test_the_size_limits_hold(source: Path) -> None:
         list(map(Path.touch, fill))
 
 
-def test_a_bind_is_read_only_and_harmless(mounts: KernelMounts, source: Path, target: Path) -> None:
-    """Even root can't write through the target, while the driver writes beside it and is seen at once."""
+def test_bind_is_read_only_and_restricted(mounts: KernelMounts, source: Path, target: Path) -> None:
+    """Even for root. Changes by the driver are visible immediately."""
     target.mkdir()
     mounts.bind_read_only(source, target)
     (mount,) = mounts_at(target)
-    assert mount.options >= HARMLESS | {"ro"}
+    assert mount.options >= RESTRICTED | {"ro"}
     assert (mount.source, mount.root) == ("certmount", "/files")
     for write in ((target / "b").touch, partial((target / "a").write_text, "x"), (target / "a").unlink):
         with pytest.raises(OSError, match="Read-only file system"):
@@ -78,21 +78,21 @@ def test_a_bind_is_read_only_and_harmless(mounts: KernelMounts, source: Path, ta
     assert mounts.is_bound(source, target)
 
 
-def test_mounts_never_stack(mounts: KernelMounts, source: Path, target: Path) -> None:
-    """A mount point is refused, whoever's mount is there: a republish can't grow the mount table."""
+def test_mount_points_are_rejected(mounts: KernelMounts, source: Path, target: Path) -> None:
+    """So a republish never adds a mount."""
     target.mkdir()
     mounts.bind_read_only(source, target)
     before, descriptors = mounts_below(target.parent), open_descriptors()
     for again in (partial(mounts.bind_read_only, source, target), partial(mounts.make_tmpfs, target, SIZE, INODES)):
-        with pytest.raises(CertmountError, match="is a mount point already") as caught:
+        with pytest.raises(CertmountError, match="is already a mount point") as caught:
             again()
         assert caught.value.reason is Reason.INVALID_TARGET_PATH
     assert mounts_below(target.parent) == before
     assert open_descriptors() == descriptors
 
 
-def test_a_symbolic_link_is_not_followed(mounts: KernelMounts, source: Path, target: Path, tmp_path: Path) -> None:
-    """A link at the target can't lead a mount elsewhere."""
+def test_symbolic_link_is_not_followed(mounts: KernelMounts, source: Path, target: Path, tmp_path: Path) -> None:
+    """At the target path."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     target.symlink_to(elsewhere)
@@ -103,8 +103,8 @@ def test_a_symbolic_link_is_not_followed(mounts: KernelMounts, source: Path, tar
     assert mounts_below(elsewhere) == []
 
 
-def test_a_failed_bind_names_path_and_cause(mounts: KernelMounts, source: Path, target: Path) -> None:
-    """A file or nothing at the target, or a source that is gone: the kernel's words, the path, and nothing left open."""
+def test_failed_bind_reports_path_and_cause(mounts: KernelMounts, source: Path, target: Path) -> None:
+    """No file descriptor stays open."""
     descriptors, before = open_descriptors(), len(mounts_below(source.parent))
     with pytest.raises(CertmountError, match=f"target_path: could not bind {source} at {target}: No such file"):
         mounts.bind_read_only(source, target)
@@ -121,8 +121,8 @@ def test_a_failed_bind_names_path_and_cause(mounts: KernelMounts, source: Path, 
     assert [path.name for path in source.parent.iterdir()] == ["files"]
 
 
-def test_unmounting_takes_the_whole_stack_of_ours(mounts: KernelMounts, source: Path, target: Path) -> None:
-    """However many of ours were piled up by an older driver, none is left; again, and for nothing at all: no error."""
+def test_unmount_removes_all_stacked_mounts_of_the_driver(mounts: KernelMounts, source: Path, target: Path) -> None:
+    """Nothing to unmount is not an error."""
     target.mkdir()
     for _ in range(3):
         syscalls.mount(str(source), str(target), None, syscalls.MS_BIND)
@@ -135,24 +135,24 @@ def test_unmounting_takes_the_whole_stack_of_ours(mounts: KernelMounts, source: 
     mounts.unmount(target / "file" / "x")
 
 
-def test_a_strangers_mount_is_never_unmounted(mounts: KernelMounts, source: Path, target: Path) -> None:
-    """What is not ours stays; when it hides one of ours, that is said, as the key under it would stay mounted."""
+def test_foreign_mount_is_never_unmounted(mounts: KernelMounts, source: Path, target: Path) -> None:
+    """If it covers a mount of the driver, the call fails: the key would stay mounted."""
     target.mkdir()
-    mount_stranger(target)
+    mount_foreign(target)
     mounts.unmount(target)
-    assert [mount.source for mount in mounts_at(target)] == ["stranger"]
+    assert [mount.source for mount in mounts_at(target)] == ["foreign"]
     syscalls.unmount(str(target), 0)
     mounts.bind_read_only(source, target)
-    mount_stranger(target)
+    mount_foreign(target)
     assert not mounts.is_bound(source, target)
-    with pytest.raises(CertmountError, match="a tmpfs of 'stranger' is mounted over our mount") as caught:
+    with pytest.raises(CertmountError, match="a tmpfs of 'foreign' covers the driver's mount") as caught:
         mounts.unmount(target)
     assert caught.value.reason is Reason.MOUNT_FAILED
     assert len(mounts_at(target)) == 2
 
 
-def test_another_file_system_of_our_name_is_not_ours(mounts: KernelMounts, target: Path) -> None:
-    """The source alone is a word anyone may use: only a tmpfs of that source is taken for ours."""
+def test_other_file_system_with_the_same_source_is_foreign(mounts: KernelMounts, target: Path) -> None:
+    """Only a tmpfs with that source is the driver's."""
     target.mkdir()
     syscalls.mount("certmount", str(target), "proc", 0)
     mounts.unmount(target)
@@ -160,8 +160,8 @@ def test_another_file_system_of_our_name_is_not_ours(mounts: KernelMounts, targe
     assert mounts.survey([target]) == {}
 
 
-def test_a_mount_in_use_is_unmounted_all_the_same(mounts: KernelMounts, source: Path, target: Path) -> None:
-    """A process that still reads keeps what it has open, and the pod's deletion does not wait for it."""
+def test_mount_in_use_is_unmounted(mounts: KernelMounts, source: Path, target: Path) -> None:
+    """Open files stay readable, and the pod's deletion does not wait."""
     target.mkdir()
     mounts.bind_read_only(source, target)
     with (target / "a").open() as file:
@@ -170,8 +170,8 @@ def test_a_mount_in_use_is_unmounted_all_the_same(mounts: KernelMounts, source: 
         assert file.read() == "shown"
 
 
-def test_unmounting_does_not_follow_a_link(mounts: KernelMounts, source: Path, target: Path, tmp_path: Path) -> None:
-    """A link to a live mount is no mount."""
+def test_unmount_does_not_follow_a_link(mounts: KernelMounts, source: Path, target: Path, tmp_path: Path) -> None:
+    """To another mount."""
     target.mkdir()
     mounts.bind_read_only(source, target)
     link = tmp_path / "link"
@@ -180,8 +180,10 @@ def test_unmounting_does_not_follow_a_link(mounts: KernelMounts, source: Path, t
     assert mounts.is_bound(source, target)
 
 
-def test_only_the_same_folder_shown_read_only_is_bound(mounts: KernelMounts, source: Path, target: Path) -> None:
-    """Nothing, an empty folder, a link, another volume, or a bind left writable by a crash: none of them is healthy."""
+def test_only_a_read_only_bind_of_the_same_directory_is_healthy(
+    mounts: KernelMounts, source: Path, target: Path
+) -> None:
+    """Not a missing or empty directory, a link, another volume or a writable bind."""
     assert not mounts.is_bound(source, target)
     target.symlink_to(source)
     assert not mounts.is_bound(source, target)
@@ -201,12 +203,14 @@ def test_only_the_same_folder_shown_read_only_is_bound(mounts: KernelMounts, sou
     assert not mounts.is_bound(source.with_name("gone"), target)
 
 
-def test_a_survey_tells_mounted_and_shown(mounts: KernelMounts, source: Path, target: Path, kubelet: Path) -> None:
-    """Of many folders, those with our tmpfs are found, also through a linked path, and whether a target shows them."""
+def test_survey_returns_mounted_and_bound_directories(
+    mounts: KernelMounts, source: Path, target: Path, kubelet: Path
+) -> None:
+    """Also through a linked path."""
     plain, strange, link = kubelet / "plain", kubelet / "strange", kubelet / "link"
     plain.mkdir()
     strange.mkdir()
-    mount_stranger(strange)
+    mount_foreign(strange)
     link.symlink_to(kubelet)
     point = source.parent
     assert mounts.survey([plain, strange, point]) == {point: False}

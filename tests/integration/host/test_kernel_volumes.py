@@ -1,4 +1,4 @@
-"""The life of a volume on real mounts, and what goes wrong in it."""
+"""Volumes with real mounts, and their failures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from csi_driver.host import syscalls
 from csi_driver.host.generations import VolumeFile, read_generation, write_generation
 from csi_driver.host.mounts import KernelMounts
 from csi_driver.host.volume_store import VolumeStore
-from tests.integration.host.conftest import mount_stranger, mounts_at, mounts_below
+from tests.integration.host.conftest import mount_foreign, mounts_at, mounts_below
 from tests.unit.host.samples import POD_UID, VOLUME_ID, pair, record
 
 pytestmark = pytest.mark.root
@@ -31,16 +31,16 @@ def publish(store: VolumeStore, target: Path, volume_id: str = VOLUME_ID) -> Non
     store.bind(volume_id, target)
 
 
-def fill(folder: Path) -> Path:
-    """Leaves no byte free."""
-    filler = folder / "filler"
+def fill(directory: Path) -> Path:
+    """Use all space of the file system."""
+    filler = directory / "filler"
     with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
         deque(map(file.write, repeat(b"x" * 4096)), maxlen=0)
     return filler
 
 
-def test_a_whole_life_leaves_nothing(store: VolumeStore, root: Path, target: Path, kubelet: Path) -> None:
-    """Published thrice there is one mount of each kind; unpublished twice there is no mount, folder or record."""
+def test_publish_renew_and_unpublish_leave_nothing(store: VolumeStore, root: Path, target: Path, kubelet: Path) -> None:
+    """Repeated publish calls create one mount of each kind."""
     for _ in range(3):
         publish(store, target)
     assert store.is_healthy(VOLUME_ID, target)
@@ -55,8 +55,8 @@ def test_a_whole_life_leaves_nothing(store: VolumeStore, root: Path, target: Pat
         assert list(root.iterdir()) == list(target.parent.iterdir()) == []
 
 
-def test_the_target_is_made_as_the_kubelet_makes_folders(store: VolumeStore, target: Path) -> None:
-    """The folder below the mount is 0750 and what it shows can be entered by all, whatever the umask."""
+def test_target_directory_has_the_kubelets_mode(store: VolumeStore, target: Path) -> None:
+    """Whatever the umask."""
     before = os.umask(0o077)
     try:
         publish(store, target)
@@ -67,8 +67,8 @@ def test_the_target_is_made_as_the_kubelet_makes_folders(store: VolumeStore, tar
     assert stat.S_IMODE(target.stat().st_mode) == 0o750
 
 
-def test_a_full_volume_keeps_its_files(store: VolumeStore, root: Path, target: Path) -> None:
-    """With no byte free a rotation fails with NoSpace, the pod's files stay whole, and the next one works."""
+def test_full_volume_keeps_its_files(store: VolumeStore, root: Path, target: Path) -> None:
+    """A renewal fails with NoSpace, and succeeds when there is space."""
     publish(store, target)
     big = pair(2, size=20_000)
     filler = fill(root / VOLUME_ID)
@@ -86,25 +86,25 @@ def test_a_full_volume_keeps_its_files(store: VolumeStore, root: Path, target: P
     assert read_generation(target)["site.key"] == big[1].content.reveal()
 
 
-def test_a_volume_with_too_little_room_is_never_cut_short(store: VolumeStore, root: Path, target: Path) -> None:
-    """Page after page of room is given: the kernel then takes a part of a write, and half a file is no file."""
+def test_partial_writes_never_become_visible(store: VolumeStore, root: Path, target: Path) -> None:
+    """With some space, the kernel accepts only a part of a write."""
     publish(store, target)
     big = pair(2, size=10_000)
-    filler, refused = fill(root / VOLUME_ID), 0
+    filler, failures = fill(root / VOLUME_ID), 0
     while read_generation(target)["site.crt"] == b"1 ":
         os.truncate(filler, filler.stat().st_size - 4096)
         try:
             write_generation(store.files_dir(VOLUME_ID), big, "2")
         except CertmountError as error:
             assert error.reason is Reason.NO_SPACE
-            refused += 1
+            failures += 1
             assert read_generation(target) == {"site.crt": b"1 ", "site.key": b"1 "}
-    assert refused > 5
+    assert failures > 5
     assert read_generation(target) == {file.name: file.content.reveal() for file in big}
 
 
-def test_a_volume_out_of_inodes_keeps_its_files(store: VolumeStore, root: Path, target: Path) -> None:
-    """Likewise when only the number of files is exhausted, however far the new generation got."""
+def test_volume_without_free_inodes_keeps_its_files(store: VolumeStore, root: Path, target: Path) -> None:
+    """However many files could be written."""
     publish(store, target)
     hoard = root / VOLUME_ID / "hoard"
     hoard.mkdir()
@@ -121,14 +121,14 @@ def test_a_volume_out_of_inodes_keeps_its_files(store: VolumeStore, root: Path, 
 
 
 @pytest.mark.parametrize("group, readable", [(2000, True), (3000, False)])
-def test_a_key_is_for_its_group(store: VolumeStore, target: Path, group: int, readable: bool) -> None:
-    """0440 and owned by root: a process in the pod's group reads it, one of another group does not."""
+def test_only_the_group_reads_the_key(store: VolumeStore, target: Path, group: int, readable: bool) -> None:
+    """A process of another group gets an error."""
     store.create(VOLUME_ID)
     write_generation(store.files_dir(VOLUME_ID), [VolumeFile("site.key", Secret(b"key"), 0o440, 2000)], "1")
     store.bind(VOLUME_ID, target)
     found = (target / "site.key").stat()
     assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (0, 2000, 0o440)
-    folder = os.open(target, os.O_PATH)  # as in a pod, where no closed folder is above the volume
+    directory = os.open(target, os.O_PATH)  # as in a pod, where all directories above the volume are accessible
     try:
         done = subprocess.run(
             [
@@ -137,27 +137,27 @@ def test_a_key_is_for_its_group(store: VolumeStore, target: Path, group: int, re
                 f"--regid={group}",
                 "--clear-groups",
                 "cat",
-                f"/proc/self/fd/{folder}/site.key",
+                f"/proc/self/fd/{directory}/site.key",
             ],
-            pass_fds=[folder],
+            pass_fds=[directory],
             capture_output=True,
             check=False,
         )
     finally:
-        os.close(folder)
+        os.close(directory)
     assert done.stdout == (b"key" if readable else b""), done.stderr
 
 
-def test_a_leftover_mount_is_used_again(store: VolumeStore, root: Path, target: Path) -> None:
-    """A second create after a crash finds the tmpfs of the first, and nothing is mounted over it."""
+def test_create_reuses_the_tmpfs_of_a_crashed_driver(store: VolumeStore, root: Path, target: Path) -> None:
+    """Nothing is mounted over it."""
     publish(store, target)
     store.create(VOLUME_ID)
     assert len(mounts_at(root / VOLUME_ID)) == 1
     assert (target / "site.crt").read_text() == "1 "
 
 
-def test_a_dead_bind_is_replaced(store: VolumeStore, root: Path, target: Path) -> None:
-    """When the volume's tmpfs was unmounted behind our back, the target is bound anew, not twice."""
+def test_bind_of_an_unmounted_tmpfs_is_replaced(store: VolumeStore, root: Path, target: Path) -> None:
+    """The target has one mount."""
     publish(store, target)
     syscalls.unmount(str(root / VOLUME_ID), syscalls.MNT_DETACH)
     assert not store.is_healthy(VOLUME_ID, target)
@@ -169,8 +169,8 @@ def test_a_dead_bind_is_replaced(store: VolumeStore, root: Path, target: Path) -
     assert (target / "site.crt").read_text() == "2 "
 
 
-def test_a_target_that_was_unmounted_is_bound_again(store: VolumeStore, target: Path) -> None:
-    """A kubelet that unmounts a target after an error gets it back with the next publish, with the same files."""
+def test_unmounted_target_is_bound_again(store: VolumeStore, target: Path) -> None:
+    """With the same files."""
     publish(store, target)
     syscalls.unmount(str(target), 0)
     target.rmdir()
@@ -179,10 +179,10 @@ def test_a_target_that_was_unmounted_is_bound_again(store: VolumeStore, target: 
     assert store.is_healthy(VOLUME_ID, target)
 
 
-def test_a_strangers_mount_at_the_target_stays(store: VolumeStore, target: Path) -> None:
-    """It is not covered, not unmounted and not emptied; the error says what to run."""
+def test_foreign_mount_at_the_target_stays(store: VolumeStore, target: Path) -> None:
+    """The error has the command to run."""
     target.mkdir()
-    mount_stranger(target)
+    mount_foreign(target)
     (target / "file").write_text("mine")
     with pytest.raises(CertmountError, match="umount") as caught:
         publish(store, target)
@@ -193,11 +193,11 @@ def test_a_strangers_mount_at_the_target_stays(store: VolumeStore, target: Path)
 
 
 @pytest.mark.parametrize("inside", ["", "inside"])
-def test_a_strangers_mount_in_our_folder_is_not_emptied(store: VolumeStore, root: Path, inside: str) -> None:
-    """Neither a start, nor a publish, nor an unpublish deletes what another has mounted in the folder of a volume."""
+def test_foreign_mount_in_a_volume_directory_is_not_emptied(store: VolumeStore, root: Path, inside: str) -> None:
+    """Not by a scan, a publish or an unpublish."""
     point = root / VOLUME_ID / inside
     point.mkdir(parents=True)
-    mount_stranger(point)
+    mount_foreign(point)
     (point / "file").write_text("mine")
     (quarantined,) = store.scan().quarantined
     assert quarantined.key == VOLUME_ID
@@ -208,8 +208,8 @@ def test_a_strangers_mount_in_our_folder_is_not_emptied(store: VolumeStore, root
     assert (point / "file").read_text() == "mine"
 
 
-def test_a_link_at_the_target_is_refused(store: VolumeStore, target: Path, tmp_path: Path) -> None:
-    """Not followed, not replaced; and the volume itself is untouched."""
+def test_link_at_the_target_is_rejected(store: VolumeStore, target: Path, tmp_path: Path) -> None:
+    """It is neither followed nor replaced."""
     target.symlink_to(tmp_path)
     with pytest.raises(CertmountError) as caught:
         publish(store, target)
@@ -218,8 +218,8 @@ def test_a_link_at_the_target_is_refused(store: VolumeStore, target: Path, tmp_p
     assert store.read_record(VOLUME_ID).volume_id == VOLUME_ID
 
 
-def test_no_forgotten_mount_keeps_a_key(store: VolumeStore, target: Path, kubelet: Path) -> None:
-    """A copy of the volume that leaked to where nobody unmounts it is empty once the volume is removed."""
+def test_removed_volume_leaves_no_key_in_copies_of_its_mount(store: VolumeStore, target: Path, kubelet: Path) -> None:
+    """In a mount namespace without propagation, for example."""
     publish(store, target)
     leak = kubelet / "leak"
     leak.mkdir()
@@ -231,8 +231,8 @@ def test_no_forgotten_mount_keeps_a_key(store: VolumeStore, target: Path, kubele
     assert list(leak.iterdir()) == []
 
 
-def test_a_start_sorts_what_it_finds(store: VolumeStore, root: Path, target: Path, kubelet: Path) -> None:
-    """A pod with a damaged record keeps its files; a volume that no pod can see and nobody knows goes; a reboot's too."""
+def test_scan_classifies_all_volumes(store: VolumeStore, root: Path, target: Path, kubelet: Path) -> None:
+    """A volume with a damaged record stays if it is bound. Unbound volumes, and those of before a reboot, are removed."""
     publish(store, target)
     damaged = target.parent.with_name("damaged") / "mount"
     damaged.parent.mkdir()
@@ -257,8 +257,8 @@ def test_a_start_sorts_what_it_finds(store: VolumeStore, root: Path, target: Pat
     assert len(mounts_below(kubelet)) == 5
 
 
-def test_usage_is_the_volumes_own(store: VolumeStore, target: Path) -> None:
-    """Totals are the limits of one volume, and what is written is counted, the generation before included."""
+def test_usage_is_that_of_the_volume(store: VolumeStore, target: Path) -> None:
+    """The previous generation counts too."""
     publish(store, target)
     before = store.usage(VOLUME_ID)
     assert (before.total_bytes, before.total_inodes) == (1 << 20, 128)
@@ -270,8 +270,8 @@ def test_usage_is_the_volumes_own(store: VolumeStore, target: Path) -> None:
     assert after.used_inodes == before.used_inodes + 3
 
 
-def test_many_volumes_side_by_side(kubelet: Path, mounts: KernelMounts, root: Path) -> None:
-    """110 pods at once, from many threads: each gets its own files, all are found by a start, and all go again."""
+def test_110_volumes_are_created_and_removed_concurrently(kubelet: Path, mounts: KernelMounts, root: Path) -> None:
+    """Each has its own files."""
     store = VolumeStore(root, kubelet, mounts)
     ids = [f"csi-{number:064x}" for number in range(110)]
     targets = {volume_id: kubelet / "pods" / POD_UID / volume_id / "mount" for volume_id in ids}
