@@ -12,7 +12,7 @@ import grpc
 from csi_driver._proto import authority_pb2, authority_pb2_grpc
 from csi_driver.authority.authn.authenticator import Authenticator
 from csi_driver.authority.authn.limits import ConcurrencyLimit, RequestLimits
-from csi_driver.authority.events.node_reports import parse_report
+from csi_driver.authority.events.node_reports import RECOVERED, parse_report
 from csi_driver.authority.events.recorder import EventRecorder
 from csi_driver.authority.issuance.pipeline import IssuancePipeline
 from csi_driver.authority.issuance.request import MAX_SET_NAME, IssuanceRequest, IssuanceResult
@@ -30,6 +30,14 @@ _MAX_CONCURRENT_REPORTS = 512
 _MAX_GENERATION = 2**53
 """Generations are Unix seconds. JSON numbers are exact up to this value (RFC 8259 section 6)."""
 _USAGES = {authority_pb2.USAGE_SERVER: Usage.SERVER, authority_pb2.USAGE_CLIENT: Usage.CLIENT}
+CONDITIONS: Mapping[int, str] = {
+    authority_pb2.CONDITION_RENEWAL_FAILING: "RenewalFailing",
+    authority_pb2.CONDITION_OVERDUE: "RenewalOverdue",
+    authority_pb2.CONDITION_EXPIRED: "CertificateExpired",
+    authority_pb2.CONDITION_RECOVERED: RECOVERED,
+    authority_pb2.CONDITION_RENEWAL_STOPPED: "RenewalStopped",
+}
+"""The event reason for each certificate condition."""
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -90,7 +98,7 @@ class AuthorityService(authority_pb2_grpc.AuthorityServicer):
         self._limits.count_report(node)
         with self._other_calls:
             pod = await self._authenticator.authenticate_pod(Secret(request.pod_token), node)
-        event = parse_report(request.condition, request.reason, request.message)
+        event = parse_report(CONDITIONS.get(request.condition), request.reason, request.message)
         self._events.record(pod, warning=event.warning, reason=event.reason, message=event.message)
         return authority_pb2.ReportResponse()
 

@@ -43,26 +43,15 @@ _FILE = click.Path(path_type=Path)
 _OpenEnvironment: TypeAlias = "Callable[[CollectorRegistry], contextlib.AbstractAsyncContextManager[Environment]]"
 
 
-@click.command(name="authority")
-@click.option(
-    "--listen",
-    default="0.0.0.0:8443",
-    show_default=True,
-    callback=parsed(parse_address),
-    help="HOST:PORT for gRPC over TLS.",
-)
+@click.command(name="authority", context_settings={"show_default": True})
+@click.option("--listen", default="0.0.0.0:8443", callback=parsed(parse_address), help="HOST:PORT for gRPC over TLS.")
 @http_option(9441)
 @click.option(
-    "--trust-domain",
-    default="cluster.local",
-    show_default=True,
-    callback=parsed(parse_trust_domain),
-    help="Trust domain of the SPIFFE IDs.",
+    "--trust-domain", default="cluster.local", callback=parsed(parse_trust_domain), help="Trust domain of SPIFFE IDs."
 )
 @click.option(
     "--cluster-domain",
     default="cluster.local",
-    show_default=True,
     callback=parsed(lambda text: DNSName.parse(text).text),
     help="DNS domain of the cluster; {cluster_domain} in the policy.",
 )
@@ -85,7 +74,6 @@ _OpenEnvironment: TypeAlias = "Callable[[CollectorRegistry], contextlib.Abstract
 @click.option(
     "--node-service-account",
     default="certmount/certmount-node",
-    show_default=True,
     callback=parsed(parse_namespaced_name),
     help="NAMESPACE/NAME of the node drivers' service account.",
 )
@@ -114,13 +102,10 @@ _OpenEnvironment: TypeAlias = "Callable[[CollectorRegistry], contextlib.Abstract
     "--ca-path-length",
     type=click.IntRange(1, 8),
     default=1,
-    show_default=True,
     help="Path length of the root that the authority creates: how many levels of intermediates it allows.",
 )
 @click.option(
-    "--ca-files",
-    type=_FILE,
-    help="Directory of a CA that another system maintains: root.crt, intermediate.crt and intermediate.key.",
+    "--ca-files", type=_FILE, help="Directory with root.crt, intermediate.crt and intermediate.key of your own CA."
 )
 @click.option("--ca-password-file", type=_FILE, help="File with the password of intermediate.key in --ca-files.")
 @click.option("--federation-dir", type=_FILE, help="Directory with the roots of federations: a file NAME.crt for each.")

@@ -9,8 +9,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Protocol
+
+from prometheus_client import Gauge
 
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity
@@ -76,19 +76,12 @@ class RateLimiter:
             del self._buckets[oldest]
 
 
-class ConcurrencyGauge(Protocol):
-    """A gauge that shows the number of concurrent calls."""
-
-    def set(self, value: float) -> None:
-        """Set the current number."""
-
-
 class ConcurrencyLimit:
     """A context manager that admits at most ``maximum`` concurrent calls; raises CertmountError AuthorityOverloaded."""
 
     __slots__ = ("_active", "_gauge", "_maximum")
 
-    def __init__(self, maximum: int, gauge: ConcurrencyGauge | None = None) -> None:
+    def __init__(self, maximum: int, gauge: Gauge | None = None) -> None:
         self._maximum = maximum
         self._gauge = gauge
         self._active = 0
@@ -98,9 +91,7 @@ class ConcurrencyLimit:
             raise CertmountError(Reason.AUTHORITY_OVERLOADED, f"{self._active} calls are already in progress")
         self._change(1)
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._change(-1)
 
     def _change(self, by: int) -> None:
@@ -123,15 +114,13 @@ class RequestLimits:
         self._issues: Counter[str] = Counter()
 
     def count_node_issue(self, node: PodIdentity) -> None:
-        """Count an Issue call against the node's rate limit."""
         _count(self._nodes, node.node_uid, f"node {node.node_name}")
 
     def count_pod_issue(self, pod: PodIdentity) -> None:
-        """Count an Issue call against the pod's rate limit."""
         _count(self._pods, pod.pod_uid, str(pod))
 
     def count_report(self, node: PodIdentity) -> None:
-        """Count a Report or ConfirmTrust call against the node's rate limit."""
+        """Count a Report or ConfirmTrust call."""
         _count(self._reports, node.node_uid, f"reports of node {node.node_name}")
 
     def stream(self, node: PodIdentity) -> AbstractContextManager[None]:

@@ -280,7 +280,7 @@ async def test_approval_that_the_watch_delivers_late_does_not_sign_again(world: 
         current, world.cluster.objects[name] = world.cluster.objects[name], {**world.cluster.objects[name], **stale}
         world.cluster.objects[name]["metadata"] = current["metadata"]
         for watch in world.cluster.sinks:
-            watch.tell(name)
+            watch.notify(name)
         another = world.cluster.put(item())
         await until(lambda: world.cluster.find(another).finished, "the next one's decision")
     assert world.cluster.answers == 3
