@@ -1,4 +1,4 @@
-"""HTTP-01 through Ingress objects of the real API server, by the authority's own account and the Role of docs/acme.md."""
+"""HTTP-01 with Ingress objects on the real API server, with the authority's account and the Role of docs/acme.md."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 from kubernetes.aio import client
 
 from csi_driver.authority.issuers.acme.challenge_server import ChallengeServer
-from csi_driver.authority.issuers.acme.settings import Http01
+from csi_driver.authority.issuers.acme.config import Http01
 from csi_driver.kube.client import connect
 from csi_driver.kube.ingress import LABELS, IngressRoutes
 from tests.e2e.kubectl import CERTMOUNT, apply, find, kubectl
-from tests.peers.acme import at_work, dns_names, order_for, site
+from tests.peers.acme import dns_names, request_for, running_issuers, site
 from tests.peers.nginx import Nginx
 from tests.peers.processes import LOOPBACK
 from tests.peers.test_acme_docs import documents
@@ -29,12 +29,12 @@ NAMES = ("shop.example.test", "www.example.test")
 SELECTION = ("-l", ",".join(f"{key}={value}" for key, value in LABELS.items()))
 
 
-async def _api_server(folder: Path) -> client.Configuration:
-    """The authority's own account at the API server."""
+async def _api_server(directory: Path) -> client.Configuration:
+    """Return a client configuration with the authority's account."""
     view = json.loads(await asyncio.to_thread(kubectl, "config", "view", "--raw", "--minify", "-o", "json"))
     cluster = view["clusters"][0]["cluster"]
     configuration = client.Configuration(host=cluster["server"])
-    ca = folder / "api.crt"
+    ca = directory / "api.crt"
     if "certificate-authority-data" in cluster:
         ca.write_bytes(base64.b64decode(cluster["certificate-authority-data"]))
         configuration.ssl_ca_cert = str(ca)
@@ -45,8 +45,7 @@ async def _api_server(folder: Path) -> client.Configuration:
     return configuration
 
 
-async def test_an_ingress_for_each_challenge(tmp_path: Path) -> None:
-    """Each name's token gets an Ingress, which leads the CA to the authority; none is left afterwards."""
+async def test_each_challenge_gets_an_ingress_that_is_deleted_afterwards(tmp_path: Path) -> None:
     objects = [
         one
         for one in documents("acme.md")
@@ -58,18 +57,20 @@ async def test_an_ingress_for_each_challenge(tmp_path: Path) -> None:
     nginx = Nginx(tmp_path / "nginx", "")
     async with connect(await _api_server(tmp_path)) as api, site(tmp_path, http_port=nginx.port) as one:
         routes = IngressRoutes(api, CERTMOUNT, "certmount-acme", 80, "nginx")
-        settings = replace(one.settings, dns01=None, http01=Http01(self_test=nginx.address, ingress_class="nginx"))
-        issuer = one.issuer(settings, routes=routes)
+        configuration = replace(
+            one.configuration, dns01=None, http01=Http01(self_test=nginx.address, ingress_class="nginx")
+        )
+        issuer = one.issuer(configuration, routes=routes)
         server = ChallengeServer(f"{LOOPBACK}:0", lambda: (issuer,))
         port = await server.start()
         try:
-            async with at_work(issuer):
-                asking = asyncio.ensure_future(issuer.issue(order_for(*NAMES)))
+            async with running_issuers(issuer):
+                issuing = asyncio.ensure_future(issuer.issue(request_for(*NAMES)))
                 await until(lambda: len(find("ingress", *SELECTION)) == len(NAMES), "an Ingress for each name")
                 made = await asyncio.to_thread(find, "ingress", *SELECTION)
-                configuration = locations(made, {("certmount-acme", 80): f"{LOOPBACK}:{port}"})
-                async with replace(nginx, locations=configuration).running():
-                    assert dns_names((await asking).chain) == set(NAMES)
+                nginx_locations = locations(made, {("certmount-acme", 80): f"{LOOPBACK}:{port}"})
+                async with replace(nginx, locations=nginx_locations).running():
+                    assert dns_names((await issuing).chain) == set(NAMES)
                 assert await asyncio.to_thread(find, "ingress", *SELECTION) == []
         finally:
             await server.stop()

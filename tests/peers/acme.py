@@ -1,4 +1,4 @@
-"""What the ACME tests share: orders as the desk hands them in, issuers at work, and a CA beside a DNS server."""
+"""What the ACME tests share: requests, running issuers, and a CA with a DNS server."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
+from csi_driver.authority.issuers.acme.config import AccountStorage, AcmeConfiguration, Dns01
 from csi_driver.authority.issuers.acme.issuer import AcmeIssuer
-from csi_driver.authority.issuers.acme.settings import AcmeSettings, Dns01, StorePlace
 from csi_driver.authority.storage import DirectoryStore
 from csi_driver.core.certificates.csr import build_csr, names_of, parse_csr
 from csi_driver.core.certificates.keys import PrivateKey
@@ -31,18 +31,18 @@ POD = PodIdentity(ServiceAccount("web", "edge"), "uid-1", "edge-0", "uid-2", "no
 ZONE = "example.test"
 
 
-def order_for(*names: str, key: PrivateKey | None = None) -> IssuerRequest:
-    """As the desk hands it in for a pod that asks for these DNS names; a new key where none is given."""
-    asked = Names.of([DNSName.parse(name) for name in names])
-    granted = replace(asked, uris=(spiffe_id("cluster.local", "web", "edge"),))
-    request = parse_csr(build_csr(key or ec.generate_private_key(ec.SECP256R1()), asked))
+def request_for(*names: str, key: PrivateKey | None = None) -> IssuerRequest:
+    """Return the request of a pod for these DNS names, with a new key by default."""
+    requested = Names.of([DNSName.parse(name) for name in names])
+    granted = replace(requested, uris=(spiffe_id("cluster.local", "web", "edge"),))
+    csr = parse_csr(build_csr(key or ec.generate_private_key(ec.SECP256R1()), requested))
     grant = Grant(granted, timedelta(days=1), (Usage.SERVER, Usage.CLIENT), ("policy[0]",))
-    return IssuerRequest(request, grant, POD, RequestedCertificate(asked))
+    return IssuerRequest(csr, grant, POD, RequestedCertificate(requested))
 
 
 @contextlib.asynccontextmanager
-async def at_work(*issuers: AcmeIssuer) -> AsyncIterator[None]:
-    """While the issuers' background work runs; a failure of it fails the test."""
+async def running_issuers(*issuers: AcmeIssuer) -> AsyncIterator[None]:
+    """Run the issuers' background work; its failure fails the test."""
     tasks = [asyncio.ensure_future(issuer.run()) for issuer in issuers]
     try:
         yield
@@ -54,26 +54,26 @@ async def at_work(*issuers: AcmeIssuer) -> AsyncIterator[None]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def patiently(issuer: AcmeIssuer, order: IssuerRequest) -> IssuedCertificate:
-    """As a node asks: again with the same request, for as long as the answer is that it is pending."""
+async def issue_when_ready(issuer: AcmeIssuer, request: IssuerRequest) -> IssuedCertificate:
+    """Retry the same request while it is pending, like a node."""
     async with asyncio.timeout(60):
         while True:
             try:
-                return await issuer.issue(order)
+                return await issuer.issue(request)
             except CertmountError as error:
                 if error.reason is not Reason.ISSUANCE_PENDING:
                     raise
                 await asyncio.sleep(0.2)
 
 
-async def told(issuer: AcmeIssuer, order: IssuerRequest) -> CertmountError:
-    """What a pod hears that gets no certificate: the first answer that says more than that the CA is at it."""
+async def failure_of(issuer: AcmeIssuer, request: IssuerRequest) -> CertmountError:
+    """Return the first error that says more than that the CA is working on the order."""
     async with asyncio.timeout(60):
         while True:
             try:
-                issued = await issuer.issue(order)
+                issued = await issuer.issue(request)
             except CertmountError as error:
-                if "the CA is at it" not in str(error):
+                if "when the CA finishes" not in str(error):
                     return error
             else:
                 raise AssertionError(f"a certificate was issued for {dns_names(issued.chain)}")
@@ -89,53 +89,53 @@ def dns_names(chain: tuple[bytes, ...]) -> set[str]:
 
 @dataclass(frozen=True)
 class Site:
-    """A CA and a DNS server that know each other, and a store."""
+    """A CA, the DNS server that it queries, and a store."""
 
-    folder: Path
+    directory: Path
     dns: Bind9
     ca: Pebble
-    settings: AcmeSettings
+    configuration: AcmeConfiguration
 
     @property
     def store(self) -> DirectoryStore:
-        return DirectoryStore(Path(self.settings.account.folder), "acme.json")
+        return DirectoryStore(Path(self.configuration.account.folder), "acme.json")
 
     @property
     def roots_file(self) -> Path:
-        """What pods are to trust, by the settings."""
-        assert self.settings.roots_file is not None
-        return Path(self.settings.roots_file)
+        """The configured roots for pods."""
+        assert self.configuration.roots_file is not None
+        return Path(self.configuration.roots_file)
 
-    def issuer(self, settings: AcmeSettings | None = None, **options: Any) -> AcmeIssuer:
-        return AcmeIssuer("letsencrypt", settings or self.settings, self.store, **options)
+    def issuer(self, configuration: AcmeConfiguration | None = None, **options: Any) -> AcmeIssuer:
+        return AcmeIssuer("letsencrypt", configuration or self.configuration, self.store, **options)
 
 
-def dns_settings(server: Bind9, **changes: Any) -> Dns01:
-    """All questions go to one server of the test."""
+def dns_configuration(server: Bind9, **changes: Any) -> Dns01:
+    """Return a configuration that sends all queries to one server."""
     return replace(
         Dns01(server.address, server.key_source, resolvers=(server.address,), nameservers=(server.address,)), **changes
     )
 
 
 @contextlib.asynccontextmanager
-async def site(folder: Path, server: Bind9 | None = None, **pebble: Any) -> AsyncIterator[Site]:
-    """Running, with zone ``example.test``."""
-    server = server or bind9(folder / "dns", {ZONE: ""})
-    ca = Pebble(folder / "ca", server.address, **pebble)
+async def site(directory: Path, server: Bind9 | None = None, **pebble: Any) -> AsyncIterator[Site]:
+    """Run a CA and a DNS server with zone ``example.test``."""
+    server = server or bind9(directory / "dns", {ZONE: ""})
+    ca = Pebble(directory / "ca", server.address, **pebble)
     async with server.running(), ca.running():
-        roots = folder / "roots.pem"
+        roots = directory / "roots.pem"
         roots.write_bytes(await ca.root_pem())
         yield Site(
-            folder,
+            directory,
             server,
             ca,
-            AcmeSettings(
-                StorePlace(folder=str(folder / "store")),
+            AcmeConfiguration(
+                AccountStorage(folder=str(directory / "store")),
                 email="admin@example.test",
-                directory=ca.directory,
+                directory=ca.directory_url,
                 ca_file=ca.ca_file,
                 terms_agreed=True,
-                dns01=dns_settings(server),
+                dns01=dns_configuration(server),
                 roots_file=str(roots),
             ),
         )

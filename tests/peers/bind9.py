@@ -1,4 +1,4 @@
-"""Debian's bind9, serving zones of a test to whom its TSIG key lets change them."""
+"""Debian's bind9 with the zones of a test, which accept updates with a TSIG key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import dns.asyncquery
 import dns.message
 import dns.rdatatype
 
-from csi_driver.authority.issuers.acme.tsig import TsigKey
+from csi_driver.authority.issuers.acme.credentials import TsigKey
 from csi_driver.core.config.issuers import FileSource
 from csi_driver.core.secret import Secret
 from tests.peers.processes import LOOPBACK, free_port, running
@@ -42,7 +42,7 @@ zone "{zone}" {{
 _SECONDARY = 'zone "{zone}" {{ type secondary; file "{zone}.db"; primaries {{ 127.0.0.1 port {primary}; }}; allow-notify {{ 127.0.0.1; }}; }};\n'
 _OPTIONS = """\
 options {{
-  directory "{folder}"; pid-file none; session-keyfile none; managed-keys-directory "{folder}";
+  directory "{directory}"; pid-file none; session-keyfile none; managed-keys-directory "{directory}";
   listen-on port {port} {{ 127.0.0.1; }}; listen-on-v6 {{ none; }};
   recursion {recursion}; dnssec-validation no; allow-query {{ any; }}; empty-zones-enable no;
 }};
@@ -53,45 +53,45 @@ key "{key}" {{ algorithm {algorithm}; secret "{secret}"; }};
 
 @dataclass(frozen=True)
 class Bind9:
-    """A server of zones, and perhaps a second one that follows it."""
+    """A primary or secondary server."""
 
-    folder: Path
+    directory: Path
     port: int
     zones: Mapping[str, str]
     """Further records by zone, in master-file form."""
     granted: frozenset[str]
-    """The zones in which KEY may set TXT records."""
+    """The zones in which the key can update TXT records."""
     key: TsigKey = KEY
     follower: int | None = None
-    """The port of a secondary that is told of changes."""
+    """The port of a secondary that is notified of changes."""
     primary: int | None = None
     """For a secondary: the port of its primary."""
     public: str | None = None
-    """Where its NS records lead, instead of 127.0.0.1: a loopback address, for :func:`fronted`."""
+    """The loopback address in its NS records, for :func:`fronted`; None for 127.0.0.1."""
     recursive: bool = False
-    """That it follows a CNAME from one of its zones into another, as a CA's resolver does."""
+    """Whether it follows CNAMEs between its zones, like a CA's resolver."""
 
     @property
     def address(self) -> str:
-        """As settings have it."""
+        """The address in the format of the configuration."""
         return f"{LOOPBACK}:{self.port}"
 
     @property
     def key_source(self) -> FileSource:
-        """Where an issuer finds the key."""
-        return key_source(self.folder, self.key)
+        """The key file for the issuer."""
+        return key_source(self.directory, self.key)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """While it serves; what was changed is kept from one time to the next."""
+        """Run the server; changes persist until the next run."""
         named = require_program("named")
-        configuration = self.folder / "named.conf"
+        configuration = self.directory / "named.conf"
         configuration.write_text(self._configuration(), encoding="ascii")
         for zone, records in self.zones.items():
-            file = self.folder / f"{zone}.db"
+            file = self.directory / f"{zone}.db"
             if not file.exists() and self.primary is None:
                 file.write_text(_ZONE.format(records=records, public=self.public or LOOPBACK), encoding="ascii")
-        log = self.folder / "named.log"
+        log = self.directory / "named.log"
         log.touch()
         starts = _starts(log)
         async with running([named, "-4", "-g", "-c", str(configuration)], log, self.port):
@@ -99,7 +99,7 @@ class Bind9:
             yield
 
     async def texts(self, name: str) -> set[str]:
-        """The TXT values at a name now."""
+        """Return the TXT values at a name."""
         query = dns.message.make_query(name, dns.rdatatype.TXT)
         answer = await dns.asyncquery.tcp(query, LOOPBACK, 5, self.port)
         return {
@@ -111,7 +111,7 @@ class Bind9:
 
     def _configuration(self) -> str:
         text = _OPTIONS.format(
-            folder=self.folder, port=self.port, key=self.key.name, algorithm=self.key.algorithm,
+            directory=self.directory, port=self.port, key=self.key.name, algorithm=self.key.algorithm,
             secret=base64.b64encode(self.key.secret.reveal()).decode(), recursion="yes" if self.recursive else "no",
         )  # fmt: skip
         for zone in self.zones:
@@ -127,7 +127,7 @@ class Bind9:
 
 
 def bind9(
-    folder: Path,
+    directory: Path,
     zones: Mapping[str, str],
     *,
     granted: frozenset[str] | None = None,
@@ -136,37 +136,37 @@ def bind9(
     primary: int | None = None,
     recursive: bool = False,
 ) -> Bind9:
-    """A server to be run; KEY may change all zones where not said otherwise."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Return a server; by default the key can update all zones."""
+    directory.mkdir(parents=True, exist_ok=True)
     changed = frozenset(zones) if granted is None else granted
-    return Bind9(folder, free_port(), zones, changed, key, follower, primary, recursive=recursive)
+    return Bind9(directory, free_port(), zones, changed, key, follower, primary, recursive=recursive)
 
 
 class _Front(asyncio.DatagramProtocol):
-    """Hands questions on, and answers back."""
+    """Forwards queries to another port."""
 
     def __init__(self, port: int) -> None:
         self._port = port
         self._transport: asyncio.DatagramTransport | None = None
-        self._asking: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.DatagramTransport", transport)
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
-        task = asyncio.get_running_loop().create_task(self._ask(data, addr))
-        self._asking.add(task)
-        task.add_done_callback(self._asking.discard)
+        task = asyncio.get_running_loop().create_task(self._forward(data, addr))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    async def _ask(self, question: bytes, addr: tuple[str, int]) -> None:
-        answer = await dns.asyncquery.udp(dns.message.from_wire(question), LOOPBACK, 5, self._port)
+    async def _forward(self, query: bytes, addr: tuple[str, int]) -> None:
+        response = await dns.asyncquery.udp(dns.message.from_wire(query), LOOPBACK, 5, self._port)
         assert self._transport is not None
-        self._transport.sendto(answer.to_wire(), addr)
+        self._transport.sendto(response.to_wire(), addr)
 
 
 @contextlib.asynccontextmanager
 async def fronted(server: Bind9) -> AsyncIterator[None]:
-    """The server, also at port 53 of its public address, which needs root: bind9 itself takes addresses of interfaces only."""
+    """Also serve port 53 of the public address, which needs root. bind9 itself listens only on addresses of interfaces."""
     loop = asyncio.get_running_loop()
     transport, _ = await loop.create_datagram_endpoint(lambda: _Front(server.port), (server.public or LOOPBACK, 53))
     try:
@@ -175,13 +175,13 @@ async def fronted(server: Bind9) -> AsyncIterator[None]:
         transport.close()
 
 
-def key_source(folder: Path, key: TsigKey) -> FileSource:
-    """A file that holds a key as issuers read it."""
-    file = folder / f"{key.name}-{key.algorithm}-{hashlib.sha256(key.secret.reveal()).hexdigest()[:8]}.tsig"
+def key_source(directory: Path, key: TsigKey) -> FileSource:
+    """Write a key to a file in the format of issuers."""
+    file = directory / f"{key.name}-{key.algorithm}-{hashlib.sha256(key.secret.reveal()).hexdigest()[:8]}.tsig"
     file.write_text(f"{key.algorithm}:{key.name}:{base64.b64encode(key.secret.reveal()).decode()}\n", encoding="ascii")
     return FileSource(str(file))
 
 
 def _starts(log: Path) -> int:
-    """How often the server has begun to serve its zones; it listens before that."""
+    """Return how often the server loaded its zones, which happens after it listens."""
     return log.read_text(encoding="utf-8").count("all zones loaded")

@@ -1,4 +1,4 @@
-"""A proxy before pebble that, told to, answers for it: that a limit is reached, or that it is busy."""
+"""A proxy for Pebble that can reject new orders because of a rate limit or overload."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.peers.processes import LOOPBACK, free_port
 
 @dataclass
 class LimitingProxy:
-    """Says 429 or 503 to new orders while ``status`` is set, with ``retry_after`` as it is."""
+    """Returns ``status`` (429 or 503) to new orders while it is set, with ``retry_after``."""
 
     ca: Pebble
     status: int = 0
     retry_after: str = "7200"
     detail: str = "too many certificates already issued for this exact set of identifiers"
-    asked: int = 0
-    """How often an order was asked for."""
+    orders: int = 0
+    """The number of new orders."""
     port: int = field(default_factory=free_port)
 
     @property
@@ -33,7 +33,7 @@ class LimitingProxy:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """While it serves, with pebble's own certificate."""
+        """Serve with Pebble's own certificate."""
         application = web.Application()
         application.router.add_route("*", "/{path:.*}", self._handle)
         runner = web.AppRunner(application, access_log=None)
@@ -48,13 +48,13 @@ class LimitingProxy:
 
     async def _handle(self, request: web.Request) -> web.Response:
         if request.path == "/order-plz":
-            self.asked += 1
+            self.orders += 1
             if self.status:
-                return await self._refusal(request)
+                return await self._reject(request)
         return await self._forward(request.method, request, await request.read())
 
-    async def _refusal(self, request: web.Request) -> web.Response:
-        # RFC 8555 section 6.5: errors carry a nonce as well.
+    async def _reject(self, request: web.Request) -> web.Response:
+        # RFC 8555 section 6.5: errors also contain a nonce.
         nonce = (await self._forward("HEAD", request, b"", "/nonce-plz")).headers["Replay-Nonce"]
         kind = "rateLimited" if self.status == 429 else "serverInternal"
         problem = {"type": f"urn:ietf:params:acme:error:{kind}", "detail": self.detail}
@@ -63,7 +63,7 @@ class LimitingProxy:
         return web.Response(status=self.status, text=text, content_type="application/problem+json", headers=headers)
 
     async def _forward(self, method: str, request: web.Request, body: bytes, path: str | None = None) -> web.Response:
-        # The Host stays, as pebble makes its URLs of it.
+        # Keep the Host header, because Pebble builds its URLs from it.
         headers = {
             name: request.headers[name] for name in ("Host", "Content-Type", "User-Agent") if name in request.headers
         }

@@ -1,4 +1,4 @@
-"""Debian's nginx as the reverse proxy that leads a CA's HTTP-01 requests to the authority."""
+"""Debian's nginx as a reverse proxy that routes HTTP-01 requests to the authority."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ http {{
 }}
 """
 ROUTE = "location /.well-known/acme-challenge/ {{ proxy_pass http://{address}; }}"
-"""As docs/acme.md has it."""
+"""The route in docs/acme.md."""
 
 
 @dataclass(frozen=True)
 class Nginx:
-    """One server for all names."""
+    """A server for all names."""
 
-    folder: Path
+    directory: Path
     locations: str
     port: int = field(default_factory=free_port)
 
@@ -40,17 +40,17 @@ class Nginx:
         return f"{LOOPBACK}:{self.port}"
 
     @property
-    def asked(self) -> list[str]:
+    def requests(self) -> list[str]:
         """The lines of its access log."""
-        return (self.folder / "access.log").read_text(encoding="utf-8").splitlines()
+        return (self.directory / "access.log").read_text(encoding="utf-8").splitlines()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """While it serves."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        configuration = self.folder / "nginx.conf"
-        text = _CONFIGURATION.format(folder=self.folder, port=self.port, locations=self.locations)
+        """Run the server."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        configuration = self.directory / "nginx.conf"
+        text = _CONFIGURATION.format(folder=self.directory, port=self.port, locations=self.locations)
         configuration.write_text(text, encoding="ascii")
-        arguments = [require_program("nginx"), "-e", str(self.folder / "error.log"), "-c", str(configuration)]
-        async with running(arguments, self.folder / "nginx.log", self.port):
+        arguments = [require_program("nginx"), "-e", str(self.directory / "error.log"), "-c", str(configuration)]
+        async with running(arguments, self.directory / "nginx.log", self.port):
             yield

@@ -1,4 +1,4 @@
-"""Pebble, Let's Encrypt's small CA for tests, in its strict mode."""
+"""Pebble, Let's Encrypt's CA for tests, in strict mode."""
 
 from __future__ import annotations
 
@@ -24,40 +24,40 @@ _ISSUED_LINE = re.compile(r"Issued certificate serial (?P<serial>\w+) for order 
 
 @dataclass(frozen=True)
 class Pebble:
-    """One CA: what it has in memory goes with its process."""
+    """One CA, whose state is in memory only."""
 
-    folder: Path
+    directory: Path
     dns: str
-    """The DNS server that it asks."""
+    """The DNS server that it queries."""
     http_port: int = 5002
-    """Where it fetches HTTP-01 answers, instead of port 80."""
+    """The port for HTTP-01, instead of port 80."""
     nonce_reject: int = 0
-    """Per cent of good nonces that it refuses."""
+    """The percentage of valid nonces that it rejects."""
     retry_after_s: int = 1
-    """Told to those who wait for an authorisation or an order; at least 1."""
+    """The Retry-After of authorizations and orders; at least 1."""
     profiles: Mapping[str, Any] = field(
         default_factory=lambda: {"default": {"description": "", "validityPeriod": 7776000}}
     )
     external_accounts: Mapping[str, str] = field(default_factory=dict)
-    """MAC keys by key id; with any, accounts must be bound."""
+    """MAC keys by key id; if there are any, accounts must be bound."""
     environment: Mapping[str, str] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
     management_port: int = field(default_factory=free_port)
 
     @property
-    def directory(self) -> str:
+    def directory_url(self) -> str:
         return f"https://localhost:{self.port}/dir"
 
     @property
     def ca_file(self) -> str:
-        """What its own TLS certificate leads to."""
-        return str(self.folder / "tls.crt")
+        """The root of its TLS certificate."""
+        return str(self.directory / "tls.crt")
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """While it serves."""
+        """Run the CA."""
         pebble = require_program("pebble")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
         self._write()
         environment = {
             "PEBBLE_VA_NOSLEEP": "1",
@@ -65,35 +65,35 @@ class Pebble:
             "PEBBLE_AUTHZREUSE": "0",
             **self.environment,
         }
-        arguments = [pebble, "-config", str(self.folder / "config.json"), "-dnsserver", self.dns, "-strict"]
+        arguments = [pebble, "-config", str(self.directory / "config.json"), "-dnsserver", self.dns, "-strict"]
         async with running(arguments, self._log, self.port, environment):
             yield
 
     @property
     def orders(self) -> list[str]:
-        """The ids of all orders it has taken."""
+        """The ids of all orders."""
         return [match["id"] for match in _ORDER_LINE.finditer(self._text)]
 
     @property
     def issued(self) -> list[str]:
-        """The serial numbers of all certificates it has signed, in hexadecimal."""
+        """The serial numbers of all certificates, in hexadecimal."""
         return [match["serial"] for match in _ISSUED_LINE.finditer(self._text)]
 
     @property
     def validations(self) -> int:
-        """How often it was asked to validate a challenge."""
+        """The number of validations."""
         return self._text.count("Pulled a task from the Tasks queue")
 
     async def root(self, number: int = 0) -> bytes:
-        """X.509 DER of the root that its certificates lead to; with another number, of an alternative chain."""
+        """Return the root (X.509 DER) of the chain with this number; 0 is the default chain."""
         return x509.load_pem_x509_certificate(await self.root_pem(number)).public_bytes(Encoding.DER)
 
     async def root_pem(self, number: int = 0) -> bytes:
-        """The same in PEM."""
+        """Return the root in PEM."""
         return await self._management("GET", f"roots/{number}")
 
     async def set_renewal(self, certificate: x509.Certificate, start: str, end: str) -> None:
-        """Has it suggest this window for a certificate (RFC 9773), in RFC 3339."""
+        """Set the suggested renewal window of a certificate (RFC 9773); times are RFC 3339."""
         response = {"suggestedWindow": {"start": start, "end": end}}
         body = {
             "certificate": certificate.public_bytes(Encoding.PEM).decode("ascii"),
@@ -113,7 +113,7 @@ class Pebble:
 
     @property
     def _log(self) -> Path:
-        return self.folder / "pebble.log"
+        return self.directory / "pebble.log"
 
     @property
     def _text(self) -> str:
@@ -124,7 +124,7 @@ class Pebble:
             "listenAddress": f"{LOOPBACK}:{self.port}",
             "managementListenAddress": f"{LOOPBACK}:{self.management_port}",
             "certificate": self.ca_file,
-            "privateKey": str(self.folder / "tls.key"),
+            "privateKey": str(self.directory / "tls.key"),
             "httpPort": self.http_port,
             "tlsPort": free_port(),
             "externalAccountBindingRequired": bool(self.external_accounts),
@@ -133,11 +133,11 @@ class Pebble:
             "keyAlgorithm": "ecdsa",
             "profiles": dict(self.profiles),
         }
-        (self.folder / "config.json").write_text(json.dumps({"pebble": configuration}), encoding="ascii")
+        (self.directory / "config.json").write_text(json.dumps({"pebble": configuration}), encoding="ascii")
         if not Path(self.ca_file).exists():
             subprocess.run(
                 ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
                  "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
-                 "-keyout", str(self.folder / "tls.key"), "-out", self.ca_file],
+                 "-keyout", str(self.directory / "tls.key"), "-out", self.ca_file],
                 check=True, capture_output=True,
             )  # fmt: skip

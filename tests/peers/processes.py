@@ -1,4 +1,4 @@
-"""Programs of others as processes of a test: started on free ports of loopback, awaited, and stopped by who started them."""
+"""Runs servers on free loopback ports during a test."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 from tests.support.waiting import until
 
 LOOPBACK = "127.0.0.1"
-_PATIENCE_S = 30.0
-_SHOWN_BYTES = 3000
+_START_TIMEOUT_S = 30.0
+_LOG_BYTES = 3000
 
 
 def free_port() -> int:
-    """One that nobody listens on, neither with TCP nor with UDP."""
+    """Return a port that is free for TCP and UDP."""
     while True:
         with socket.socket() as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp:
             tcp.bind((LOOPBACK, 0))
@@ -28,7 +28,7 @@ def free_port() -> int:
 
 
 def listening(port: int) -> bool:
-    """True when someone takes connections there."""
+    """Return True if a server accepts connections on the port."""
     with socket.socket() as connection:
         connection.settimeout(1)
         return connection.connect_ex((LOOPBACK, port)) == 0
@@ -38,18 +38,18 @@ def listening(port: int) -> bool:
 async def running(
     arguments: Sequence[str], log: Path, port: int, environment: Mapping[str, str] | None = None
 ) -> AsyncIterator[subprocess.Popen[bytes]]:
-    """The program, once it listens on ``port``; what it prints goes to ``log``."""
+    """Run a program; wait until it listens on ``port``; append its output to ``log``."""
     with log.open("ab") as output:
-        process = subprocess.Popen(  # noqa: ASYNC220  # its life is the test's, not the loop's
+        process = subprocess.Popen(  # noqa: ASYNC220  # it runs as long as the test
             arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**os.environ, **(environment or {})}
         )
     try:
 
         def ready() -> bool:
-            assert process.poll() is None, f"{arguments[0]} ended: {log.read_bytes()[-_SHOWN_BYTES:].decode()}"
+            assert process.poll() is None, f"{arguments[0]} ended: {log.read_bytes()[-_LOG_BYTES:].decode()}"
             return listening(port)
 
-        await until(ready, f"{arguments[0]} on port {port}", _PATIENCE_S)
+        await until(ready, f"{arguments[0]} on port {port}", _START_TIMEOUT_S)
         yield process
     finally:
         process.terminate()

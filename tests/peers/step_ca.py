@@ -1,4 +1,4 @@
-"""A real step-ca on loopback, with a CA and a provisioner of its own; as its administrator would set it up, without a prompt."""
+"""A real step-ca on loopback, with its own CA and provisioner."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from csi_driver.core.config.issuers import FileSource
 from tests.support.requirements import require_program
 
 PROVISIONER = "csi"
-_STARTED_BY_S = 30.0
+_START_TIMEOUT_S = 30.0
 
 
 def new_jwk() -> dict[str, str]:
-    """A private JWK as ``step crypto jwk create --kty EC --crv P-256`` makes it."""
+    """Return a private JWK like ``step crypto jwk create --kty EC --crv P-256``."""
     numbers = ec.generate_private_key(ec.SECP256R1()).private_numbers()
     public = numbers.public_numbers
     jwk = {"kty": "EC", "crv": "P-256", "alg": "ES256", "use": "sig", "x": _number(public.x), "y": _number(public.y)}
@@ -44,29 +44,29 @@ def public_jwk(jwk: dict[str, str]) -> dict[str, str]:
 
 @dataclass
 class RealStepCA:
-    """One step-ca: its files in ``folder``, its process while it runs."""
+    """One step-ca with its files in ``directory``."""
 
-    folder: Path
+    directory: Path
     name: str = "Test"
     claims: dict[str, str] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
-    """Of the provisioner: a template, a policy."""
+    """Options of the provisioner, such as a template."""
     federated: Sequence[Path] = ()
     encrypted_key: str = ""
     jwk: dict[str, str] = field(default_factory=new_jwk)
     provisioner: str = PROVISIONER
     listen: str = "127.0.0.1"
     names: Sequence[str] = ("localhost",)
-    """What it is called by; the first leads to where it listens."""
+    """Its host names; the first is used in its URL."""
 
     def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.root_file = self.folder / "root_ca.crt"
-        self.key_file = self.folder / "provisioner.jwk"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.root_file = self.directory / "root_ca.crt"
+        self.key_file = self.directory / "provisioner.jwk"
         self.key_file.write_text(json.dumps(self.jwk))
         self.root = self._make_ca()
         self.port = _free_port()
-        self.log = self.folder / "step-ca.log"
+        self.log = self.directory / "step-ca.log"
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -82,29 +82,29 @@ class RealStepCA:
         return self.root.public_bytes(Encoding.DER)
 
     def configuration(self, **changes: Any) -> StepCAConfiguration:
-        """How the authority is told of it, with the root by its fingerprint."""
-        usual: dict[str, Any] = {
+        """Return the authority's configuration, with the fingerprint of the root."""
+        defaults: dict[str, Any] = {
             "url": self.url,
             "provisioner": self.provisioner,
             "root_sha256": self.root_sha256,
             "key": FileSource(str(self.key_file)),
         }
-        return StepCAConfiguration(**{**usual, **changes})
+        return StepCAConfiguration(**{**defaults, **changes})
 
     async def start(self) -> None:
-        """Returns when it answers."""
+        """Start the process and wait until it responds."""
         self._configure()
         program = require_program("step-ca")
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 program,
-                str(self.folder / "ca.json"),
-                env={"STEPPATH": str(self.folder), "PATH": "/usr/bin:/bin", "HOME": str(self.folder)},
+                str(self.directory / "ca.json"),
+                env={"STEPPATH": str(self.directory), "PATH": "/usr/bin:/bin", "HOME": str(self.directory)},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
-        async with asyncio.timeout(_STARTED_BY_S):
+        async with asyncio.timeout(_START_TIMEOUT_S):
             while not await asyncio.to_thread(self._healthy):
                 assert self._process.returncode is None, self.log.read_text()
                 await asyncio.sleep(0.05)
@@ -130,8 +130,8 @@ class RealStepCA:
     def _healthy(self) -> bool:
         context = ssl.create_default_context(cafile=str(self.root_file))
         try:
-            with urllib.request.urlopen(f"{self.url}/health", context=context, timeout=5) as answer:
-                return bool(json.load(answer)["status"] == "ok")
+            with urllib.request.urlopen(f"{self.url}/health", context=context, timeout=5) as response:
+                return bool(json.load(response)["status"] == "ok")
         except OSError:
             return False
 
@@ -146,14 +146,14 @@ class RealStepCA:
         document = {
             "root": str(self.root_file),
             "federatedRoots": [str(path) for path in self.federated],
-            "crt": str(self.folder / "intermediate_ca.crt"),
-            "key": str(self.folder / "intermediate_ca.key"),
+            "crt": str(self.directory / "intermediate_ca.crt"),
+            "key": str(self.directory / "intermediate_ca.key"),
             "address": f"{self.listen}:{self.port}",
             "dnsNames": list(self.names),
             "authority": {"provisioners": [provisioner, {"type": "ACME", "name": "acme"}]},
-            "db": {"type": "badgerv2", "dataSource": str(self.folder / "db")},
+            "db": {"type": "badgerv2", "dataSource": str(self.directory / "db")},
         }
-        (self.folder / "ca.json").write_text(json.dumps(document))
+        (self.directory / "ca.json").write_text(json.dumps(document))
 
     def _make_ca(self) -> x509.Certificate:
         root_key, intermediate_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
@@ -163,8 +163,8 @@ class RealStepCA:
             _name(f"{self.name} Intermediate CA"), intermediate_key.public_key(), root_name, root_key, 0
         )
         self.root_file.write_bytes(root.public_bytes(Encoding.PEM))
-        (self.folder / "intermediate_ca.crt").write_bytes(intermediate.public_bytes(Encoding.PEM))
-        (self.folder / "intermediate_ca.key").write_bytes(
+        (self.directory / "intermediate_ca.crt").write_bytes(intermediate.public_bytes(Encoding.PEM))
+        (self.directory / "intermediate_ca.key").write_bytes(
             intermediate_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         )
         return root

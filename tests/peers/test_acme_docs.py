@@ -1,4 +1,4 @@
-"""What docs/acme.md, docs/from-kube-lego.md and docs/from-notariat.md show is what happens, with the real programs."""
+"""The examples in docs/acme.md, docs/from-kube-lego.md and docs/from-notariat.md work with the real programs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from csi_driver.authority.issuers import IssuerRequest
 from csi_driver.authority.issuers.acme.challenge_server import ChallengeServer
-from csi_driver.authority.issuers.acme.problems import judge
-from csi_driver.authority.issuers.acme.settings import PRODUCTION, STAGING, AcmeSettings, Dns01, Http01
-from csi_driver.authority.issuers.acme.tsig import TsigKey
+from csi_driver.authority.issuers.acme.config import PRODUCTION, STAGING, AcmeConfiguration, Dns01, Http01
+from csi_driver.authority.issuers.acme.credentials import TsigKey
+from csi_driver.authority.issuers.acme.request import order_names
 from csi_driver.authority.issuers.kinds import read_issuers
 from csi_driver.core.attributes import parse_attributes
 from csi_driver.core.certificates.csr import build_csr, parse_csr
@@ -31,7 +31,7 @@ from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.core.policy.document import parse_policy
 from csi_driver.core.policy.engine import PolicySubject, RequestedCertificate
 from csi_driver.core.secret import Secret
-from tests.peers.acme import at_work, dns_names, dns_settings, site
+from tests.peers.acme import dns_configuration, dns_names, running_issuers, site
 from tests.peers.bind9 import Bind9, bind9, key_source
 from tests.peers.nginx import Nginx
 from tests.peers.processes import LOOPBACK, free_port
@@ -42,7 +42,7 @@ PAGES = ("acme.md", "from-kube-lego.md", "from-notariat.md")
 
 
 def blocks(name: str, language: str) -> list[str]:
-    """The code of one language in a document."""
+    """Return the code blocks of one language on a page."""
     return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / name).read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
@@ -50,28 +50,28 @@ def documents(name: str) -> list[Any]:
     return [one for block in blocks(name, "yaml") for one in yaml.safe_load_all(block)]
 
 
-def shown(name: str, key: str) -> Any:
-    """The first YAML document of a page that has this key at its top."""
+def document_with(name: str, key: str) -> Any:
+    """Return the first YAML document of a page with this top-level key."""
     return next(one for one in documents(name) if key in one)
 
 
-def settings(name: str) -> list[AcmeSettings]:
-    """The issuers that a page declares."""
+def configurations(name: str) -> list[AcmeConfiguration]:
+    """Return the issuers that a page declares."""
     found = [read_issuers(block.encode()) for block in blocks(name, "yaml") if block.startswith("issuers:")]
-    return [one.configuration for (one,) in found if isinstance(one.configuration, AcmeSettings)]
+    return [one.configuration for (one,) in found if isinstance(one.configuration, AcmeConfiguration)]
 
 
 @dataclass(frozen=True)
-class Asking:
-    """The pod of a page, asking by the page's policy."""
+class PodRequest:
+    """The request of a page's pod, and its key."""
 
-    order: IssuerRequest
+    request: IssuerRequest
     key: ec.EllipticCurvePrivateKey
 
 
-def asking(name: str) -> Asking:
-    """What the desk makes of a page's volume under the page's policy; raises where the page does not fit together."""
-    rule = shown(name, "policy")
+def pod_request(name: str) -> PodRequest:
+    """Apply a page's policy to the request of its pod; raise if they do not match."""
+    rule = document_with(name, "policy")
     pod = next(one.get("spec", one) for one in documents(name) if "volumes" in one.get("spec", one))
     (volume,) = pod["volumes"]
     attributes = volume["csi"]["volumeAttributes"]
@@ -81,28 +81,23 @@ def asking(name: str) -> Asking:
     identity = PodIdentity(account, "", "edge-0", "", "node-a", "", 2e9)
     policy = parse_policy(rule, trust_domain="cluster.local", cluster_domain="cluster.local")
     key = ec.generate_private_key(ec.SECP256R1())
-    request = parse_csr(build_csr(key, spec.names))
-    asked = RequestedCertificate(request.names, request.key_type, spec.usages, spec.duration, spec.issuer)
-    grant = policy.decide(PolicySubject(identity), asked)
-    return Asking(IssuerRequest(request, grant, identity, asked), key)
+    csr = parse_csr(build_csr(key, spec.names))
+    requested = RequestedCertificate(csr.names, csr.key_type, spec.usages, spec.duration, spec.issuer)
+    grant = policy.decide(PolicySubject(identity), requested)
+    return PodRequest(IssuerRequest(csr, grant, identity, requested), key)
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_what_is_declared_is_allowed_and_can_be_ordered(name: str) -> None:
-    """Issuer, policy and volume of each page fit together; staging comes first, and production is named."""
-    first = settings(name)[0]
+def test_issuer_policy_and_volume_of_a_page_match(name: str) -> None:
+    """The first issuer uses the staging environment, and the page names the production environment."""
+    first = configurations(name)[0]
     assert first.directory == STAGING
     assert first.terms_agreed
-    assert judge(*_judged(asking(name)), replace(first, dns01=first.dns01 or Dns01("x"), http01=None))
+    assert order_names(pod_request(name).request, replace(first, dns01=first.dns01 or Dns01("x"), http01=None))
     assert PRODUCTION in (DOCS / name).read_text()
 
 
-def _judged(one: Asking) -> tuple[Any, Any, Any]:
-    return one.order.request.names, one.order.grant, one.order.asked
-
-
-def test_the_objects_belong_together() -> None:
-    """Roles give what the page says to the account that the manifests have, on the Secrets that the issuers name."""
+def test_roles_match_the_account_and_the_secrets_of_the_issuers() -> None:
     objects = [one for one in documents("acme.md") if "kind" in one]
     roles = {one["metadata"]["name"]: one for one in objects if one["kind"] == "Role"}
     for binding in (one for one in objects if one["kind"] == "RoleBinding"):
@@ -111,7 +106,7 @@ def test_the_objects_belong_together() -> None:
             {"kind": "ServiceAccount", "name": "certmount-authority", "namespace": "certmount"}
         ]
     account, tsig = (rule["resourceNames"][0] for rule in roles["certmount-acme"]["rules"])
-    declared = settings("acme.md")[0]
+    declared = configurations("acme.md")[0]
     assert (declared.account.namespace, declared.account.name) == ("certmount", account)
     assert declared.dns01 is not None
     assert str(declared.dns01.key) == f"key tsig of Secret certmount/{tsig}"
@@ -119,14 +114,14 @@ def test_the_objects_belong_together() -> None:
 
 
 def _tsig() -> TsigKey:
-    """The key as the page gives it to kubectl."""
+    """Return the key in the page's kubectl command."""
     (text,) = re.findall(r"--from-literal=tsig=(\S+)", (DOCS / "acme.md").read_text())
     return TsigKey.parse(Secret(text), "docs/acme.md")
 
 
 @dataclass(frozen=True)
 class Documented(Bind9):
-    """bind9 with the page's own key and zone."""
+    """bind9 with the configuration of the page."""
 
     def _configuration(self) -> str:
         options = super()._configuration().partition("key ")[0]
@@ -135,108 +130,104 @@ class Documented(Bind9):
 
 
 @contextlib.asynccontextmanager
-async def documented(folder: Path) -> AsyncIterator[Documented]:
-    ordinary = bind9(folder, {"example.com": ""}, key=_tsig())
-    yield Documented(ordinary.folder, ordinary.port, ordinary.zones, ordinary.granted, ordinary.key)
+async def documented(directory: Path) -> AsyncIterator[Documented]:
+    ordinary = bind9(directory, {"example.com": ""}, key=_tsig())
+    yield Documented(ordinary.directory, ordinary.port, ordinary.zones, ordinary.granted, ordinary.key)
 
 
 @pytest.mark.peers("pebble", "named", "openssl", "tsig-keygen")
 @pytest.mark.parametrize("name", ["acme.md", "from-notariat.md"])
-async def test_dns_as_it_is_set_up(tmp_path: Path, name: str) -> None:
-    """With bind9 configured as the page has it, and the key as kubectl is given it, the page's pod gets its certificate."""
+async def test_pod_of_the_page_gets_a_certificate_with_the_bind9_configuration(tmp_path: Path, name: str) -> None:
     async with documented(tmp_path / "dns") as server, site(tmp_path, server) as one:
-        declared = settings(name)[0]
+        declared = configurations(name)[0]
         own = replace(
             declared,
-            account=one.settings.account,
-            directory=one.settings.directory,
-            ca_file=one.settings.ca_file,
-            roots_file=one.settings.roots_file,
-            dns01=replace(dns_settings(server), key=key_source(tmp_path, _tsig())),
+            account=one.configuration.account,
+            directory=one.configuration.directory,
+            ca_file=one.configuration.ca_file,
+            roots_file=one.configuration.roots_file,
+            dns01=replace(dns_configuration(server), key=key_source(tmp_path, _tsig())),
         )
         issuer = one.issuer(own)
-        order = asking(name).order
-        async with at_work(issuer):
-            assert dns_names((await issuer.issue(order)).chain) == {str(dns) for dns in order.request.names.dns}
+        request = pod_request(name).request
+        async with running_issuers(issuer):
+            assert dns_names((await issuer.issue(request)).chain) == {str(dns) for dns in request.csr.names.dns}
 
 
 @pytest.mark.peers("tsig-keygen")
-def test_the_key_is_made_as_shown() -> None:
-    """tsig-keygen prints what the page says, but for the secret."""
+def test_output_of_tsig_keygen_is_that_of_the_page() -> None:
     (block,) = [one for one in blocks("acme.md", "console") if "tsig-keygen" in one]
     command, _, output = block.partition("\n")
     made = subprocess.run(command.removeprefix("$ ").split(), capture_output=True, text=True, check=True).stdout
     secret = re.compile(r'secret "[^"]+"')
     assert secret.sub("", made) == secret.sub("", output)
-    assert secret.search(blocks("acme.md", "named")[0])[0] == secret.search(output)[0]  # type: ignore[index]  # both have one
+    assert secret.search(blocks("acme.md", "named")[0])[0] == secret.search(output)[0]  # type: ignore[index]  # both contain a secret
 
 
 @pytest.mark.peers("pebble", "named", "openssl")
-async def test_a_delegation_as_it_is_shown(tmp_path: Path) -> None:
-    """The page's CNAME leads the proof of the page's pod into a zone of its own."""
+async def test_delegation_of_the_page_works(tmp_path: Path) -> None:
     (record,) = blocks("acme.md", "zone")
     zones = {"example.com": record, "acme.example.com": ""}
     server = bind9(tmp_path / "dns", zones, granted=frozenset({"acme.example.com"}), recursive=True)
     async with site(tmp_path, server) as one:
         issuer = one.issuer()
-        async with at_work(issuer):
-            assert dns_names((await issuer.issue(asking("acme.md").order)).chain) == {"shop.example.com"}
+        async with running_issuers(issuer):
+            assert dns_names((await issuer.issue(pod_request("acme.md").request)).chain) == {"shop.example.com"}
 
 
 @pytest.mark.peers("pebble", "named", "nginx", "openssl")
-async def test_the_way_from_kube_lego(tmp_path: Path) -> None:
-    """With nginx's route of acme.md the page's pod gets its certificate; nginx takes the files as the page has it serve them."""
+async def test_migration_from_kube_lego_works(tmp_path: Path) -> None:
+    """The route of acme.md works with nginx, and nginx accepts the files in the page's configuration."""
     route = blocks("acme.md", "nginx")[0]
     zone = bind9(tmp_path / "dns", {"example.com": ""})
     nginx = Nginx(tmp_path / "nginx", "")
     async with site(tmp_path, zone, http_port=nginx.port) as one:
-        declared = settings("from-kube-lego.md")[0]
+        declared = configurations("from-kube-lego.md")[0]
         assert declared.http01 is not None
         assert declared.while_pending == "internal"
-        issuer = one.issuer(replace(one.settings, dns01=None, http01=Http01(self_test=nginx.address)))
+        issuer = one.issuer(replace(one.configuration, dns01=None, http01=Http01(self_test=nginx.address)))
         server = ChallengeServer(f"{LOOPBACK}:0", lambda: (issuer,))
         port = await server.start()
         locations = route.replace("certmount-acme.certmount.svc.cluster.local", f"{LOOPBACK}:{port}")
         assert locations != route
         try:
-            pod = asking("from-kube-lego.md")
-            async with replace(nginx, locations=locations).running(), at_work(issuer):
-                issued = await issuer.issue(pod.order)
+            pod = pod_request("from-kube-lego.md")
+            async with replace(nginx, locations=locations).running(), running_issuers(issuer):
+                issued = await issuer.issue(pod.request)
         finally:
             await server.stop()
     assert dns_names(issued.chain) == {"shop.example.com", "www.shop.example.com"}
-    await asyncio.to_thread(_nginx_takes, tmp_path, pod.key, issued.chain)
+    await asyncio.to_thread(_check_nginx, tmp_path, pod.key, issued.chain)
 
 
-def _nginx_takes(folder: Path, key: ec.EllipticCurvePrivateKey, chain: tuple[bytes, ...]) -> None:
-    files = folder / "tls"
+def _check_nginx(directory: Path, key: ec.EllipticCurvePrivateKey, chain: tuple[bytes, ...]) -> None:
+    files = directory / "tls"
     files.mkdir()
     (files / "site.crt").write_bytes(encode_certificates(parse_certificates(chain, "chain")))
     (files / "site.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     (block,) = blocks("from-kube-lego.md", "nginx")
     text = block.replace("/etc/tls", str(files)).replace("listen 443 ssl", f"listen {LOOPBACK}:{free_port()} ssl")
     paths = " ".join(
-        f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        f"{kind}_temp_path {directory}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
-    configuration = folder / "tls.conf"
+    configuration = directory / "tls.conf"
     configuration.write_text(
-        f"pid {folder}/tls.pid; events {{}} http {{ access_log off; {paths} {text} }}", encoding="ascii"
+        f"pid {directory}/tls.pid; events {{}} http {{ access_log off; {paths} {text} }}", encoding="ascii"
     )
     subprocess.run(
-        [require_program("nginx"), "-t", "-e", str(folder / "tls.log"), "-c", str(configuration)], check=True
+        [require_program("nginx"), "-t", "-e", str(directory / "tls.log"), "-c", str(configuration)], check=True
     )
 
 
 @pytest.mark.peers("pebble", "named", "openssl")
-async def test_the_check(tmp_path: Path) -> None:
-    """``certmount issuer check`` of the pages, with a file as from-notariat.md has it for a look outside of a cluster."""
+async def test_issuer_check_works_with_the_file_of_from_notariat(tmp_path: Path) -> None:
     async with documented(tmp_path / "dns") as server, site(tmp_path, server) as one:
-        entry = shown("from-notariat.md", "issuers")["issuers"][0]["acme"]
+        entry = document_with("from-notariat.md", "issuers")["issuers"][0]["acme"]
         entry |= {
             "account": {"folder": str(tmp_path / "account")},
-            "directory": one.settings.directory,
-            "ca": {"file": one.settings.ca_file},
-            "roots": {"file": one.settings.roots_file},
+            "directory": one.configuration.directory,
+            "ca": {"file": one.configuration.ca_file},
+            "roots": {"file": one.configuration.roots_file},
         }
         entry["dns01"] = {
             "server": server.address,
@@ -249,12 +240,12 @@ async def test_the_check(tmp_path: Path) -> None:
         file.write_text(yaml.safe_dump({"issuers": [{"name": "letsencrypt", "acme": entry}]}), encoding="utf-8")
         command = ["issuer", "check", "letsencrypt", "--issuers", str(file)]
         assert "DNS update" in await _certmount(*command)
-        signed = await _certmount(*command, "--issue", "shop.example.com")
-        assert "signed shop.example.com with a chain of 2" in signed
+        output = await _certmount(*command, "--issue", "shop.example.com")
+        assert "a certificate for shop.example.com with a chain of 2" in output
 
 
 async def _certmount(*arguments: str) -> str:
-    """What the command prints; it must succeed."""
+    """Run the command, which must succeed, and return its output."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "csi_driver.cli.main", *arguments,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,

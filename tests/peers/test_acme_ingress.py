@@ -1,4 +1,4 @@
-"""HTTP-01 by Ingress objects: a small controller, as clusters have them, makes nginx's configuration of what it finds."""
+"""HTTP-01 with Ingress objects, which a minimal controller translates into nginx's configuration."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from aiohttp import web
 from kubernetes.aio import client
 
 from csi_driver.authority.issuers.acme.challenge_server import ChallengeServer
-from csi_driver.authority.issuers.acme.settings import Http01
+from csi_driver.authority.issuers.acme.config import Http01
 from csi_driver.core.errors import CertmountError
 from csi_driver.kube.client import connect
 from csi_driver.kube.ingress import IngressRoutes
-from tests.peers.acme import at_work, dns_names, order_for, site
+from tests.peers.acme import dns_names, request_for, running_issuers, site
 from tests.peers.nginx import Nginx
 from tests.peers.processes import LOOPBACK
 from tests.support.waiting import until
@@ -29,7 +29,7 @@ _NAMES = ("shop.example.test", "www.example.test")
 
 @dataclass
 class Cluster:
-    """The part of an API server that knows Ingresses."""
+    """A fake API server for Ingresses."""
 
     ingresses: dict[str, Any] = field(default_factory=dict)
     made: int = 0
@@ -65,7 +65,7 @@ class Cluster:
 
 
 def locations(ingresses: Iterable[Any], backends: Mapping[tuple[str, int], str]) -> str:
-    """What a controller makes of Ingresses: nginx's configuration for their paths, to where each Service is."""
+    """Return nginx's configuration for the paths of Ingresses, with the addresses of their Services."""
     lines = []
     for ingress in ingresses:
         assert ingress["spec"]["ingressClassName"] == "nginx"
@@ -79,8 +79,7 @@ def locations(ingresses: Iterable[Any], backends: Mapping[tuple[str, int], str])
 
 
 @pytest.mark.peers("pebble", "named", "nginx", "openssl")
-async def test_an_ingress_for_each_challenge(tmp_path: Path) -> None:
-    """An Ingress is made for each name's token, leads the CA here as soon as the controller has seen it, and is gone afterwards."""
+async def test_each_challenge_gets_an_ingress_that_is_deleted_afterwards(tmp_path: Path) -> None:
     cluster, nginx = Cluster(), Nginx(tmp_path / "nginx", "")
     async with (
         cluster.running(),
@@ -88,25 +87,26 @@ async def test_an_ingress_for_each_challenge(tmp_path: Path) -> None:
         site(tmp_path, http_port=nginx.port) as one,
     ):
         routes = IngressRoutes(api, "certmount", "certmount-authority", 8089, "nginx")
-        settings = replace(one.settings, dns01=None, http01=Http01(self_test=nginx.address, ingress_class="nginx"))
-        issuer = one.issuer(settings, routes=routes)
+        configuration = replace(
+            one.configuration, dns01=None, http01=Http01(self_test=nginx.address, ingress_class="nginx")
+        )
+        issuer = one.issuer(configuration, routes=routes)
         server = ChallengeServer(f"{LOOPBACK}:0", lambda: (issuer,))
         port = await server.start()
         try:
-            async with at_work(issuer):
-                asking = asyncio.ensure_future(issuer.issue(order_for(*_NAMES)))
+            async with running_issuers(issuer):
+                issuing = asyncio.ensure_future(issuer.issue(request_for(*_NAMES)))
                 await until(lambda: len(cluster.ingresses) == len(_NAMES), "an Ingress for each name")
                 backends = {("certmount-authority", 8089): f"{LOOPBACK}:{port}"}
                 async with replace(nginx, locations=locations(cluster.ingresses.values(), backends)).running():
-                    assert dns_names((await asking).chain) == set(_NAMES)
+                    assert dns_names((await issuing).chain) == set(_NAMES)
         finally:
             await server.stop()
     assert cluster.ingresses == {}
     assert cluster.made == len(_NAMES)
 
 
-async def test_what_is_there_or_gone_already() -> None:
-    """Making an Ingress that is there, and removing one that is not, is done; what the API server refuses otherwise is told."""
+async def test_routes_are_idempotent_and_report_api_errors() -> None:
     cluster = Cluster()
     async with cluster.running(), connect(client.Configuration(host=cluster.url)) as api:
         routes = IngressRoutes(api, "certmount", "certmount-authority", 8089, "nginx")

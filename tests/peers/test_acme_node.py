@@ -1,4 +1,4 @@
-"""From the pod's volume to a CA and back: the real driver, the real authority, pebble and bind9, and a kubelet that has little patience."""
+"""ACME certificates in volumes: the real driver, a real authority, Pebble and bind9."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import jwt
@@ -39,7 +40,7 @@ Request = csi_pb2.NodePublishVolumeRequest
 
 
 class AllPods:
-    """A cluster in which each token's pod lives."""
+    """A TokenReview in which the pod of each token exists."""
 
     async def review(self, token: Secret[str], audience: str) -> ReviewedToken:
         if audience == NODE_AUDIENCE:
@@ -54,7 +55,7 @@ def _pod_of(claims: Mapping[str, Mapping[str, str]]) -> Pod:
 
 @dataclass
 class Node:
-    """A node with its kubelet, whose pods are all of one Deployment."""
+    """A node with its kubelet; all pods belong to one Deployment."""
 
     kubelet: Kubelet
     driver: Driver
@@ -62,13 +63,13 @@ class Node:
     issuer: TokenIssuer
 
     def request(self, number: int = 0) -> Request:
-        """For a new pod."""
+        """Return a request for a new pod."""
         pod = FakePod("web", f"shop-{number}", "shop")
         token = self.issuer.pod_token(Pod(pod.name, pod.namespace, pod.service_account, uid=pod.uid))
         return self.kubelet.publish_request(pod, ATTRIBUTES, token=token.reveal())
 
-    async def publish(self, request: Request, patience_s: float = 60.0) -> None:
-        await node_stub(self.channel).NodePublishVolume(request, timeout=patience_s, wait_for_ready=True)
+    async def publish(self, request: Request, timeout_s: float = 60.0) -> None:
+        await node_stub(self.channel).NodePublishVolume(request, timeout=timeout_s, wait_for_ready=True)
 
     async def unpublish(self, request: Request) -> None:
         gone = self.kubelet.unpublish_request(request)
@@ -80,13 +81,13 @@ class Node:
 
 
 def _issuers(one: Site, **options: str) -> str:
-    dns, settings = one.dns, one.settings
+    dns, configuration = one.dns, one.configuration
     acme = {
-        "account": {"folder": settings.account.folder},
-        "directory": settings.directory,
+        "account": {"folder": configuration.account.folder},
+        "directory": configuration.directory,
         "terms_agreed": True,
-        "ca": {"file": settings.ca_file},
-        "roots": {"file": settings.roots_file},
+        "ca": {"file": configuration.ca_file},
+        "roots": {"file": configuration.roots_file},
         "dns01": {
             "server": dns.address,
             "tsig": {"file": dns.key_source.path},
@@ -100,16 +101,17 @@ def _issuers(one: Site, **options: str) -> str:
 
 @contextlib.asynccontextmanager
 async def _node(one: Site, **options: str) -> AsyncIterator[Node]:
-    """All of it, running."""
+    """Run the authority and a node."""
     issuer = TokenIssuer()
-    file = one.folder / "issuers.json"
+    file = one.directory / "issuers.json"
     file.write_text(_issuers(one, **options))
-    world = World(one.folder, issuer, Cluster(issuer), issuers=file, serving_names=("localhost",), reviewer=AllPods())  # type: ignore[arg-type]  # it reviews, and that is all
+    reviewer: Any = AllPods()
+    world = World(one.directory, issuer, Cluster(issuer), issuers=file, serving_names=("localhost",), reviewer=reviewer)
     world.policy.write_text(POLICY)
-    token = one.folder / "node-token"
+    token = one.directory / "node-token"
     token.write_text(issuer.node_token().reveal())
     async with world.running() as server:
-        await until(lambda: "letsencrypt" in server._trust._bundle.sets, "the issuer's roots")
+        await until(lambda: "letsencrypt" in server._trust.snapshot.sets, "the issuer's roots")
         with kubelet_root() as root:
             kubelet, log = Kubelet(root), root.parent / "driver.log"
             driver = Driver(kubelet, f"localhost:{server.port}", world.ca / "authority.crt", token, log)
@@ -117,8 +119,8 @@ async def _node(one: Site, **options: str) -> AsyncIterator[Node]:
                 yield Node(kubelet, driver, channel, issuer)
 
 
-async def test_a_deployment_on_one_node_is_one_order(tmp_path: Path) -> None:
-    """Twenty pods at once and ten crashes after that: the CA has one order and one certificate to count."""
+async def test_pods_of_a_deployment_on_one_node_share_one_certificate(tmp_path: Path) -> None:
+    """20 pods start at once, then 10 crash: the CA counts one order."""
     async with site(tmp_path) as one, _node(one) as node:
         requests = [node.request(number) for number in range(20)]
         await asyncio.gather(*(node.publish(request) for request in requests))
@@ -135,27 +137,27 @@ async def test_a_deployment_on_one_node_is_one_order(tmp_path: Path) -> None:
         assert node.shown(requests[0]).roots == (root,)
 
 
-async def test_an_order_outlasts_the_kubelets_patience(tmp_path: Path) -> None:
-    """Each call is cut off and each volume removed while the CA is at it: the call that comes after it takes the certificate of the first order."""
+async def test_order_continues_after_the_kubelet_cancels_calls(tmp_path: Path) -> None:
+    """The kubelet removes the volume after each canceled call; a later call gets the certificate of the first order."""
     async with site(tmp_path, retry_after_s=5) as one, _node(one) as node:
-        request, cut_off = node.request(), 0
+        request, canceled = node.request(), 0
         async with asyncio.timeout(60):
             while True:
                 try:
-                    await node.publish(request, patience_s=2.0)
+                    await node.publish(request, timeout_s=2.0)
                 except grpc.aio.AioRpcError as error:
                     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-                    cut_off += 1
+                    canceled += 1
                     await node.unpublish(request)
                 else:
                     break
-        assert cut_off >= 2
+        assert canceled >= 2
         assert node.shown(request).names == [NAME]
         assert len(one.ca.orders) == len(one.ca.issued) == 1
 
 
-async def test_a_pod_starts_while_its_order_is_on_its_way(tmp_path: Path) -> None:
-    """With a stand-in of the internal CA, which the running pod sees exchanged for the public certificate; by one order."""
+async def test_pod_starts_with_an_interim_certificate(tmp_path: Path) -> None:
+    """The public certificate replaces it in the running pod; there is one order."""
     async with site(tmp_path, retry_after_s=10) as one, _node(one, while_pending="internal") as node:
         request = node.request()
         await node.publish(request)
@@ -164,7 +166,7 @@ async def test_a_pod_starts_while_its_order_is_on_its_way(tmp_path: Path) -> Non
         public = x509.load_der_x509_certificate(await one.ca.root())
         assert public in before.roots
         assert len(before.roots) == 2
-        await until(lambda: node.shown(request).serial != before.serial, "the exchange", patience_s=60.0)
+        await until(lambda: node.shown(request).serial != before.serial, "the public certificate", patience_s=60.0)
         after = node.shown(request)
         assert after.names == [NAME]
         assert after.key == before.key

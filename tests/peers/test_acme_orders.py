@@ -1,4 +1,4 @@
-"""Orders that take their time, outlive their replica, are refused or limited: exactly one for each key and names."""
+"""Slow, rejected and rate-limited orders, and orders of stopped replicas: always one order for a key and its names."""
 
 from __future__ import annotations
 
@@ -19,13 +19,24 @@ from cryptography.x509.oid import NameOID
 from kubernetes.aio import client
 from structlog.testing import capture_logs
 
+from csi_driver.authority.issuers.acme.config import AcmeConfiguration, ExternalAccount
 from csi_driver.authority.issuers.acme.issuer import AcmeIssuer
-from csi_driver.authority.issuers.acme.settings import AcmeSettings, ExternalAccount
 from csi_driver.core.config.issuers import FileSource
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.kube.client import ObjectName, connect
-from csi_driver.kube.secret_store import SecretStore
-from tests.peers.acme import ZONE, Site, at_work, dns_names, dns_settings, leaf, order_for, patiently, site, told
+from csi_driver.kube.stored_objects import SecretStore
+from tests.peers.acme import (
+    ZONE,
+    Site,
+    dns_configuration,
+    dns_names,
+    failure_of,
+    issue_when_ready,
+    leaf,
+    request_for,
+    running_issuers,
+    site,
+)
 from tests.peers.acme_replica import described
 from tests.peers.bind9 import bind9
 from tests.peers.limiting_proxy import LimitingProxy
@@ -39,73 +50,71 @@ CHALLENGE = f"_acme-challenge.{NAME}"
 
 
 @dataclass
-class Ahead:
-    """The clock, and by how much it is ahead."""
+class ShiftedClock:
+    """The system clock plus an offset."""
 
-    by_s: float = 0.0
+    offset_s: float = 0.0
 
     def __call__(self) -> float:
-        return time.time() + self.by_s
+        return time.time() + self.offset_s
 
 
 async def _texts(one: Site) -> set[str]:
     return await one.dns.texts(CHALLENGE)
 
 
-async def test_nonces_that_are_refused(tmp_path: Path) -> None:
-    """A CA that refuses three good nonces of ten is asked again, and signs by one order."""
+async def test_rejected_nonces_are_retried(tmp_path: Path) -> None:
     async with site(tmp_path, nonce_reject=30) as one:
         issuer = one.issuer()
-        async with at_work(issuer):
-            issued = await issuer.issue(order_for(NAME, "*.example.test"))
+        async with running_issuers(issuer):
+            issued = await issuer.issue(request_for(NAME, "*.example.test"))
         assert dns_names(issued.chain) == {NAME, "*.example.test"}
         assert len(one.ca.orders) == 1
 
 
-async def test_a_slow_order(tmp_path: Path) -> None:
-    """An order that outlasts the node's calls is one order, however often the node asks; each call ends in time and says that it is pending."""
+async def test_slow_order_is_continued_by_later_calls(tmp_path: Path) -> None:
     async with site(tmp_path, retry_after_s=6) as one:
-        issuer = one.issuer(patience_s=0.5)
-        order, refusals, issued = order_for(NAME), 0, None
-        async with at_work(issuer):
+        issuer = one.issuer(wait_s=0.5)
+        request, failures, issued = request_for(NAME), 0, None
+        async with running_issuers(issuer):
             while issued is None:
-                begun = time.monotonic()
+                started = time.monotonic()
                 try:
-                    issued = await issuer.issue(order)
+                    issued = await issuer.issue(request)
                 except CertmountError as error:
                     assert error.reason is Reason.ISSUANCE_PENDING
-                    assert time.monotonic() - begun < 30
-                    refusals += 1
-        assert refusals >= 5
+                    assert time.monotonic() - started < 30
+                    failures += 1
+        assert failures >= 5
         assert dns_names(issued.chain) == {NAME}
         assert len(one.ca.orders) == 1
         assert len(one.ca.issued) == 1
 
 
-async def test_the_same_question_again(tmp_path: Path) -> None:
-    """Whoever asks again with the same key and names is given the same certificate; another key is another order."""
+async def test_same_key_and_names_get_the_same_certificate(tmp_path: Path) -> None:
     async with site(tmp_path) as one:
         issuer, other = one.issuer(), one.issuer()
-        order = order_for(NAME)
-        async with at_work(issuer, other):
-            first, second, third = await asyncio.gather(issuer.issue(order), issuer.issue(order), other.issue(order))
+        request = request_for(NAME)
+        async with running_issuers(issuer, other):
+            first, second, third = await asyncio.gather(
+                issuer.issue(request), issuer.issue(request), other.issue(request)
+            )
             assert first.chain == second.chain == third.chain
             assert len(one.ca.orders) == 1
-            assert (await issuer.issue(order_for(NAME))).chain != first.chain
+            assert (await issuer.issue(request_for(NAME))).chain != first.chain
         assert len(one.ca.orders) == 2
 
 
-async def test_a_replica_killed_in_mid_order(tmp_path: Path) -> None:
-    """What a replica began that died without a word, another finishes, by the same order; no record is left in DNS."""
+async def test_another_replica_finishes_the_order_of_a_killed_one(tmp_path: Path) -> None:
     silent = bind9(tmp_path / "silent", {"other.test": ""})
     async with site(tmp_path) as one, silent.running():
-        # The first replica waits for a server that never shows the record: so it dies between adding it and the CA's look.
-        stuck = replace(one.settings, dns01=dns_settings(one.dns, nameservers=(silent.address,)))
+        # The first replica waits for a server that never serves the record, so it is killed before the CA validates.
+        stuck = replace(one.configuration, dns01=dns_configuration(one.dns, nameservers=(silent.address,)))
         file = tmp_path / "replica.json"
         file.write_text(described(stuck, lease_s=2), encoding="utf-8")
         doomed = await asyncio.create_subprocess_exec(sys.executable, "-m", "tests.peers.acme_replica", str(file))
         issuer = one.issuer(lease_s=2)
-        asking = asyncio.ensure_future(issuer.issue(order_for(NAME)))
+        issuing = asyncio.ensure_future(issuer.issue(request_for(NAME)))
         try:
             deadline = time.monotonic() + 30
             while not await _texts(one):
@@ -114,31 +123,31 @@ async def test_a_replica_killed_in_mid_order(tmp_path: Path) -> None:
         finally:
             os.kill(doomed.pid, signal.SIGKILL)
             await doomed.wait()
-        async with at_work(issuer):
-            issued = await asking
+        async with running_issuers(issuer):
+            issued = await issuing
             assert dns_names(issued.chain) == {NAME}
             assert await _texts(one) == set()
         assert len(one.ca.orders) == 1
 
 
-async def test_a_replica_that_leaves(tmp_path: Path) -> None:
-    """A replica that is stopped gives its orders back, and another goes on at once, long before a lease would end."""
+async def test_stopping_replica_releases_its_orders(tmp_path: Path) -> None:
+    """Another replica continues long before the lease would end."""
     async with site(tmp_path, retry_after_s=2) as one:
-        leaving, staying = one.issuer(lease_s=600), one.issuer(lease_s=600)
-        order = order_for(NAME)
-        asking = asyncio.ensure_future(staying.issue(order))
-        async with at_work(leaving):
-            await until(lambda: one.ca.validations, "the CA to look")
-        assert not asking.done()
-        async with at_work(staying):
-            assert dns_names((await asyncio.wait_for(asking, 20)).chain) == {NAME}
+        stopping, remaining = one.issuer(lease_s=600), one.issuer(lease_s=600)
+        request = request_for(NAME)
+        issuing = asyncio.ensure_future(remaining.issue(request))
+        async with running_issuers(stopping):
+            await until(lambda: one.ca.validations, "the validation")
+        assert not issuing.done()
+        async with running_issuers(remaining):
+            assert dns_names((await asyncio.wait_for(issuing, 20)).chain) == {NAME}
         assert len(one.ca.orders) == 1
-        async with at_work(leaving):  # it can come back
-            assert dns_names((await leaving.issue(order_for("b.example.test"))).chain) == {"b.example.test"}
+        async with running_issuers(stopping):  # it can start again
+            assert dns_names((await stopping.issue(request_for("b.example.test"))).chain) == {"b.example.test"}
 
 
-async def test_state_in_a_secret(tmp_path: Path) -> None:
-    """In a cluster two replicas share a Secret, whose changes by others cost no order; the account is one."""
+async def test_replicas_share_orders_and_account_in_a_secret(tmp_path: Path) -> None:
+    """Conflicting updates by other writers lose no order."""
     server = FakeApiServer()
     async with (
         site(tmp_path) as one,
@@ -146,19 +155,20 @@ async def test_state_in_a_secret(tmp_path: Path) -> None:
         connect(client.Configuration(host=server.url)) as api,
     ):
         secret = ObjectName("Secret", "certmount", "certmount-ca")
-        replicas = [AcmeIssuer("letsencrypt", one.settings, SecretStore(api, secret)) for _ in range(2)]
+        replicas = [AcmeIssuer("letsencrypt", one.configuration, SecretStore(api, secret)) for _ in range(2)]
         server.before_put += ["secrets/certmount-ca"] * 3
-        async with at_work(*replicas):
-            orders = [order_for(f"{number}.example.test") for number in range(4)]
-            issued = await asyncio.gather(*(replicas[index % 2].issue(order) for index, order in enumerate(orders)))
+        async with running_issuers(*replicas):
+            requests = [request_for(f"{number}.example.test") for number in range(4)]
+            issued = await asyncio.gather(
+                *(replicas[index % 2].issue(request) for index, request in enumerate(requests))
+            )
         assert [dns_names(each.chain) for each in issued] == [{f"{number}.example.test"} for number in range(4)]
         assert len(one.ca.orders) == 4
-        assert "There are now 1 accounts in memory" in (one.ca.folder / "pebble.log").read_text(encoding="utf-8")
-        assert "There are now 2 accounts" not in (one.ca.folder / "pebble.log").read_text(encoding="utf-8")
+        assert "There are now 1 accounts in memory" in (one.ca.directory / "pebble.log").read_text(encoding="utf-8")
+        assert "There are now 2 accounts" not in (one.ca.directory / "pebble.log").read_text(encoding="utf-8")
 
 
-async def test_a_store_that_is_away(tmp_path: Path) -> None:
-    """While the API server does not answer nothing new is ordered and the issuer says why; what was ordered goes on when it is back."""
+async def test_order_continues_after_an_outage_of_the_store(tmp_path: Path) -> None:
     server = FakeApiServer()
     async with (
         site(tmp_path, retry_after_s=2) as one,
@@ -166,39 +176,38 @@ async def test_a_store_that_is_away(tmp_path: Path) -> None:
         connect(client.Configuration(host=server.url)) as api,
     ):
         secret = ObjectName("Secret", "certmount", "certmount-ca")
-        issuer = AcmeIssuer("letsencrypt", one.settings, SecretStore(api, secret), lease_s=4)
-        order = order_for(NAME)
-        async with at_work(issuer):
-            asking = asyncio.ensure_future(issuer.issue(order))
-            await until(lambda: one.ca.validations, "the CA to look")
+        issuer = AcmeIssuer("letsencrypt", one.configuration, SecretStore(api, secret), lease_s=4)
+        request = request_for(NAME)
+        async with running_issuers(issuer):
+            issuing = asyncio.ensure_future(issuer.issue(request))
+            await until(lambda: one.ca.validations, "the validation")
             server.fail = (500, b"{}")
-            await until(lambda: issuer.problem, "the issuer to say so")
+            await until(lambda: issuer.problem, "the problem")
             assert "API server" in (issuer.problem or "")
-            with pytest.raises(CertmountError) as refusal:
-                await asking
-            assert refusal.value.reason is Reason.ISSUER_UNAVAILABLE
+            with pytest.raises(CertmountError) as failure:
+                await issuing
+            assert failure.value.reason is Reason.ISSUER_UNAVAILABLE
             server.fail = None
-            assert dns_names((await patiently(issuer, order)).chain) == {NAME}
-            await until(lambda: issuer.problem is None, "the issuer to be well")
+            assert dns_names((await issue_when_ready(issuer, request)).chain) == {NAME}
+            await until(lambda: issuer.problem is None, "the end of the problem")
         assert len(one.ca.orders) == 1
 
 
-async def test_what_a_failed_order_has_left_behind(tmp_path: Path) -> None:
-    """Records are removed also of an order that has failed, and once the DNS server is back also those it could not remove then."""
+async def test_records_of_a_failed_order_are_removed_after_an_outage_of_the_dns_server(tmp_path: Path) -> None:
     server = bind9(tmp_path / "dns", {ZONE: ""})
     async with site(tmp_path, server) as one:
-        # The CA asks a server that knows nothing: its validation fails.
-        ignorant = bind9(tmp_path / "ignorant", {ZONE: ""})
-        ca = replace(one.ca, folder=tmp_path / "ca2", dns=ignorant.address)
-    async with ignorant.running(), ca.running():
-        issuer = one.issuer(replace(one.settings, ca_file=ca.ca_file))
-        async with at_work(issuer):
+        # The CA queries a server without the record, so the validation fails.
+        other_dns = bind9(tmp_path / "other", {ZONE: ""})
+        ca = replace(one.ca, directory=tmp_path / "ca2", dns=other_dns.address)
+    async with other_dns.running(), ca.running():
+        issuer = one.issuer(replace(one.configuration, ca_file=ca.ca_file))
+        async with running_issuers(issuer):
             async with server.running():
-                asking = asyncio.ensure_future(issuer.issue(order_for(NAME)))
-                await until(lambda: ca.validations, "the CA to look")
-            with pytest.raises(CertmountError, match="No TXT records found") as refusal:
-                await asking
-            assert refusal.value.reason is Reason.ISSUER_UNAVAILABLE
+                issuing = asyncio.ensure_future(issuer.issue(request_for(NAME)))
+                await until(lambda: ca.validations, "the validation")
+            with pytest.raises(CertmountError, match="No TXT records found") as failure:
+                await issuing
+            assert failure.value.reason is Reason.ISSUER_UNAVAILABLE
             async with server.running():
                 assert await server.texts(CHALLENGE)
                 deadline = time.monotonic() + 40
@@ -207,226 +216,220 @@ async def test_what_a_failed_order_has_left_behind(tmp_path: Path) -> None:
                     await asyncio.sleep(0.1)
 
 
-async def test_a_failed_order_is_not_repeated_at_once(tmp_path: Path) -> None:
-    """After the CA has refused a proof it is not asked again for minutes, also not with another key or by another replica; then it is."""
-    ignorant = bind9(tmp_path / "ignorant", {ZONE: ""})
+async def test_failed_validation_is_retried_only_after_minutes(tmp_path: Path) -> None:
+    """Another key or another replica does not shorten the delay."""
+    other_dns = bind9(tmp_path / "other", {ZONE: ""})
     server = bind9(tmp_path / "dns", {ZONE: ""})
-    async with ignorant.running(), site(tmp_path, server) as one:
-        clock = Ahead()
-        settings = replace(one.settings, dns01=dns_settings(ignorant))
-        issuer = one.issuer(settings, clock=clock)
-        async with at_work(issuer):
-            with pytest.raises(CertmountError, match="it is asked again after") as first:
-                await issuer.issue(order_for(NAME))
+    async with other_dns.running(), site(tmp_path, server) as one:
+        clock = ShiftedClock()
+        configuration = replace(one.configuration, dns01=dns_configuration(other_dns))
+        issuer = one.issuer(configuration, clock=clock)
+        async with running_issuers(issuer):
+            with pytest.raises(CertmountError, match="the authority retries after") as first:
+                await issuer.issue(request_for(NAME))
             assert first.value.reason is Reason.ISSUER_UNAVAILABLE
         other = one.issuer(clock=clock)
-        async with at_work(other):
-            with pytest.raises(CertmountError, match="it is asked again after"):
-                await other.issue(order_for(NAME))
+        async with running_issuers(other):
+            with pytest.raises(CertmountError, match="the authority retries after"):
+                await other.issue(request_for(NAME))
             assert len(one.ca.orders) == 1
-            clock.by_s = 301
-            assert dns_names((await other.issue(order_for(NAME))).chain) == {NAME}
+            clock.offset_s = 301
+            assert dns_names((await other.issue(request_for(NAME))).chain) == {NAME}
 
 
 @pytest.mark.parametrize("dated", [False, True], ids=["seconds", "date"])
-async def test_a_limit_is_obeyed(tmp_path: Path, dated: bool) -> None:
-    """A limit that the CA names is told with its time, and obeyed for these names: until then it is refused here, unasked."""
+async def test_rate_limit_of_the_ca_is_respected_for_the_names(tmp_path: Path, dated: bool) -> None:
     async with site(tmp_path) as one:
         proxy = LimitingProxy(one.ca, status=429)
         if dated:
             proxy.retry_after = f"{datetime.now(UTC) + timedelta(hours=2):%a, %d %b %Y %H:%M:%S GMT}"
-        clock = Ahead()
+        clock = ShiftedClock()
         async with proxy.running():
-            issuer = one.issuer(replace(one.settings, directory=proxy.directory), clock=clock)
-            async with at_work(issuer):
+            issuer = one.issuer(replace(one.configuration, directory=proxy.directory), clock=clock)
+            async with running_issuers(issuer):
                 for _ in range(3):
-                    with pytest.raises(CertmountError, match="too many certificates") as refusal:
-                        await issuer.issue(order_for(NAME))
-                    assert refusal.value.reason is Reason.TOO_MANY_REQUESTS
+                    with pytest.raises(CertmountError, match="too many certificates") as failure:
+                        await issuer.issue(request_for(NAME))
+                    assert failure.value.reason is Reason.TOO_MANY_REQUESTS
                     hour = datetime.fromtimestamp(clock() + 7200, UTC)
-                    assert f"it is asked again after {hour:%Y-%m-%dT%H:}" in str(refusal.value)
-                assert proxy.asked == 1
+                    assert f"the authority retries after {hour:%Y-%m-%dT%H:}" in str(failure.value)
+                assert proxy.orders == 1
                 proxy.status = 0
-                assert dns_names((await issuer.issue(order_for("other.example.test"))).chain) == {"other.example.test"}
-                clock.by_s = 7205
-                assert dns_names((await issuer.issue(order_for(NAME))).chain) == {NAME}
+                assert dns_names((await issuer.issue(request_for("other.example.test"))).chain) == {
+                    "other.example.test"
+                }
+                clock.offset_s = 7205
+                assert dns_names((await issuer.issue(request_for(NAME))).chain) == {NAME}
         assert len(one.ca.orders) == 2
 
 
-async def test_a_busy_ca(tmp_path: Path) -> None:
-    """A CA that says it is busy is left alone for as long as it asks; the order waits and goes on by itself."""
+async def test_overloaded_ca_is_called_again_after_retry_after(tmp_path: Path) -> None:
     async with site(tmp_path) as one:
         proxy = LimitingProxy(one.ca, status=503, retry_after="3", detail="service busy")
         async with proxy.running():
-            issuer = one.issuer(replace(one.settings, directory=proxy.directory), patience_s=2)
-            order = order_for(NAME)
-            async with at_work(issuer):
-                refusal = await told(issuer, order)
-                assert "service busy" in str(refusal)
-                assert refusal.reason is Reason.ISSUANCE_PENDING
+            issuer = one.issuer(replace(one.configuration, directory=proxy.directory), wait_s=2)
+            request = request_for(NAME)
+            async with running_issuers(issuer):
+                error = await failure_of(issuer, request)
+                assert "service busy" in str(error)
+                assert error.reason is Reason.ISSUANCE_PENDING
                 proxy.status = 0
-                assert dns_names((await patiently(issuer, order)).chain) == {NAME}
-        assert proxy.asked == 2
+                assert dns_names((await issue_when_ready(issuer, request)).chain) == {NAME}
+        assert proxy.orders == 2
 
 
-async def test_renewal_as_the_ca_advises(tmp_path: Path) -> None:
-    """The CA's window decides on renewal; when the CA moves it to now, the certificate is due, and its successor says whom it replaces."""
+async def test_renewal_follows_the_suggested_window(tmp_path: Path) -> None:
+    """When the CA moves the window to now, the certificate is due, and the new order replaces it."""
     async with site(tmp_path) as one:
-        clock = Ahead()
+        clock = ShiftedClock()
         issuer = one.issuer(clock=clock)
-        order = order_for(NAME)
-        async with at_work(issuer):
-            issued = await issuer.issue(order)
+        request = request_for(NAME)
+        async with running_issuers(issuer):
+            issued = await issuer.issue(request)
             assert issued.renew_after is not None
             assert timedelta(days=50) < issued.renew_after < timedelta(days=89)
-            assert issuer.due() == ()
+            assert issuer.renewals_due() == ()
             yesterday, now = datetime.now(UTC) - timedelta(days=1), datetime.now(UTC)
             await one.ca.set_renewal(leaf(issued.chain), f"{yesterday:%Y-%m-%dT%H:%M:%SZ}", f"{now:%Y-%m-%dT%H:%M:%SZ}")
-            clock.by_s = 7 * 3600  # the CA has asked not to be asked for six hours
-            await issuer.renewals.look()
-            assert len(issuer.due()) == 1
-            successor = await issuer.issue(order)
+            clock.offset_s = 7 * 3600  # the CA's Retry-After is six hours
+            await issuer.renewals.poll()
+            assert len(issuer.renewals_due()) == 1
+            successor = await issuer.issue(request)
             assert successor.chain != issued.chain
-            assert issuer.due() == ()
-        assert "is a replacement of" in (one.ca.folder / "pebble.log").read_text(encoding="utf-8")
+            assert issuer.renewals_due() == ()
+        assert "is a replacement of" in (one.ca.directory / "pebble.log").read_text(encoding="utf-8")
 
 
-async def test_no_advice(tmp_path: Path) -> None:
-    """A short-lived certificate, by a profile: renewed at two thirds of its life at the latest."""
+async def test_profile_selects_a_short_lifetime(tmp_path: Path) -> None:
     profiles = {name: {"description": "", "validityPeriod": 90 * 86400} for name in ("default",)}
     profiles["shortlived"] = {"description": "", "validityPeriod": 6 * 86400}
     async with site(tmp_path, profiles=profiles) as one:
-        issuer = one.issuer(replace(one.settings, profile="shortlived"))
-        async with at_work(issuer):
-            issued = await issuer.issue(order_for(NAME))
+        issuer = one.issuer(replace(one.configuration, profile="shortlived"))
+        async with running_issuers(issuer):
+            issued = await issuer.issue(request_for(NAME))
         certificate = leaf(issued.chain)
-        life = certificate.not_valid_after_utc - certificate.not_valid_before_utc
-        assert timedelta(days=5) < life < timedelta(days=7)
+        lifetime = certificate.not_valid_after_utc - certificate.not_valid_before_utc
+        assert timedelta(days=5) < lifetime < timedelta(days=7)
         assert issued.renew_after is not None
-        assert issued.renew_after < life
+        assert issued.renew_after < lifetime
 
 
-async def test_the_preferred_chain(tmp_path: Path) -> None:
-    """Of the chains that the CA offers the one is taken whose root has the preferred name."""
+async def test_preferred_chain_is_selected_by_the_name_of_its_root(tmp_path: Path) -> None:
     async with site(tmp_path, environment={"PEBBLE_ALTERNATE_ROOTS": "1"}) as one:
         names = {}
-        for preferred in (None, "Nobody"):
-            issuer = one.issuer(replace(one.settings, preferred_chain=preferred))
-            async with at_work(issuer):
-                names[preferred] = _top((await issuer.issue(order_for(NAME))).chain)
-        assert names[None] == names["Nobody"]
+        for preferred in (None, "Unknown"):
+            issuer = one.issuer(replace(one.configuration, preferred_chain=preferred))
+            async with running_issuers(issuer):
+                names[preferred] = _top((await issuer.issue(request_for(NAME))).chain)
+        assert names[None] == names["Unknown"]
         other = await one.ca.root(1)
         one.roots_file.write_bytes(await one.ca.root_pem() + await one.ca.root_pem(1))
         preferred = _subject(other)
-        issuer = one.issuer(replace(one.settings, preferred_chain=preferred))
-        async with at_work(issuer):
-            assert _top((await issuer.issue(order_for(NAME))).chain) == preferred != names[None]
+        issuer = one.issuer(replace(one.configuration, preferred_chain=preferred))
+        async with running_issuers(issuer):
+            assert _top((await issuer.issue(request_for(NAME))).chain) == preferred != names[None]
 
 
-async def test_a_chain_that_leads_elsewhere(tmp_path: Path) -> None:
-    """A chain that does not end at the roots of the configuration is not given to a pod; with the roots put right the same certificate is."""
+async def test_chain_that_ends_at_another_root_is_rejected_until_the_roots_are_fixed(tmp_path: Path) -> None:
     async with site(tmp_path, environment={"PEBBLE_ALTERNATE_ROOTS": "1"}) as one:
         one.roots_file.write_bytes(await one.ca.root_pem(1))
-        issuer, order = one.issuer(), order_for(NAME)
-        async with at_work(issuer):
-            with pytest.raises(CertmountError, match="leads to CN=Pebble Root") as refusal:
-                await issuer.issue(order)
-            assert refusal.value.reason is Reason.ISSUER_UNAVAILABLE
+        issuer, request = one.issuer(), request_for(NAME)
+        async with running_issuers(issuer):
+            with pytest.raises(CertmountError, match="ends at CN=Pebble Root") as failure:
+                await issuer.issue(request)
+            assert failure.value.reason is Reason.ISSUER_UNAVAILABLE
             one.roots_file.write_bytes(await one.ca.root_pem())
-            assert dns_names((await issuer.issue(order)).chain) == {NAME}
+            assert dns_names((await issuer.issue(request)).chain) == {NAME}
         assert len(one.ca.orders) == 1
 
 
-async def test_terms_that_nobody_has_agreed_to(tmp_path: Path) -> None:
-    """Without the administrator's word no account is made; what is missing is said, with where the terms are."""
+async def test_account_requires_agreement_to_the_terms(tmp_path: Path) -> None:
     async with site(tmp_path) as one:
-        issuer = one.issuer(replace(one.settings, terms_agreed=False), patience_s=2)
-        async with at_work(issuer):
-            refusal = str(await told(issuer, order_for(NAME)))
-            assert "acme.terms_agreed" in refusal
-            assert "data:text/plain" in refusal
-            await until(lambda: "terms" in (issuer.problem or ""), "the issuer to say so")
+        issuer = one.issuer(replace(one.configuration, terms_agreed=False), wait_s=2)
+        async with running_issuers(issuer):
+            error = str(await failure_of(issuer, request_for(NAME)))
+            assert "acme.terms_agreed" in error
+            assert "data:text/plain" in error
+            await until(lambda: "terms" in (issuer.problem or ""), "the problem")
         assert one.ca.orders == []
 
 
-async def test_an_external_account(tmp_path: Path) -> None:
-    """Where the CA binds accounts to its customers, the right key makes one; a wrong key, or none, is said to be it."""
+async def test_external_account_requires_the_right_key(tmp_path: Path) -> None:
     secret = "zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W"
     async with site(tmp_path, external_accounts={"customer-1": secret}) as one:
         right, wrong = tmp_path / "right", tmp_path / "wrong"
         right.write_text(secret + "\n", encoding="ascii")
         wrong.write_text("d3Jvbmc", encoding="ascii")
         bad = ExternalAccount("customer-1", FileSource(str(wrong)))
-        for account, words in ((None, "acme.eab"), (bad, "refuses it")):
-            issuer = one.issuer(replace(one.settings, external_account=account), patience_s=2)
-            async with at_work(issuer):
-                assert words in str(await told(issuer, order_for(NAME)))
+        for account, text in ((None, "acme.eab"), (bad, "rejected the account")):
+            issuer = one.issuer(replace(one.configuration, external_account=account), wait_s=2)
+            async with running_issuers(issuer):
+                assert text in str(await failure_of(issuer, request_for(NAME)))
         issuer = one.issuer(
-            replace(one.settings, external_account=ExternalAccount("customer-1", FileSource(str(right))))
+            replace(one.configuration, external_account=ExternalAccount("customer-1", FileSource(str(right))))
         )
-        async with at_work(issuer):
-            assert dns_names((await patiently(issuer, order_for("b.example.test"))).chain) == {"b.example.test"}
+        async with running_issuers(issuer):
+            assert dns_names((await issue_when_ready(issuer, request_for("b.example.test"))).chain) == {
+                "b.example.test"
+            }
 
 
-async def test_no_secret_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Neither TSIG key nor MAC key nor the account's own is in any log, at the finest level and of any library, nor among the orders."""
+async def test_no_secret_is_in_logs_or_orders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not even at debug level of any library."""
     caplog.set_level(logging.DEBUG)
     mac_key, file = "zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W", tmp_path / "mac"
     file.write_text(mac_key, encoding="ascii")
     async with site(tmp_path, external_accounts={"customer-1": mac_key}) as one:
         external = ExternalAccount("customer-1", FileSource(str(file)))
-        issuer = one.issuer(replace(one.settings, external_account=external))
+        issuer = one.issuer(replace(one.configuration, external_account=external))
         with capture_logs() as logs:
-            async with at_work(issuer):
-                await issuer.issue(order_for(NAME))
-            assert all(finding.ok for finding in await issuer.check())
+            async with running_issuers(issuer):
+                await issuer.issue(request_for(NAME))
+            assert all(finding.ok for finding in await issuer.diagnose())
         values = (await one.store.load()).values
     (account,) = [json.loads(value.reveal()) for name, value in values.items() if name.startswith("account-")]
     secrets = [mac_key, account["key"]["d"], base64.b64encode(one.dns.key.secret.reveal()).decode("ascii")]
-    said = "\n".join([caplog.text, repr(logs), values["orders.json"].reveal().decode("ascii")])
-    assert "acme" in caplog.text  # the library has spoken
-    assert not any(secret in said for secret in secrets)
+    text = "\n".join([caplog.text, repr(logs), values["orders.json"].reveal().decode("ascii")])
+    assert "acme" in caplog.text  # the library logs
+    assert not any(secret in text for secret in secrets)
 
 
-async def test_a_ca_that_has_forgotten_the_account(tmp_path: Path) -> None:
-    """A CA that no longer knows account and order is told the same key again, and the order begins anew."""
+async def test_account_is_registered_again_if_the_ca_lost_it(tmp_path: Path) -> None:
     async with site(tmp_path) as one:
         issuer = one.issuer()
-        async with at_work(issuer):
-            await issuer.issue(order_for(NAME))
+        async with running_issuers(issuer):
+            await issuer.issue(request_for(NAME))
         ca = one.ca
         server = one.dns
     async with server.running(), ca.running():
-        one.roots_file.write_bytes(await ca.root_pem())  # new with each start
+        one.roots_file.write_bytes(await ca.root_pem())  # new at each start
         issuer = one.issuer()
-        async with at_work(issuer):
-            assert dns_names((await issuer.issue(order_for(NAME))).chain) == {NAME}
+        async with running_issuers(issuer):
+            assert dns_names((await issuer.issue(request_for(NAME))).chain) == {NAME}
 
 
-async def test_a_dry_run(tmp_path: Path) -> None:
-    """A dry run says what is right and what is wrong, each in words, and orders nothing."""
+async def test_diagnosis_reports_problems_and_creates_no_order(tmp_path: Path) -> None:
     async with site(tmp_path) as one:
-        zoned: AcmeSettings = replace(one.settings, dns01=dns_settings(one.dns, zone=ZONE))
-        good = await one.issuer(zoned).check()
+        zoned: AcmeConfiguration = replace(one.configuration, dns01=dns_configuration(one.dns, zone=ZONE))
+        good = await one.issuer(zoned).diagnose()
         assert all(finding.ok for finding in good), good
         assert {"account", "directory", "DNS update", "name servers"} <= {finding.subject for finding in good}
         assert zoned.dns01 is not None
         wrong = replace(zoned, profile="nosuch", dns01=replace(zoned.dns01, key=None, zone="elsewhere.test"))
-        bad = {finding.subject: finding.text for finding in await one.issuer(wrong).check() if not finding.ok}
-        assert "not authorised" in bad["DNS update"]
+        bad = {finding.subject: finding.text for finding in await one.issuer(wrong).diagnose() if not finding.ok}
+        assert "not authorized" in bad["DNS update"]
         assert "no profile nosuch" in bad["profile"]
         assert one.ca.orders == []
 
 
-async def test_an_unreachable_ca(tmp_path: Path) -> None:
-    """A CA that is down, or whose TLS certificate is not trusted, is said to be; the order waits for it."""
+async def test_unavailable_or_untrusted_ca_is_explained(tmp_path: Path) -> None:
     async with site(tmp_path) as one:
-        untrusted = one.issuer(replace(one.settings, ca_file=None), patience_s=2)
-        async with at_work(untrusted):
-            refusal = await told(untrusted, order_for(NAME))
-            assert "TLS certificate that is not trusted" in str(refusal)
-            assert refusal.reason is Reason.ISSUANCE_PENDING
-    (finding, *_) = [one for one in await one.issuer().check() if not one.ok]
+        untrusted = one.issuer(replace(one.configuration, ca_file=None), wait_s=2)
+        async with running_issuers(untrusted):
+            error = await failure_of(untrusted, request_for(NAME))
+            assert "untrusted TLS certificate" in str(error)
+            assert error.reason is Reason.ISSUANCE_PENDING
+    (finding, *_) = [one for one in await one.issuer().diagnose() if not one.ok]
     assert "cannot be reached" in finding.text
 
 

@@ -1,4 +1,4 @@
-"""What docs/issuers.md and docs/from-autocert.md show is what happens, with a real step-ca."""
+"""The examples in docs/issuers.md and docs/from-autocert.md work with a real step-ca."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from tests.support.provisioner_key import JWE, JWK, PASSWORD
 pytestmark = pytest.mark.peers("step-ca", "openssl")
 
 DOCS = Path(__file__).parents[2] / "docs"
-LIVES = {"minTLSCertDuration": "5m", "maxTLSCertDuration": "24h"}
+LIMITS = {"minTLSCertDuration": "5m", "maxTLSCertDuration": "24h"}
 
 
 def blocks(name: str, language: str) -> list[str]:
-    """The code of one language in a document."""
+    """Return the code blocks of one language on a page."""
     return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / name).read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
@@ -39,19 +39,19 @@ def documents(name: str) -> list[Any]:
 
 
 def declared(name: str) -> dict[str, Any]:
-    """The step_ca entry that a document shows."""
+    """Return the step_ca entry of a page."""
     entry: dict[str, Any] = next(one for one in documents(name) if "issuers" in one)["issuers"][0]["step_ca"]
     return entry
 
 
 def real(entry: Mapping[str, Any], ca: RealStepCA, files: Mapping[str, Path]) -> dict[str, Any]:
-    """The entry as it is shown, but for where the test's step-ca is and where its credentials are kept."""
-    kept = {key: {"file": str(files[key])} for key in ("key", "password") if key in entry}
-    return {**entry, "url": ca.url, "root_sha256": ca.root_sha256, **kept}
+    """Return the entry with the address and the credentials of the test's step-ca."""
+    credentials = {key: {"file": str(files[key])} for key in ("key", "password") if key in entry}
+    return {**entry, "url": ca.url, "root_sha256": ca.root_sha256, **credentials}
 
 
 async def run(*arguments: str, cwd: Path) -> tuple[int, str]:
-    """Exit code, and what a program prints."""
+    """Run a program; return its exit status and output."""
     process = await asyncio.create_subprocess_exec(
         *arguments, cwd=cwd, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
@@ -60,63 +60,62 @@ async def run(*arguments: str, cwd: Path) -> tuple[int, str]:
 
 
 async def certmount(command: str, cwd: Path) -> tuple[int, str]:
-    """Runs a command line as the documents show it."""
+    """Run a command line of a page."""
     arguments = shlex.split(command.rpartition(" -- ")[2])
     return await run(
         sys.executable, "-m", "csi_driver.cli.main", *arguments[arguments.index("certmount") + 1 :], cwd=cwd
     )
 
 
-def write(folder: Path, entry: Mapping[str, Any]) -> None:
-    (folder / "issuers.yaml").write_text(yaml.safe_dump({"issuers": [{"name": "step", "step_ca": dict(entry)}]}))
+def write(directory: Path, entry: Mapping[str, Any]) -> None:
+    (directory / "issuers.yaml").write_text(yaml.safe_dump({"issuers": [{"name": "step", "step_ca": dict(entry)}]}))
 
 
-def alike(text: str) -> str:
-    """Without what is another one each time: addresses, keys, times."""
+def normalize(text: str) -> str:
+    """Replace what differs between runs: addresses, keys and times."""
     for pattern, word in (
         (r"https://[^ ]+", "URL"),
         (r"\d+ ms", "N ms"),
         (r"(?<![A-Za-z0-9_-])[A-Za-z0-9_-]{43}(?![A-Za-z0-9_-])", "KID"),
         (r"SHA256:[0-9A-F:]+\.\.\.", "SHA256"),
         (r"\d{4}-\d\d-\d\d", "DATE"),
-        (r"step-ca's is \d s behind", "like ours"),  # a busy machine may take its time between answer and look
+        (r"step-ca's clock is \d s behind", "in sync"),  # on a busy machine
     ):
         text = re.sub(pattern, word, text, flags=re.MULTILINE)
     return text
 
 
-def shown(name: str, command: str) -> tuple[str, str]:
-    """The first console block whose command ends so: the command, and its output."""
+def example(name: str, command: str) -> tuple[str, str]:
+    """Return the first console example whose command ends with ``command``, and its output."""
     for block in blocks(name, "console"):
         first, _, output = block.partition("\n")
         if first.endswith(command):
             return first.removeprefix("$ "), output
-    raise AssertionError(f"{name} shows no {command}")
+    raise AssertionError(f"{name} has no example of {command}")
 
 
-async def test_the_checks_of_the_issuers_page(tmp_path: Path) -> None:
-    """Good, with a signature, and with a key that is another provisioner's: exit code and words as shown."""
+async def test_output_of_issuer_check_is_that_of_the_page(tmp_path: Path) -> None:
+    """Without and with a certificate, and with the key of another provisioner."""
     files = {"key": tmp_path / "provisioner.jwe", "password": tmp_path / "password"}
     files["key"].write_text(JWE)
     files["password"].write_text(PASSWORD)
     entry = declared("issuers.md")
     async with RealStepCA(
-        tmp_path / "ca", name="Example", jwk=JWK, provisioner=entry["provisioner"], claims=LIVES
+        tmp_path / "ca", name="Example", jwk=JWK, provisioner=entry["provisioner"], claims=LIMITS
     ) as ca:
         write(tmp_path, real(entry, ca, files))
         for ending in ("check step --issuers issuers.yaml", "--issue shop.web.svc"):
-            command, output = shown("issuers.md", ending)
-            assert alike(output) == alike((await certmount(command, tmp_path))[1])
+            command, output = example("issuers.md", ending)
+            assert normalize(output) == normalize((await certmount(command, tmp_path))[1])
             assert (await certmount(command, tmp_path))[0] == 0
         files["key"].write_text(json.dumps(new_jwk()))
         code, output = await certmount("certmount issuer check step --issuers issuers.yaml", tmp_path)
         assert code == 1
-        wrong = [block for block in blocks("issuers.md", "console") if "WRONG" in block]
-        assert alike(wrong[0].partition("\n")[2]) == alike(output)
+        failed = [block for block in blocks("issuers.md", "console") if "FAIL" in block]
+        assert normalize(failed[0].partition("\n")[2]) == normalize(output)
 
 
-async def test_the_way_from_autocert(tmp_path: Path) -> None:
-    """Its step-ca, its provisioner, its password, and nothing else: what the page declares is usable at once."""
+async def test_issuer_of_the_autocert_page_needs_only_its_password(tmp_path: Path) -> None:
     password = tmp_path / "password"
     password.write_text(PASSWORD)
     entry = declared("from-autocert.md")
@@ -133,15 +132,14 @@ async def test_the_way_from_autocert(tmp_path: Path) -> None:
     code, fingerprint = await run(*shlex.split(openssl), cwd=tmp_path)
     assert code == 0
     async with ca:
-        told = fingerprint.strip().partition("=")[2]
-        write(tmp_path, {**real(entry, ca, {"password": password}), "root_sha256": told})
-        command, output = shown("from-autocert.md", "certmount issuer check step")
-        code, said = await certmount(f"{command} --issuers issuers.yaml", tmp_path)
-        assert (code, alike(said)) == (0, alike(output))
+        sha256 = fingerprint.strip().partition("=")[2]
+        write(tmp_path, {**real(entry, ca, {"password": password}), "root_sha256": sha256})
+        command, output = example("from-autocert.md", "certmount issuer check step")
+        code, actual = await certmount(f"{command} --issuers issuers.yaml", tmp_path)
+        assert (code, normalize(actual)) == (0, normalize(output))
 
 
-def test_autocerts_own_name_gets_through_policy_and_attributes() -> None:
-    """The pod that the page shows may have its name by the rule that the page shows, and no other pod may."""
+def test_policy_of_the_autocert_page_allows_only_its_pod() -> None:
     page = documents("from-autocert.md")
     pod = next(one for one in page if one.get("kind") == "Deployment")["spec"]["template"]["spec"]
     volume = pod["volumes"][0]["csi"]
@@ -151,20 +149,19 @@ def test_autocerts_own_name_gets_through_policy_and_attributes() -> None:
     assert spec.issuer == "step"
     rules = next(one for one in page if "policy" in one)
     policy = parse_policy(rules, trust_domain="cluster.local", cluster_domain="cluster.local")
-    asked = RequestedCertificate(spec.names, spec.key_type, spec.usages, spec.duration, spec.issuer)
+    requested = RequestedCertificate(spec.names, spec.key_type, spec.usages, spec.duration, spec.issuer)
     enabled = {"autocert.step.sm": "enabled"}
-    assert policy.decide(PolicySubject(_pod("default"), enabled), asked).names.dns == spec.names.dns
+    assert policy.decide(PolicySubject(_pod("default"), enabled), requested).names.dns == spec.names.dns
     client = RequestedCertificate(
         Names.of([DNSName.parse("hello-mtls-client.default.pod.cluster.local")]), issuer="step"
     )
     assert policy.decide(PolicySubject(_pod("default"), enabled), client).duration
-    assert not policy.judge(PolicySubject(_pod("default"), {}), asked).allowed
-    assert not policy.judge(PolicySubject(_pod("other"), enabled), asked).allowed
+    assert not policy.judge(PolicySubject(_pod("default"), {}), requested).allowed
+    assert not policy.judge(PolicySubject(_pod("other"), enabled), requested).allowed
 
 
 @pytest.mark.parametrize("name", ["issuers.md", "from-autocert.md"])
-def test_permissions_are_those_of_the_secrets_that_the_file_names(name: str) -> None:
-    """No more and no less: who follows the page can read what the file refers to."""
+def test_roles_allow_exactly_the_secrets_of_the_issuers(name: str) -> None:
     sources = [declared(name)[word] for word in ("key", "password") if word in declared(name)]
     secrets = {tuple(source["secret"].split("/")) for source in sources}
     roles = [one for one in documents(name) if one.get("kind") == "Role"]
@@ -186,8 +183,8 @@ def test_permissions_are_those_of_the_secrets_that_the_file_names(name: str) -> 
         assert binding["subjects"] == [account]
 
 
-async def test_what_is_wrong_with_the_file_is_told_by_the_command(tmp_path: Path) -> None:
-    """Before anything is looked at; unknown names, and Secrets outside a cluster, likewise."""
+async def test_issuer_check_reports_an_invalid_file(tmp_path: Path) -> None:
+    """Also unknown names, and Secrets outside a cluster."""
     file = tmp_path / "issuers.yaml"
     check = "certmount issuer check --issuers issuers.yaml"
     code, output = await certmount(check, tmp_path)
@@ -202,13 +199,13 @@ async def test_what_is_wrong_with_the_file_is_told_by_the_command(tmp_path: Path
     file.write_text("# none\n")
     assert await certmount(check, tmp_path) == (0, "issuers.yaml declares no issuers\n")
     code, output = await certmount("certmount issuer check x --issuers issuers.yaml", tmp_path)
-    assert (code, output) == (1, "Error: issuers.yaml has no issuer x; it declares none\n")
+    assert (code, output) == (1, "Error: issuers.yaml has no issuer x; it declares no issuers\n")
     async with RealStepCA(tmp_path / "ca") as ca:
         secret = {"secret": "certmount/step", "key": "jwk"}
         write(tmp_path, {"url": ca.url, "root_sha256": ca.root_sha256, "provisioner": "csi", "key": secret})
         code, output = await certmount(check, tmp_path)
     assert code == 1
-    assert "WRONG key: key jwk of Secret certmount/step: there is no cluster to read it from" in output
+    assert "FAIL key: key jwk of Secret certmount/step: cannot be read outside a cluster" in output
 
 
 def _pod(namespace: str) -> PodIdentity:

@@ -1,4 +1,4 @@
-"""A pod that asks the authority for a certificate from step-ca: the real authority, the real step-ca, the real wire."""
+"""Certificates from a real step-ca through a real authority."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from csi_driver._proto import authority_pb2
 from csi_driver.authority import server
 from csi_driver.core.certificates.verification import ExpectedCertificate, verify_certificate
 from csi_driver.core.names import DNSName, Names
-from tests.integration.authority.world import NAME, POD, Caller, Cluster, Refusal, World
+from tests.integration.authority.world import NAME, POD, Caller, CallFailure, Cluster, World
 from tests.integration.node.world import Shown, kubelet_root
 from tests.peers.step_ca import PROVISIONER, RealStepCA
 from tests.support.driver import Driver
@@ -42,7 +42,7 @@ async def ca(tmp_path: Path) -> AsyncIterator[RealStepCA]:
 
 @pytest.fixture
 async def world(tmp_path: Path, ca: RealStepCA, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
-    """An authority whose issuers' file names step-ca."""
+    """An authority whose issuers file declares step-ca."""
     file = tmp_path / "issuers.yaml"
     declared = {
         "url": ca.url,
@@ -72,17 +72,17 @@ async def caller(world: World) -> AsyncIterator[Caller]:
 
 
 def request(world: World, **changes: Any) -> authority_pb2.IssueRequest:
-    """As a node sends it for a volume with ``issuer: step``."""
-    usual: dict[str, Any] = {
+    """Return the request of a node for a volume with ``issuer: step``."""
+    defaults: dict[str, Any] = {
         "csr": world.csr(NAME),
         "pod_token": world.issuer.pod_token(POD).reveal(),
         "issuer": "step",
     }
-    return authority_pb2.IssueRequest(**{**usual, **changes})
+    return authority_pb2.IssueRequest(**{**defaults, **changes})
 
 
 async def known_roots(caller: Caller) -> authority_pb2.TrustBundle:
-    """What nodes are told to trust, as soon as step-ca's roots are in it."""
+    """Return the first trust bundle with step-ca's roots."""
     call = caller.watch()
     try:
         async for bundle in call:
@@ -94,14 +94,15 @@ async def known_roots(caller: Caller) -> authority_pb2.TrustBundle:
     raise AssertionError("the stream has ended")
 
 
-async def refused(caller: Caller, wanted: authority_pb2.IssueRequest) -> Refusal:
+async def refused(caller: Caller, wanted: authority_pb2.IssueRequest) -> CallFailure:
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await caller.send(wanted)
-    return Refusal.of(raised.value)
+    return CallFailure.of(raised.value)
 
 
-async def test_a_pod_gets_a_chain_to_step_cas_root(world: World, caller: Caller, ca: RealStepCA) -> None:
-    """The node's judgement is passed with step-ca's root, and the audit log says whom it is from."""
+async def test_certificate_from_step_ca_passes_the_nodes_verification(
+    world: World, caller: Caller, ca: RealStepCA
+) -> None:
     bundle = await known_roots(caller)
     assert list(bundle.sets["step"].roots) == [ca.root_der]
     with capture_logs() as logs:
@@ -116,41 +117,44 @@ async def test_a_pod_gets_a_chain_to_step_cas_root(world: World, caller: Caller,
     assert world.metric("certmount_issuer_calls_total", issuer="step", reason="Ok") == 1
 
 
-async def test_a_pod_of_the_internal_ca_may_federate_with_step(world: World, caller: Caller, ca: RealStepCA) -> None:
-    """So that pods of both trust each other while a cluster moves from one to the other."""
+async def test_pod_of_the_internal_ca_can_federate_with_step_ca(world: World, caller: Caller, ca: RealStepCA) -> None:
+    """For migrations: pods of both issuers trust each other."""
     await known_roots(caller)
     answer = await caller.send(request(world, issuer="internal", federations=["step"]))
     assert set(answer.trust) == {"internal", "step"}
     assert list(answer.trust["step"].roots) == [ca.root_der]
 
 
-async def test_step_cas_refusal_reaches_the_pod_in_words(world: World, caller: Caller) -> None:
-    """Policy lets 30 hours pass, step-ca does not: whose limit it is stands in the pod's event."""
+async def test_error_of_step_ca_reaches_the_pod(world: World, caller: Caller) -> None:
+    """The policy allows 30 hours, step-ca does not."""
     await known_roots(caller)
     wanted = request(world)
     wanted.duration.FromTimedelta(timedelta(hours=30))
     refusal = await refused(caller, wanted)
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.PERMISSION_DENIED, "NameNotAllowed")
-    assert "issuer step: step-ca refuses it: requested duration of 30h1m0s is more than the authorized" in refusal.text
+    assert (
+        "issuer step: step-ca rejected the request: requested duration of 30h1m0s is more than the authorized"
+        in refusal.text
+    )
 
 
-async def test_a_step_ca_that_is_away_is_tried_again(world: World, caller: Caller, ca: RealStepCA) -> None:
-    """The node is told to; and the internal CA's pods notice nothing."""
+async def test_outage_of_step_ca_is_retryable_and_does_not_affect_the_internal_ca(
+    world: World, caller: Caller, ca: RealStepCA
+) -> None:
     await known_roots(caller)
     await ca.stop()
     refusal = await refused(caller, request(world))
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "IssuerUnavailable")
-    assert "no connection: Connection refused" in refusal.text
+    assert "cannot connect: Connection refused" in refusal.text
     assert (await caller.issue()).chain
     await ca.start()
     assert (await caller.send(request(world))).chain
 
 
-async def test_a_pods_volume_trusts_both_roots_while_two_step_cas_federate(
+async def test_volume_gets_a_federated_root_without_a_new_certificate(
     world: World, caller: Caller, ca: RealStepCA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The driver's own process, and the files that a pod reads: a second root comes without another key or certificate."""
-    monkeypatch.setattr("csi_driver.authority.issuers.step_ca.issuer._SURVEY_S", 0.2)
+    monkeypatch.setattr("csi_driver.authority.issuers.diagnosed_issuer.DIAGNOSE_S", 0.2)
     await known_roots(caller)
     other = RealStepCA(tmp_path / "other", name="Other")
     with kubelet_root() as root:

@@ -1,4 +1,4 @@
-"""A provisioner's key for tests, made and encrypted by Smallstep's own library (go.step.sm/crypto 0.77.1) as `step crypto jwk create` does."""
+"""A provisioner's key that Smallstep's library (go.step.sm/crypto 0.77.1) created and encrypted, like `step crypto jwk create`."""
 
 from __future__ import annotations
 
