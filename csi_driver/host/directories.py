@@ -13,9 +13,9 @@ from csi_driver.host.mountinfo import mount_id
 
 
 @contextmanager
-def open_descriptor(path: Path, flags: int) -> Iterator[int]:
+def open_descriptor(path: Path | str, flags: int, dir_fd: int | None = None) -> Iterator[int]:
     """Open a path with the given flags and O_CLOEXEC, and close it after the block."""
-    descriptor = os.open(path, flags | os.O_CLOEXEC)
+    descriptor = os.open(path, flags | os.O_CLOEXEC, dir_fd=dir_fd)
     try:
         yield descriptor
     finally:

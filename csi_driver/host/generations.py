@@ -30,7 +30,7 @@ MAX_READ_BYTES: Final = 1 << 20
 _DATA_TMP: Final = "..data_tmp"
 _LINK_TMP: Final = "..link_tmp"
 _STAMP: Final = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.-]{0,99}")
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY
 _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ_ATTEMPTS: Final = 1000
 _FULL_HINT: Final = "the volume must have space for the old and the new files; use fewer names or a smaller key"
@@ -116,13 +116,10 @@ def erase_files(root: int) -> None:
 
 def _write_files(root: int, generation: str, files: Sequence[VolumeFile]) -> None:
     os.mkdir(generation, 0o700, dir_fd=root)
-    directory = os.open(generation, _DIRECTORY | os.O_NOFOLLOW, dir_fd=root)
-    try:
+    with open_descriptor(generation, _DIRECTORY | os.O_NOFOLLOW, root) as directory:
         for file in files:
             _write_file(directory, file)
         os.fchmod(directory, 0o755)
-    finally:
-        os.close(directory)
 
 
 def _write_file(directory: int, file: VolumeFile) -> None:
@@ -169,12 +166,9 @@ def _remove_generations(root: int, keep: str | None) -> None:
 
 
 def _remove_generation(root: int, name: str) -> None:
-    directory = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=root)
-    try:
+    with open_descriptor(name, _DIRECTORY | os.O_NOFOLLOW, root) as directory:
         for file in _names(directory):
             os.unlink(file, dir_fd=directory)
-    finally:
-        os.close(directory)
     os.rmdir(name, dir_fd=root)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from csi_driver.core.errors import CertmountError, Fault, Reason
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 _HINTS = {
     errno.EPERM: "the driver's container must be privileged",
     errno.EACCES: "the driver must run as root",
@@ -18,19 +17,14 @@ _HINTS = {
 }
 
 
-def error_from_os(error: OSError, field: str, action: str, path: Path | str, full_hint: str = "") -> CertmountError:
-    """Return NO_SPACE with ``full_hint`` if a file system or limit is exhausted, else MOUNT_FAILED."""
-    number = error.errno or 0
-    problem = f"could not {action} {path}: {os.strerror(number) if number else error}"
-    if number in _FULL:
-        return CertmountError(Reason.NO_SPACE, Fault(field, problem, full_hint))
-    return CertmountError(Reason.MOUNT_FAILED, Fault(field, problem, _HINTS.get(number, "")))
-
-
 @contextmanager
 def translate_os_errors(field: str, action: str, path: Path | str, full_hint: str = "") -> Iterator[None]:
-    """Raise an OSError of the block as :func:`error_from_os`."""
+    """Raise an OSError of the block as CertmountError MOUNT_FAILED, or NO_SPACE with ``full_hint`` if a limit is exhausted."""
     try:
         yield
     except OSError as error:
-        raise error_from_os(error, field, action, path, full_hint) from error
+        number = error.errno or 0
+        problem = f"could not {action} {path}: {os.strerror(number) if number else error}"
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            raise CertmountError(Reason.NO_SPACE, Fault(field, problem, full_hint)) from error
+        raise CertmountError(Reason.MOUNT_FAILED, Fault(field, problem, _HINTS.get(number, ""))) from error

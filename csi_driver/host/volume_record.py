@@ -52,20 +52,7 @@ class VolumeRecord:
         unknown = values.keys() - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"{min(unknown)}: is not a field of a record")
-        return cls(
-            volume_id=_required(values, "volume_id", _string),
-            pod_namespace=_required(values, "pod_namespace", _string),
-            pod_name=_required(values, "pod_name", _string),
-            pod_uid=_required(values, "pod_uid", _string),
-            service_account=_required(values, "service_account", _string),
-            attributes=_required(values, "attributes", _string_map),
-            mount_group=_required(values, "mount_group", _optional_integer),
-            targets=_required(values, "targets", _strings),
-            issued_at=_required(values, "issued_at", _seconds),
-            renew_at=_required(values, "renew_at", _seconds),
-            not_after=_required(values, "not_after", _seconds),
-            interim=_required(values, "interim", _boolean),
-        )
+        return cls(version=version, **{name: _required(values, name, parse) for name, parse in _PARSERS.items()})
 
 
 def _required(values: dict[str, Any], name: str, parse: Callable[[Any], T]) -> T:
@@ -121,3 +108,15 @@ def _string_map(value: Any) -> dict[str, str]:
     if not isinstance(value, dict):
         raise ValueError("is not an object of strings")
     return {name: _string(text) for name, text in value.items()}
+
+
+_TEXTS = ("volume_id", "pod_namespace", "pod_name", "pod_uid", "service_account")
+_TIMES = ("issued_at", "renew_at", "not_after")
+_PARSERS: Mapping[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(_TEXTS, _string),
+    "attributes": _string_map,
+    "mount_group": _optional_integer,
+    "targets": _strings,
+    **dict.fromkeys(_TIMES, _seconds),
+    "interim": _boolean,
+}

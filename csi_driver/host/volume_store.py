@@ -41,18 +41,6 @@ _PLAIN_KEY: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}")
 
 
 @dataclass(frozen=True, slots=True)
-class FilesystemUsage:
-    """The size and use of a volume's file system."""
-
-    total_bytes: int
-    used_bytes: int
-    available_bytes: int
-    total_inodes: int
-    used_inodes: int
-    available_inodes: int
-
-
-@dataclass(frozen=True, slots=True)
 class QuarantinedVolume:
     """A volume directory that the driver leaves unchanged, and the reason: an unusable record or a failed removal."""
 
@@ -196,20 +184,12 @@ class VolumeStore:
                 quarantined.append(QuarantinedVolume(directory.name, str(error)))
         return VolumeScan(tuple(records), tuple(orphans), tuple(quarantined), tuple(dropped))
 
-    def usage(self, volume_id: str) -> FilesystemUsage:
+    def usage(self, volume_id: str) -> os.statvfs_result:
         """Return the use of the volume's file system. Raises CertmountError VOLUME_NOT_FOUND."""
         try:
-            found = os.statvfs(self.files_dir(volume_id))
+            return os.statvfs(self.files_dir(volume_id))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise _not_found(volume_id) from error
-        return FilesystemUsage(
-            total_bytes=found.f_blocks * found.f_frsize,
-            used_bytes=(found.f_blocks - found.f_bfree) * found.f_frsize,
-            available_bytes=found.f_bavail * found.f_frsize,
-            total_inodes=found.f_files,
-            used_inodes=found.f_files - found.f_ffree,
-            available_inodes=found.f_favail,
-        )
 
     def pod_exists(self, pod_uid: str) -> bool:
         """Return False if the kubelet's pods directory exists but the pod's does not. If in doubt, the pod exists."""

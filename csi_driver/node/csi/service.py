@@ -37,7 +37,6 @@ class IdentityService(csi_pb2_grpc.IdentityServicer):
     async def GetPluginInfo(
         self, _request: csi_pb2.GetPluginInfoRequest, _context: _Context
     ) -> csi_pb2.GetPluginInfoResponse:
-        """Return the driver's name and version."""
         return csi_pb2.GetPluginInfoResponse(name=DRIVER_NAME, vendor_version=__version__)
 
     async def GetPluginCapabilities(
@@ -62,7 +61,6 @@ class NodeService(csi_pb2_grpc.NodeServicer):
     async def NodePublishVolume(
         self, request: csi_pb2.NodePublishVolumeRequest, _context: _Context
     ) -> csi_pb2.NodePublishVolumeResponse:
-        """Publish a volume, see :meth:`Publisher.publish`."""
         await self._publisher.publish(request)
         return csi_pb2.NodePublishVolumeResponse()
 
@@ -77,22 +75,21 @@ class NodeService(csi_pb2_grpc.NodeServicer):
     async def NodeGetVolumeStats(
         self, request: csi_pb2.NodeGetVolumeStatsRequest, _context: _Context
     ) -> csi_pb2.NodeGetVolumeStatsResponse:
-        """Return the space and inodes of the volume's tmpfs."""
         _require(request, "volume_id", "volume_path")
         usage = self._published.usage(request.volume_id, request.volume_path)
-        bytes_ = csi_pb2.VolumeUsage(
+        space = csi_pb2.VolumeUsage(
             unit=csi_pb2.VolumeUsage.BYTES,
-            total=usage.total_bytes,
-            used=usage.used_bytes,
-            available=usage.available_bytes,
+            total=usage.f_blocks * usage.f_frsize,
+            used=(usage.f_blocks - usage.f_bfree) * usage.f_frsize,
+            available=usage.f_bavail * usage.f_frsize,
         )
         inodes = csi_pb2.VolumeUsage(
             unit=csi_pb2.VolumeUsage.INODES,
-            total=usage.total_inodes,
-            used=usage.used_inodes,
-            available=usage.available_inodes,
+            total=usage.f_files,
+            used=usage.f_files - usage.f_ffree,
+            available=usage.f_favail,
         )
-        return csi_pb2.NodeGetVolumeStatsResponse(usage=[bytes_, inodes])
+        return csi_pb2.NodeGetVolumeStatsResponse(usage=[space, inodes])
 
     async def NodeGetVolumeHealth(
         self, request: csi_pb2.NodeGetVolumeHealthRequest, _context: _Context

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import structlog
 
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.host.target_paths import may_be_target
-from csi_driver.host.volume_store import FilesystemUsage, VolumeStore
+from csi_driver.host.volume_store import VolumeStore
 from csi_driver.node.renewal.renewals import Renewals
 from csi_driver.node.threads import in_thread
 from csi_driver.node.volumes.volume import Volume, VolumeProblem, VolumeTable
@@ -35,7 +36,7 @@ class PublishedVolumes:
         """Return what is wrong with the certificate. Raises CertmountError VolumeNotFound."""
         return self._renewals.problem(self._find(volume_id, path))
 
-    def usage(self, volume_id: str, path: str) -> FilesystemUsage:
+    def usage(self, volume_id: str, path: str) -> os.statvfs_result:
         """Return the space and inodes of the volume's file system. Raises CertmountError VolumeNotFound."""
         self._find(volume_id, path)
         return self._store.usage(volume_id)

@@ -108,7 +108,7 @@ def test_volume_without_free_inodes_keeps_its_files(store: VolumeStore, root: Pa
     publish(store, target)
     hoard = root / VOLUME_ID / "hoard"
     hoard.mkdir()
-    free = store.usage(VOLUME_ID).available_inodes
+    free = store.usage(VOLUME_ID).f_favail
     for number in range(free):
         (hoard / str(number)).touch()
     for spare in range(4):
@@ -261,13 +261,13 @@ def test_usage_is_that_of_the_volume(store: VolumeStore, target: Path) -> None:
     """The previous generation counts too."""
     publish(store, target)
     before = store.usage(VOLUME_ID)
-    assert (before.total_bytes, before.total_inodes) == (1 << 20, 128)
+    assert (before.f_blocks * before.f_frsize, before.f_files) == (1 << 20, 128)
     write_generation(store.files_dir(VOLUME_ID), pair(2, size=20_000), "2")
     after = store.usage(VOLUME_ID)
     pages = -(-len("2 " * 20_000) // 4096)
-    assert after.used_bytes - before.used_bytes == 2 * pages * 4096
-    assert after.used_bytes + after.available_bytes == after.total_bytes
-    assert after.used_inodes == before.used_inodes + 3
+    assert (before.f_bfree - after.f_bfree) * after.f_frsize == 2 * pages * 4096
+    assert after.f_bavail == after.f_bfree
+    assert after.f_ffree == before.f_ffree - 3
 
 
 def test_110_volumes_are_created_and_removed_concurrently(kubelet: Path, mounts: KernelMounts, root: Path) -> None:

@@ -101,11 +101,11 @@ async def test_restarted_pod_uses_the_existing_certificate(node: Node, shop: Fak
     assert (node.script.calls, len(serials)) == (1, 1)
 
 
+@pytest.mark.root
 async def test_each_volume_has_its_own_group(node: Node, shop: FakePod) -> None:
     one = await node.published(_again(shop, 1), {**EDGE, "fs-group": "3001"})
     two = await node.published(_again(shop, 2), {**EDGE, "fs-group": "3002"})
-    if node.real_mounts:
-        assert [(node.target(each, "site.key")).stat().st_gid for each in (one, two)] == [3001, 3002]
+    assert [(node.target(each, "site.key")).stat().st_gid for each in (one, two)] == [3001, 3002]
     assert node.shown(one).key == node.shown(two).key
 
 
