@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 
 import grpc
@@ -107,10 +107,7 @@ class AuthorityClient:
     async def confirm_trust(self, name: str, generation: int) -> None:
         """Acknowledge that all volumes of this node contain a root set with this generation or a newer one; raises as :meth:`issue`."""
         request = authority_pb2.ConfirmTrustRequest(set=name, generation=generation)
-        try:
-            await self._stub().ConfirmTrust(request, timeout=_REPORT_TIMEOUT_S, metadata=self._metadata())
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc(error) from None
+        await self._send(self._stub().ConfirmTrust, request)
 
     async def report(self, report: CertificateReport) -> None:
         """Report the condition of a pod's certificate; raises as :meth:`issue`."""
@@ -120,10 +117,7 @@ class AuthorityClient:
             reason=report.reason,
             message=report.message,
         )
-        try:
-            await self._stub().Report(request, timeout=_REPORT_TIMEOUT_S, metadata=self._metadata())
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc(error) from None
+        await self._send(self._stub().Report, request)
 
     def root_problem(self) -> str | None:
         """Return why the root file of the authority is unusable, or None."""
@@ -138,6 +132,12 @@ class AuthorityClient:
         for channel in (*self._retired, *([self._channel] if self._channel else [])):
             await channel.close()
         self._retired, self._channel = [], None
+
+    async def _send(self, method: Callable[..., Awaitable[object]], request: object) -> None:
+        try:
+            await method(request, timeout=_REPORT_TIMEOUT_S, metadata=self._metadata())
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error) from None
 
     async def _issue(self, request: authority_pb2.IssueRequest) -> authority_pb2.IssueResponse:
         """Return the response of the first replica that replies. gRPC's own retries (gRFC A6) end after about a second."""

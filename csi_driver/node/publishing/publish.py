@@ -1,8 +1,12 @@
-"""Publish a volume: NodePublishVolume from the call to the mounted files."""
+"""Publish a volume: NodePublishVolume from the call to the mounted files.
+
+The steps are: parse the call, lock the volume, republish it if it has files, parse its attributes and target path, obtain a
+certificate, choose its roots, render and write its files, mount them, schedule the renewal, and write newer roots.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -26,28 +30,18 @@ from csi_driver.node.volumes.volume_files import write_certificate
 log = structlog.get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
 class Publisher:
     """Publishes the volumes of the node."""
 
-    def __init__(
-        self,
-        kubelet_dir: Path,
-        store: VolumeStore,
-        volumes: VolumeTable,
-        published: PublishedVolumes,
-        restorer: VolumeRestorer,
-        certificates: CertificateClient,
-        roots: RootDistribution,
-        renewals: Renewals,
-    ) -> None:
-        self._kubelet_dir = kubelet_dir
-        self._store = store
-        self._volumes = volumes
-        self._published = published
-        self._restorer = restorer
-        self._certificates = certificates
-        self._roots = roots
-        self._renewals = renewals
+    kubelet_dir: Path
+    store: VolumeStore
+    volumes: VolumeTable
+    published: PublishedVolumes
+    restorer: VolumeRestorer
+    certificates: CertificateClient
+    roots: RootDistribution
+    renewals: Renewals
 
     async def publish(self, call: csi_pb2.NodePublishVolumeRequest) -> None:
         """Mount the files of a volume at its target path, or update a volume that is already published.
@@ -59,31 +53,31 @@ class Publisher:
             CertmountError: why the first publish failed. Nothing of the volume remains.
         """
         try:
-            request = parse_publish(call, self._kubelet_dir)
-            async with self._volumes.lock(request.volume_id):
+            request = parse_publish(call, self.kubelet_dir)
+            async with self.volumes.lock(request.volume_id):
                 if volume := await self._find_existing(request):
                     await self._republish(volume, request)
                 else:
                     await self._publish_first(request)
         except CertmountError as error:
-            if not self._published.is_mounted(call.volume_id, call.target_path):
+            if not self.published.is_mounted(call.volume_id, call.target_path):
                 raise
             log.warning("republish failed; the volume keeps its files", reason=error.reason.word, error=str(error))
 
     async def _find_existing(self, request: PublishRequest) -> Volume | None:
         """Return the volume if it has files; adopt a mounted volume whose record was lost."""
-        volume = self._volumes.get(request.volume_id)
-        if volume is None and self._published.is_mounted(request.volume_id, request.target):
-            volume = await self._restorer.adopt(request)
-        if volume is not None and self._store.has_files(request.volume_id):
+        volume = self.volumes.get(request.volume_id)
+        if volume is None and self.published.is_mounted(request.volume_id, request.target):
+            volume = await self.restorer.adopt(request)
+        if volume is not None and self.store.has_files(request.volume_id):
             return volume
-        self._volumes.forget(request.volume_id)
+        self.volumes.forget(request.volume_id)
         return None
 
     async def _publish_first(self, request: PublishRequest) -> None:
-        spec, target = parse_declaration(request, self._kubelet_dir)
+        spec, target = parse_declaration(request, self.kubelet_dir)
         certificate_request = CertificateRequest(request.volume_id, request.pod, spec, request.token)
-        obtained = await self._certificates.obtain(certificate_request)
+        obtained = await self.certificates.obtain(certificate_request)
         record = new_record(
             request,
             issued_at=obtained.issued_at,
@@ -92,11 +86,11 @@ class Publisher:
             interim=obtained.interim,
         )
         volume = Volume(record, spec, request.token)
-        volume.root_sets = self._roots.accept_response(volume.trusted_names, obtained.root_sets)
+        volume.root_sets = self.roots.accept_response(volume.trusted_names, obtained.root_sets)
         await in_thread(None, self._write_and_mount, volume, target, obtained)
-        self._volumes.keep(volume)
-        self._renewals.keep(volume)
-        await self._roots.catch_up(volume)
+        self.volumes.keep(volume)
+        self.renewals.keep(volume)
+        await self.roots.catch_up(volume)
         log.info(
             "volume published",
             names=str(spec.names),
@@ -109,20 +103,20 @@ class Publisher:
         """Render and write the files and the record, then bind them to the target path. On failure undo everything."""
         volume_id, roots = volume.record.volume_id, merge_roots(volume.root_sets, volume.trusted_names)
         try:
-            self._store.create(volume_id)
+            self.store.create(volume_id)
             write_certificate(
-                self._store.files_dir(volume_id),
+                self.store.files_dir(volume_id),
                 obtained.key,
                 obtained.verified.chain,
                 roots,
                 volume.file_access,
                 obtained.issued_at,
             )
-            self._store.write_record(volume.record)
-            self._store.bind(volume_id, target)
+            self.store.write_record(volume.record)
+            self.store.bind(volume_id, target)
         except BaseException:
-            self._store.unbind(target)
-            self._store.remove(volume_id)
+            self.store.unbind(target)
+            self.store.remove(volume_id)
             raise
 
     async def _republish(self, volume: Volume, request: PublishRequest) -> None:
@@ -130,13 +124,13 @@ class Publisher:
         if request.token is not None:
             if volume.token is None or request.token.claims.expires_at >= volume.token.claims.expires_at:
                 volume.token = request.token
-            self._renewals.token_received(volume)
+            self.renewals.token_received(volume)
         target = Path(request.target)
-        if str(target) in volume.record.targets and self._store.is_healthy(volume.record.volume_id, target):
+        if str(target) in volume.record.targets and self.store.is_healthy(volume.record.volume_id, target):
             return
-        target = check_target(self._kubelet_dir, request.target, request.pod.uid)
-        await in_thread(None, self._store.bind, volume.record.volume_id, target)
+        target = check_target(self.kubelet_dir, request.target, request.pod.uid)
+        await in_thread(None, self.store.bind, volume.record.volume_id, target)
         if str(target) not in volume.record.targets:
             volume.record = replace(volume.record, targets=(*volume.record.targets, str(target)))
-            await in_thread(None, self._store.write_record, volume.record)
+            await in_thread(None, self.store.write_record, volume.record)
         log.info("volume mounted again", target=str(target))

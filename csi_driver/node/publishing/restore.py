@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import structlog
 
@@ -23,55 +24,45 @@ from csi_driver.telemetry.node_metrics import NodeMetrics
 log = structlog.get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
 class VolumeRestorer:
     """Restores volumes from their records at start, and from their files if the record was lost."""
 
-    def __init__(
-        self,
-        store: VolumeStore,
-        volumes: VolumeTable,
-        roots: RootDistribution,
-        renewals: Renewals,
-        remover: VolumeRemover,
-        metrics: NodeMetrics,
-        clock: Callable[[], float],
-        rng: Callable[[], float],
-    ) -> None:
-        self._store = store
-        self._volumes = volumes
-        self._roots = roots
-        self._renewals = renewals
-        self._remover = remover
-        self._metrics = metrics
-        self._clock = clock
-        self._rng = rng
+    store: VolumeStore
+    volumes: VolumeTable
+    roots: RootDistribution
+    renewals: Renewals
+    remover: VolumeRemover
+    metrics: NodeMetrics
+    clock: Callable[[], float]
+    rng: Callable[[], float]
 
     async def restore(self) -> None:
         """Restore all volumes that have a record, and remove those whose pods no longer exist."""
-        scan = await in_thread(None, self._store.scan)
+        scan = await in_thread(None, self.store.scan)
         unusable: list[str] = []
         for record in scan.records:
             try:
                 self._keep(Volume(record, parse_attributes(record.attributes)))
             except CertmountError as error:
-                unusable.append(self._store.key(record.volume_id))
+                unusable.append(self.store.key(record.volume_id))
                 log.error("volume not restored", volume=record.volume_id, error=str(error))  # noqa: TRY400
         for quarantined in scan.quarantined:
-            self._metrics.record_quarantined()
+            self.metrics.record_quarantined()
             log.warning(
                 "record quarantined; the volume keeps its files", volume=quarantined.key, error=quarantined.reason
             )
-        self._roots.await_adoption([quarantined.key for quarantined in scan.quarantined] + unusable)
+        self.roots.await_adoption([quarantined.key for quarantined in scan.quarantined] + unusable)
         for record in scan.orphans:
-            await self._remover.remove(record)
+            await self.remover.remove(record)
         removed = len(scan.orphans) + len(scan.dropped)
         log.info("volumes restored", volumes=len(scan.records), quarantined=len(scan.quarantined), removed=removed)
 
     async def adopt(self, request: PublishRequest) -> Volume:
         """Restore a mounted volume whose record was lost. Renew it immediately if its certificate does not match."""
-        spec, now = parse_attributes(request.attributes), self._clock()
+        spec, now = parse_attributes(request.attributes), self.clock()
         try:
-            files_dir = self._store.files_dir(request.volume_id)
+            files_dir = self.store.files_dir(request.volume_id)
             leaf = (await in_thread(None, read_certificate, files_dir, spec, request.pod, now)).leaf
         except CertmountError as error:
             log.warning("adopted volume needs a renewal now", reason=error.reason.word, error=str(error))
@@ -83,18 +74,18 @@ class VolumeRestorer:
                 not_after=not_after,
                 renew_before_s=spec.renew_before.total_seconds() if spec.renew_before else None,
                 renew_after_s=None,
-                jitter=self._rng(),
+                jitter=self.rng(),
             )
             record = new_record(request, issued_at=issued_at, renew_at=renew_at, not_after=not_after)
         volume = Volume(record, spec, request.token)
-        await in_thread(None, self._store.write_record, record)
+        await in_thread(None, self.store.write_record, record)
         self._keep(volume)
         return volume
 
     def _keep(self, volume: Volume) -> None:
-        self._volumes.keep(volume)
-        self._renewals.keep(volume)
-        self._roots.check_restored(volume)
+        self.volumes.keep(volume)
+        self.renewals.keep(volume)
+        self.roots.check_restored(volume)
 
 
 def new_record(
