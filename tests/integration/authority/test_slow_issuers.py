@@ -47,7 +47,6 @@ class SlowIssuer(Issuer):
 
     def __init__(self) -> None:
         self.ca = TestCA("public root")
-        self.while_pending: str | None = None
         self.failure: CertmountError | None = CertmountError(Reason.ISSUANCE_PENDING, "the CA is validating")
         self.requests: list[bytes] = []
 
