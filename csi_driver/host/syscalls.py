@@ -43,15 +43,6 @@ _libc.umount2.restype = ctypes.c_int
 _libc.syscall.restype = ctypes.c_long
 
 
-class _MountAttributes(ctypes.Structure):
-    _fields_ = (
-        ("attr_set", ctypes.c_uint64),
-        ("attr_clr", ctypes.c_uint64),
-        ("propagation", ctypes.c_uint64),
-        ("userns_fd", ctypes.c_uint64),
-    )
-
-
 def mount(source: str | None, target: str, fs_type: str | None, flags: int, data: str | None = None) -> None:
     """Mount a file system, or change a mount."""
     _checked(_libc.mount(_bytes(source), _bytes(target), _bytes(fs_type), flags, _bytes(data)))
@@ -70,9 +61,10 @@ def clone_tree(path: str) -> int:
 
 def set_mount_attributes(tree: int, attributes: int) -> None:
     """Set MOUNT_ATTR_* on a detached mount: mount_setattr(2), Linux 5.12."""
-    wanted = _MountAttributes(attr_set=attributes)
-    flags, size = ctypes.c_uint(_AT_EMPTY_PATH), ctypes.c_size_t(ctypes.sizeof(wanted))
-    _call(_MOUNT_SETATTR, ctypes.c_int(tree), ctypes.c_char_p(b""), flags, ctypes.byref(wanted), size)
+    size = 32  # struct mount_attr: attr_set, attr_clr, propagation and userns_fd, 64 bits each
+    values = (ctypes.c_uint64 * 4)(attributes)
+    flags = ctypes.c_uint(_AT_EMPTY_PATH)
+    _call(_MOUNT_SETATTR, ctypes.c_int(tree), ctypes.c_char_p(b""), flags, ctypes.byref(values), ctypes.c_size_t(size))
 
 
 def attach_tree(tree: int, target: int) -> None:

@@ -57,16 +57,7 @@ class Driver:
         self._reporter = CertificateReporter(client.report, rng)
         self._conditions = ConditionTracker(volumes, self._remover, queue.outage, self._reporter, clock)
         self._renewals = Renewals(
-            store,
-            volumes,
-            certificates,
-            queue,
-            self._roots,
-            self._remover,
-            self._conditions,
-            metrics,
-            clock,
-            rng,
+            store, volumes, certificates, queue, self._roots, self._remover, self._conditions, metrics, clock, rng
         )
         self._early_renewals = EarlyRenewals(volumes, stored.key_fingerprint, self._renewals.renew_early)
 

@@ -1,6 +1,6 @@
 """An authority for tests of the node: a TLS gRPC server and a CA, controlled by a script.
 
-It accepts every token. For benchmarks, run it as a process of its own:
+It accepts every token. For benchmarks, run it in its own process:
 
     python -m tests.support.scripted_authority DIR [--delay-ms 20]
 

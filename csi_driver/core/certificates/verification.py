@@ -153,30 +153,24 @@ def _chain_problems(verified: VerifiedCertificate, now: datetime) -> list[str]:
 
 
 def _validity_problems(certificate: x509.Certificate, position: int, now: datetime) -> list[str]:
-    if now < certificate.not_valid_before_utc:
-        start = f"{certificate.not_valid_before_utc:%Y-%m-%dT%H:%M:%SZ}"
-        return [f"chain[{position}] is not valid before {start}; compare the clocks of the node and the authority"]
-    if now >= certificate.not_valid_after_utc:
-        return [f"chain[{position}] expired at {certificate.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}"]
-    return []
+    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if now < start:
+        hint = "compare the clocks of the node and the authority"
+        return [f"chain[{position}] is not valid before {start:%Y-%m-%dT%H:%M:%SZ}; {hint}"]
+    return [f"chain[{position}] expired at {end:%Y-%m-%dT%H:%M:%SZ}"] if now >= end else []
 
 
-def _max_intermediates(issuer: x509.Certificate) -> int | None:
-    """Return how many intermediates a CA allows below itself (RFC 5280 section 4.2.1.9), or None if it is not a valid CA.
+def _is_issued_by(subject: x509.Certificate, issuer: x509.Certificate, *, intermediates: int) -> bool:
+    """Return True if the issuer signed the subject and allows this number of intermediates below itself.
 
-    A valid CA has the CA flag, can sign certificates (section 4.2.1.3), and has no unknown critical extension.
+    The issuer must be a CA (RFC 5280 section 4.2.1.9) that can sign certificates (section 4.2.1.3), without an unknown
+    critical extension.
     """
     constraints, usage = _extension(issuer, x509.BasicConstraints), _extension(issuer, x509.KeyUsage)
     can_sign = usage is None or usage.key_cert_sign
     if constraints is None or not constraints.ca or not can_sign or _unknown_critical_extensions(issuer):
-        return None
-    return _MAX_CERTIFICATES if constraints.path_length is None else constraints.path_length
-
-
-def _is_issued_by(subject: x509.Certificate, issuer: x509.Certificate, *, intermediates: int) -> bool:
-    """Return True if the issuer signed the subject and allows this number of intermediates below itself."""
-    limit = _max_intermediates(issuer)
-    if limit is None or intermediates > limit:
+        return False
+    if constraints.path_length is not None and intermediates > constraints.path_length:
         return False
     authority_id = _extension(subject, x509.AuthorityKeyIdentifier)
     subject_id = _extension(issuer, x509.SubjectKeyIdentifier)

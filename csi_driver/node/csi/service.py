@@ -42,7 +42,6 @@ class IdentityService(csi_pb2_grpc.IdentityServicer):
     async def GetPluginCapabilities(
         self, _request: csi_pb2.GetPluginCapabilitiesRequest, _context: _Context
     ) -> csi_pb2.GetPluginCapabilitiesResponse:
-        """Return no capabilities: there is no controller service."""
         return csi_pb2.GetPluginCapabilitiesResponse()
 
     async def Probe(self, _request: csi_pb2.ProbeRequest, _context: _Context) -> csi_pb2.ProbeResponse:
@@ -104,7 +103,6 @@ class NodeService(csi_pb2_grpc.NodeServicer):
     async def NodeGetCapabilities(
         self, _request: csi_pb2.NodeGetCapabilitiesRequest, _context: _Context
     ) -> csi_pb2.NodeGetCapabilitiesResponse:
-        """Return the capabilities: the driver applies the pod's fsGroup and reports usage and health."""
         return csi_pb2.NodeGetCapabilitiesResponse(
             capabilities=[csi_pb2.NodeServiceCapability(rpc=_Rpc(type=capability)) for capability in _CAPABILITIES]
         )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from csi_driver import POD_AUDIENCE
 from csi_driver._proto import csi_pb2
@@ -16,6 +17,9 @@ from csi_driver.core.secret import Secret
 from csi_driver.core.spec import CertificateSpec
 from csi_driver.host.target_paths import check_target
 from csi_driver.node.pods import Pod, PodToken
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # The kubelet's own keys in volume_context (KEP-596, KEP-1855, KEP-5538). They override the pod's attributes.
 _PREFIX = "csi.storage.k8s.io/"
@@ -55,10 +59,12 @@ def parse_publish(call: csi_pb2.NodePublishVolumeRequest, kubelet_dir: Path) -> 
     attributes = {key: value for key, value in context.items() if key not in _KUBELET_KEYS}
     group = call.volume_capability.mount.volume_mount_group
     if faults := [*_call_faults(call), *_context_faults(context), *_group_faults(group)]:
-        own = {key: value for key, value in attributes.items() if not key.startswith(_PREFIX)}
-        target = call.target_path if pod.uid and len(call.target_path) <= _MAX_PATH_LENGTH else ""
-        _, _, errors = _parse_declaration(own, target, pod.uid, kubelet_dir)
-        raise _combine([CertmountError(Reason.INVALID_REQUEST, *faults), *errors])
+        errors = [CertmountError(Reason.INVALID_REQUEST, *faults)]
+        own_attributes = {key: value for key, value in attributes.items() if not key.startswith(_PREFIX)}
+        _collect(errors, parse_attributes, own_attributes)
+        if pod.uid and 0 < len(call.target_path) <= _MAX_PATH_LENGTH:
+            _collect(errors, check_target, kubelet_dir, call.target_path, pod.uid)
+        raise _combine(errors)
     return PublishRequest(
         volume_id=call.volume_id,
         target=call.target_path,
@@ -75,26 +81,20 @@ def parse_declaration(request: PublishRequest, kubelet_dir: Path) -> tuple[Certi
     Raises:
         CertmountError: InvalidAttributes, or as :func:`check_target`, or InvalidRequest with the faults of both.
     """
-    spec, target, errors = _parse_declaration(request.attributes, request.target, request.pod.uid, kubelet_dir)
+    errors: list[CertmountError] = []
+    spec = _collect(errors, parse_attributes, request.attributes)
+    target = _collect(errors, check_target, kubelet_dir, request.target, request.pod.uid)
     if spec is None or target is None:
         raise _combine(errors)
     return spec, target
 
 
-def _parse_declaration(
-    attributes: Mapping[str, str], target: str, pod_uid: str, kubelet_dir: Path
-) -> tuple[CertificateSpec | None, Path | None, list[CertmountError]]:
-    spec = path = None
-    errors = []
+def _collect(errors: list[CertmountError], parse: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
     try:
-        spec = parse_attributes(attributes)
+        return parse(*args, **kwargs)
     except CertmountError as error:
         errors.append(error)
-    try:
-        path = check_target(kubelet_dir, target, pod_uid) if target else None
-    except CertmountError as error:
-        errors.append(error)
-    return spec, path, errors
+        return None
 
 
 def _combine(errors: Sequence[CertmountError]) -> CertmountError:

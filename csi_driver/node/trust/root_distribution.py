@@ -30,7 +30,7 @@ class RootDistribution:
     """Distributes roots to all volumes. ``scheduler`` writes them, and retries volumes that failed.
 
     A volume contains a root set if the driver wrote or read its files with that generation or a newer one. Some volumes do
-    not count, because they would delay an acknowledgement for ever: volumes of pods that no longer exist (the driver
+    not count, because they would delay an acknowledgement forever: volumes of pods that no longer exist (the driver
     removes them), volumes without files (the driver publishes them again), and, after 180 s, quarantined volumes.
     """
 

@@ -35,10 +35,7 @@ class WrittenRootSets(Protocol):
 
 
 async def follow_trust(
-    source: TrustSource,
-    apply: Callable[[TrustBundle], None],
-    root_sets: WrittenRootSets,
-    rng: Callable[[], float],
+    source: TrustSource, apply: Callable[[TrustBundle], None], root_sets: WrittenRootSets, rng: Callable[[], float]
 ) -> None:
     """Apply every trust bundle and acknowledge root sets until cancelled; reconnect with backoff.
 

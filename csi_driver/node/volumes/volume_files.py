@@ -61,11 +61,7 @@ def write_certificate(
 
 
 def replace_roots(
-    files_dir: Path,
-    roots: Sequence[bytes],
-    access: FileAccess,
-    now: float,
-    formats: Sequence[FileFormat] = FORMATS,
+    files_dir: Path, roots: Sequence[bytes], access: FileAccess, now: float, formats: Sequence[FileFormat] = FORMATS
 ) -> bool:
     """Write the current key and chain with these roots (X.509 DER). Return False if the volume already has the roots."""
     current, new_roots = read_contents(files_dir), _parse(roots)

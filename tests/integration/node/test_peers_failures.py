@@ -249,7 +249,7 @@ async def _namespace() -> AsyncIterator[Path]:
 
 
 async def test_8_volumes_of_deleted_pods_are_not_renewed(node: Node) -> None:
-    """Failure: the certificate of a deleted pod is renewed for ever.
+    """Failure: the certificate of a deleted pod is renewed forever.
 
     Here the volume is removed at the next start, or when its renewal is due. The authority receives no request.
     """
