@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
+from csi_driver.authority.issuers.config_section import ConfigSection
 from csi_driver.core.config.document_reader import DocumentReader, Path
-from csi_driver.core.config.issuers import CredentialSource, parse_file_name, parse_secret_name, parse_source
-from csi_driver.core.durations import parse_duration
+from csi_driver.core.config.issuers import CredentialSource, parse_file_name, parse_secret_name
 from csi_driver.core.names import EmailAddress
 from csi_driver.core.spec import DEFAULT_ISSUER
 
@@ -111,110 +111,63 @@ class AcmeConfiguration:
 
 def parse_acme(reader: DocumentReader, path: Path, value: object) -> AcmeConfiguration | None:
     """Parse the value of ``acme``; see :data:`csi_driver.core.config.issuers.Parse`."""
-    entry = _Section(reader, path, value, _KEYS, required=("account",))
-    if not entry.values:
+    section = ConfigSection(reader, path, value, _KEYS, required=("account",))
+    if not section.values:
         return None
-    if entry.values.get("dns01") is None and entry.values.get("http01") is None:
-        reader.fault(path, "has no challenge solver", "set dns01, http01 or both")
-    if "roots" not in entry.values and entry.values.get("directory") != PRODUCTION:
+    if section.values.get("dns01") is None and section.values.get("http01") is None:
+        section.fault("", "has no challenge solver", "set dns01, http01 or both")
+    if "roots" not in section.values and section.values.get("directory") != PRODUCTION:
         hint = (
             "set {file: PATH} with the CA's root certificates; only Let's Encrypt's production environment needs none"
         )
-        reader.fault((*path, "roots"), "is missing", hint)
-    dns01, http01, external = entry.nested("dns01"), entry.nested("http01"), entry.nested("eab")
+        section.fault("roots", "is missing", hint)
     return AcmeConfiguration(
-        _parse_account(entry.nested("account")),
-        email=entry.text("email", lambda text: EmailAddress.parse(text).text),
-        directory=entry.text("directory", _matching(_DIRECTORY, f"is not an ACME directory, such as {STAGING}"))
+        _parse_account(section),
+        email=section.text("email", lambda text: EmailAddress.parse(text).text),
+        directory=section.text("directory", _matching(_DIRECTORY, f"is not an ACME directory, such as {STAGING}"))
         or STAGING,
-        terms_agreed=entry.boolean("terms_agreed"),
-        dns01=_parse_dns01(dns01) if dns01 is not None else None,
-        http01=_parse_http01(http01) if http01 is not None else None,
-        external_account=_parse_external_account(external) if external is not None else None,
-        ca_file=_parse_file(entry.nested("ca")),
-        roots_file=_parse_file(entry.nested("roots")),
-        profile=entry.text("profile", _matching(_WORD, "is not the name of a profile")),
-        preferred_chain=entry.text("preferred_chain", _matching(_LINE, "is not the common name of a root")),
-        while_pending=entry.text("while_pending", _parse_while_pending),
+        terms_agreed=section.boolean("terms_agreed"),
+        dns01=_parse_dns01(section),
+        http01=_parse_http01(section),
+        external_account=_parse_external_account(section),
+        ca_file=section.file("ca"),
+        roots_file=section.file("roots"),
+        profile=section.text("profile", _matching(_WORD, "is not the name of a profile")),
+        preferred_chain=section.text("preferred_chain", _matching(_LINE, "is not the common name of a root")),
+        while_pending=section.text("while_pending", _parse_while_pending),
     )
 
 
-class _Section:
-    """A mapping in the file; reports empty values."""
-
-    def __init__(
-        self,
-        reader: DocumentReader,
-        path: Path,
-        value: object,
-        allowed: tuple[str, ...],
-        required: tuple[str, ...] = (),
-    ) -> None:
-        self.reader = reader
-        self.path = path
-        self.values = reader.mapping(path, value, allowed=allowed, required=required)
-        for key in allowed:
-            if key in self.values and self.values[key] is None and key not in required:
-                reader.fault((*path, key), "is empty", "set a value or omit it")
-
-    def nested(self, key: str) -> _Nested | None:
-        """Return the arguments of another section for the value, or None if there is none."""
-        value = self.values.get(key)
-        return None if value is None else (self.reader, (*self.path, key), value)
-
-    def text(self, key: str, parse: Callable[[str], str]) -> str | None:
-        return self.reader.text((*self.path, key), self.values.get(key), parse)
-
-    def boolean(self, key: str) -> bool:
-        value = self.values.get(key)
-        if value is not None and not isinstance(value, bool):
-            self.reader.fault((*self.path, key), "is not true or false")
-        return value is True
-
-    def duration(self, key: str, default: timedelta) -> timedelta:
-        return self.reader.text((*self.path, key), self.values.get(key), parse_duration) or default
-
-    def addresses(self, key: str) -> tuple[str, ...]:
-        value, path = self.values.get(key), (*self.path, key)
-        if value == []:
-            self.reader.fault(path, "is empty", "set a value or omit it")
-        return self.reader.each(path, value, self._address, _MAX_SERVERS)
-
-    def _address(self, path: Path, value: object) -> str | None:
-        if value is None:
-            self.reader.fault(path, "is empty")
-        return self.reader.text(path, value, _parse_address)
-
-
-_Nested = tuple[DocumentReader, Path, object]
-
-
-def _parse_account(nested: _Nested | None) -> AccountStorage:
-    if nested is None:  # already reported as missing
+def _parse_account(parent: ConfigSection) -> AccountStorage:
+    section = parent.section("account", ("secret", "folder"))
+    if section is None:  # already reported as missing
         return AccountStorage()
-    section = _Section(*nested, ("secret", "folder"))
     if ("secret" in section.values) == ("folder" in section.values):
         hint = "set {secret: NAMESPACE/NAME}, or {folder: PATH} for an authority with one replica"
-        section.reader.fault(section.path, "does not set where the account and the orders are stored", hint)
-    secret = section.reader.text((*section.path, "secret"), section.values.get("secret"), parse_secret_name)
+        section.fault("", "does not set where the account and the orders are stored", hint)
+    secret = section.text("secret", parse_secret_name)
     return AccountStorage(*(secret or ("", "")), folder=section.text("folder", parse_file_name) or "")
 
 
-def _parse_dns01(nested: _Nested) -> Dns01:
+def _parse_dns01(parent: ConfigSection) -> Dns01 | None:
     keys = ("server", "tsig", "zone", "resolvers", "nameservers", "patience")
-    section = _Section(*nested, keys, required=("server",))
+    section = parent.section("dns01", keys, required=("server",))
+    if section is None:
+        return None
     return Dns01(
         section.text("server", _parse_address) or "",
-        parse_source(section.reader, (*section.path, "tsig"), section.values.get("tsig")),
+        section.credential("tsig"),
         section.text("zone", _matching(_ZONE, "is not the name of a zone, such as acme.example.com")),
-        section.addresses("resolvers"),
-        section.addresses("nameservers"),
+        section.texts("resolvers", _parse_address, _MAX_SERVERS),
+        section.texts("nameservers", _parse_address, _MAX_SERVERS),
         section.duration("patience", DNS_PATIENCE),
     )
 
 
-def _parse_http01(nested: _Nested) -> Http01:
-    section = _Section(*nested, ("self_test", "ingress_class", "patience"))
+def _parse_http01(parent: ConfigSection) -> Http01 | None:
+    section = parent.section("http01", ("self_test", "ingress_class", "patience"))
+    if section is None:
+        return None
     return Http01(
         section.text("self_test", _parse_address),
         section.text("ingress_class", _matching(_WORD, "is not the name of an IngressClass")),
@@ -222,15 +175,11 @@ def _parse_http01(nested: _Nested) -> Http01:
     )
 
 
-def _parse_external_account(nested: _Nested) -> ExternalAccount | None:
-    section = _Section(*nested, ("key_id", "key"), required=("key_id", "key"))
-    key_id = section.text("key_id", _matching(_WORD, "is not a key id"))
-    key = parse_source(section.reader, (*section.path, "key"), section.values.get("key"))
-    return ExternalAccount(key_id, key) if key_id is not None and key is not None else None
-
-
-def _parse_file(nested: _Nested | None) -> str | None:
-    return None if nested is None else _Section(*nested, ("file",), required=("file",)).text("file", parse_file_name)
+def _parse_external_account(parent: ConfigSection) -> ExternalAccount | None:
+    section = parent.section("eab", ("key_id", "key"), required=("key_id", "key"))
+    key_id = section and section.text("key_id", _matching(_WORD, "is not a key id"))
+    key = section and section.credential("key")
+    return ExternalAccount(key_id, key) if key_id and key else None
 
 
 def _parse_address(text: str) -> str:

@@ -6,8 +6,9 @@ import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from csi_driver.authority.issuers.config_section import ConfigSection
 from csi_driver.core.config.document_reader import DocumentReader, Path
-from csi_driver.core.config.issuers import CredentialSource, parse_file_name, parse_source
+from csi_driver.core.config.issuers import CredentialSource
 
 _HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]", re.ASCII)
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -34,33 +35,24 @@ class StepCAConfiguration:
 
 def parse_step_ca(reader: DocumentReader, path: Path, value: object) -> StepCAConfiguration | None:
     """Parse the value of ``step_ca``; see :data:`csi_driver.core.config.issuers.ParseConfiguration`."""
-    top = reader.mapping(path, value, allowed=_KEYS, required=("url", "provisioner"))
-    if not top:
+    section = ConfigSection(reader, path, value, _KEYS, required=("url", "provisioner"))
+    values = section.values
+    if not values:
         return None
-    if ("root" in top) == ("root_sha256" in top):
-        problem = "sets both root and root_sha256" if "root" in top else "sets neither root nor root_sha256"
-        reader.fault(path, problem, "set one of root: {file: PATH} and root_sha256")
-    if top.get("key") is None and top.get("password") is None:
+    if ("root" in values) == ("root_sha256" in values):
+        problem = "sets both root and root_sha256" if "root" in values else "sets neither root nor root_sha256"
+        section.fault("", problem, "set one of root: {file: PATH} and root_sha256")
+    if values.get("key") is None and values.get("password") is None:
         hint = "set key (and password if it is encrypted), or only password to use the key that step-ca publishes"
-        reader.fault(path, "has no credential", hint)
-    for name in ("root", "root_sha256", "key", "password"):
-        if name in top and top[name] is None:
-            reader.fault((*path, name), "is empty", "set a value or omit it")
+        section.fault("", "has no credential", hint)
     return StepCAConfiguration(
-        url=reader.text((*path, "url"), top.get("url"), _parse_url) or "",
-        provisioner=reader.text((*path, "provisioner"), top.get("provisioner"), _parse_provisioner) or "",
-        root_file=_parse_root_file(reader, (*path, "root"), top.get("root")),
-        root_sha256=reader.text((*path, "root_sha256"), top.get("root_sha256"), _parse_fingerprint),
-        key=parse_source(reader, (*path, "key"), top.get("key")),
-        password=parse_source(reader, (*path, "password"), top.get("password")),
+        url=section.text("url", _parse_url) or "",
+        provisioner=section.text("provisioner", _parse_provisioner) or "",
+        root_file=section.file("root"),
+        root_sha256=section.text("root_sha256", _parse_fingerprint),
+        key=section.credential("key"),
+        password=section.credential("password"),
     )
-
-
-def _parse_root_file(reader: DocumentReader, path: Path, value: object) -> str | None:
-    if value is None:
-        return None
-    top = reader.mapping(path, value, allowed=("file",), required=("file",))
-    return reader.text((*path, "file"), top.get("file"), parse_file_name)
 
 
 def _parse_url(text: str) -> str:
