@@ -113,15 +113,6 @@ def test_jitter_shifts_by_a_tenth_of_the_shorter_side(
     assert shift == pytest.approx((2 * jitter - 1) * JITTER * min(planned, lifetime - planned), abs=1e-6)
 
 
-@given(lifetimes, spans, spans, jitters, jitters)
-def test_larger_jitter_is_never_earlier(
-    lifetime: float, before: float | None, after: float | None, one: float, other: float
-) -> None:
-    smaller, larger = sorted([one, other])
-    first = renew_after(lifetime, before=before, after=after, jitter=smaller)
-    assert first <= renew_after(lifetime, before=before, after=after, jitter=larger)
-
-
 @given(st.floats(60, 1e9), jitters, st.data())
 def test_request_for_an_earlier_renewal_is_never_later(lifetime: float, jitter: float, data: st.DataObject) -> None:
     less, more = sorted(data.draw(st.tuples(*[st.floats(0.001, lifetime - 0.001)] * 2)))

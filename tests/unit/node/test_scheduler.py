@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csi_driver.node.scheduler import MAX_CONCURRENT_ACTIONS, Scheduler
-from tests.unit.node.virtual_time import run_virtually
+from tests.unit.node.virtual_time import in_virtual_time, run_virtually
 
 _LOOP_ITERATIONS = 10
 """Let the event loop start the actions that are due before the next step."""
@@ -121,34 +121,28 @@ def test_concurrency_is_limited_and_earlier_due_times_come_first() -> None:
     assert [key for key, _ in world.started] == [f"{number:03}" for number in range(110)]
 
 
-def test_wall_clock_change_is_detected_within_a_minute() -> None:
+@in_virtual_time
+async def test_wall_clock_change_is_detected_within_a_minute() -> None:
     """NTP can correct the clock, and the machine can be suspended."""
     world = World()
-
-    async def scenario() -> None:
-        task = asyncio.create_task(world.scheduler.run())
-        world.schedule("a", 100_000)
-        await asyncio.sleep(10)
-        world.wall_clock_shift_s = 200_000
-        await asyncio.sleep(61)
-        assert [key for key, _ in world.started] == ["a"]
-        task.cancel()
-        await asyncio.wait([task])
-
-    run_virtually(scenario())
+    task = asyncio.create_task(world.scheduler.run())
+    world.schedule("a", 100_000)
+    await asyncio.sleep(10)
+    world.wall_clock_shift_s = 200_000
+    await asyncio.sleep(61)
+    assert [key for key, _ in world.started] == ["a"]
+    task.cancel()
+    await asyncio.wait([task])
 
 
-def test_rescheduling_does_not_use_more_memory() -> None:
+@in_virtual_time
+async def test_rescheduling_does_not_use_more_memory() -> None:
     world = World()
-
-    async def scenario() -> None:
-        world.schedule("b", 50)
-        for number in range(10_000):
-            world.schedule("a", 100 + number / 1000)
-        assert len(world.scheduler._due_times._heap) < 100
-        await world.run(Wait(200))
-
-    run_virtually(scenario())
+    world.schedule("b", 50)
+    for number in range(10_000):
+        world.schedule("a", 100 + number / 1000)
+    assert len(world.scheduler._due_times._heap) < 100
+    await world.run(Wait(200))
     assert [(key, round(started)) for key, started in world.started] == [("b", 50), ("a", 110)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 
 import pytest
 
@@ -13,11 +13,15 @@ from csi_driver.core.spec import CertificateSpec
 from csi_driver.node.authority_messages import IssuanceResponse
 from csi_driver.node.issuance.issuer_queue import MAX_FIRST_REQUESTS, MAX_RENEWALS
 from csi_driver.node.issuance.request_queue import MAX_WAIT_S, RequestQueue
-from tests.unit.node.virtual_time import run_virtually
+from tests.unit.node.virtual_time import in_virtual_time
 
 _RESPONSE = IssuanceResponse([b"chain"], {}, None)
 _TOKEN: Secret[str] = Secret("token")
 _SPEC = CertificateSpec()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 class Authority:
@@ -30,7 +34,7 @@ class Authority:
         self.most = 0
         self.calls = 0
         self.order: list[bytes] = []
-        self.queue = RequestQueue(self._issue, lambda: asyncio.get_running_loop().time(), lambda: 0.5)
+        self.queue = RequestQueue(self._issue, _now, lambda: 0.5)
 
     async def _issue(self, csr: bytes, _token: Secret[str], _spec: CertificateSpec) -> IssuanceResponse:
         self.calls += 1
@@ -58,152 +62,123 @@ class Authority:
             return postponed_s
 
 
-def _run(authority: Authority, scenario: Callable[[], Awaitable[None]]) -> None:
-    async def run() -> None:
-        await scenario()
-        assert all(queue.idle or queue.outage for queue in authority.queue._queues.values())
-
-    run_virtually(run())
-
-
-def _issue_first(authority: Authority, pods: int) -> tuple[list[IssuanceResponse | BaseException], float]:
-    """Send the requests of all pods together. Return the results and the time of the last one."""
-    results: list[IssuanceResponse | BaseException] = []
-    ended = 0.0
-
-    async def scenario() -> None:
-        nonlocal ended
-        calls = [authority.first(bytes([number])) for number in range(pods)]
-        results.extend(await asyncio.gather(*calls, return_exceptions=True))
-        ended = asyncio.get_running_loop().time()
-
-    _run(authority, scenario)
-    return results, ended
+async def _issue_first(authority: Authority, pods: int) -> list[IssuanceResponse | BaseException]:
+    """Send the first requests of all pods together."""
+    calls = [authority.first(bytes([number])) for number in range(pods)]
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    assert all(queue.idle or queue.outage for queue in authority.queue._queues.values())
+    return list(results)
 
 
-def test_first_requests_start_in_order_up_to_the_limit() -> None:
+def _reasons(results: list[IssuanceResponse | BaseException]) -> list[Reason]:
+    return [result.reason for result in results if isinstance(result, CertmountError)]
+
+
+@in_virtual_time
+async def test_first_requests_start_in_order_up_to_the_limit() -> None:
     authority = Authority()
-    results, ended = _issue_first(authority, 48)
-    assert results == [_RESPONSE] * 48
-    assert (authority.most, round(ended), authority.calls) == (MAX_FIRST_REQUESTS, 3, 48)
+    assert await _issue_first(authority, 48) == [_RESPONSE] * 48
+    assert (authority.most, round(_now()), authority.calls) == (MAX_FIRST_REQUESTS, 3, 48)
     for start in range(0, 48, MAX_FIRST_REQUESTS):
         served = sorted(authority.order[start : start + MAX_FIRST_REQUESTS])
         assert served == [bytes([number]) for number in range(start, start + MAX_FIRST_REQUESTS)]
 
 
-def test_queue_retries_first_requests_while_the_authority_is_overloaded() -> None:
+@in_virtual_time
+async def test_queue_retries_first_requests_while_the_authority_is_overloaded() -> None:
     """The kubelet does not see these failures, and the authority gets few more requests than it can handle."""
     authority = Authority(capacity=4)
-    results, _ = _issue_first(authority, 60)
-    assert results == [_RESPONSE] * 60
+    assert await _issue_first(authority, 60) == [_RESPONSE] * 60
     assert authority.calls <= 2 * 60
 
 
-def test_first_request_fails_after_a_minute_of_overload() -> None:
-    results, ended = _issue_first(Authority(capacity=0), 30)
-    assert {result.reason for result in results if isinstance(result, CertmountError)} == {Reason.AUTHORITY_OVERLOADED}
-    assert len(results) == 30
-    assert ended <= MAX_WAIT_S + 1
+@in_virtual_time
+async def test_first_request_fails_after_a_minute_of_overload() -> None:
+    assert _reasons(await _issue_first(Authority(capacity=0), 30)) == [Reason.AUTHORITY_OVERLOADED] * 30
+    assert _now() <= MAX_WAIT_S + 1
 
 
+@in_virtual_time
 @pytest.mark.parametrize(
     "reason", [Reason.AUTHORITY_UNAVAILABLE, Reason.NAME_NOT_ALLOWED, Reason.SERVICE_ACCOUNT_DENIED]
 )
-def test_other_failures_reach_the_kubelet_immediately(reason: Reason) -> None:
+async def test_other_failures_reach_the_kubelet_immediately(reason: Reason) -> None:
     """Waiting does not help, and the pod's events must show the reason."""
-    results, ended = _issue_first(Authority(failure=CertmountError(reason, "no")), 50)
-    assert {result.reason for result in results if isinstance(result, CertmountError)} == {reason}
-    assert ended < 1
+    authority = Authority(failure=CertmountError(reason, "no"))
+    assert _reasons(await _issue_first(authority, 50)) == [reason] * 50
+    assert _now() < 1
 
 
-def test_cancelled_request_leaves_the_queue() -> None:
+@in_virtual_time
+async def test_cancelled_request_leaves_the_queue() -> None:
     """It does so while it waits and while it is in progress."""
     authority = Authority()
-
-    async def scenario() -> None:
-        requests = [asyncio.ensure_future(authority.first()) for _ in range(2 * MAX_FIRST_REQUESTS)]
-        await asyncio.sleep(0.5)
-        for request in requests:
-            request.cancel()
-        await asyncio.wait(requests)
-        assert await authority.first() == _RESPONSE
-
-    _run(authority, scenario)
+    requests = [asyncio.ensure_future(authority.first()) for _ in range(2 * MAX_FIRST_REQUESTS)]
+    await asyncio.sleep(0.5)
+    for request in requests:
+        request.cancel()
+    await asyncio.wait(requests)
+    assert await authority.first() == _RESPONSE
 
 
-def test_internal_ca_does_not_wait_for_external_issuers() -> None:
+@in_virtual_time
+async def test_internal_ca_does_not_wait_for_external_issuers() -> None:
     authority = Authority()
-
-    async def scenario() -> None:
-        slow = [asyncio.ensure_future(authority.first(spec=CertificateSpec(issuer="slow"))) for _ in range(500)]
-        await asyncio.sleep(0)
-        began = asyncio.get_running_loop().time()
-        await authority.first()
-        assert asyncio.get_running_loop().time() - began < 1.1
-        await asyncio.gather(*slow)
-
-    _run(authority, scenario)
+    slow = [asyncio.ensure_future(authority.first(spec=CertificateSpec(issuer="slow"))) for _ in range(500)]
+    await asyncio.sleep(0)
+    began = _now()
+    await authority.first()
+    assert _now() - began < 1.1
+    await asyncio.gather(*slow)
 
 
-def test_renewals_start_with_the_earliest_expiry() -> None:
+@in_virtual_time
+async def test_renewals_start_with_the_earliest_expiry() -> None:
     authority = Authority()
-
-    async def scenario() -> None:
-        await asyncio.gather(*(authority.renew(str(number), 1e6 - number) for number in range(50)))
-        assert authority.most <= MAX_RENEWALS
-        # The first renewal starts before the others arrive.
-        assert [int(csr) for csr in authority.order] == [0, *range(49, 0, -1)]
-
-    _run(authority, scenario)
+    await asyncio.gather(*(authority.renew(str(number), 1e6 - number) for number in range(50)))
+    assert authority.most <= MAX_RENEWALS
+    # The first renewal starts before the others arrive.
+    assert [int(csr) for csr in authority.order] == [0, *range(49, 0, -1)]
 
 
-def test_renewals_wait_for_the_end_of_an_outage_and_are_then_postponed() -> None:
+@in_virtual_time
+async def test_renewals_wait_for_the_end_of_an_outage_and_are_then_postponed() -> None:
     """A renewal that can wait is spread over the length of the outage; one whose certificate has expired is not."""
     authority = Authority(failure=CertmountError(Reason.AUTHORITY_UNAVAILABLE, "connection refused"))
-
-    async def scenario() -> None:
-        with pytest.raises(CertmountError):
-            await authority.renew("probe", 1e6)
-        assert authority.queue.outage("internal") is authority.failure
-        renewals = [asyncio.ensure_future(authority.renew(f"later-{number}", 1e6)) for number in range(10)]
-        expired = asyncio.ensure_future(authority.renew("expired", 1.0))
-        await asyncio.sleep(0.2)
-        assert authority.calls == 1
-        assert authority.queue.renewals_waiting() == 11
-        authority.failure = None
-        assert await expired == 0
-        assert authority.queue.outage("internal") is None
-        ended = asyncio.get_running_loop().time()
-        assert {0 < await renewal <= ended for renewal in renewals} == {True}
-        assert authority.order == [b"expired"]
-
-    _run(authority, scenario)
+    with pytest.raises(CertmountError):
+        await authority.renew("probe", 1e6)
+    assert authority.queue.outage("internal") is authority.failure
+    renewals = [asyncio.ensure_future(authority.renew(f"later-{number}", 1e6)) for number in range(10)]
+    expired = asyncio.ensure_future(authority.renew("expired", 1.0))
+    await asyncio.sleep(0.2)
+    assert authority.calls == 1
+    assert authority.queue.renewals_waiting() == 11
+    authority.failure = None
+    assert await expired == 0
+    assert authority.queue.outage("internal") is None
+    ended = _now()
+    assert {0 < await renewal <= ended for renewal in renewals} == {True}
+    assert authority.order == [b"expired"]
 
 
-def test_renewal_of_a_removed_volume_leaves_the_queue() -> None:
+@in_virtual_time
+async def test_renewal_of_a_removed_volume_leaves_the_queue() -> None:
     authority = Authority(failure=CertmountError(Reason.AUTHORITY_UNAVAILABLE, "connection refused"))
-
-    async def scenario() -> None:
-        with pytest.raises(CertmountError):
-            await authority.renew("probe", 1e6)
-        renewal = asyncio.ensure_future(authority.renew("removed", 1e6))
-        await asyncio.sleep(0)
-        authority.queue.cancel_renewal("removed")
-        assert await renewal == float("inf")
-        assert authority.queue.renewals_waiting() == 0
-        assert authority.calls == 1
-
-    _run(authority, scenario)
+    with pytest.raises(CertmountError):
+        await authority.renew("probe", 1e6)
+    renewal = asyncio.ensure_future(authority.renew("removed", 1e6))
+    await asyncio.sleep(0)
+    authority.queue.cancel_renewal("removed")
+    assert await renewal == float("inf")
+    assert authority.queue.renewals_waiting() == 0
+    assert authority.calls == 1
 
 
-def test_queues_of_unknown_issuers_are_removed() -> None:
+@in_virtual_time
+async def test_queues_of_unknown_issuers_are_removed() -> None:
     """Pods can name any issuer."""
     authority = Authority(failure=CertmountError(Reason.ISSUER_NOT_FOUND, "no such issuer"))
-
-    async def scenario() -> None:
-        for number in range(1000):
-            with pytest.raises(CertmountError):
-                await authority.first(spec=CertificateSpec(issuer=f"issuer-{number}"))
-        assert len(authority.queue._queues) <= 100
-
-    _run(authority, scenario)
+    for number in range(1000):
+        with pytest.raises(CertmountError):
+            await authority.first(spec=CertificateSpec(issuer=f"issuer-{number}"))
+    assert len(authority.queue._queues) <= 100

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import replace
 from datetime import timedelta
 
@@ -15,7 +15,7 @@ from csi_driver.core.spec import CertificateSpec
 from csi_driver.node.issuance.certificate_request import ObtainedCertificate, RequestKey
 from csi_driver.node.issuance.shared_certificates import SharedCertificates
 from tests.unit.node.certificates import KEY, POD, ROOT_SETS, SPEC, obtained_certificate
-from tests.unit.node.virtual_time import run_virtually
+from tests.unit.node.virtual_time import in_virtual_time
 
 KNOWN = {**ROOT_SETS, "partner": RootSet((b"partner",), 1), "internal": RootSet((b"internal",), 1)}
 
@@ -56,226 +56,195 @@ class World:
         return failure.value.reason
 
 
-def _run(scenario: Callable[[World], Awaitable[None]], max_certificates: int = 10) -> None:
-    async def run() -> None:
-        await scenario(World(max_certificates))
-
-    run_virtually(run())
-
-
-def test_one_volume_sends_the_request_for_all() -> None:
+@in_virtual_time
+async def test_one_volume_sends_the_request_for_all() -> None:
     """Volumes that arrive during the request or later use its result."""
-
-    async def scenario(world: World) -> None:
-        obtained = await asyncio.gather(*(world.obtain() for _ in range(20)))
-        assert len({id(each.verified) for each in obtained}) == 1
-        await world.obtain()
-        assert world.requests == 1
-
-    _run(scenario)
+    world = World()
+    obtained = await asyncio.gather(*(world.obtain() for _ in range(20)))
+    assert len({id(each.verified) for each in obtained}) == 1
+    await world.obtain()
+    assert world.requests == 1
 
 
-def test_certificate_due_for_renewal_is_used_by_new_volumes_only() -> None:
-    """A pod starts immediately and renews afterwards. After half of the remaining time, it waits for a new certificate."""
-
-    async def due(world: World) -> None:
-        await world.obtain()
-        await asyncio.sleep(50)
-        await world.obtain(is_renewal=True)
-        assert world.requests == 1
-        await asyncio.sleep(15)
-        world.result = obtained_certificate(66, 1000, 2000)
-        assert (await world.obtain()).renew_at == 60
-        assert (await world.obtain(is_renewal=True)).renew_at == 1000
-        assert world.requests == 2
-
-    async def overdue(world: World) -> None:
-        await world.obtain()
-        await asyncio.sleep(81)
-        await world.obtain()
-        assert world.requests == 2
-
-    _run(due)
-    _run(overdue)
+@in_virtual_time
+async def test_certificate_due_for_renewal_is_used_by_new_volumes_only() -> None:
+    """A pod starts immediately and renews afterwards."""
+    world = World()
+    await world.obtain()
+    await asyncio.sleep(50)
+    await world.obtain(is_renewal=True)
+    assert world.requests == 1
+    await asyncio.sleep(15)
+    world.result = obtained_certificate(66, 1000, 2000)
+    assert (await world.obtain()).renew_at == 60
+    assert (await world.obtain(is_renewal=True)).renew_at == 1000
+    assert world.requests == 2
 
 
-def test_earlier_renewal_of_one_volume_renews_for_all() -> None:
+@in_virtual_time
+async def test_overdue_certificate_is_not_used_by_new_volumes() -> None:
+    world = World()
+    await world.obtain()
+    await asyncio.sleep(81)
+    await world.obtain()
+    assert world.requests == 2
+
+
+@in_virtual_time
+async def test_earlier_renewal_of_one_volume_renews_for_all() -> None:
     early = replace(SPEC, renew_before=timedelta(seconds=70))
-
-    async def scenario(world: World) -> None:
-        await world.obtain()
-        assert (await world.obtain(early)).renew_at == 30
-        await asyncio.sleep(35)
-        world.result = obtained_certificate(36, 1000, 2000)
-        assert (await world.obtain(early, is_renewal=True)).renew_at == 1000
-        assert (await world.obtain(is_renewal=True)).renew_at == 1000
-        assert world.requests == 2
-
-    _run(scenario)
+    world = World()
+    await world.obtain()
+    assert (await world.obtain(early)).renew_at == 30
+    await asyncio.sleep(35)
+    world.result = obtained_certificate(36, 1000, 2000)
+    assert (await world.obtain(early, is_renewal=True)).renew_at == 1000
+    assert (await world.obtain(is_renewal=True)).renew_at == 1000
+    assert world.requests == 2
 
 
-def test_each_volume_gets_the_root_sets_that_it_requests() -> None:
+@in_virtual_time
+async def test_each_volume_gets_the_root_sets_that_it_requests() -> None:
     """A volume with an unknown federation fails without a request, and does not end the sharing."""
     federated, unknown = replace(SPEC, federations=("partner",)), replace(SPEC, federations=("unknown",))
-
-    async def scenario(world: World) -> None:
-        assert set((await world.obtain()).root_sets) == {"acme"}
-        assert set((await world.obtain(federated)).root_sets) == {"acme", "partner"}
-        assert await world.failure(unknown) is Reason.FEDERATION_NOT_FOUND
-        await world.obtain()
-        assert world.requests == 1
-
-    _run(scenario)
+    world = World()
+    assert set((await world.obtain()).root_sets) == {"acme"}
+    assert set((await world.obtain(federated)).root_sets) == {"acme", "partner"}
+    assert await world.failure(unknown) is Reason.FEDERATION_NOT_FOUND
+    await world.obtain()
+    assert world.requests == 1
 
 
-def test_unknown_federation_rejected_by_the_authority_does_not_end_the_sharing() -> None:
+@in_virtual_time
+async def test_unknown_federation_rejected_by_the_authority_does_not_end_the_sharing() -> None:
     """A volume whose renewal is due requests an unknown federation; the authority's response does not affect others."""
-
-    async def scenario(world: World) -> None:
-        await world.obtain()
-        await asyncio.sleep(65)
-        world.result = CertmountError(Reason.FEDERATION_NOT_FOUND, "unknown")
-        reasons = await asyncio.gather(*(world.failure(is_renewal=True) for _ in range(3)))
-        assert set(reasons) == {Reason.FEDERATION_NOT_FOUND}
-        assert world.requests == 4
-        assert (await world.obtain()).renew_at == 60
-
-    _run(scenario)
+    world = World()
+    await world.obtain()
+    await asyncio.sleep(65)
+    world.result = CertmountError(Reason.FEDERATION_NOT_FOUND, "unknown")
+    reasons = await asyncio.gather(*(world.failure(is_renewal=True) for _ in range(3)))
+    assert set(reasons) == {Reason.FEDERATION_NOT_FOUND}
+    assert world.requests == 4
+    assert (await world.obtain()).renew_at == 60
 
 
-def test_interim_certificate_comes_with_the_internal_roots() -> None:
-    async def scenario(world: World) -> None:
-        world.result = obtained_certificate(0, 15, 100, interim=True)
-        assert set((await world.obtain()).root_sets) == {"acme", "internal"}
-        await asyncio.sleep(20)
-        world.result = obtained_certificate(20, 60, 100)
-        assert set((await world.obtain(is_renewal=True)).root_sets) == {"acme"}
+@in_virtual_time
+async def test_interim_certificate_comes_with_the_internal_roots() -> None:
+    world = World()
+    world.result = obtained_certificate(0, 15, 100, interim=True)
+    assert set((await world.obtain()).root_sets) == {"acme", "internal"}
+    await asyncio.sleep(20)
+    world.result = obtained_certificate(20, 60, 100)
+    assert set((await world.obtain(is_renewal=True)).root_sets) == {"acme"}
 
-    _run(scenario)
 
-
-def test_failure_of_the_issuer_affects_all_waiting_volumes() -> None:
+@in_virtual_time
+async def test_failure_of_the_issuer_affects_all_waiting_volumes() -> None:
     """None of them sends its own request."""
-
-    async def scenario(world: World) -> None:
-        world.result = CertmountError(Reason.ISSUANCE_PENDING, "the CA is still working")
-        reasons = await asyncio.gather(*(world.failure() for _ in range(5)))
-        assert set(reasons) == {Reason.ISSUANCE_PENDING}
-        assert world.requests == 1
-
-    _run(scenario)
+    world = World()
+    world.result = CertmountError(Reason.ISSUANCE_PENDING, "the CA is still working")
+    reasons = await asyncio.gather(*(world.failure() for _ in range(5)))
+    assert set(reasons) == {Reason.ISSUANCE_PENDING}
+    assert world.requests == 1
 
 
+@in_virtual_time
 @pytest.mark.parametrize(
     "reason", [Reason.TOKEN_EXPIRED, Reason.POD_NOT_FOUND, Reason.TOKEN_REJECTED, Reason.NAME_NOT_ALLOWED]
 )
-def test_failure_of_one_pod_does_not_affect_others(reason: Reason) -> None:
+async def test_failure_of_one_pod_does_not_affect_others(reason: Reason) -> None:
     """The next volume sends a request: its token can be valid."""
-
-    async def scenario(world: World) -> None:
-        world.result = CertmountError(reason, "no")
-        await asyncio.gather(*(world.failure() for _ in range(3)))
-        assert world.requests == 3
-
-    _run(scenario)
+    world = World()
+    world.result = CertmountError(reason, "no")
+    await asyncio.gather(*(world.failure() for _ in range(3)))
+    assert world.requests == 3
 
 
-def test_next_volume_sends_the_request_after_a_cancellation() -> None:
+@in_virtual_time
+async def test_next_volume_sends_the_request_after_a_cancellation() -> None:
     """It also does so after a defect."""
-
-    async def scenario(world: World) -> None:
-        first = asyncio.ensure_future(world.obtain())
-        await asyncio.sleep(0.5)
-        second = asyncio.ensure_future(world.obtain())
-        third = asyncio.ensure_future(world.obtain())
-        await asyncio.sleep(0)
-        first.cancel()
-        second.cancel()
-        assert (await third).renew_at == 60
-        assert world.requests == 2
-        world.result = ValueError("a defect")
-        other = RequestKey.of(POD, SPEC, "x")
-        await asyncio.gather(world.obtain(key=other), world.obtain(key=other), return_exceptions=True)
-        assert world.requests == 4
-
-    _run(scenario)
+    world = World()
+    first = asyncio.ensure_future(world.obtain())
+    await asyncio.sleep(0.5)
+    second = asyncio.ensure_future(world.obtain())
+    third = asyncio.ensure_future(world.obtain())
+    await asyncio.sleep(0)
+    first.cancel()
+    second.cancel()
+    assert (await third).renew_at == 60
+    assert world.requests == 2
+    world.result = ValueError("a defect")
+    other = RequestKey.of(POD, SPEC, "x")
+    await asyncio.gather(world.obtain(key=other), world.obtain(key=other), return_exceptions=True)
+    assert world.requests == 4
 
 
+@in_virtual_time
 @pytest.mark.parametrize("reason", [Reason.SERVICE_ACCOUNT_DENIED, Reason.NAME_NOT_ALLOWED])
-def test_rejected_renewal_ends_the_sharing(reason: Reason) -> None:
+async def test_rejected_renewal_ends_the_sharing(reason: Reason) -> None:
     """The certificate is not used again, neither from memory nor from a volume."""
-
-    async def scenario(world: World) -> None:
-        world.stored = await world.obtain()
-        await asyncio.sleep(65)
-        world.result = CertmountError(reason, "denied")
-        assert await world.failure(is_renewal=True) is reason
-        assert await world.failure() is reason
-        assert world.requests == 3
-
-    _run(scenario)
+    world = World()
+    world.stored = await world.obtain()
+    await asyncio.sleep(65)
+    world.result = CertmountError(reason, "denied")
+    assert await world.failure(is_renewal=True) is reason
+    assert await world.failure() is reason
+    assert world.requests == 3
 
 
-def test_rate_limit_does_not_end_the_sharing() -> None:
+@in_virtual_time
+async def test_rate_limit_does_not_end_the_sharing() -> None:
     """The renewal fails, and a pod that starts still gets the valid certificate."""
-
-    async def scenario(world: World) -> None:
-        await world.obtain()
-        await asyncio.sleep(65)
-        world.result = CertmountError(Reason.TOO_MANY_REQUESTS, "five a week")
-        assert await world.failure(is_renewal=True) is Reason.TOO_MANY_REQUESTS
-        assert (await world.obtain()).renew_at == 60
-
-    _run(scenario)
+    world = World()
+    await world.obtain()
+    await asyncio.sleep(65)
+    world.result = CertmountError(Reason.TOO_MANY_REQUESTS, "five a week")
+    assert await world.failure(is_renewal=True) is Reason.TOO_MANY_REQUESTS
+    assert (await world.obtain()).renew_at == 60
 
 
-def test_restarted_driver_searches_the_volumes_once() -> None:
-    async def scenario(world: World) -> None:
-        world.stored = obtained_certificate()
-        await asyncio.gather(*(world.obtain() for _ in range(3)))
-        await world.obtain()
-        assert (world.requests, world.searches) == (0, 1)
+@in_virtual_time
+async def test_restarted_driver_searches_the_volumes_once() -> None:
+    world = World()
+    world.stored = obtained_certificate()
+    await asyncio.gather(*(world.obtain() for _ in range(3)))
+    await world.obtain()
+    assert (world.requests, world.searches) == (0, 1)
 
-    _run(scenario)
 
-
-def test_least_recently_used_certificate_is_removed_first() -> None:
+@in_virtual_time
+async def test_least_recently_used_certificate_is_removed_first() -> None:
     """Expired certificates are removed before it."""
     others = [RequestKey.of(replace(POD, service_account=f"sa-{number}"), SPEC) for number in range(4)]
-
-    async def scenario(world: World) -> None:
-        for other in others[:2]:
-            await world.obtain(key=other)
-        await world.obtain(key=others[0])
-        await world.obtain(key=others[2])
-        assert world.requests == 3
-        await world.obtain(key=others[0])
-        assert world.requests == 3
-        await world.obtain(key=others[1])
-        assert world.requests == 4
-        await asyncio.sleep(200)
-        world.result = obtained_certificate(200, 300, 400)
-        await world.obtain(key=others[3])
-        assert len(world.shared._certificates) == 1
-        await asyncio.sleep(300)
-        world.shared.update({"acme"})
-        assert not world.shared._certificates
-
-    _run(scenario, max_certificates=2)
+    world = World(2)
+    for other in others[:2]:
+        await world.obtain(key=other)
+    await world.obtain(key=others[0])
+    await world.obtain(key=others[2])
+    assert world.requests == 3
+    await world.obtain(key=others[0])
+    assert world.requests == 3
+    await world.obtain(key=others[1])
+    assert world.requests == 4
+    await asyncio.sleep(200)
+    world.result = obtained_certificate(200, 300, 400)
+    await world.obtain(key=others[3])
+    assert len(world.shared._certificates) == 1
+    await asyncio.sleep(300)
+    world.shared.update({"acme"})
+    assert not world.shared._certificates
 
 
-def test_authority_decides_which_certificates_are_shared() -> None:
+@in_virtual_time
+async def test_authority_decides_which_certificates_are_shared() -> None:
     """The driver waits for its trust bundle, but not for ever. Internal certificates are never shared."""
-
-    async def scenario(world: World) -> None:
-        assert not await world.shared.is_shared("internal")
-        with pytest.raises(CertmountError, match="has not reported yet") as failure:
-            await world.shared.is_shared("acme")
-        assert failure.value.retryable
-        asyncio.get_running_loop().call_later(5, world.shared.update, {"acme"})
-        assert await world.shared.is_shared("acme")
-        assert not await world.shared.is_shared("other")
-        world.shared.update(frozenset())
-        assert not await world.shared.is_shared("acme")
-
-    _run(scenario)
+    world = World()
+    assert not await world.shared.is_shared("internal")
+    with pytest.raises(CertmountError, match="has not reported yet") as failure:
+        await world.shared.is_shared("acme")
+    assert failure.value.retryable
+    asyncio.get_running_loop().call_later(5, world.shared.update, {"acme"})
+    assert await world.shared.is_shared("acme")
+    assert not await world.shared.is_shared("other")
+    world.shared.update(frozenset())
+    assert not await world.shared.is_shared("acme")
