@@ -162,6 +162,10 @@ SHAPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"volume_context": {f"{KUBELET}pod.node": "x"}},
         ("volumeAttributes.csi.storage.k8s.io/pod.node", "is reserved for the kubelet"),
     ),
+    "writable-with-unknown-attribute": (
+        {"readonly": False, "target_path": "relative", "volume_context": {"typo": "x"}},
+        ("(1) pod.spec.volumes[].csi.readOnly", "(2) volumeAttributes.typo", "(3) target_path"),
+    ),
     "all-at-once": (
         {"volume_capability": None, "volume_context": {f"{KUBELET}ephemeral": "", f"{KUBELET}x": "y"}},
         ("(1)", "(3)", "volume_capability", "PersistentVolume", "is reserved for the kubelet"),

@@ -27,6 +27,7 @@ _INVALID: dict[str, Callable[[Request], object]] = {
     "no-context": lambda request: request.volume_context.clear(),
     "unknown-attribute": lambda request: change(request, volume_context={"typo": "x"}),
     "hostile-attribute": lambda request: change(request, volume_context={"name": "\0\ud7ff" * 1000}),
+    "writable-with-unknown-attribute": lambda request: change(request, readonly=False, volume_context={"typo": "x"}),
     "forged-key": lambda request: change(request, volume_context={f"{KUBELET}x": "x"}),
     "other-pod": lambda request: change(request, volume_context={f"{KUBELET}pod.uid": "other"}),
     "bad-group": lambda request: setattr(request.volume_capability.mount, "volume_mount_group", "x"),

@@ -108,7 +108,7 @@ async def test_only_the_group_reads_the_key(node: Node, attribute: str, fs_group
 
 @pytest.mark.root
 async def test_target_is_read_only(node: Node) -> None:
-    """Even for root. The volume is a small tmpfs that only root can enter."""
+    """Even for root. Each volume has its own tmpfs that only root can enter."""
     request = await node.published()
     target = node.target(request)
     with pytest.raises(OSError, match="Read-only"):
@@ -117,8 +117,9 @@ async def test_target_is_read_only(node: Node) -> None:
         (target / "site.crt").unlink()
     (bind,) = node.mounts(target)
     assert {"ro", "nosuid", "nodev", "noexec"} <= bind.options
-    (own,) = node.mounts(node.volume_dir(request))
+    own, other = (node.mounts(node.volume_dir(each))[0] for each in (request, await node.published()))
     assert own.fs_type == "tmpfs"
+    assert own.device != other.device
     assert stat.S_IMODE(node.volume_dir(request).stat().st_mode) == 0o700
 
 

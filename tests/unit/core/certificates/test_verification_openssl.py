@@ -20,13 +20,7 @@ from tests.support.requirements import require_program
 from tests.unit.core import pki
 from tests.unit.core.outcomes import outcome
 from tests.unit.core.pki import CA_USAGE, NOW, Signer, Validity, der, key_of
-from tests.unit.core.responses import (
-    GOOD,
-    NO_CERT_SIGN,
-    UNKNOWN,
-    Response,
-    leaf,
-)
+from tests.unit.core.responses import GOOD, NO_CERT_SIGN, UNKNOWN, Response, leaf
 
 # cryptography warns about unusual certificates that it still parses.
 pytestmark = pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")

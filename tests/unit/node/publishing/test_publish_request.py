@@ -30,8 +30,7 @@ _claims = st.dictionaries(st.sampled_from(["exp", "sub", "kubernetes.io", "aud"]
 )
 _texts = st.one_of(st.text(), _json.map(json.dumps))
 _tokens = st.one_of(
-    _texts,
-    st.builds(lambda token: json.dumps({POD_AUDIENCE: {"token": token}}), st.one_of(_texts, _claims, _json)),
+    _texts, st.builds(lambda token: json.dumps({POD_AUDIENCE: {"token": token}}), st.one_of(_texts, _claims, _json))
 )
 _contexts = st.dictionaries(
     st.one_of(st.text(), st.sampled_from([f"{_PREFIX}{key}" for key in ("pod.uid", "pod.name", "ephemeral", "x")])),

@@ -1,12 +1,10 @@
-"""Ten failures of other certificate drivers, tested with this one."""
+"""Failures of other certificate drivers, tested with this one. Other modules test further ones: test_unpublish, test_canary."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-import os
-import stat
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +15,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from csi_driver import DRIVER_NAME
 from csi_driver._proto.csi_pb2 import DEGRADED
 from csi_driver.core.names import Names, spiffe_id
 from tests.integration.node.world import Node, Request, Shown, failure_of, running_node
@@ -30,7 +27,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 SOON = timedelta(seconds=1)
 
 
-async def test_1_concurrent_publish_calls_return_a_complete_volume(node: Node) -> None:
+async def test_concurrent_publish_calls_return_a_complete_volume(node: Node) -> None:
     """Failure: the second of two concurrent calls succeeds while the volume is empty.
 
     Here the volume is complete when any call returns, and one certificate serves all calls.
@@ -52,7 +49,7 @@ async def test_1_concurrent_publish_calls_return_a_complete_volume(node: Node) -
 
 
 @pytest.mark.root
-async def test_2_full_file_system_does_not_affect_a_mounted_volume(node: Node) -> None:
+async def test_full_file_system_does_not_affect_a_mounted_volume(node: Node) -> None:
     """Failure: a republish that gets ENOSPC unmounts and deletes the volume.
 
     Here republishes and renewals leave the volume unchanged, report the reason, and succeed when there is space.
@@ -85,23 +82,7 @@ def _fill(path: Path) -> None:
             file.write(bytes(4096))
 
 
-async def test_3_unpublish_of_a_missing_target_succeeds(node: Node) -> None:
-    """Failure: unpublish of a target that does not exist fails, and the pod stays in Terminating.
-
-    Here it succeeds and removes the volume.
-    """
-    request = await node.published()
-    if node.real_mounts:
-        node.unmount(request)
-        node.target(request).rmdir()
-    else:
-        node.target(request).unlink()
-    await node.unpublish(request)
-    node.assert_nothing_of(request)
-    await node.unpublish(request)
-
-
-async def test_4_truncated_record_affects_only_its_volume(node: Node) -> None:
+async def test_truncated_record_affects_only_its_volume(node: Node) -> None:
     """Failure: a truncated metadata file prevents the start of the driver.
 
     Here the driver starts, other volumes are renewed, and the next republish adopts the volume without a new certificate.
@@ -134,7 +115,7 @@ _GARBAGE: dict[str, Callable[[Response], Response]] = {
 
 
 @pytest.mark.parametrize("garbage", _GARBAGE)
-async def test_5_malformed_response_is_an_error(node: Node, garbage: str) -> None:
+async def test_malformed_response_is_an_error(node: Node, garbage: str) -> None:
     """Failure: a response that is not PEM crashes the process.
 
     Here only that call or renewal fails, with a reason.
@@ -164,7 +145,7 @@ _WRONG: dict[str, Callable[[TestCA, Response], Response]] = {
 
 
 @pytest.mark.parametrize("fault", ["expired", *_WRONG])
-async def test_6_wrong_certificate_is_not_written(node: Node, fault: str) -> None:
+async def test_wrong_certificate_is_not_written(node: Node, fault: str) -> None:
     """Failure: an expired certificate, or one for another key, is written.
 
     Here no volume gets it, and a mounted volume keeps its files.
@@ -199,7 +180,7 @@ async def _rejects(
 
 @pytest.mark.root
 @pytest.mark.peers("unshare")
-async def test_7_pods_see_renewals_of_a_restarted_driver() -> None:
+async def test_pods_see_renewals_of_a_restarted_driver() -> None:
     """Failure: after a restart pods never see a renewal, because the new driver writes to a new tmpfs.
 
     Here the driver and the pod have their own mount namespaces. Drivers and their namespaces are killed, and the pod sees
@@ -246,66 +227,3 @@ async def _namespace() -> AsyncIterator[Path]:
     finally:
         process.stdin.close()
         await process.wait()
-
-
-async def test_8_volumes_of_deleted_pods_are_not_renewed(node: Node) -> None:
-    """Failure: the certificate of a deleted pod is renewed forever.
-
-    Here the volume is removed at the next start, or when its renewal is due. The authority receives no request.
-    """
-    node.script.renew_after = timedelta(seconds=2)
-    later, while_down = await node.published(), await node.published()
-    await node.driver.kill()
-    node.forget_pod(while_down)
-    await node.driver.start()
-    node.assert_nothing_of(while_down)
-    node.forget_pod(later)
-    await until(lambda: not node.volume_dir(later).exists(), "removed when due")
-    node.assert_nothing_of(later)
-    assert node.script.calls == 2
-
-
-@pytest.mark.root
-async def test_9_each_volume_has_a_small_private_tmpfs(node: Node) -> None:
-    """Failure: one tmpfs for all pods with mode 1777, half of the memory, and no noswap, nosuid, nodev and noexec.
-
-    Here each volume has a tmpfs of one mebibyte in the driver's own directory, which only root can enter.
-    """
-    first, second = await node.published(), await node.published()
-    assert node.volumes == node.kubelet.root / "plugins" / DRIVER_NAME / "volumes"
-    assert stat.S_IMODE(node.volumes.stat().st_mode) == 0o700
-    devices = set()
-    for request in (first, second):
-        (mount,) = node.mounts(node.volume_dir(request))
-        devices.add(mount.device)
-        assert mount.fs_type == "tmpfs"
-        assert {"nosuid", "nodev", "noexec"} <= mount.options
-        assert {"size=1024k", "nr_inodes=128", "mode=700"} <= mount.super_options
-        if _kernel() >= (6, 4):
-            assert "noswap" in mount.super_options
-        found = node.volume_dir(request).stat()
-        assert (stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid) == (0o700, 0, 0)
-    assert len(devices) == 2
-
-
-def _kernel() -> tuple[int, int]:
-    major, minor = os.uname().release.split(".")[:2]
-    return int(major), int(minor)
-
-
-async def test_10_no_token_in_records_and_logs(node: Node) -> None:
-    """Failure: tokens are written to the volume's metadata and logged by default.
-
-    Here neither a token nor a key is in the record or in the debug log (see also test_canary).
-    """
-    pod = FakePod()
-    token = pod.token()
-    node.script.renew_after = SOON
-    request = await node.published(pod, token=token)
-    before = node.shown(request)
-    await until(lambda: node.shown(request).serial != before.serial, "a renewal")
-    texts = [node.driver.log_text(), json.dumps(node.record(request))]
-    lines = before.key.decode().splitlines()[1:-1] + node.shown(request).key.decode().splitlines()[1:-1]
-    for secret in (token, *token.split("."), node.authority.token_file.read_text(), *lines):
-        assert all(secret not in text for text in texts)
-    assert token in node.script.tokens
