@@ -25,7 +25,7 @@ def _make(name: str, configuration: AcmeConfiguration, dependencies: IssuerDepen
     elif dependencies.secret_store is not None:
         store = dependencies.secret_store(account.namespace, account.name)
     else:
-        raise not_possible(name, "needs a cluster for its account Secret", "set account: {folder: PATH}")
+        raise not_possible(name, "needs a cluster for its account Secret", "set `account: {folder: PATH}`")
     routes = None
     if http01 is not None and http01.ingress_class is not None:
         if dependencies.ingress_routes is None:

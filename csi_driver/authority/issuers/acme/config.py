@@ -89,7 +89,7 @@ class AcmeConfiguration:
 
     account: AccountStorage
     email: str | None = None
-    """The contact address. Each address has an account of its own."""
+    """The contact address. Each address has its own account."""
     directory: str = STAGING
     terms_agreed: bool = False
     """True if the administrator agrees to the CA's terms of service."""
@@ -143,7 +143,7 @@ def _parse_account(parent: ConfigSection) -> AccountStorage:
     if section is None:  # already reported as missing
         return AccountStorage()
     if ("secret" in section.values) == ("folder" in section.values):
-        hint = "set {secret: NAMESPACE/NAME}, or {folder: PATH} for an authority with one replica"
+        hint = "set `{secret: NAMESPACE/NAME}`, or `{folder: PATH}` for an authority with one replica"
         section.fault("", "does not set where the account and the orders are stored", hint)
     secret = section.text("secret", parse_secret_name)
     return AccountStorage(*(secret or ("", "")), folder=section.text("folder", parse_file_name) or "")

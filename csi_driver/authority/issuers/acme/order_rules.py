@@ -60,7 +60,7 @@ def remove_expired(state: AcmeState, now: float) -> AcmeState:
 
 
 def claim_orders(state: AcmeState, holder: str, now: float, lease_s: float, max_held: int) -> AcmeState:
-    """Renew the leases of ``holder``, and take up to ``max_held`` orders that are due and that no replica processes."""
+    """Renew the leases of ``holder``, and claim due orders without a lease until it holds ``max_held`` orders."""
     held = sum(order.holder == holder for order in state.orders)
     orders = []
     for order in state.orders:

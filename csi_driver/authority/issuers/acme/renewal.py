@@ -35,7 +35,7 @@ class RenewalWindow:
     check_at: float
 
     def renewal_time(self, jitter: float, planned: float | None = None) -> float:
-        """Return the planned time if it lies in the window, or else a time in the window (RFC 9773 section 4.2).
+        """Return the planned time if it is in the window, or else a time in the window (RFC 9773 section 4.2).
 
         ``jitter`` is in [0, 1).
         """

@@ -39,7 +39,7 @@ _WAIT_FOR_LIST_S = 5.0
 _KEEP_SIGNED = timedelta(minutes=10)
 """The node retries every half minute."""
 _KEEP_APPROVED = timedelta(minutes=15)
-"""No signer takes longer, and Kubernetes keeps approved requests for ever."""
+"""No signer takes longer, and Kubernetes keeps approved requests forever."""
 _KEEP_UNDECIDED = timedelta(hours=1)
 """For manual approvals. If the pod still needs the certificate, the next call creates another request."""
 

@@ -81,4 +81,6 @@ def _split(text: str) -> tuple[str, bytes, bytes, bytes, bytes]:
 
 def _decode(text: str) -> bytes:
     """Decode base64url without padding (RFC 7515 section 2); raise ValueError, of which binascii.Error is a subclass."""
+    if "+" in text or "/" in text:  # Python before 3.15 accepts these too
+        raise ValueError("not base64url")
     return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)

@@ -34,7 +34,7 @@ def paths(value: object, path: DocumentPath = ()) -> Iterator[DocumentPath]:
 
 
 def assert_schema_agrees(document: dict[str, Any], path: DocumentPath) -> None:
-    """Replace or remove the value at the path, or add an unknown key beside it: parser and schema must agree."""
+    """Replace or remove the value at the path, or add an unknown key next to it: parser and schema must agree."""
     documents = [document, *(_changed(document, path, replacement) for replacement in _REPLACEMENTS)]
     if isinstance(path[-1], str):
         documents.append(_changed(document, (*path[:-1], "unknown"), "x"))

@@ -49,7 +49,7 @@ def test_default_renewal_is_30_days_or_a_third_of_the_lifetime_before_the_end(li
 
 
 @given(st.floats(0, 1e9), st.floats(0, 1e9), st.floats(0, 1), st.floats(0, 2e9) | st.none())
-def test_renewal_time_lies_in_the_window(start: float, length: float, jitter: float, planned: float | None) -> None:
+def test_renewal_time_is_in_the_window(start: float, length: float, jitter: float, planned: float | None) -> None:
     """A planned time stays while the window contains it."""
     window = RenewalWindow(start, start + length, 0)
     time = window.renewal_time(jitter, planned)
