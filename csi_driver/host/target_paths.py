@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -80,8 +81,12 @@ def check_kubelet_dir(path: Path, *, shared: bool = True) -> None:
 
 
 def _check_existing(kubelet_dir: Path, path: Path) -> None:
+    parent_exists = False
     try:
-        if not path.parent.is_dir():
+        # Not Path.is_dir, which returns False for errors that depend on the Python version.
+        with suppress(FileNotFoundError, NotADirectoryError):
+            parent_exists = stat.S_ISDIR(path.parent.stat().st_mode)
+        if not parent_exists:
             hint = f"mount {kubelet_dir} of the host at the same path in the driver's container"
             raise _invalid(f"the directory {path.parent} does not exist, although the kubelet creates it", hint)
         mode = os.lstat(path).st_mode

@@ -143,7 +143,8 @@ class Node:
             with urllib.request.urlopen(f"http://{self._http}{path}", timeout=10) as response:
                 body: bytes = response.read()
         except urllib.error.HTTPError as error:
-            body = error.read()
+            with error:
+                body = error.read()
         return body.decode()
 
 

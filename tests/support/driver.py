@@ -121,7 +121,8 @@ class Driver:
             with urllib.request.urlopen(f"http://{self.http}{path}", timeout=10) as response:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
+            with error:
+                return error.code, error.read().decode()
 
 
 def free_port() -> int:

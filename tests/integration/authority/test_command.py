@@ -76,7 +76,8 @@ class Process:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.http}{path}", timeout=10) as response:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
+            with error:
+                return error.code, error.read().decode()
         except OSError:
             return 0, ""
 

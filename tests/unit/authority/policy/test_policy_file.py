@@ -48,7 +48,7 @@ def test_empty_file_contains_the_default_policy(text: str) -> None:
         ("policy: []\npolicy: []\n", "line 2, column 1: the key 'policy' stands twice"),
         ("policy:\n- match: {a: 1, a: 2}\n", "the key 'a' stands twice"),
         ("policy:\n- {match: {}, ? [1]: 2}\n", "is not YAML in line 2"),
-        ("policy: [", "is not YAML in line 2, column 1"),
+        ("policy: [\n}", "is not YAML in line 2, column 1"),
         ("a: &a [x]\nb: *a\n", "has an alias"),
         ("x: &x {a: 1}\npolicy: [{<<: *x}]\n", "has an alias"),
         ("policy: !!python/object/apply:os.system [id]\n", "is not YAML in line 1, column 9: could not determine"),
