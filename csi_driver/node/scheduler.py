@@ -33,7 +33,6 @@ class DueTimes:
             heapq.heapify(self._heap)
 
     def cancel(self, key: str) -> None:
-        """Remove a key."""
         self._due.pop(key, None)
 
     def wait_s(self, now: float) -> float:

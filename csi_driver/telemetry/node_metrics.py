@@ -41,19 +41,15 @@ class NodeMetrics(Collector):
         registry.register(self)
 
     def called(self, method: str, reason: Reason | None, seconds: float) -> None:
-        """Record a call of the kubelet."""
         self._calls.labels(method, reason.word if reason else "").observe(seconds)
 
     def renewed(self) -> None:
-        """Record a renewed certificate."""
         self._renewed.inc()
 
     def renewal_failed(self, reason: Reason) -> None:
-        """Record a failed renewal."""
         self._renewals_failed.labels(reason.word).inc()
 
     def record_quarantined(self) -> None:
-        """Record a volume record that could not be read."""
         self._quarantined.inc()
 
     def keep(self, volume_id: str, not_after: float) -> None:
@@ -76,7 +72,6 @@ class NodeMetrics(Collector):
         self._renewals_waiting = renewals_waiting
 
     def forget(self, volume_id: str) -> None:
-        """Remove a volume that was unpublished."""
         self._roots_behind.discard(volume_id)
         self._not_after.pop(volume_id, None)
         self._failures.pop(volume_id, None)

@@ -28,7 +28,6 @@ class CertificateRequest:
 
     @property
     def is_renewal(self) -> bool:
-        """True if the volume has a certificate."""
         return math.isfinite(self.late_s)
 
 
@@ -47,7 +46,6 @@ class RequestKey:
 
     @classmethod
     def of(cls, pod: Pod, spec: CertificateSpec, volume_id: str = "") -> RequestKey:
-        """Return the key of a volume's requests."""
         return cls(
             namespace=pod.namespace,
             service_account=pod.service_account,

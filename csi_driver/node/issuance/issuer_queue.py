@@ -87,7 +87,6 @@ class _ClassQueue:
 
     @property
     def idle(self) -> bool:
-        """True if no request waits or is in progress."""
         return not self._requests_of
 
 
@@ -105,7 +104,6 @@ class IssuerQueue:
         }
 
     def add(self, request: QueuedRequest) -> None:
-        """Add a request that waits."""
         self._queues[request.request_class].add(request)
 
     def end(self, request: QueuedRequest) -> None:
@@ -113,7 +111,6 @@ class IssuerQueue:
         self._queues[request.request_class].end(request)
 
     def start_next(self, now: float, wall_now: float) -> QueuedRequest | None:
-        """Start and return the next request that can start now."""
         for queue in self._queues.values():
             if queue.wait_s(now, wall_now) <= 0:
                 return queue.start_next()
@@ -124,7 +121,6 @@ class IssuerQueue:
         return min(queue.wait_s(now, wall_now) for queue in self._queues.values())
 
     def waiting(self, request_class: RequestClass) -> list[QueuedRequest]:
-        """Return the requests of a class that wait, in no particular order."""
         return self._queues[request_class].waiting()
 
     @property
@@ -143,7 +139,6 @@ class IssuerQueue:
         return self.outage is None and all(queue.idle for queue in self._queues.values())
 
     def pause_s(self, now: float, left_s: float) -> float:
-        """Return the remaining seconds of the renewals' pause."""
         return self._queues[RequestClass.RENEWAL].controller.pause_s(now, left_s)
 
     def record(self, epochs: tuple[int, ...], error: CertmountError | None, now: float) -> float | None:

@@ -40,7 +40,6 @@ class PendingRequests:
         return len(self._requests)
 
     def get(self, key: RequestKey) -> PreparedRequest | None:
-        """Return the pending request, or None if there is none."""
         self.remove_expired()
         _, prepared = self._requests.get(key, (0.0, None))
         return prepared

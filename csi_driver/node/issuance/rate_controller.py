@@ -37,11 +37,9 @@ class RateController:
         """The failure that every request to the issuer would have now, or None."""
 
     def begin(self) -> None:
-        """Count a request that starts."""
         self._in_progress += 1
 
     def end(self) -> None:
-        """Count a request that has ended, with any result."""
         self._in_progress -= 1
 
     def wait_s(self, now: float, left_s: float) -> float:
@@ -54,7 +52,6 @@ class RateController:
         return self.pause_s(now, left_s)
 
     def pause_s(self, now: float, left_s: float) -> float:
-        """Return the remaining seconds of the current pause, 0 if there is none."""
         if not self._failures:
             return 0.0
         pause_s = probe_delay_s(attempt=self._failures, left_s=left_s, jitter=self._pause_jitter)

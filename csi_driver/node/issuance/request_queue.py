@@ -67,7 +67,6 @@ class RequestQueue:
         return self._turn(issuer, QueuedRequest(RequestClass.RENEWAL, pod, not_after, volume_id))
 
     def cancel_renewal(self, volume_id: str) -> None:
-        """Remove a volume's renewal from the queue if it waits there."""
         for queue in self._queues.values():
             for request in queue.waiting(RequestClass.RENEWAL):
                 if request.volume_id == volume_id:

@@ -50,9 +50,8 @@ class SharedCertificates:
         self._known = known
         self._clock = clock
         self._max_certificates = max_certificates
-        self._certificates: OrderedDict[RequestKey, ObtainedCertificate] = OrderedDict()
-        # Keys for which the volumes need no search. It would bring back a certificate whose sharing has ended.
-        self._searched: OrderedDict[RequestKey, None] = OrderedDict()
+        # None if the sharing has ended. Then the volumes are not searched: they still contain the certificate.
+        self._certificates: OrderedDict[RequestKey, ObtainedCertificate | None] = OrderedDict()
         self._requests: dict[RequestKey, asyncio.Future[ObtainedCertificate | CertmountError | None]] = {}
         self._shared_issuers: Collection[str] = ()
         self._renew_now: Collection[str] = ()
@@ -109,7 +108,7 @@ class SharedCertificates:
         request = self._requests[key] = asyncio.get_running_loop().create_future()
         result: ObtainedCertificate | CertmountError | None = None
         try:
-            if key not in self._searched and (found := await self._find(key)) is not None:
+            if key not in self._certificates and (found := await self._find(key)) is not None:
                 self._put(key, found)
             obtained = self._usable(key, spec, is_renewal=is_renewal)
             if obtained is None:
@@ -117,9 +116,8 @@ class SharedCertificates:
                 self._put(key, obtained)
             result = obtained
         except CertmountError as error:
-            if error.reason.kind in _ENDS_SHARING:
-                self._certificates.pop(key, None)
-                self._skip_search(key)
+            if error.reason.kind in _ENDS_SHARING and key in self._certificates:
+                self._put(key, None)
             if _affects_other_volumes(error):
                 result = error
             raise
@@ -159,8 +157,7 @@ class SharedCertificates:
             renew_at = min(renew_at, requested)
         return replace(obtained, root_sets={name: sets[name] for name in names}, renew_at=renew_at)
 
-    def _put(self, key: RequestKey, obtained: ObtainedCertificate) -> None:
-        self._skip_search(key)
+    def _put(self, key: RequestKey, obtained: ObtainedCertificate | None) -> None:
         self._certificates[key] = obtained
         self._certificates.move_to_end(key)
         self._remove_expired()
@@ -169,14 +166,8 @@ class SharedCertificates:
 
     def _remove_expired(self) -> None:
         now = self._clock()
-        for key in [key for key, shared in self._certificates.items() if shared.not_after <= now]:
+        for key in [key for key, shared in self._certificates.items() if shared and shared.not_after <= now]:
             del self._certificates[key]
-
-    def _skip_search(self, key: RequestKey) -> None:
-        self._searched[key] = None
-        self._searched.move_to_end(key)
-        if len(self._searched) > 2 * self._max_certificates:
-            self._searched.popitem(last=False)
 
 
 def _affects_other_volumes(error: CertmountError) -> bool:
