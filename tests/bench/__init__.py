@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m tests.bench`` prints every figure beside its budget. No figure fails a run, only a wrong result does."""
+"""Benchmarks: ``python -m tests.bench`` prints each figure with its budget. Only a wrong result fails a run."""

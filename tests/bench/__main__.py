@@ -1,6 +1,6 @@
-"""``python -m tests.bench [SECTION ...]``: the figures that need no Kubernetes.
+"""``python -m tests.bench [SECTION ...]``: measures what needs no Kubernetes.
 
-A missed budget is printed as missed and is no failure; the exit status is 1 only where something did not work.
+A missed budget is printed, and does not fail the run. The exit status is 1 only if a result is wrong.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from tests.bench.footprint import fill, measure_idle, measure_memory, measure_re
 from tests.bench.machine import describe, load
 from tests.bench.publishing import measure_burst, measure_publish, measure_republish
 from tests.bench.table import Figure, print_table
-from tests.bench.world import MOUNTS, WrongResult, driving, issuing, unmount_left
+from tests.bench.world import MOUNTS, WrongResultError, driving, issuing, unmount_leftovers
 
 SECTIONS = ("publish", "burst", "republish", "memory", "idle", "restart", "blocks", "authority")
 
 
-async def run(folder: Path, sections: set[str]) -> list[Figure]:
-    """Measures the sections, each with fresh processes where an earlier one would leave its traces."""
+async def run(directory: Path, sections: set[str]) -> list[Figure]:
+    """Measure the sections. Sections that influence each other get new processes."""
     figures: list[Figure] = []
-    async with issuing(folder) as issuer:
+    async with issuing(directory) as issuer:
         if sections & {"publish", "burst", "republish"}:
-            async with driving(folder / "calls", issuer) as world:
+            async with driving(directory / "calls", issuer) as world:
                 if "publish" in sections:
                     figures += await measure_publish(world)
                 if "burst" in sections:
@@ -36,7 +36,7 @@ async def run(folder: Path, sections: set[str]) -> list[Figure]:
                 if "republish" in sections:
                     figures += await measure_republish(world)
         if sections & {"memory", "idle", "restart"}:
-            async with driving(folder / "full", issuer) as world:
+            async with driving(directory / "full", issuer) as world:
                 if "memory" in sections:
                     figures += await measure_memory(world)
                 else:
@@ -44,39 +44,39 @@ async def run(folder: Path, sections: set[str]) -> list[Figure]:
                 if "idle" in sections:
                     figures += await measure_idle(world)
                 if "restart" in sections:
-                    async with driving(folder / "empty", issuer) as empty:
+                    async with driving(directory / "empty", issuer) as empty:
                         figures += await measure_restart(world, empty)
     if "blocks" in sections:
-        figures += measure_blocks(folder)
+        figures += measure_blocks(directory)
     if "authority" in sections:
-        figures += await measure_authority(folder)
+        figures += await measure_authority(directory)
     return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"some of {', '.join(SECTIONS)}; all by default")
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"any of {', '.join(SECTIONS)}; default: all")
     sections = set(parser.parse_args().sections) or set(SECTIONS)
     if unknown := sections - set(SECTIONS):
-        parser.error(f"there is no section {', '.join(sorted(unknown))}")
+        parser.error(f"unknown section: {', '.join(sorted(unknown))}")
     print(f"Machine: {describe()}")
     if MOUNTS == "directory":
         print(
-            "Not root: plain folders in /dev/shm stand in for mounts, so figures with mounts in them say less than on a node."
+            "Not root: directories in /dev/shm replace mounts, so figures that include mounts differ from those of a node."
         )
     started = time.monotonic()
     parent = "/dev/shm" if MOUNTS == "directory" else None
     with tempfile.TemporaryDirectory(prefix="certmount-bench-", dir=parent) as name:
-        folder = Path(name).resolve()
+        directory = Path(name).resolve()
         try:
-            figures = asyncio.run(run(folder, sections))
-        except WrongResult as problem:
-            sys.exit(f"wrong result: {problem}")
+            figures = asyncio.run(run(directory, sections))
+        except WrongResultError as error:
+            sys.exit(f"wrong result: {error}")
         finally:
-            unmount_left(folder)
+            unmount_leftovers(directory)
     print()
     print_table(figures)
-    print(f"The run took {time.monotonic() - started:.0f} s; load after it {load()}.")
+    print(f"The run took {time.monotonic() - started:.0f} s; load after the run {load()}.")
 
 
 if __name__ == "__main__":

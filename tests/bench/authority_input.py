@@ -1,4 +1,4 @@
-"""What the load generator sends, made before the clock starts: requests as files of its own format (tests/bench/loadgen)."""
+"""Writes the requests of the load generator to files in its format (tests/bench/loadgen), before the measurement."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from csi_driver.core.names import DNSName, Names
 from csi_driver.core.spec import KeyType
 from tests.support.tokens import DRIVER, Pod, TokenIssuer
 
-LIFE = timedelta(hours=1)
+LIFETIME = timedelta(hours=1)
 NODES = 100
-PODS_A_NODE = 40
+PODS_PER_NODE = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
-    """A pod with its request: its own key, its own name."""
+class PodRequest:
+    """A pod and its certificate request."""
 
     pod: Pod
     node: int
@@ -40,7 +40,7 @@ class Asking:
 
 @dataclass(frozen=True, slots=True)
 class Provisioner:
-    """A JWK provisioner of step-ca: what mints one-time tokens."""
+    """A JWK provisioner of step-ca, which signs one-time tokens."""
 
     name: str
     key: ec.EllipticCurvePrivateKey
@@ -48,12 +48,12 @@ class Provisioner:
     audience: str
 
 
-def make_pods() -> list[Asking]:
-    """40 pods on each of 100 nodes, of 400 service accounts in 40 namespaces, each with an EC-P256 request; the nodes take turns."""
-    return [_pod(number) for number in range(NODES * PODS_A_NODE)]
+def make_pods() -> list[PodRequest]:
+    """Return 40 pods on each of 100 nodes, of 400 service accounts in 40 namespaces, with EC-P256 requests; nodes alternate."""
+    return [_pod(number) for number in range(NODES * PODS_PER_NODE)]
 
 
-def _pod(number: int) -> Asking:
+def _pod(number: int) -> PodRequest:
     node, account, namespace = number % NODES, f"app-{number % 10}", f"team-{number % 40}"
     pod = Pod(
         f"{account}-{number:05}",
@@ -65,11 +65,11 @@ def _pod(number: int) -> Asking:
         service_account_uid=f"33333333-3333-4333-8333-{number % 400:012}",
     )
     name = f"{account}.{namespace}.svc.cluster.local"
-    return Asking(pod, node, name, build_csr(generate_key(KeyType.EC_P256), Names.of([DNSName.parse(name)])))
+    return PodRequest(pod, node, name, build_csr(generate_key(KeyType.EC_P256), Names.of([DNSName.parse(name)])))
 
 
-def write_certmount(file: Path, pods: Iterable[Asking], issuer: TokenIssuer) -> None:
-    """Calls of Issue: the pod's token and, as bearer, that of the driver on its node, RS256 as API servers sign."""
+def write_certmount(file: Path, pods: Iterable[PodRequest], issuer: TokenIssuer) -> None:
+    """Write Issue calls with the pod's token and its driver's token as bearer; RS256, like API servers."""
     drivers = [
         issuer.node_token(
             Pod(
@@ -85,36 +85,36 @@ def write_certmount(file: Path, pods: Iterable[Asking], issuer: TokenIssuer) -> 
     ]
 
     def records() -> Iterator[tuple[str, str, bytes]]:
-        for asking in pods:
-            token = issuer.pod_token(asking.pod).reveal()
-            request = authority_pb2.IssueRequest(csr=asking.csr, pod_token=token)
-            request.duration.FromTimedelta(LIFE)
-            yield asking.name, drivers[asking.node], request.SerializeToString()
+        for each in pods:
+            token = issuer.pod_token(each.pod).reveal()
+            request = authority_pb2.IssueRequest(csr=each.csr, pod_token=token)
+            request.duration.FromTimedelta(LIFETIME)
+            yield each.name, drivers[each.node], request.SerializeToString()
 
     _write(file, records())
 
 
-def write_step_ca(file: Path, pods: Iterable[Asking], provisioner: Provisioner) -> None:
-    """Calls of sign: each with a one-time token that is bound to its request, and that no other file has."""
+def write_step_ca(file: Path, pods: Iterable[PodRequest], provisioner: Provisioner) -> None:
+    """Write sign calls, each with a one-time token that is bound to its request."""
     now = int(time.time())
 
     def records() -> Iterator[tuple[str, str, bytes]]:
-        for number, asking in enumerate(pods):
+        for number, each in enumerate(pods):
             claims = {
                 "iss": provisioner.name,
                 "aud": provisioner.audience,
-                "sub": asking.name,
-                "sans": [asking.name],
+                "sub": each.name,
+                "sans": [each.name],
                 "jti": f"{file.name}-{number}",
                 "iat": now,
                 "nbf": now,
                 "exp": now + 3600,
-                "cnf": {"x5rt#S256": _url(hashlib.sha256(asking.csr).digest())},
+                "cnf": {"x5rt#S256": _url(hashlib.sha256(each.csr).digest())},
             }
             token = jwt.encode(claims, provisioner.key, algorithm="ES256", headers={"kid": provisioner.key_id})
-            pem = x509.load_der_x509_csr(asking.csr).public_bytes(Encoding.PEM).decode()
-            body = {"csr": pem, "ott": token, "notAfter": f"{LIFE.total_seconds():.0f}s"}
-            yield asking.name, "", json.dumps(body).encode()
+            pem = x509.load_der_x509_csr(each.csr).public_bytes(Encoding.PEM).decode()
+            body = {"csr": pem, "ott": token, "notAfter": f"{LIFETIME.total_seconds():.0f}s"}
+            yield each.name, "", json.dumps(body).encode()
 
     _write(file, records())
 

@@ -1,9 +1,8 @@
-"""certmount's authority with all of its parts but the cluster: ``python -m tests.bench.authority_server DIR``.
+"""Runs certmount's authority without a cluster: ``python -m tests.bench.authority_server DIR``.
 
-TokenReviews are answered in this process after 5 ms, with what the token says of itself; the keys that tokens are signed with
-come from DIR/jwks.json, the CA from a folder. All else is as ``certmount authority`` runs it: gRPC over TLS, both tokens verified
-offline, limits, policy, CA, the audit log (on standard error), metrics. It says its port on standard output and serves until
-standard input ends.
+In-process TokenReviews take 5 ms and accept the token's claims. The token keys are in DIR/jwks.json, and the CA is in a directory.
+Everything else runs as in ``certmount authority``: gRPC over TLS, offline verification of both tokens, limits, policy, CA, audit
+log (on standard error) and metrics. Prints its port and serves until the end of standard input.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from csi_driver.core.cluster.token_review import PublishedKeys, ReviewedToken
+from csi_driver.core.cluster.objects import PublishedKeys, ReviewedToken
 from csi_driver.core.identity import unverified_identity
 from csi_driver.core.secret import Secret
 from csi_driver.telemetry.logging import configure_logging
@@ -22,7 +21,7 @@ from tests.integration.authority.world import Cluster, World
 from tests.support.tokens import ISSUER, TokenIssuer
 
 REVIEW_S = 0.005
-# Beside the rule by which the pods get their names, as many others as a cluster of some teams has.
+# The rule that allows the pods' names, and the rules of other teams in a shared cluster.
 POLICY = """
 policy:
 - match: {namespaces: ["team-*"], serviceAccounts: ["app-*"]}
@@ -33,8 +32,8 @@ policy:
 )
 
 
-class Reviewer:
-    """Every token is live."""
+class InProcessReviewer:
+    """Accepts every token."""
 
     async def review(self, token: Secret[str], _audience: str) -> ReviewedToken:
         await asyncio.sleep(REVIEW_S)
@@ -49,8 +48,8 @@ class Reviewer:
         )
 
 
-class Keys(Cluster):
-    """Those of a file."""
+class FileCluster(Cluster):
+    """A cluster whose token keys are in a file."""
 
     def __init__(self, file: Path) -> None:
         super().__init__(TokenIssuer())
@@ -60,10 +59,10 @@ class Keys(Cluster):
         return PublishedKeys(ISSUER, self._file.read_bytes())
 
 
-async def serve(folder: Path) -> None:
-    """Serves until standard input ends."""
-    reviewer: Any = Reviewer()
-    world = World(folder, TokenIssuer(), Keys(folder / "jwks.json"), reviewer=reviewer)
+async def serve(directory: Path) -> None:
+    """Serve until the end of standard input."""
+    reviewer: Any = InProcessReviewer()
+    world = World(directory, TokenIssuer(), FileCluster(directory / "jwks.json"), reviewer=reviewer)
     world.policy.write_text(POLICY)
     async with world.running() as server:
         print(server.port, flush=True)
@@ -72,6 +71,6 @@ async def serve(folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("directory", type=Path)
     configure_logging("info")
-    asyncio.run(serve(parser.parse_args().folder))
+    asyncio.run(serve(parser.parse_args().directory))

@@ -1,4 +1,4 @@
-"""The building blocks of a publish, each for itself, in this process."""
+"""Measures the building blocks of a publish one by one, in this process."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tests.support.scripted_authority import TRUST_DOMAIN, TestCA
 _ROUNDS = 9
 
 
-def measure_blocks(folder: Path) -> list[Figure]:
-    """Microseconds of each; the mounts only where the process may mount."""
+def measure_blocks(directory: Path) -> list[Figure]:
+    """Measure each block; mounts only if the process can mount."""
     ca, names = TestCA(), Names.of([DNSName.parse("shop.web.svc.cluster.local")])
     key = generate_key(KeyType.EC_P256)
     signed = Names.of(names.dns, [spiffe_id(TRUST_DOMAIN, "web", "shop")])
@@ -56,7 +56,7 @@ def measure_blocks(folder: Path) -> list[Figure]:
         ("files rendered", _us(lambda: render_files(VolumeContents(key, bundle.chain, bundle.roots)), 50), "-"),
     ]
     if MOUNTS == "kernel":
-        mounts, tmpfs, target = KernelMounts(), folder / "tmpfs", folder / "target"
+        mounts, tmpfs, target = KernelMounts(), directory / "tmpfs", directory / "target"
         tmpfs.mkdir()
         target.mkdir()
         mounts.make_tmpfs(tmpfs, 1 << 20, 128)
@@ -78,7 +78,7 @@ def measure_blocks(folder: Path) -> list[Figure]:
 
 
 def _us(call: Callable[[], object], count: int) -> float:
-    """The median over rounds of the mean time of a call."""
+    """Return the median over rounds of the mean duration of a call."""
     call()
     means = []
     for _ in range(_ROUNDS):

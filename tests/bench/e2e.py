@@ -1,6 +1,6 @@
-"""``python -m tests.bench.e2e``: the figures that need a real kubelet; run by ``tests/e2e/run bench`` on a cluster with certmount.
+"""``python -m tests.bench.e2e``: measures what needs a real kubelet. ``tests/e2e/run bench`` runs it on a cluster with certmount.
 
-As in :mod:`tests.bench`, a missed budget is printed and no failure; the exit status is 1 only where something did not work.
+As in :mod:`tests.bench`, a missed budget does not fail the run. The exit status is 1 only if a result is wrong.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from tests.bench.machine import describe
 from tests.bench.process import cpu_s, rss_mb
 from tests.bench.table import Figure, print_table, spread
 from tests.e2e import host
-from tests.e2e.kubectl import KubectlError, Manifest, kubectl, make_namespace, wait_for, wait_until
-from tests.e2e.logs import LogKeeper
+from tests.e2e.kubectl import KubectlError, Manifest, create_namespace, kubectl, wait_for, wait_until
+from tests.e2e.logs import LogCollector
 from tests.e2e.pods import Pod, manifest
 
 _NAMESPACE = "e2e-bench"
@@ -28,7 +28,7 @@ _RESTARTED = 11
 _READY_S = 180.0
 
 _KINDS: Mapping[str, Mapping[str, str] | None] = {
-    "empty": None,  # a tmpfs emptyDir: what the kubelet itself needs for a volume
+    "empty": None,  # a tmpfs emptyDir shows the kubelet's own time for a volume
     "EC-P256": {},
     "RSA-3072": {"key-type": "RSA-3072"},
 }
@@ -40,13 +40,13 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     version = json.loads(kubectl("version", "-o", "json"))["serverVersion"]["gitVersion"]
     print(f"Machine: {describe()}; Kubernetes {version}")
-    logs = LogKeeper()
+    logs = LogCollector()
     try:
-        make_namespace(_NAMESPACE)
+        create_namespace(_NAMESPACE)
         figures = [*_measure_starts(rounds), *_measure_kubelet_restart(logs)]
         kubectl("delete", "namespace", _NAMESPACE, seconds=120)
-    except (KubectlError, AssertionError) as problem:
-        sys.exit(f"wrong result: {problem}")
+    except (KubectlError, AssertionError) as error:
+        sys.exit(f"wrong result: {error}")
     finally:
         logs.close()
     print()
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def _measure_starts(rounds: int) -> list[Figure]:
-    """Pods at once with each kind of volume, by turns so that what the machine does besides meets all of them."""
+    """Start pods with each kind of volume in alternation, so that other load on the machine affects all kinds."""
     seconds: dict[str, list[float]] = {kind: [] for kind in _KINDS}
     pid = _driver_pid()
     empty_mb, spent = rss_mb(pid), {}
@@ -76,8 +76,8 @@ def _measure_starts(rounds: int) -> list[Figure]:
             f"within the noise ({noise:.2f} s here)",
             elliptic <= noise,
             "Pod Certificates 1.36.3: 0.4 s; cert-manager csi-driver: noise",
-            f"from the first pod's creation until all are Ready; medians of {rounds} rounds by turns: {every}. The noise is the "
-            f"spread of the rounds with an empty volume. The driver's processor time in the last round: EC-P256 {spent['EC-P256']:.2f} s, "
+            f"from the first pod's creation until all are Ready; medians of {rounds} alternating rounds: {every}. The noise is the "
+            f"spread of the rounds with an empty volume. The driver's CPU time in the last round: EC-P256 {spent['EC-P256']:.2f} s, "
             f"RSA-3072 {spent['RSA-3072']:.2f} s",
         ),
         Figure(
@@ -96,31 +96,31 @@ def _measure_starts(rounds: int) -> list[Figure]:
 
 
 def _start(name: str, attributes: Mapping[str, str] | None) -> float:
-    """Seconds until all of a crowd of pods are Ready; they are gone again afterwards."""
+    """Return the seconds until a group of pods is Ready; delete the pods."""
     pods = [_pod(f"{name}-{number}", name, attributes) for number in range(_AT_ONCE)]
     started = time.perf_counter()
     _create(*pods)
-    wait_for("Ready", "pod", "-l", f"crowd={name}", namespace=_NAMESPACE, seconds=_READY_S)
+    wait_for("Ready", "pod", "-l", f"group={name}", namespace=_NAMESPACE, seconds=_READY_S)
     seconds = time.perf_counter() - started
-    kubectl("-n", _NAMESPACE, "delete", "pod", "-l", f"crowd={name}", "--grace-period=1", seconds=_READY_S)
-    wait_until(lambda: not _volumes(), seconds=60, what="the volumes of pods that ended are gone")
+    kubectl("-n", _NAMESPACE, "delete", "pod", "-l", f"group={name}", "--grace-period=1", seconds=_READY_S)
+    wait_until(lambda: not _volumes(), seconds=60, what="the volumes of deleted pods are removed")
     return seconds
 
 
-def _measure_kubelet_restart(logs: LogKeeper) -> list[Figure]:
-    """All volumes are published again at once by a kubelet that was restarted."""
+def _measure_kubelet_restart(logs: LogCollector) -> list[Figure]:
+    """Restart the kubelet, which republishes all volumes at once."""
     pods = [Pod(_NAMESPACE, f"restart-{number}") for number in range(_RESTARTED)]
     _create(*(_pod(pod.name, "restart", {}) for pod in pods))
-    wait_for("Ready", "pod", "-l", "crowd=restart", namespace=_NAMESPACE, seconds=_READY_S)
+    wait_for("Ready", "pod", "-l", "group=restart", namespace=_NAMESPACE, seconds=_READY_S)
     uids = [pod.uid for pod in pods]
     before = {uid: _files(uid) for uid in uids}
     driver = host.driver()
-    calls = host.republished(driver)
+    calls = host.publish_calls(driver)
     host.restart_kubelet()
-    wait_until(lambda: host.republished(driver) >= calls + _RESTARTED, seconds=150, what="all volumes published again")
+    wait_until(lambda: host.publish_calls(driver) >= calls + _RESTARTED, seconds=150, what="a republish of all volumes")
     other = sum(_files(uid) != before[uid] for uid in uids)
-    issued = sum(logs.issued(uid) for uid in uids) - _RESTARTED
-    mounts = [len(host.mounts_at(host.target_of(uid))) for uid in uids]
+    issued = sum(len(logs.issued(uid)) for uid in uids) - _RESTARTED
+    mounts = [len(host.mounts_at(host.target_path(uid))) for uid in uids]
     return [
         Figure(
             f"kubelet restart with {_RESTARTED} certificate pods",
@@ -128,14 +128,14 @@ def _measure_kubelet_restart(logs: LogKeeper) -> list[Figure]:
             "0 re-issued",
             issued == 0 and other == 0 and set(mounts) == {1},
             f"Pod Certificates: {_RESTARTED} of {_RESTARTED} re-issued, keys changed",
-            "by the authority's audit log, the files' content and the host's mount table, after the kubelet has published every volume "
-            f"again ({host.republished(driver) - calls:.0f} calls)",
+            "by the authority's audit log, the files' content and the host's mount table, after the kubelet has republished every "
+            f"volume ({host.publish_calls(driver) - calls:.0f} calls)",
         )
     ]
 
 
-def _pod(name: str, crowd: str, attributes: Mapping[str, str] | None) -> Manifest:
-    pod: dict[str, Any] = dict(manifest(Pod(_NAMESPACE, name), attributes or {}, labels={"crowd": crowd}))
+def _pod(name: str, group: str, attributes: Mapping[str, str] | None) -> Manifest:
+    pod: dict[str, Any] = dict(manifest(Pod(_NAMESPACE, name), attributes or {}, labels={"group": group}))
     if attributes is None:
         pod["spec"] = {**pod["spec"], "volumes": [{"name": "tls", "emptyDir": {"medium": "Memory"}}]}
     return pod
@@ -150,11 +150,11 @@ def _volumes() -> list[Path]:
 
 
 def _files(uid: str) -> bytes:
-    return (host.target_of(uid) / "site.pem").read_bytes()
+    return (host.target_path(uid) / "site.pem").read_bytes()
 
 
 def _driver_pid() -> int:
-    """The driver's process, seen from its node."""
+    """Return the process ID of the driver."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             arguments = (process / "cmdline").read_bytes().split(b"\0")
@@ -162,7 +162,7 @@ def _driver_pid() -> int:
             continue
         if b"node" in arguments and b"--kubelet-dir=/var/lib/kubelet" in arguments:
             return int(process.name)
-    raise AssertionError("the node driver does not run")
+    raise AssertionError("the node driver is not running")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The driver's libraries with nothing of the driver in them: what is left if all of certmount's own code cost nothing.
+"""Measures the memory of the driver's libraries without the driver: the lower bound for the driver's memory.
 
     python -m tests.bench.floor ADDRESS ROOT_FILE SOCKET
 
-serves gRPC on SOCKET, makes one call over TLS to ADDRESS, prints its resident memory in MB and ends.
+Serves gRPC on SOCKET, makes one call over TLS to ADDRESS, and prints its resident memory in MB.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-sys.modules["rich"] = None  # type: ignore[assignment]  # as tests.bench.world starts the driver
+sys.modules["rich"] = None  # type: ignore[assignment]  # like the driver in tests.bench.world
 
 import click  # noqa: E402
 import cryptography.x509  # noqa: E402
@@ -32,7 +32,7 @@ async def serve(address: str, root: bytes, socket: str) -> None:
     server.add_insecure_port(f"unix:{socket}")
     await server.start()
     async with grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(root)) as channel:
-        with suppress(grpc.aio.AioRpcError):  # there is no such method; the way to it is what counts
+        with suppress(grpc.aio.AioRpcError):  # the method does not exist; only the connection matters
             await channel.unary_unary("/none", bytes, bytes)(b"")
         print(rss_mb(os.getpid()), flush=True)
     await server.stop(None)

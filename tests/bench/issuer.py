@@ -1,9 +1,9 @@
-"""The scripted authority as a program of its own that also tells how long each of its calls took.
+"""Runs the scripted authority as a program that also measures its calls.
 
     python -m tests.bench.issuer DIR --delay-ms 20
 
-writes DIR/root.crt, DIR/node-token and DIR/address, says ``ready``, then answers every line on standard input with a JSON
-list: the seconds that each Issue since the last line spent in the authority, in the order in which they ended.
+Writes DIR/root.crt, DIR/node-token and DIR/address, and prints ``ready``. For each line on standard input it prints a JSON list:
+the seconds that each Issue call since the last line took in the authority, in the order of completion.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from tests.support.scripted_authority import Response, Script, ScriptedAuthority
 
 
 class TimedAuthority(ScriptedAuthority):
-    """Keeps the time of every Issue; nothing is written while calls are under way."""
+    """Records the duration of each Issue call in memory."""
 
-    def __init__(self, folder: Path, script: Script) -> None:
-        super().__init__(folder, script)
+    def __init__(self, directory: Path, script: Script) -> None:
+        super().__init__(directory, script)
         self.seconds: list[float] = []
 
     async def Issue(self, request: authority_pb2.IssueRequest, context: Any) -> Response:  # noqa: N802  # gRPC's name
@@ -35,10 +35,10 @@ class TimedAuthority(ScriptedAuthority):
             self.seconds.append(time.perf_counter() - started)
 
 
-async def serve(folder: Path, delay_s: float) -> None:
-    """Serves until standard input ends."""
-    async with TimedAuthority(folder, Script(delay_s=delay_s)) as authority:
-        (folder / "address").write_text(authority.address)
+async def serve(directory: Path, delay_s: float) -> None:
+    """Serve until the end of standard input."""
+    async with TimedAuthority(directory, Script(delay_s=delay_s)) as authority:
+        (directory / "address").write_text(authority.address)
         print("ready", flush=True)
         while await asyncio.to_thread(sys.stdin.readline):
             seconds, authority.seconds = authority.seconds, []
@@ -47,7 +47,7 @@ async def serve(folder: Path, delay_s: float) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("directory", type=Path)
     parser.add_argument("--delay-ms", type=float, default=0.0)
     arguments = parser.parse_args()
-    asyncio.run(serve(arguments.folder, arguments.delay_ms / 1000))
+    asyncio.run(serve(arguments.directory, arguments.delay_ms / 1000))

@@ -1,4 +1,4 @@
-"""What it costs a replica of the authority to know all pods and Services: ``python -m tests.bench.known_pods [PODS]``."""
+"""Measures the authority's caches of pods and Services: ``python -m tests.bench.known_pods [PODS]``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import uuid
 from collections.abc import Hashable
 from typing import Any
 
-from csi_driver.kube.pods import Pods
-from csi_driver.kube.services import Services
+from csi_driver.kube.object_caches import PodCache, ServiceCache
 from tests.bench.process import rss_mb
 from tests.bench.table import Figure, print_table
 
@@ -23,7 +22,7 @@ _SERVICES = 1000
 
 
 def _pod(number: int, *, stateful: bool) -> dict[str, Any]:
-    """As the API server writes a pod's metadata, managed fields and all: about 2.4 kB."""
+    """Return a pod's metadata as the API server sends them, with managed fields: about 2.4 kB."""
     workload = number // _REPLICAS
     labels = {"app.kubernetes.io/name": f"app-{workload}", "app.kubernetes.io/part-of": "shop"}
     if stateful:
@@ -45,8 +44,8 @@ def _pod(number: int, *, stateful: bool) -> dict[str, Any]:
     return {"kind": "PartialObjectMetadata", "metadata": metadata}
 
 
-def _fill(pods: Pods, count: int, *, stateful: bool) -> tuple[float, float, float]:
-    """MB of memory that stays, MB while a list is compared with what is known, and seconds of processor time."""
+def _fill(pods: PodCache, count: int, *, stateful: bool) -> tuple[float, float, float]:
+    """Return the MB that the cache keeps, the MB at the end of a list, and the CPU seconds."""
     gc.collect()
     before, seconds = rss_mb(os.getpid()), 0.0
     keys: set[Hashable] = set()
@@ -56,51 +55,50 @@ def _fill(pods: Pods, count: int, *, stateful: bool) -> tuple[float, float, floa
         keys.update(pods.put(item) for item in json.loads(text)["items"])
         seconds += time.process_time() - begin
     pods.retain(keys)
-    most = rss_mb(os.getpid()) - before
+    peak = rss_mb(os.getpid()) - before
     keys.clear()
     gc.collect()
-    return rss_mb(os.getpid()) - before, most, seconds
+    return rss_mb(os.getpid()) - before, peak, seconds
 
 
 def _measure_pods(name: str, count: int, *, stateful: bool) -> Figure:
-    pods = Pods()
-    stays, most, seconds = _fill(pods, count, stateful=stateful)
+    pods = PodCache()
+    kept, peak, seconds = _fill(pods, count, stateful=stateful)
     return Figure(
         f"{count} pods {name}",
-        f"{stays * 1e6 / count:.0f} bytes a pod: {stays:.0f} MB, {most:.0f} MB while they are listed; "
+        f"{kept * 1e6 / count:.0f} bytes a pod: {kept:.0f} MB, {peak:.0f} MB while they are listed; "
         f"{seconds * 1e6 / count:.0f} us a pod",
-        method=f"growth of VmRSS in 10^6 bytes; processor time of parsing pages of {_PAGE} and keeping them",
+        method=f"growth of VmRSS in 10^6 bytes; CPU time to parse pages of {_PAGE} and to store them",
     )
 
 
 def _measure_event() -> Figure:
-    pods, line, turns = Pods(), json.dumps({"type": "MODIFIED", "object": _pod(1, stateful=False)}), 20_000
+    pods, line, rounds = PodCache(), json.dumps({"type": "MODIFIED", "object": _pod(1, stateful=False)}), 20_000
     begin = time.process_time()
-    for _ in range(turns):
+    for _ in range(rounds):
         pods.put(json.loads(line)["object"])
-    return Figure("an event of a watch", f"{(time.process_time() - begin) * 1e6 / turns:.0f} us")
+    return Figure("an event of a watch", f"{(time.process_time() - begin) * 1e6 / rounds:.0f} us")
 
 
 def _measure_selection() -> Figure:
-    services, turns = Services(), 20_000
+    services, rounds = ServiceCache(), 20_000
     for number in range(_SERVICES):
         metadata = {"name": f"s-{number}", "namespace": "web", "uid": f"uid-{number}"}
         services.put({"metadata": metadata, "spec": {"selector": {"part-of": "shop", "app": f"a-{number}"}}})
     labels = (("app", "a-7"), ("hash", "x"), ("part-of", "shop"), ("version", "1"))
     begin = time.process_time()
-    for _ in range(turns):
+    for _ in range(rounds):
         services.select("web", labels)
-    seconds = (time.process_time() - begin) / turns
+    seconds = (time.process_time() - begin) / rounds
     return Figure(f"Services of a pod, of {_SERVICES} in its namespace", f"{seconds * 1e6:.1f} us")
 
 
 def main() -> None:
-    """Prints the table."""
     count = int(sys.argv[1]) if len(sys.argv) > 1 else _PODS
     print_table(
         [
             _measure_pods(f"of workloads with {_REPLICAS} replicas", count, stateful=False),
-            _measure_pods("of StatefulSets, each with a label of its own", count, stateful=True),
+            _measure_pods("of StatefulSets, each with its own label", count, stateful=True),
             _measure_event(),
             _measure_selection(),
         ]

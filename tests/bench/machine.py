@@ -1,4 +1,4 @@
-"""What the figures were measured on."""
+"""Describes the machine of the measurements."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PACKAGES = ("grpcio", "cryptography", "protobuf", "prometheus-client", "structl
 
 
 def describe() -> str:
-    """Processors, memory, kernel, Python, the packages that matter, and what else the machine has to do."""
+    """Return processors, memory, kernel, Python, important packages and the load."""
     packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     return (
         f"{os.cpu_count()} x {_field('/proc/cpuinfo', 'model name')}, {_memory_gb():.0f} GB, Linux {platform.release()}, "
@@ -20,7 +20,7 @@ def describe() -> str:
 
 
 def load() -> str:
-    """How many threads ran or wanted to, on average over the last 1, 5 and 15 minutes: getloadavg(3)."""
+    """Return the load averages over 1, 5 and 15 minutes: getloadavg(3)."""
     return " ".join(f"{value:.2f}" for value in os.getloadavg())
 
 

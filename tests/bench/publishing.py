@@ -1,4 +1,4 @@
-"""The time of publishes: one after another, many at once, and again for what is there already."""
+"""Measures publish calls: sequential, concurrent, and repeated for an existing volume."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from statistics import median
 
 from tests.bench.process import cpu_s
 from tests.bench.table import Figure, percentile, spread
-from tests.bench.world import ISSUER_DELAY_MS, MOUNTS, PublishRequest, World, WrongResult
+from tests.bench.world import ISSUER_DELAY_MS, MOUNTS, PublishRequest, World, WrongResultError
 
 _ROUNDS, _VOLUMES = 4, 100
 _AT_ONCE, _BURSTS = 70, 7
@@ -15,7 +15,7 @@ _BATCHES, _BATCH = 60, 20
 
 
 async def measure_publish(world: World) -> list[Figure]:
-    """Fresh volumes one after another: the kubelet's time less the authority's own, call by call."""
+    """Publish new volumes one after another; subtract the authority's own time of each call."""
     beyond: list[float] = []
     seen: list[float] = []
     idle: list[float] = []
@@ -28,10 +28,10 @@ async def measure_publish(world: World) -> list[Figure]:
         work += cpu_s(world.node.pid)
         issuer = await world.issuer.handled()
         if len(issuer) != _VOLUMES:
-            raise WrongResult(f"{_VOLUMES} publishes made {len(issuer)} calls of Issue")
+            raise WrongResultError(f"{_VOLUMES} publishes made {len(issuer)} calls of Issue")
         for request in world.published.values():
             world.check_files(request)
-        idle += [await world.wait_and_ask(ISSUER_DELAY_MS / 1000) * 1000 for _ in range(_VOLUMES)]
+        idle += [await world.pause_and_call(ISSUER_DELAY_MS / 1000) * 1000 for _ in range(_VOLUMES)]
         await world.unpublish_all()
         seen += client
         beyond += [(whole - its) * 1000 for whole, its in zip(client, issuer, strict=True)]
@@ -48,22 +48,22 @@ async def measure_publish(world: World) -> list[Figure]:
             "cert-manager csi-driver 60-274 ms in all",
             f"{count} publishes of new volumes (EC-P256) one after another, {_VOLUMES} on the node at a time, {MOUNTS} mounts; the "
             f"client's time on an open connection less the authority's own time for the same call. In all p50 "
-            f"{percentile(seen, 0.5) * 1000:.2f} ms; the driver's histogram says {own:.2f} ms on average, with the wait for the issuer; "
-            f"{work / count * 1000:.2f} ms of the driver's processor time each. What this machine was good for at that time: a call that does "
-            f"nothing, after a pause of {ISSUER_DELAY_MS} ms, takes p50 {percentile(idle, 0.5):.2f} ms, p99 {percentile(idle, 0.99):.2f} ms",
+            f"{percentile(seen, 0.5) * 1000:.2f} ms; the mean of the driver's histogram is {own:.2f} ms, including the issuer; "
+            f"{work / count * 1000:.2f} ms of the driver's CPU time each. For comparison on this machine at that time: an empty call "
+            f"after a pause of {ISSUER_DELAY_MS} ms, takes p50 {percentile(idle, 0.5):.2f} ms, p99 {percentile(idle, 0.99):.2f} ms",
         )
     ]
 
 
 async def measure_burst(world: World) -> list[Figure]:
-    """Many volumes at the same moment, as after a node's restart."""
+    """Publish many volumes concurrently, as after a node restart."""
     walls = []
     for _ in range(_BURSTS):
         requests = [world.request() for _ in range(_AT_ONCE)]
         await world.issuer.handled()
         walls.append(await world.publish_at_once(requests))
         if len(await world.issuer.handled()) != _AT_ONCE:
-            raise WrongResult("a burst issued more or less than one certificate for each volume")
+            raise WrongResultError("a burst did not issue exactly one certificate per volume")
         for request in requests:
             world.check_files(request)
         await world.unpublish_all()
@@ -74,19 +74,19 @@ async def measure_burst(world: World) -> list[Figure]:
             "0.5 s",
             median(walls) < 0.5,
             "cert-manager csi-driver, default settings: 12.07 s",
-            f"{_BURSTS} rounds, EC-P256, default settings, the issuer answering in {ISSUER_DELAY_MS} ms; until the last answer. "
-            "Client and authority run on the same processors",
+            f"{_BURSTS} rounds, EC-P256, default settings, the issuer answering in {ISSUER_DELAY_MS} ms; until the last response. "
+            "Client and authority share the CPUs",
         )
     ]
 
 
 async def measure_republish(world: World) -> list[Figure]:
-    """A volume that is healthy, published again: the kubelet does it every 60 to 90 s."""
+    """Republish a healthy volume, which the kubelet does every 60 to 90 s."""
     request = world.request()
     await world.publish(request)
     await world.publish(request)
     await world.issuer.handled()
-    before, log_before = _trace(world, request), world.node.log.stat().st_size
+    before, log_before = _state_of(world, request), world.node.log.stat().st_size
     own: list[float] = []
     seen: list[float] = []
     calls, total = world.node.call_seconds("NodePublishVolume")
@@ -94,12 +94,12 @@ async def measure_republish(world: World) -> list[Figure]:
         seen += [await world.publish(request) * 1000 for _ in range(_BATCH)]
         now_calls, now_total = world.node.call_seconds("NodePublishVolume")
         if now_calls - calls != _BATCH:
-            raise WrongResult(f"{now_calls - calls} publishes were counted in place of {_BATCH}")
+            raise WrongResultError(f"{now_calls - calls} publishes were counted in place of {_BATCH}")
         own.append((now_total - total) / _BATCH * 1000)
         calls, total = now_calls, now_total
     issued = len(await world.issuer.handled())
-    if issued or _trace(world, request) != before or world.node.log.stat().st_size != log_before:
-        raise WrongResult(f"republishing was not free: {issued} certificates issued, or something was written")
+    if issued or _state_of(world, request) != before or world.node.log.stat().st_size != log_before:
+        raise WrongResultError(f"republishing was not free: {issued} certificates issued, or something was written")
     await world.unpublish_all()
     return [
         Figure(
@@ -115,8 +115,8 @@ async def measure_republish(world: World) -> list[Figure]:
     ]
 
 
-def _trace(world: World, request: PublishRequest) -> list[tuple[str, int, int, int]]:
-    """What any write in the driver's folder would change."""
+def _state_of(world: World, request: PublishRequest) -> list[tuple[str, int, int, int]]:
+    """Return what a write in the driver's directory would change."""
     volume = world.node.kubelet.socket.parent / "volumes" / request.volume_id
     paths = sorted([volume, volume.parent, *volume.rglob("*"), Path(request.target_path).parent])
     stats = [(str(path), path.lstat()) for path in paths]

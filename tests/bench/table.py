@@ -1,4 +1,4 @@
-"""Figures beside their budgets, as a Markdown table."""
+"""Prints figures with their budgets as a Markdown table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from statistics import median
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One row: what was measured, what it may be (``met`` None: no budget), what others need, and how it was measured."""
+    """A row: the measurement, its budget (``met`` is None without one), the value of other programs, and the method."""
 
     name: str
     measured: str
@@ -20,7 +20,7 @@ class Figure:
 
 
 def print_table(figures: Sequence[Figure]) -> None:
-    """Prints the table, then a line of method for each row that has one."""
+    """Print the table, then the method of each row that has one."""
     print("| figure | measured | budget | | reference |")
     print("| --- | --- | --- | --- | --- |")
     for figure in figures:
@@ -35,11 +35,11 @@ def print_table(figures: Sequence[Figure]) -> None:
 
 
 def percentile(values: Iterable[float], share: float) -> float:
-    """The smallest value that at least ``share`` of all are not above (nearest rank)."""
+    """Return the percentile by nearest rank; ``share`` is in [0, 1]."""
     ordered = sorted(values)
     return ordered[max(0, -(-len(ordered) * round(share * 100) // 100) - 1)]
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """``median (least-most)``."""
+    """Return ``median (min-max)``."""
     return f"{median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"

@@ -1,4 +1,4 @@
-"""What every measurement runs on: an authority and a driver, each a process of its own, and a kubelet that calls them."""
+"""The setup of the measurements: an authority process, a driver process, and a simulated kubelet that calls the driver."""
 
 from __future__ import annotations
 
@@ -29,39 +29,39 @@ ISSUER_DELAY_MS = 20
 MOUNTS = "kernel" if may_mount() else "directory"
 _START_S = 30.0
 _POLL_S = 0.001
-# structlog loads rich where it finds it: 4 MB that a development environment has and an installed driver has not.
+# structlog loads rich if it is installed: 4 MB in a development environment that an installed driver does not have.
 _COMMAND = "import sys; sys.modules['rich'] = None; from csi_driver.cli.main import main; main()"
 
 PublishRequest = csi_pb2.NodePublishVolumeRequest
 
 
-class WrongResult(Exception):
-    """Something did not work as it must, so that its time means nothing."""
+class WrongResultError(Exception):
+    """A measured operation had a wrong result, so the measurement is invalid."""
 
 
 class Issuer:
-    """The authority's process."""
+    """The process of the scripted authority."""
 
-    def __init__(self, folder: Path, process: asyncio.subprocess.Process) -> None:
-        self.folder = folder
-        self.address = (folder / "address").read_text()
-        # Bytecode is made at a program's first start and found by the later ones, as in an image, where it is made once.
-        self.environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(folder / "bytecode")}
+    def __init__(self, directory: Path, process: asyncio.subprocess.Process) -> None:
+        self.directory = directory
+        self.address = (directory / "address").read_text()
+        # The first start of a program writes bytecode and later ones read it, as in an image.
+        self.environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(directory / "bytecode")}
         self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
         self._process = process
 
     @classmethod
-    async def start(cls, folder: Path, delay_ms: float) -> Issuer:
-        command = [sys.executable, "-m", "tests.bench.issuer", str(folder), f"--delay-ms={delay_ms}"]
+    async def start(cls, directory: Path, delay_ms: float) -> Issuer:
+        command = [sys.executable, "-m", "tests.bench.issuer", str(directory), f"--delay-ms={delay_ms}"]
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
         assert process.stdout is not None
         if await process.stdout.readline() != b"ready\n":
-            raise WrongResult("the scripted authority did not start")
-        return cls(folder, process)
+            raise WrongResultError("the scripted authority did not start")
+        return cls(directory, process)
 
     async def handled(self) -> list[float]:
-        """Seconds spent in the authority by each Issue since the last question."""
+        """Return the seconds that each Issue call since the last query took in the authority."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(b"\n")
@@ -75,18 +75,18 @@ class Issuer:
 
 
 class Node:
-    """The driver's process, on a kubelet directory of its own, with the settings of a user."""
+    """The driver's process with default settings and its own kubelet directory."""
 
-    def __init__(self, folder: Path, issuer: Issuer) -> None:
-        self.kubelet = Kubelet(folder / "kubelet")
-        self.log = folder / "log"
+    def __init__(self, directory: Path, issuer: Issuer) -> None:
+        self.kubelet = Kubelet(directory / "kubelet")
+        self.log = directory / "log"
         self._http = f"127.0.0.1:{free_port()}"
         self._arguments = [
             f"--kubelet-dir={self.kubelet.root}",
             "--node-name=node1",
             f"--authority={issuer.address}",
-            f"--authority-root={issuer.folder / 'root.crt'}",
-            f"--token={issuer.folder / 'node-token'}",
+            f"--authority-root={issuer.directory / 'root.crt'}",
+            f"--token={issuer.directory / 'node-token'}",
             f"--http={self._http}",
             f"--mounts={MOUNTS}",
         ]
@@ -99,7 +99,7 @@ class Node:
         return self._process.pid
 
     async def start(self) -> float:
-        """Starts it; gives the seconds until its first answer on the CSI socket."""
+        """Start the driver; return the seconds until its first response on the CSI socket."""
         started = time.perf_counter()
         with self.log.open("ab") as log:
             command = [sys.executable, "-c", _COMMAND, "node", *self._arguments]
@@ -108,7 +108,7 @@ class Node:
             )
         while not self._listens():
             if self._process.returncode is not None or time.perf_counter() - started > _START_S:
-                raise WrongResult(f"the driver does not serve:\n{self.log.read_text()}")
+                raise WrongResultError(f"the driver is not serving:\n{self.log.read_text()}")
             await asyncio.sleep(_POLL_S)
         async with self.kubelet.channel() as channel:
             await csi_pb2_grpc.IdentityStub(channel).Probe(csi_pb2.ProbeRequest())
@@ -131,14 +131,14 @@ class Node:
         await process.wait()
 
     def call_seconds(self, method: str) -> tuple[int, float]:
-        """Successful calls of one CSI method, and the driver's own seconds for them, so far."""
+        """Return the number of successful calls of a CSI method so far, and the seconds that the driver measured for them."""
         text = self.get("/metrics")
         pattern = rf'^certmount_node_call_seconds_(count|sum){{method="{method}",reason=""}} (\S+)$'
         found = {kind: float(value) for kind, value in re.findall(pattern, text, re.MULTILINE)}
         return int(found.get("count", 0)), found.get("sum", 0.0)
 
     def get(self, path: str) -> str:
-        """The body of a page of the driver's HTTP port, whatever its status."""
+        """Return the body of a path of the driver's HTTP server, for any status."""
         try:
             with urllib.request.urlopen(f"http://{self._http}{path}", timeout=10) as response:
                 body: bytes = response.read()
@@ -149,10 +149,10 @@ class Node:
 
 
 class World:
-    """Authority, driver, and one connection to the driver's CSI socket that is used over and over."""
+    """The authority, the driver, and one connection to the driver's CSI socket."""
 
-    def __init__(self, folder: Path, issuer: Issuer, node: Node) -> None:
-        self.folder = folder
+    def __init__(self, directory: Path, issuer: Issuer, node: Node) -> None:
+        self.directory = directory
         self.issuer = issuer
         self.node = node
         self.published: dict[str, PublishRequest] = {}
@@ -160,25 +160,25 @@ class World:
         self._stub = node_stub(self._channel)
 
     def request(self, **attributes: str) -> PublishRequest:
-        """The kubelet's call for a volume of a new pod."""
+        """Return the kubelet's request for a volume of a new pod."""
         return self.node.kubelet.publish_request(FakePod(), attributes)
 
     async def publish(self, request: PublishRequest) -> float:
-        """Publishes, or publishes again; gives the seconds as the kubelet sees them."""
+        """Publish or republish; return the seconds that the kubelet measures."""
         self.published[request.volume_id] = request
         started = time.perf_counter()
         await self._stub.NodePublishVolume(request)
         return time.perf_counter() - started
 
-    async def wait_and_ask(self, pause_s: float) -> float:
-        """A call without any work in it after a pause; gives the call's seconds and what the pause was too long."""
+    async def pause_and_call(self, pause_s: float) -> float:
+        """Make an empty call after a pause; return the seconds of the call plus the delay of the pause."""
         started = time.perf_counter()
         await asyncio.sleep(pause_s)
         await self._stub.NodeGetInfo(csi_pb2.NodeGetInfoRequest())
         return time.perf_counter() - started - pause_s
 
     async def publish_at_once(self, requests: Iterable[PublishRequest]) -> float:
-        """Publishes all side by side; gives the seconds until the last answer."""
+        """Publish all concurrently; return the seconds until the last response."""
         started = time.perf_counter()
         await asyncio.gather(*map(self.publish, requests))
         return time.perf_counter() - started
@@ -186,23 +186,23 @@ class World:
     async def unpublish_all(self) -> None:
         for request in self.published.values():
             await self._stub.NodeUnpublishVolume(self.node.kubelet.unpublish_request(request))
-            self._check_gone(request)
+            self._check_removed(request)
         self.published.clear()
 
     async def restart(self) -> float:
-        """Kills the driver and starts it again; gives the seconds until it serves."""
+        """Kill and restart the driver; return the seconds until it serves."""
         await self.node.end(signal.SIGKILL)
         seconds = await self.node.start()
-        await self._connect_again()
+        await self._reconnect()
         return seconds
 
-    async def _connect_again(self) -> None:
+    async def _reconnect(self) -> None:
         await self._channel.close()
         self._channel = self.node.kubelet.channel()
         self._stub = node_stub(self._channel)
 
     async def kubelet_call(self, request: PublishRequest, *, stats: bool) -> None:
-        """One republish or one question for statistics on a connection of its own, as the kubelet makes them."""
+        """Make one republish or volume stats call on a new connection, like the kubelet."""
         async with self.node.kubelet.channel() as channel:
             stub = node_stub(channel)
             if stats:
@@ -214,15 +214,15 @@ class World:
                 await stub.NodePublishVolume(request)
 
     def check_files(self, request: PublishRequest) -> None:
-        """Raises WrongResult unless the pod sees its three files."""
+        """Raise WrongResultError unless the pod sees its three files."""
         for name in ("root.crt", "site.crt", "site.key"):
             if not (Path(request.target_path) / name).read_bytes():
-                raise WrongResult(f"{request.target_path}/{name} is empty")
+                raise WrongResultError(f"{request.target_path}/{name} is empty")
 
     @staticmethod
-    def _check_gone(request: PublishRequest) -> None:
+    def _check_removed(request: PublishRequest) -> None:
         if Path(request.target_path).exists():
-            raise WrongResult(f"{request.target_path} is still there after unpublish")
+            raise WrongResultError(f"{request.target_path} still exists after unpublish")
 
     async def close(self) -> None:
         with suppress(grpc.aio.AioRpcError):
@@ -231,10 +231,10 @@ class World:
 
 
 @asynccontextmanager
-async def issuing(folder: Path, delay_ms: float = ISSUER_DELAY_MS) -> AsyncIterator[Issuer]:
-    """An authority for the length of the block."""
-    (folder / "issuer").mkdir()
-    issuer = await Issuer.start(folder / "issuer", delay_ms)
+async def issuing(directory: Path, delay_ms: float = ISSUER_DELAY_MS) -> AsyncIterator[Issuer]:
+    """Run an authority."""
+    (directory / "issuer").mkdir()
+    issuer = await Issuer.start(directory / "issuer", delay_ms)
     try:
         yield issuer
     finally:
@@ -242,13 +242,13 @@ async def issuing(folder: Path, delay_ms: float = ISSUER_DELAY_MS) -> AsyncItera
 
 
 @asynccontextmanager
-async def driving(folder: Path, issuer: Issuer) -> AsyncIterator[World]:
-    """A driver with no volume for the length of the block; its volumes are unpublished at the end."""
-    node = Node(folder, issuer)
-    await node.start()  # the first start makes bytecode
+async def driving(directory: Path, issuer: Issuer) -> AsyncIterator[World]:
+    """Run a driver without volumes; unpublish its volumes at the end."""
+    node = Node(directory, issuer)
+    await node.start()  # the first start writes bytecode
     await node.end()
     await node.start()
-    world = World(folder, issuer, node)
+    world = World(directory, issuer, node)
     try:
         yield world
     finally:
@@ -256,8 +256,8 @@ async def driving(folder: Path, issuer: Issuer) -> AsyncIterator[World]:
         await node.end()
 
 
-def unmount_left(folder: Path) -> None:
-    """Takes away the mounts that a driver which did not end well left below the folder."""
+def unmount_leftovers(directory: Path) -> None:
+    """Unmount what a failed driver left below the directory."""
     for mount in reversed(list(read_mounts())):
-        if mount.point.startswith(f"{folder}/"):
+        if mount.point.startswith(f"{directory}/"):
             unmount(mount.point, MNT_DETACH)

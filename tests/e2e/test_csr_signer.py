@@ -250,7 +250,7 @@ def test_manual_approval_does_not_override_the_policy() -> None:
 
 
 def test_requests_for_other_signers_are_ignored() -> None:
-    """The authority does not process them, although it processes a later one of its own."""
+    """The authority does not process them, although it processes a later one for its signer."""
     other = create_as_pod(Request(csr_pem(NAME), signer="example.com/other"))
     wait_until_processed(create_as_pod(Request(csr_pem(NAME))))
     assert not get("csr", other)["status"]

@@ -158,7 +158,7 @@ def test_pod_starts_once_the_policy_allows_its_name() -> None:
 
 
 def test_three_rotations_under_mutual_tls_without_an_error() -> None:
-    """A client that connects ten times a second sees three rotations of its own and its server's certificate, without an error."""
+    """A client that connects ten times a second sees three rotations of both certificates, without an error."""
 
     def status() -> dict[str, Any] | None:
         lines = pod("client").logs("--tail=1").splitlines()

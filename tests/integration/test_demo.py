@@ -184,8 +184,8 @@ def test_printed_openssl_commands_succeed(kept_run: tuple[DemoRun, Path]) -> Non
 
 
 def test_demo_runs_without_root() -> None:
-    """The demo works for the user nobody. It replaces existing files, and sets the right modes."""
-    prefix = as_nobody()
+    """The demo works for an unprivileged user. It replaces existing files, and sets the right modes."""
+    prefix = as_unprivileged()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         key = directory / "site.key"
@@ -295,20 +295,20 @@ def test_directory_without_shared_memory_is_temporary(tmp_path: Path) -> None:
     assert not Path(name).exists()
 
 
-def as_nobody() -> Sequence[str]:
+def as_unprivileged() -> Sequence[str]:
     """Return a command prefix that drops root; empty if the tests run without root."""
     if os.geteuid() != 0:
         return ()
     plain = (require_program("setpriv"), f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
-    # If Python or the sources are in a directory that only root can read, grant nobody the right to read and nothing else.
+    # If Python or the sources are in a directory that only root can read, grant the right to read and nothing else.
     reading = (*plain, "--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search")
-    # Root opens the first Python; only its child shows whether nobody can run it.
+    # Root opens the first Python; only its child shows whether the user can run it.
     probe = "import csi_driver.cli.main, subprocess, sys; subprocess.run([sys.executable, '-c', ''], check=True)"
     for prefix in (plain, reading):
         command = [*prefix, sys.executable, "-c", probe]
         if subprocess.run(command, cwd="/", capture_output=True, check=False).returncode == 0:
             return prefix
-    return missing("needs a Python that the user nobody can run")
+    return missing("needs a Python that an unprivileged user can run")
 
 
 @contextmanager
