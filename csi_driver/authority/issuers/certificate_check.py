@@ -7,21 +7,43 @@ from datetime import datetime, timedelta
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from csi_driver.authority.issuers import IssuerRequest
+from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
 from csi_driver.core.certificates.csr import names_of
 from csi_driver.core.certificates.keys import public_bytes
 from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
+from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.spec import Usage
 
 _USAGES = {ExtendedKeyUsageOID.SERVER_AUTH: Usage.SERVER, ExtendedKeyUsageOID.CLIENT_AUTH: Usage.CLIENT}
+_MIN_RENEW_AFTER = timedelta(minutes=1)
 _CLOCK_TOLERANCE = timedelta(minutes=2)
 """The issuer counts the lifetime from the time of its own clock."""
 
 
-def certificate_problems(leaf: x509.Certificate, request: IssuerRequest, now: datetime) -> list[str]:
-    """Return every difference between a leaf and the request, in words that follow "the certificate"."""
+def check_certificate(
+    leaf: x509.Certificate, request: IssuerRequest, now: datetime, subject: str, hint: str = ""
+) -> None:
+    """Raise CertmountError InvalidResponse with every difference between a leaf and the request."""
+    faults = [Fault(subject, f"the certificate {problem}", hint) for problem in _problems(leaf, request, now)]
+    if faults:
+        raise CertmountError(Reason.INVALID_RESPONSE, *faults)
+
+
+def issued_certificate(
+    chain: Sequence[x509.Certificate], roots: tuple[bytes, ...], now: datetime, *, identity_included: bool = True
+) -> IssuedCertificate:
+    """Return the result for a chain. If the leaf outlives the chain, renew it after two thirds of the chain's lifetime."""
+    end = min(certificate.not_valid_after_utc for certificate in chain)
+    outlives = chain[0].not_valid_after_utc > end
+    renew_after = max((end - now) * 2 / 3, _MIN_RENEW_AFTER) if outlives else None
+    ders = tuple(certificate.public_bytes(Encoding.DER) for certificate in chain)
+    return IssuedCertificate(ders, roots, renew_after, identity_included)
+
+
+def _problems(leaf: x509.Certificate, request: IssuerRequest, now: datetime) -> list[str]:
     grant = request.grant
     try:
         key, extensions = leaf.public_key(), leaf.extensions
@@ -49,12 +71,6 @@ def certificate_problems(leaf: x509.Certificate, request: IssuerRequest, now: da
 def ends_at_root(chain: Sequence[x509.Certificate], roots: Sequence[bytes]) -> bool:
     """Return True if one of the roots (DER) is, or issued, the last certificate of a chain."""
     return any(_issued_by(chain[-1], x509.load_der_x509_certificate(root)) for root in roots)
-
-
-def renew_before_chain_ends(chain: Sequence[x509.Certificate], now: datetime) -> timedelta | None:
-    """Return when to renew a leaf that outlives its chain: after two thirds of the chain's remaining time; else None."""
-    end = min(certificate.not_valid_after_utc for certificate in chain)
-    return None if end >= chain[0].not_valid_after_utc else max((end - now) * 2 / 3, timedelta(minutes=1))
 
 
 def _issued_by(certificate: x509.Certificate, root: x509.Certificate) -> bool:

@@ -42,6 +42,7 @@ class HttpError(Exception):
     def __init__(self, subject: str, problem: str, hint: str = "") -> None:
         super().__init__(f"{problem}; {hint}" if hint else problem)
         self.subject = subject
+        self.retryable = subject in ("reachable", "response")
 
 
 @dataclass(frozen=True, slots=True)

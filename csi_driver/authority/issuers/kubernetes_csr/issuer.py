@@ -8,10 +8,9 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import structlog
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
-from csi_driver.authority.issuers.certificate_check import certificate_problems, ends_at_root, renew_before_chain_ends
+from csi_driver.authority.issuers.certificate_check import check_certificate, ends_at_root, issued_certificate
 from csi_driver.authority.issuers.credentials import CredentialReader
 from csi_driver.authority.issuers.dependencies import CSRAccess
 from csi_driver.authority.issuers.diagnosed_issuer import DiagnosedIssuer
@@ -142,17 +141,11 @@ class KubernetesCSRIssuer(DiagnosedIssuer):
         names = request.csr.names
         # The signer got the CSR, without the names that the policy added.
         expected = dataclasses.replace(request, grant=dataclasses.replace(request.grant, names=names))
-        if problems := certificate_problems(chain[0], expected, self._clock()):
-            faults = [Fault(signer, f"the certificate {problem}") for problem in problems]
-            raise CertmountError(Reason.INVALID_RESPONSE, *faults)
+        check_certificate(chain[0], expected, self._clock(), signer)
         if not ends_at_root(chain, self.roots):
             raise self._unavailable("the chain does not end at a configured root; check roots")
-        return IssuedCertificate(
-            tuple(certificate.public_bytes(Encoding.DER) for certificate in chain),
-            self.roots,
-            renew_before_chain_ends(chain, self._clock()),
-            identity_included={*request.grant.names.uris} <= {*names.uris},
-        )
+        included = {*request.grant.names.uris} <= {*names.uris}
+        return issued_certificate(chain, self.roots, self._clock(), identity_included=included)
 
     async def _delete(self, csr: ClusterCSR) -> None:
         try:

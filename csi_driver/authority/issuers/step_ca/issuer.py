@@ -11,7 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
-from csi_driver.authority.issuers.certificate_check import certificate_problems, ends_at_root, renew_before_chain_ends
+from csi_driver.authority.issuers.certificate_check import check_certificate, ends_at_root, issued_certificate
 from csi_driver.authority.issuers.credentials import CredentialReader
 from csi_driver.authority.issuers.diagnosed_issuer import DiagnosedIssuer
 from csi_driver.authority.issuers.findings import Finding, problem_of
@@ -117,7 +117,7 @@ class StepCAIssuer(DiagnosedIssuer):
                 if last or response.status not in (429, 500, 502, 503, 504):
                     return response
             except HttpError as error:
-                if last or error.subject not in ("reachable", "response"):
+                if last or not error.retryable:
                     raise self._unavailable(str(error)) from None
             await asyncio.sleep(delay_s)
         raise AssertionError("the last attempt returns or raises")
@@ -126,23 +126,13 @@ class StepCAIssuer(DiagnosedIssuer):
         chain = parse_signed_chain(response)
         if not chain:
             raise self._unavailable("the response contains no certificate chain")
-        if problems := certificate_problems(chain[0], request, self._clock()):
-            hint = "check the provisioner's template and webhooks; docs/issuers.md has a template for usages"
-            hints = [""] * (len(problems) - 1) + [hint]
-            faults = [
-                Fault("step-ca", f"the certificate {problem}", hint)
-                for problem, hint in zip(problems, hints, strict=True)
-            ]
-            raise CertmountError(Reason.INVALID_RESPONSE, *faults)
+        hint = "check the provisioner's template and webhooks; docs/issuers.md has a template for usages"
+        check_certificate(chain[0], request, self._clock(), "step-ca", hint)
         if not ends_at_root(chain, self.roots):
             await self._diagnose()  # step-ca's root may have changed since the last diagnosis
             if not ends_at_root(chain, self.roots):
                 raise self._unavailable("the chain ends at a root that step-ca does not publish at /roots")
-        return IssuedCertificate(
-            tuple(certificate.public_bytes(Encoding.DER) for certificate in chain),
-            self.roots,
-            renew_before_chain_ends(chain, self._clock()),
-        )
+        return issued_certificate(chain, self.roots, self._clock())
 
     def _unauthorized(self, diagnosis: StepCADiagnosis) -> CertmountError:
         """Explain HTTP 401, which step-ca sends without a reason, by what step-ca publishes."""
