@@ -1,4 +1,4 @@
-"""What every test is run with: the hypothesis profiles, and the markers that say what a test needs of the machine."""
+"""Hypothesis profiles, and markers for what a test needs from the machine."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from hypothesis import HealthCheck, settings
 
 from tests.support.requirements import require_program, require_root
 
-# No deadline: a slow machine is no fault of the code. Too-slow generation is one of the machine as well.
+# No deadline and no check for slow generation, because both depend on the machine.
 settings.register_profile("default", max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-# The same examples on every run, so that a change alone can turn CI red.
+# The same examples in every run, so that only a change can make CI fail.
 settings.register_profile("ci", settings.get_profile("default"), max_examples=100, derandomize=True, print_blob=True)
 settings.register_profile("long", settings.get_profile("default"), max_examples=5000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "default"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """``@pytest.mark.root`` needs root; ``@pytest.mark.peers("openssl")`` needs the programs it names."""
+    """Skip tests with ``@pytest.mark.root`` without root, and with ``@pytest.mark.peers("openssl")`` without the programs."""
     if item.get_closest_marker("root"):
         require_root()
     for marker in item.iter_markers("peers"):
