@@ -39,9 +39,9 @@ def read_mounts(path: Path = MOUNTINFO) -> Iterator[MountEntry]:
                 yield mount
 
 
-def find_mount(wanted: int, path: Path = MOUNTINFO) -> MountEntry | None:
+def find_mount(identifier: int, path: Path = MOUNTINFO) -> MountEntry | None:
     """Return the mount with this ID, or None. Parse only its line, because the table can be long."""
-    start = b"%d " % wanted
+    start = b"%d " % identifier
     with path.open("rb") as table:
         return next((parse_mount(line) for line in table if line.startswith(start)), None)
 

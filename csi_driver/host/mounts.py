@@ -121,8 +121,8 @@ class KernelMounts:
     def is_bound(self, source: Path, target: Path) -> bool:
         """Compare device and inode, which are unique because each volume has its own tmpfs."""
         try:
-            shown, wanted = os.lstat(target), os.lstat(source)
-            same = shown.st_ino == wanted.st_ino and shown.st_dev == wanted.st_dev
+            actual, expected = os.lstat(target), os.lstat(source)
+            same = actual.st_ino == expected.st_ino and actual.st_dev == expected.st_dev
             return same and bool(os.statvfs(target).f_flag & os.ST_RDONLY)
         except OSError:
             return False
@@ -146,14 +146,14 @@ class KernelMounts:
     def survey(self, points: Collection[Path]) -> Mapping[Path, bool]:
         """Read the mount table once."""
         parents = {parent: os.path.realpath(parent) for parent in {point.parent for point in points}}
-        wanted = {f"{parents[point.parent]}/{point.name}": point for point in points}
+        by_real_path = {f"{parents[point.parent]}/{point.name}": point for point in points}
         devices: dict[Path, str] = {}
         bound: set[str] = set()
         for mount in read_mounts():
             if not _is_ours(mount):
                 continue
-            if mount.point in wanted:
-                devices[wanted[mount.point]] = mount.device
+            if mount.point in by_real_path:
+                devices[by_real_path[mount.point]] = mount.device
             else:
                 bound.add(mount.device)
         return {point: device in bound for point, device in devices.items()}

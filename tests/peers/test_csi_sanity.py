@@ -70,7 +70,7 @@ async def controller(node: Node) -> AsyncIterator[SanityController]:
     def context() -> Mapping[str, str]:
         return node.kubelet.publish_request(_POD).volume_context
 
-    async with SanityController(node.folder / "sanity.sock", node.channel, context) as controller:
+    async with SanityController(node.directory / "sanity.sock", node.channel, context) as controller:
         yield controller
 
 
@@ -81,13 +81,13 @@ async def _run(node: Node, endpoint: str, controller: str, *flags: str) -> dict[
     """Runs the tests of Identity and Node; fails where one of them does. Outcomes by service."""
     mount_dir = node.kubelet.target(_POD).parent
     mount_dir.rmdir()  # csi-sanity makes it, and the target in it
-    report = node.folder / "sanity.xml"
+    report = node.directory / "sanity.xml"
     command = [
         require_program("csi-sanity"),
         f"-csi.endpoint={endpoint}",
         f"-csi.controllerendpoint={controller}",
         f"-csi.mountdir={mount_dir}",
-        f"-csi.stagingdir={node.folder / 'staging'}",
+        f"-csi.stagingdir={node.directory / 'staging'}",
         "-ginkgo.focus=Identity Service|Node Service",
         "-ginkgo.no-color",
         f"-ginkgo.junit-report={report}",

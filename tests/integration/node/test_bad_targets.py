@@ -21,7 +21,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("kind", ["file", "symlink", "dangling-symlink", "fifo"])
 async def test_target_that_is_not_a_directory_is_rejected(node: Node, kind: str) -> None:
     """The driver does not touch it. After its removal, the next call succeeds."""
-    request, elsewhere = node.request(), node.folder / "elsewhere"
+    request, elsewhere = node.request(), node.directory / "elsewhere"
     target = node.target(request)
     elsewhere.mkdir(exist_ok=True)
     (elsewhere / "precious").touch()
@@ -30,7 +30,7 @@ async def test_target_that_is_not_a_directory_is_rejected(node: Node, kind: str)
     elif kind == "fifo":
         os.mkfifo(target)
     else:
-        target.symlink_to(elsewhere if kind == "symlink" else node.folder / "nowhere")
+        target.symlink_to(elsewhere if kind == "symlink" else node.directory / "nowhere")
     before = target.lstat()
     failure = await failure_of(node.publish(request))
     assert (failure.code, failure.reason) == (FAILED, "InvalidTargetPath")
@@ -51,11 +51,11 @@ async def test_target_with_a_foreign_mount_is_rejected(node: Node) -> None:
     request = node.request()
     target = node.target(request)
     target.mkdir()
-    syscalls.mount("stranger", str(target), "tmpfs", 0, "size=64k")
+    syscalls.mount("foreign", str(target), "tmpfs", 0, "size=64k")
     failure = await failure_of(node.publish(request))
     assert (failure.code, failure.reason) == (FAILED, "InvalidTargetPath")
     assert f"umount {target}" in failure.text
-    assert [mount.source for mount in node.mounts(node.kubelet.root)] == ["stranger"]
+    assert [mount.source for mount in node.mounts(node.kubelet.root)] == ["foreign"]
     assert not node.volume_dir(request).exists()
     node.unmount(request)
     await node.publish(request)

@@ -62,11 +62,11 @@ class Shown:
     generation: str
 
     @classmethod
-    def at(cls, folder: Path) -> Shown:
+    def at(cls, directory: Path) -> Shown:
         """Read a directory, which must contain exactly the four matching PEM files."""
-        assert {path.name for path in folder.iterdir() if not path.name.startswith("..")} == FILES
-        generation = str((folder / "..data").readlink())
-        content = {name: (folder / generation / name).read_bytes() for name in FILES}
+        assert {path.name for path in directory.iterdir() if not path.name.startswith("..")} == FILES
+        generation = str((directory / "..data").readlink())
+        content = {name: (directory / generation / name).read_bytes() for name in FILES}
         chain = x509.load_pem_x509_certificates(content["site.crt"])
         public = load_pem_private_key(content["site.key"], None).public_key()
         assert _spki(public) == _spki(chain[0].public_key()), "key and certificate match"
@@ -97,8 +97,8 @@ def _spki(key: Any) -> bytes:
 class Node:
     """Sends requests like the kubelet, and inspects the results."""
 
-    def __init__(self, folder: Path, kubelet: Kubelet, authority: ScriptedAuthority, driver: Driver) -> None:
-        self.folder = folder
+    def __init__(self, directory: Path, kubelet: Kubelet, authority: ScriptedAuthority, driver: Driver) -> None:
+        self.directory = directory
         self.kubelet = kubelet
         self.authority = authority
         self.driver = driver
@@ -207,8 +207,8 @@ class Node:
 
     def mounts(self, below: Path | str) -> list[MountEntry]:
         """Return the mounts at or below a path, except the kubelet directory."""
-        root, wanted = os.path.realpath(self.kubelet.root), os.path.realpath(below)
-        found = (mount for mount in read_mounts() if mount.point == wanted or mount.point.startswith(f"{wanted}/"))
+        root, path = os.path.realpath(self.kubelet.root), os.path.realpath(below)
+        found = (mount for mount in read_mounts() if mount.point == path or mount.point.startswith(f"{path}/"))
         return [mount for mount in found if mount.point != root]
 
     def assert_nothing_of(self, request: Request) -> None:
@@ -222,8 +222,8 @@ class Node:
         """Return a sample of /metrics, or 0 if it does not exist."""
         status, page = self.driver.get("/metrics")
         assert status == 200
-        wanted = name + ("{" + ",".join(f'{key}="{value}"' for key, value in labels.items()) + "}" if labels else "")
-        return sum(float(line.rpartition(" ")[2]) for line in page.splitlines() if line.rpartition(" ")[0] == wanted)
+        sample = name + ("{" + ",".join(f'{key}="{value}"' for key, value in labels.items()) + "}" if labels else "")
+        return sum(float(line.rpartition(" ")[2]) for line in page.splitlines() if line.rpartition(" ")[0] == sample)
 
     async def reset(self) -> None:
         """Restore a working authority and a running driver."""
@@ -273,13 +273,13 @@ def kubelet_root() -> Iterator[Path]:
 async def running_node(within: Sequence[str] = ()) -> AsyncIterator[Node]:
     """Start a node with its driver."""
     with kubelet_root() as root:
-        folder = root.parent
+        directory = root.parent
         kubelet = Kubelet(root)
-        async with ScriptedAuthority(folder) as authority:
-            log, address = folder / "driver.log", authority.address
+        async with ScriptedAuthority(directory) as authority:
+            log, address = directory / "driver.log", authority.address
             driver = Driver(kubelet, address, authority.root_file, authority.token_file, log, within=within)
             async with driver:
-                node = Node(folder, kubelet, authority, driver)
+                node = Node(directory, kubelet, authority, driver)
                 try:
                     yield node
                 finally:

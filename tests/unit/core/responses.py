@@ -58,12 +58,12 @@ class Response:
 
 def leaf(
     issuer: Signer = MIDDLE,
-    wanted: Names = NAMES,
+    names: Names = NAMES,
     *,
     end: timedelta = HOUR,
     extensions: Sequence[x509.ExtensionType] = (),
 ) -> x509.Certificate:
-    return pki.leaf(issuer, KEY, wanted, validity=Validity(end=end), extensions=extensions)
+    return pki.leaf(issuer, KEY, names, validity=Validity(end=end), extensions=extensions)
 
 
 def under(*signers: Signer) -> list[bytes]:
@@ -95,10 +95,10 @@ GOOD = {
         under(MIDDLE), [*der(STRANGER.certificate) * 99, *der(ROOT.certificate)]
     ),
     "requested addresses": lambda: Response(
-        der(leaf(wanted=pki.names(SPIFFE, *ADDRESSES)), MIDDLE.certificate), requested=pki.names(*ADDRESSES)
+        der(leaf(names=pki.names(SPIFFE, *ADDRESSES)), MIDDLE.certificate), requested=pki.names(*ADDRESSES)
     ),
     "names of Services for a request without names": lambda: Response(
-        der(leaf(wanted=pki.names(SPIFFE, "shop.web.svc", "shop.web.svc.cluster.local")), MIDDLE.certificate),
+        der(leaf(names=pki.names(SPIFFE, "shop.web.svc", "shop.web.svc.cluster.local")), MIDDLE.certificate),
         requested=Names(),
     ),
     "expired root and a valid one": lambda: Response(
@@ -113,10 +113,10 @@ GOOD = {
     "unknown extension that is not critical": lambda: Response(
         der(pki.leaf(MIDDLE, KEY, NAMES, extensions=[UNKNOWN], critical=False), MIDDLE.certificate)
     ),
-    "only the SPIFFE ID": lambda: Response(der(leaf(wanted=pki.names(SPIFFE)), MIDDLE.certificate), requested=Names()),
+    "only the SPIFFE ID": lambda: Response(der(leaf(names=pki.names(SPIFFE)), MIDDLE.certificate), requested=Names()),
     "requested SPIFFE ID": lambda: Response(der(leaf(), MIDDLE.certificate), requested=NAMES),
     "another trust domain": lambda: Response(
-        der(leaf(wanted=pki.names("spiffe://other.example/ns/web/sa/edge")), MIDDLE.certificate), requested=Names()
+        der(leaf(names=pki.names("spiffe://other.example/ns/web/sa/edge")), MIDDLE.certificate), requested=Names()
     ),
     "first valid second": lambda: Response(under(MIDDLE), now=NOW - HOUR),
     "last valid second": lambda: Response(under(MIDDLE), now=NOW + HOUR - SECOND),

@@ -62,13 +62,13 @@ def with_broken_signature(certificate: x509.Certificate) -> bytes:
     return bytes(encoded)
 
 
-def response_with(wanted: Names) -> Response:
-    return Response(der(leaf(wanted=wanted), MIDDLE.certificate))
+def response_with(names: Names) -> Response:
+    return Response(der(leaf(names=names), MIDDLE.certificate))
 
 
 def without_request(*texts: str) -> Response:
     """Return a response to a request without names."""
-    return Response(der(leaf(wanted=pki.names(SPIFFE, *texts)), MIDDLE.certificate), requested=Names())
+    return Response(der(leaf(names=pki.names(SPIFFE, *texts)), MIDDLE.certificate), requested=Names())
 
 
 BAD: dict[str, tuple[Callable[[], Response], str]] = {
@@ -132,7 +132,7 @@ BAD: dict[str, tuple[Callable[[], Response], str]] = {
         "missing names: 10.0.0.1, a@b.example",
     ),
     "a network of IP addresses": (
-        lambda: Response(der(leaf(wanted=Names(), extensions=[x509.SubjectAlternativeName([x509.IPAddress(ip_network("10.0.0.0/8"))])]))),
+        lambda: Response(der(leaf(names=Names(), extensions=[x509.SubjectAlternativeName([x509.IPAddress(ip_network("10.0.0.0/8"))])]))),
         "the names of the leaf cannot be parsed",
     ),
     "Service name in addition to a name": (
@@ -144,7 +144,7 @@ BAD: dict[str, tuple[Callable[[], Response], str]] = {
     "name similar to a Service name": (lambda: without_request("shop.web.svc2.local"), "names that were not requested: shop.web.svc2.local"),
     "subdomain of a Service name": (lambda: without_request("pod.shop.web.svc"), "names that were not requested: pod.shop.web.svc"),
     "IP address without request": (lambda: without_request("10.0.0.1"), "names that were not requested: 10.0.0.1"),
-    "names that cannot be parsed": (lambda: Response(der(leaf(wanted=Names(), extensions=[X400]))), "the names of the leaf cannot be parsed"),
+    "names that cannot be parsed": (lambda: Response(der(leaf(names=Names(), extensions=[X400]))), "the names of the leaf cannot be parsed"),
     "a CA": (
         lambda: Response(der(leaf(extensions=[x509.BasicConstraints(ca=True, path_length=None)]), MIDDLE.certificate)),
         "the leaf is a CA certificate",
