@@ -1,4 +1,4 @@
-"""csi-sanity, the CSI community's conformance test, against the running driver."""
+"""csi-sanity, the conformance test of the CSI community, with the running driver."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _STAGING = "NodeStageVolume not supported"
 _UNSTAGING = "NodeUnstageVolume not supported"
 _EXPANSION = "NodeExpandVolume not supported"
 
-NOT_OFFERED = {
+NOT_SUPPORTED = {
     "NodePublishVolume with single node multi writer capability should fail when volume with single node single writer "
     "access mode is already mounted at a different target path": "Service does not have single node multi writer capability",
     "NodeStageVolume should fail when no volume id is provided": _STAGING,
@@ -37,7 +37,7 @@ NOT_OFFERED = {
     "NodeExpandVolume should work if node-expand is called after node-publish": _EXPANSION,
     "NodeGetStorageHealth should return appropriate response": "NodeGetStorageHealth not supported",
 }
-"""What the driver does not advertise, as certificates need no staging, expansion or second writer."""
+"""Certificates need no staging, expansion or second writer, so the driver does not advertise them."""
 
 NEEDS_A_CONTROLLER = dict.fromkeys(
     ["should work", "should be idempotent"], "Controller Service not provided: CreateVolume not supported"
@@ -47,16 +47,16 @@ NEEDS_READ_ONLY = {
     "NodeGetVolumeStats should fail when volume does not exist on the specified path",
     "NodeGetVolumeHealth should return health for a valid volume",
 }
-"""They publish, but csi-sanity has no way to say ``readonly``, without which the driver refuses every volume."""
+"""They publish volumes without ``readonly``, which csi-sanity cannot set and the driver requires."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the tests of one service went, by name."""
+    """The results of the tests of one service by name."""
 
     passed: frozenset[str]
     skipped: Mapping[str, str]
-    """With csi-sanity's reason; empty for those that we asked to leave out."""
+    """With the reason of csi-sanity, or nothing if we excluded the test."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -78,9 +78,9 @@ _POD = FakePod()
 
 
 async def _run(node: Node, endpoint: str, controller: str, *flags: str) -> dict[str, Outcome]:
-    """Runs the tests of Identity and Node; fails where one of them does. Outcomes by service."""
+    """Run the tests of the Identity and Node services, which must pass. Return the results by service."""
     mount_dir = node.kubelet.target(_POD).parent
-    mount_dir.rmdir()  # csi-sanity makes it, and the target in it
+    mount_dir.rmdir()  # csi-sanity creates it
     report = node.directory / "sanity.xml"
     command = [
         require_program("csi-sanity"),
@@ -102,7 +102,7 @@ async def _run(node: Node, endpoint: str, controller: str, *flags: str) -> dict[
 
 def _outcome(report: Path, service: str) -> Outcome:
     passed, skipped, start = set(), {}, f"[It] {service} Service "
-    for case in ET.parse(report).iter("testcase"):  # noqa: S314  # the report of our own child
+    for case in ET.parse(report).iter("testcase"):  # noqa: S314  # our own process wrote it
         full, status, skip = case.get("name", ""), case.get("status"), case.find("skipped")
         if not full.startswith(start):
             continue
@@ -115,44 +115,46 @@ def _outcome(report: Path, service: str) -> Outcome:
     return Outcome(frozenset(passed), skipped)
 
 
-def _tell(capsys: pytest.CaptureFixture[str], how: str, outcomes: Mapping[str, Outcome]) -> None:
-    """Shows what passed and what was skipped and why, also when the test passes."""
+def _print(capsys: pytest.CaptureFixture[str], setup: str, outcomes: Mapping[str, Outcome]) -> None:
+    """Print the results, even if the test passes."""
     with capsys.disabled():
-        print(f"\ncsi-sanity, {how}:")
+        print(f"\ncsi-sanity, {setup}:")
         for service, outcome in outcomes.items():
             for name in sorted(outcome.passed):
                 print(f"  passed   {service}: {name}")
-            for name, why in sorted(outcome.skipped.items()):
-                print(f"  skipped  {service}: {name} ({why or 'needs readonly, which csi-sanity can not say'})")
+            for name, reason in sorted(outcome.skipped.items()):
+                print(f"  skipped  {service}: {name} ({reason or 'needs readonly, which csi-sanity cannot set'})")
 
 
 def _is_clean(node: Node) -> bool:
     return list(node.volumes.iterdir()) == [] and node.mounts(node.kubelet.root) == []
 
 
-async def test_as_the_kubelet_calls_it(
+async def test_driver_passes_when_called_like_the_kubelet(
     node: Node, controller: SanityController, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every Identity and Node test passes, volumes really are published, and only what is not offered is skipped."""
+    """Volumes are published. Only tests of features that the driver does not advertise are skipped."""
     node.script.issued.clear()
     outcomes = await _run(node, controller.address, controller.address)
-    _tell(capsys, "called as the kubelet calls", outcomes)
+    _print(capsys, "called like the kubelet", outcomes)
     assert len(outcomes["Identity"].passed) == 3
     assert outcomes["Identity"].skipped == {}
-    assert dict(outcomes["Node"].skipped) == NOT_OFFERED
+    assert dict(outcomes["Node"].skipped) == NOT_SUPPORTED
     assert {*NEEDS_A_CONTROLLER, *NEEDS_READ_ONLY} < outcomes["Node"].passed
     assert len(outcomes["Node"].passed) == 16
-    assert len(node.script.issued) == 5, "one certificate for each volume, however often it was published"
+    assert len(node.script.issued) == 5, "one certificate for each volume, even if it is published repeatedly"
     assert _is_clean(node)
 
 
-async def test_the_driver_itself(node: Node, controller: SanityController, capsys: pytest.CaptureFixture[str]) -> None:
-    """With nothing in between, every test passes that can say what the driver needs."""
+async def test_driver_passes_when_called_directly(
+    node: Node, controller: SanityController, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All tests that do not need ``readonly``."""
     flags = [f"-ginkgo.skip={name}" for name in sorted(NEEDS_READ_ONLY)]
     outcomes = await _run(node, f"unix:{node.kubelet.socket}", controller.address, *flags)
-    _tell(capsys, "with nothing in between", outcomes)
+    _print(capsys, "called directly", outcomes)
     assert len(outcomes["Identity"].passed) == 3
     assert outcomes["Identity"].skipped == {}
-    assert dict(outcomes["Node"].skipped) == NOT_OFFERED | NEEDS_A_CONTROLLER | dict.fromkeys(NEEDS_READ_ONLY, "")
+    assert dict(outcomes["Node"].skipped) == NOT_SUPPORTED | NEEDS_A_CONTROLLER | dict.fromkeys(NEEDS_READ_ONLY, "")
     assert len(outcomes["Node"].passed) == 11
     assert _is_clean(node)

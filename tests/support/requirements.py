@@ -1,7 +1,6 @@
-"""The one place where a test says what it needs of the machine.
+"""The requirements of tests: root, and programs.
 
-Where that is missing the test is skipped with the reason, so that ``make test`` tells on any machine what it could not
-show. With ``CERTMOUNT_REQUIRE_PEERS=1`` (set in CI) it fails instead: there a gap is a mistake.
+A test whose requirement is missing is skipped with the reason. With ``CERTMOUNT_REQUIRE_PEERS=1`` (set in CI) it fails.
 """
 
 from __future__ import annotations
@@ -15,18 +14,18 @@ import pytest
 
 REQUIRE_VARIABLE = "CERTMOUNT_REQUIRE_PEERS"
 _CAP_SYS_ADMIN = 21
-"""The bit of CAP_SYS_ADMIN, which mounting needs (capabilities(7))."""
+"""The bit of the capability to mount, capabilities(7)."""
 
 
 def missing(reason: str) -> NoReturn:
-    """Ends the test that cannot run here: skipped with the reason, or failed where nothing may be missing."""
+    """Skip the test with the reason, or fail it if nothing may be missing."""
     if os.environ.get(REQUIRE_VARIABLE) == "1":
         pytest.fail(f"{reason} ({REQUIRE_VARIABLE}=1)", pytrace=False)
     pytest.skip(reason)
 
 
 def require_root() -> None:
-    """Ends the test unless the process is root and may mount."""
+    """Skip the test unless the process is root and can mount."""
     if os.geteuid() != 0:
         missing("needs root")
     if not may_mount():
@@ -34,31 +33,31 @@ def require_root() -> None:
 
 
 def may_mount() -> bool:
-    """True for root with the capability to mount; where it is false, folders stand in for mounts."""
+    """Return True for root with the capability to mount. Otherwise tests use directories instead of mounts."""
     return os.geteuid() == 0 and bool(_effective_capabilities() >> _CAP_SYS_ADMIN & 1)
 
 
 def require_program(name: str) -> str:
-    """The path of a program: on PATH, where ``make peers`` or ``go install`` put it; ends the test where there is none."""
-    folders = os.pathsep.join(map(str, (*_peer_folders(name), *_go_folders())))
-    path = shutil.which(name) or shutil.which(name, path=folders)
+    """Return the path of a program on PATH or of ``make peers`` or ``go install``. Skip the test if it is missing."""
+    directories = os.pathsep.join(map(str, (*_peer_directories(name), *_go_directories())))
+    path = shutil.which(name) or shutil.which(name, path=directories)
     if path is None:
         missing(f"needs the program {name}")
     return path
 
 
-def _peer_folders(name: str) -> list[Path]:
-    """Where scripts/install-peers puts a program, the newest version first."""
+def _peer_directories(name: str) -> list[Path]:
+    """Return the directories of scripts/install-peers, the newest version first."""
     cache = Path(os.environ.get("CERTMOUNT_CACHE") or Path.home() / ".cache" / "certmount")
     return sorted(cache.glob(f"{name}-*"), reverse=True)
 
 
-def _go_folders() -> list[Path]:
-    """Where ``go install`` puts programs: GOBIN, or bin in each folder of GOPATH (``go help install``)."""
+def _go_directories() -> list[Path]:
+    """Return the directories of ``go install``: GOBIN, or bin in each directory of GOPATH."""
     if gobin := os.environ.get("GOBIN"):
         return [Path(gobin)]
     gopath = os.environ.get("GOPATH") or str(Path.home() / "go")
-    return [Path(folder) / "bin" for folder in gopath.split(os.pathsep)]
+    return [Path(directory) / "bin" for directory in gopath.split(os.pathsep)]
 
 
 def _effective_capabilities() -> int:

@@ -1,9 +1,8 @@
-"""What csi-sanity needs beside a node driver: a controller that makes volumes, and the kubelet's part in a publish call.
+"""A proxy that adds what csi-sanity needs: a CSI controller, and the kubelet's part of publish calls.
 
-csi-sanity takes the context of a volume from CreateVolume, and asks for all that a volume can do only where the driver has
-a controller. The kubelet makes that context itself for inline volumes, with pod and token, and says ``readonly`` as the
-pod's spec does; csi-sanity can't say it. So this server stands before the driver: it answers the Controller's calls,
-announces it, sets ``readonly`` in publish calls, and hands everything else on, byte for byte.
+csi-sanity takes the volume context from CreateVolume, and runs many tests only if the driver has a controller. For inline
+volumes, the kubelet creates the context and sets ``readonly``. So this proxy implements the Controller service, sets
+``readonly`` in publish calls, and forwards all other calls to the driver.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ import grpc
 
 from csi_driver._proto import csi_pb2
 
-_Answer = Callable[[bytes, Any], Awaitable[bytes]]
+_Handler = Callable[[bytes, Any], Awaitable[bytes]]
 _Service = csi_pb2.PluginCapability.Service
 
 
 class SanityController(grpc.GenericRpcHandler):
-    """Serves at a unix socket before the driver's; ``context`` makes the volume_context of each new volume."""
+    """Serves on a unix socket. ``context`` returns the volume_context of each new volume."""
 
     def __init__(self, socket: Path, driver: grpc.aio.Channel, context: Callable[[], Mapping[str, str]]) -> None:
         self.address = f"unix:{socket}"
@@ -31,10 +30,10 @@ class SanityController(grpc.GenericRpcHandler):
         self._server = grpc.aio.server()
         self._server.add_generic_rpc_handlers((self,))
         self._server.add_insecure_port(self.address)
-        self._own: Mapping[str, _Answer] = {
+        self._handlers: Mapping[str, _Handler] = {
             "/csi.v1.Controller/CreateVolume": self._create_volume,
-            "/csi.v1.Controller/DeleteVolume": self._nothing,
-            "/csi.v1.Controller/ControllerGetCapabilities": self._nothing,
+            "/csi.v1.Controller/DeleteVolume": self._return_empty,
+            "/csi.v1.Controller/ControllerGetCapabilities": self._return_empty,
             "/csi.v1.Identity/GetPluginCapabilities": self._capabilities,
             "/csi.v1.Node/NodePublishVolume": self._publish,
         }
@@ -47,11 +46,11 @@ class SanityController(grpc.GenericRpcHandler):
         await self._server.stop(None)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        """Grpc's question who answers a method."""
+        """Return the handler of a method, for gRPC."""
         method = handler_call_details.method
-        return grpc.unary_unary_rpc_method_handler(self._own.get(method) or self._forwarder(method))
+        return grpc.unary_unary_rpc_method_handler(self._handlers.get(method) or self._forwarder(method))
 
-    def _forwarder(self, method: str) -> _Answer:
+    def _forwarder(self, method: str) -> _Handler:
         async def forward(request: bytes, context: Any) -> bytes:
             call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._driver.unary_unary(method)
             try:
@@ -62,7 +61,7 @@ class SanityController(grpc.GenericRpcHandler):
 
         return forward
 
-    async def _nothing(self, _request: bytes, _context: Any) -> bytes:
+    async def _return_empty(self, _request: bytes, _context: Any) -> bytes:
         return b""
 
     async def _create_volume(self, _request: bytes, _context: Any) -> bytes:
@@ -71,8 +70,8 @@ class SanityController(grpc.GenericRpcHandler):
         return _field(1, _text(2, f"csi-{uuid.uuid4().hex}") + b"".join(entries))
 
     async def _capabilities(self, request: bytes, context: Any) -> bytes:
-        answer = await self._forwarder("/csi.v1.Identity/GetPluginCapabilities")(request, context)
-        capabilities = csi_pb2.GetPluginCapabilitiesResponse.FromString(answer)
+        response = await self._forwarder("/csi.v1.Identity/GetPluginCapabilities")(request, context)
+        capabilities = csi_pb2.GetPluginCapabilitiesResponse.FromString(response)
         capabilities.capabilities.add(service=_Service(type=_Service.CONTROLLER_SERVICE))
         return capabilities.SerializeToString()
 
@@ -87,7 +86,7 @@ def _text(number: int, text: str) -> bytes:
 
 
 def _field(number: int, content: bytes) -> bytes:
-    """A length-delimited field (protobuf encoding: tag, length as base-128 varint, content)."""
+    """Return a length-delimited protobuf field: tag, length as base-128 varint, content."""
     length, size = bytearray(), len(content)
     while size > 0x7F:
         length.append(size & 0x7F | 0x80)

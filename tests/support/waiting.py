@@ -1,4 +1,4 @@
-"""Waits for what a test expects, with an end."""
+"""Wait for a condition."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _STEP_S = 0.01
 
 
 async def until(condition: Callable[[], object], what: str, patience_s: float = 20.0) -> None:
-    """Returns as soon as the condition holds; fails the test with ``what`` was waited for."""
+    """Wait until the condition is true. Fail after a timeout; ``what`` describes the condition."""
     deadline = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < deadline, f"waited {patience_s:g} s for {what}"
