@@ -166,7 +166,7 @@ async def test_pod_starts_with_an_interim_certificate(tmp_path: Path) -> None:
         public = x509.load_der_x509_certificate(await one.ca.root())
         assert public in before.roots
         assert len(before.roots) == 2
-        await until(lambda: node.shown(request).serial != before.serial, "the public certificate", patience_s=60.0)
+        await until(lambda: node.shown(request).serial != before.serial, "the public certificate", timeout_s=60.0)
         after = node.shown(request)
         assert after.names == [NAME]
         assert after.key == before.key

@@ -177,7 +177,7 @@ async def test_volume_gets_a_federated_root_without_a_new_certificate(
             assert NAME in before.names
             ca.federated = [other.root_file]
             await ca.restart()
-            await until(lambda: len(Shown.at(target).roots) == 2, "the second root", patience_s=60)
+            await until(lambda: len(Shown.at(target).roots) == 2, "the second root", timeout_s=60)
             after = Shown.at(target)
             assert set(after.roots) == {ca.root, other.root}
             assert (after.key, after.serial) == (before.key, before.serial)

@@ -42,7 +42,7 @@ async def test_denied_renewal_stops_until_the_policy_changes(node: Node) -> None
     assert (node.script.calls, node.shown(request)) == (3, before)
     node.authority.policy = "another"
     await node.authority.send_bundle()
-    await until(lambda: node.shown(request).serial != before.serial, "renewed", patience_s=40.0)
+    await until(lambda: node.shown(request).serial != before.serial, "renewed", timeout_s=40.0)
     assert await node.health(request) == []
     await until(lambda: len(_reported(node)) == 2, "the report of recovery")
     assert _reported(node)[1] == (authority_pb2.CONDITION_RECOVERED, "")

@@ -59,13 +59,13 @@ async def _pending(node: Node, request: Request) -> Failure:
 
 async def _renewed(node: Node, requests: Sequence[Request], serial: int) -> None:
     """Wait until no volume has the certificate with this serial number."""
-    await until(lambda: all(node.shown(request).serial != serial for request in requests), "renewal", patience_s=60)
+    await until(lambda: all(node.shown(request).serial != serial for request in requests), "renewal", timeout_s=60)
 
 
 async def _requests(node: Node, more: int) -> None:
     """Wait until the authority has received more requests."""
     calls = node.script.calls + more
-    await until(lambda: node.script.calls >= calls, "more requests", patience_s=20)
+    await until(lambda: node.script.calls >= calls, "more requests", timeout_s=20)
 
 
 @pytest.fixture
@@ -284,7 +284,7 @@ async def test_denied_renewal_ends_the_sharing(node: Node, shop: FakePod) -> Non
     node.script.renew_after = timedelta(seconds=2)
     await node.published(_again(shop, 1), EDGE)
     node.script.failure = CertmountError(Reason.SERVICE_ACCOUNT_DENIED, "the service account is denied")
-    await until(lambda: node.driver.events("renewal stopped"), "the failure", patience_s=20)
+    await until(lambda: node.driver.events("renewal stopped"), "the failure", timeout_s=20)
     calls = node.script.calls
     request = node.request(_again(shop, 2), EDGE)
     assert (await failure_of(node.publish(request))).reason == "ServiceAccountDenied"
@@ -355,14 +355,14 @@ async def test_pending_renewal_is_reported_when_it_is_overdue(node: Node, shop: 
     request = await node.published(shop, EDGE)
     before, logged = node.shown(request), len(node.driver.events("renewal failed"))
     node.script.finished = False
-    await until(lambda: len(node.driver.events("renewal failed")) >= logged + 3, "three failures", patience_s=30)
+    await until(lambda: len(node.driver.events("renewal failed")) >= logged + 3, "three failures", timeout_s=30)
     failures = node.driver.events("renewal failed")[logged:]
     assert {line["reason"] for line in failures} == {"IssuancePending"}
     for line, seconds in zip(failures, (1, 2, 4), strict=False):
         assert 0.7 * seconds <= line["retry_in_s"] <= 1.3 * seconds
     assert node.shown(request) == before
     assert await node.health(request) == []
-    await until(lambda: node.authority.reports, "a report", patience_s=20)
+    await until(lambda: node.authority.reports, "a report", timeout_s=20)
     assert [reason for _, reason, _ in await node.health(request)] == ["IssuancePending"]
     (report,) = node.authority.reports
     assert (report.condition, report.reason) == (CONDITION_OVERDUE, "IssuancePending")

@@ -168,7 +168,7 @@ class Node:
 
     async def watched(self) -> None:
         """Wait until the driver follows the trust stream. After an outage, its retry can take 30 s."""
-        await until(lambda: self.authority.watchers, "the driver follows the roots", patience_s=60.0)
+        await until(lambda: self.authority.watchers, "the driver follows the roots", timeout_s=60.0)
 
     async def restart(self) -> None:
         """Kill the driver and start a new process."""
