@@ -15,7 +15,7 @@ from csi_driver.authority.config.located_yaml import MAX_BYTES
 from csi_driver.authority.issuers import Issuer, IssuerRequest
 from csi_driver.authority.issuers.credentials import CredentialReader
 from csi_driver.authority.issuers.dependencies import CSRAccess, IssuerDependencies
-from csi_driver.authority.issuers.findings import Finding
+from csi_driver.authority.issuers.findings import Findings
 from csi_driver.authority.issuers.kinds import make_issuer, read_issuers
 from csi_driver.cli.common import parsed
 from csi_driver.core.certificates.csr import build_csr, parse_csr
@@ -77,7 +77,7 @@ def check(names: tuple[str, ...], file: Path, issue: DNSName | None, duration: t
         click.echo(f"{declared.name} ({declared.kind})")
         for finding in findings:
             click.echo(f"  {finding}")
-    if not all(finding.ok for findings in results for finding in findings):
+    if any(findings.problem for findings in results):
         sys.exit(1)
 
 
@@ -104,7 +104,7 @@ def _select(declared: Sequence[IssuerDeclaration], names: Sequence[str], file: P
 
 async def _check_all(
     declared: Sequence[IssuerDeclaration], issue: DNSName | None, duration: timedelta, *, in_cluster: bool
-) -> list[list[Finding]]:
+) -> list[Findings]:
     async with _dependencies(in_cluster=in_cluster) as dependencies:
         return await asyncio.gather(*(_check(one, dependencies, issue, duration) for one in declared))
 
@@ -132,23 +132,25 @@ async def _dependencies(*, in_cluster: bool) -> AsyncIterator[IssuerDependencies
 
 async def _check(
     declared: IssuerDeclaration, dependencies: IssuerDependencies, issue: DNSName | None, duration: timedelta
-) -> list[Finding]:
+) -> Findings:
+    findings = Findings()
     try:
         issuer = make_issuer(declared, dependencies)
     except CertmountError as error:
-        return [Finding("issuer", False, str(error.args[0]))]
-    findings = await issuer.diagnose()
-    if issue is None or not all(finding.ok for finding in findings):
+        findings.add("issuer", False, str(error.args[0]))
         return findings
-    running = asyncio.create_task(issuer.run())
-    try:
-        return [*findings, await _issue(issuer, issue, duration)]
-    finally:
-        running.cancel()
-        await asyncio.wait([running])
+    findings = await issuer.diagnose()
+    if issue is not None and findings.problem is None:
+        running = asyncio.create_task(issuer.run())
+        try:
+            await _issue(issuer, issue, duration, findings)
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
+    return findings
 
 
-async def _issue(issuer: Issuer, name: DNSName, duration: timedelta) -> Finding:
+async def _issue(issuer: Issuer, name: DNSName, duration: timedelta, findings: Findings) -> None:
     names = Names.of([name])
     pod = PodIdentity(ServiceAccount("certmount", "check"), "", "check", "", "", "", 0)
     key = await asyncio.to_thread(generate_key, KeyType.EC_P256)
@@ -156,7 +158,7 @@ async def _issue(issuer: Issuer, name: DNSName, duration: timedelta) -> Finding:
     try:
         issued = await issuer.issue(request)
     except CertmountError as error:
-        return Finding("issuance", False, str(error))
-    return Finding(
-        "issuance", True, f"issued and discarded a certificate for {name} with a chain of {len(issued.chain)}"
-    )
+        findings.add("issuance", False, str(error))
+    else:
+        text = f"issued and discarded a certificate for {name} with a chain of {len(issued.chain)}"
+        findings.add("issuance", True, text)

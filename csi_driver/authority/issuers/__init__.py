@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from datetime import timedelta
 
-from csi_driver.authority.issuers.findings import Finding
+from csi_driver.authority.issuers.findings import Findings
 from csi_driver.core.certificates.csr import ParsedCSR
 from csi_driver.core.identity import PodIdentity
 from csi_driver.core.policy.engine import Grant, RequestedCertificate
@@ -72,9 +72,9 @@ class Issuer(ABC):
         """Do the background work, such as fetching roots, until cancelled; report failures as :attr:`problem`."""
         await asyncio.Event().wait()
 
-    async def diagnose(self) -> list[Finding]:
+    async def diagnose(self) -> Findings:
         """Check everything that issuing needs, and issue nothing. Failures are findings. It does not need :meth:`run`."""
-        return []
+        return Findings()
 
     async def http01_response(self, token: str) -> str | None:  # noqa: ARG002
         """Return the key authorization for an HTTP-01 token (RFC 8555 section 8.3), or None if the token is unknown.

@@ -9,7 +9,7 @@ from abc import abstractmethod
 import structlog
 
 from csi_driver.authority.issuers import Issuer
-from csi_driver.authority.issuers.findings import Finding, problem_of
+from csi_driver.authority.issuers.findings import Findings
 from csi_driver.core.errors import CertmountError, Fault, Reason
 
 log = structlog.get_logger(__name__)
@@ -32,8 +32,8 @@ class DiagnosedIssuer(Issuer):
         return self._problem
 
     @abstractmethod
-    async def diagnose(self) -> list[Finding]:
-        """See :class:`Issuer`; implementations report the findings to :meth:`_report`."""
+    async def diagnose(self) -> Findings:
+        """See :class:`Issuer`; implementations report the problem to :meth:`_report`."""
 
     async def _diagnose_periodically(self) -> None:
         while True:
@@ -50,8 +50,7 @@ class DiagnosedIssuer(Issuer):
     async def _maintain(self) -> None:
         """Do other periodic work after each diagnosis."""
 
-    def _report(self, findings: list[Finding]) -> None:
-        problem = problem_of(findings)
+    def _report(self, problem: str | None) -> None:
         if problem is None and self._problem is not None:
             log.info("issuer became available", issuer=self._name)
         elif problem != self._problem:

@@ -19,6 +19,13 @@ class Finding:
         return f"{'ok  ' if self.ok else 'FAIL'} {self.subject}: {self.text}"
 
 
-def problem_of(findings: list[Finding]) -> str | None:
-    """Return everything that is not ok in one line, or None."""
-    return "; ".join(f"{finding.subject}: {finding.text}" for finding in findings if not finding.ok) or None
+class Findings(list[Finding]):
+    """The findings of one diagnosis, in the order of the checks."""
+
+    def add(self, subject: str, ok: bool, text: str) -> None:
+        self.append(Finding(subject, ok, text))
+
+    @property
+    def problem(self) -> str | None:
+        """Everything that is not ok in one line, or None."""
+        return "; ".join(f"{finding.subject}: {finding.text}" for finding in self if not finding.ok) or None

@@ -36,7 +36,7 @@ from csi_driver.authority.issuers.acme.state import AcmeState, OrderRecord, orde
 from csi_driver.authority.issuers.certificate_check import ends_at_root
 from csi_driver.authority.issuers.credentials import CredentialReader
 from csi_driver.authority.issuers.dependencies import ChallengeRoutes
-from csi_driver.authority.issuers.findings import Finding
+from csi_driver.authority.issuers.findings import Findings
 from csi_driver.authority.storage import Store
 from csi_driver.core.backoff import Backoff
 from csi_driver.core.certificates.keys import public_bytes
@@ -146,7 +146,7 @@ class AcmeIssuer(Issuer):
             with contextlib.suppress(CertmountError):  # the leases expire
                 await self._orders.change(lambda state: release_orders(state, self._context.holder))
 
-    async def diagnose(self) -> list[Finding]:
+    async def diagnose(self) -> Findings:
         return await diagnose_acme(self._context)
 
     async def http01_response(self, token: str) -> str | None:

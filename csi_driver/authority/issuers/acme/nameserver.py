@@ -78,8 +78,8 @@ class Nameserver:
             raise self._unavailable(error) from None
         return response
 
-    async def update(self, update: dns.update.UpdateMessage, key: TsigKey | None) -> None:
-        """Send an update (RFC 2136) over TCP, so that it is not sent twice.
+    async def update(self, update: dns.update.UpdateMessage, key: TsigKey | None) -> dns.message.Message:
+        """Send an update (RFC 2136) over TCP, so that it is not sent twice, and return the response.
 
         Raises:
             NotAuthorized: if the server rejects it.
@@ -105,6 +105,7 @@ class Nameserver:
             raise NotAuthorized(self, f"it {problem}", hint)
         if code != dns.rcode.NOERROR:
             raise CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(f"DNS server {self}", problem))
+        return response
 
     def _unavailable(self, error: Exception) -> CertmountError:
         cause = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__

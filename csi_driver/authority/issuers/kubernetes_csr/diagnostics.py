@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.csr_api import CSRClient
 from csi_driver.authority.issuers.credentials import CredentialReader
-from csi_driver.authority.issuers.findings import Finding
+from csi_driver.authority.issuers.findings import Findings
 from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConfiguration
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.formats.pem import decode_certificates, fingerprint
@@ -23,14 +23,11 @@ _HINT = "apply the role in docs/kubernetes-csr.md"
 class KubernetesCSRDiagnosis:
     """The result of a diagnosis."""
 
-    findings: list[Finding] = field(default_factory=list)
+    findings: Findings = field(default_factory=Findings)
     roots: tuple[bytes, ...] = ()
     """X.509 DER; empty if they are unknown, or are those of the internal CA."""
     username: str = ""
     """The authority's user name at the API server; empty if it is unknown."""
-
-    def add(self, subject: str, ok: bool, text: str) -> None:
-        self.findings.append(Finding(subject, ok, text))
 
 
 async def diagnose_kubernetes_csr(
@@ -41,10 +38,10 @@ async def diagnose_kubernetes_csr(
     await _check_roots(configuration, credentials, diagnosis)
     try:
         diagnosis.username = await requests.own_username()
-        diagnosis.add("account", True, f"the authority's user name is {diagnosis.username}")
+        diagnosis.findings.add("account", True, f"the authority's user name is {diagnosis.username}")
         await _check_permissions(configuration, requests, diagnosis)
     except CertmountError as error:
-        diagnosis.add("cluster", False, str(error.args[0]))
+        diagnosis.findings.add("cluster", False, str(error.args[0]))
     return diagnosis
 
 
@@ -52,22 +49,24 @@ async def _check_roots(
     configuration: KubernetesCSRConfiguration, credentials: CredentialReader, diagnosis: KubernetesCSRDiagnosis
 ) -> None:
     if configuration.roots is None:
-        diagnosis.add("roots", True, "pods trust the internal CA, whose signer this is")
+        diagnosis.findings.add("roots", True, "pods trust the internal CA, whose signer this is")
         return
     try:
         certificates = decode_certificates((await credentials.read(configuration.roots)).reveal())
     except CertmountError as error:
-        diagnosis.add("roots", False, str(error.args[0]))
+        diagnosis.findings.add("roots", False, str(error.args[0]))
         return
     except ValueError:
-        diagnosis.add("roots", False, f"{configuration.roots} does not contain valid certificates in PEM")
+        diagnosis.findings.add("roots", False, f"{configuration.roots} does not contain valid certificates in PEM")
         return
     if len(certificates) > _MAX_ROOTS:
         text = f"{configuration.roots} contains {len(certificates)} certificates; expected at most {_MAX_ROOTS}"
-        diagnosis.add("roots", False, text)
+        diagnosis.findings.add("roots", False, text)
         return
     diagnosis.roots = tuple(dict.fromkeys(one.public_bytes(Encoding.DER) for one in certificates))
-    diagnosis.add("roots", True, "pods trust " + ", ".join(f"{fingerprint(one)[:21]}..." for one in certificates))
+    diagnosis.findings.add(
+        "roots", True, "pods trust " + ", ".join(f"{fingerprint(one)[:21]}..." for one in certificates)
+    )
 
 
 async def _check_permissions(
@@ -78,10 +77,10 @@ async def _check_permissions(
         text = f"the authority is not permitted to {', '.join(missing)} {_REQUESTS}; {_HINT}"
     else:
         text = f"the authority can create, watch and delete {_REQUESTS}"
-    diagnosis.add("permissions", not missing, text)
+    diagnosis.findings.add("permissions", not missing, text)
     signer = configuration.signer
     if not configuration.approve:
-        diagnosis.add("approval", True, f"not done by the authority; others approve requests for {signer}")
+        diagnosis.findings.add("approval", True, f"not done by the authority; others approve requests for {signer}")
         return
     # A role names one signer, or all signers of a domain.
     permitted = await requests.may("update", f"{_REQUESTS}/approval") and (
@@ -89,6 +88,8 @@ async def _check_permissions(
         or await requests.may("approve", "signers", f"{signer.partition('/')[0]}/*")
     )
     if permitted:
-        diagnosis.add("approval", True, f"the authority can approve requests for {signer}")
+        diagnosis.findings.add("approval", True, f"the authority can approve requests for {signer}")
     else:
-        diagnosis.add("approval", False, f"the authority is not permitted to approve requests for {signer}; {_HINT}")
+        diagnosis.findings.add(
+            "approval", False, f"the authority is not permitted to approve requests for {signer}; {_HINT}"
+        )

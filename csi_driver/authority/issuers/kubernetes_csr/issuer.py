@@ -14,7 +14,7 @@ from csi_driver.authority.issuers.certificate_check import check_certificate, en
 from csi_driver.authority.issuers.credentials import CredentialReader
 from csi_driver.authority.issuers.dependencies import CSRAccess
 from csi_driver.authority.issuers.diagnosed_issuer import DiagnosedIssuer
-from csi_driver.authority.issuers.findings import Finding
+from csi_driver.authority.issuers.findings import Findings
 from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConfiguration
 from csi_driver.authority.issuers.kubernetes_csr.diagnostics import KubernetesCSRDiagnosis, diagnose_kubernetes_csr
 from csi_driver.authority.issuers.kubernetes_csr.request import (
@@ -75,12 +75,12 @@ class KubernetesCSRIssuer(DiagnosedIssuer):
             tasks.create_task(watch.run(), name=f"CertificateSigningRequests of {self._name}")
             await self._diagnose_periodically()
 
-    async def diagnose(self) -> list[Finding]:
+    async def diagnose(self) -> Findings:
         diagnosis = await diagnose_kubernetes_csr(self._configuration, self._credentials, self._access.requests)
         diagnosis.roots = diagnosis.roots or self._known.roots
         diagnosis.username = diagnosis.username or self._known.username
         self._known = diagnosis
-        self._report(diagnosis.findings)
+        self._report(diagnosis.findings.problem)
         return diagnosis.findings
 
     async def issue(self, request: IssuerRequest) -> IssuedCertificate:

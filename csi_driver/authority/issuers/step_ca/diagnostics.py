@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.issuers.credentials import CredentialReader
-from csi_driver.authority.issuers.findings import Finding
+from csi_driver.authority.issuers.findings import Findings
 from csi_driver.authority.issuers.http_client import HttpError
 from csi_driver.authority.issuers.step_ca.client import StepCAClient
 from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
@@ -35,15 +35,12 @@ _MAX_CLOCK_SKEW = timedelta(minutes=1)
 class StepCADiagnosis:
     """The result of a diagnosis, which ends at the first failure that prevents the remaining checks."""
 
-    findings: list[Finding] = field(default_factory=list)
+    findings: Findings = field(default_factory=Findings)
     roots: tuple[bytes, ...] = ()
     """For pods, DER: step-ca's own roots, then those of CAs that it federates with; empty if they are unknown."""
     provisioner: Provisioner | None = None
     key: ProvisionerKey | None = None
     """None unless it belongs to the provisioner."""
-
-    def add(self, subject: str, ok: bool, text: str) -> None:
-        self.findings.append(Finding(subject, ok, text))
 
 
 class ProvisionerKeyLoader:
@@ -102,12 +99,12 @@ async def diagnose_step_ca(
         now = clock()
         took = round((time.perf_counter() - started) * 1000)
         text = f"step-ca at {configuration.url} answers in {took} ms, and the root verifies its certificate"
-        diagnosis.add("reachable", True, text)
+        diagnosis.findings.add("reachable", True, text)
         await _check_roots(client, diagnosis)
         await _check_provisioner(client, configuration, keys, diagnosis)
         _check_clock(health.time, now, diagnosis)
     except HttpError as error:
-        diagnosis.add(error.subject, False, str(error))
+        diagnosis.findings.add(error.subject, False, str(error))
     return diagnosis
 
 
@@ -115,10 +112,12 @@ async def _check_roots(client: StepCAClient, diagnosis: StepCADiagnosis) -> None
     own, federated = [await client.roots(path) for path in ("/roots", "/federation")]
     roots = {certificate.public_bytes(Encoding.DER): certificate for certificate in (*own, *federated)}
     if not own or len(roots) > _MAX_ROOTS:
-        diagnosis.add("roots", False, f"step-ca publishes {len(roots)} roots; expected 1 to {_MAX_ROOTS}")
+        diagnosis.findings.add("roots", False, f"step-ca publishes {len(roots)} roots; expected 1 to {_MAX_ROOTS}")
         return
     diagnosis.roots = tuple(roots)
-    diagnosis.add("roots", True, "pods trust " + ", ".join(_describe(certificate) for certificate in roots.values()))
+    diagnosis.findings.add(
+        "roots", True, "pods trust " + ", ".join(_describe(certificate) for certificate in roots.values())
+    )
 
 
 async def _check_provisioner(
@@ -132,21 +131,21 @@ async def _check_provisioner(
     try:
         key = await keys.load(provisioner)
     except CertmountError as error:
-        diagnosis.add("key", False, str(error.args[0]))
+        diagnosis.findings.add("key", False, str(error.args[0]))
         return
     except ValueError as problem:
-        diagnosis.add("key", False, f"is {problem}")
+        diagnosis.findings.add("key", False, f"is {problem}")
         return
     finding = check_key(provisioner, key)
     diagnosis.findings.append(finding)
     if finding.ok:
         diagnosis.key = key
-    diagnosis.add("lifetime", True, f"the provisioner allows {provisioner.limits}")
+    diagnosis.findings.add("lifetime", True, f"the provisioner allows {provisioner.limits}")
 
 
 def _check_clock(time: datetime | None, now: datetime, diagnosis: StepCADiagnosis) -> None:
     if time is None:
-        diagnosis.add("clock", True, "unknown, because step-ca does not send the time")
+        diagnosis.findings.add("clock", True, "unknown, because step-ca does not send the time")
         return
     skew = time - now.replace(microsecond=0)
     seconds = int(skew.total_seconds())
@@ -154,7 +153,7 @@ def _check_clock(time: datetime | None, now: datetime, diagnosis: StepCADiagnosi
     text = f"step-ca's clock is {abs(seconds)} s {direction}" if abs(seconds) > 1 else "in sync"
     if abs(skew) > _MAX_CLOCK_SKEW:
         text += "; step-ca tolerates at most 60 s; synchronize the clocks"
-    diagnosis.add("clock", abs(skew) <= _MAX_CLOCK_SKEW, text)
+    diagnosis.findings.add("clock", abs(skew) <= _MAX_CLOCK_SKEW, text)
 
 
 def _read_roots(file: str) -> tuple[x509.Certificate, ...]:

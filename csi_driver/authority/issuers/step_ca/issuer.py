@@ -14,7 +14,7 @@ from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
 from csi_driver.authority.issuers.certificate_check import check_certificate, ends_at_root, issued_certificate
 from csi_driver.authority.issuers.credentials import CredentialReader
 from csi_driver.authority.issuers.diagnosed_issuer import DiagnosedIssuer
-from csi_driver.authority.issuers.findings import Finding, problem_of
+from csi_driver.authority.issuers.findings import Findings
 from csi_driver.authority.issuers.http_client import HttpError, JsonResponse
 from csi_driver.authority.issuers.step_ca.client import StepCAClient, parse_signed_chain
 from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
@@ -72,7 +72,7 @@ class StepCAIssuer(DiagnosedIssuer):
                 await asyncio.wait([self._diagnosing])
             await self._disconnect()
 
-    async def diagnose(self) -> list[Finding]:
+    async def diagnose(self) -> Findings:
         try:
             return (await self._diagnose()).findings
         finally:
@@ -88,7 +88,7 @@ class StepCAIssuer(DiagnosedIssuer):
         response = await self._sign(request, key)
         if response.status == 401:
             diagnosis = await self._diagnose()
-            if problem_of(diagnosis.findings) or diagnosis.key is None or diagnosis.key is key:
+            if diagnosis.findings.problem or diagnosis.key is None or diagnosis.key is key:
                 raise self._unauthorized(diagnosis)
             response = await self._sign(request, diagnosis.key)  # the provisioner's key was replaced
         if response.status in (400, 403):
@@ -141,7 +141,7 @@ class StepCAIssuer(DiagnosedIssuer):
             "provisioner, key and clock match, so step-ca has just started, or its"
             f' "dnsNames" in ca.json lack the host of {host}; check its log'
         )
-        problem = problem_of(diagnosis.findings) or other
+        problem = diagnosis.findings.problem or other
         return self._unavailable(f"step-ca rejected the authority's token (HTTP 401): {problem}")
 
     async def _diagnose(self) -> StepCADiagnosis:
@@ -159,7 +159,8 @@ class StepCAIssuer(DiagnosedIssuer):
             client = await self._connect(refresh=True)
             diagnosis = await diagnose_step_ca(client, self._configuration, self._keys, self._clock)
         except HttpError as error:
-            diagnosis = StepCADiagnosis([Finding(error.subject, False, str(error))])
+            diagnosis = StepCADiagnosis()
+            diagnosis.findings.add(error.subject, False, str(error))
         known = self._known
         self._known = StepCADiagnosis(
             diagnosis.findings,
@@ -167,7 +168,7 @@ class StepCAIssuer(DiagnosedIssuer):
             diagnosis.provisioner or known.provisioner,
             diagnosis.key or known.key,
         )
-        self._report(diagnosis.findings)
+        self._report(diagnosis.findings.problem)
         return diagnosis
 
     async def _connect(self, *, refresh: bool = False) -> StepCAClient:
