@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 from pathlib import Path
 
@@ -18,26 +17,15 @@ from tests.support.kubelet import FakePod
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@pytest.mark.parametrize("kind", ["file", "symlink", "dangling-symlink", "fifo"])
-async def test_target_that_is_not_a_directory_is_rejected(node: Node, kind: str) -> None:
-    """The driver does not touch it. After its removal, the next call succeeds."""
-    request, elsewhere = node.request(), node.directory / "elsewhere"
+async def test_target_that_is_not_a_directory_is_rejected(node: Node) -> None:
+    """The driver does not touch it. After its removal, the next call succeeds. See also the unit tests of target paths."""
+    request = node.request()
     target = node.target(request)
-    elsewhere.mkdir(exist_ok=True)
-    (elsewhere / "precious").touch()
-    if kind == "file":
-        target.write_text("precious")
-    elif kind == "fifo":
-        os.mkfifo(target)
-    else:
-        target.symlink_to(elsewhere if kind == "symlink" else node.directory / "nowhere")
-    before = target.lstat()
+    target.write_text("precious")
     failure = await failure_of(node.publish(request))
     assert (failure.code, failure.reason) == (FAILED, "InvalidTargetPath")
-    assert str(target) in failure.text
-    assert "remove it from the node" in failure.text
-    assert (target.lstat().st_ino, target.lstat().st_mode) == (before.st_ino, before.st_mode)
-    assert (elsewhere / "precious").exists()
+    assert f"{target} is not a directory; remove it from the node" in failure.text
+    assert target.read_text() == "precious"
     assert not node.volume_dir(request).exists()
     assert (node.mounts(node.kubelet.root), node.script.calls) == ([], 0)
     target.unlink()
@@ -69,23 +57,20 @@ async def test_target_with_a_foreign_mount_is_rejected(node: Node) -> None:
             "/var/lib/other/pods/{uid}/volumes/x/mount",
             FAILED,
             "InvalidKubeletDirectory",
-            "set --kubelet-dir to /var/lib/other",
+            "--kubelet-dir to /var/lib/other",
         ),
-        ("/somewhere/else", FAILED, "InvalidKubeletDirectory", "--kubelet-dir"),
         (
             "{root}/pods/another-pod/volumes/x/mount",
             FAILED,
             "InvalidTargetPath",
             "only in the directory of its own pod",
         ),
-        ("{root}/pods/{uid}/volumes/none/x/mount", FAILED, "InvalidTargetPath", "does not exist"),
         ("{root}/pods/{uid}/volumes/../../mount", INVALID, "InvalidRequest", "target_path"),
         ("{root}/pods/{uid}/volumes/x\0/mount", INVALID, "InvalidRequest", "target_path"),
-        ("relative/path", INVALID, "InvalidRequest", "is not an absolute path"),
         ("{root}/pods/{uid}/volumes/" + "long/" * 1000 + "mount", INVALID, "InvalidRequest", "target_path"),
         ("{root}/pods/{uid}/volumes/" + "n" * 300 + "/mount", FAILED, "InvalidTargetPath", "too long"),
     ],
-    ids=["other-root", "elsewhere", "other-pod", "no-parent", "dots", "nul", "relative", "long-path", "long-name"],
+    ids=["other-root", "other-pod", "dots", "nul", "long-path", "long-name"],
 )
 async def test_wrong_target_path_is_rejected(
     node: Node, target: str, code: grpc.StatusCode, reason: str, words: str
