@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from csi_driver.authority.authn.token_reviews import OfflineReviewer, TokenReviewer
+from csi_driver.authority.config.watched_file import read_file
 from csi_driver.authority.csr_api import CSRApi
 from csi_driver.authority.diagnostics import DiagnosticCheck
 from csi_driver.authority.events.recorder import EventRecorder, NullEventRecorder
@@ -20,7 +21,7 @@ from csi_driver.authority.trust.acknowledgements import ACKNOWLEDGEMENTS_FILE, C
 from csi_driver.authority.trust.bundles import TrustBundles
 from csi_driver.authority.trust.publishers import DirectoryPublisher, RootPublisher
 from csi_driver.core.cluster.objects import PublishedKeys
-from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.errors import Reason
 
 _MAX_BYTES = 1024 * 1024
 
@@ -54,16 +55,9 @@ class Environment:
 def directory_environment(ca_dir: Path, jwks: Path, token_issuer: str) -> Environment:
     """Return an environment without a cluster: the CA is in ``ca_dir``, and the file ``jwks`` has the token keys."""
 
-    def read_keys() -> PublishedKeys:
-        try:
-            with jwks.open("rb") as file:
-                return PublishedKeys(token_issuer, file.read(_MAX_BYTES))
-        except OSError as error:
-            problem = f"cannot be read: {error.strerror}"
-            raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, Fault(str(jwks), problem, "see --jwks")) from None
-
     async def fetch_keys() -> PublishedKeys:
-        return await asyncio.to_thread(read_keys)
+        content = await asyncio.to_thread(read_file, jwks, _MAX_BYTES, Reason.TOKEN_REVIEW_UNAVAILABLE, "see --jwks")
+        return PublishedKeys(token_issuer, content)
 
     return Environment(
         ca_store=DirectoryStore(ca_dir),

@@ -224,12 +224,11 @@ class AuthorityServer:
             log.info("serving", address=self._settings.listen, names=str(self._settings.serving_names))
             if self._settings.acme_http:
                 tasks.create_task(self._serve_http01(self._settings.acme_http), name="HTTP-01")
-            tasks.create_task(self._ca.run(self._publish_ca), name="CA")
-            tasks.create_task(self._policy.run(), name="policy")
-            tasks.create_task(self._issuers.run(), name="issuers")
             if (csr_api := self._environment.csr_api) is not None:
                 tasks.create_task(self._csr_signer(csr_api).run(), name="CSR signer")
-            tasks.create_task(self._keys.run(), name="token keys")
+            tasks.create_task(self._ca.run(self._publish_ca), name="CA")
+            for part in (self._policy, self._issuers, self._keys):
+                tasks.create_task(part.run(), name=type(part).__name__)
 
     async def _load_ca(self) -> None:
         await self._publish_ca(await self._ca.refresh())

@@ -19,7 +19,6 @@ from csi_driver.authority.retry import retry
 from csi_driver.core.backoff import Backoff
 from csi_driver.core.cluster.csr import APPROVED, CERTMOUNT_SIGNER, DENIED, FAILED, ClusterCSR, CSRCondition
 from csi_driver.core.errors import CertmountError, FailureKind, Reason
-from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.kube.csr_cache import CSRCache
 
 log = structlog.get_logger(__name__)
@@ -175,7 +174,8 @@ class CSRSigner:
 
     async def _deny(self, csr: ClusterCSR, error: CertmountError, record: AuditRecord) -> ClusterCSR:
         text = str(error.args[0])
-        self._record_event(record, error.reason, text)
+        if record.identity is not None:
+            self._events.record(record.identity, warning=True, reason=error.reason.word, message=text)
         current = csr
         if current.condition(APPROVED) is None:
             current = await self._requests.decide(csr, CSRCondition(DENIED, error.reason.word, text))
@@ -183,10 +183,3 @@ class CSRSigner:
             return current
         # A user approved the request, so it cannot be denied. Approval does not override the policy.
         return await self._requests.fail(csr, CSRCondition(FAILED, error.reason.word, text))
-
-    def _record_event(self, record: AuditRecord, reason: Reason, message: str) -> None:
-        if record.pod is None:
-            return
-        account = ServiceAccount(record.namespace or "", record.service_account or "")
-        pod = PodIdentity(account, "", record.pod, record.pod_uid or "", record.node or "", "", 0.0)
-        self._events.record(pod, warning=True, reason=reason.word, message=message)

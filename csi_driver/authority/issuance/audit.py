@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import structlog
@@ -52,8 +52,10 @@ class AuditRecord:
     authentication_ms: float | None = None
     policy_ms: float | None = None
     sign_ms: float | None = None
+    identity: PodIdentity | None = field(default=None, metadata={"logged": False})
 
     def set_pod(self, pod: PodIdentity) -> None:
+        self.identity = pod
         self.node, self.pod, self.pod_uid = pod.node_name, pod.pod_name, pod.pod_uid
         self.namespace, self.service_account = pod.service_account.namespace, pod.service_account.name
 
@@ -73,16 +75,16 @@ class AuditRecord:
         self.reason, self.error = error.reason.word, str(error)
 
     @contextlib.contextmanager
-    def timed(self, field: Literal["authentication_ms", "policy_ms", "sign_ms"]) -> Iterator[None]:
-        """Add the duration of the block to a field."""
+    def timed(self, step: Literal["authentication_ms", "policy_ms", "sign_ms"]) -> Iterator[None]:
+        """Add the duration of the block to a step's field."""
         started = time.perf_counter()
         try:
             yield
         finally:
-            setattr(self, field, round((getattr(self, field) or 0.0) + _milliseconds(started), 2))
+            setattr(self, step, round((getattr(self, step) or 0.0) + _milliseconds(started), 2))
 
 
-_FIELDS = tuple(field.name for field in fields(AuditRecord))
+_FIELDS = tuple(each.name for each in fields(AuditRecord) if each.metadata.get("logged", True))
 
 
 @contextlib.contextmanager

@@ -114,14 +114,6 @@ async def test_call_needs_exactly_one_bearer_token(metadata: Any, caller: Caller
     assert failure.text == "TokenRejected: node token: is missing"
 
 
-async def test_driver_gets_no_certificates_for_pods_of_other_nodes(world: World, caller: Caller) -> None:
-    elsewhere = replace(DRIVER, node="node-b", node_uid="b")
-    world.reviewer.node = elsewhere.reviewed
-    failure = await caller.rejected(node=world.issuer.node_token(elsewhere))
-    assert failure.reason == "TokenRejected"
-    assert "pod on node node-a, but the driver on node node-b sent it" in failure.text
-
-
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ReviewedToken)])
 @pytest.mark.parametrize("which", ["pod", "node"])
 async def test_review_must_agree_with_the_claims(which: str, field: str, world: World, caller: Caller) -> None:
@@ -203,7 +195,10 @@ CSRS: dict[str, tuple[Callable[[World], bytes], str]] = {
         lambda _: request([x509.DNSName(f"{n}.default.svc.cluster.local") for n in range(1000)]),
         "at most 100",
     ),
-    "invalid email name": (lambda _: request([x509.RFC822Name._init_without_validation("root@localhost\nx")]), "names something that"),
+    "invalid email name": (
+        lambda _: request([x509.RFC822Name._init_without_validation("root@localhost\nx")]),
+        "names something that",
+    ),
     "a network as IP name": (
         lambda _: request([x509.IPAddress(IPv4Network("10.0.0.0/8"))]),
         "names something that",

@@ -71,12 +71,6 @@ async def test_error_lists_all_names_that_are_not_allowed(caller: Caller) -> Non
     assert NAME not in failure.text
 
 
-async def test_spiffe_id_of_another_pod_is_not_allowed(caller: Caller) -> None:
-    names = Names.of(uris=[spiffe_id("cluster.local", "kube-system", "admin")])
-    failure = await caller.rejected(csr=build_csr(generate_key(KeyType.EC_P256), names))
-    assert failure.reason == "NameNotAllowed"
-
-
 @pytest.mark.parametrize(
     "duration,reason",
     [

@@ -12,14 +12,12 @@ from datetime import timedelta
 import grpc
 import pytest
 from cryptography import x509
-from prometheus_client import CollectorRegistry
 
 from csi_driver._proto import authority_pb2
 from csi_driver.authority.ca.authority import utc_now
 from csi_driver.authority.ca.keyring import encode_keyring, make_keyring
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.certificates.verification import parse_certificates
-from csi_driver.core.errors import CertmountError
 from csi_driver.core.spec import DEFAULT_ISSUER
 from tests.integration.authority.world import SERVING_NAME, Caller, World
 from tests.support.waiting import until
@@ -74,14 +72,6 @@ async def test_stream_delivers_the_roots_of_a_replaced_ca(world: World, caller: 
     assert tuple((await caller.issue()).trust[DEFAULT_ISSUER].roots) == other.roots_der
 
 
-async def test_cancelled_stream_is_released(world: World, caller: Caller) -> None:
-    stream = caller.watch()
-    await stream.read()
-    assert world.metric("certmount_authority_trust_watchers") == 1
-    stream.cancel()
-    await until(lambda: world.metric("certmount_authority_trust_watchers") == 0, "the end of the stream")
-
-
 async def test_stop_finishes_calls_in_progress_and_accepts_no_new_calls(world: World) -> None:
     """The authority becomes unready first, and its streams end with OK."""
     async with world.channel() as channel, world.channel() as another:
@@ -101,22 +91,6 @@ async def test_stop_finishes_calls_in_progress_and_accepts_no_new_calls(world: W
         assert len((await in_progress).chain) == 2
 
 
-async def test_authority_is_unready_until_it_can_issue(idle_world: World) -> None:
-    """Without token keys it does not serve, and it starts to serve when it gets them."""
-    idle_world.cluster.unavailable = True
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(idle_world.server.run(idle_world.stop))
-        assert len(idle_world.server.unready()) == 4
-        await until(lambda: _keys_failed(idle_world), "the first attempt")
-        assert idle_world.server.unready() == [
-            "the cluster's token keys are not loaded",
-            "not serving yet",
-        ]
-        idle_world.cluster.unavailable = False
-        await until(lambda: not idle_world.server.unready(), "the authority")
-        idle_world.stop.set()
-
-
 async def test_authority_can_be_stopped_before_it_serves(idle_world: World) -> None:
     idle_world.cluster.unavailable = True
     async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
@@ -130,23 +104,6 @@ async def test_expired_intermediate_makes_the_authority_unready(world: World) ->
     assert world.server.unready() == ["the internal CA is not loaded, outdated or expired"]
 
 
-async def test_replicas_that_start_at_once_use_the_same_ca(idle_world: World) -> None:
-    others = [idle_world.replica(CollectorRegistry()) for _ in range(2)]
-    async with asyncio.TaskGroup() as tasks:
-        for replica in others:
-            tasks.create_task(replica.run(idle_world.stop))
-        async with idle_world.running():
-            await until(lambda: not any(replica.unready() for replica in others), "the other replicas")
-            roots = set()
-            for port in (idle_world.server.port, *(replica.port for replica in others)):
-                async with idle_world.channel(port=port) as channel:
-                    answer = await Caller(idle_world, channel).issue()
-                    leaf, intermediate = parse_certificates(answer.chain, "chain")
-                    leaf.verify_directly_issued_by(intermediate)
-                    roots.add(tuple(answer.trust[DEFAULT_ISSUER].roots))
-            assert len(roots) == 1
-
-
 async def test_port_in_use_fails_the_start(idle_world: World) -> None:
     """Even if the other process would share the port."""
     with socket.socket() as other:
@@ -158,13 +115,6 @@ async def test_port_in_use_fails_the_start(idle_world: World) -> None:
         with pytest.raises(ExceptionGroup) as failure:
             await idle_world.server.run(idle_world.stop)
     assert failure.group_contains(OSError, match=f"--listen {address}: cannot listen on it")
-
-
-async def test_invalid_policy_fails_the_start(idle_world: World) -> None:
-    idle_world.policy.write_text("policy: 7")
-    with pytest.raises(ExceptionGroup) as failure:
-        await idle_world.server.run(idle_world.stop)
-    assert failure.group_contains(CertmountError, match=r"InvalidPolicy: policy \(line 1\): is not a list")
 
 
 def _keys_failed(world: World) -> bool:
