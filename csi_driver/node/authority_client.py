@@ -104,7 +104,7 @@ class AuthorityClient:
         finally:
             call.cancel()
 
-    async def confirm_trust(self, name: str, generation: int) -> None:
+    async def acknowledge_root_set(self, name: str, generation: int) -> None:
         """Acknowledge that all volumes of this node contain a root set with this generation or a newer one; raises as :meth:`issue`."""
         request = authority_pb2.ConfirmTrustRequest(set=name, generation=generation)
         await self._send(self._stub().ConfirmTrust, request)

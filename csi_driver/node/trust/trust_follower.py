@@ -23,7 +23,7 @@ class TrustSource(Protocol):
 
     def watch_trust(self) -> AsyncIterator[TrustBundle]: ...
 
-    async def confirm_trust(self, name: str, generation: int) -> None: ...
+    async def acknowledge_root_set(self, name: str, generation: int) -> None: ...
 
 
 class WrittenRootSets(Protocol):
@@ -70,7 +70,7 @@ async def _acknowledge(source: TrustSource, root_sets: WrittenRootSets, rng: Cal
         if new.keys() & acknowledged.keys():
             await asyncio.sleep(rng() * _MAX_ACKNOWLEDGEMENT_DELAY_S)
         for name, generation in new.items():
-            await source.confirm_trust(name, generation)
+            await source.acknowledge_root_set(name, generation)
             log.info("root set acknowledged", set=name, generation=generation)
             acknowledged[name] = generation
         if not new:

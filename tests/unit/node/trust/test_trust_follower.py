@@ -43,7 +43,7 @@ class _Source:
         if error is not None:
             raise error
 
-    async def confirm_trust(self, name: str, generation: int) -> None:
+    async def acknowledge_root_set(self, name: str, generation: int) -> None:
         self.acknowledged.append((name, generation, round(asyncio.get_running_loop().time())))
         if self.errors:
             raise self.errors.pop(0)
