@@ -57,7 +57,7 @@ class TokenVerifier:
         self._check_times(claims, token_name)
         if claims["aud"] not in (audience, [audience]):
             hint = "another recipient of this token could use it; request a token for one audience"
-            raise _rejected(token_name, f"has other audiences besides {audience}", hint)
+            raise _rejected(token_name, f"has audiences in addition to {audience}", hint)
         return identity_from_claims(claims, token=token_name)
 
     async def _find_key(self, text: str, token_name: str) -> jwt.PyJWK:

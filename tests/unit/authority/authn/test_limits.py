@@ -113,7 +113,7 @@ def test_node_that_calls_in_a_loop_does_not_affect_other_nodes(limits: RequestLi
 def test_rate_limiter_never_exceeds_burst_and_rate(
     burst: int, per_second: float, calls: list[tuple[float, str]]
 ) -> None:
-    """In any interval, for each key on its own; and a caller that waits as long as it was told is allowed."""
+    """In any interval, for each key on its own; and a caller that waits for the returned time is allowed."""
     clock = Clock(0.0)
     limiter = RateLimiter(Rate(per_second, burst), clock, max_buckets=10)
     allowed: dict[str, list[float]] = {"a": [], "b": [], "c": []}

@@ -75,7 +75,7 @@ ATTACKS: dict[str, tuple[Callable[[TokenIssuer], Secret[str]], str]] = {
     "never expires": (lambda i: i.pod_token(POD, exp=None), "lacks one of the claims"),
     "other audience": (lambda i: i.pod_token(POD, aud=["vault"]), "another audience"),
     "audience of the node": (lambda i: i.node_token(POD), "another audience"),
-    "two audiences": (lambda i: i.pod_token(POD, aud=[POD_AUDIENCE, "vault"]), "other audiences"),
+    "two audiences": (lambda i: i.pod_token(POD, aud=[POD_AUDIENCE, "vault"]), "audiences in addition"),
     "no audience": (lambda i: i.pod_token(POD, aud=None), "lacks one of the claims"),
     "other issuer": (lambda i: i.pod_token(POD, iss="https://mallory.test"), "another issuer"),
     "no issuer": (lambda i: i.pod_token(POD, iss=None), "lacks one of the claims"),
