@@ -76,14 +76,11 @@ class Publisher:
 
     async def _publish_first(self, request: PublishRequest) -> None:
         spec, target = parse_declaration(request, self.kubelet_dir)
-        certificate_request = CertificateRequest(request.volume_id, request.pod, spec, request.token)
-        obtained = await self.certificates.obtain(certificate_request)
+        obtained = await self.certificates.obtain(
+            CertificateRequest(request.volume_id, request.pod, spec, request.token)
+        )
         record = new_record(
-            request,
-            issued_at=obtained.issued_at,
-            renew_at=obtained.renew_at,
-            not_after=obtained.not_after,
-            interim=obtained.interim,
+            request, obtained.issued_at, obtained.renew_at, obtained.not_after, interim=obtained.interim
         )
         volume = Volume(record, spec, request.token)
         volume.root_sets = self.roots.accept_response(volume.trusted_names, obtained.root_sets)
@@ -94,24 +91,18 @@ class Publisher:
         log.info(
             "volume published",
             names=str(spec.names),
-            not_after=obtained.not_after,
-            renew_at=obtained.renew_at,
-            interim=obtained.interim,
+            not_after=record.not_after,
+            renew_at=record.renew_at,
+            interim=record.interim,
         )
 
     def _write_and_mount(self, volume: Volume, target: Path, obtained: ObtainedCertificate) -> None:
         """Render and write the files and the record, then bind them to the target path. On failure undo everything."""
-        volume_id, roots = volume.record.volume_id, merge_roots(volume.root_sets, volume.trusted_names)
+        volume_id, key, chain = volume.record.volume_id, obtained.key, obtained.verified.chain
+        files_dir, roots = self.store.files_dir(volume_id), merge_roots(volume.root_sets, volume.trusted_names)
         try:
             self.store.create(volume_id)
-            write_certificate(
-                self.store.files_dir(volume_id),
-                obtained.key,
-                obtained.verified.chain,
-                roots,
-                volume.file_access,
-                obtained.issued_at,
-            )
+            write_certificate(files_dir, key, chain, roots, volume.file_access, obtained.issued_at)
             self.store.write_record(volume.record)
             self.store.bind(volume_id, target)
         except BaseException:

@@ -66,7 +66,7 @@ class VolumeRestorer:
             leaf = (await in_thread(None, read_certificate, files_dir, spec, request.pod, now)).leaf
         except CertmountError as error:
             log.warning("adopted volume needs a renewal now", reason=error.reason.word, error=str(error))
-            record = new_record(request, issued_at=now, renew_at=now, not_after=now)
+            record = new_record(request, now, now, now)
         else:
             issued_at, not_after = leaf.not_valid_before_utc.timestamp(), leaf.not_valid_after_utc.timestamp()
             renew_at = plan_renewal(
@@ -76,7 +76,7 @@ class VolumeRestorer:
                 renew_after_s=None,
                 jitter=self.rng(),
             )
-            record = new_record(request, issued_at=issued_at, renew_at=renew_at, not_after=not_after)
+            record = new_record(request, issued_at, renew_at, not_after)
         volume = Volume(record, spec, request.token)
         await in_thread(None, self.store.write_record, record)
         self._keep(volume)
@@ -89,7 +89,7 @@ class VolumeRestorer:
 
 
 def new_record(
-    request: PublishRequest, *, issued_at: float, renew_at: float, not_after: float, interim: bool = False
+    request: PublishRequest, issued_at: float, renew_at: float, not_after: float, *, interim: bool = False
 ) -> VolumeRecord:
     """Return the record of a volume that is mounted at the request's target path. Times are unix seconds."""
     return VolumeRecord(
