@@ -25,7 +25,7 @@ from csi_driver.host.mounts import KernelMounts
 from csi_driver.host.target_paths import check_kubelet_dir
 from csi_driver.host.volume_store import VolumeStore
 from csi_driver.node.authority_client import AuthorityClient
-from csi_driver.node.csi.registration import Registration, listen
+from csi_driver.node.csi.registration import KubeletRegistration, listen
 from csi_driver.node.csi.service import IdentityService, NodeService, describe_call
 from csi_driver.node.driver import Driver
 from csi_driver.rpc.server import CompletedCall, Interceptor
@@ -113,7 +113,7 @@ async def run(settings: NodeSettings) -> None:
     client = AuthorityClient(settings.authority, settings.authority_root, settings.token)
     with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="keys") as keys:
         driver = _driver(settings, client, keys, metrics)
-        registration = Registration(settings.kubelet_dir, settings.plugin_dir / "csi.sock")
+        registration = KubeletRegistration(settings.kubelet_dir, settings.plugin_dir / "csi.sock")
         health = health_server(settings.http, registry, _readiness(settings, client, registration))
         health.start()
         try:
@@ -127,7 +127,7 @@ async def run(settings: NodeSettings) -> None:
 async def _serve(
     settings: NodeSettings,
     driver: Driver,
-    registration: Registration,
+    registration: KubeletRegistration,
     metrics: NodeMetrics,
     stop: asyncio.Event,
 ) -> None:
@@ -157,7 +157,7 @@ async def _serve(
             task.cancel()
 
 
-async def _register(settings: NodeSettings, registration: Registration) -> None:
+async def _register(settings: NodeSettings, registration: KubeletRegistration) -> None:
     """Register the driver once its mounts propagate to pods. Otherwise the kubelet would report success, and pods would see no files."""
     logged = ""
     while True:
@@ -200,7 +200,7 @@ def _kubelet_dir_problem(settings: NodeSettings) -> str | None:
 
 
 def _readiness(
-    settings: NodeSettings, client: AuthorityClient, registration: Registration
+    settings: NodeSettings, client: AuthorityClient, registration: KubeletRegistration
 ) -> Callable[[], Sequence[str]]:
     def problems() -> Sequence[str]:
         found = (_kubelet_dir_problem(settings), client.root_problem(), registration.problem)

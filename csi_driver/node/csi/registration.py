@@ -29,7 +29,7 @@ def listen(server: grpc.aio.Server, socket: Path) -> None:
         raise CertmountError(Reason.INVALID_KUBELET_DIRECTORY, Fault("--kubelet-dir", problem, hint)) from None
 
 
-class Registration(registration_pb2_grpc.RegistrationServicer):
+class KubeletRegistration(registration_pb2_grpc.RegistrationServicer):
     """Serves ``<kubelet>/plugins_registry/<driver>-reg.sock``. Serve CSI before you start it."""
 
     def __init__(self, kubelet_dir: Path, csi_socket: Path) -> None:
