@@ -75,4 +75,4 @@ async def test_overdue_and_expired_certificates_are_reported(node: Node) -> None
     await until(lambda: (authority_pb2.CONDITION_EXPIRED, "InvalidResponse") in _reported(node), "expired")
     assert authority_pb2.CONDITION_OVERDUE in [condition for condition, _ in _reported(node)]
     node.script.failure, node.script.lifetime = None, timedelta(hours=1)
-    await until(lambda: node.shown(request).serial != before.serial, "healed")
+    await until(lambda: node.shown(request).serial != before.serial, "the renewal")
