@@ -16,7 +16,7 @@ from csi_driver.authority.issuers.acme.config import Http01
 from csi_driver.kube.client import connect
 from csi_driver.kube.ingress import LABELS, IngressRoutes
 from tests.e2e.kubectl import CERTMOUNT, apply, find, kubectl
-from tests.peers.acme import dns_names, request_for, running_issuers, site
+from tests.peers.acme import acme_environment, dns_names, request_for, running_issuers
 from tests.peers.nginx import Nginx
 from tests.peers.processes import LOOPBACK
 from tests.peers.test_acme_docs import documents
@@ -55,12 +55,12 @@ async def test_each_challenge_gets_an_ingress_that_is_deleted_afterwards(tmp_pat
         apply, *(one for one in objects if one["kind"] == "Service" or "ingress" in one["metadata"]["name"])
     )
     nginx = Nginx(tmp_path / "nginx", "")
-    async with connect(await _api_server(tmp_path)) as api, site(tmp_path, http_port=nginx.port) as one:
+    async with connect(await _api_server(tmp_path)) as api, acme_environment(tmp_path, http_port=nginx.port) as env:
         routes = IngressRoutes(api, CERTMOUNT, "certmount-acme", 80, "nginx")
         configuration = replace(
-            one.configuration, dns01=None, http01=Http01(self_test=nginx.address, ingress_class="nginx")
+            env.configuration, dns01=None, http01=Http01(self_test=nginx.address, ingress_class="nginx")
         )
-        issuer = one.issuer(configuration, routes=routes)
+        issuer = env.issuer(configuration, routes=routes)
         server = ChallengeServer(f"{LOOPBACK}:0", lambda: (issuer,))
         port = await server.start()
         try:

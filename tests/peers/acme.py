@@ -88,7 +88,7 @@ def dns_names(chain: tuple[bytes, ...]) -> set[str]:
 
 
 @dataclass(frozen=True)
-class Site:
+class AcmeEnvironment:
     """A CA, the DNS server that it queries, and a store."""
 
     directory: Path
@@ -118,14 +118,16 @@ def dns_configuration(server: Bind9, **changes: Any) -> Dns01:
 
 
 @contextlib.asynccontextmanager
-async def site(directory: Path, server: Bind9 | None = None, **pebble: Any) -> AsyncIterator[Site]:
+async def acme_environment(
+    directory: Path, server: Bind9 | None = None, **pebble: Any
+) -> AsyncIterator[AcmeEnvironment]:
     """Run a CA and a DNS server with zone ``example.test``."""
     server = server or bind9(directory / "dns", {ZONE: ""})
     ca = Pebble(directory / "ca", server.address, **pebble)
     async with server.running(), ca.running():
         roots = directory / "roots.pem"
         roots.write_bytes(await ca.root_pem())
-        yield Site(
+        yield AcmeEnvironment(
             directory,
             server,
             ca,

@@ -6,12 +6,11 @@ import asyncio
 import base64
 import contextlib
 import json
-import socket
 import ssl
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,15 +18,17 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 
 from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.provisioner_key import thumbprint
 from csi_driver.core.config.issuers import FileSource
+from tests.peers.processes import free_port
 from tests.support.requirements import require_program
+from tests.unit.core import pki
 
 PROVISIONER = "csi"
 _START_TIMEOUT_S = 30.0
+_VALIDITY = pki.Validity(-timedelta(days=3650), timedelta(days=36500))
 
 
 def new_jwk() -> dict[str, str]:
@@ -65,7 +66,7 @@ class RealStepCA:
         self.key_file = self.directory / "provisioner.jwk"
         self.key_file.write_text(json.dumps(self.jwk))
         self.root = self._make_ca()
-        self.port = _free_port()
+        self.port = free_port()
         self.log = self.directory / "step-ca.log"
         self._process: asyncio.subprocess.Process | None = None
 
@@ -156,55 +157,14 @@ class RealStepCA:
         (self.directory / "ca.json").write_text(json.dumps(document))
 
     def _make_ca(self) -> x509.Certificate:
-        root_key, intermediate_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-        root_name = _name(f"{self.name} Root CA")
-        root = _ca_certificate(root_name, root_key.public_key(), root_name, root_key, 1)
-        intermediate = _ca_certificate(
-            _name(f"{self.name} Intermediate CA"), intermediate_key.public_key(), root_name, root_key, 0
-        )
-        self.root_file.write_bytes(root.public_bytes(Encoding.PEM))
-        (self.directory / "intermediate_ca.crt").write_bytes(intermediate.public_bytes(Encoding.PEM))
-        (self.directory / "intermediate_ca.key").write_bytes(
-            intermediate_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        )
-        return root
-
-
-def _ca_certificate(
-    subject: x509.Name, key: ec.EllipticCurvePublicKey, issuer: x509.Name, signer: ec.EllipticCurvePrivateKey, path: int
-) -> x509.Certificate:
-    now = datetime.now(UTC)
-    usage = dict.fromkeys(
-        ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"), False
-    )
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(days=30))
-        .add_extension(x509.BasicConstraints(ca=True, path_length=path), critical=True)
-        .add_extension(
-            x509.KeyUsage(**usage, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False),
-            critical=True,
-        )
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
-        .sign(signer, SHA256())
-    )
-
-
-def _name(text: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+        root = pki.authority(f"{self.name} Root CA", validity=_VALIDITY)
+        intermediate = pki.authority(f"{self.name} Intermediate CA", root, path_length=0, validity=_VALIDITY)
+        self.root_file.write_bytes(root.certificate.public_bytes(Encoding.PEM))
+        (self.directory / "intermediate_ca.crt").write_bytes(intermediate.certificate.public_bytes(Encoding.PEM))
+        key = intermediate.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        (self.directory / "intermediate_ca.key").write_bytes(key)
+        return root.certificate
 
 
 def _number(value: int) -> str:
     return base64.urlsafe_b64encode(value.to_bytes(32)).rstrip(b"=").decode()
-
-
-def _free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])

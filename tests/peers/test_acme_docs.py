@@ -31,7 +31,7 @@ from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.core.policy.document import parse_policy
 from csi_driver.core.policy.engine import PolicySubject, RequestedCertificate
 from csi_driver.core.secret import Secret
-from tests.peers.acme import dns_configuration, dns_names, running_issuers, site
+from tests.peers.acme import acme_environment, dns_configuration, dns_names, running_issuers
 from tests.peers.bind9 import Bind9, bind9, key_source
 from tests.peers.nginx import Nginx
 from tests.peers.processes import LOOPBACK, free_port
@@ -58,7 +58,7 @@ def document_with(name: str, key: str) -> Any:
 def configurations(name: str) -> list[AcmeConfiguration]:
     """Return the issuers that a page declares."""
     found = [read_issuers(block.encode()) for block in blocks(name, "yaml") if block.startswith("issuers:")]
-    return [one.configuration for (one,) in found if isinstance(one.configuration, AcmeConfiguration)]
+    return [declared.configuration for (declared,) in found if isinstance(declared.configuration, AcmeConfiguration)]
 
 
 @dataclass(frozen=True)
@@ -138,17 +138,17 @@ async def documented(directory: Path) -> AsyncIterator[Documented]:
 @pytest.mark.peers("pebble", "named", "openssl", "tsig-keygen")
 @pytest.mark.parametrize("name", ["acme.md", "from-notariat.md"])
 async def test_pod_of_the_page_gets_a_certificate_with_the_bind9_configuration(tmp_path: Path, name: str) -> None:
-    async with documented(tmp_path / "dns") as server, site(tmp_path, server) as one:
+    async with documented(tmp_path / "dns") as server, acme_environment(tmp_path, server) as env:
         declared = configurations(name)[0]
         own = replace(
             declared,
-            account=one.configuration.account,
-            directory=one.configuration.directory,
-            ca_file=one.configuration.ca_file,
-            roots_file=one.configuration.roots_file,
+            account=env.configuration.account,
+            directory=env.configuration.directory,
+            ca_file=env.configuration.ca_file,
+            roots_file=env.configuration.roots_file,
             dns01=replace(dns_configuration(server), key=key_source(tmp_path, _tsig())),
         )
-        issuer = one.issuer(own)
+        issuer = env.issuer(own)
         request = pod_request(name).request
         async with running_issuers(issuer):
             assert dns_names((await issuer.issue(request)).chain) == {str(dns) for dns in request.csr.names.dns}
@@ -169,8 +169,8 @@ async def test_delegation_of_the_page_works(tmp_path: Path) -> None:
     (record,) = blocks("acme.md", "zone")
     zones = {"example.com": record, "acme.example.com": ""}
     server = bind9(tmp_path / "dns", zones, granted=frozenset({"acme.example.com"}), recursive=True)
-    async with site(tmp_path, server) as one:
-        issuer = one.issuer()
+    async with acme_environment(tmp_path, server) as env:
+        issuer = env.issuer()
         async with running_issuers(issuer):
             assert dns_names((await issuer.issue(pod_request("acme.md").request)).chain) == {"shop.example.com"}
 
@@ -181,11 +181,11 @@ async def test_migration_from_kube_lego_works(tmp_path: Path) -> None:
     route = blocks("acme.md", "nginx")[0]
     zone = bind9(tmp_path / "dns", {"example.com": ""})
     nginx = Nginx(tmp_path / "nginx", "")
-    async with site(tmp_path, zone, http_port=nginx.port) as one:
+    async with acme_environment(tmp_path, zone, http_port=nginx.port) as env:
         declared = configurations("from-kube-lego.md")[0]
         assert declared.http01 is not None
         assert declared.while_pending == "internal"
-        issuer = one.issuer(replace(one.configuration, dns01=None, http01=Http01(self_test=nginx.address)))
+        issuer = env.issuer(replace(env.configuration, dns01=None, http01=Http01(self_test=nginx.address)))
         server = ChallengeServer(f"{LOOPBACK}:0", lambda: (issuer,))
         port = await server.start()
         locations = route.replace("certmount-acme.certmount.svc.cluster.local", f"{LOOPBACK}:{port}")
@@ -221,13 +221,13 @@ def _check_nginx(directory: Path, key: ec.EllipticCurvePrivateKey, chain: tuple[
 
 @pytest.mark.peers("pebble", "named", "openssl")
 async def test_issuer_check_works_with_the_file_of_from_notariat(tmp_path: Path) -> None:
-    async with documented(tmp_path / "dns") as server, site(tmp_path, server) as one:
+    async with documented(tmp_path / "dns") as server, acme_environment(tmp_path, server) as env:
         entry = document_with("from-notariat.md", "issuers")["issuers"][0]["acme"]
         entry |= {
             "account": {"folder": str(tmp_path / "account")},
-            "directory": one.configuration.directory,
-            "ca": {"file": one.configuration.ca_file},
-            "roots": {"file": one.configuration.roots_file},
+            "directory": env.configuration.directory,
+            "ca": {"file": env.configuration.ca_file},
+            "roots": {"file": env.configuration.roots_file},
         }
         entry["dns01"] = {
             "server": server.address,

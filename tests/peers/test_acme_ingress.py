@@ -18,7 +18,7 @@ from csi_driver.authority.issuers.acme.config import Http01
 from csi_driver.core.errors import CertmountError
 from csi_driver.kube.client import connect
 from csi_driver.kube.ingress import IngressRoutes
-from tests.peers.acme import dns_names, request_for, running_issuers, site
+from tests.peers.acme import acme_environment, dns_names, request_for, running_issuers
 from tests.peers.nginx import Nginx
 from tests.peers.processes import LOOPBACK
 from tests.support.waiting import until
@@ -84,13 +84,13 @@ async def test_each_challenge_gets_an_ingress_that_is_deleted_afterwards(tmp_pat
     async with (
         cluster.running(),
         connect(client.Configuration(host=cluster.url)) as api,
-        site(tmp_path, http_port=nginx.port) as one,
+        acme_environment(tmp_path, http_port=nginx.port) as env,
     ):
         routes = IngressRoutes(api, "certmount", "certmount-authority", 8089, "nginx")
         configuration = replace(
-            one.configuration, dns01=None, http01=Http01(self_test=nginx.address, ingress_class="nginx")
+            env.configuration, dns01=None, http01=Http01(self_test=nginx.address, ingress_class="nginx")
         )
-        issuer = one.issuer(configuration, routes=routes)
+        issuer = env.issuer(configuration, routes=routes)
         server = ChallengeServer(f"{LOOPBACK}:0", lambda: (issuer,))
         port = await server.start()
         try:

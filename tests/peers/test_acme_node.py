@@ -21,7 +21,7 @@ from csi_driver.core.cluster.objects import ReviewedToken
 from csi_driver.core.secret import Secret
 from tests.integration.authority.world import Cluster, World
 from tests.integration.node.world import Shown, kubelet_root
-from tests.peers.acme import Site, site
+from tests.peers.acme import AcmeEnvironment, acme_environment
 from tests.support.driver import Driver
 from tests.support.kubelet import FakePod, Kubelet, node_stub
 from tests.support.tokens import DRIVER, Pod, TokenIssuer
@@ -80,8 +80,8 @@ class Node:
         return Shown.at(Path(request.target_path))
 
 
-def _issuers(one: Site, **options: str) -> str:
-    dns, configuration = one.dns, one.configuration
+def _issuers(env: AcmeEnvironment, **options: str) -> str:
+    dns, configuration = env.dns, env.configuration
     acme = {
         "account": {"folder": configuration.account.folder},
         "directory": configuration.directory,
@@ -100,15 +100,15 @@ def _issuers(one: Site, **options: str) -> str:
 
 
 @contextlib.asynccontextmanager
-async def _node(one: Site, **options: str) -> AsyncIterator[Node]:
+async def _node(env: AcmeEnvironment, **options: str) -> AsyncIterator[Node]:
     """Run the authority and a node."""
     issuer = TokenIssuer()
-    file = one.directory / "issuers.json"
-    file.write_text(_issuers(one, **options))
+    file = env.directory / "issuers.json"
+    file.write_text(_issuers(env, **options))
     reviewer: Any = AllPods()
-    world = World(one.directory, issuer, Cluster(issuer), issuers=file, serving_names=("localhost",), reviewer=reviewer)
+    world = World(env.directory, issuer, Cluster(issuer), issuers=file, serving_names=("localhost",), reviewer=reviewer)
     world.policy.write_text(POLICY)
-    token = one.directory / "node-token"
+    token = env.directory / "node-token"
     token.write_text(issuer.node_token().reveal())
     async with world.running() as server:
         await until(lambda: "letsencrypt" in server._trust.snapshot.sets, "the issuer's roots")
@@ -121,7 +121,7 @@ async def _node(one: Site, **options: str) -> AsyncIterator[Node]:
 
 async def test_pods_of_a_deployment_on_one_node_share_one_certificate(tmp_path: Path) -> None:
     """20 pods start at once, then 10 crash: the CA counts one order."""
-    async with site(tmp_path) as one, _node(one) as node:
+    async with acme_environment(tmp_path) as env, _node(env) as node:
         requests = [node.request(number) for number in range(20)]
         await asyncio.gather(*(node.publish(request) for request in requests))
         serials = {node.shown(request).serial for request in requests}
@@ -132,14 +132,14 @@ async def test_pods_of_a_deployment_on_one_node_share_one_certificate(tmp_path: 
             await node.unpublish(crashing)
         assert len(serials) == 1
         assert node.shown(requests[0]).names == [NAME]
-        assert len(one.ca.orders) == len(one.ca.issued) == 1
-        root = x509.load_der_x509_certificate(await one.ca.root())
+        assert len(env.ca.orders) == len(env.ca.issued) == 1
+        root = x509.load_der_x509_certificate(await env.ca.root())
         assert node.shown(requests[0]).roots == (root,)
 
 
 async def test_order_continues_after_the_kubelet_cancels_calls(tmp_path: Path) -> None:
     """The kubelet removes the volume after each canceled call; a later call gets the certificate of the first order."""
-    async with site(tmp_path, retry_after_s=5) as one, _node(one) as node:
+    async with acme_environment(tmp_path, retry_after_s=5) as env, _node(env) as node:
         request, canceled = node.request(), 0
         async with asyncio.timeout(60):
             while True:
@@ -153,17 +153,17 @@ async def test_order_continues_after_the_kubelet_cancels_calls(tmp_path: Path) -
                     break
         assert canceled >= 2
         assert node.shown(request).names == [NAME]
-        assert len(one.ca.orders) == len(one.ca.issued) == 1
+        assert len(env.ca.orders) == len(env.ca.issued) == 1
 
 
 async def test_pod_starts_with_an_interim_certificate(tmp_path: Path) -> None:
     """The public certificate replaces it in the running pod; there is one order."""
-    async with site(tmp_path, retry_after_s=10) as one, _node(one, while_pending="internal") as node:
+    async with acme_environment(tmp_path, retry_after_s=10) as env, _node(env, while_pending="internal") as node:
         request = node.request()
         await node.publish(request)
         before = node.shown(request)
         assert {name.text for name in names_of(before.leaf.extensions)} == {NAME, SPIFFE_ID}
-        public = x509.load_der_x509_certificate(await one.ca.root())
+        public = x509.load_der_x509_certificate(await env.ca.root())
         assert public in before.roots
         assert len(before.roots) == 2
         await until(lambda: node.shown(request).serial != before.serial, "the public certificate", timeout_s=60.0)
@@ -171,5 +171,5 @@ async def test_pod_starts_with_an_interim_certificate(tmp_path: Path) -> None:
         assert after.names == [NAME]
         assert after.key == before.key
         assert after.roots == (public,)
-        assert len(one.ca.orders) == len(one.ca.issued) == 1
+        assert len(env.ca.orders) == len(env.ca.issued) == 1
         assert not node.driver.events("renewal failed")

@@ -27,7 +27,8 @@ from csi_driver.kube.client import ObjectName, connect
 from csi_driver.kube.stored_objects import SecretStore
 from tests.peers.acme import (
     ZONE,
-    Site,
+    AcmeEnvironment,
+    acme_environment,
     dns_configuration,
     dns_names,
     failure_of,
@@ -35,7 +36,6 @@ from tests.peers.acme import (
     leaf,
     request_for,
     running_issuers,
-    site,
 )
 from tests.peers.acme_replica import described
 from tests.peers.bind9 import bind9
@@ -59,22 +59,22 @@ class ShiftedClock:
         return time.time() + self.offset_s
 
 
-async def _texts(one: Site) -> set[str]:
-    return await one.dns.texts(CHALLENGE)
+async def _texts(env: AcmeEnvironment) -> set[str]:
+    return await env.dns.texts(CHALLENGE)
 
 
 async def test_rejected_nonces_are_retried(tmp_path: Path) -> None:
-    async with site(tmp_path, nonce_reject=30) as one:
-        issuer = one.issuer()
+    async with acme_environment(tmp_path, nonce_reject=30) as env:
+        issuer = env.issuer()
         async with running_issuers(issuer):
             issued = await issuer.issue(request_for(NAME, "*.example.test"))
         assert dns_names(issued.chain) == {NAME, "*.example.test"}
-        assert len(one.ca.orders) == 1
+        assert len(env.ca.orders) == 1
 
 
 async def test_slow_order_is_continued_by_later_calls(tmp_path: Path) -> None:
-    async with site(tmp_path, retry_after_s=6) as one:
-        issuer = one.issuer(wait_s=0.5)
+    async with acme_environment(tmp_path, retry_after_s=6) as env:
+        issuer = env.issuer(wait_s=0.5)
         request, failures, issued = request_for(NAME), 0, None
         async with running_issuers(issuer):
             while issued is None:
@@ -87,37 +87,37 @@ async def test_slow_order_is_continued_by_later_calls(tmp_path: Path) -> None:
                     failures += 1
         assert failures >= 5
         assert dns_names(issued.chain) == {NAME}
-        assert len(one.ca.orders) == 1
-        assert len(one.ca.issued) == 1
+        assert len(env.ca.orders) == 1
+        assert len(env.ca.issued) == 1
 
 
 async def test_same_key_and_names_get_the_same_certificate(tmp_path: Path) -> None:
-    async with site(tmp_path) as one:
-        issuer, other = one.issuer(), one.issuer()
+    async with acme_environment(tmp_path) as env:
+        issuer, other = env.issuer(), env.issuer()
         request = request_for(NAME)
         async with running_issuers(issuer, other):
             first, second, third = await asyncio.gather(
                 issuer.issue(request), issuer.issue(request), other.issue(request)
             )
             assert first.chain == second.chain == third.chain
-            assert len(one.ca.orders) == 1
+            assert len(env.ca.orders) == 1
             assert (await issuer.issue(request_for(NAME))).chain != first.chain
-        assert len(one.ca.orders) == 2
+        assert len(env.ca.orders) == 2
 
 
 async def test_another_replica_finishes_the_order_of_a_killed_one(tmp_path: Path) -> None:
     silent = bind9(tmp_path / "silent", {"other.test": ""})
-    async with site(tmp_path) as one, silent.running():
+    async with acme_environment(tmp_path) as env, silent.running():
         # The first replica waits for a server that never serves the record, so it is killed before the CA validates.
-        stuck = replace(one.configuration, dns01=dns_configuration(one.dns, nameservers=(silent.address,)))
+        stuck = replace(env.configuration, dns01=dns_configuration(env.dns, nameservers=(silent.address,)))
         file = tmp_path / "replica.json"
         file.write_text(described(stuck, lease_s=2), encoding="utf-8")
         doomed = await asyncio.create_subprocess_exec(sys.executable, "-m", "tests.peers.acme_replica", str(file))
-        issuer = one.issuer(lease_s=2)
+        issuer = env.issuer(lease_s=2)
         issuing = asyncio.ensure_future(issuer.issue(request_for(NAME)))
         try:
             deadline = time.monotonic() + 30
-            while not await _texts(one):
+            while not await _texts(env):
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.05)
         finally:
@@ -126,22 +126,22 @@ async def test_another_replica_finishes_the_order_of_a_killed_one(tmp_path: Path
         async with running_issuers(issuer):
             issued = await issuing
             assert dns_names(issued.chain) == {NAME}
-            assert await _texts(one) == set()
-        assert len(one.ca.orders) == 1
+            assert await _texts(env) == set()
+        assert len(env.ca.orders) == 1
 
 
 async def test_stopping_replica_releases_its_orders(tmp_path: Path) -> None:
     """Another replica continues long before the lease would end."""
-    async with site(tmp_path, retry_after_s=2) as one:
-        stopping, remaining = one.issuer(lease_s=600), one.issuer(lease_s=600)
+    async with acme_environment(tmp_path, retry_after_s=2) as env:
+        stopping, remaining = env.issuer(lease_s=600), env.issuer(lease_s=600)
         request = request_for(NAME)
         issuing = asyncio.ensure_future(remaining.issue(request))
         async with running_issuers(stopping):
-            await until(lambda: one.ca.validations, "the validation")
+            await until(lambda: env.ca.validations, "the validation")
         assert not issuing.done()
         async with running_issuers(remaining):
             assert dns_names((await asyncio.wait_for(issuing, 20)).chain) == {NAME}
-        assert len(one.ca.orders) == 1
+        assert len(env.ca.orders) == 1
         async with running_issuers(stopping):  # it can start again
             assert dns_names((await stopping.issue(request_for("b.example.test"))).chain) == {"b.example.test"}
 
@@ -150,12 +150,12 @@ async def test_replicas_share_orders_and_account_in_a_secret(tmp_path: Path) -> 
     """Conflicting updates by other writers lose no order."""
     server = FakeApiServer()
     async with (
-        site(tmp_path) as one,
+        acme_environment(tmp_path) as env,
         server.running(),
         connect(client.Configuration(host=server.url)) as api,
     ):
         secret = ObjectName("Secret", "certmount", "certmount-ca")
-        replicas = [AcmeIssuer("letsencrypt", one.configuration, SecretStore(api, secret)) for _ in range(2)]
+        replicas = [AcmeIssuer("letsencrypt", env.configuration, SecretStore(api, secret)) for _ in range(2)]
         server.before_put += ["secrets/certmount-ca"] * 3
         async with running_issuers(*replicas):
             requests = [request_for(f"{number}.example.test") for number in range(4)]
@@ -163,24 +163,24 @@ async def test_replicas_share_orders_and_account_in_a_secret(tmp_path: Path) -> 
                 *(replicas[index % 2].issue(request) for index, request in enumerate(requests))
             )
         assert [dns_names(each.chain) for each in issued] == [{f"{number}.example.test"} for number in range(4)]
-        assert len(one.ca.orders) == 4
-        assert "There are now 1 accounts in memory" in (one.ca.directory / "pebble.log").read_text(encoding="utf-8")
-        assert "There are now 2 accounts" not in (one.ca.directory / "pebble.log").read_text(encoding="utf-8")
+        assert len(env.ca.orders) == 4
+        assert "There are now 1 accounts in memory" in (env.ca.directory / "pebble.log").read_text(encoding="utf-8")
+        assert "There are now 2 accounts" not in (env.ca.directory / "pebble.log").read_text(encoding="utf-8")
 
 
 async def test_order_continues_after_an_outage_of_the_store(tmp_path: Path) -> None:
     server = FakeApiServer()
     async with (
-        site(tmp_path, retry_after_s=2) as one,
+        acme_environment(tmp_path, retry_after_s=2) as env,
         server.running(),
         connect(client.Configuration(host=server.url)) as api,
     ):
         secret = ObjectName("Secret", "certmount", "certmount-ca")
-        issuer = AcmeIssuer("letsencrypt", one.configuration, SecretStore(api, secret), lease_s=4)
+        issuer = AcmeIssuer("letsencrypt", env.configuration, SecretStore(api, secret), lease_s=4)
         request = request_for(NAME)
         async with running_issuers(issuer):
             issuing = asyncio.ensure_future(issuer.issue(request))
-            await until(lambda: one.ca.validations, "the validation")
+            await until(lambda: env.ca.validations, "the validation")
             server.fail = (500, b"{}")
             await until(lambda: issuer.problem, "the problem")
             assert "API server" in (issuer.problem or "")
@@ -190,17 +190,17 @@ async def test_order_continues_after_an_outage_of_the_store(tmp_path: Path) -> N
             server.fail = None
             assert dns_names((await issue_when_ready(issuer, request)).chain) == {NAME}
             await until(lambda: issuer.problem is None, "the end of the problem")
-        assert len(one.ca.orders) == 1
+        assert len(env.ca.orders) == 1
 
 
 async def test_records_of_a_failed_order_are_removed_after_an_outage_of_the_dns_server(tmp_path: Path) -> None:
     server = bind9(tmp_path / "dns", {ZONE: ""})
-    async with site(tmp_path, server) as one:
+    async with acme_environment(tmp_path, server) as env:
         # The CA queries a server without the record, so the validation fails.
         other_dns = bind9(tmp_path / "other", {ZONE: ""})
-        ca = replace(one.ca, directory=tmp_path / "ca2", dns=other_dns.address)
+        ca = replace(env.ca, directory=tmp_path / "ca2", dns=other_dns.address)
     async with other_dns.running(), ca.running():
-        issuer = one.issuer(replace(one.configuration, ca_file=ca.ca_file))
+        issuer = env.issuer(replace(env.configuration, ca_file=ca.ca_file))
         async with running_issuers(issuer):
             async with server.running():
                 issuing = asyncio.ensure_future(issuer.issue(request_for(NAME)))
@@ -220,32 +220,32 @@ async def test_failed_validation_is_retried_only_after_minutes(tmp_path: Path) -
     """Another key or another replica does not shorten the delay."""
     other_dns = bind9(tmp_path / "other", {ZONE: ""})
     server = bind9(tmp_path / "dns", {ZONE: ""})
-    async with other_dns.running(), site(tmp_path, server) as one:
+    async with other_dns.running(), acme_environment(tmp_path, server) as env:
         clock = ShiftedClock()
-        configuration = replace(one.configuration, dns01=dns_configuration(other_dns))
-        issuer = one.issuer(configuration, clock=clock)
+        configuration = replace(env.configuration, dns01=dns_configuration(other_dns))
+        issuer = env.issuer(configuration, clock=clock)
         async with running_issuers(issuer):
             with pytest.raises(CertmountError, match="the authority retries after") as first:
                 await issuer.issue(request_for(NAME))
             assert first.value.reason is Reason.ISSUER_UNAVAILABLE
-        other = one.issuer(clock=clock)
+        other = env.issuer(clock=clock)
         async with running_issuers(other):
             with pytest.raises(CertmountError, match="the authority retries after"):
                 await other.issue(request_for(NAME))
-            assert len(one.ca.orders) == 1
+            assert len(env.ca.orders) == 1
             clock.offset_s = 301
             assert dns_names((await other.issue(request_for(NAME))).chain) == {NAME}
 
 
 @pytest.mark.parametrize("dated", [False, True], ids=["seconds", "date"])
 async def test_rate_limit_of_the_ca_is_respected_for_the_names(tmp_path: Path, dated: bool) -> None:
-    async with site(tmp_path) as one:
-        proxy = LimitingProxy(one.ca, status=429)
+    async with acme_environment(tmp_path) as env:
+        proxy = LimitingProxy(env.ca, status=429)
         if dated:
             proxy.retry_after = f"{datetime.now(UTC) + timedelta(hours=2):%a, %d %b %Y %H:%M:%S GMT}"
         clock = ShiftedClock()
         async with proxy.running():
-            issuer = one.issuer(replace(one.configuration, directory=proxy.directory), clock=clock)
+            issuer = env.issuer(replace(env.configuration, directory=proxy.directory), clock=clock)
             async with running_issuers(issuer):
                 for _ in range(3):
                     with pytest.raises(CertmountError, match="too many certificates") as failure:
@@ -260,14 +260,14 @@ async def test_rate_limit_of_the_ca_is_respected_for_the_names(tmp_path: Path, d
                 }
                 clock.offset_s = 7205
                 assert dns_names((await issuer.issue(request_for(NAME))).chain) == {NAME}
-        assert len(one.ca.orders) == 2
+        assert len(env.ca.orders) == 2
 
 
 async def test_overloaded_ca_is_called_again_after_retry_after(tmp_path: Path) -> None:
-    async with site(tmp_path) as one:
-        proxy = LimitingProxy(one.ca, status=503, retry_after="3", detail="service busy")
+    async with acme_environment(tmp_path) as env:
+        proxy = LimitingProxy(env.ca, status=503, retry_after="3", detail="service busy")
         async with proxy.running():
-            issuer = one.issuer(replace(one.configuration, directory=proxy.directory), wait_s=2)
+            issuer = env.issuer(replace(env.configuration, directory=proxy.directory), wait_s=2)
             request = request_for(NAME)
             async with running_issuers(issuer):
                 error = await failure_of(issuer, request)
@@ -280,9 +280,9 @@ async def test_overloaded_ca_is_called_again_after_retry_after(tmp_path: Path) -
 
 async def test_renewal_follows_the_suggested_window(tmp_path: Path) -> None:
     """When the CA moves the window to now, the certificate is due, and the new order replaces it."""
-    async with site(tmp_path) as one:
+    async with acme_environment(tmp_path) as env:
         clock = ShiftedClock()
-        issuer = one.issuer(clock=clock)
+        issuer = env.issuer(clock=clock)
         request = request_for(NAME)
         async with running_issuers(issuer):
             issued = await issuer.issue(request)
@@ -290,21 +290,21 @@ async def test_renewal_follows_the_suggested_window(tmp_path: Path) -> None:
             assert timedelta(days=50) < issued.renew_after < timedelta(days=89)
             assert issuer.renewals_due() == ()
             yesterday, now = datetime.now(UTC) - timedelta(days=1), datetime.now(UTC)
-            await one.ca.set_renewal(leaf(issued.chain), f"{yesterday:%Y-%m-%dT%H:%M:%SZ}", f"{now:%Y-%m-%dT%H:%M:%SZ}")
+            await env.ca.set_renewal(leaf(issued.chain), f"{yesterday:%Y-%m-%dT%H:%M:%SZ}", f"{now:%Y-%m-%dT%H:%M:%SZ}")
             clock.offset_s = 7 * 3600  # the CA's Retry-After is six hours
             await issuer.renewals.poll()
             assert len(issuer.renewals_due()) == 1
             successor = await issuer.issue(request)
             assert successor.chain != issued.chain
             assert issuer.renewals_due() == ()
-        assert "is a replacement of" in (one.ca.directory / "pebble.log").read_text(encoding="utf-8")
+        assert "is a replacement of" in (env.ca.directory / "pebble.log").read_text(encoding="utf-8")
 
 
 async def test_profile_selects_a_short_lifetime(tmp_path: Path) -> None:
     profiles = {name: {"description": "", "validityPeriod": 90 * 86400} for name in ("default",)}
     profiles["shortlived"] = {"description": "", "validityPeriod": 6 * 86400}
-    async with site(tmp_path, profiles=profiles) as one:
-        issuer = one.issuer(replace(one.configuration, profile="shortlived"))
+    async with acme_environment(tmp_path, profiles=profiles) as env:
+        issuer = env.issuer(replace(env.configuration, profile="shortlived"))
         async with running_issuers(issuer):
             issued = await issuer.issue(request_for(NAME))
         certificate = leaf(issued.chain)
@@ -315,58 +315,58 @@ async def test_profile_selects_a_short_lifetime(tmp_path: Path) -> None:
 
 
 async def test_preferred_chain_is_selected_by_the_name_of_its_root(tmp_path: Path) -> None:
-    async with site(tmp_path, environment={"PEBBLE_ALTERNATE_ROOTS": "1"}) as one:
+    async with acme_environment(tmp_path, environment={"PEBBLE_ALTERNATE_ROOTS": "1"}) as env:
         names = {}
         for preferred in (None, "Unknown"):
-            issuer = one.issuer(replace(one.configuration, preferred_chain=preferred))
+            issuer = env.issuer(replace(env.configuration, preferred_chain=preferred))
             async with running_issuers(issuer):
                 names[preferred] = _top((await issuer.issue(request_for(NAME))).chain)
         assert names[None] == names["Unknown"]
-        other = await one.ca.root(1)
-        one.roots_file.write_bytes(await one.ca.root_pem() + await one.ca.root_pem(1))
+        other = await env.ca.root(1)
+        env.roots_file.write_bytes(await env.ca.root_pem() + await env.ca.root_pem(1))
         preferred = _subject(other)
-        issuer = one.issuer(replace(one.configuration, preferred_chain=preferred))
+        issuer = env.issuer(replace(env.configuration, preferred_chain=preferred))
         async with running_issuers(issuer):
             assert _top((await issuer.issue(request_for(NAME))).chain) == preferred != names[None]
 
 
 async def test_chain_that_ends_at_another_root_is_rejected_until_the_roots_are_fixed(tmp_path: Path) -> None:
-    async with site(tmp_path, environment={"PEBBLE_ALTERNATE_ROOTS": "1"}) as one:
-        one.roots_file.write_bytes(await one.ca.root_pem(1))
-        issuer, request = one.issuer(), request_for(NAME)
+    async with acme_environment(tmp_path, environment={"PEBBLE_ALTERNATE_ROOTS": "1"}) as env:
+        env.roots_file.write_bytes(await env.ca.root_pem(1))
+        issuer, request = env.issuer(), request_for(NAME)
         async with running_issuers(issuer):
             with pytest.raises(CertmountError, match="ends at CN=Pebble Root") as failure:
                 await issuer.issue(request)
             assert failure.value.reason is Reason.ISSUER_UNAVAILABLE
-            one.roots_file.write_bytes(await one.ca.root_pem())
+            env.roots_file.write_bytes(await env.ca.root_pem())
             assert dns_names((await issuer.issue(request)).chain) == {NAME}
-        assert len(one.ca.orders) == 1
+        assert len(env.ca.orders) == 1
 
 
 async def test_account_requires_agreement_to_the_terms(tmp_path: Path) -> None:
-    async with site(tmp_path) as one:
-        issuer = one.issuer(replace(one.configuration, terms_agreed=False), wait_s=2)
+    async with acme_environment(tmp_path) as env:
+        issuer = env.issuer(replace(env.configuration, terms_agreed=False), wait_s=2)
         async with running_issuers(issuer):
             error = str(await failure_of(issuer, request_for(NAME)))
             assert "acme.terms_agreed" in error
             assert "data:text/plain" in error
             await until(lambda: "terms" in (issuer.problem or ""), "the problem")
-        assert one.ca.orders == []
+        assert env.ca.orders == []
 
 
 async def test_external_account_requires_the_right_key(tmp_path: Path) -> None:
     secret = "zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W"
-    async with site(tmp_path, external_accounts={"customer-1": secret}) as one:
+    async with acme_environment(tmp_path, external_accounts={"customer-1": secret}) as env:
         right, wrong = tmp_path / "right", tmp_path / "wrong"
         right.write_text(secret + "\n", encoding="ascii")
         wrong.write_text("d3Jvbmc", encoding="ascii")
         bad = ExternalAccount("customer-1", FileSource(str(wrong)))
         for account, text in ((None, "acme.eab"), (bad, "rejected the account")):
-            issuer = one.issuer(replace(one.configuration, external_account=account), wait_s=2)
+            issuer = env.issuer(replace(env.configuration, external_account=account), wait_s=2)
             async with running_issuers(issuer):
                 assert text in str(await failure_of(issuer, request_for(NAME)))
-        issuer = one.issuer(
-            replace(one.configuration, external_account=ExternalAccount("customer-1", FileSource(str(right))))
+        issuer = env.issuer(
+            replace(env.configuration, external_account=ExternalAccount("customer-1", FileSource(str(right))))
         )
         async with running_issuers(issuer):
             assert dns_names((await issue_when_ready(issuer, request_for("b.example.test"))).chain) == {
@@ -379,57 +379,57 @@ async def test_no_secret_is_in_logs_or_orders(tmp_path: Path, caplog: pytest.Log
     caplog.set_level(logging.DEBUG)
     mac_key, file = "zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W", tmp_path / "mac"
     file.write_text(mac_key, encoding="ascii")
-    async with site(tmp_path, external_accounts={"customer-1": mac_key}) as one:
+    async with acme_environment(tmp_path, external_accounts={"customer-1": mac_key}) as env:
         external = ExternalAccount("customer-1", FileSource(str(file)))
-        issuer = one.issuer(replace(one.configuration, external_account=external))
+        issuer = env.issuer(replace(env.configuration, external_account=external))
         with capture_logs() as logs:
             async with running_issuers(issuer):
                 await issuer.issue(request_for(NAME))
             assert all(finding.ok for finding in await issuer.diagnose())
-        values = (await one.store.load()).values
+        values = (await env.store.load()).values
     (account,) = [json.loads(value.reveal()) for name, value in values.items() if name.startswith("account-")]
-    secrets = [mac_key, account["key"]["d"], base64.b64encode(one.dns.key.secret.reveal()).decode("ascii")]
+    secrets = [mac_key, account["key"]["d"], base64.b64encode(env.dns.key.secret.reveal()).decode("ascii")]
     text = "\n".join([caplog.text, repr(logs), values["orders.json"].reveal().decode("ascii")])
     assert "acme" in caplog.text  # the library logs
     assert not any(secret in text for secret in secrets)
 
 
 async def test_account_is_registered_again_if_the_ca_lost_it(tmp_path: Path) -> None:
-    async with site(tmp_path) as one:
-        issuer = one.issuer()
+    async with acme_environment(tmp_path) as env:
+        issuer = env.issuer()
         async with running_issuers(issuer):
             await issuer.issue(request_for(NAME))
-        ca = one.ca
-        server = one.dns
+        ca = env.ca
+        server = env.dns
     async with server.running(), ca.running():
-        one.roots_file.write_bytes(await ca.root_pem())  # new at each start
-        issuer = one.issuer()
+        env.roots_file.write_bytes(await ca.root_pem())  # new at each start
+        issuer = env.issuer()
         async with running_issuers(issuer):
             assert dns_names((await issuer.issue(request_for(NAME))).chain) == {NAME}
 
 
 async def test_diagnosis_reports_problems_and_creates_no_order(tmp_path: Path) -> None:
-    async with site(tmp_path) as one:
-        zoned: AcmeConfiguration = replace(one.configuration, dns01=dns_configuration(one.dns, zone=ZONE))
-        good = await one.issuer(zoned).diagnose()
+    async with acme_environment(tmp_path) as env:
+        zoned: AcmeConfiguration = replace(env.configuration, dns01=dns_configuration(env.dns, zone=ZONE))
+        good = await env.issuer(zoned).diagnose()
         assert all(finding.ok for finding in good), good
         assert {"account", "directory", "DNS update", "name servers"} <= {finding.subject for finding in good}
         assert zoned.dns01 is not None
         wrong = replace(zoned, profile="nosuch", dns01=replace(zoned.dns01, key=None, zone="elsewhere.test"))
-        bad = {finding.subject: finding.text for finding in await one.issuer(wrong).diagnose() if not finding.ok}
+        bad = {finding.subject: finding.text for finding in await env.issuer(wrong).diagnose() if not finding.ok}
         assert "not authorized" in bad["DNS update"]
         assert "no profile nosuch" in bad["profile"]
-        assert one.ca.orders == []
+        assert env.ca.orders == []
 
 
 async def test_unavailable_or_untrusted_ca_is_explained(tmp_path: Path) -> None:
-    async with site(tmp_path) as one:
-        untrusted = one.issuer(replace(one.configuration, ca_file=None), wait_s=2)
+    async with acme_environment(tmp_path) as env:
+        untrusted = env.issuer(replace(env.configuration, ca_file=None), wait_s=2)
         async with running_issuers(untrusted):
             error = await failure_of(untrusted, request_for(NAME))
             assert "untrusted TLS certificate" in str(error)
             assert error.reason is Reason.ISSUANCE_PENDING
-    (finding, *_) = [one for one in await one.issuer().diagnose() if not one.ok]
+    (finding, *_) = [one for one in await env.issuer().diagnose() if not one.ok]
     assert "cannot be reached" in finding.text
 
 

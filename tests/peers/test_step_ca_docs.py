@@ -21,21 +21,12 @@ from csi_driver.core.policy.document import parse_policy
 from csi_driver.core.policy.engine import PolicySubject, RequestedCertificate
 from csi_driver.core.spec import CertificateSpec
 from tests.peers.step_ca import RealStepCA, new_jwk
+from tests.peers.test_acme_docs import blocks, documents
 from tests.support.provisioner_key import JWE, JWK, PASSWORD
 
 pytestmark = pytest.mark.peers("step-ca", "openssl")
 
-DOCS = Path(__file__).parents[2] / "docs"
 LIMITS = {"minTLSCertDuration": "5m", "maxTLSCertDuration": "24h"}
-
-
-def blocks(name: str, language: str) -> list[str]:
-    """Return the code blocks of one language on a page."""
-    return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / name).read_text(), flags=re.MULTILINE | re.DOTALL)
-
-
-def documents(name: str) -> list[Any]:
-    return [one for block in blocks(name, "yaml") for one in yaml.safe_load_all(block)]
 
 
 def declared(name: str) -> dict[str, Any]:

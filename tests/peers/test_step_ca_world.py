@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,7 +13,6 @@ import yaml
 from structlog.testing import capture_logs
 
 from csi_driver._proto import authority_pb2
-from csi_driver.authority import server
 from csi_driver.core.certificates.verification import ExpectedCertificate, verify_certificate
 from csi_driver.core.names import DNSName, Names
 from tests.integration.authority.world import NAME, POD, Caller, CallFailure, Cluster, World
@@ -41,7 +39,7 @@ async def ca(tmp_path: Path) -> AsyncIterator[RealStepCA]:
 
 
 @pytest.fixture
-async def world(tmp_path: Path, ca: RealStepCA, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+async def world(tmp_path: Path, ca: RealStepCA) -> AsyncIterator[World]:
     """An authority whose issuers file declares step-ca."""
     file = tmp_path / "issuers.yaml"
     declared = {
@@ -51,15 +49,8 @@ async def world(tmp_path: Path, ca: RealStepCA, monkeypatch: pytest.MonkeyPatch)
         "key": {"file": str(ca.key_file)},
     }
     file.write_text(yaml.safe_dump({"issuers": [{"name": "step", "step_ca": declared}]}))
-    usual = server.AuthorityServer
-
-    def with_issuers(settings: server.AuthoritySettings, *others: Any) -> server.AuthorityServer:
-        local = Names.of([*settings.serving_names.dns, DNSName("localhost")])
-        return usual(dataclasses.replace(settings, issuers=file, serving_names=local), *others)
-
-    monkeypatch.setattr("tests.integration.authority.world.AuthorityServer", with_issuers)
     issuer = TokenIssuer()
-    world = World(tmp_path, issuer, Cluster(issuer))
+    world = World(tmp_path, issuer, Cluster(issuer), issuers=file, serving_names=("localhost",))
     world.policy.write_text(POLICY)
     async with world.running():
         yield world
@@ -94,9 +85,9 @@ async def known_roots(caller: Caller) -> authority_pb2.TrustBundle:
     raise AssertionError("the stream has ended")
 
 
-async def refused(caller: Caller, wanted: authority_pb2.IssueRequest) -> CallFailure:
+async def failure_of(caller: Caller, wire_request: authority_pb2.IssueRequest) -> CallFailure:
     with pytest.raises(grpc.aio.AioRpcError) as raised:
-        await caller.send(wanted)
+        await caller.send(wire_request)
     return CallFailure.of(raised.value)
 
 
@@ -128,13 +119,13 @@ async def test_pod_of_the_internal_ca_can_federate_with_step_ca(world: World, ca
 async def test_error_of_step_ca_reaches_the_pod(world: World, caller: Caller) -> None:
     """The policy allows 30 hours, step-ca does not."""
     await known_roots(caller)
-    wanted = request(world)
-    wanted.duration.FromTimedelta(timedelta(hours=30))
-    refusal = await refused(caller, wanted)
-    assert (refusal.code, refusal.reason) == (grpc.StatusCode.PERMISSION_DENIED, "NameNotAllowed")
+    wire_request = request(world)
+    wire_request.duration.FromTimedelta(timedelta(hours=30))
+    failure = await failure_of(caller, wire_request)
+    assert (failure.code, failure.reason) == (grpc.StatusCode.PERMISSION_DENIED, "NameNotAllowed")
     assert (
         "issuer step: step-ca rejected the request: requested duration of 30h1m0s is more than the authorized"
-        in refusal.text
+        in failure.text
     )
 
 
@@ -143,9 +134,9 @@ async def test_outage_of_step_ca_is_retryable_and_does_not_affect_the_internal_c
 ) -> None:
     await known_roots(caller)
     await ca.stop()
-    refusal = await refused(caller, request(world))
-    assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "IssuerUnavailable")
-    assert "cannot connect: Connection refused" in refusal.text
+    failure = await failure_of(caller, request(world))
+    assert (failure.code, failure.reason) == (grpc.StatusCode.UNAVAILABLE, "IssuerUnavailable")
+    assert "cannot connect: Connection refused" in failure.text
     assert (await caller.issue()).chain
     await ca.start()
     assert (await caller.send(request(world))).chain
