@@ -23,10 +23,10 @@ MAX_EXTERNAL_FIRST_REQUESTS = 128
 
 @unique
 class RequestClass(Enum):
-    """What a request is for."""
+    """Why a node requests a certificate."""
 
     FIRST = "the first certificate of a volume; the kubelet waits for it"
-    RENEWAL = "a renewal; nobody waits, and the volume has a certificate"
+    RENEWAL = "a renewal; the volume has a certificate"
 
 
 @dataclass(eq=False, slots=True)

@@ -1,4 +1,4 @@
-"""Renews the certificates of the published volumes in place. After a failure, the pod keeps its files and the driver retries."""
+"""Renews the certificates of published volumes in place. After a failure, the pod keeps its files and the driver retries."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class Renewals:
                 if not self._volumes.has(volume):
                     return
                 if obtained.interim and volume.keeps_interim_certificate(self._clock()):
-                    await self._postpone(volume, obtained.renew_at)
+                    await self._keep_interim_certificate(volume, obtained.renew_at)
                 else:
                     await self._replace_certificate(volume, obtained)
         except CertmountError as error:
@@ -170,15 +170,11 @@ class Renewals:
         self._metrics.renewed()
         await self._roots.catch_up(volume)
         await in_thread(None, self._store.write_record, record)
-        log.info(
-            "certificate renewed",
-            not_after=obtained.not_after,
-            renew_at=obtained.renew_at,
-            interim=obtained.interim,
-        )
+        times = {"not_after": record.not_after, "renew_at": record.renew_at}
+        log.info("certificate renewed", **times, interim=record.interim)
 
-    async def _postpone(self, volume: Volume, renew_at: float) -> None:
-        """Keep the interim certificate: the external issuer is still working, and another interim one is no better."""
+    async def _keep_interim_certificate(self, volume: Volume, renew_at: float) -> None:
+        """Keep it while the external issuer is working: a new interim certificate has no advantage."""
         self._succeeded(volume, replace(volume.record, renew_at=renew_at))
         await in_thread(None, self._store.write_record, volume.record)
 

@@ -237,7 +237,7 @@ async def test_least_recently_used_certificate_is_removed_first() -> None:
 
 @in_virtual_time
 async def test_authority_decides_which_certificates_are_shared() -> None:
-    """The driver waits for its trust bundle, but not for ever. Internal certificates are never shared."""
+    """The driver waits for its trust bundle, but not forever. Internal certificates are never shared."""
     world = World()
     assert not await world.shared.is_shared("internal")
     with pytest.raises(CertmountError, match="has not reported yet") as failure:
