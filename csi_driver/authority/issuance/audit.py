@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import structlog
 from cryptography import x509
@@ -18,6 +18,8 @@ from csi_driver.core.identity import PodIdentity
 from csi_driver.core.policy.engine import Grant
 
 _log = structlog.get_logger("audit")
+
+_Step: TypeAlias = Literal["authentication_ms", "policy_ms", "sign_ms"]
 
 
 @dataclass(slots=True)
@@ -74,14 +76,26 @@ class AuditRecord:
     def set_error(self, error: CertmountError) -> None:
         self.reason, self.error = error.reason.word, str(error)
 
-    @contextlib.contextmanager
-    def timed(self, step: Literal["authentication_ms", "policy_ms", "sign_ms"]) -> Iterator[None]:
-        """Add the duration of the block to a step's field."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            setattr(self, step, round((getattr(self, step) or 0.0) + _milliseconds(started), 2))
+    def timed(self, step: _Step) -> _StepTimer:
+        """Return a context manager that adds the duration of its block to the field of a step."""
+        return _StepTimer(self, step)
+
+
+class _StepTimer:
+    """A class, because it is faster than a generator and runs several times for each certificate."""
+
+    __slots__ = ("_record", "_started", "_step")
+
+    def __init__(self, record: AuditRecord, step: _Step) -> None:
+        self._record = record
+        self._step = step
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_error: object) -> None:
+        total = (getattr(self._record, self._step) or 0.0) + _milliseconds(self._started)
+        setattr(self._record, self._step, round(total, 2))
 
 
 _FIELDS = tuple(each.name for each in fields(AuditRecord) if each.metadata.get("logged", True))
