@@ -29,7 +29,7 @@ class CSRClient(Protocol):
     async def decide(self, csr: ClusterCSR, condition: CSRCondition) -> ClusterCSR:
         """Approve or deny a request that is neither yet; return the current request."""
 
-    async def answer(self, csr: ClusterCSR, certificate: bytes) -> ClusterCSR:
+    async def set_certificate(self, csr: ClusterCSR, certificate: bytes) -> ClusterCSR:
         """Write the certificate (PEM) unless the request is finished; return the current request."""
 
     async def fail(self, csr: ClusterCSR, condition: CSRCondition) -> ClusterCSR:
@@ -38,10 +38,10 @@ class CSRClient(Protocol):
     async def delete(self, csr: ClusterCSR) -> None:
         """Delete exactly this request, if it still exists."""
 
-    async def may(self, verb: str, resource: str, name: str = "") -> bool:
+    async def is_permitted(self, verb: str, resource: str, name: str = "") -> bool:
         """Return whether the authority has a permission in certificates.k8s.io; also raises TokenReviewUnavailable."""
 
-    def follow(self, sink: CSRCache, *, signer: str = "", labels: str = "") -> WatchTask:
+    def watch(self, sink: CSRCache, *, signer: str = "", labels: str = "") -> WatchTask:
         """Return a watch of the requests for a signer, or with these labels (``key=value``), that updates ``sink``."""
 
 

@@ -109,7 +109,7 @@ class CSRSigner:
 
         known = CSRCache(changed, keep_finished=False)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._requests.follow(known, signer=CERTMOUNT_SIGNER).run(), name="CSR watch")
+            tasks.create_task(self._requests.watch(known, signer=CERTMOUNT_SIGNER).run(), name="CSR watch")
             for _ in range(_WORKERS):
                 tasks.create_task(self._work(queue, known, own_username), name="CSR worker")
 
@@ -170,7 +170,7 @@ class CSRSigner:
         current = csr
         if current.condition(APPROVED) is None:
             current = await self._requests.decide(csr, CSRCondition(APPROVED, _APPROVED_REASON, signed.explanation))
-        return current if current.finished else await self._requests.answer(csr, signed.certificate)
+        return current if current.finished else await self._requests.set_certificate(csr, signed.certificate)
 
     async def _deny(self, csr: ClusterCSR, error: CertmountError, record: AuditRecord) -> ClusterCSR:
         text = str(error.args[0])

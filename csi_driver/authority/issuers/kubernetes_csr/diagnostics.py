@@ -72,7 +72,11 @@ async def _check_roots(
 async def _check_permissions(
     configuration: KubernetesCSRConfiguration, requests: CSRClient, diagnosis: KubernetesCSRDiagnosis
 ) -> None:
-    missing = [verb for verb in ("create", "get", "list", "watch", "delete") if not await requests.may(verb, _REQUESTS)]
+    missing = [
+        verb
+        for verb in ("create", "get", "list", "watch", "delete")
+        if not await requests.is_permitted(verb, _REQUESTS)
+    ]
     if missing:
         text = f"the authority is not permitted to {', '.join(missing)} {_REQUESTS}; {_HINT}"
     else:
@@ -83,9 +87,9 @@ async def _check_permissions(
         diagnosis.findings.add("approval", True, f"not done by the authority; others approve requests for {signer}")
         return
     # A role names one signer, or all signers of a domain.
-    permitted = await requests.may("update", f"{_REQUESTS}/approval") and (
-        await requests.may("approve", "signers", signer)
-        or await requests.may("approve", "signers", f"{signer.partition('/')[0]}/*")
+    permitted = await requests.is_permitted("update", f"{_REQUESTS}/approval") and (
+        await requests.is_permitted("approve", "signers", signer)
+        or await requests.is_permitted("approve", "signers", f"{signer.partition('/')[0]}/*")
     )
     if permitted:
         diagnosis.findings.add("approval", True, f"the authority can approve requests for {signer}")

@@ -71,7 +71,7 @@ class KubernetesCSRIssuer(DiagnosedIssuer):
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
-            watch = self._access.requests.follow(self._cache, labels=label_selector(self._name))
+            watch = self._access.requests.watch(self._cache, labels=label_selector(self._name))
             tasks.create_task(watch.run(), name=f"CertificateSigningRequests of {self._name}")
             await self._diagnose_periodically()
 

@@ -288,16 +288,16 @@ async def test_approval_that_the_watch_delivers_late_does_not_sign_again(world: 
 
 
 async def test_approval_that_the_watch_delivers_during_signing_does_not_sign_again(world: World) -> None:
-    answer = world.cluster.answer
+    set_certificate = world.cluster.set_certificate
 
-    async def answer_unnoticed(csr: ClusterCSR, certificate: bytes) -> ClusterCSR:
+    async def set_certificate_unnoticed(csr: ClusterCSR, certificate: bytes) -> ClusterCSR:
         watches, world.cluster.sinks = world.cluster.sinks, []
         try:
-            return await answer(csr, certificate)
+            return await set_certificate(csr, certificate)
         finally:
             world.cluster.sinks = watches
 
-    world.cluster.answer = answer_unnoticed  # type: ignore[method-assign]  # the watch lags
+    world.cluster.set_certificate = set_certificate_unnoticed  # type: ignore[method-assign]  # the watch lags
     async with world.running():
         for number in range(1, 4):
             name = world.cluster.put(item())

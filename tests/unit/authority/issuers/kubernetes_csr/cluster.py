@@ -121,7 +121,7 @@ class FakeRequests:
             self.change(csr.name, conditions=[_json(condition)])
         return self.find(csr.name)
 
-    async def answer(self, csr: ClusterCSR, certificate: bytes) -> ClusterCSR:
+    async def set_certificate(self, csr: ClusterCSR, certificate: bytes) -> ClusterCSR:
         await self._call()
         self.answers += 1
         self.sign(csr.name, certificate)
@@ -137,11 +137,11 @@ class FakeRequests:
         if csr.name in self.objects:
             self.remove(csr.name)
 
-    async def may(self, verb: str, resource: str, name: str = "") -> bool:
+    async def is_permitted(self, verb: str, resource: str, name: str = "") -> bool:
         await self._call()
         return not {(verb, resource), (verb, name)} & self.forbidden
 
-    def follow(self, sink: CSRCache, *, signer: str = "", labels: str = "") -> Watch:
+    def watch(self, sink: CSRCache, *, signer: str = "", labels: str = "") -> Watch:
         del signer  # the caller must not rely on this filter
         return Watch(self, sink, labels)
 
