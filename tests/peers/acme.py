@@ -98,7 +98,7 @@ class AcmeEnvironment:
 
     @property
     def store(self) -> DirectoryStore:
-        return DirectoryStore(Path(self.configuration.account.folder), "acme.json")
+        return DirectoryStore(Path(self.configuration.account.directory), "acme.json")
 
     @property
     def roots_file(self) -> Path:
@@ -132,7 +132,7 @@ async def acme_environment(
             server,
             ca,
             AcmeConfiguration(
-                AccountStorage(folder=str(directory / "store")),
+                AccountStorage(directory=str(directory / "store")),
                 email="admin@example.test",
                 directory=ca.directory_url,
                 ca_file=ca.ca_file,

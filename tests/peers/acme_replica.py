@@ -22,7 +22,7 @@ def described(configuration: AcmeConfiguration, lease_s: float) -> str:
     return json.dumps(
         {
             "lease_s": lease_s,
-            "store": configuration.account.folder,
+            "store": configuration.account.directory,
             "key": dns01.key.path,
             "configuration": {
                 "email": configuration.email,
@@ -41,7 +41,7 @@ async def _work(document: dict[str, Any]) -> None:
     key, resolvers, nameservers = FileSource(document["key"]), tuple(dns["resolvers"]), tuple(dns["nameservers"])
     dns01 = Dns01(dns["server"], key, resolvers=resolvers, nameservers=nameservers)
     configuration = AcmeConfiguration(
-        AccountStorage(folder=document["store"]), **document["configuration"], dns01=dns01
+        AccountStorage(directory=document["store"]), **document["configuration"], dns01=dns01
     )
     store = DirectoryStore(Path(document["store"]), "acme.json")
     await AcmeIssuer("letsencrypt", configuration, store, lease_s=document["lease_s"]).run()

@@ -224,7 +224,7 @@ async def test_issuer_check_works_with_the_file_of_from_notariat(tmp_path: Path)
     async with documented(tmp_path / "dns") as server, acme_environment(tmp_path, server) as env:
         entry = document_with("from-notariat.md", "issuers")["issuers"][0]["acme"]
         entry |= {
-            "account": {"folder": str(tmp_path / "account")},
+            "account": {"directory": str(tmp_path / "account")},
             "directory": env.configuration.directory,
             "ca": {"file": env.configuration.ca_file},
             "roots": {"file": env.configuration.roots_file},

@@ -83,7 +83,7 @@ class Node:
 def _issuers(env: AcmeEnvironment, **options: str) -> str:
     dns, configuration = env.dns, env.configuration
     acme = {
-        "account": {"folder": configuration.account.folder},
+        "account": {"directory": configuration.account.directory},
         "directory": configuration.directory,
         "terms_agreed": True,
         "ca": {"file": configuration.ca_file},

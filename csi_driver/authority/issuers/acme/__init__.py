@@ -20,12 +20,12 @@ def _make(name: str, configuration: AcmeConfiguration, dependencies: IssuerDepen
     except ModuleNotFoundError as error:
         raise not_possible(name, f"needs the package {error.name}", "install certmount[acme]") from None
     account, http01 = configuration.account, configuration.http01
-    if account.folder:
-        store: Store = DirectoryStore(Path(account.folder), f"acme-{name}.json")
+    if account.directory:
+        store: Store = DirectoryStore(Path(account.directory), f"acme-{name}.json")
     elif dependencies.secret_store is not None:
         store = dependencies.secret_store(account.namespace, account.name)
     else:
-        raise not_possible(name, "needs a cluster for its account Secret", "set `account: {folder: PATH}`")
+        raise not_possible(name, "needs a cluster for its account Secret", "set `account: {directory: PATH}`")
     routes = None
     if http01 is not None and http01.ingress_class is not None:
         if dependencies.ingress_routes is None:

@@ -37,7 +37,7 @@ class AccountStorage:
 
     namespace: str = ""
     name: str = ""
-    folder: str = ""
+    directory: str = ""
     """Empty if it is a Secret."""
 
 
@@ -139,14 +139,14 @@ def parse_acme(reader: DocumentReader, path: Path, value: object) -> AcmeConfigu
 
 
 def _parse_account(parent: ConfigSection) -> AccountStorage:
-    section = parent.section("account", ("secret", "folder"))
+    section = parent.section("account", ("secret", "directory"))
     if section is None:  # already reported as missing
         return AccountStorage()
-    if ("secret" in section.values) == ("folder" in section.values):
-        hint = "set `{secret: NAMESPACE/NAME}`, or `{folder: PATH}` for an authority with one replica"
+    if ("secret" in section.values) == ("directory" in section.values):
+        hint = "set `{secret: NAMESPACE/NAME}`, or `{directory: PATH}` for an authority with one replica"
         section.fault("", "does not set where the account and the orders are stored", hint)
     secret = section.text("secret", parse_secret_name)
-    return AccountStorage(*(secret or ("", "")), folder=section.text("folder", parse_file_name) or "")
+    return AccountStorage(*(secret or ("", "")), directory=section.text("directory", parse_file_name) or "")
 
 
 def _parse_dns01(parent: ConfigSection) -> Dns01 | None:

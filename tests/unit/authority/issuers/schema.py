@@ -20,7 +20,7 @@ SCHEMA = json.loads((DOCS / "issuers.schema.json").read_text(encoding="utf-8"))
 _REMOVED = object()
 _REPLACEMENTS: list[Any] = [
     _REMOVED, None, "", "x", "/", "A b", "5m", 5, [], [1], [None], ["a b"], {}, {"unknown": "x"}, {"file": "/x"},
-    {"file": "x"}, {"secret": "a/b"}, {"folder": "/x"}, {"folder": "/x", "secret": "a/b"}, True,
+    {"file": "x"}, {"secret": "a/b"}, {"directory": "/x"}, {"directory": "/x", "secret": "a/b"}, True,
 ]  # fmt: skip
 
 

@@ -53,7 +53,7 @@ FULL: dict[str, Any] = {
     "while_pending": "internal",
 }
 MINIMAL: dict[str, Any] = {
-    "account": {"folder": "/var/lib/certmount"},
+    "account": {"directory": "/var/lib/certmount"},
     "roots": {"file": "/etc/roots.crt"},
     "http01": {},
 }
@@ -96,7 +96,7 @@ def test_all_keys_are_parsed() -> None:
 
 def test_defaults_are_the_staging_environment_without_agreement_to_terms() -> None:
     configuration = _parse(MINIMAL)
-    account = AccountStorage(folder="/var/lib/certmount")
+    account = AccountStorage(directory="/var/lib/certmount")
     assert configuration == AcmeConfiguration(account, roots_file="/etc/roots.crt", http01=Http01())
     assert (configuration.directory, configuration.terms_agreed) == (STAGING, False)
 

@@ -18,8 +18,8 @@ from csi_driver.core.names import URI, DNSName, EmailAddress, IPAddress, Names, 
 from csi_driver.core.policy.engine import Grant, RequestedCertificate
 from csi_driver.core.spec import KeyType, Usage
 
-DNS = AcmeConfiguration(AccountStorage(folder="/x"), dns01=Dns01("127.0.0.1"))
-HTTP = AcmeConfiguration(AccountStorage(folder="/x"), http01=Http01())
+DNS = AcmeConfiguration(AccountStorage(directory="/x"), dns01=Dns01("127.0.0.1"))
+HTTP = AcmeConfiguration(AccountStorage(directory="/x"), http01=Http01())
 POD = PodIdentity(ServiceAccount("web", "edge"), "", "edge-0", "", "", "", 0)
 ALL = (Usage.SERVER, Usage.CLIENT)
 KEY = ec.generate_private_key(ec.SECP256R1())
