@@ -51,8 +51,8 @@ class AuthorityMetrics:
             "ca_refresh_failures", "Number of failures to read, renew or publish the CA."
         )
         self.ca_rotation = gauge("ca_rotation", "1 for the current phase of the CA rotation, otherwise 0.", "phase")
-        self.unconfirmed = gauge(
-            "ca_rotation_unconfirmed_nodes", "Number of nodes whose acknowledgement the CA rotation waits for."
+        self.unacknowledged_nodes = gauge(
+            "ca_rotation_unacknowledged_nodes", "Number of nodes whose acknowledgement the CA rotation waits for."
         )
         self.federation_failures = counter(
             "federation_reload_failures", "Number of rejected contents of the federation directory."

@@ -155,7 +155,7 @@ class CertificateAuthority:
         for phase in RotationPhase:
             self._metrics.ca_rotation.labels(phase.value).set(phase is state.rotation.phase)
         if state.rotation.phase is not RotationPhase.DISTRIBUTING:
-            self._metrics.unconfirmed.set(0)
+            self._metrics.unacknowledged_nodes.set(0)
         for expiring in keyring.expiring(self._clock()):
             if self._elapsed() - self._warned.get(expiring.name, -_WARNING_INTERVAL_S) >= _WARNING_INTERVAL_S:
                 self._warned[expiring.name] = self._elapsed()

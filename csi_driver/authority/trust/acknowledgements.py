@@ -140,7 +140,7 @@ class AcknowledgingNodes:
     async def read(self, generation: int) -> Acknowledgements:
         """Return who has acknowledged the generation and who must; raise CertmountError."""
         nodes = acknowledgements(await self._nodes.list(), await self._store.read(), generation)
-        self._metrics.unconfirmed.set(len(nodes.missing))
+        self._metrics.unacknowledged_nodes.set(len(nodes.missing))
         return nodes
 
 

@@ -177,7 +177,7 @@ async def test_connected_nodes_must_acknowledge_outside_a_cluster(
     for stream in streams:
         await anext(stream)
     assert await nodes.read(GENERATION) == Acknowledgements(frozenset(), frozenset({"node-1", "node-2"}))
-    assert registry.get_sample_value("certmount_ca_rotation_unconfirmed_nodes") == 2
+    assert registry.get_sample_value("certmount_ca_rotation_unacknowledged_nodes") == 2
     await streams.pop().aclose()
     await streams.pop().aclose()
     assert await nodes.read(GENERATION) == Acknowledgements(frozenset(), frozenset({"node-1"}))
