@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from csi_driver._proto import authority_pb2
 from csi_driver.core.certificates.verification import ExpectedCertificate, verify_certificate
 from csi_driver.core.names import DNSName, Names
-from tests.integration.authority.world import NAME, POD, Caller, CallFailure, Cluster, World
+from tests.integration.authority.world import NAME, POD, SERVING_NAME, Caller, CallFailure, Cluster, World
 from tests.integration.node.world import Shown, kubelet_root
 from tests.peers.step_ca import PROVISIONER, RealStepCA
 from tests.support.driver import Driver
@@ -50,7 +50,7 @@ async def world(tmp_path: Path, ca: RealStepCA) -> AsyncIterator[World]:
     }
     file.write_text(yaml.safe_dump({"issuers": [{"name": "step", "step_ca": declared}]}))
     issuer = TokenIssuer()
-    world = World(tmp_path, issuer, Cluster(issuer), issuers=file, serving_names=("localhost",))
+    world = World(tmp_path, issuer, Cluster(issuer), issuers=file, serving_names=(SERVING_NAME, "localhost"))
     world.policy.write_text(POLICY)
     async with world.running():
         yield world

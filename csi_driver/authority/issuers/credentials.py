@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from csi_driver.authority.issuers.errors import issuer_unavailable
 from csi_driver.core.config.issuers import CredentialSource, FileSource
-from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret
 
 MAX_BYTES = 64 * 1024
@@ -29,10 +29,10 @@ class CredentialReader:
         if isinstance(source, FileSource):
             return await asyncio.to_thread(_read_file, source)
         if self.read_secret is None:
-            raise _unavailable(source, "cannot be read outside a cluster", "store it in a file")
+            raise issuer_unavailable(str(source), "cannot be read outside a cluster", "store it in a file")
         content = await self.read_secret(source.namespace, source.name, source.key)
         if not content.reveal():
-            raise _unavailable(source, "is empty")
+            raise issuer_unavailable(str(source), "is empty")
         return content
 
 
@@ -41,11 +41,7 @@ def _read_file(source: FileSource) -> Secret[bytes]:
         with Path(source.path).open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise _unavailable(source, f"cannot be read: {error.strerror}") from None
+        raise issuer_unavailable(str(source), f"cannot be read: {error.strerror}") from None
     if not 0 < len(content) <= MAX_BYTES:
-        raise _unavailable(source, "is empty" if not content else f"is longer than {MAX_BYTES} bytes")
+        raise issuer_unavailable(str(source), "is empty" if not content else f"is longer than {MAX_BYTES} bytes")
     return Secret(content)
-
-
-def _unavailable(source: CredentialSource, problem: str, hint: str = "") -> CertmountError:
-    return CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(str(source), problem, hint))

@@ -9,8 +9,9 @@ from abc import abstractmethod
 import structlog
 
 from csi_driver.authority.issuers import Issuer
+from csi_driver.authority.issuers.errors import issuer_unavailable
 from csi_driver.authority.issuers.findings import Findings
-from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.errors import CertmountError
 
 log = structlog.get_logger(__name__)
 
@@ -61,4 +62,4 @@ class DiagnosedIssuer(Issuer):
 
     def _unavailable(self, problem: str) -> CertmountError:
         hint = f"run `certmount issuer check {self._name}` for details"
-        return CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(f"issuer {self._name}", problem, hint))
+        return issuer_unavailable(f"issuer {self._name}", problem, hint)

@@ -60,7 +60,7 @@ class IssuerRegistry(Mapping[str, Issuer]):
                 return {str(file): read_file(file, MAX_BYTES, Reason.INVALID_ISSUERS, "check --issuers")}
 
             self._file = WatchedFile(
-                "issuers", read, self._parse, on_change=self._replace, on_rejected=lambda: on_load(False)
+                "issuers file", read, self._parse, on_change=self._replace, on_rejected=lambda: on_load(False)
             )
 
     def __getitem__(self, name: str) -> Issuer:

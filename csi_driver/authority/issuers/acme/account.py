@@ -17,8 +17,8 @@ from josepy.jwk import JWKEC
 from csi_driver.authority.issuers.acme.client import AcmeClient, AcmeProblem
 from csi_driver.authority.issuers.acme.config import AcmeConfiguration
 from csi_driver.authority.issuers.acme.credentials import AcmeCredentials
+from csi_driver.authority.issuers.errors import issuer_unavailable
 from csi_driver.authority.storage import Store, Values, update
-from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.core.stored_secrets import StoredSecrets
 
@@ -59,7 +59,7 @@ class AcmeAccounts:
                     self._account = await self._register()
                 except AcmeProblem as problem:
                     text = f"{self._configuration.directory} rejected the account: {problem.text}"
-                    raise CertmountError(Reason.ISSUER_UNAVAILABLE, Fault("ACME account", text)) from None
+                    raise issuer_unavailable("ACME account", text) from None
         client = self._client(self._account.key)
         client.use_account(self._account.url)
         return client
@@ -113,12 +113,11 @@ def register(client: AcmeClient, key: JWKEC, configuration: AcmeConfiguration, m
     terms = directory.meta.terms_of_service
     if terms and not configuration.terms_agreed:
         problem = f"the CA requires agreement to its terms of service, {terms}"
-        fault = Fault("acme.terms_agreed", problem, "read them and set terms_agreed: true")
-        raise CertmountError(Reason.ISSUER_UNAVAILABLE, fault)
+        raise issuer_unavailable("acme.terms_agreed", problem, "read them and set terms_agreed: true")
     external = configuration.external_account
     if directory.meta.external_account_required and external is None:
         hint = "set acme.eab to the key id and MAC key that the CA gives to its customers"
-        raise CertmountError(Reason.ISSUER_UNAVAILABLE, Fault("acme.eab", "the CA requires an external account", hint))
+        raise issuer_unavailable("acme.eab", "the CA requires an external account", hint)
     binding = None
     if external is not None and mac_key is not None:
         try:
@@ -126,8 +125,7 @@ def register(client: AcmeClient, key: JWKEC, configuration: AcmeConfiguration, m
                 key.public_key(), external.key_id, mac_key.reveal(), directory
             )
         except ValueError:  # including binascii.Error
-            fault = Fault("acme.eab.key", "is not base64url, the format of MAC keys")
-            raise CertmountError(Reason.ISSUER_UNAVAILABLE, fault) from None
+            raise issuer_unavailable("acme.eab.key", "is not base64url, the format of MAC keys") from None
     body = messages.NewRegistration.from_data(
         email=configuration.email, terms_of_service_agreed=True, external_account_binding=binding
     )
@@ -148,6 +146,6 @@ def _decode(value: Secret[bytes], store: str, name: str) -> AcmeAccount:
     except (ValueError, TypeError, KeyError, JoseError):
         key, url = None, ""
     if not isinstance(key, JWKEC):
-        fault = Fault(f"{store}: {name}", "is not an account key", "restore it, or remove it to create a new account")
-        raise CertmountError(Reason.ISSUER_UNAVAILABLE, fault)
+        hint = "restore it, or remove it to create a new account"
+        raise issuer_unavailable(f"{store}: {name}", "is not an account key", hint)
     return AcmeAccount(key, url)

@@ -17,8 +17,8 @@ from josepy.jwk import JWK
 from requests.adapters import HTTPAdapter
 
 from csi_driver import __version__
+from csi_driver.authority.issuers.errors import issuer_unavailable
 from csi_driver.authority.issuers.http_client import MAX_RESPONSE_BYTES
-from csi_driver.core.errors import CertmountError, Fault, Reason
 
 _TIMEOUT_S = 20
 _NONCE_ATTEMPTS = 10
@@ -109,13 +109,13 @@ class AcmeClient(ClientNetwork):
         except messages.Error as error:
             raise self._problem(error) from None
         except requests.exceptions.SSLError as error:
-            raise _unavailable(url, f"has an untrusted TLS certificate ({_root_cause(error)})") from None
+            raise issuer_unavailable(url, f"has an untrusted TLS certificate ({_root_cause(error)})") from None
         except requests.exceptions.Timeout:
-            raise _unavailable(url, f"does not respond within {_TIMEOUT_S} s") from None
+            raise issuer_unavailable(url, f"does not respond within {_TIMEOUT_S} s") from None
         except requests.exceptions.RequestException as error:
-            raise _unavailable(url, f"cannot be reached ({_root_cause(error)})") from None
+            raise issuer_unavailable(url, f"cannot be reached ({_root_cause(error)})") from None
         except OSError as error:
-            raise _unavailable(url, f"cannot be called ({error})") from None
+            raise issuer_unavailable(url, f"cannot be called ({error})") from None
         except (errors.Error, JoseError, ValueError):
             raise self._not_acme() from None
         assert isinstance(response, requests.Response)  # noqa: S101  # as the library's methods return
@@ -181,7 +181,3 @@ def _root_cause(error: BaseException) -> str:
         if not isinstance(inner, BaseException):
             return str(error)[:_MAX_TEXT]
         error = inner
-
-
-def _unavailable(url: str, problem: str) -> CertmountError:
-    return CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(url, problem))

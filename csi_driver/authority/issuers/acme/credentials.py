@@ -12,8 +12,9 @@ import dns.tsig
 
 from csi_driver.authority.issuers.acme.config import AcmeConfiguration
 from csi_driver.authority.issuers.credentials import CredentialReader
+from csi_driver.authority.issuers.errors import issuer_unavailable
 from csi_driver.core.config.issuers import CredentialSource
-from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.errors import CertmountError
 from csi_driver.core.secret import Secret
 
 TSIG_ALGORITHMS = {
@@ -82,10 +83,9 @@ class AcmeCredentials:
         try:
             return Secret(content.reveal().decode("ascii").strip())
         except UnicodeDecodeError:
-            fault = Fault(str(source), "is not ASCII text")
-            raise CertmountError(Reason.ISSUER_UNAVAILABLE, fault) from None
+            raise issuer_unavailable(str(source), "is not ASCII text") from None
 
 
 def _invalid(field: str, problem: str) -> CertmountError:
     hint = "use the format of nsupdate -y: hmac-sha256:name:base64"
-    return CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(field, problem, hint))
+    return issuer_unavailable(field, problem, hint)

@@ -19,7 +19,8 @@ from csi_driver.authority.issuers.acme.credentials import AcmeCredentials
 from csi_driver.authority.issuers.acme.nameserver import Nameserver
 from csi_driver.authority.issuers.acme.state import ChallengeRecord
 from csi_driver.authority.issuers.acme.zone import ZoneFinder
-from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.authority.issuers.errors import issuer_unavailable
+from csi_driver.core.errors import CertmountError
 
 _TTL_S = 60
 _INTERVAL_S = 1.0
@@ -71,8 +72,7 @@ class Dns01Solver:
                 if time.monotonic() >= deadline:
                     waited_s = self._configuration.patience.total_seconds()
                     hint = "the CA is not asked to validate before that"
-                    fault = Fault(f"DNS server {name}", f"{problem} after {waited_s:g} s", hint)
-                    raise CertmountError(Reason.ISSUER_UNAVAILABLE, fault)
+                    raise issuer_unavailable(f"DNS server {name}", f"{problem} after {waited_s:g} s", hint)
                 await asyncio.sleep(_INTERVAL_S)
 
     async def _problem(self, addresses: Sequence[Nameserver], challenge: ChallengeRecord) -> str:

@@ -36,6 +36,7 @@ from csi_driver.authority.issuers.acme.state import AcmeState, OrderRecord, orde
 from csi_driver.authority.issuers.certificate_check import ends_at_root
 from csi_driver.authority.issuers.credentials import CredentialReader
 from csi_driver.authority.issuers.dependencies import ChallengeRoutes
+from csi_driver.authority.issuers.errors import issuer_unavailable
 from csi_driver.authority.issuers.findings import Findings
 from csi_driver.authority.storage import Store
 from csi_driver.core.backoff import Backoff
@@ -168,7 +169,7 @@ class AcmeIssuer(Issuer):
         if not ends_at_root([last], self._roots):
             problem = f"the CA's chain ends at {last.issuer.rfc4514_string()}, which is not one of the roots"
             hint = "add it to acme.roots; the certificate is stored for an hour"
-            raise CertmountError(Reason.ISSUER_UNAVAILABLE, Fault("acme.roots", problem, hint))
+            raise issuer_unavailable("acme.roots", problem, hint)
         tracked = state.certificate(order.id)
         renew_after = None if tracked is None else timedelta(seconds=max(tracked.renew_at - self._clock(), 1.0))
         return IssuedCertificate(order.chain, self._roots, renew_after, identity_included=False)
@@ -182,7 +183,7 @@ class AcmeIssuer(Issuer):
             content = await asyncio.to_thread(Path(file).read_bytes)
             self._roots = tuple(one.public_bytes(Encoding.DER) for one in decode_certificates(content))
         except (OSError, ValueError) as error:
-            raise CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(f"acme.roots: {file}", str(error))) from None
+            raise issuer_unavailable(f"acme.roots: {file}", str(error)) from None
 
     async def _assign_orders(self, group: asyncio.TaskGroup) -> None:
         """Claim orders, renew leases, and stop processing orders that other replicas have taken."""

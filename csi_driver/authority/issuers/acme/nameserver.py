@@ -17,6 +17,7 @@ import dns.tsig
 import dns.update
 
 from csi_driver.authority.issuers.acme.credentials import TsigKey
+from csi_driver.authority.issuers.errors import issuer_unavailable
 from csi_driver.core.errors import CertmountError, Fault, Reason
 
 _TIMEOUT_S = 5.0
@@ -59,8 +60,7 @@ class Nameserver:
         try:
             found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
-            problem = f"{host} cannot be resolved ({error})"
-            raise CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(field, problem)) from None
+            raise issuer_unavailable(field, f"{host} cannot be resolved ({error})") from None
         return cls(str(found[0][4][0]), int(port))
 
     def __str__(self) -> str:
@@ -104,11 +104,11 @@ class Nameserver:
             hint = "use the zone's primary, and allow the key to update TXT records at _acme-challenge names"
             raise NotAuthorized(self, f"it {problem}", hint)
         if code != dns.rcode.NOERROR:
-            raise CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(f"DNS server {self}", problem))
+            raise issuer_unavailable(f"DNS server {self}", problem)
         return response
 
     def _unavailable(self, error: Exception) -> CertmountError:
         cause = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
         timeout = isinstance(error, dns.exception.Timeout)
         problem = "does not respond in time" if timeout else f"cannot be queried ({cause})"
-        return CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(f"DNS server {self}", problem))
+        return issuer_unavailable(f"DNS server {self}", problem)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.authority.issuers.errors import issuer_unavailable
 
 MAX_ORDERS = 200
 """Each order takes about 3 KB with its CSR and chain; a Secret can hold 1 MB."""
@@ -185,8 +185,7 @@ def decode(content: bytes, store: str) -> AcmeState:
         )
     except (ValueError, TypeError, KeyError, IndexError, RecursionError):
         hint = "remove the value orders.json to start all open orders again"
-        fault = Fault(store, "contains orders that cannot be parsed", hint)
-        raise CertmountError(Reason.ISSUER_UNAVAILABLE, fault) from None
+        raise issuer_unavailable(store, "contains orders that cannot be parsed", hint) from None
 
 
 def _decode_order(document: dict[str, Any], pool: list[bytes]) -> OrderRecord:

@@ -15,7 +15,8 @@ import dns.resolver
 
 from csi_driver.authority.issuers.acme.config import Dns01
 from csi_driver.authority.issuers.acme.nameserver import Nameserver, NotAuthorized
-from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.authority.issuers.errors import issuer_unavailable
+from csi_driver.core.errors import CertmountError
 
 _LABEL = "_acme-challenge"
 """RFC 8555 section 8.4."""
@@ -53,7 +54,7 @@ class ZoneFinder:
         if not record.is_subdomain(zone):
             problem = f"{_text(record)} is not in zone {_text(zone)}"
             hint = f"delegate it with a CNAME into {_text(zone)}, or omit zone"
-            raise CertmountError(Reason.ISSUER_UNAVAILABLE, Fault("dns01.zone", problem, hint))
+            raise issuer_unavailable("dns01.zone", problem, hint)
         return RecordLocation(record, zone)
 
     async def authoritative(self, zone: dns.name.Name) -> tuple[tuple[str, tuple[Nameserver, ...]], ...]:
@@ -69,8 +70,8 @@ class ZoneFinder:
         found = [(_text(host), tuple(map(Nameserver, await self._addresses(host)))) for host in hosts]
         reachable = tuple((host, addresses) for host, addresses in found if addresses)
         if not reachable:
-            fault = Fault(f"zone {_text(zone)}", "has no name server with an address", "set dns01.nameservers")
-            raise CertmountError(Reason.ISSUER_UNAVAILABLE, fault)
+            problem = "has no name server with an address"
+            raise issuer_unavailable(f"zone {_text(zone)}", problem, "set dns01.nameservers")
         return reachable
 
     async def _follow_cnames(self, name: dns.name.Name) -> dns.name.Name:
@@ -82,8 +83,7 @@ class ZoneFinder:
             if not records:
                 return current
             current = records[0].target
-        problem = f"has a chain of more than {_MAX_CNAMES} CNAMEs, or a loop"
-        raise CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(_text(current), problem))
+        raise issuer_unavailable(_text(current), f"has a chain of more than {_MAX_CNAMES} CNAMEs, or a loop")
 
     async def _find_zone(self, name: dns.name.Name) -> dns.name.Name:
         """Return the zone that contains the name, from the primary's SOA records (RFC 2308 section 3)."""
@@ -112,9 +112,8 @@ class ZoneFinder:
             if response.rcode() in (dns.rcode.NOERROR, dns.rcode.NXDOMAIN):
                 return response
             problem = f"returned {dns.rcode.to_text(response.rcode())} to a query for {_text(name)}"
-            failure = CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(f"DNS server {server}", problem))
-        none = Fault("dns01.resolvers", "the system has no resolvers")
-        raise failure or CertmountError(Reason.ISSUER_UNAVAILABLE, none)
+            failure = issuer_unavailable(f"DNS server {server}", problem)
+        raise failure or issuer_unavailable("dns01.resolvers", "the system has no resolvers")
 
     async def _addresses(self, host: dns.name.Name) -> list[str]:
         addresses = []

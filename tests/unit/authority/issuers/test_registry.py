@@ -247,7 +247,7 @@ async def test_invalid_file_keeps_the_previous_issuers(world: RegistryWorld) -> 
             await until(lambda: world.loads == [True, False, False], "the missing file")
             world.write(b="1")
             await until(lambda: "b" in world.issuers, "the valid file")
-    rejected = [entry["error"] for entry in logs if entry["event"].startswith("issuers rejected")]
+    rejected = [entry["error"] for entry in logs if entry["event"].startswith("issuers file rejected")]
     assert [error.partition(": ")[2] for error in rejected] == [
         "issuers[0].fake (line 2): is wrong",
         f"{world.file}: cannot be read: No such file or directory; check --issuers",
