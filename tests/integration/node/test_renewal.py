@@ -15,7 +15,7 @@ from csi_driver._proto.csi_pb2 import DEGRADED
 from csi_driver.core.errors import CertmountError, Reason
 from tests.integration.node.world import Node, Request, Shown
 from tests.support.kubelet import FakePod
-from tests.support.scripted_authority import TestCA, name_not_allowed, response_of, roots_of
+from tests.support.scripted_authority import TestCA, name_not_allowed, response_of
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -268,17 +268,6 @@ async def test_unpublished_volume_is_not_renewed(node: Node) -> None:
     await until(lambda: node.script.calls >= calls + 3, "renewals of the other volume")
     node.assert_nothing_of(request)
     assert node.shown(other).names
-
-
-async def test_invalid_response_is_not_written(node: Node) -> None:
-    node.script.renew_after = SOON
-    request = await node.published()
-    before = node.shown(request)
-    node.script.tamper = lambda answer: response_of(roots_of(answer), roots_of(answer))
-    await _unhealthy(node, "InvalidResponse")
-    assert node.shown(request) == before
-    node.script.tamper, node.script.renew_after = (lambda answer: answer), None
-    await _renewed(node, request, before)
 
 
 @pytest_asyncio.fixture(loop_scope="module")

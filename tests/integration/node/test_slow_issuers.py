@@ -200,14 +200,6 @@ async def test_internal_ca_does_not_wait_for_a_slow_issuer(node: Node) -> None:
     await asyncio.gather(*calls)
 
 
-async def test_waiting_pods_share_the_result_of_a_pending_order(node: Node, shop: FakePod) -> None:
-    node.script.finished, node.script.delay_s = False, 0.5
-    requests = [node.request(_again(shop, number), EDGE) for number in range(5)]
-    failures = await asyncio.gather(*(failure_of(node.publish(request)) for request in requests))
-    assert {failure.reason for failure in failures} == {"IssuancePending"}
-    assert node.script.calls == 1
-
-
 async def test_other_pod_continues_a_cancelled_request(node: Node, shop: FakePod) -> None:
     node.script.gate = asyncio.Event()
     first, second = (node.request(_again(shop, number), EDGE) for number in range(2))
