@@ -1,4 +1,4 @@
-"""The documents say what the code does."""
+"""The documentation matches the code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def _first_cells(document: str) -> list[str]:
-    """The code in the first cell of each table row."""
+    """Return the code in the first cell of each table row."""
     return re.findall(r"^\| `([^`]+)`", (ROOT / document).read_text(), flags=re.MULTILINE)
 
 
@@ -37,8 +37,16 @@ def test_volume_attributes_page_matches_code() -> None:
     assert all(f"`{key_type.value}`" in page for key_type in KeyType)
 
 
-def test_links_lead_somewhere() -> None:
-    """No link between our own documents is broken."""
+def _anchors(page: str) -> set[str]:
+    """Return the anchors that GitHub generates for the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_between_documents_are_valid() -> None:
+    """Each link between our own documents leads to an existing file and, if it has an anchor, to a heading."""
     for document in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", document.read_text()):
+            path = document.parent / target if target else document
+            assert path.exists(), f"{document.name} links to {target}"
+            assert not anchor or anchor in _anchors(path.read_text()), f"{document.name} links to {target}#{anchor}"
