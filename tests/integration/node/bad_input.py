@@ -61,64 +61,42 @@ class BadToken:
     """Invalid tokens of a publish call, and the expected error."""
 
     make: Callable[[FakePod], str]
-    code: grpc.StatusCode
-    reason: str
-    text: str
+    text: str = "pod token"
+    reason: str = "TokenRejected"
+    code: grpc.StatusCode = DENIED
 
+
+_NO_AUDIENCE = "tokenRequests with audience certmount"
+_MISSING = ("tokenRequests in the CSIDriver object", "TokenMissing", UNAVAILABLE)
 
 BAD_TOKENS = {
-    "none": BadToken(lambda _: "", UNAVAILABLE, "TokenMissing", "tokenRequests in the CSIDriver object"),
-    "empty": BadToken(lambda _: tokens_of(""), UNAVAILABLE, "TokenMissing", "tokenRequests in the CSIDriver object"),
-    "no-json": BadToken(lambda _: "{", DENIED, "TokenRejected", "tokenRequests with audience certmount"),
-    "no-object": BadToken(lambda _: "[1]", DENIED, "TokenRejected", "tokenRequests with audience certmount"),
-    "deep": BadToken(lambda _: "[" * 100_000, DENIED, "TokenRejected", "tokenRequests with audience certmount"),
-    "other-audience": BadToken(
-        lambda pod: json.dumps({"vault": {"token": pod.token()}}), DENIED, "TokenRejected", "with audience certmount"
-    ),
-    "garbage": BadToken(lambda _: tokens_of("garbage"), DENIED, "TokenRejected", "is not a JSON Web Token"),
-    "no-text": BadToken(lambda _: tokens_of(5), UNAVAILABLE, "TokenMissing", "tokenRequests in the CSIDriver object"),
-    "no-base64": BadToken(lambda _: tokens_of("a.%%%.c"), DENIED, "TokenRejected", "cannot be read"),
-    "huge": BadToken(lambda pod: tokens_of(pod.token(x="y" * 20_000)), DENIED, "TokenRejected", "pod token"),
-    "surrogates": BadToken(lambda pod: tokens_of("\ud800" + pod.token()), DENIED, "TokenRejected", "pod token"),
+    "none": BadToken(lambda _: "", *_MISSING),
+    "empty": BadToken(lambda _: tokens_of(""), *_MISSING),
+    "no-text": BadToken(lambda _: tokens_of(5), *_MISSING),
+    "no-json": BadToken(lambda _: "{", _NO_AUDIENCE),
+    "no-object": BadToken(lambda _: "[1]", _NO_AUDIENCE),
+    "deep": BadToken(lambda _: "[" * 100_000, _NO_AUDIENCE),
+    "other-audience": BadToken(lambda pod: json.dumps({"vault": {"token": pod.token()}}), _NO_AUDIENCE),
+    "garbage": BadToken(lambda _: tokens_of("garbage"), "is not a JSON Web Token"),
+    "no-base64": BadToken(lambda _: tokens_of("a.%%%.c"), "cannot be read"),
+    "huge": BadToken(lambda pod: tokens_of(pod.token(x="y" * 20_000))),
+    "surrogates": BadToken(lambda pod: tokens_of("\ud800" + pod.token())),
     "expired": BadToken(
-        lambda pod: tokens_of(pod.token(exp=int(time.time()) - 60)), UNAVAILABLE, "TokenExpired", "the node's clock"
+        lambda pod: tokens_of(pod.token(exp=int(time.time()) - 60)), "the node's clock", "TokenExpired", UNAVAILABLE
     ),
-    "expiry-beyond-numbers": BadToken(
-        lambda pod: tokens_of(pod.token(exp=10**400)), DENIED, "TokenRejected", "pod token"
-    ),
-    "no-pod": BadToken(
-        lambda pod: tokens_of(pod.token(**{"kubernetes.io": {"namespace": "web"}})),
-        DENIED,
-        "TokenRejected",
-        "bound to a pod",
-    ),
-    "other-pod": BadToken(lambda _: tokens_of(FakePod().token()), DENIED, "TokenRejected", "not pod web/shop"),
-    "other-account": BadToken(
-        lambda pod: tokens_of(FakePod(service_account="root", uid=pod.uid).token()),
-        DENIED,
-        "TokenRejected",
-        "pod token",
-    ),
+    "expiry-beyond-numbers": BadToken(lambda pod: tokens_of(pod.token(exp=10**400))),
+    "no-pod": BadToken(lambda pod: tokens_of(pod.token(**{"kubernetes.io": {"namespace": "web"}})), "bound to a pod"),
+    "other-pod": BadToken(lambda _: tokens_of(FakePod().token()), "not pod web/shop"),
+    "other-account": BadToken(lambda pod: tokens_of(FakePod(service_account="root", uid=pod.uid).token())),
     "other-namespace": BadToken(
-        lambda pod: tokens_of(FakePod(namespace="prod", uid=pod.uid).token()),
-        DENIED,
-        "TokenRejected",
-        "not pod web/shop",
+        lambda pod: tokens_of(FakePod(namespace="prod", uid=pod.uid).token()), "not pod web/shop"
     ),
     "two-subjects": BadToken(
-        lambda pod: tokens_of(pod.token(sub="system:serviceaccount:web:root")),
-        DENIED,
-        "TokenRejected",
-        "another in its claims",
+        lambda pod: tokens_of(pod.token(sub="system:serviceaccount:web:root")), "another in its claims"
     ),
-    "hostile-name": BadToken(
-        lambda pod: tokens_of(FakePod(name="a\n\x1b[2J\ud800" * 50, uid=pod.uid).token()),
-        DENIED,
-        "TokenRejected",
-        "pod token",
-    ),
+    "hostile-name": BadToken(lambda pod: tokens_of(FakePod(name="a\n\x1b[2J\ud800" * 50, uid=pod.uid).token())),
     "no-node": BadToken(
-        lambda pod: tokens_of(_unsigned(_without_node(pod))), FAILED, "ClusterNotSupported", "needs Kubernetes 1.30"
+        lambda pod: tokens_of(_unsigned(_without_node(pod))), "needs Kubernetes 1.30", "ClusterNotSupported", FAILED
     ),
 }
 
