@@ -1,4 +1,4 @@
-"""A clock that a test turns."""
+"""A clock that tests advance."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 
 class Clock:
-    """Seconds when called; ``utc`` for what wants a date."""
+    """Returns Unix seconds when called, and a datetime from :meth:`utc`."""
 
     def __init__(self, now: float = 1_800_000_000.0) -> None:
         self.now = now

@@ -1,4 +1,4 @@
-"""A token issuer and metrics for every test."""
+"""A token issuer, its keys and metrics."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from csi_driver.authority.authn.token_keys import TokenKeys
-from csi_driver.core.cluster.token_review import PublishedKeys
+from csi_driver.core.cluster.objects import PublishedKeys
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 from tests.support.tokens import TokenIssuer
 
 
 @pytest.fixture(scope="session")
 def issuer() -> TokenIssuer:
-    """The cluster's own."""
+    """The token issuer of the cluster."""
     return TokenIssuer()
 
 
@@ -29,7 +29,7 @@ def metrics(registry: CollectorRegistry) -> AuthorityMetrics:
 
 @pytest.fixture
 async def keys(issuer: TokenIssuer, metrics: AuthorityMetrics) -> TokenKeys:
-    """The issuer's keys, fetched."""
+    """The loaded keys of the token issuer."""
 
     async def fetch() -> PublishedKeys:
         return issuer.published
