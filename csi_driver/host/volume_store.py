@@ -98,13 +98,6 @@ class VolumeStore:
         with translate_os_errors("volume", "write the record in", directory):
             replace_file(directory / _RECORD, record.to_json(), mode=0o600, durable=False)
 
-    def read_record(self, volume_id: str) -> VolumeRecord:
-        """Return the volume's record. Raises CertmountError VOLUME_NOT_FOUND, or ValueError if the record is damaged."""
-        try:
-            return self._read_record(self._directory(volume_id))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise _not_found(volume_id) from error
-
     def bind(self, volume_id: str, target: Path) -> None:
         """Bind the files at ``target`` and create its directory. Do nothing if they are bound already.
 
@@ -189,7 +182,8 @@ class VolumeStore:
         try:
             return os.statvfs(self.files_dir(volume_id))
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise _not_found(volume_id) from error
+            fault = Fault("volume_id", f"there is no volume {volume_id!r} on this node")
+            raise CertmountError(Reason.VOLUME_NOT_FOUND, fault) from error
 
     def pod_exists(self, pod_uid: str) -> bool:
         """Return False if the kubelet's pods directory exists but the pod's does not. If in doubt, the pod exists."""
@@ -255,7 +249,3 @@ class VolumeStore:
         if self.key(record.volume_id) != directory.name:
             raise ValueError(f"volume_id: {record.volume_id!r} belongs to another volume")
         return record
-
-
-def _not_found(volume_id: str) -> CertmountError:
-    return CertmountError(Reason.VOLUME_NOT_FOUND, Fault("volume_id", f"there is no volume {volume_id!r} on this node"))

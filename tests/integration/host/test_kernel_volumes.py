@@ -80,7 +80,7 @@ def test_full_volume_keeps_its_files(store: VolumeStore, root: Path, target: Pat
     with pytest.raises(CertmountError) as caught:
         store.write_record(record(str(target), pod_name="other"))
     assert caught.value.reason is Reason.NO_SPACE
-    assert store.read_record(VOLUME_ID).pod_name == "hello-0"
+    assert [found.pod_name for found in store.scan().records] == ["hello-0"]
     filler.unlink()
     write_generation(store.files_dir(VOLUME_ID), big, "2")
     assert read_generation(target)["site.key"] == big[1].content.reveal()
@@ -215,7 +215,7 @@ def test_link_at_the_target_is_rejected(store: VolumeStore, target: Path, tmp_pa
         publish(store, target)
     assert caught.value.reason is Reason.INVALID_TARGET_PATH
     assert target.is_symlink()
-    assert store.read_record(VOLUME_ID).volume_id == VOLUME_ID
+    assert [found.volume_id for found in store.scan().records] == [VOLUME_ID]
 
 
 def test_removed_volume_leaves_no_key_in_copies_of_its_mount(store: VolumeStore, target: Path, kubelet: Path) -> None:

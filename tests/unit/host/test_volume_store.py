@@ -151,20 +151,6 @@ def test_leftover_directory_is_replaced(store: VolumeStore, root: Path) -> None:
     assert list(store.files_dir(VOLUME_ID).iterdir()) == []
 
 
-def test_record_is_read_back(store: VolumeStore, published: Path) -> None:
-    """A damaged record and a missing one are different errors."""
-    assert store.read_record(VOLUME_ID) == record(str(published))
-    path = store.files_dir(VOLUME_ID).parent / "record.json"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="Expecting"):
-        store.read_record(VOLUME_ID)
-    path.unlink()
-    for volume_id in (VOLUME_ID, "unknown"):
-        with pytest.raises(CertmountError) as caught:
-            store.read_record(volume_id)
-        assert caught.value.reason is Reason.VOLUME_NOT_FOUND
-
-
 def test_scan_classifies_all_volumes(store: VolumeStore, root: Path, published: Path, tmp_path: Path) -> None:
     """One bad volume does not affect the others. A second scan finds the same."""
     assert VolumeStore(tmp_path / "new", tmp_path, DirectoryMounts()).scan().records == ()
