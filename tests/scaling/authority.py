@@ -19,7 +19,7 @@ class Figures:
     rejection_s: float = 0.0004
     """CPU time of a rejected call, as for an echo over TLS."""
     max_in_progress: int = 512
-    """Calls in progress in one replica. It rejects others with AuthorityOverloaded (csi_driver/authority/service.py)."""
+    """Calls in progress in one replica. It rejects others with AuthorityOverloaded (csi_driver/authority/issuance/pipeline.py)."""
     review_s: float = 0.005
     """The latency of a TokenReview."""
     unavailable_timeout_s: float = 6.0
