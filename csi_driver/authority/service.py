@@ -126,7 +126,7 @@ def _issuance_request(request: authority_pb2.IssueRequest, node_token: Secret[st
         duration=duration,
         usages=tuple(dict.fromkeys(_USAGES[usage] for usage in request.usages if usage in _USAGES)),
         issuer=request.issuer or DEFAULT_ISSUER,
-        federations=tuple(dict.fromkeys(request.federations)),
+        federations=tuple(request.federations),
         conversion_faults=tuple(faults),
     )
 

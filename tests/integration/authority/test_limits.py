@@ -92,6 +92,7 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "unknown usage": ({"usages": [7]}, "usages: has an unknown value"),
     "unspecified usage": ({"usages": [0]}, "usages: has an unknown value"),
     "too many federations": ({"federations": [f"f-{number}" for number in range(5000)]}, "federations: has more than"),
+    "repeated federation": ({"federations": ["internal"] * 1000}, "federations: has more than"),
     "long federation": ({"federations": ["x" * 10_000]}, "longer than 253"),
     "empty federation": ({"federations": [""]}, "is empty"),
     "long issuer": ({"issuer": "x" * 10_000}, "longer than 253"),
