@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -42,30 +43,21 @@ CONDITIONS: Mapping[int, str] = {
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
+@dataclass(eq=False)
 class AuthorityService(authority_pb2_grpc.AuthorityServicer):
     """Implements authority.proto. :class:`csi_driver.rpc.server.Interceptor` converts exceptions to gRPC statuses."""
 
-    def __init__(
-        self,
-        *,
-        pipeline: IssuancePipeline,
-        authenticator: Authenticator,
-        limits: RequestLimits,
-        trust: TrustBundles,
-        acknowledgements: AcknowledgementStore,
-        events: EventRecorder,
-    ) -> None:
-        self._pipeline = pipeline
-        self._authenticator = authenticator
-        self._limits = limits
-        self._trust = trust
-        self._acknowledgements = acknowledgements
-        self._events = events
-        # Separate from the limits of Issue, so that reports about an outage cannot block the calls that end it.
-        self._other_calls = ConcurrencyLimit(_MAX_CONCURRENT_REPORTS)
+    pipeline: IssuancePipeline
+    authenticator: Authenticator
+    limits: RequestLimits
+    trust: TrustBundles
+    acknowledgements: AcknowledgementStore
+    events: EventRecorder
+    # Separate from the limits of Issue, so that reports about an outage cannot block the calls that end it.
+    _other_calls: ConcurrencyLimit = field(default_factory=lambda: ConcurrencyLimit(_MAX_CONCURRENT_REPORTS))
 
     async def Issue(self, request: authority_pb2.IssueRequest, context: _Context) -> authority_pb2.IssueResponse:
-        return _issue_response(await self._pipeline.issue(_issuance_request(request, bearer_token(context))))
+        return _issue_response(await self.pipeline.issue(_issuance_request(request, bearer_token(context))))
 
     async def WatchTrust(
         self,
@@ -73,8 +65,8 @@ class AuthorityService(authority_pb2_grpc.AuthorityServicer):
         context: _Context,
     ) -> AsyncIterator[authority_pb2.TrustBundle]:
         node = await self._authenticate_node(context)
-        with self._limits.stream(node):
-            async with contextlib.aclosing(self._trust.watch(node.node_name)) as bundles:
+        with self.limits.stream(node):
+            async with contextlib.aclosing(self.trust.watch(node.node_name)) as bundles:
                 async for bundle in bundles:
                     yield authority_pb2.TrustBundle(
                         sets=_root_sets(bundle.sets),
@@ -87,24 +79,24 @@ class AuthorityService(authority_pb2_grpc.AuthorityServicer):
         self, request: authority_pb2.ConfirmTrustRequest, context: _Context
     ) -> authority_pb2.ConfirmTrustResponse:
         node = await self._authenticate_node(context)
-        self._limits.count_report(node)
+        self.limits.count_report(node)
         if not 0 < len(request.set) <= MAX_SET_NAME or not request.generation < _MAX_GENERATION:
             raise CertmountError(Reason.INVALID_REQUEST, Fault("set", "has no valid name, or an invalid generation"))
-        await self._acknowledgements.acknowledge(node.node_name, request.set, request.generation)
+        await self.acknowledgements.acknowledge(node.node_name, request.set, request.generation)
         return authority_pb2.ConfirmTrustResponse()
 
     async def Report(self, request: authority_pb2.ReportRequest, context: _Context) -> authority_pb2.ReportResponse:
         node = await self._authenticate_node(context)
-        self._limits.count_report(node)
+        self.limits.count_report(node)
         with self._other_calls:
-            pod = await self._authenticator.authenticate_pod(Secret(request.pod_token), node)
+            pod = await self.authenticator.authenticate_pod(Secret(request.pod_token), node)
         event = parse_report(CONDITIONS.get(request.condition), request.reason, request.message)
-        self._events.record(pod, warning=event.warning, reason=event.reason, message=event.message)
+        self.events.record(pod, warning=event.warning, reason=event.reason, message=event.message)
         return authority_pb2.ReportResponse()
 
     async def _authenticate_node(self, context: _Context) -> PodIdentity:
         with self._other_calls:
-            return await self._authenticator.authenticate_node(bearer_token(context))
+            return await self.authenticator.authenticate_node(bearer_token(context))
 
 
 def bearer_token(context: _Context) -> Secret[str]:

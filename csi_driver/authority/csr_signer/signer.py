@@ -73,33 +73,26 @@ class _CSRQueue:
         self.changed.set()  # it may have been added again in the meantime
 
 
+@dataclass(frozen=True, slots=True)
 class CSRSigner:
     """Runs in each replica and works while the replica is the leader."""
 
-    def __init__(
-        self,
-        requests: CSRClient,
-        pipeline: CSRPipeline,
-        election: LeaderElection,
-        events: EventRecorder,
-        on_processed: Callable[[float, Reason | None], None],
-    ) -> None:
-        """``on_processed`` gets the seconds for each processed request, and the reason if there is no certificate."""
-        self._requests = requests
-        self._pipeline = pipeline
-        self._election = election
-        self._events = events
-        self._on_processed = on_processed
+    requests: CSRClient
+    pipeline: CSRPipeline
+    election: LeaderElection
+    events: EventRecorder
+    on_processed: Callable[[float, Reason | None], None]
+    """Gets the seconds for each processed request, and the reason if there is no certificate."""
 
     async def run(self) -> None:
         """Take part in the election and process requests until cancelled."""
-        await self._election.run(self._process_requests)
+        await self.election.run(self._process_requests)
 
     async def _process_requests(self) -> None:
         def delayed(error: CertmountError, delay_s: float) -> None:
             log.warning("certificate signing requests delayed", error=str(error), retry_in_s=delay_s)
 
-        own_username = await retry(self._requests.own_username, _USERNAME_RETRY, delayed)
+        own_username = await retry(self.requests.own_username, _USERNAME_RETRY, delayed)
         queue = _CSRQueue()
 
         def changed(csr: ClusterCSR) -> None:
@@ -109,7 +102,7 @@ class CSRSigner:
 
         known = CSRCache(changed, keep_finished=False)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._requests.watch(known, signer=CERTMOUNT_SIGNER).run(), name="CSR watch")
+            tasks.create_task(self.requests.watch(known, signer=CERTMOUNT_SIGNER).run(), name="CSR watch")
             for _ in range(_WORKERS):
                 tasks.create_task(self._work(queue, known, own_username), name="CSR worker")
 
@@ -145,14 +138,14 @@ class CSRSigner:
             log.exception("certificate signing request failed", csr=csr.name)
             return False
         finally:
-            self._on_processed(time.perf_counter() - started, reason)
+            self.on_processed(time.perf_counter() - started, reason)
 
     async def _issue_or_deny(
         self, csr: ClusterCSR, own_username: str, record: AuditRecord, *, is_retry: bool
     ) -> tuple[bool, Reason | None]:
         """Return whether the request is finished, and the reason if it is denied; raises CertmountError to retry it."""
         try:
-            signed = await self._pipeline.issue(csr, own_username, record, is_retry=is_retry)
+            signed = await self.pipeline.issue(csr, own_username, record, is_retry=is_retry)
         except CertmountError as error:
             if error.retryable and error.reason.kind is not FailureKind.RATE_LIMITED:
                 raise
@@ -169,17 +162,17 @@ class CSRSigner:
     async def _approve(self, csr: ClusterCSR, signed: SignedCSR) -> ClusterCSR:
         current = csr
         if current.condition(APPROVED) is None:
-            current = await self._requests.decide(csr, CSRCondition(APPROVED, _APPROVED_REASON, signed.explanation))
-        return current if current.finished else await self._requests.set_certificate(csr, signed.certificate)
+            current = await self.requests.decide(csr, CSRCondition(APPROVED, _APPROVED_REASON, signed.explanation))
+        return current if current.finished else await self.requests.set_certificate(csr, signed.certificate)
 
     async def _deny(self, csr: ClusterCSR, error: CertmountError, record: AuditRecord) -> ClusterCSR:
         text = str(error.args[0])
         if record.identity is not None:
-            self._events.record(record.identity, warning=True, reason=error.reason.word, message=text)
+            self.events.record(record.identity, warning=True, reason=error.reason.word, message=text)
         current = csr
         if current.condition(APPROVED) is None:
-            current = await self._requests.decide(csr, CSRCondition(DENIED, error.reason.word, text))
+            current = await self.requests.decide(csr, CSRCondition(DENIED, error.reason.word, text))
         if current.finished:
             return current
         # A user approved the request, so it cannot be denied. Approval does not override the policy.
-        return await self._requests.fail(csr, CSRCondition(FAILED, error.reason.word, text))
+        return await self.requests.fail(csr, CSRCondition(FAILED, error.reason.word, text))

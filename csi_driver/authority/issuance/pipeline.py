@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from csi_driver.authority.authn.authenticator import Authenticator
 from csi_driver.authority.authn.limits import ConcurrencyLimit, RequestLimits
@@ -28,27 +28,20 @@ _MAX_CONCURRENT_CALLS = 512
 _INTERIM = "the pod uses an interim certificate of the internal CA until the issuer has finished:"
 
 
+@dataclass(eq=False)
 class IssuancePipeline:
     """Turns an issuance request into a certificate."""
 
-    def __init__(
-        self,
-        *,
-        authenticator: Authenticator,
-        limits: RequestLimits,
-        issuers: Mapping[str, Issuer],
-        trust: TrustBundles,
-        steps: IssuanceSteps,
-        events: EventRecorder,
-    ) -> None:
-        self._authenticator = authenticator
-        self._limits = limits
-        self._issuers = issuers
-        self._trust = trust
-        self._steps = steps
-        self._events = events
-        self._interim = InterimCertificates()
-        self._internal_calls = ConcurrencyLimit(_MAX_CONCURRENT_CALLS, steps.metrics.in_flight)
+    authenticator: Authenticator
+    limits: RequestLimits
+    issuers: Mapping[str, Issuer]
+    trust: TrustBundles
+    steps: IssuanceSteps
+    events: EventRecorder
+    interim: InterimCertificates = field(default_factory=InterimCertificates)
+
+    def __post_init__(self) -> None:
+        self._internal_calls = ConcurrencyLimit(_MAX_CONCURRENT_CALLS, self.steps.metrics.in_flight)
         # An external issuer can take a minute, and the pods of the internal CA must not wait for it.
         self._external_calls = ConcurrencyLimit(_MAX_CONCURRENT_CALLS)
 
@@ -60,17 +53,17 @@ class IssuancePipeline:
         """
         with audited() as record, self._concurrency_limit(request.issuer):
             node = await self._authenticate_node(request, record)
-            with self._limits.issue(node):
+            with self.limits.issue(node):
                 pod = await self._authenticate_pod(request, node, record)
                 with self._failures_as_pod_events(pod):
                     csr = self._parse(request, record)
                     issuer = self._select_issuer(request.issuer, csr)
-                    self._trust.select(request.issuer, request.federations)  # fail before anything is signed
-                    subject = await self._steps.find_subject(pod, record)
+                    self.trust.select(request.issuer, request.federations)  # fail before anything is signed
+                    subject = await self.steps.find_subject(pod, record)
                     requested = RequestedCertificate(
                         csr.names, csr.key_type, request.usages, request.duration, request.issuer
                     )
-                    grant = self._steps.apply_policy(subject, requested, record)
+                    grant = self.steps.apply_policy(subject, requested, record)
                     to_sign = IssuerRequest(csr, grant, pod, requested)
                     issued, pending = await self._sign(issuer, subject, requested, to_sign, record)
                     result = self._result(request, issued, pending)
@@ -83,17 +76,17 @@ class IssuancePipeline:
     async def _authenticate_node(self, request: IssuanceRequest, record: AuditRecord) -> PodIdentity:
         """Return the calling driver; raises CertmountError as :class:`Authenticator`, and TooManyRequests."""
         with record.timed("authentication_ms"):
-            node = await self._authenticator.authenticate_node(request.node_token)
+            node = await self.authenticator.authenticate_node(request.node_token)
         record.node = node.node_name
-        self._limits.count_node_issue(node)  # before the review of the pod token, which loads the API server
+        self.limits.count_node_issue(node)  # before the review of the pod token, which loads the API server
         return node
 
     async def _authenticate_pod(self, request: IssuanceRequest, node: PodIdentity, record: AuditRecord) -> PodIdentity:
         """Return a pod on the node; raises CertmountError as :class:`Authenticator`, and TooManyRequests."""
         with record.timed("authentication_ms"):
-            pod = await self._authenticator.authenticate_pod(request.pod_token, node)
+            pod = await self.authenticator.authenticate_pod(request.pod_token, node)
         record.set_pod(pod)
-        self._limits.count_pod_issue(pod)
+        self.limits.count_pod_issue(pod)
         return pod
 
     @contextlib.contextmanager
@@ -115,9 +108,9 @@ class IssuancePipeline:
 
     def _select_issuer(self, name: str, csr: ParsedCSR) -> Issuer:
         """Return the issuer; raises CertmountError IssuerNotFound, or InvalidCSR for what only the internal CA can sign."""
-        issuer = self._issuers.get(name)
+        issuer = self.issuers.get(name)
         if issuer is None:
-            hint = f"use one of {', '.join(sorted(self._issuers))}"
+            hint = f"use one of {', '.join(sorted(self.issuers))}"
             raise CertmountError(Reason.ISSUER_NOT_FOUND, Fault("issuer", f"the authority has no issuer {name}", hint))
         # An external issuer may copy extensions from the CSR, which can come from a compromised node.
         if name != DEFAULT_ISSUER and (faults := content_faults(csr)):
@@ -133,14 +126,14 @@ class IssuancePipeline:
         record: AuditRecord,
     ) -> tuple[IssuedCertificate, CertmountError | None]:
         """Return the issuer's certificate, or an interim certificate and why the issuer's is pending."""
-        issue = functools.partial(self._interim.issue, issuer)
+        issue = functools.partial(self.interim.issue, issuer)
         try:
-            issued = await self._steps.sign(requested.issuer, issue, request, record)
+            issued = await self.steps.sign(requested.issuer, issue, request, record)
         except CertmountError as error:
             if error.reason.kind is not FailureKind.PENDING or issuer.while_pending is None:
                 raise
             return await self._sign_interim(subject, requested, request, error, record), error
-        self._interim.forget(request.csr)
+        self.interim.forget(request.csr)
         return issued, None
 
     async def _sign_interim(
@@ -154,25 +147,25 @@ class IssuancePipeline:
         """Return a certificate of the internal CA; raises ``pending`` if the policy does not allow it."""
         requested = replace(requested, issuer=DEFAULT_ISSUER)
         try:
-            grant = self._steps.apply_policy(subject, requested, record)
+            grant = self.steps.apply_policy(subject, requested, record)
         except CertmountError:
             raise pending from None
         record.interim, record.pending = True, str(pending)
-        internal = self._issuers[DEFAULT_ISSUER]
+        internal = self.issuers[DEFAULT_ISSUER]
         request = replace(request, grant=grant, requested=requested)
-        issued = await self._steps.sign(DEFAULT_ISSUER, internal.issue, request, record)
+        issued = await self.steps.sign(DEFAULT_ISSUER, internal.issue, request, record)
         self._record_event(request.identity, pending, f"{_INTERIM} {pending.args[0]}")
-        return replace(issued, renew_after=self._interim.retry_after(request.csr))
+        return replace(issued, renew_after=self.interim.retry_after(request.csr))
 
     def _result(
         self, request: IssuanceRequest, issued: IssuedCertificate, pending: CertmountError | None
     ) -> IssuanceResult:
         """Add the current roots, which can have changed while the issuer worked."""
         if pending is None:
-            return IssuanceResult(issued, self._trust.select(request.issuer, request.federations))
-        trust = self._trust.select(DEFAULT_ISSUER, (request.issuer, *request.federations))
+            return IssuanceResult(issued, self.trust.select(request.issuer, request.federations))
+        trust = self.trust.select(DEFAULT_ISSUER, (request.issuer, *request.federations))
         return IssuanceResult(issued, trust, pending)
 
     def _record_event(self, pod: PodIdentity, error: CertmountError, message: str) -> None:
         warning = error.reason.kind is not FailureKind.PENDING
-        self._events.record(pod, warning=warning, reason=error.reason.word, message=message[:MAX_NOTE_BYTES])
+        self.events.record(pod, warning=warning, reason=error.reason.word, message=message[:MAX_NOTE_BYTES])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from csi_driver.core.errors import CertmountError, Fault, Reason
@@ -22,23 +23,16 @@ class PolicySubjectLookup(Protocol):
         """Return the subject; raises CertmountError PodNotFound, or TokenReviewUnavailable if the watches are outdated."""
 
 
+@dataclass(frozen=True, slots=True)
 class ClusterSubjectLookup:
     """Finds subjects in caches that watches keep current, so that a request causes no call to the API server."""
 
-    def __init__(
-        self,
-        pods: PodCache,
-        services: ServiceCache,
-        namespaces: NamespaceCache,
-        outdated: Callable[[], Sequence[str]],
-        wait_s: float = _WAIT_S,
-    ) -> None:
-        """``outdated`` returns why the caches must not be used now, or nothing."""
-        self._pods = pods
-        self._services = services
-        self._namespaces = namespaces
-        self._outdated = outdated
-        self._wait_s = wait_s
+    pods: PodCache
+    services: ServiceCache
+    namespaces: NamespaceCache
+    outdated: Callable[[], Sequence[str]]
+    """Returns why the caches must not be used now, or nothing."""
+    wait_s: float = _WAIT_S
 
     async def find(self, pod: PodIdentity) -> PolicySubject:
         """Return the subject of a pod.
@@ -47,21 +41,21 @@ class ClusterSubjectLookup:
             CertmountError: PodNotFound if the watches have not delivered the pod or its namespace, TokenReviewUnavailable
                 if they are outdated, TokenRejected if the pod UID belongs to another namespace.
         """
-        if reasons := self._outdated():
+        if reasons := self.outdated():
             raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, *reasons)
         namespace = pod.service_account.namespace
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._wait_s
-        known = await self._pods.wait(pod.pod_uid, self._wait_s)
+        deadline = loop.time() + self.wait_s
+        known = await self.pods.wait(pod.pod_uid, self.wait_s)
         if known is None:
             raise _not_found(str(pod))
         if known.namespace != namespace:
             problem = f"the API server has this UID in namespace {known.namespace}"
             raise CertmountError(Reason.TOKEN_REJECTED, Fault(str(pod), problem))
-        labels = await self._namespaces.wait(namespace, deadline - loop.time())
+        labels = await self.namespaces.wait(namespace, deadline - loop.time())
         if labels is None:
             raise _not_found(f"namespace {namespace}")
-        return PolicySubject(pod, labels, self._services.select(namespace, known.labels))
+        return PolicySubject(pod, labels, self.services.select(namespace, known.labels))
 
 
 class OfflineSubjectLookup:
