@@ -138,7 +138,7 @@ def test_api_server_is_unavailable_for_a_minute(logs: LogCollector) -> None:
         time.sleep(OUTAGE_S)
         assert len(logs.issued()) == issued, "a certificate was issued without a token review"
         assert (volume / "site.pem").read_bytes() == files, "the volume changed or was lost"
-        assert any(event["event"] == "not followed" for event in logs.events(AUTHORITY)), "no replica logged the outage"
+        assert any(event["event"] == "watch failed" for event in logs.events(AUTHORITY)), "no replica logged the outage"
     wait_until(lambda: (volume / "site.pem").read_bytes() != files, seconds=120, what="the running pod is renewed")
     late = Pod(NAMESPACE, "late")
     apply(manifest(late, {"name": f"shop.{NAMESPACE}.svc"}, labels={"app": "shop"}))
