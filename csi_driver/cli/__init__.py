@@ -1,4 +1,4 @@
-"""The command line: one module a command, each importing only what it runs.
+"""The command line: one module for each command, which imports only what it runs.
 
-It parses options into values and prints; it may not hold rules of its own.
+It parses options and prints. It contains no rules.
 """

@@ -1,4 +1,4 @@
-"""Logs: one JSON object per line on standard error. A token or a key that slips into a field is cut out as a second belt."""
+"""Logs: one JSON object per line on standard error. As defense in depth, tokens and keys in fields are redacted."""
 
 from __future__ import annotations
 

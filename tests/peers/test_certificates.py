@@ -1,4 +1,4 @@
-"""Every certificate is one that the world's verifiers believe, and what they would refuse is not issued."""
+"""Common TLS libraries accept every certificate, and the CA does not issue what they would reject."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ SIGNERS = [None, KeyType.RSA_3072, KeyType.EC_P384, KeyType.ED25519]
 
 
 @given(st.sampled_from(SIGNERS), any_names, st.sampled_from([*USUAL, *ML_DSA]), usages_of, st.integers(10, 30 * 86_400))
-def test_every_certificate_is_believed_for_its_usages_and_no_other(
+def test_verifiers_accept_every_certificate_for_its_usages_only(
     signer: KeyType | None, names: Names, key_type: KeyType, usages: tuple[Usage, ...], life_s: int
 ) -> None:
     """By OpenSSL's strict mode, Go, and the web's rules; each sees the names that were granted, and the encoding is strict."""
@@ -99,7 +99,7 @@ def test_every_certificate_is_believed_for_its_usages_and_no_other(
 
 
 def _host(names: Names) -> str:
-    """A host that the certificate must be good for; empty where it names none."""
+    """A host that the certificate must be valid for; empty if it has no host name."""
     return names.dns[0].text.replace("*.", "any.") if names.dns else ""
 
 
@@ -125,7 +125,7 @@ near_names = st.builds(
 
 @given(st.frozensets(st.sampled_from(WORDS), min_size=1, max_size=4), near_names)
 def test_name_constraints_are_read_as_openssl_and_go_read_them(words: frozenset[str], names: Names) -> None:
-    """What is issued below them is believed by both; what is refused, at least one of them would not have believed."""
+    """Both verifiers accept what the CA issues. At least one of them rejects what the CA does not issue."""
     keyring = ca(None, *sorted(words))
     permitted = not NameConstraintSet.of((*keyring.intermediates, keyring.root)).violations(names)
     with presented(keyring, names) as shown:
@@ -143,9 +143,7 @@ OUTSIDE = {
 
 @pytest.mark.parametrize("constraint", OUTSIDE)
 @pytest.mark.parametrize("kind", [None, KeyType.RSA_3072])
-def test_a_certificate_outside_the_name_constraints_is_believed_by_nobody(
-    constraint: str, kind: KeyType | None
-) -> None:
+def test_all_verifiers_reject_a_certificate_outside_the_name_constraints(constraint: str, kind: KeyType | None) -> None:
     """So a stolen intermediate, or a mistake in the policy, stays within them."""
     with presented(ca(kind, constraint), OUTSIDE[constraint]) as shown:
         answers = [shown.openssl(Usage.SERVER), shown.go(Usage.SERVER).get("error", "")]
@@ -154,7 +152,7 @@ def test_a_certificate_outside_the_name_constraints_is_believed_by_nobody(
 
 
 @pytest.mark.parametrize("kind", ML_DSA)
-def test_a_chain_of_ml_dsa_is_believed(kind: KeyType) -> None:
+def test_cryptography_accepts_a_chain_of_ml_dsa(kind: KeyType) -> None:
     """Root, intermediate and leaf: by cryptography's verifier, and by the node that is to write it to a volume."""
     keyring, names = ca(kind), Names.of([DNSName.parse("shop.web.svc")], [ID])
     with presented(keyring, names, kind) as shown:
@@ -171,15 +169,15 @@ def test_a_chain_of_ml_dsa_is_believed(kind: KeyType) -> None:
 
 
 @pytest.mark.parametrize("kind", ML_DSA)
-def test_openssl_believes_a_chain_of_ml_dsa(kind: KeyType) -> None:
+def test_openssl_accepts_a_chain_of_ml_dsa(kind: KeyType) -> None:
     """Its strict mode, from 3.5 on."""
     with presented(ca(kind), Names.of([DNSName.parse("shop.web.svc")], [ID]), kind) as shown:
         assert [shown.openssl(usage, kind) for usage in BOTH] == ["", ""]
 
 
 @pytest.mark.parametrize("kind", ML_DSA)
-def test_the_newest_openssl_believes_a_chain_of_ml_dsa_and_no_other(kind: KeyType) -> None:
-    """The one within the cryptography package, wherever the tests run; below another root of the same kind it believes nothing."""
+def test_newest_openssl_accepts_only_the_chain_of_ml_dsa_with_the_right_root(kind: KeyType) -> None:
+    """Test the OpenSSL in the cryptography package. It rejects the chain with another root of the same key type."""
     with presented(ca(kind), Names.of([DNSName.parse("shop.web.svc")], [ID]), kind) as shown:
         assert shown.newest_openssl() == ""
         stranger = make_keyring(NOW, CAProfile(kind))
@@ -187,7 +185,7 @@ def test_the_newest_openssl_believes_a_chain_of_ml_dsa_and_no_other(kind: KeyTyp
         assert "unable to get local issuer certificate" in other.newest_openssl()
 
 
-def test_a_new_intermediate_is_believed_like_the_former() -> None:
+def test_verifiers_accept_a_new_intermediate_like_the_previous_one() -> None:
     """With the name constraints of the former one."""
     keyring = ca(None, "dns:example.com").renew_intermediate(NOW)
     for name, believed in (("a.example.com", True), ("a.example.org", False)):

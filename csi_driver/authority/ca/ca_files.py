@@ -34,7 +34,7 @@ _UNLIMITED = 2**53
 class CAFiles:
     """The CA in the files ``root.crt``, ``intermediate.crt`` and ``intermediate.key`` of a directory: a ``CASource``.
 
-    It has no rotation: whoever writes the files decides which CA signs and which roots are trusted. If new files are
+    It has no rotation: the owner of the files decides which CA signs and which roots are trusted. If new files are
     invalid, the previous CA stays in use.
     """
 

@@ -73,7 +73,7 @@ def read_yaml(content: bytes, what: str, reason: Reason) -> Located:
 
 
 def _lines(node: yaml.Node | None, path: Path) -> Iterator[tuple[Path, int]]:
-    """Of keys and items, not of values: a value may begin lines below its key, where nobody looks for it."""
+    """Yield the lines of keys and items. A value can begin lines below its key, so its line would be misleading."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             at = (*path, str(key.value))

@@ -51,7 +51,7 @@ class FederationDirectory:
         clock: Callable[[], float],
         reserved: Container[str],
     ) -> None:
-        """``clock`` returns Unix seconds. ``reserved`` are the names of issuers, which have root sets of their own."""
+        """``clock`` returns Unix seconds. ``reserved`` are the names of issuers, which have root sets too."""
         self._trust = trust
         self._metrics = metrics
         self._clock = clock
