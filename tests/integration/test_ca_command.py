@@ -1,4 +1,4 @@
-"""``certmount ca`` as an administrator types it, in a folder and in a cluster."""
+"""``certmount ca`` as an administrator uses it, with a directory and in a cluster."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from prometheus_client import CollectorRegistry
 from csi_driver import DRIVER_NAME
 from csi_driver.authority.ca.authority import CertificateAuthority, utc_now
 from csi_driver.authority.ca.keyring import INTERMEDIATE_KEY, Keyring, encode_keyring, make_keyring
+from csi_driver.authority.ca.rotation import Acknowledgements
+from csi_driver.authority.ca.sources import StoredCA
 from csi_driver.authority.storage import DirectoryStore
 from csi_driver.authority.trust.acknowledgements import ACKNOWLEDGEMENTS_FILE, node_hash
 from csi_driver.cli.ca import command
@@ -28,22 +30,22 @@ from tests.unit.kube.api_server import FakeApiServer
 from tests.unit.kube.collection import Collection
 
 
-class Fleet:
-    """One node, which has confirmed everything."""
+class OneNode:
+    """One node, which has acknowledged everything."""
 
-    async def look(self, generation: int) -> tuple[frozenset[str], frozenset[str]]:
+    async def read(self, generation: int) -> Acknowledgements:
         assert generation
-        return frozenset({"one"}), frozenset({"one"})
+        return Acknowledgements(frozenset({"one"}), frozenset({"one"}))
 
 
 class Setting:
-    """A folder with a CA, an authority on it whose time a test can push, and the command."""
+    """A directory with a CA, an authority whose clock a test can advance, and the command."""
 
-    def __init__(self, folder: Path, fleet: Fleet | None = None) -> None:
+    def __init__(self, folder: Path, nodes: OneNode | None = None) -> None:
         self.folder = folder
         self.ahead = timedelta()
         metrics = AuthorityMetrics(CollectorRegistry())
-        self.ca = CertificateAuthority(StoredCA(DirectoryStore(folder)), metrics, self._clock, fleet=fleet)
+        self.ca = CertificateAuthority(StoredCA(DirectoryStore(folder), nodes), metrics, self._clock)
 
     def _clock(self) -> datetime:
         return utc_now() + self.ahead
@@ -75,13 +77,13 @@ class Setting:
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process is the tests'; its logs stay as they are."""
+    """Leave the logging of the test process unchanged."""
     monkeypatch.setattr("csi_driver.cli.ca.configure_logging", lambda _level: None)
 
 
 @pytest.fixture
 def setting(tmp_path: Path) -> Setting:
-    setting = Setting(tmp_path, Fleet())
+    setting = Setting(tmp_path, OneNode())
     setting.go_by()
     return setting
 
@@ -238,7 +240,7 @@ def test_which_ca_is_meant_must_be_clear(tmp_path: Path, monkeypatch: pytest.Mon
 async def test_in_a_cluster_the_nodes_that_are_waited_for_are_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The first ten; one whose driver is away is waited for until someone says that it won't come back."""
+    """The output lists the first ten. A rotation waits for a node with an unavailable driver until ``forget`` removes it."""
     setting = Setting(tmp_path)
     for step in (setting.go_by, lambda: setting.says("rotate"), setting.go_by, lambda: setting.go_by(41)):
         await asyncio.to_thread(step)

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from prometheus_client import CollectorRegistry
 
 from csi_driver.authority.policy.policy_file import read_policy
 from csi_driver.cli.main import main
+from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 from tests.support.json_schema import valid
 from tests.unit.core.policy.test_schema import SCHEMA
 
@@ -42,13 +44,13 @@ def run(line: str) -> Result:
 
 
 @pytest.mark.parametrize("command, output", SESSIONS, ids=[command for command, _ in SESSIONS])
-def test_the_documented_commands_print_what_the_document_says(command: str, output: str) -> None:
-    """To the letter; whoever changes a text changes the document with it."""
+def test_documented_commands_print_the_documented_output(command: str, output: str) -> None:
+    """Command output and documentation are identical, so a change of one requires a change of the other."""
     assert run(command).output == output
 
 
-def test_every_example_of_a_policy_is_one() -> None:
-    """What a reader copies works, and fits the schema."""
+def test_policy_examples_are_valid() -> None:
+    """The examples of the documentation and the manifests can be parsed and match the schema."""
     assert read_policy(POLICY.encode(), trust_domain="cluster.local", cluster_domain="cluster.local").rules
     assert valid(SCHEMA, yaml.safe_load(POLICY))
     assert not valid(SCHEMA, yaml.safe_load(FAULTY))
@@ -59,10 +61,12 @@ def test_every_example_of_a_policy_is_one() -> None:
     assert len(read_policy(example.encode(), trust_domain="a.b", cluster_domain="c.d").rules) == 1
 
 
-def test_the_alert_is_about_a_metric_that_there_is() -> None:
-    """An alert on a name that nobody exports never fires."""
+def test_documented_alert_uses_an_existing_metric() -> None:
+    """An alert on a missing metric would never fire."""
     assert "expr: min(certmount_policy_valid) == 0" in ALERT
-    assert "certmount_policy_valid" in (ROOT / "csi_driver/telemetry/authority_metrics.py").read_text()
+    registry = CollectorRegistry()
+    AuthorityMetrics(registry)
+    assert registry.get_sample_value("certmount_policy_valid") is not None
 
 
 @pytest.mark.parametrize(
@@ -126,7 +130,7 @@ def test_everything_that_a_rule_asks_about_can_be_said(options: str, expected: s
 
 
 def test_names_that_can_not_be_had_together_are_explained(folder: Path) -> None:
-    """Each with what it may be had with."""
+    """For each name, the output shows what it is allowed with."""
     rule = "- match: {{namespaces: ['*'], serviceAccounts: ['*']}}\n  allow: {{dns: [{}], {}}}\n"
     rules = rule.format("a.example", "max_duration: 1h") + rule.format("b.example", "min_duration: 2h")
     (folder / "policy.yaml").write_text("policy:\n" + rules)
@@ -178,7 +182,7 @@ def test_what_is_wrong_with_a_table_is_said_by_its_line(folder: Path, cases: str
         ("{pod: {namespace: web, serviceAccount: old-edge}, expect: allowed}", "service account web/old-edge: is denied: its token was in a log on 3 May"),
     ],
 )  # fmt: skip
-def test_a_case_that_fails_is_told_in_words(folder: Path, case: str, words: str) -> None:
+def test_failed_case_is_explained(folder: Path, case: str, words: str) -> None:
     """What was expected, what came, and by which rule."""
     (folder / "cases.yaml").write_text(TABLE + f"- {case}\n")
     result = run("policy test cases.yaml")
@@ -187,10 +191,10 @@ def test_a_case_that_fails_is_told_in_words(folder: Path, case: str, words: str)
     assert "1 case, 1 failed" in result.output
 
 
-def test_a_table_says_its_own_domains_and_finds_the_policy_beside_it(
+def test_table_sets_its_domains_and_its_policy_path_is_relative_to_it(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever folder the command runs in."""
+    """The working directory of the command has no effect."""
     case = "- {pod: {namespace: w, services: [s]}, ask: {name: s.w.svc.k.example, uri-sans: 'spiffe://t.example/ns/w/sa/default'}, expect: allowed}\n"
     (folder / "cases.yaml").write_text("trust_domain: t.example\ncluster_domain: k.example\n" + TABLE + case)
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))

@@ -1,4 +1,4 @@
-"""docs/ca.md: what it says to type makes a CA that is taken, and its tables are the code's."""
+"""The commands of docs/ca.md create a valid CA, and its tables match the code."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ DOCUMENT = (Path(__file__).parents[4] / "docs" / "ca.md").read_text(encoding="ut
 
 
 def commands() -> list[str]:
-    """The lines to type that need no cluster, in their order."""
+    """Return the commands that need no cluster, in order."""
     blocks = re.findall(r"^```sh\n(.*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
     return [line for block in blocks for line in block.splitlines() if not line.startswith("kubectl ")]
 
 
 @pytest.fixture
 def printed(tmp_path: Path) -> str:
-    """What all of them print."""
+    """Return the output of all commands."""
     script = "\n".join(["set -e", *commands()])
     return subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, check=True, text=True).stdout
 
 
 @pytest.mark.peers("openssl", "bash")
-async def test_a_ca_made_as_the_document_says_is_taken(printed: str, tmp_path: Path, metrics: AuthorityMetrics) -> None:
-    """For names of the cluster and no other; and the last command prints the fingerprint that the authority logs."""
+async def test_documented_commands_create_a_valid_ca(printed: str, tmp_path: Path, metrics: AuthorityMetrics) -> None:
+    """The CA is valid for names of the cluster only. The last command prints the fingerprint that the authority logs."""
     assert "intermediate.crt: OK" in printed
-    keyring = await CAFiles(tmp_path, metrics).refresh(datetime.now(UTC))
-    bounds = NameConstraintSet.of((*keyring.intermediates, keyring.root))
+    keyring = (await CAFiles(tmp_path, metrics).refresh(datetime.now(UTC))).keyring
+    bounds = NameConstraintSet.of((keyring.intermediate.certificate, *keyring.chain, keyring.root))
     inside = ["shop.web.svc", "shop.web.svc.cluster.local"]
-    assert bounds.refused(Names.of(map(DNSName.parse, inside), [spiffe_id("cluster.local", "web", "shop")])) == []
-    assert len(bounds.refused(Names.of([DNSName.parse("example.com")], [spiffe_id("other", "web", "shop")]))) == 2
+    assert bounds.violations(Names.of(map(DNSName.parse, inside), [spiffe_id("cluster.local", "web", "shop")])) == []
+    assert len(bounds.violations(Names.of([DNSName.parse("example.com")], [spiffe_id("other", "web", "shop")]))) == 2
     assert fingerprint(keyring.root).removeprefix("SHA256:") == printed.strip().rpartition("=")[2]
 
 
-def test_the_document_names_what_there_is() -> None:
-    """Every value of the store, every key type for a CA; and its examples of constraints are read."""
+def test_page_names_all_files_key_types_and_constraints() -> None:
+    """The page names each stored value and each key type of a CA, and its examples of constraints can be parsed."""
     assert all(f"`{name}`" in DOCUMENT for name in (*KEYRING_FILES, SERVING, SERVING_KEY))
     assert all(f"`{kind.value}`" in DOCUMENT for kind in AUTHORITY_KEY_TYPES)
     examples = re.findall(r"`((?:dns|uri|ip|email):[^`]+)`", DOCUMENT)
