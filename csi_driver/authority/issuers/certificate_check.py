@@ -19,8 +19,7 @@ from csi_driver.core.spec import Usage
 
 _USAGES = {ExtendedKeyUsageOID.SERVER_AUTH: Usage.SERVER, ExtendedKeyUsageOID.CLIENT_AUTH: Usage.CLIENT}
 _MIN_RENEW_AFTER = timedelta(minutes=1)
-_CLOCK_TOLERANCE = timedelta(minutes=2)
-"""The issuer counts the lifetime from the time of its own clock."""
+_CLOCK_TOLERANCE = timedelta(minutes=2)  # The issuer counts the lifetime from the time of its own clock
 
 
 def check_certificate(

@@ -21,8 +21,7 @@ ReadSecret = Callable[[str, str, str], Awaitable[Secret[bytes]]]
 class CredentialReader:
     """Reads a credential at each use, so that replacing it does not need a restart."""
 
-    read_secret: ReadSecret | None = None
-    """None outside a cluster, where credentials can only be files."""
+    read_secret: ReadSecret | None = None  # None outside a cluster, where credentials can only be files
 
     async def read(self, source: CredentialSource) -> Secret[bytes]:
         """Return the credential; raise CertmountError IssuerUnavailable, which names the source and shows no content."""

@@ -15,8 +15,7 @@ from csi_driver.core.errors import CertmountError
 
 log = structlog.get_logger(__name__)
 
-DIAGNOSE_S = 60.0
-"""How fast new roots and replaced keys take effect."""
+DIAGNOSE_S = 60.0  # How fast new roots and replaced keys take effect
 _DIAGNOSE_AFTER_PROBLEM_S = 5.0
 
 

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 class Finding:
     """The result of checking one thing."""
 
-    subject: str
-    """What was checked, in one or two words, such as ``provisioner``."""
+    subject: str  # What was checked, in one or two words, such as `provisioner`
     ok: bool
-    text: str
-    """What was found; if it is not ok, also what to do."""
+    text: str  # What was found; if it is not ok, also what to do
 
     def __str__(self) -> str:
         return f"{'ok  ' if self.ok else 'FAIL'} {self.subject}: {self.text}"

@@ -19,8 +19,7 @@ from csi_driver.core.formats.pem import encode_certificates
 
 _TIMEOUT = aiohttp.ClientTimeout(total=10, sock_connect=5)
 """A signature takes milliseconds; with an HSM or a webhook about a second."""
-MAX_RESPONSE_BYTES = 4 * 1024 * 1024
-"""The longest legitimate responses are pages of a hundred step-ca provisioners."""
+MAX_RESPONSE_BYTES = 4 * 1024 * 1024  # The longest legitimate responses are pages of a hundred step-ca provisioners
 _MAX_CONNECTIONS = 20
 # Verification results of OpenSSL (x509_vfy.h) that an administrator can act on.
 _VERIFY_ERRORS = {
@@ -32,8 +31,7 @@ _VERIFY_ERRORS = {
     ),
     62: ("is not for this host name", 'add the name to "dnsNames" in ca.json, or change url to a name that is listed'),
 }
-_SAME_AS = {19: 18, 20: 18, 21: 18, 64: 62}
-"""Other results with the same cause; 64 is an IP address mismatch."""
+_SAME_AS = {19: 18, 20: 18, 21: 18, 64: 62}  # Other results with the same cause; 64 is an IP address mismatch
 
 
 class HttpError(Exception):
@@ -51,8 +49,7 @@ class JsonResponse:
 
     status: int
     document: Mapping[str, Any]
-    time: datetime | None
-    """The server's clock, to the second (RFC 9110 section 6.6.1); None if the response lacks it."""
+    time: datetime | None  # The server's clock, to the second (RFC 9110 section 6.6.1); None if the response lacks it
 
     @property
     def message(self) -> str:

@@ -28,8 +28,7 @@ class AcmeAccount:
     """The account's key, and its URL at the CA."""
 
     key: JWKEC
-    url: str
-    """Empty until the CA knows the key."""
+    url: str  # Empty until the CA knows the key
 
     def __repr__(self) -> str:
         return f"AcmeAccount({self.url})"

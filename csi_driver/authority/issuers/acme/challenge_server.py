@@ -11,8 +11,7 @@ from csi_driver.authority.issuers import Issuer
 from csi_driver.authority.issuers.acme.http01 import HTTP01_PATH
 from csi_driver.core.errors import CertmountError
 
-_TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
-"""RFC 8555 section 8.3: base64url."""
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)  # RFC 8555 section 8.3: base64url
 
 
 class ChallengeServer:

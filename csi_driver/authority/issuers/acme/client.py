@@ -31,11 +31,9 @@ class AcmeProblem(Exception):
 
     def __init__(self, code: str, text: str, status: int = 0, retry_after_s: float | None = None) -> None:
         super().__init__(text)
-        self.code = code
-        """Such as ``rateLimited``; empty if the response is not a problem document."""
+        self.code = code  # Such as `rateLimited`; empty if the response is not a problem document
         self.text = text
-        self.status = status
-        """The HTTP status."""
+        self.status = status  # The HTTP status
         self.retry_after_s = retry_after_s
 
 

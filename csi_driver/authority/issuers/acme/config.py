@@ -37,8 +37,7 @@ class AccountStorage:
 
     namespace: str = ""
     name: str = ""
-    directory: str = ""
-    """Empty if it is a Secret."""
+    directory: str = ""  # Empty if it is a Secret
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +45,17 @@ class ExternalAccount:
     """An existing account at the CA to which the ACME account is bound (RFC 8555 section 7.3.4)."""
 
     key_id: str
-    key: CredentialSource
-    """The MAC key in base64url, as CAs provide it."""
+    key: CredentialSource  # The MAC key in base64url, as CAs provide it
 
 
 @dataclass(frozen=True, slots=True)
 class Dns01:
     """How to solve DNS-01 challenges (RFC 8555 section 8.4) with DNS UPDATE (RFC 2136)."""
 
-    server: str
-    """The server that accepts updates, ``ADDRESS`` or ``ADDRESS:PORT``: the primary of the zone."""
+    server: str  # The server that accepts updates, `ADDRESS` or `ADDRESS:PORT`: the primary of the zone
     key: CredentialSource | None = None
     """The TSIG key in the format of :class:`.credentials.TsigKey`. None if the server authorizes by address, which is unsafe."""
-    zone: str | None = None
-    """The zone for the records; None to ask ``server`` for the zone of each name."""
+    zone: str | None = None  # The zone for the records; None to ask `server` for the zone of each name
     resolvers: tuple[str, ...] = ()
     """Resolvers for CNAMEs and server addresses, for split horizons; empty for those of the system."""
     nameservers: tuple[str, ...] = ()
@@ -77,8 +73,7 @@ class Http01:
 
     Set it in clusters that can't reach their own load balancer from inside.
     """
-    ingress_class: str | None = None
-    """The class of the Ingress to create for each challenge; None if a route exists."""
+    ingress_class: str | None = None  # The class of the Ingress to create for each challenge; None if a route exists
     patience: timedelta = HTTP_PATIENCE
     """How long a route may take to work: load balancers and ingress controllers need time for a new route."""
 
@@ -88,25 +83,18 @@ class AcmeConfiguration:
     """One account at one CA, and how to solve challenges."""
 
     account: AccountStorage
-    email: str | None = None
-    """The contact address. Each address has its own account."""
+    email: str | None = None  # The contact address. Each address has its own account.
     directory: str = STAGING
-    terms_agreed: bool = False
-    """True if the administrator agrees to the CA's terms of service."""
-    dns01: Dns01 | None = None
-    """Has precedence over http01, because it also supports wildcards."""
+    terms_agreed: bool = False  # True if the administrator agrees to the CA's terms of service
+    dns01: Dns01 | None = None  # Has precedence over http01, because it also supports wildcards
     http01: Http01 | None = None
     external_account: ExternalAccount | None = None
-    ca_file: str | None = None
-    """PEM of the roots of the directory's own TLS certificate; None for public CAs."""
+    ca_file: str | None = None  # PEM of the roots of the directory's own TLS certificate; None for public CAs
     roots_file: str | None = None
     """PEM of the roots that pods trust, and at which every chain must end. None is possible for :data:`PRODUCTION` only."""
-    profile: str | None = None
-    """A certificate profile of the CA; None for the CA's default."""
-    preferred_chain: str | None = None
-    """Common name of the root of the preferred chain, if the CA offers several."""
-    while_pending: str | None = None
-    """The issuer of interim certificates; None if pods wait for the CA."""
+    profile: str | None = None  # A certificate profile of the CA; None for the CA's default
+    preferred_chain: str | None = None  # Common name of the root of the preferred chain, if the CA offers several
+    while_pending: str | None = None  # The issuer of interim certificates; None if pods wait for the CA
 
 
 def parse_acme(reader: DocumentReader, path: Path, value: object) -> AcmeConfiguration | None:

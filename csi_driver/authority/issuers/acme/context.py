@@ -50,8 +50,7 @@ class AcmeContext:
     solver: ChallengeSolver
     executor: Executor
     clock: Callable[[], float]
-    holder: str
-    """The identity of this replica in leases."""
+    holder: str  # The identity of this replica in leases
 
     async def in_thread(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """Call the synchronous ACME library."""

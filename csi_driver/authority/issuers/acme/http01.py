@@ -18,8 +18,7 @@ from csi_driver.authority.issuers.dependencies import ChallengeRoutes
 from csi_driver.core.errors import CertmountError, Fault, Reason
 
 HTTP01_PATH = "/.well-known/acme-challenge/"
-MAX_STORE_AGE_S = 0.1
-"""A replica that does not find a token reads the store again if its copy is older."""
+MAX_STORE_AGE_S = 0.1  # A replica that does not find a token reads the store again if its copy is older
 _INTERVAL_S = 1.0
 _MAX_BYTES = 1024
 _TIMEOUT = aiohttp.ClientTimeout(total=5)

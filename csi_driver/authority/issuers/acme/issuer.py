@@ -46,13 +46,11 @@ from csi_driver.core.formats.pem import decode_certificates
 
 log = structlog.get_logger(__name__)
 
-_WAIT_S = 80.0
-"""The node's call ends after 90 s."""
+_WAIT_S = 80.0  # The node's call ends after 90 s
 _INTERIM_WAIT_S = 4.0
 """If an interim certificate is possible: enough for a CA that has valid authorizations of the names."""
 _LEASE_S = 60.0
-_MAX_HELD = 32
-"""Most of these orders wait for name servers or the CA, so a small number would delay the others."""
+_MAX_HELD = 32  # Most of these orders wait for name servers or the CA, so a small number would delay the others
 _THREADS = 4
 _INTERVAL_S = 5.0
 _CHECK_ACCOUNT_S = 300.0

@@ -8,14 +8,10 @@ from csi_driver.authority.issuers.acme.problems import backoff_error
 from csi_driver.authority.issuers.acme.state import MAX_ORDERS, AcmeState, OrderRecord, names_id
 from csi_driver.core.errors import CertmountError, Fault, Reason
 
-_KEEP_FINISHED_S = 3600.0
-"""A finished certificate waits for its node, which retries within minutes."""
-_ABANDON_AFTER_S = 2 * 3600.0
-"""If nothing requests an order for so long, its pods no longer exist."""
-_REQUESTED_PRECISION_S = 600.0
-"""Limits writes to the store: a waiting node requests the order often."""
-_KEEP_BACKOFF_S = 86400.0
-"""After its end, to count consecutive failures."""
+_KEEP_FINISHED_S = 3600.0  # A finished certificate waits for its node, which retries within minutes
+_ABANDON_AFTER_S = 2 * 3600.0  # If nothing requests an order for so long, its pods no longer exist
+_REQUESTED_PRECISION_S = 600.0  # Limits writes to the store: a waiting node requests the order often
+_KEEP_BACKOFF_S = 86400.0  # After its end, to count consecutive failures
 
 
 def request_order(state: AcmeState, order_id: str, names: tuple[str, ...], csr: bytes, now: float) -> AcmeState:

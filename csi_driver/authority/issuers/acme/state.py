@@ -12,11 +12,9 @@ from typing import Any
 
 from csi_driver.authority.issuers.errors import issuer_unavailable
 
-MAX_ORDERS = 200
-"""Each order takes about 3 KB with its CSR and chain; a Secret can hold 1 MB."""
+MAX_ORDERS = 200  # Each order takes about 3 KB with its CSR and chain; a Secret can hold 1 MB
 MAX_BYTES = 600 * 1024
-_MAX_CERTIFICATES = 1000
-"""200 bytes each."""
+_MAX_CERTIFICATES = 1000  # 200 bytes each
 _MAX_BACKOFFS = 500
 
 
@@ -24,14 +22,11 @@ _MAX_BACKOFFS = 500
 class ChallengeRecord:
     """The response to one challenge. It is stored before it is published, and removed after it is unpublished."""
 
-    kind: str
-    """``dns-01`` or ``http-01``."""
+    kind: str  # `dns-01` or `http-01`
     name: str
     token: str
-    value: str
-    """The text of the TXT record, or the key authorization (RFC 8555 section 8.1)."""
-    record_name: str = ""
-    """The name of the TXT record, after following CNAMEs."""
+    value: str  # The text of the TXT record, or the key authorization (RFC 8555 section 8.1)
+    record_name: str = ""  # The name of the TXT record, after following CNAMEs
     zone: str = ""
 
 
@@ -45,24 +40,17 @@ class OrderRecord:
     created_at: float
     requested_at: float
     """When a pod last requested it, with a precision of minutes. Orders that nothing requests are abandoned."""
-    url: str = ""
-    """The order at the CA; empty before it exists."""
-    replaces: str = ""
-    """The identifier of the certificate that it renews (RFC 9773 section 5)."""
-    holder: str = ""
-    """The replica that processes it until ``lease_until``."""
+    url: str = ""  # The order at the CA; empty before it exists
+    replaces: str = ""  # The identifier of the certificate that it renews (RFC 9773 section 5)
+    holder: str = ""  # The replica that processes it until `lease_until`
     lease_until: float = 0.0
     retry_at: float = 0.0
-    failures: int = 0
-    """Consecutive failures."""
-    problem: str = ""
-    """The last failure, for people."""
+    failures: int = 0  # Consecutive failures
+    problem: str = ""  # The last failure, for people
     challenges: tuple[ChallengeRecord, ...] = ()
-    chain: tuple[bytes, ...] = ()
-    """X.509 DER, leaf first; set when the order is finished."""
+    chain: tuple[bytes, ...] = ()  # X.509 DER, leaf first; set when the order is finished
     finished_at: float = 0.0
-    abandoned: bool = False
-    """Only its challenges remain to be removed."""
+    abandoned: bool = False  # Only its challenges remain to be removed
 
     @property
     def is_open(self) -> bool:
@@ -77,8 +65,7 @@ class NamesBackoff:
     names_id: str
     until: float
     failures: int
-    reason: str
-    """A word of :class:`csi_driver.core.errors.Reason`."""
+    reason: str  # A word of :class:`csi_driver.core.errors.Reason`
     text: str
 
 
@@ -89,12 +76,10 @@ class TrackedCertificate:
     order_id: str
     names_id: str
     key_sha256: str
-    certificate_id: str
-    """RFC 9773 section 4.1."""
+    certificate_id: str  # RFC 9773 section 4.1
     not_after: float
     renew_at: float
-    check_at: float
-    """When to fetch renewal information again."""
+    check_at: float  # When to fetch renewal information again
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,7 @@ from csi_driver.authority.issuers.acme.nameserver import Nameserver, NotAuthoriz
 from csi_driver.authority.issuers.errors import issuer_unavailable
 from csi_driver.core.errors import CertmountError
 
-_LABEL = "_acme-challenge"
-"""RFC 8555 section 8.4."""
+_LABEL = "_acme-challenge"  # RFC 8555 section 8.4
 _MAX_CNAMES = 8
 
 

@@ -20,13 +20,11 @@ class KubernetesCSRConfiguration:
     """The signer, who approves its requests, and its roots."""
 
     signer: str
-    approve: bool = False
-    """True if the authority approves its own requests."""
+    approve: bool = False  # True if the authority approves its own requests
     roots: CredentialSource | None = None
     """The signer's roots in PEM, which the API does not publish; None for certmount's own signer, which is the internal CA."""
     min_duration: timedelta = MIN_DURATION
-    max_duration: timedelta | None = None
-    """None if only the policy limits the lifetime."""
+    max_duration: timedelta | None = None  # None if only the policy limits the lifetime
 
 
 def parse_kubernetes_csr(reader: DocumentReader, path: Path, value: object) -> KubernetesCSRConfiguration | None:

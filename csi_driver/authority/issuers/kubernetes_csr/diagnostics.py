@@ -13,8 +13,7 @@ from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConf
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.formats.pem import decode_certificates, fingerprint
 
-_MAX_ROOTS = 10
-"""A volume can hold as many."""
+_MAX_ROOTS = 10  # A volume can hold as many
 _REQUESTS = "certificatesigningrequests"
 _HINT = "apply the role in docs/kubernetes-csr.md"
 
@@ -24,10 +23,8 @@ class KubernetesCSRDiagnosis:
     """The result of a diagnosis."""
 
     findings: Findings = field(default_factory=Findings)
-    roots: tuple[bytes, ...] = ()
-    """X.509 DER; empty if they are unknown, or are those of the internal CA."""
-    username: str = ""
-    """The authority's user name at the API server; empty if it is unknown."""
+    roots: tuple[bytes, ...] = ()  # X.509 DER; empty if they are unknown, or are those of the internal CA
+    username: str = ""  # The authority's user name at the API server; empty if it is unknown
 
 
 async def diagnose_kubernetes_csr(

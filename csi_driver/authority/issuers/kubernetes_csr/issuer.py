@@ -35,10 +35,8 @@ _WAIT_FOR_SIGNER_S = 30.0
 """Automatic signers answer in seconds. Manual approvals take longer, and a waiting call occupies the request queue."""
 _WAIT_FOR_LIST_S = 5.0
 """After a start: the existing requests must be known, or a second one would be created for the same certificate."""
-_KEEP_SIGNED = timedelta(minutes=10)
-"""The node retries every half minute."""
-_KEEP_APPROVED = timedelta(minutes=15)
-"""No signer takes longer, and Kubernetes keeps approved requests forever."""
+_KEEP_SIGNED = timedelta(minutes=10)  # The node retries every half minute
+_KEEP_APPROVED = timedelta(minutes=15)  # No signer takes longer, and Kubernetes keeps approved requests forever
 _KEEP_UNDECIDED = timedelta(hours=1)
 """For manual approvals. If the pod still needs the certificate, the next call creates another request."""
 

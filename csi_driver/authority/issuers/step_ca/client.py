@@ -11,8 +11,7 @@ from csi_driver.authority.issuers.http_client import HttpClient, HttpError, Json
 from csi_driver.authority.issuers.step_ca.provisioners import Provisioner, parse_provisioners
 from csi_driver.core.formats.pem import decode_certificates
 
-_MAX_PAGES = 50
-"""Of a hundred provisioners each, which is step-ca's own limit for a page."""
+_MAX_PAGES = 50  # Of a hundred provisioners each, which is step-ca's own limit for a page
 _MAX_CHAIN = 10
 
 

@@ -19,18 +19,14 @@ _KEYS = ("url", "root", "root_sha256", "provisioner", "key", "password")
 class StepCAConfiguration:
     """The address of step-ca, its root, and the credential of the authority. Exactly one root attribute is set."""
 
-    url: str
-    """``https://HOST[:PORT]``, without a trailing slash."""
-    provisioner: str
-    """The name of a JWK provisioner."""
-    root_file: str | None = None
-    """A file with root certificates in PEM."""
+    url: str  # `https://HOST[:PORT]`, without a trailing slash
+    provisioner: str  # The name of a JWK provisioner
+    root_file: str | None = None  # A file with root certificates in PEM
     root_sha256: str | None = None
     """The fingerprint of the root in lower-case hex, as ``step certificate fingerprint`` prints it."""
     key: CredentialSource | None = None
     """The provisioner's private JWK; None for the encrypted key that step-ca publishes."""
-    password: CredentialSource | None = None
-    """The password of an encrypted JWK."""
+    password: CredentialSource | None = None  # The password of an encrypted JWK
 
 
 def parse_step_ca(reader: DocumentReader, path: Path, value: object) -> StepCAConfiguration | None:

@@ -24,11 +24,9 @@ from csi_driver.core.errors import CertmountError
 from csi_driver.core.formats.pem import decode_certificates, fingerprint
 from csi_driver.core.secret import Secret
 
-_MAX_ROOTS = 10
-"""A volume can hold as many."""
+_MAX_ROOTS = 10  # A volume can hold as many
 _MAX_ROOT_FILE_BYTES = 1024 * 1024
-_MAX_CLOCK_SKEW = timedelta(minutes=1)
-"""What step-ca tolerates when it verifies a token."""
+_MAX_CLOCK_SKEW = timedelta(minutes=1)  # What step-ca tolerates when it verifies a token
 
 
 @dataclass(slots=True)
@@ -39,8 +37,7 @@ class StepCADiagnosis:
     roots: tuple[bytes, ...] = ()
     """For pods, DER: step-ca's own roots, then those of CAs that it federates with; empty if they are unknown."""
     provisioner: Provisioner | None = None
-    key: ProvisionerKey | None = None
-    """None unless it belongs to the provisioner."""
+    key: ProvisionerKey | None = None  # None unless it belongs to the provisioner
 
 
 class ProvisionerKeyLoader:

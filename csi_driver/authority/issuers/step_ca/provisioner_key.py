@@ -15,8 +15,7 @@ import jwt
 from csi_driver.authority.issuers.step_ca import key_encryption
 from csi_driver.core.secret import Secret
 
-TOKEN_LIFETIME = timedelta(minutes=1)
-"""step-ca tolerates one more minute of difference between the clocks."""
+TOKEN_LIFETIME = timedelta(minutes=1)  # step-ca tolerates one more minute of difference between the clocks
 _ALGORITHMS = {"P-256": "ES256", "P-384": "ES384", "P-521": "ES512", "Ed25519": "EdDSA"}
 # RFC 7638 section 3.2: the required members of a public key in lexicographic order.
 _MEMBERS = {"EC": ("crv", "kty", "x", "y"), "RSA": ("e", "kty", "n"), "OKP": ("crv", "kty", "x")}
@@ -26,17 +25,14 @@ _MEMBERS = {"EC": ("crv", "kty", "x", "y"), "RSA": ("e", "kty", "n"), "OKP": ("c
 class TokenClaims:
     """What a token allows: one certificate with these names for this CSR."""
 
-    issuer: str
-    """The provisioner's name."""
+    issuer: str  # The provisioner's name
     audience: str
     subject: str
     sans: Sequence[str]
     usages: Sequence[str]
     """Extended key usages by their names in step-ca's templates, which can read them as ``.Token.extKeyUsage``."""
-    csr: bytes
-    """DER."""
-    nonce: str
-    """Unique for each token."""
+    csr: bytes  # DER
+    nonce: str  # Unique for each token
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +40,7 @@ class ProvisionerKey:
     """A private JWK that signs tokens."""
 
     kid: str
-    thumbprint: str
-    """Of the public key (RFC 7638)."""
+    thumbprint: str  # Of the public key (RFC 7638)
     _key: jwt.PyJWK
 
     def token(self, claims: TokenClaims, now: datetime) -> Secret[str]:

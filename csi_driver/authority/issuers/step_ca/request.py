@@ -15,8 +15,7 @@ from csi_driver.core.names import Names
 from csi_driver.core.spec import Usage
 
 _USAGES = {Usage.SERVER: "serverAuth", Usage.CLIENT: "clientAuth"}
-_MAX_COMMON_NAME = 64
-"""RFC 5280 appendix A.1, ub-common-name."""
+_MAX_COMMON_NAME = 64  # RFC 5280 appendix A.1, ub-common-name
 
 
 def request_faults(request: IssuerRequest, limits: LifetimeLimits) -> list[Fault]:
