@@ -11,15 +11,16 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
 
-from csi_driver.authority.cluster_secrets import cluster_secrets
 from csi_driver.authority.csr_api import CSRApi
 from csi_driver.authority.diagnostics import DiagnosticCheck, permission_checks
 from csi_driver.authority.environment import Environment
 from csi_driver.authority.events.recorder import PodEventRecorder
-from csi_driver.authority.issuers.credentials import CredentialReader
+from csi_driver.authority.issuers.credentials import CredentialReader, ReadSecret
 from csi_driver.authority.issuers.dependencies import IssuerDependencies
 from csi_driver.authority.policy.subjects import ClusterSubjectLookup
 from csi_driver.authority.trust.acknowledgements import ACKNOWLEDGEMENTS_SECRET
+from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.secret import Secret
 from csi_driver.kube.client import Api, ObjectName, connect, in_cluster_configuration
 from csi_driver.kube.cluster_cache import ClusterCache
 from csi_driver.kube.csi_nodes import CSINodeClient
@@ -30,7 +31,7 @@ from csi_driver.kube.permissions import SIGNER_LEASE, find_object, has_permissio
 from csi_driver.kube.pod_client import PodClient
 from csi_driver.kube.stored_objects import ConfigMapPublisher, LeaseClient, SecretStore
 from csi_driver.kube.tokens import TokenKeyClient, TokenReviewClient
-from csi_driver.telemetry.cluster_metrics import ClusterMetrics
+from csi_driver.telemetry.authority_metrics import ClusterMetrics
 
 ACME_SERVICE, ACME_PORT = "certmount-acme", 80
 """The Service in the authority's namespace that receives the HTTP-01 requests of Ingresses (docs/acme.md)."""
@@ -38,23 +39,21 @@ ACME_SERVICE, ACME_PORT = "certmount-acme", 80
 
 @dataclass(frozen=True, slots=True)
 class ClusterObjectNames:
-    """Kubernetes objects that the authority writes, as (namespace, name)."""
+    """(namespace, name) of the CA's Secret, whose namespace has all other objects, and of the ConfigMap with the roots."""
 
     ca: tuple[str, str]
-    """A Secret. The Secret of node acknowledgements is in the same namespace."""
     root: tuple[str, str]
-    """A ConfigMap."""
 
 
 @contextlib.asynccontextmanager
 async def open_cluster_environment(
     names: ClusterObjectNames, registry: CollectorRegistry
 ) -> AsyncIterator[Environment]:
-    """Connect to the API server of the cluster that this process runs in.
-
-    Raises:
-        CertmountError: TokenReviewUnavailable outside a cluster.
-    """
+    """Connect to the API server; raises CertmountError TokenReviewUnavailable outside a cluster."""
+    namespace, pod_name = names.ca[0], socket.gethostname()
+    ca, root = ObjectName("Secret", *names.ca), ObjectName("ConfigMap", *names.root)
+    acknowledgements = ObjectName("Secret", namespace, ACKNOWLEDGEMENTS_SECRET)
+    lease = ObjectName("Lease", namespace, SIGNER_LEASE)
     # TokenReviews have their own connections, so that thousands of pods cannot block the renewal of the CA. Watches have
     # their own connections because they never release them.
     async with (
@@ -64,53 +63,65 @@ async def open_cluster_environment(
         cluster_secrets() as read_secret,
     ):
         cache = ClusterCache(watches)
-        pod_name = socket.gethostname()
         events = PodEventRecorder(EventClient(api, pod_name), ClusterMetrics(registry, cache.failing_s))
-
-        async def run() -> None:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(cache.run(), name="watches")
-                tasks.create_task(events.run(), name="events")
-
-        namespace = names.ca[0]
+        csrs = KubernetesCSRClient(api, watches)
+        permissions = needed_permissions(ca, acknowledgements, root)
         yield Environment(
-            ca_store=SecretStore(api, ObjectName("Secret", *names.ca)),
-            acknowledgement_store=SecretStore(api, ObjectName("Secret", namespace, ACKNOWLEDGEMENTS_SECRET)),
-            publisher=ConfigMapPublisher(api, ObjectName("ConfigMap", *names.root)),
+            ca_store=SecretStore(api, ca),
+            acknowledgement_store=SecretStore(api, acknowledgements),
+            publisher=ConfigMapPublisher(api, root),
             fetch_keys=TokenKeyClient(api).fetch,
             reviewer=TokenReviewClient(reviews),
             subjects=ClusterSubjectLookup(cache.pods, cache.services, cache.namespaces, cache.outdated),
             events=events,
             nodes=lambda _: CSINodeClient(api),
-            issuer_dependencies=IssuerDependencies(
-                CredentialReader(read_secret),
-                lambda namespace, name: SecretStore(api, ObjectName("Secret", namespace, name)),
-                lambda ingress_class: IngressRoutes(api, namespace, ACME_SERVICE, ACME_PORT, ingress_class),
-            ),
-            checks=_checks(api, names),
-            run=run,
+            issuer_dependencies=_issuer_dependencies(api, read_secret, namespace),
+            checks=[
+                *(_existence_check(api, name) for name in (ca, acknowledgements, root, lease)),
+                *permission_checks(permissions, functools.partial(has_permission, api)),
+            ],
+            run=functools.partial(_run, cache, events),
             outdated=cache.outdated,
-            csr_api=CSRApi(
-                KubernetesCSRClient(api, watches),
-                PodClient(api),
-                LeaseClient(api, ObjectName("Lease", namespace, SIGNER_LEASE)),
-                pod_name,
-            ),
+            csr_api=CSRApi(csrs, PodClient(api), LeaseClient(api, lease), pod_name),
         )
 
 
-def _checks(api: Api, names: ClusterObjectNames) -> list[DiagnosticCheck]:
-    """Return a check for each object and each permission."""
-    namespace = names.ca[0]
-    ca, root = ObjectName("Secret", *names.ca), ObjectName("ConfigMap", *names.root)
-    acknowledgements = ObjectName("Secret", namespace, ACKNOWLEDGEMENTS_SECRET)
-    objects = (ca, acknowledgements, root, ObjectName("Lease", namespace, SIGNER_LEASE))
-    return [
-        *(DiagnosticCheck(str(name), functools.partial(_check_object, api, name)) for name in objects),
-        *permission_checks(needed_permissions(ca, acknowledgements, root), functools.partial(has_permission, api)),
-    ]
+async def _run(cache: ClusterCache, events: PodEventRecorder) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(cache.run(), name="watches")
+        tasks.create_task(events.run(), name="events")
 
 
-async def _check_object(api: Api, name: ObjectName) -> str:
-    await find_object(api, name)
-    return "exists"
+def _issuer_dependencies(api: Api, read_secret: ReadSecret, namespace: str) -> IssuerDependencies:
+    return IssuerDependencies(
+        CredentialReader(read_secret),
+        lambda namespace, name: SecretStore(api, ObjectName("Secret", namespace, name)),
+        lambda ingress_class: IngressRoutes(api, namespace, ACME_SERVICE, ACME_PORT, ingress_class),
+    )
+
+
+def _existence_check(api: Api, name: ObjectName) -> DiagnosticCheck:
+    async def run() -> str:
+        await find_object(api, name)
+        return "exists"
+
+    return DiagnosticCheck(str(name), run)
+
+
+@contextlib.asynccontextmanager
+async def cluster_secrets() -> AsyncIterator[ReadSecret]:
+    """Read issuer credentials from Kubernetes Secrets; each Secret needs the permission ``get`` on its name only.
+
+    Raises CertmountError TokenReviewUnavailable outside a cluster.
+    """
+    async with connect(in_cluster_configuration()) as api:
+
+        async def read_secret(namespace: str, name: str, key: str) -> Secret[bytes]:
+            secret = ObjectName("Secret", namespace, name)
+            values = (await SecretStore(api, secret).load()).values
+            if key not in values:
+                hint = f"it has {', '.join(sorted(values))}" if values else "it is empty"
+                raise CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(str(secret), f"has no key {key}", hint))
+            return values[key]
+
+        yield read_secret

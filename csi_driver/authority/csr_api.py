@@ -13,8 +13,7 @@ from csi_driver.kube.csr_cache import CSRCache
 class WatchTask(Protocol):
     """A watch that keeps a cache of requests current."""
 
-    async def run(self) -> None:
-        """Watch until cancelled."""
+    async def run(self) -> None: ...
 
 
 class CSRClient(Protocol):
@@ -23,8 +22,7 @@ class CSRClient(Protocol):
     async def own_username(self) -> str:
         """Return the user name of the authority, as the API server records it in requests."""
 
-    async def create(self, draft: CSRDraft) -> ClusterCSR:
-        """Create a request with a generated name."""
+    async def create(self, draft: CSRDraft) -> ClusterCSR: ...
 
     async def decide(self, csr: ClusterCSR, condition: CSRCondition) -> ClusterCSR:
         """Approve or deny a request that is neither yet; return the current request."""
@@ -55,8 +53,7 @@ class PodReader(Protocol):
 class LeaseStore(Protocol):
     """One lease that all replicas share. Both methods raise CertmountError."""
 
-    async def load(self) -> Lease:
-        """Return the current lease."""
+    async def load(self) -> Lease: ...
 
     async def save(self, lease: Lease) -> bool:
         """Replace the lease; return False if it has changed since it was loaded."""
@@ -68,7 +65,5 @@ class CSRApi:
 
     requests: CSRClient
     pods: PodReader
-    lease: LeaseStore
-    """The lease of the replica that signs."""
-    holder: str
-    """The unique name of this replica."""
+    lease: LeaseStore  # of the replica that signs
+    holder: str  # the unique name of this replica

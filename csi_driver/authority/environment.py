@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from csi_driver.authority.authn.token_reviews import OfflineReviewer, TokenReviewer
+from csi_driver.authority.authn.authenticator import OfflineReviewer, TokenReviewer
 from csi_driver.authority.config.watched_file import read_file
 from csi_driver.authority.csr_api import CSRApi
 from csi_driver.authority.diagnostics import DiagnosticCheck

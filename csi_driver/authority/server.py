@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,10 +14,9 @@ import grpc
 import structlog
 
 from csi_driver._proto import authority_pb2_grpc
-from csi_driver.authority.authn.authenticator import Authenticator
+from csi_driver.authority.authn.authenticator import Authenticator, TokenReviewCache
 from csi_driver.authority.authn.limits import RequestLimits
 from csi_driver.authority.authn.token_keys import TokenKeys
-from csi_driver.authority.authn.token_reviews import TokenReviewCache
 from csi_driver.authority.authn.token_verifier import TokenVerifier
 from csi_driver.authority.ca.authority import CertificateAuthority, utc_now
 from csi_driver.authority.ca.ca_files import CAFiles
@@ -33,12 +32,13 @@ from csi_driver.authority.csr_signer.signer import CSRSigner
 from csi_driver.authority.environment import Environment
 from csi_driver.authority.issuance.pipeline import IssuancePipeline
 from csi_driver.authority.issuance.steps import IssuanceSteps
-from csi_driver.authority.issuers.dependencies import CSRAccess
+from csi_driver.authority.issuers.dependencies import CSRAccess, IssuerDependencies
 from csi_driver.authority.issuers.internal.issuer import InternalIssuer
 from csi_driver.authority.issuers.registry import IssuerRegistry
 from csi_driver.authority.policy.policy_file import PolicyFile
 from csi_driver.authority.retry import retry
 from csi_driver.authority.service import MAX_MESSAGE_BYTES, AuthorityService
+from csi_driver.authority.storage import Store
 from csi_driver.authority.trust.acknowledgements import AcknowledgementStore, AcknowledgingNodes
 from csi_driver.authority.trust.bundles import LONGEST_WATCH, TrustBundles
 from csi_driver.authority.trust.federation import FederationDirectory
@@ -88,28 +88,22 @@ class AuthoritySettings:
     policy: Path
     serving_names: Names
     node_account: ServiceAccount
-    ca_profile: CAProfile = DEFAULT_PROFILE
-    """For the CA that the authority creates."""
-    ca_files: Path | None = None
-    """A directory with a CA that another system maintains."""
+    ca_profile: CAProfile = DEFAULT_PROFILE  # of the CA that the authority creates
+    ca_files: Path | None = None  # a directory with a CA that another system maintains
     ca_password_file: Path | None = None
     federation_dir: Path | None = None
     issuers: Path | None = None
-    """The issuers file, which declares the external issuers."""
-    acme_http: str | None = None
-    """The address for HTTP-01 requests of ACME CAs."""
+    acme_http: str | None = None  # the address for HTTP-01 requests of ACME CAs
 
+    def policy_file(self, metrics: AuthorityMetrics, on_change: Callable[[str], None] = lambda _: None) -> PolicyFile:
+        domains = {"trust_domain": self.trust_domain, "cluster_domain": self.cluster_domain}
+        return PolicyFile(self.policy, metrics, **domains, on_change=on_change)
 
-def ca_source(
-    settings: AuthoritySettings,
-    environment: Environment,
-    metrics: AuthorityMetrics,
-    nodes: NodeAcknowledgements | None = None,
-) -> CASource:
-    """Return the source of the internal CA."""
-    if settings.ca_files is not None:
-        return CAFiles(settings.ca_files, metrics, settings.ca_password_file)
-    return StoredCA(environment.ca_store, nodes, settings.ca_profile)
+    def ca_source(self, store: Store, metrics: AuthorityMetrics, nodes: NodeAcknowledgements | None = None) -> CASource:
+        """Return the source of the internal CA."""
+        if self.ca_files is not None:
+            return CAFiles(self.ca_files, metrics, self.ca_password_file)
+        return StoredCA(store, nodes, self.ca_profile)
 
 
 class AuthorityServer:
@@ -125,35 +119,20 @@ class AuthorityServer:
         )
         nodes = AcknowledgingNodes(self._acknowledgements, environment.nodes(self._trust), metrics)
         self._ca = CertificateAuthority(
-            ca_source(settings, environment, metrics, nodes),
+            settings.ca_source(environment.ca_store, metrics, nodes),
             metrics,
-            on_roots_changed=lambda roots: self._trust.set_roots(DEFAULT_ISSUER, roots),
+            on_roots_changed=functools.partial(self._trust.set_roots, DEFAULT_ISSUER),
         )
         self._internal = InternalIssuer(self._ca)
-        csrs = environment.csr_api
         self._issuers = IssuerRegistry(
             settings.issuers,
             self._internal,
-            replace(
-                environment.issuer_dependencies,
-                csrs=CSRAccess(csrs.requests, lambda: self._ca.root_set.roots) if csrs else None,
-            ),
+            self._issuer_dependencies(),
             on_roots=self._set_issuer_roots,
             on_load=self._issuers_loaded,
             on_due=self._trust.set_renew_now,
         )
-        self._federation = (
-            FederationDirectory(settings.federation_dir, self._trust, metrics, time.time, self._issuers)
-            if settings.federation_dir
-            else None
-        )
-        self._policy = PolicyFile(
-            settings.policy,
-            metrics,
-            trust_domain=settings.trust_domain,
-            cluster_domain=settings.cluster_domain,
-            on_change=self._trust.set_policy,
-        )
+        self._policy = settings.policy_file(metrics, self._trust.set_policy)
         self._keys = TokenKeys(environment.fetch_keys, metrics)
         self._reviews = TokenReviewCache(TokenVerifier(self._keys), environment.reviewer, metrics)
         self._steps = IssuanceSteps(environment.subjects, lambda: self._policy.current, metrics)
@@ -163,6 +142,11 @@ class AuthorityServer:
         self._stopping = False
         self._generations: dict[str, int] = {}
 
+    def _issuer_dependencies(self) -> IssuerDependencies:
+        api = self._environment.csr_api
+        csrs = CSRAccess(api.requests, lambda: self._ca.root_set.roots) if api else None
+        return replace(self._environment.issuer_dependencies, csrs=csrs)
+
     @property
     def port(self) -> int:
         """The port that it serves on; 0 before it serves."""
@@ -170,25 +154,21 @@ class AuthorityServer:
 
     def unready(self) -> Sequence[str]:
         """Return why this replica cannot issue now, or nothing. Any thread may call it."""
+        failing_since = self._reviews.failing_since
         checks = (
             (self._stopping, "stopping"),
             (not self._policy.loaded, "no policy is loaded"),
             (not self._ca.usable, "the internal CA is not loaded, outdated or expired"),
             (not self._keys.loaded, "the cluster's token keys are not loaded"),
-            (self._reviews_fail(), "TokenReviews fail"),
+            (failing_since is not None and time.time() - failing_since > _UNREADY_AFTER_S, "TokenReviews fail"),
             (not self._port, "not serving yet"),
         )
         return [*(reason for failed, reason in checks if failed), *self._environment.outdated()]
 
-    def _reviews_fail(self) -> bool:
-        since = self._reviews.failing_since
-        return since is not None and time.time() - since > _UNREADY_AFTER_S
-
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until ``stop`` is set, then let calls in progress finish.
 
-        Raises:
-            ExceptionGroup: of CertmountError or OSError, if the authority cannot start and a retry cannot succeed.
+        Raises an ExceptionGroup of CertmountError or OSError if the authority cannot start and a retry cannot succeed.
         """
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -215,9 +195,10 @@ class AuthorityServer:
             tasks.create_task(self._environment.run(), name="environment")
             tasks.create_task(self._acknowledgements.run(), name="acknowledgements")
             await retry(self._load_ca, _START_BACKOFF, delayed)
-            if self._federation is not None:
-                await self._federation.load()
-                tasks.create_task(self._federation.run(), name="federation")
+            if (directory := self._settings.federation_dir) is not None:
+                federation = FederationDirectory(directory, self._trust, self._metrics, time.time, self._issuers)
+                await federation.load()
+                tasks.create_task(federation.run(), name="federation")
             await retry(self._keys.load, _START_BACKOFF, delayed)
             self._server = self._bind(await current_serving_root(self._environment.ca_store, utc_now()))
             await self._server.start()
@@ -237,8 +218,7 @@ class AuthorityServer:
         """Renew the serving certificate if it is due, and publish the roots again in case another client removed them."""
         root = await current_serving_root(self._environment.ca_store, utc_now())
         self._serving.refresh(root)
-        pem = encode_certificates([root.certificate])
-        await self._environment.publisher.publish(roots_pem(self._ca.root_set), pem)
+        await self._environment.publisher.publish(roots_pem(self._ca.root_set), encode_certificates([root.certificate]))
 
     def _csr_signer(self, api: CSRApi) -> CSRSigner:
         return CSRSigner(
@@ -277,22 +257,8 @@ class AuthorityServer:
         server = grpc.aio.server(interceptors=[Interceptor(observe)], options=_GRPC_OPTIONS)
         authenticator = Authenticator(self._reviews, self._settings.node_account)
         limits, events = RequestLimits(), self._environment.events
-        pipeline = IssuancePipeline(
-            authenticator=authenticator,
-            limits=limits,
-            issuers=self._issuers,
-            trust=self._trust,
-            steps=self._steps,
-            events=events,
-        )
-        service = AuthorityService(
-            pipeline=pipeline,
-            authenticator=authenticator,
-            limits=limits,
-            trust=self._trust,
-            acknowledgements=self._acknowledgements,
-            events=events,
-        )
+        pipeline = IssuancePipeline(authenticator, limits, self._issuers, self._trust, self._steps, events)
+        service = AuthorityService(pipeline, authenticator, limits, self._trust, self._acknowledgements, events)
         authority_pb2_grpc.add_AuthorityServicer_to_server(service, server)
         try:
             self._port = server.add_secure_port(self._settings.listen, self._serving.credentials(serving_root))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,14 +14,12 @@ import grpc
 from csi_driver._proto import authority_pb2, authority_pb2_grpc
 from csi_driver.authority.authn.authenticator import Authenticator
 from csi_driver.authority.authn.limits import ConcurrencyLimit, RequestLimits
-from csi_driver.authority.events.node_reports import RECOVERED, parse_report
 from csi_driver.authority.events.recorder import EventRecorder
-from csi_driver.authority.issuance.pipeline import IssuancePipeline
-from csi_driver.authority.issuance.request import MAX_SET_NAME, IssuanceRequest, IssuanceResult
+from csi_driver.authority.issuance.pipeline import MAX_SET_NAME, IssuancePipeline, IssuanceRequest, IssuanceResult
 from csi_driver.authority.trust.acknowledgements import AcknowledgementStore
 from csi_driver.authority.trust.bundles import TrustBundles
 from csi_driver.core.certificates.root_sets import RootSet
-from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.errors import REASONS, CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import DEFAULT_ISSUER, Usage
@@ -30,6 +29,11 @@ MAX_MESSAGE_BYTES = 128 * 1024
 _MAX_CONCURRENT_REPORTS = 512
 _MAX_GENERATION = 2**53
 """Generations are Unix seconds. JSON numbers are exact up to this value (RFC 8259 section 6)."""
+_MAX_REPORT = 1024
+"""Characters; the API server rejects a longer note."""
+RECOVERED = "CertificateRecovered"
+# Line breaks and other characters that control a terminal (Unicode categories Cc, Zl and Zp).
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _USAGES = {authority_pb2.USAGE_SERVER: Usage.SERVER, authority_pb2.USAGE_CLIENT: Usage.CLIENT}
 CONDITIONS: Mapping[int, str] = {
     authority_pb2.CONDITION_RENEWAL_FAILING: "RenewalFailing",
@@ -90,8 +94,8 @@ class AuthorityService(authority_pb2_grpc.AuthorityServicer):
         self.limits.count_report(node)
         with self._other_calls:
             pod = await self.authenticator.authenticate_pod(Secret(request.pod_token), node)
-        event = parse_report(CONDITIONS.get(request.condition), request.reason, request.message)
-        self.events.record(pod, warning=event.warning, reason=event.reason, message=event.message)
+        condition, message = _condition_and_message(request)
+        self.events.record(pod, warning=condition != RECOVERED, reason=condition, message=message)
         return authority_pb2.ReportResponse()
 
     async def _authenticate_node(self, context: _Context) -> PodIdentity:
@@ -104,6 +108,20 @@ def bearer_token(context: _Context) -> Secret[str]:
     values = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
     scheme, _, token = str(values[0]).partition(" ") if len(values) == 1 else ("", "", "")
     return Secret(token.strip() if scheme.lower() == "bearer" else "")
+
+
+def _condition_and_message(report: authority_pb2.ReportRequest) -> tuple[str, str]:
+    """Return the reason and the message of the pod event; raises CertmountError InvalidRequest with all faults."""
+    condition = CONDITIONS.get(report.condition, "")
+    faults = {
+        "condition": "is unknown" if not condition else "",
+        "reason": "is unknown" if report.reason not in REASONS and (report.reason or condition != RECOVERED) else "",
+        "message": f"exceeds {_MAX_REPORT} characters" if len(report.message) > _MAX_REPORT else "",
+    }
+    if any(faults.values()):
+        raise CertmountError(Reason.INVALID_REQUEST, *(Fault(field, text) for field, text in faults.items() if text))
+    text = f"{report.reason}: {report.message}" if report.reason else report.message
+    return condition, _CONTROL.sub(" ", text)[:_MAX_REPORT]
 
 
 def _issuance_request(request: authority_pb2.IssueRequest, node_token: Secret[str]) -> IssuanceRequest:

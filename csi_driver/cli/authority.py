@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterable
@@ -18,8 +19,7 @@ from csi_driver import __version__
 from csi_driver.authority.ca.keyring import AUTHORITY_KEY_TYPES, CAProfile
 from csi_driver.authority.diagnostics import ca_check, issuers_check, policy_check, run_checks, token_keys_check
 from csi_driver.authority.environment import Environment, directory_environment
-from csi_driver.authority.policy.policy_file import PolicyFile
-from csi_driver.authority.server import AuthorityServer, AuthoritySettings, ca_source
+from csi_driver.authority.server import AuthorityServer, AuthoritySettings
 from csi_driver.cli.common import (
     health_server,
     http_option,
@@ -39,79 +39,75 @@ from csi_driver.telemetry.logging import configure_logging
 
 log = structlog.get_logger(__name__)
 
-_FILE = click.Path(path_type=Path)
 _OpenEnvironment: TypeAlias = "Callable[[CollectorRegistry], contextlib.AbstractAsyncContextManager[Environment]]"
+_Option: TypeAlias = "Callable[[Callable[..., Any]], Callable[..., Any]]"
+
+
+def _option(name: str, text: str, parse: Callable[[str], object] | None = None, **settings: Any) -> _Option:
+    return click.option(name, help=text, callback=parsed(parse) if parse else None, **settings)
+
+
+def _file(name: str, text: str, **settings: Any) -> _Option:
+    return click.option(name, help=text, type=click.Path(path_type=Path), **settings)
 
 
 @click.command(name="authority", context_settings={"show_default": True})
-@click.option("--listen", default="0.0.0.0:8443", callback=parsed(parse_address), help="HOST:PORT for gRPC over TLS.")
+@_option("--listen", "HOST:PORT for gRPC over TLS.", parse_address, default="0.0.0.0:8443")
 @http_option(9441)
-@click.option(
-    "--trust-domain", default="cluster.local", callback=parsed(parse_trust_domain), help="Trust domain of SPIFFE IDs."
-)
-@click.option(
+@_option("--trust-domain", "Trust domain of SPIFFE IDs.", parse_trust_domain, default="cluster.local")
+@_option(
     "--cluster-domain",
+    "DNS domain of the cluster; {cluster_domain} in the policy.",
+    lambda text: DNSName.parse(text).text,
     default="cluster.local",
-    callback=parsed(lambda text: DNSName.parse(text).text),
-    help="DNS domain of the cluster; {cluster_domain} in the policy.",
 )
-@click.option(
-    "--policy", required=True, type=_FILE, help="YAML file with the policy: which pods can request which names."
+@_file("--policy", "YAML file with the policy: which pods can request which names.", required=True)
+@_file("--issuers", "YAML file that declares external issuers.")
+@_option(
+    "--acme-http", "HOST:PORT for HTTP-01 requests of ACME CAs (docs/acme.md); not served by default.", parse_address
 )
-@click.option("--issuers", type=_FILE, help="YAML file that declares external issuers.")
-@click.option(
-    "--acme-http",
-    callback=parsed(parse_address),
-    help="HOST:PORT for HTTP-01 requests of ACME CAs (docs/acme.md); not served by default.",
-)
-@click.option(
+@_option(
     "--serving-name",
+    "DNS name of this authority in its serving certificate; repeatable.",
+    DNSName.parse,
     multiple=True,
     required=True,
-    callback=parsed(DNSName.parse),
-    help="DNS name of this authority in its serving certificate; repeatable.",
 )
-@click.option(
+@_option(
     "--node-service-account",
+    "NAMESPACE/NAME of the node drivers' service account.",
+    parse_namespaced_name,
     default="certmount/certmount-node",
-    callback=parsed(parse_namespaced_name),
-    help="NAMESPACE/NAME of the node drivers' service account.",
 )
-@click.option(
-    "--ca-secret",
-    callback=parsed(parse_namespaced_name),
-    help="In a cluster: NAMESPACE/NAME of the Secret that stores the CA.",
-)
-@click.option(
+@_option("--ca-secret", "In a cluster: NAMESPACE/NAME of the Secret that stores the CA.", parse_namespaced_name)
+@_option(
     "--root-configmap",
-    callback=parsed(parse_namespaced_name),
-    help="In a cluster: NAMESPACE/NAME of the ConfigMap for the root certificates.",
+    "In a cluster: NAMESPACE/NAME of the ConfigMap for the root certificates.",
+    parse_namespaced_name,
 )
-@click.option(
+@_option(
     "--ca-key-type",
+    "Key type of the CA that the authority creates. Default: EC-P384 for the root, EC-P256 for the intermediate.",
     type=click.Choice([key_type.value for key_type in AUTHORITY_KEY_TYPES]),
-    help="Key type of the CA that the authority creates. Default: EC-P384 for the root, EC-P256 for the intermediate.",
 )
-@click.option(
+@_option(
     "--ca-permit",
+    "Name constraint of the CA that the authority creates: dns:example.com or ip:10.0.0.0/8; repeatable.",
+    parse_constraint,
     multiple=True,
-    callback=parsed(parse_constraint),
-    help="Name constraint of the CA that the authority creates: dns:example.com or ip:10.0.0.0/8; repeatable.",
 )
-@click.option(
+@_option(
     "--ca-path-length",
+    "Path length of the root that the authority creates: how many levels of intermediates it allows.",
     type=click.IntRange(1, 8),
     default=1,
-    help="Path length of the root that the authority creates: how many levels of intermediates it allows.",
 )
-@click.option(
-    "--ca-files", type=_FILE, help="Directory with root.crt, intermediate.crt and intermediate.key of your own CA."
-)
-@click.option("--ca-password-file", type=_FILE, help="File with the password of intermediate.key in --ca-files.")
-@click.option("--federation-dir", type=_FILE, help="Directory with the roots of federations: a file NAME.crt for each.")
-@click.option("--ca-dir", type=_FILE, help="Without a cluster: directory for the CA and root.crt.")
-@click.option("--jwks", type=_FILE, help="Without a cluster: file with the JSON Web Key Set that verifies tokens.")
-@click.option("--token-issuer", help="Without a cluster: the required issuer of tokens.")
+@_file("--ca-files", "Directory with root.crt, intermediate.crt and intermediate.key of your own CA.")
+@_file("--ca-password-file", "File with the password of intermediate.key in --ca-files.")
+@_file("--federation-dir", "Directory with the roots of federations: a file NAME.crt for each.")
+@_file("--ca-dir", "Without a cluster: directory for the CA and root.crt.")
+@_file("--jwks", "Without a cluster: file with the JSON Web Key Set that verifies tokens.")
+@_option("--token-issuer", "Without a cluster: the required issuer of tokens.")
 @click.option(
     "--check",
     "check_only",
@@ -126,18 +122,10 @@ def command(log_level: str, http: str, check_only: bool, **options: Any) -> None
     if options["ca_dir"] and not check_only:
         log.warning("no cluster is configured: a token is valid until it expires, even if its pod was deleted")
     settings = AuthoritySettings(
-        listen=options["listen"],
-        trust_domain=options["trust_domain"],
-        cluster_domain=options["cluster_domain"],
-        policy=options["policy"],
         serving_names=Names.of(dns=options["serving_name"]),
         node_account=ServiceAccount(*options["node_service_account"]),
         ca_profile=_ca_profile(options),
-        ca_files=options["ca_files"],
-        ca_password_file=options["ca_password_file"],
-        federation_dir=options["federation_dir"],
-        issuers=options["issuers"],
-        acme_http=options["acme_http"],
+        **{field.name: options[field.name] for field in dataclasses.fields(AuthoritySettings) if field.name in options},
     )
     try:
         if check_only:
@@ -170,15 +158,12 @@ async def _check(settings: AuthoritySettings, open_environment: _OpenEnvironment
     """Print one line for each check; return True if all checks succeed."""
     registry = CollectorRegistry()
     metrics = AuthorityMetrics(registry)
-    policy = PolicyFile(
-        settings.policy, metrics, trust_domain=settings.trust_domain, cluster_domain=settings.cluster_domain
-    )
     async with open_environment(registry) as environment:
         findings = await run_checks(
             [
-                policy_check(policy),
+                policy_check(settings.policy_file(metrics)),
                 *([issuers_check(settings.issuers)] if settings.issuers else []),
-                ca_check(ca_source(settings, environment, metrics)),
+                ca_check(settings.ca_source(environment.ca_store, metrics)),
                 token_keys_check(environment.fetch_keys),
                 *environment.checks,
             ]
@@ -205,8 +190,7 @@ def _environment(options: dict[str, Any]) -> _OpenEnvironment:
     if chosen is cluster:
         from csi_driver.authority.cluster_environment import ClusterObjectNames, open_cluster_environment
 
-        names = ClusterObjectNames(cluster["ca_secret"], cluster["root_configmap"])
-        return functools.partial(open_cluster_environment, names)
+        return functools.partial(open_cluster_environment, ClusterObjectNames(*cluster.values()))
     environment = directory_environment(directory["ca_dir"], directory["jwks"], directory["token_issuer"])
     return lambda _: contextlib.nullcontext(environment)
 
@@ -219,10 +203,8 @@ def _ca_profile(options: dict[str, Any]) -> CAProfile:
         raise click.UsageError(f"{used}: cannot be used with --ca-files, because the authority then creates no CA")
     if options["ca_password_file"] and not options["ca_files"]:
         raise click.UsageError("--ca-password-file: requires --ca-files")
-    key_type = options["ca_key_type"]
-    return CAProfile(
-        KeyType(key_type) if key_type else None, options["ca_permit"], path_length=options["ca_path_length"]
-    )
+    key_type = KeyType(options["ca_key_type"]) if options["ca_key_type"] else None
+    return CAProfile(key_type, options["ca_permit"], path_length=options["ca_path_length"])
 
 
 def _flags(names: Iterable[str]) -> str:

@@ -114,7 +114,7 @@ async def _dependencies(*, in_cluster: bool) -> AsyncIterator[IssuerDependencies
     if not in_cluster:
         yield IssuerDependencies(CredentialReader())
         return
-    from csi_driver.authority.cluster_secrets import cluster_secrets
+    from csi_driver.authority.cluster_environment import cluster_secrets
     from csi_driver.kube.client import ObjectName, connect, in_cluster_configuration
     from csi_driver.kube.csr_client import KubernetesCSRClient
     from csi_driver.kube.ingress import IngressRoutes

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterable, Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from csi_driver.core.errors import Reason
 
@@ -10,25 +15,21 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 
 
 class AuthorityMetrics:
-    """All metrics in one registry. They exist from the first scrape on."""
+    """The metrics of requests, issuers, policy and CA. They exist from the first scrape on."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"certmount_{name}", text, labels, registry=registry)
-
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"certmount_{name}", text, labels, registry=registry)
-
-        def histogram(name: str, text: str, *labels: str) -> Histogram:
-            return Histogram(f"certmount_{name}", text, labels, buckets=_SECONDS, registry=registry)
-
-        self._calls = counter("authority_calls", "Number of completed calls by method and reason.", "method", "reason")
-        self._call_seconds = histogram("authority_call_seconds", "Duration of Issue calls in seconds.", "method")
+        counter = functools.partial(Counter, namespace="certmount", registry=registry)
+        gauge = functools.partial(Gauge, namespace="certmount", registry=registry)
+        histogram = functools.partial(Histogram, namespace="certmount", registry=registry, buckets=_SECONDS)
+        self._calls = counter(
+            "authority_calls", "Number of completed calls by method and reason.", ("method", "reason")
+        )
+        self._call_seconds = histogram("authority_call_seconds", "Duration of Issue calls in seconds.", ("method",))
         self._issuer_calls = counter(
-            "issuer_calls", "Number of issuance requests by issuer and reason.", "issuer", "reason"
+            "issuer_calls", "Number of issuance requests by issuer and reason.", ("issuer", "reason")
         )
         self._issuer_seconds = histogram(
-            "issuer_seconds", "Duration of issuance requests in seconds by issuer.", "issuer"
+            "issuer_seconds", "Duration of issuance requests in seconds by issuer.", ("issuer",)
         )
         self.in_flight = gauge("authority_issues_in_flight", "Number of Issue calls in progress.")
         self.watchers = gauge("authority_trust_watchers", "Number of open WatchTrust streams.")
@@ -36,7 +37,7 @@ class AuthorityMetrics:
         self.token_verification_failures = counter(
             "token_verification_failures",
             "Number of failed TokenReviews (source review) and failed refreshes of the token keys (source keys).",
-            "source",
+            ("source",),
         )
         for source in ("review", "keys"):
             self.token_verification_failures.labels(source)
@@ -45,12 +46,12 @@ class AuthorityMetrics:
         self.issuers_valid = gauge("issuers_valid", "1 if the content of the issuers file is in force, otherwise 0.")
         self.issuers_reload_failures = counter("issuers_reload_failures", "Number of rejected issuers files.")
         self.ca_expiry = gauge(
-            "ca_expiry_timestamp_seconds", "Expiry time of the CA's certificates in Unix seconds.", "certificate"
+            "ca_expiry_timestamp_seconds", "Expiry time of the CA's certificates in Unix seconds.", ("certificate",)
         )
         self.ca_refresh_failures = counter(
             "ca_refresh_failures", "Number of failures to read, renew or publish the CA."
         )
-        self.ca_rotation = gauge("ca_rotation", "1 for the current phase of the CA rotation, otherwise 0.", "phase")
+        self.ca_rotation = gauge("ca_rotation", "1 for the current phase of the CA rotation, otherwise 0.", ("phase",))
         self.unacknowledged_nodes = gauge(
             "ca_rotation_unacknowledged_nodes", "Number of nodes whose acknowledgement the CA rotation waits for."
         )
@@ -80,6 +81,40 @@ class AuthorityMetrics:
             self._call_seconds.labels(method).observe(seconds)
 
 
+class ClusterMetrics(Collector):
+    """Counters of pod events, and a gauge of failing watches that is read at each scrape.
+
+    ``failing_s`` returns seconds by resource, 0 for a current watch. The scraper's thread calls it.
+    """
+
+    def __init__(self, registry: CollectorRegistry, failing_s: Callable[[], Mapping[str, float]]) -> None:
+        self._failing_s = failing_s
+        self.events_written = Counter(
+            "certmount_events_written", "Number of pod events written, including repeats.", registry=registry
+        )
+        self.events_dropped = Counter(
+            "certmount_events_dropped",
+            "Number of pod events not written by cause: pod (too many of one pod), full (too many in total), "
+            "rejected (by the API server) or late.",
+            ("cause",),
+            registry=registry,
+        )
+        for cause in ("pod", "full", "rejected", "late"):
+            self.events_dropped.labels(cause)
+        registry.register(self)
+
+    def event_dropped(self, cause: str) -> None:
+        self.events_dropped.labels(cause).inc()
+
+    def collect(self) -> Iterable[Metric]:
+        text = (
+            "Seconds for which a resource could not be watched. Beyond 60 seconds the authority issues no certificates."
+        )
+        family = GaugeMetricFamily("certmount_watch_failing_seconds", text, labels=["resource"])
+        for resource, seconds in self._failing_s().items():
+            family.add_metric([resource], seconds)
+        yield family
+
+
 def _word(reason: Reason | None) -> str:
-    """Return the value of the label ``reason``."""
     return "Ok" if reason is None else reason.word

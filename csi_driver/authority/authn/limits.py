@@ -35,8 +35,7 @@ MAX_STREAMS_PER_NODE = 4
 """A node needs one stream, and two while its driver restarts."""
 MAX_ISSUES_PER_NODE = 256
 """Half of the authority's concurrent calls, so that one node cannot use all of them while the API server is slow."""
-_MAX_BUCKETS = 50_000
-"""About 10 MB."""
+_MAX_BUCKETS = 50_000  # about 10 MB
 _DROPS_PER_CALL = 4
 
 
@@ -58,8 +57,7 @@ class RateLimiter:
 
     def take(self, key: str) -> float:
         """Count one call. Return 0 if it is allowed, otherwise the seconds until the next call is."""
-        now = self._clock()
-        rate = self._rate
+        now, rate = self._clock(), self._rate
         left, since = self._buckets.get(key, (float(rate.burst), now))
         left = min(left + (now - since) * rate.per_second, rate.burst)
         allowed = left >= 1
@@ -103,7 +101,7 @@ class ConcurrencyLimit:
 class RequestLimits:
     """The limits of one replica per pod and per node. Keys are authenticated UIDs, so no caller can use another's share.
 
-    Every method raises CertmountError TooManyRequests.
+    Every method raises CertmountError TooManyRequests. ``stream`` and ``issue`` count calls while their block runs.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -120,23 +118,20 @@ class RequestLimits:
         _count(self._pods, pod.pod_uid, str(pod))
 
     def count_report(self, node: PodIdentity) -> None:
-        """Count a Report or ConfirmTrust call."""
         _count(self._reports, node.node_uid, f"reports of node {node.node_name}")
 
     def stream(self, node: PodIdentity) -> AbstractContextManager[None]:
-        """Hold one of the node's WatchTrust streams while the block runs."""
         return _hold(self._streams, MAX_STREAMS_PER_NODE, node, "WatchTrust streams")
 
     def issue(self, node: PodIdentity) -> AbstractContextManager[None]:
-        """Hold one of the node's concurrent Issue calls while the block runs."""
         return _hold(self._issues, MAX_ISSUES_PER_NODE, node, "concurrent Issue calls")
 
 
 @contextlib.contextmanager
 def _hold(active: Counter[str], maximum: int, node: PodIdentity, what: str) -> Iterator[None]:
     if active[node.node_uid] >= maximum:
-        problem = f"has {maximum} {what}, the maximum"
-        raise CertmountError(Reason.TOO_MANY_REQUESTS, Fault(f"node {node.node_name}", problem))
+        fault = Fault(f"node {node.node_name}", f"has {maximum} {what}, the maximum")
+        raise CertmountError(Reason.TOO_MANY_REQUESTS, fault)
     active[node.node_uid] += 1
     try:
         yield
@@ -147,7 +142,6 @@ def _hold(active: Counter[str], maximum: int, node: PodIdentity, what: str) -> I
 
 
 def _count(limiter: RateLimiter, key: str, caller: str) -> None:
-    wait_s = limiter.take(key)
-    if wait_s:
+    if wait_s := limiter.take(key):
         hint = f"retry after {max(1, math.ceil(wait_s))} s"
         raise CertmountError(Reason.TOO_MANY_REQUESTS, Fault(caller, "exceeds the authority's rate limit", hint))

@@ -46,13 +46,15 @@ def parse_keys(published: PublishedKeys) -> TokenKeySet:
         entries = json.loads(published.jwks)["keys"]
         candidates = [_parse_key(entry) for entry in entries[:_MAX_KEYS]]
     except (ValueError, TypeError, KeyError, RecursionError):
-        problem = "is not a JSON Web Key Set (RFC 7517)"
-        raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, Fault("token keys", problem)) from None
+        raise _invalid_keys("is not a JSON Web Key Set (RFC 7517)") from None
     keys = {candidate.key_id: candidate for candidate in candidates if candidate is not None and candidate.key_id}
     if not keys:
-        problem = f"contains no signing key that has an ID and uses one of {', '.join(ALGORITHMS)}"
-        raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, Fault("token keys", problem))
+        raise _invalid_keys(f"contains no signing key that has an ID and uses one of {', '.join(ALGORITHMS)}")
     return TokenKeySet(published.issuer, keys)
+
+
+def _invalid_keys(problem: str) -> CertmountError:
+    return CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, Fault("token keys", problem))
 
 
 def _parse_key(entry: Any) -> jwt.PyJWK | None:
@@ -65,9 +67,8 @@ def _parse_key(entry: Any) -> jwt.PyJWK | None:
         key = jwt.PyJWK.from_dict(entry)
     except jwt.PyJWTError:
         return None
-    if key.algorithm_name not in ALGORITHMS:  # PyJWT infers it if the entry has none
-        return None
-    return None if isinstance(key.key, rsa.RSAPublicKey) and key.key.key_size < _MIN_RSA_BITS else key
+    too_short = isinstance(key.key, rsa.RSAPublicKey) and key.key.key_size < _MIN_RSA_BITS
+    return None if too_short or key.algorithm_name not in ALGORITHMS else key  # PyJWT infers a missing algorithm
 
 
 class TokenKeys:
@@ -90,7 +91,6 @@ class TokenKeys:
 
     @property
     def loaded(self) -> bool:
-        """True once a key set was loaded."""
         return self._current is not None
 
     @property
@@ -103,15 +103,15 @@ class TokenKeys:
 
         Raises CertmountError TokenReviewUnavailable if a refresh failed, or AuthorityOverloaded.
         """
+        if key := self._loaded().keys.get(key_id):
+            return key
+        with self._waiting:
+            async with self._lock:
+                if self._clock() - self._refreshed_at >= _MIN_REFRESH_INTERVAL_S:
+                    await self._refresh()
         key = self._loaded().keys.get(key_id)
-        if key is None:
-            with self._waiting:
-                async with self._lock:
-                    if self._clock() - self._refreshed_at >= _MIN_REFRESH_INTERVAL_S:
-                        await self._refresh()
-            key = self._loaded().keys.get(key_id)
-            if key is None and self._failure is not None:
-                raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, *self._failure.faults)
+        if key is None and self._failure is not None:
+            raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, *self._failure.faults)
         return key
 
     async def load(self) -> None:

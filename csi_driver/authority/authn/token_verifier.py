@@ -33,14 +33,13 @@ class TokenVerifier:
     async def verify(self, token: Secret[str], audience: str, token_name: str) -> PodIdentity:
         """Return the identity in the token's claims. ``token_name`` names the token in errors ("pod token").
 
-        Raises:
-            CertmountError: TokenExpired, TokenRejected, ClusterNotSupported, or TokenReviewUnavailable without keys.
+        Raises CertmountError TokenExpired, TokenRejected, ClusterNotSupported, or TokenReviewUnavailable without keys.
         """
         text = token.reveal()
         if not text:
-            raise _rejected(token_name, "is missing")
+            raise token_rejected(token_name, "is missing")
         if len(text) > MAX_TOKEN_BYTES or not text.isascii():
-            raise _rejected(token_name, f"is not a JSON Web Token of at most {MAX_TOKEN_BYTES} bytes")
+            raise token_rejected(token_name, f"is not a JSON Web Token of at most {MAX_TOKEN_BYTES} bytes")
         key = await self._find_key(text, token_name)
         try:
             claims = jwt.decode(
@@ -57,16 +56,16 @@ class TokenVerifier:
         self._check_times(claims, token_name)
         if claims["aud"] not in (audience, [audience]):
             hint = "another recipient of this token could use it; request a token for one audience"
-            raise _rejected(token_name, f"has audiences in addition to {audience}", hint)
+            raise token_rejected(token_name, f"has audiences in addition to {audience}", hint)
         return identity_from_claims(claims, token=token_name)
 
     async def _find_key(self, text: str, token_name: str) -> jwt.PyJWK:
         key_id = _key_id(text.partition(".")[0][: _MAX_HEADER + 1])
         if key_id is None:
-            raise _rejected(token_name, "is not a JSON Web Token with a key ID in its header")
+            raise token_rejected(token_name, "is not a JSON Web Token with a key ID in its header")
         key = await self._keys.find(key_id)
         if key is None:
-            raise _rejected(token_name, "is signed by a key that the cluster does not publish", _WRONG_CLUSTER)
+            raise token_rejected(token_name, "is signed by a key that the cluster does not publish", _WRONG_CLUSTER)
         return key
 
     def _check_times(self, claims: dict[str, Any], token_name: str) -> None:
@@ -74,8 +73,9 @@ class TokenVerifier:
         for claim in ("nbf", "iat"):
             value = claims.get(claim, 0)
             if not isinstance(value, int | float) or value > latest:
-                hint = "compare the clocks of the API server and the authority"
-                raise _rejected(token_name, "is not valid yet", hint)
+                raise token_rejected(
+                    token_name, "is not valid yet", "compare the clocks of the API server and the authority"
+                )
 
 
 @lru_cache(maxsize=64)  # all tokens of a signing key have the same header
@@ -98,17 +98,17 @@ def _translate(error: jwt.PyJWTError, token_name: str, audience: str, issuer: st
             hint = "the kubelet renews tokens before they expire; check the node's connection to the API server"
             return CertmountError(Reason.TOKEN_EXPIRED, Fault(token_name, "has expired", hint))
         case jwt.InvalidAudienceError():
-            return _rejected(token_name, f"has another audience; expected {audience}")
+            return token_rejected(token_name, f"has another audience; expected {audience}")
         case jwt.InvalidIssuerError():
-            return _rejected(token_name, f"has another issuer; expected {issuer}", _WRONG_CLUSTER)
+            return token_rejected(token_name, f"has another issuer; expected {issuer}", _WRONG_CLUSTER)
         case jwt.MissingRequiredClaimError():
-            return _rejected(token_name, "lacks one of the claims exp, iss, aud, sub")
+            return token_rejected(token_name, "lacks one of the claims exp, iss, aud, sub")
         case jwt.InvalidAlgorithmError():
-            return _rejected(token_name, "does not use the algorithm of the cluster's key")
+            return token_rejected(token_name, "does not use the algorithm of the cluster's key")
         case jwt.InvalidSignatureError():
-            return _rejected(token_name, "has an invalid signature", _WRONG_CLUSTER)
-    return _rejected(token_name, "is not a JSON Web Token")
+            return token_rejected(token_name, "has an invalid signature", _WRONG_CLUSTER)
+    return token_rejected(token_name, "is not a JSON Web Token")
 
 
-def _rejected(token_name: str, problem: str, hint: str = "") -> CertmountError:
+def token_rejected(token_name: str, problem: str, hint: str = "") -> CertmountError:
     return CertmountError(Reason.TOKEN_REJECTED, Fault(token_name, problem, hint))

@@ -9,8 +9,7 @@ from cryptography import x509
 
 from csi_driver.authority.authn.limits import Rate, RateLimiter
 from csi_driver.authority.csr_api import PodReader
-from csi_driver.authority.csr_signer.content import CSRContent, parse_content
-from csi_driver.authority.csr_signer.requester import parse_requester, verify_running
+from csi_driver.authority.csr_signer.requests import CSRContent, parse_content, parse_requester, verify_running
 from csi_driver.authority.issuance.audit import AuditRecord
 from csi_driver.authority.issuance.steps import IssuanceSteps
 from csi_driver.authority.issuers import Issuer, IssuerRequest
@@ -30,12 +29,10 @@ ACCOUNT_RATE = Rate(2, 200)
 
 @dataclass(frozen=True, slots=True)
 class SignedCSR:
-    """A signed certificate."""
+    """A signed certificate (PEM: the leaf, then its intermediates), and its names, lifetime and policy rules for people."""
 
     certificate: bytes
-    """PEM: the leaf, then its intermediates."""
     explanation: str
-    """The names, the lifetime and the policy rules, for people."""
 
 
 class CSRPipeline:
@@ -50,11 +47,7 @@ class CSRPipeline:
     async def issue(
         self, request: ClusterCSR, own_username: str, record: AuditRecord, *, is_retry: bool = False
     ) -> SignedCSR:
-        """Issue a certificate. A retry does not count against the rate limit.
-
-        Raises:
-            CertmountError: what the steps raise. Unless it is retryable, the request is denied; TooManyRequests denies it, too.
-        """
+        """Issue a certificate; raises CertmountError as the steps do. A retry does not count against the rate limit."""
         record.csr, record.issuer, record.requester = request.name, DEFAULT_ISSUER, request.username
         own = request.username == own_username
         pod = _own_identity(request) if own else parse_requester(request)

@@ -26,7 +26,7 @@ _RETRY_S = 2.0
 
 
 class LeaderElection:
-    """Competes for the lease and runs the leader's work."""
+    """Competes for the lease and runs the leader's work. ``holder`` is the unique name of this replica."""
 
     def __init__(
         self,
@@ -35,7 +35,6 @@ class LeaderElection:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """``holder`` is the unique name of this replica."""
         self._store = store
         self._holder = holder
         self._clock = clock

@@ -24,8 +24,7 @@ from csi_driver.kube.csr_cache import CSRCache
 log = structlog.get_logger(__name__)
 
 _MAX_FINISHED = 10_000
-_WORKERS = 8
-"""More workers would only wait for the API server."""
+_WORKERS = 8  # more would only wait for the API server
 _RETRY = Backoff(1, 60)
 _USERNAME_RETRY = Backoff(5, 5)
 _APPROVED_REASON = "PolicyAllows"
@@ -48,14 +47,12 @@ class _CSRQueue:
 
     async def take(self) -> str:
         """Return the next request that is not in progress."""
-        while True:
-            for name in self.waiting:
-                if name not in self.in_progress:
-                    del self.waiting[name]
-                    self.in_progress.add(name)
-                    return name
+        while (name := next((name for name in self.waiting if name not in self.in_progress), None)) is None:
             self.changed.clear()
             await self.changed.wait()
+        del self.waiting[name]
+        self.in_progress.add(name)
+        return name
 
     def finish(self, csr: ClusterCSR) -> None:
         """Ignore the request from now on."""
@@ -81,11 +78,9 @@ class CSRSigner:
     pipeline: CSRPipeline
     election: LeaderElection
     events: EventRecorder
-    on_processed: Callable[[float, Reason | None], None]
-    """Gets the seconds for each processed request, and the reason if there is no certificate."""
+    on_processed: Callable[[float, Reason | None], None]  # gets the seconds, and the reason if there is no certificate
 
     async def run(self) -> None:
-        """Take part in the election and process requests until cancelled."""
         await self.election.run(self._process_requests)
 
     async def _process_requests(self) -> None:
@@ -160,19 +155,18 @@ class CSRSigner:
         return current.finished, None
 
     async def _approve(self, csr: ClusterCSR, signed: SignedCSR) -> ClusterCSR:
-        current = csr
-        if current.condition(APPROVED) is None:
-            current = await self.requests.decide(csr, CSRCondition(APPROVED, _APPROVED_REASON, signed.explanation))
+        current = await self._decide(csr, CSRCondition(APPROVED, _APPROVED_REASON, signed.explanation))
         return current if current.finished else await self.requests.set_certificate(csr, signed.certificate)
 
     async def _deny(self, csr: ClusterCSR, error: CertmountError, record: AuditRecord) -> ClusterCSR:
         text = str(error.args[0])
         if record.identity is not None:
             self.events.record(record.identity, warning=True, reason=error.reason.word, message=text)
-        current = csr
-        if current.condition(APPROVED) is None:
-            current = await self.requests.decide(csr, CSRCondition(DENIED, error.reason.word, text))
+        current = await self._decide(csr, CSRCondition(DENIED, error.reason.word, text))
         if current.finished:
             return current
         # A user approved the request, so it cannot be denied. Approval does not override the policy.
         return await self.requests.fail(csr, CSRCondition(FAILED, error.reason.word, text))
+
+    async def _decide(self, csr: ClusterCSR, condition: CSRCondition) -> ClusterCSR:
+        return csr if csr.condition(APPROVED) else await self.requests.decide(csr, condition)

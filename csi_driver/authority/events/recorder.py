@@ -16,7 +16,7 @@ from csi_driver.core.backoff import Backoff
 from csi_driver.core.cluster.objects import EventRejected, PodEvent, RecordedEvent
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.identity import PodIdentity
-from csi_driver.telemetry.cluster_metrics import ClusterMetrics
+from csi_driver.telemetry.authority_metrics import ClusterMetrics
 from csi_driver.telemetry.logging import redact
 
 log = structlog.get_logger(__name__)

@@ -6,26 +6,65 @@ import contextlib
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 from csi_driver.authority.authn.authenticator import Authenticator
 from csi_driver.authority.authn.limits import ConcurrencyLimit, RequestLimits
 from csi_driver.authority.events.recorder import MAX_NOTE_BYTES, EventRecorder
 from csi_driver.authority.issuance.audit import AuditRecord, audited
 from csi_driver.authority.issuance.interim import InterimCertificates
-from csi_driver.authority.issuance.request import IssuanceRequest, IssuanceResult
 from csi_driver.authority.issuance.steps import IssuanceSteps
 from csi_driver.authority.issuers import IssuedCertificate, Issuer, IssuerRequest
 from csi_driver.authority.trust.bundles import TrustBundles
 from csi_driver.core.certificates.csr import ParsedCSR, parse_csr
 from csi_driver.core.certificates.csr_content import content_faults
+from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, FailureKind, Fault, Reason
 from csi_driver.core.identity import PodIdentity
 from csi_driver.core.policy.engine import PolicySubject, RequestedCertificate
-from csi_driver.core.spec import DEFAULT_ISSUER
+from csi_driver.core.secret import Secret
+from csi_driver.core.spec import DEFAULT_ISSUER, Usage
 
 _MAX_CONCURRENT_CALLS = 512
 """More calls would wait longer than the drivers' retries take. Their requests use at most 64 MiB."""
+MAX_SET_NAME = 253
+"""Characters in the name of an issuer or a federation, as in the name of a Kubernetes object."""
+_MAX_FEDERATIONS = 32
 _INTERIM = "the pod uses an interim certificate of the internal CA until the issuer has finished:"
+
+
+@dataclass(frozen=True, slots=True)
+class IssuanceRequest:
+    """A certificate that a node driver requests for a pod. Nothing in it is verified."""
+
+    node_token: Secret[str]
+    pod_token: Secret[str]
+    csr: bytes  # PKCS#10, DER
+    duration: timedelta | None = None
+    usages: tuple[Usage, ...] = ()
+    issuer: str = DEFAULT_ISSUER
+    federations: tuple[str, ...] = ()
+    conversion_faults: tuple[Fault, ...] = ()
+    """What could not be converted from the wire. It is reported after authentication, together with other faults."""
+
+    def faults(self) -> list[Fault]:
+        """Return all faults that can be found without parsing the CSR."""
+        faults = list(self.conversion_faults)
+        if len(self.federations) > _MAX_FEDERATIONS:
+            faults.append(Fault("federations", f"has more than {_MAX_FEDERATIONS} entries"))
+        if any(not 0 < len(name) <= MAX_SET_NAME for name in (self.issuer, *self.federations)):
+            faults.append(Fault("issuer, federations", f"has a name that is empty or longer than {MAX_SET_NAME}"))
+        return faults
+
+
+@dataclass(frozen=True, slots=True)
+class IssuanceResult:
+    """A certificate and the root sets that the pod needs, by name."""
+
+    issued: IssuedCertificate
+    trust: Mapping[str, RootSet]
+    pending: CertmountError | None = None
+    """Set for an interim certificate: why the issuer's certificate is pending."""
 
 
 @dataclass(eq=False)
@@ -46,12 +85,9 @@ class IssuancePipeline:
         self._external_calls = ConcurrencyLimit(_MAX_CONCURRENT_CALLS)
 
     async def issue(self, request: IssuanceRequest) -> IssuanceResult:
-        """Issue a certificate.
-
-        Raises:
-            CertmountError: what the steps raise. The pod's event and the audit log have the same text.
-        """
-        with audited() as record, self._concurrency_limit(request.issuer):
+        """Issue a certificate; raises CertmountError, whose text is also in the pod's event and in the audit log."""
+        calls = self._internal_calls if request.issuer == DEFAULT_ISSUER else self._external_calls
+        with audited() as record, calls:
             node = await self._authenticate_node(request, record)
             with self.limits.issue(node):
                 pod = await self._authenticate_pod(request, node, record)
@@ -70,11 +106,7 @@ class IssuancePipeline:
             record.decision = "issued"
             return result
 
-    def _concurrency_limit(self, issuer: str) -> ConcurrencyLimit:
-        return self._internal_calls if issuer == DEFAULT_ISSUER else self._external_calls
-
     async def _authenticate_node(self, request: IssuanceRequest, record: AuditRecord) -> PodIdentity:
-        """Return the calling driver; raises CertmountError as :class:`Authenticator`, and TooManyRequests."""
         with record.timed("authentication_ms"):
             node = await self.authenticator.authenticate_node(request.node_token)
         record.node = node.node_name
@@ -82,7 +114,6 @@ class IssuancePipeline:
         return node
 
     async def _authenticate_pod(self, request: IssuanceRequest, node: PodIdentity, record: AuditRecord) -> PodIdentity:
-        """Return a pod on the node; raises CertmountError as :class:`Authenticator`, and TooManyRequests."""
         with record.timed("authentication_ms"):
             pod = await self.authenticator.authenticate_pod(request.pod_token, node)
         record.set_pod(pod)
@@ -98,7 +129,6 @@ class IssuancePipeline:
             raise
 
     def _parse(self, request: IssuanceRequest, record: AuditRecord) -> ParsedCSR:
-        """Return the parsed CSR; raises CertmountError InvalidRequest or InvalidCSR."""
         if faults := request.faults():
             raise CertmountError(Reason.INVALID_REQUEST, *faults)
         record.issuer = request.issuer

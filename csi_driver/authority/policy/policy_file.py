@@ -22,11 +22,7 @@ _CHECK_S = 2.0
 
 
 def read_policy(content: bytes, *, trust_domain: str, cluster_domain: str) -> Policy:
-    """Parse a policy file (YAML); an empty file is the default policy.
-
-    Raises:
-        CertmountError: InvalidPolicy, with all faults.
-    """
+    """Parse a policy file (YAML), an empty one to the default policy; raises CertmountError InvalidPolicy with all faults."""
     located = read_yaml(content, "policy file", Reason.INVALID_POLICY)
     return parse_policy(
         located.data,
@@ -38,7 +34,7 @@ def read_policy(content: bytes, *, trust_domain: str, cluster_domain: str) -> Po
 
 
 class PolicyFile:
-    """Provides the policy in force: the newest valid content of the file."""
+    """Provides the policy in force: the newest valid content of the file. ``on_change`` gets the revision of a new policy."""
 
     def __init__(
         self,
@@ -49,7 +45,6 @@ class PolicyFile:
         cluster_domain: str,
         on_change: Callable[[str], None] = lambda _revision: None,
     ) -> None:
-        """``on_change`` receives the revision of each new policy."""
         self._file = file
         self._metrics = metrics
         self._on_change = on_change
@@ -61,7 +56,6 @@ class PolicyFile:
 
     @property
     def loaded(self) -> bool:
-        """True after valid content was read."""
         return self._watched.value is not None
 
     @property
@@ -76,7 +70,6 @@ class PolicyFile:
         await self._watched.load()
 
     async def run(self) -> None:
-        """Follow changes of the file until cancelled."""
         await self._watched.run(_CHECK_S)
 
     def _read(self) -> Contents:

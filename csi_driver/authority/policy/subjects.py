@@ -20,7 +20,11 @@ class PolicySubjectLookup(Protocol):
     """Finds the policy subject of a pod."""
 
     async def find(self, pod: PodIdentity) -> PolicySubject:
-        """Return the subject; raises CertmountError PodNotFound, or TokenReviewUnavailable if the watches are outdated."""
+        """Return the subject.
+
+        Raises CertmountError PodNotFound if the watches have not delivered the pod or its namespace, TokenReviewUnavailable
+        if they are outdated, and TokenRejected if the pod UID belongs to another namespace.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +39,6 @@ class ClusterSubjectLookup:
     wait_s: float = _WAIT_S
 
     async def find(self, pod: PodIdentity) -> PolicySubject:
-        """Return the subject of a pod.
-
-        Raises:
-            CertmountError: PodNotFound if the watches have not delivered the pod or its namespace, TokenReviewUnavailable
-                if they are outdated, TokenRejected if the pod UID belongs to another namespace.
-        """
         if reasons := self.outdated():
             raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, *reasons)
         namespace = pod.service_account.namespace
@@ -62,7 +60,6 @@ class OfflineSubjectLookup:
     """Returns subjects without labels and Services, for an authority without a cluster."""
 
     async def find(self, pod: PodIdentity) -> PolicySubject:
-        """Return the subject of a pod."""
         return PolicySubject(pod)
 
 

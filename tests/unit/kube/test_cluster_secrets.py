@@ -8,7 +8,7 @@ import json
 import pytest
 from kubernetes.aio import client
 
-from csi_driver.authority import cluster_secrets
+from csi_driver.authority import cluster_environment
 from csi_driver.authority.issuers.credentials import CredentialReader
 from csi_driver.cli import issuer
 from csi_driver.core.config.issuers import SecretSource
@@ -20,7 +20,7 @@ JWK = SecretSource("certmount", "step-provisioner", "jwk")
 
 @pytest.fixture
 def in_a_cluster(server: FakeApiServer, monkeypatch: pytest.MonkeyPatch) -> FakeApiServer:
-    monkeypatch.setattr(cluster_secrets, "in_cluster_configuration", lambda: client.Configuration(host=server.url))
+    monkeypatch.setattr(cluster_environment, "in_cluster_configuration", lambda: client.Configuration(host=server.url))
     return server
 
 
@@ -47,7 +47,7 @@ def keep(server: FakeApiServer, **values: bytes) -> None:
 
 
 async def read(source: SecretSource = JWK) -> bytes:
-    async with cluster_secrets.cluster_secrets() as read_secret:
+    async with cluster_environment.cluster_secrets() as read_secret:
         return (await CredentialReader(read_secret).read(source)).reveal()
 
 

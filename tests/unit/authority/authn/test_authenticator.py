@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from csi_driver.authority.authn.authenticator import Authenticator
+from csi_driver.authority.authn.authenticator import Authenticator, OfflineReviewer, TokenReviewCache
 from csi_driver.authority.authn.token_keys import TokenKeys
-from csi_driver.authority.authn.token_reviews import OfflineReviewer, TokenReviewCache
 from csi_driver.authority.authn.token_verifier import TokenVerifier
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.identity import ServiceAccount

@@ -11,8 +11,8 @@ from prometheus_client import CollectorRegistry
 
 from csi_driver import POD_AUDIENCE
 from csi_driver.authority import retry
+from csi_driver.authority.authn.authenticator import OfflineReviewer, TokenReviewCache, TokenReviewer
 from csi_driver.authority.authn.token_keys import TokenKeys
-from csi_driver.authority.authn.token_reviews import OfflineReviewer, TokenReviewCache, TokenReviewer
 from csi_driver.authority.authn.token_verifier import TokenVerifier
 from csi_driver.core.backoff import Backoff
 from csi_driver.core.cluster.objects import ReviewedToken
@@ -257,7 +257,7 @@ async def test_different_tokens_are_reviewed_concurrently(world: World, reviewer
 
 
 async def test_cache_is_bounded_and_contains_no_token(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("csi_driver.authority.authn.token_reviews._MAX_CACHED", 10)
+    monkeypatch.setattr("csi_driver.authority.authn.authenticator._MAX_CACHED", 10)
     await asyncio.gather(*world.start(count=30))
     token = world.issuer.pod_token(POD)
     await world.review(token)

@@ -14,8 +14,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.authority.csr_signer.content import parse_content
-from csi_driver.authority.csr_signer.requester import parse_requester, verify_running
+from csi_driver.authority.csr_signer.requests import parse_content, parse_requester, verify_running
 from csi_driver.core.cluster.csr import CERTMOUNT_SIGNER, ClusterCSR
 from csi_driver.core.cluster.objects import LivePod
 from csi_driver.core.errors import CertmountError, Fault

@@ -18,13 +18,12 @@ from prometheus_client import CollectorRegistry
 
 from csi_driver.authority.events import aggregator
 from csi_driver.authority.events.aggregator import MAX_EVENTS, MAX_NEW_PER_POD, AggregatedEvent, EventAggregator
-from csi_driver.authority.events.node_reports import RECOVERED
 from csi_driver.authority.events.recorder import PodEventRecorder, sanitize
-from csi_driver.authority.service import CONDITIONS
+from csi_driver.authority.service import CONDITIONS, RECOVERED
 from csi_driver.core.cluster.objects import EventRejected, PodEvent, RecordedEvent
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
-from csi_driver.telemetry.cluster_metrics import ClusterMetrics
+from csi_driver.telemetry.authority_metrics import ClusterMetrics
 from tests.support.waiting import until
 from tests.unit.authority.clock import Clock
 
