@@ -94,10 +94,10 @@ def test_a_whole_rotation_by_the_command(setting: Setting) -> None:
     assert "steady: one CA signs" in setting.says("status")
     assert fingerprint(old.root) in setting.says("status")
     said = setting.says("rotate")
-    assert "The rotation has begun. No pod notices" in said
-    assert "within seconds: an authority reads of this phase" in said
+    assert "Rotation started. Pods keep working" in said
+    assert "within seconds an authority reads this phase" in said
     setting.go_by()
-    assert "every replica knows of the next CA, and the nodes are asked to confirm" in setting.says("status")
+    assert "every replica knows the next CA, and nodes start to acknowledge its root" in setting.says("status")
     assert setting.status()["phase"] == "announcing"
     next_root = setting.status()["next"]["roots"][0]["fingerprint"]
     new = setting.go_by(41)
@@ -106,7 +106,7 @@ def test_a_whole_rotation_by_the_command(setting: Setting) -> None:
     status = setting.status()
     assert (status["phase"], status["next"]) == ("retiring", None)
     assert [each["root"] for each in status["retired"]] == [fingerprint(old.root)]
-    assert "the former root leaves every root.crt" in setting.says("status")
+    assert "nodes remove the former root from every root.crt" in setting.says("status")
     setting.go_by(41)
     assert setting.status()["phase"] == "steady"
     assert fingerprint(old.root) not in setting.says("status")
@@ -115,14 +115,15 @@ def test_a_whole_rotation_by_the_command(setting: Setting) -> None:
 def test_a_rotation_can_be_held_and_gone_on_with(setting: Setting) -> None:
     """However long; asking twice changes nothing."""
     setting.says("rotate")
-    assert "is under way already; nothing was changed" in setting.says("rotate")
+    assert "is already in progress; nothing changed" in setting.says("rotate")
     assert "The rotation is stopped." in setting.says("stop")
     setting.go_by(3600)
     assert setting.status()["phase"] == "announcing"
-    assert "go on by: certmount ca rotate; give the next CA up by: certmount ca stop --discard" in setting.says(
-        "status"
+    assert (
+        "to resume, run: certmount ca rotate; to abandon the next CA, run: certmount ca stop --discard"
+        in setting.says("status")
     )
-    assert "The rotation goes on." in setting.says("rotate")
+    assert "Rotation resumed." in setting.says("rotate")
     setting.go_by(41)
     assert setting.status()["phase"] == "retiring"
 
@@ -131,14 +132,14 @@ def test_a_next_ca_can_be_given_up_until_it_signs(setting: Setting) -> None:
     """Afterwards the reason is said."""
     old = setting.go_by()
     setting.says("rotate")
-    assert "it has signed nothing" in setting.says("stop", "--discard")
+    assert "It has signed nothing" in setting.says("stop", "--discard")
     assert setting.go_by().roots == old.roots
-    assert "none is under way" in setting.refuses("stop")
-    assert "none is under way" in setting.refuses("stop", "--discard")
+    assert "no rotation is in progress" in setting.refuses("stop")
+    assert "no rotation is in progress" in setting.refuses("stop", "--discard")
     setting.says("rotate")
     setting.go_by()
     setting.go_by(41)
-    assert "pods hold certificates that only its root vouches for" in setting.refuses("stop", "--discard")
+    assert "pods have certificates that only its root verifies" in setting.refuses("stop", "--discard")
     assert "is stopped" in setting.says("stop")
 
 
@@ -150,11 +151,11 @@ def test_a_stolen_cas_root_can_be_dropped_at_once(setting: Setting) -> None:
     setting.says("rotate")
     setting.go_by()
     setting.go_by(41)
-    assert "try again in 40 s" in setting.refuses("drop", "--yes")
+    assert "retry in 40 s" in setting.refuses("drop", "--yes")
     assert "Aborted" in setting.refuses("drop")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("csi_driver.cli.ca.time.time", (utc_now() + timedelta(seconds=120)).timestamp)
-        assert "leaves every root.crt within seconds" in setting.says("drop", "--yes")
+        assert "remove the former root from every root.crt within seconds" in setting.says("drop", "--yes")
     setting.go_by()
     assert old.roots_der[0] not in setting.ca.root_set.roots
     assert setting.status()["phase"] == "steady"
@@ -174,7 +175,7 @@ def test_the_next_ca_is_like_the_present_one_but_for_what_is_said(setting: Setti
     assert second.root != first.root
     assert second.root.extensions.get_extension_for_class(x509.NameConstraints).value == constraints
     assert type(second.root.public_key()) is type(first.root.public_key())
-    assert "give that one up first" in setting.refuses("rotate", "--key-type", "Ed25519")
+    assert "to abandon it, run: certmount ca stop --discard" in setting.refuses("rotate", "--key-type", "Ed25519")
 
 
 def own_ca(folder: Path, *, encrypted: bool) -> tuple[Keyring, list[str]]:
@@ -201,7 +202,7 @@ def own_ca(folder: Path, *, encrypted: bool) -> tuple[Keyring, list[str]]:
 def test_a_rotation_to_a_ca_of_ones_own(encrypted: bool, setting: Setting, tmp_path_factory: Any) -> None:
     """The root's key stays at home; the authority can use what was encrypted without the password."""
     keyring, options = own_ca(tmp_path_factory.mktemp("own"), encrypted=encrypted)
-    assert "its owner renews it" in setting.says("rotate", *options)
+    assert "you must renew it" in setting.says("rotate", *options)
     setting.go_by()
     held = setting.go_by(41)
     assert (held.roots, held.root_key) == (keyring.roots, None)
@@ -211,8 +212,8 @@ def test_a_rotation_to_a_ca_of_ones_own(encrypted: bool, setting: Setting, tmp_p
 def test_a_ca_of_ones_own_that_is_wrong_is_refused(setting: Setting, tmp_path: Path) -> None:
     """With every fault, and nothing begins."""
     _, options = own_ca(tmp_path, encrypted=True)
-    assert "a CA of your own also needs --intermediate, --intermediate-key" in setting.refuses("rotate", options[0])
-    assert "--path-length are for a CA that is made" in setting.refuses("rotate", *options, "--path-length=2")
+    assert "your own CA also requires --intermediate, --intermediate-key" in setting.refuses("rotate", options[0])
+    assert "--path-length apply to a new CA" in setting.refuses("rotate", *options, "--path-length=2")
     assert "see --root" in setting.refuses("rotate", options[-1])
     (tmp_path / "password").write_text("wrong")
     assert "next intermediate.key" in setting.refuses("rotate", *options)
@@ -223,7 +224,7 @@ def test_a_ca_of_ones_own_that_is_wrong_is_refused(setting: Setting, tmp_path: P
 def test_without_a_ca_there_is_nothing_to_tell(tmp_path: Path) -> None:
     """As where the authority has --ca-files: it is said where to read on, and no CA is made."""
     for arguments in (["status"], ["rotate"], ["stop"]):
-        assert "keeps no CA" in Setting(tmp_path).refuses(*arguments)
+        assert "contains no CA" in Setting(tmp_path).refuses(*arguments)
     assert not (tmp_path / "ca.json").exists()
 
 
@@ -231,9 +232,9 @@ def test_which_ca_is_meant_must_be_clear(tmp_path: Path, monkeypatch: pytest.Mon
     """In a sentence that says what is wanted."""
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     runner = CliRunner()
-    assert "--ca-dir: needed outside a cluster" in runner.invoke(command, ["status"]).output
+    assert "--ca-dir: required outside a cluster" in runner.invoke(command, ["status"]).output
     both = runner.invoke(command, ["status", f"--ca-dir={tmp_path}", "--ca-secret=a/b"])
-    assert "give one or the other" in both.output
+    assert "use one of them" in both.output
     assert "'b' is not NAMESPACE/NAME" in runner.invoke(command, ["status", "--ca-secret=b"]).output
 
 
@@ -267,11 +268,11 @@ async def test_in_a_cluster_the_nodes_that_are_waited_for_are_named(
             return result.output
 
         said = await say("status")
-        assert "confirmed  by 0 of 13 nodes" in said
+        assert "acknowledged  by 0 of 13 nodes" in said
         assert "not yet: node-00" in said
         assert "node-10" not in said
         assert "and 3 more" in said
         assert await say("forget", "updating", "strange") == (
-            "updating: forgotten\nstrange: has never confirmed anything, so there is nothing to forget\n"
+            "updating: forgotten\nstrange: unknown; it has never acknowledged any roots\n"
         )
-        assert "confirmed  by 0 of 12 nodes" in await say("status")
+        assert "acknowledged  by 0 of 12 nodes" in await say("status")
