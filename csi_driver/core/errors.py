@@ -90,7 +90,7 @@ class FailureKind(Enum):
 
     @property
     def retryable(self) -> bool:
-        """True if the same request can succeed later although nobody changes anything."""
+        """True if the same request can succeed later without a change by a user or administrator."""
         return self.status in ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED")
 
 
@@ -172,5 +172,5 @@ class CertmountError(Exception):
 
 
 def _joined(texts: list[str]) -> str:
-    """One text as it is; several numbered, so that each can be found in the one line of an event."""
+    """Return one text unchanged, or several texts in one line with numbers."""
     return texts[0] if len(texts) == 1 else " ".join(f"({number}) {text}" for number, text in enumerate(texts, start=1))

@@ -87,7 +87,7 @@ def test_a_keyring_does_not_show_its_keys(keyring: Keyring) -> None:
     assert "PRIVATE" not in repr(keyring) + repr(encode_keyring(keyring))
 
 
-def test_the_intermediate_is_renewed_at_two_thirds_of_its_life(keyring: Keyring) -> None:
+def test_intermediate_is_renewed_after_two_thirds_of_its_lifetime(keyring: Keyring) -> None:
     """Not before, and from then on."""
     due = INTERMEDIATE_LIFETIME * 2 / 3
     assert not keyring.intermediate_due(NOW + due - timedelta(hours=1))
@@ -232,7 +232,7 @@ def test_a_ca_that_may_not_sign_certificates_is_refused() -> None:
 
 
 def test_all_faults_of_a_ca_are_said_at_once(keyring: Keyring) -> None:
-    """Whoever repairs it hears of everything."""
+    """The error lists all faults, so an administrator can repair all of them at the same time."""
     values = without("intermediate.key")(with_value("intermediate.crt", b"x")(dict(encode_keyring(keyring))))
     with pytest.raises(CertmountError, match=r"\(1\).*intermediate\.crt.*\(2\).*intermediate\.key"):
         load_keyring(values, NOW, where="here")
@@ -240,7 +240,7 @@ def test_all_faults_of_a_ca_are_said_at_once(keyring: Keyring) -> None:
 
 @pytest.mark.parametrize("moment", [NOW + ROOT_LIFETIME, NOW - timedelta(days=1)])
 def test_a_root_that_is_not_valid_now_is_refused(moment: object, keyring: Keyring) -> None:
-    """Nothing it signs would be believed."""
+    """Verifiers would reject everything that it signs."""
     with pytest.raises(CertmountError, match=r"root\.crt: (expired at|is not valid before)"):
         load_keyring(encode_keyring(keyring), moment, where="here")  # type: ignore[arg-type]  # both are datetimes
 
@@ -303,7 +303,7 @@ EXCLUDED = (x509.DNSName("b.example.com"),)
     ],
 )
 def test_the_design_of_a_ca_is_found_in_it(design: CAProfile) -> None:
-    """So the next one is made for the same names; nobody has to remember how the first one was made."""
+    """The next CA has the same name constraints, so administrators need not repeat them."""
     keyring = load_keyring(encode_keyring(make_keyring(NOW, design)), NOW, where="here")
     found = profile_of(keyring)
     assert set(found.permitted) == set(design.permitted)

@@ -51,7 +51,7 @@ LOWER = CA("lower", MIDDLE, key=key(2), path_length=0)
 
 
 def values(roots: Sequence[Signer], intermediates: Sequence[Signer], root_key: PrivateKey | None = None) -> Values:
-    """As they lie in the store; the first intermediate signs."""
+    """Certificates and keys in the order of the store; the first intermediate signs."""
     found = {
         "root.crt": Secret(encode_certificates([root.certificate for root in roots])),
         "intermediate.crt": Secret(encode_certificates([one.certificate for one in intermediates])),
@@ -74,7 +74,7 @@ def refusal(given: Values, password: Secret[bytes] | None = None) -> str:
 
 
 def test_an_offline_root_is_not_missed() -> None:
-    """Leaves are signed without it; its owner renews the intermediate, and hears of the end in time."""
+    """The CA signs leaf certificates without it. The owner renews the intermediate and gets a warning before it expires."""
     keyring = load(values([ROOT], [MIDDLE]))
     assert keyring.root_key is None
     end = MIDDLE.certificate.not_valid_after_utc
@@ -94,7 +94,7 @@ def test_an_empty_root_key_is_an_offline_root(blank: bytes) -> None:
     assert load({**values([ROOT], [MIDDLE]), "root.key": Secret(blank)}).root_key is None
 
 
-def test_a_ca_of_ours_says_nothing_of_its_intermediate() -> None:
+def test_no_warning_for_the_intermediate_that_certmount_renews() -> None:
     """It is renewed by itself; the root's end is its owner's business."""
     keyring = make_keyring(NOW)
     assert keyring.expiring(NOW + timedelta(days=364)) == ()
@@ -102,7 +102,7 @@ def test_a_ca_of_ours_says_nothing_of_its_intermediate() -> None:
 
 
 def test_a_longer_chain_travels_with_each_leaf() -> None:
-    """From the signing intermediate up; the root is left away, even where it was put at the chain's end."""
+    """The chain starts with the signing intermediate and omits the root, even if the file contains it."""
     for further in ([], [ROOT]):
         keyring = load(values([ROOT], [LOWER, MIDDLE, *further], ROOT.key))
         assert keyring.intermediates == (LOWER.certificate, MIDDLE.certificate)
@@ -119,7 +119,7 @@ def test_of_several_roots_the_one_that_is_led_to_comes_first() -> None:
 
 
 def test_of_two_certificates_of_one_root_the_better_counts() -> None:
-    """A root may be signed anew with its old key."""
+    """A root can be re-signed with its old key."""
     former = CA("root", key=key(), validity=Validity(end=timedelta(0)))
     assert load(values([former, ROOT], [MIDDLE])).root == ROOT.certificate
 

@@ -44,8 +44,8 @@ def test_a_rotation_goes_through_its_phases_in_order() -> None:
     assert (state.phase, state.retired) == (RotationPhase.STEADY, ())
 
 
-def test_each_other_set_of_roots_has_a_higher_generation() -> None:
-    """Also where the clock was set back, and at the end of announcing, so that nodes confirm anew. The switch changes no set."""
+def test_each_changed_root_set_has_a_higher_generation() -> None:
+    """Also if the clock was set back, and at the end of announcing, so that nodes acknowledge again. The switch changes no set."""
     generations = [STEADY.generation]
     for state in (
         announced := rotation.begin(STEADY, NOW - 50),
@@ -172,7 +172,7 @@ class Outage(AssertionError):
 
 
 class Model:
-    """Three replicas and up to three nodes; whoever reads may save much later, or never."""
+    """Three replicas and up to three nodes. A replica that has read the state can save it much later, or never."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)  # noqa: S311  # a walk, not a secret
@@ -288,11 +288,11 @@ class Model:
                 action()
 
     def restart_driver(self) -> None:
-        """Its memory is gone but for what its volumes hold; while it is away the kubelet does not list it."""
+        """Stop or start a driver. Only the content of its volumes remains. The kubelet does not list a stopped driver."""
         name = self.random.choice("abc")
         node = self.nodes.get(name)
         if node is None or name not in self.confirmed:
-            return  # of a driver that left before it ever confirmed anything, no one can know
+            return  # A driver that stopped before its first acknowledgement is unknown.
         node.driver = not node.driver
         node.known = NOTHING
         for volume in node.volumes:
@@ -360,7 +360,7 @@ def test_the_model_finds_an_outage_where_a_rule_is_broken(broken: str, monkeypat
 
 @pytest.mark.parametrize("rule", ["known_everywhere_at", "trusted_until"])
 def test_the_model_finds_an_outage_where_a_wait_is_left_out(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each wait is needed: for replicas that have not heard of a phase yet, and for certificates that have not ended."""
+    """Each wait is needed: for replicas that do not know a phase yet, and for certificates that have not expired."""
     short = property(lambda state: state.since) if rule == "known_everywhere_at" else lambda state, _: state.since
     monkeypatch.setattr(RotationState, rule, short)
     with pytest.raises(Outage):
