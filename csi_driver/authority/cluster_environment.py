@@ -15,8 +15,7 @@ from csi_driver.authority.csr_api import CSRApi
 from csi_driver.authority.diagnostics import DiagnosticCheck, permission_checks
 from csi_driver.authority.environment import Environment
 from csi_driver.authority.events.recorder import PodEventRecorder
-from csi_driver.authority.issuers.credentials import CredentialReader, ReadSecret
-from csi_driver.authority.issuers.dependencies import IssuerDependencies
+from csi_driver.authority.issuers.dependencies import CredentialReader, IssuerDependencies, ReadSecret
 from csi_driver.authority.policy.subjects import ClusterSubjectLookup
 from csi_driver.authority.trust.acknowledgements import ACKNOWLEDGEMENTS_SECRET
 from csi_driver.core.errors import CertmountError, Fault, Reason

@@ -13,7 +13,7 @@ from typing import TypeVar
 from csi_driver.authority.authn.token_keys import parse_keys
 from csi_driver.authority.ca.sources import CASource
 from csi_driver.authority.config.watched_file import read_file
-from csi_driver.authority.issuers.findings import Finding
+from csi_driver.authority.issuers import Finding
 from csi_driver.authority.issuers.kinds import read_issuers
 from csi_driver.authority.policy.policy_file import PolicyFile
 from csi_driver.core.cluster.objects import PublishedKeys
@@ -34,19 +34,17 @@ class DiagnosticCheck:
 
 async def run_checks(checks: Sequence[DiagnosticCheck]) -> list[Finding]:
     """Run all checks, even if some fail; return the findings in the order of the checks."""
-    return list(await asyncio.gather(*map(_run_check, checks)))
 
+    async def find(check: DiagnosticCheck) -> Finding:
+        try:
+            return Finding(check.subject, True, await check.run())
+        except CertmountError as error:
+            return Finding(check.subject, False, str(error))
 
-async def _run_check(check: DiagnosticCheck) -> Finding:
-    try:
-        return Finding(check.subject, True, await check.run())
-    except CertmountError as error:
-        return Finding(check.subject, False, str(error))
+    return list(await asyncio.gather(*map(find, checks)))
 
 
 def policy_check(policy: PolicyFile) -> DiagnosticCheck:
-    """Check that the policy file is valid."""
-
     async def run() -> str:
         await policy.load()
         count = len(policy.current.rules)
@@ -69,8 +67,6 @@ def ca_check(source: CASource) -> DiagnosticCheck:
 
 
 def token_keys_check(fetch: Callable[[], Awaitable[PublishedKeys]]) -> DiagnosticCheck:
-    """Check that the cluster publishes the public keys of service-account tokens."""
-
     async def run() -> str:
         keys = parse_keys(await fetch())
         return f"{len(keys.keys)} of issuer {keys.issuer}"
@@ -92,7 +88,7 @@ def issuers_check(file: Path) -> DiagnosticCheck:
 def permission_checks(
     permissions: Iterable[_T], has_permission: Callable[[_T], Awaitable[bool]]
 ) -> list[DiagnosticCheck]:
-    """Check each permission. Its text describes it; ``has_permission`` queries the API server."""
+    """Return a check for each permission, whose text describes it."""
 
     async def run(permission: _T) -> str:
         if not await has_permission(permission):
@@ -100,6 +96,4 @@ def permission_checks(
             raise CertmountError(Reason.INVALID_REQUEST, Fault(str(permission), "is not permitted", hint))
         return "permitted"
 
-    return [
-        DiagnosticCheck(f"permission to {permission}", functools.partial(run, permission)) for permission in permissions
-    ]
+    return [DiagnosticCheck(f"permission to {each}", functools.partial(run, each)) for each in permissions]

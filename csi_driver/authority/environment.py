@@ -13,8 +13,7 @@ from csi_driver.authority.config.watched_file import read_file
 from csi_driver.authority.csr_api import CSRApi
 from csi_driver.authority.diagnostics import DiagnosticCheck
 from csi_driver.authority.events.recorder import EventRecorder, NullEventRecorder
-from csi_driver.authority.issuers.credentials import CredentialReader
-from csi_driver.authority.issuers.dependencies import IssuerDependencies
+from csi_driver.authority.issuers.dependencies import CredentialReader, IssuerDependencies
 from csi_driver.authority.policy.subjects import OfflineSubjectLookup, PolicySubjectLookup
 from csi_driver.authority.storage import DirectoryStore, Store
 from csi_driver.authority.trust.acknowledgements import ACKNOWLEDGEMENTS_FILE, ConnectedNodes, NodeList
@@ -26,8 +25,7 @@ from csi_driver.core.errors import Reason
 _MAX_BYTES = 1024 * 1024
 
 
-async def _no_background_work() -> None:
-    """Return immediately."""
+async def _no_background_work() -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +41,7 @@ class Environment:
     events: EventRecorder = NullEventRecorder()
     nodes: Callable[[TrustBundles], NodeList] = ConnectedNodes
     issuer_dependencies: IssuerDependencies = IssuerDependencies(CredentialReader())
-    checks: Sequence[DiagnosticCheck] = ()
-    """Further checks for ``--check``."""
+    checks: Sequence[DiagnosticCheck] = ()  # for --check
     run: Callable[[], Coroutine[Any, Any, None]] = _no_background_work
     """Runs the watches and writes events while the authority runs."""
     outdated: Callable[[], Sequence[str]] = tuple

@@ -241,7 +241,7 @@ class AuthorityServer:
 
     async def _serve_http01(self, address: str) -> None:
         """Respond to HTTP-01 requests until cancelled; raises OSError if the port is in use."""
-        from csi_driver.authority.issuers.acme.challenge_server import ChallengeServer  # imports aiohttp's server
+        from csi_driver.authority.issuers.acme.http01 import ChallengeServer  # imports aiohttp's server
 
         server = ChallengeServer(address, self._issuers.external)
         await server.start()

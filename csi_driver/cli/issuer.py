@@ -12,10 +12,8 @@ from pathlib import Path
 import click
 
 from csi_driver.authority.config.located_yaml import MAX_BYTES
-from csi_driver.authority.issuers import Issuer, IssuerRequest
-from csi_driver.authority.issuers.credentials import CredentialReader
-from csi_driver.authority.issuers.dependencies import CSRAccess, IssuerDependencies
-from csi_driver.authority.issuers.findings import Findings
+from csi_driver.authority.issuers import Findings, Issuer, IssuerRequest
+from csi_driver.authority.issuers.dependencies import CredentialReader, CSRAccess, IssuerDependencies
 from csi_driver.authority.issuers.kinds import make_issuer, read_issuers
 from csi_driver.cli.common import parsed
 from csi_driver.core.certificates.csr import build_csr, parse_csr

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from kubernetes.aio import client
 
-from csi_driver.authority.issuers.acme.challenge_server import ChallengeServer
 from csi_driver.authority.issuers.acme.config import Http01
+from csi_driver.authority.issuers.acme.http01 import ChallengeServer
 from csi_driver.kube.client import connect
 from csi_driver.kube.ingress import LABELS, IngressRoutes
 from tests.e2e.kubectl import CERTMOUNT, apply, find, kubectl

@@ -13,8 +13,8 @@ import aiohttp
 import pytest
 
 from csi_driver.authority.issuers import Issuer
-from csi_driver.authority.issuers.acme.challenge_server import ChallengeServer
 from csi_driver.authority.issuers.acme.config import AcmeConfiguration, Http01
+from csi_driver.authority.issuers.acme.http01 import ChallengeServer
 from csi_driver.core.errors import CertmountError, Reason
 from tests.peers.acme import (
     AcmeEnvironment,

@@ -13,8 +13,8 @@ import pytest
 from aiohttp import web
 from kubernetes.aio import client
 
-from csi_driver.authority.issuers.acme.challenge_server import ChallengeServer
 from csi_driver.authority.issuers.acme.config import Http01
+from csi_driver.authority.issuers.acme.http01 import ChallengeServer
 from csi_driver.core.errors import CertmountError
 from csi_driver.kube.client import connect
 from csi_driver.kube.ingress import IngressRoutes

@@ -16,7 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
-from csi_driver.authority.issuers.credentials import CredentialReader
+from csi_driver.authority.issuers.dependencies import CredentialReader
 from csi_driver.authority.issuers.step_ca.client import StepCAClient
 from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.issuer import StepCAIssuer

@@ -10,10 +10,34 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from datetime import timedelta
 
-from csi_driver.authority.issuers.findings import Findings
 from csi_driver.core.certificates.csr import ParsedCSR
+from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity
 from csi_driver.core.policy.engine import Grant, RequestedCertificate
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The result of checking one thing."""
+
+    subject: str  # What was checked, in one or two words, such as `provisioner`
+    ok: bool
+    text: str  # What was found; if it is not ok, also what to do
+
+    def __str__(self) -> str:
+        return f"{'ok  ' if self.ok else 'FAIL'} {self.subject}: {self.text}"
+
+
+class Findings(list[Finding]):
+    """The findings of one diagnosis, in the order of the checks."""
+
+    def add(self, subject: str, ok: bool, text: str) -> None:
+        self.append(Finding(subject, ok, text))
+
+    @property
+    def problem(self) -> str | None:
+        """Everything that is not ok in one line, or None."""
+        return "; ".join(f"{finding.subject}: {finding.text}" for finding in self if not finding.ok) or None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +101,14 @@ class Issuer(ABC):
         return Findings()
 
     async def http01_response(self, token: str) -> str | None:  # noqa: ARG002
-        """Return the key authorization for an HTTP-01 token (RFC 8555 section 8.3), or None if the token is unknown.
-
-        Raises CertmountError if the issuer can't find out.
-        """
+        """Return the key authorization for a known HTTP-01 token (RFC 8555 section 8.3); raise CertmountError."""
         return None
 
     def renewals_due(self) -> tuple[str, ...]:
-        """Return the keys whose certificates the CA wants renewed now (RFC 9773).
-
-        A key is the hexadecimal SHA-256 of a public key (SubjectPublicKeyInfo, DER).
-        """
+        """Return the SHA-256 (hex) of the public keys (DER) whose certificates the CA wants renewed now (RFC 9773)."""
         return ()
+
+
+def issuer_unavailable(field: str, problem: str, hint: str = "") -> CertmountError:
+    """Return a CertmountError IssuerUnavailable with one fault."""
+    return CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(field, problem, hint))

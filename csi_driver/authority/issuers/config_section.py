@@ -36,7 +36,6 @@ class ConfigSection:
         self._reader.fault((*self._path, key) if key else self._path, problem, hint)
 
     def section(self, key: str, allowed: tuple[str, ...], required: tuple[str, ...] = ()) -> ConfigSection | None:
-        """Return a nested section, or None if the key has no value."""
         value = self.values.get(key)
         return None if value is None else ConfigSection(self._reader, (*self._path, key), value, allowed, required)
 

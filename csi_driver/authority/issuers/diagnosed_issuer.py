@@ -8,9 +8,7 @@ from abc import abstractmethod
 
 import structlog
 
-from csi_driver.authority.issuers import Issuer
-from csi_driver.authority.issuers.errors import issuer_unavailable
-from csi_driver.authority.issuers.findings import Findings
+from csi_driver.authority.issuers import Findings, Issuer, issuer_unavailable
 from csi_driver.core.errors import CertmountError
 
 log = structlog.get_logger(__name__)

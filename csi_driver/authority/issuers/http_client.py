@@ -78,7 +78,6 @@ class HttpClient:
         )
 
     async def get(self, path: str) -> JsonResponse:
-        """Return the response; raise HttpError."""
         return await self._request("GET", path)
 
     async def post(self, path: str, document: Mapping[str, str]) -> JsonResponse:

@@ -18,11 +18,7 @@ ISSUER_KINDS: Mapping[str, IssuerKind] = {
 
 
 def read_issuers(content: bytes, kinds: Mapping[str, IssuerKind] = ISSUER_KINDS) -> tuple[IssuerDeclaration, ...]:
-    """Parse an issuers file (YAML); an empty file declares no issuers.
-
-    Raises:
-        CertmountError: InvalidIssuers, with all faults.
-    """
+    """Parse an issuers file (YAML), which may be empty; raise CertmountError InvalidIssuers with all faults."""
     located = read_yaml(content, "issuers file", Reason.INVALID_ISSUERS)
     return parse_issuers(located.data, {name: kind.parse for name, kind in kinds.items()}, located.lines)
 
@@ -30,5 +26,4 @@ def read_issuers(content: bytes, kinds: Mapping[str, IssuerKind] = ISSUER_KINDS)
 def make_issuer(
     declared: IssuerDeclaration, dependencies: IssuerDependencies, kinds: Mapping[str, IssuerKind] = ISSUER_KINDS
 ) -> Issuer:
-    """Create the declared issuer."""
     return kinds[declared.kind].make(declared.name, declared.configuration, dependencies)

@@ -80,7 +80,6 @@ class IssuerRegistry(Mapping[str, Issuer]):
 
     @property
     def sharing(self) -> frozenset[str]:
-        """The names of the issuers whose certificates pods share."""
         return frozenset(name for name, issuer in self._by_name.items() if issuer.shares_certificates)
 
     @property
@@ -89,7 +88,6 @@ class IssuerRegistry(Mapping[str, Issuer]):
         return frozenset(key for issuer in self._by_name.values() for key in issuer.renewals_due())
 
     def external(self) -> list[Issuer]:
-        """Return the issuers that the file declares."""
         return list(self._by_name.values())
 
     async def load(self) -> None:
@@ -98,7 +96,6 @@ class IssuerRegistry(Mapping[str, Issuer]):
             await self._file.load()
 
     async def run(self) -> None:
-        """Watch the file and run the background work of the issuers until cancelled."""
         running: dict[int, asyncio.Task[None]] = {}
         async with asyncio.TaskGroup() as tasks:
             while True:

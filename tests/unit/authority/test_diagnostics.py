@@ -19,7 +19,7 @@ from csi_driver.authority.diagnostics import (
     run_checks,
     token_keys_check,
 )
-from csi_driver.authority.issuers.findings import Finding
+from csi_driver.authority.issuers import Finding
 from csi_driver.authority.policy.policy_file import PolicyFile
 from csi_driver.authority.storage import DirectoryStore
 from csi_driver.core.cluster.objects import PublishedKeys

@@ -9,7 +9,7 @@ import pytest
 from kubernetes.aio import client
 
 from csi_driver.authority import cluster_environment
-from csi_driver.authority.issuers.credentials import CredentialReader
+from csi_driver.authority.issuers.dependencies import CredentialReader
 from csi_driver.cli import issuer
 from csi_driver.core.config.issuers import SecretSource
 from csi_driver.core.errors import CertmountError, Reason

@@ -14,10 +14,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from josepy.errors import Error as JoseError
 from josepy.jwk import JWKEC
 
+from csi_driver.authority.issuers import issuer_unavailable
 from csi_driver.authority.issuers.acme.client import AcmeClient, AcmeProblem
 from csi_driver.authority.issuers.acme.config import AcmeConfiguration
 from csi_driver.authority.issuers.acme.credentials import AcmeCredentials
-from csi_driver.authority.issuers.errors import issuer_unavailable
 from csi_driver.authority.storage import Store, Values, update
 from csi_driver.core.secret import Secret
 from csi_driver.core.stored_secrets import StoredSecrets
@@ -69,7 +69,6 @@ class AcmeAccounts:
         self._directory = await asyncio.get_running_loop().run_in_executor(self._executor, client.fetch_directory)
 
     def forget(self) -> None:
-        """Register again before the next use, because the CA does not know the account."""
         self._account = None
 
     def _client(self, key: JWKEC) -> AcmeClient:
@@ -102,12 +101,7 @@ class AcmeAccounts:
 
 
 def register(client: AcmeClient, key: JWKEC, configuration: AcmeConfiguration, mac_key: Secret[str] | None) -> str:
-    """Return the URL of the account for the key, created if necessary (RFC 8555 section 7.3.1).
-
-    Raises:
-        CertmountError: IssuerUnavailable if the CA requires terms of service or an external account that are not configured.
-        AcmeProblem: if the CA rejects it.
-    """
+    """Return the URL of the account for the key, created if necessary; raise as :meth:`AcmeClient.send`."""
     directory = client.directory
     terms = directory.meta.terms_of_service
     if terms and not configuration.terms_agreed:

@@ -44,7 +44,6 @@ def select_chain(chains: Sequence[tuple[x509.Certificate, ...]], preferred: str 
 
 
 def check_chain(chain: Sequence[x509.Certificate], csr: bytes) -> None:
-    """Raise AcmeProblem if the leaf has another key or other names than the CSR."""
     request = x509.load_der_x509_csr(csr)
     try:
         names = {name.text for name in names_of(chain[0].extensions)}

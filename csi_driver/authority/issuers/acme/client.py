@@ -17,7 +17,7 @@ from josepy.jwk import JWK
 from requests.adapters import HTTPAdapter
 
 from csi_driver import __version__
-from csi_driver.authority.issuers.errors import issuer_unavailable
+from csi_driver.authority.issuers import issuer_unavailable
 from csi_driver.authority.issuers.http_client import MAX_RESPONSE_BYTES
 
 _TIMEOUT_S = 20
@@ -68,7 +68,6 @@ class AcmeClient(ClientNetwork):
             raise self._not_acme() from None
 
     def use_account(self, url: str) -> None:
-        """Sign with this account from now on (RFC 8555 section 6.2: ``kid``)."""
         self.account = messages.RegistrationResource(uri=url, body=messages.Registration())
 
     def fetch(self, url: str) -> requests.Response:

@@ -98,7 +98,6 @@ class AcmeConfiguration:
 
 
 def parse_acme(reader: DocumentReader, path: Path, value: object) -> AcmeConfiguration | None:
-    """Parse the value of ``acme``; see :data:`csi_driver.core.config.issuers.Parse`."""
     section = ConfigSection(reader, path, value, _KEYS, required=("account",))
     if not section.values:
         return None

@@ -53,7 +53,6 @@ class AcmeContext:
     holder: str  # The identity of this replica in leases
 
     async def in_thread(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        """Call the synchronous ACME library."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.executor, functools.partial(function, *args, **kwargs))
 

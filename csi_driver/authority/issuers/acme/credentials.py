@@ -10,9 +10,9 @@ import dns.exception
 import dns.name
 import dns.tsig
 
+from csi_driver.authority.issuers import issuer_unavailable
 from csi_driver.authority.issuers.acme.config import AcmeConfiguration
-from csi_driver.authority.issuers.credentials import CredentialReader
-from csi_driver.authority.issuers.errors import issuer_unavailable
+from csi_driver.authority.issuers.dependencies import CredentialReader
 from csi_driver.core.config.issuers import CredentialSource
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.secret import Secret
@@ -69,12 +69,10 @@ class AcmeCredentials:
         self._reader = reader
 
     async def tsig_key(self) -> TsigKey | None:
-        """Return the key that signs DNS updates; None if none is configured."""
         source = self._configuration.dns01.key if self._configuration.dns01 is not None else None
         return None if source is None else TsigKey.parse(await self._text(source), str(source))
 
     async def mac_key(self) -> Secret[str] | None:
-        """Return the MAC key of the external account (RFC 8555 section 7.3.4); None if none is configured."""
         external = self._configuration.external_account
         return None if external is None else await self._text(external.key)
 

@@ -9,12 +9,12 @@ import dns.name
 import dns.rdatatype
 import dns.update
 
+from csi_driver.authority.issuers import Findings
 from csi_driver.authority.issuers.acme.client import AcmeClient, AcmeProblem
 from csi_driver.authority.issuers.acme.config import Dns01
 from csi_driver.authority.issuers.acme.context import AcmeContext
 from csi_driver.authority.issuers.acme.credentials import AcmeCredentials
 from csi_driver.authority.issuers.acme.zone import ZoneFinder
-from csi_driver.authority.issuers.findings import Findings
 from csi_driver.core.errors import CertmountError
 
 _T = TypeVar("_T")
@@ -74,7 +74,6 @@ async def _check_dns(configuration: Dns01, credentials: AcmeCredentials, finding
 
 
 async def _try(findings: Findings, subject: str, call: Awaitable[_T]) -> _T | None:
-    """Return the result of the call; if it fails, add a finding and return None."""
     try:
         return await call
     except AcmeProblem as problem:

@@ -14,12 +14,12 @@ import dns.rdtypes.txtbase
 import dns.update
 from josepy.b64 import b64encode
 
+from csi_driver.authority.issuers import issuer_unavailable
 from csi_driver.authority.issuers.acme.config import Dns01
 from csi_driver.authority.issuers.acme.credentials import AcmeCredentials
 from csi_driver.authority.issuers.acme.nameserver import Nameserver
 from csi_driver.authority.issuers.acme.state import ChallengeRecord
 from csi_driver.authority.issuers.acme.zone import ZoneFinder
-from csi_driver.authority.issuers.errors import issuer_unavailable
 from csi_driver.core.errors import CertmountError
 
 _TTL_S = 60

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import aiohttp
+from aiohttp import web
 from aiohttp.abc import AbstractResolver, ResolveResult
 
+from csi_driver.authority.issuers import Issuer
 from csi_driver.authority.issuers.acme.config import Http01
 from csi_driver.authority.issuers.acme.nameserver import Nameserver
-from csi_driver.authority.issuers.acme.request import wildcard_faults
+from csi_driver.authority.issuers.acme.order_rules import wildcard_faults
 from csi_driver.authority.issuers.acme.state import ChallengeRecord
 from csi_driver.authority.issuers.dependencies import ChallengeRoutes
 from csi_driver.core.errors import CertmountError, Fault, Reason
@@ -22,6 +25,7 @@ MAX_STORE_AGE_S = 0.1  # A replica that does not find a token reads the store ag
 _INTERVAL_S = 1.0
 _MAX_BYTES = 1024
 _TIMEOUT = aiohttp.ClientTimeout(total=5)
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)  # RFC 8555 section 8.3: base64url
 
 
 class Http01Solver:
@@ -114,3 +118,38 @@ class _FixedAddressResolver(AbstractResolver):
 
     async def close(self) -> None:
         await self._others.close()
+
+
+class ChallengeServer:
+    """One port for all issuers. It is open to the internet, so it reads no bodies and serves one path."""
+
+    def __init__(self, address: str, issuers: Callable[[], Iterable[Issuer]]) -> None:
+        host, _, port = address.rpartition(":")
+        self._host = host.strip("[]") or None
+        self._port = int(port)
+        self._issuers = issuers
+        application = web.Application(client_max_size=0)
+        application.router.add_get(HTTP01_PATH + "{token}", self._respond)
+        self._runner = web.AppRunner(application, access_log=None, handle_signals=False, keepalive_timeout=5)
+
+    async def start(self) -> int:
+        """Listen and return the port; raise OSError."""
+        await self._runner.setup()
+        await web.TCPSite(self._runner, self._host, self._port).start()
+        return int(self._runner.addresses[0][1])
+
+    async def stop(self) -> None:
+        await self._runner.cleanup()
+
+    async def _respond(self, request: web.Request) -> web.Response:
+        token = request.match_info["token"]
+        if _TOKEN.fullmatch(token) is None:
+            return web.Response(status=404)
+        try:
+            for issuer in self._issuers():
+                text = await issuer.http01_response(token)
+                if text is not None:
+                    return web.Response(text=text, content_type="application/octet-stream")
+        except CertmountError:
+            return web.Response(status=503)
+        return web.Response(status=404)

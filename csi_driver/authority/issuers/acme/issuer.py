@@ -16,7 +16,7 @@ import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from csi_driver.authority.issuers import IssuedCertificate, Issuer, IssuerRequest
+from csi_driver.authority.issuers import Findings, IssuedCertificate, Issuer, IssuerRequest, issuer_unavailable
 from csi_driver.authority.issuers.acme.account import AcmeAccounts
 from csi_driver.authority.issuers.acme.chain import lets_encrypt_roots
 from csi_driver.authority.issuers.acme.client import AcmeProblem
@@ -27,17 +27,19 @@ from csi_driver.authority.issuers.acme.diagnostics import diagnose_acme
 from csi_driver.authority.issuers.acme.dns01 import Dns01Solver
 from csi_driver.authority.issuers.acme.http01 import MAX_STORE_AGE_S, Http01Solver
 from csi_driver.authority.issuers.acme.order import OrderProcessor
-from csi_driver.authority.issuers.acme.order_rules import claim_orders, release_orders, remove_expired, request_order
+from csi_driver.authority.issuers.acme.order_rules import (
+    claim_orders,
+    order_names,
+    release_orders,
+    remove_expired,
+    request_order,
+)
 from csi_driver.authority.issuers.acme.order_store import LeaseLost, OrderStore
 from csi_driver.authority.issuers.acme.problems import after_failure, after_problem, backoff_error, pending_error
 from csi_driver.authority.issuers.acme.renewal import RenewalInfoPoller
-from csi_driver.authority.issuers.acme.request import order_names
 from csi_driver.authority.issuers.acme.state import AcmeState, OrderRecord, order_id
 from csi_driver.authority.issuers.certificate_check import ends_at_root
-from csi_driver.authority.issuers.credentials import CredentialReader
-from csi_driver.authority.issuers.dependencies import ChallengeRoutes
-from csi_driver.authority.issuers.errors import issuer_unavailable
-from csi_driver.authority.issuers.findings import Findings
+from csi_driver.authority.issuers.dependencies import ChallengeRoutes, CredentialReader
 from csi_driver.authority.storage import Store
 from csi_driver.core.backoff import Backoff
 from csi_driver.core.certificates.keys import public_bytes
@@ -242,7 +244,6 @@ class AcmeIssuer(Issuer):
             await asyncio.sleep(_INTERVAL_S)
 
     async def _check_account_periodically(self) -> None:
-        """Report whether the CA is usable, even without requests."""
         failures = 0
         while True:
             try:

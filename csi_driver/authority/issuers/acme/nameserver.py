@@ -16,8 +16,8 @@ import dns.rdatatype
 import dns.tsig
 import dns.update
 
+from csi_driver.authority.issuers import issuer_unavailable
 from csi_driver.authority.issuers.acme.credentials import TsigKey
-from csi_driver.authority.issuers.errors import issuer_unavailable
 from csi_driver.core.errors import CertmountError, Fault, Reason
 
 _TIMEOUT_S = 5.0
@@ -79,12 +79,7 @@ class Nameserver:
         return response
 
     async def update(self, update: dns.update.UpdateMessage, key: TsigKey | None) -> dns.message.Message:
-        """Send an update (RFC 2136) over TCP, so that it is not sent twice, and return the response.
-
-        Raises:
-            NotAuthorized: if the server rejects it.
-            CertmountError: IssuerUnavailable if the server does not respond or fails.
-        """
+        """Send an update (RFC 2136) over TCP, so that it is not sent twice; raise NotAuthorized or IssuerUnavailable."""
         if key is not None:
             update.use_tsig(key.for_dnspython())
         zone = update.zone[0].name if update.zone else dns.name.root

@@ -54,13 +54,7 @@ class OrderProcessor:
         self._id = order_id
 
     async def run(self) -> None:
-        """Process the order until the certificate is stored, or clean up after an order that is no longer open.
-
-        Raises:
-            AcmeProblem: if the CA returns an error.
-            CertmountError: for transient failures.
-            LeaseLost: if another replica processes the order.
-        """
+        """Process the order until the certificate is stored; raise AcmeProblem, CertmountError or LeaseLost."""
         order = held_order(await self._context.orders.read(0.0), self._id, self._context.holder)
         if not order.is_open:
             await self._context.unpublish_challenges(order)
@@ -74,7 +68,6 @@ class OrderProcessor:
             pass
 
     async def _create(self, client: AcmeClient, order: OrderRecord) -> None:
-        """Create the order at the CA (RFC 8555 section 7.4)."""
         replaces = order.replaces if "renewalInfo" in client.directory.to_partial_json() else ""
         try:
             response = await self._context.in_thread(self._send_new_order, client, order, replaces)
@@ -114,7 +107,6 @@ class OrderProcessor:
         return False
 
     async def _authorize(self, client: AcmeClient, remote: messages.Order) -> None:
-        """Complete the pending authorizations (RFC 8555 section 7.5)."""
         pending = {}
         for url in remote.authorizations:
             authorization, _ = await self._authorization(client, url)
@@ -174,7 +166,6 @@ class OrderProcessor:
                 raise
 
     async def _download(self, client: AcmeClient, remote: messages.Order, order: OrderRecord) -> None:
-        """Download and store the certificate."""
         chain = await self._context.in_thread(self._fetch_chain, client, remote.certificate or "")
         check_chain(chain, order.csr)
         now = self._context.clock()
@@ -236,6 +227,5 @@ def _invalid(error: Any, subject: str = "") -> AcmeProblem:
 
 
 async def _wait(response: Response) -> None:
-    """Wait as long as the CA requests."""
     requested_s = retry_after_s(response)
     await asyncio.sleep(min(max(_POLL_S if requested_s is None else requested_s, _MIN_DELAY_S), _MAX_DELAY_S))

@@ -1,12 +1,16 @@
-"""Rules for orders, as pure functions of the state: requests, leases and expiry."""
+"""Rules for orders: their names, and requests, leases and expiry as pure functions of the state."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+from csi_driver.authority.issuers import IssuerRequest
+from csi_driver.authority.issuers.acme.config import AcmeConfiguration
 from csi_driver.authority.issuers.acme.problems import backoff_error
 from csi_driver.authority.issuers.acme.state import MAX_ORDERS, AcmeState, OrderRecord, names_id
 from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.spec import KeyType, Usage
 
 _KEEP_FINISHED_S = 3600.0  # A finished certificate waits for its node, which retries within minutes
 _ABANDON_AFTER_S = 2 * 3600.0  # If nothing requests an order for so long, its pods no longer exist
@@ -14,12 +18,44 @@ _REQUESTED_PRECISION_S = 600.0  # Limits writes to the store: a waiting node req
 _KEEP_BACKOFF_S = 86400.0  # After its end, to count consecutive failures
 
 
-def request_order(state: AcmeState, order_id: str, names: tuple[str, ...], csr: bytes, now: float) -> AcmeState:
-    """Return the state with the order: the existing one, or a new one.
+def order_names(request: IssuerRequest, configuration: AcmeConfiguration) -> tuple[str, ...]:
+    """Return the DNS names to order; raise CertmountError NameNotAllowed with everything that the CA can't sign."""
+    names, grant, requested = request.csr.names, request.grant, request.requested
+    key_type = request.csr.key_type
+    faults = [
+        Fault(str(name), "public CAs do not sign this kind of name", "use another issuer for it")
+        for name in (*names.uris, *names.ips, *names.emails)
+    ]
+    if not names.dns:
+        hint = "an ACME certificate contains only the names in volumeAttributes"
+        faults.append(Fault("name", "no DNS name is requested", hint))
+    elif set(names.dns) != set(grant.names.dns):
+        faults.append(Fault("name", "the policy grants other DNS names than the CSR contains"))
+    if Usage.SERVER not in grant.usages or (requested is not None and Usage.CLIENT in requested.usages):
+        hint = "use another issuer, or set usages: server"
+        faults.append(Fault("usages", "public CAs no longer sign client certificates", hint))
+    if requested is not None and requested.duration is not None:
+        hint = "omit it; an administrator can select one of the CA's profiles"
+        faults.append(Fault("duration", "the ACME CA determines the lifetime", hint))
+    if key_type in (KeyType.ML_DSA_44, KeyType.ML_DSA_65, KeyType.ML_DSA_87):
+        hint = "use another issuer or another key type"
+        faults.append(Fault("key-type", f"ACME CAs do not sign {key_type.value} keys yet", hint))
+    texts = tuple(sorted(name.text for name in names.dns))
+    if configuration.dns01 is None:
+        faults += wildcard_faults(texts)
+    if faults:
+        raise CertmountError(Reason.NAME_NOT_ALLOWED, *faults)
+    return texts
 
-    Raises:
-        CertmountError: if these names must wait, or if there are too many open orders.
-    """
+
+def wildcard_faults(names: Sequence[str]) -> list[Fault]:
+    """Return a fault for each wildcard, which HTTP-01 does not support (RFC 8555 section 8.3)."""
+    problem, hint = "HTTP-01 does not support wildcards", "ask an administrator to configure dns01 for the issuer"
+    return [Fault(name, problem, hint) for name in names if name.startswith("*.")]
+
+
+def request_order(state: AcmeState, order_id: str, names: tuple[str, ...], csr: bytes, now: float) -> AcmeState:
+    """Return the state with the order; raise CertmountError if these names must wait, or if too many orders are open."""
     known, certificate = state.order(order_id), state.certificate(order_id)
     if known is not None and known.is_open:
         outdated = now - known.requested_at > _REQUESTED_PRECISION_S
@@ -92,7 +128,6 @@ def _certificate_to_renew(state: AcmeState, names: tuple[str, ...], now: float) 
 
 
 def _with_room(state: AcmeState) -> AcmeState:
-    """Remove the oldest finished orders if there is no room for another order."""
     removable = [one for one in state.orders if not one.is_open and not one.challenges]
     removable.sort(key=lambda one: one.finished_at)
     for one in removable[: max(len(state.orders) + 1 - MAX_ORDERS, 0)]:

@@ -47,11 +47,7 @@ class OrderStore:
         return self._known
 
     async def change(self, step: Callable[[AcmeState], AcmeState]) -> AcmeState:
-        """Replace the state with the result of ``step``, which runs again if another replica changed the state meanwhile.
-
-        Raises:
-            CertmountError: if the store can't be read or written, or would become too large; or what ``step`` raises.
-        """
+        """Replace the state with the result of ``step``, which may run again; raise CertmountError, or as ``step``."""
 
         async def replace(stored: StoredSecrets) -> tuple[Values | None, AcmeState]:
             before = self._decode(stored)
@@ -72,7 +68,6 @@ class OrderStore:
         return order
 
     async def wait(self, timeout_s: float) -> None:
-        """Wait until this replica sees a change of the state, or for the timeout."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._changed.wait()
@@ -101,7 +96,6 @@ class OrderStore:
 
 
 def held_order(state: AcmeState, order_id: str, holder: str) -> OrderRecord:
-    """Return the order; raise LeaseLost if ``holder`` does not process it."""
     order = state.order(order_id)
     if order is None or order.holder != holder:
         raise LeaseLost

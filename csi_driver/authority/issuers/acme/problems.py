@@ -23,7 +23,6 @@ _TRANSIENT = ("", "badNonce", "serverInternal", "orderNotReady", "userActionRequ
 
 
 def after_problem(state: AcmeState, order: OrderRecord, problem: AcmeProblem, now: float) -> AcmeState:
-    """Return the state after the CA returned an error for an order."""
     if problem.code == "rateLimited" or problem.status in (429, 503):
         # 503 means that the CA is overloaded; a rate limit applies to these names or this account.
         default_s = _BUSY_S if problem.status == 503 else _RATE_LIMITED_S
@@ -47,19 +46,16 @@ def after_problem(state: AcmeState, order: OrderRecord, problem: AcmeProblem, no
 
 
 def after_failure(state: AcmeState, order: OrderRecord, text: str, now: float) -> AcmeState:
-    """Return the state after a transient failure."""
     return state.with_order(_retry(order, text, now))
 
 
 def backoff_error(backoff: NamesBackoff, names: Sequence[str]) -> CertmountError:
-    """Return the error for a pod whose names must wait."""
     hint = f"the authority retries after {_format(backoff.until)}"
     fault = Fault(", ".join(names), f"the CA rejected the order: {backoff.text}", hint)
     return CertmountError(REASONS[backoff.reason], fault)
 
 
 def pending_error(order: OrderRecord) -> CertmountError:
-    """Return the error for a pod whose order is in progress."""
     problem = f"the order of {_format(order.created_at)} is in progress"
     hint = "the certificate will be issued when the CA finishes"
     if order.problem:
@@ -78,7 +74,6 @@ def _retry_at(order: OrderRecord, text: str, time: float) -> OrderRecord:
 
 
 def _abandon(state: AcmeState, order: OrderRecord) -> AcmeState:
-    """Remove the order, or keep it until its challenges are removed."""
     if not order.challenges:
         return state.without_order(order.id)
     return state.with_order(replace(order, abandoned=True, holder="", lease_until=0.0, retry_at=0.0, failures=0))

@@ -67,7 +67,6 @@ def fetch_window(client: AcmeClient, certificate_id: str, now: float) -> Renewal
 
 
 def next_check(now: float) -> float:
-    """Return when to fetch renewal information again after a failure."""
     return now + _CHECK_S
 
 
@@ -78,7 +77,6 @@ class RenewalInfoPoller:
         self._context = context
 
     async def run(self) -> None:
-        """Poll until cancelled."""
         while True:
             try:
                 await self.poll()

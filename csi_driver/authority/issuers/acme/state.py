@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from csi_driver.authority.issuers.errors import issuer_unavailable
+from csi_driver.authority.issuers import issuer_unavailable
 
 MAX_ORDERS = 200  # Each order takes about 3 KB with its CSR and chain; a Secret can hold 1 MB
 MAX_BYTES = 600 * 1024
@@ -94,7 +94,6 @@ class AcmeState:
         return next((order for order in self.orders if order.id == order_id), None)
 
     def backoff(self, names: Iterable[str], now: float) -> NamesBackoff | None:
-        """Return the backoff of these names, if it has not ended."""
         key = names_id(names)
         return next((one for one in self.backoffs if one.names_id == key and one.until > now), None)
 
@@ -107,7 +106,6 @@ class AcmeState:
         return next((one for one in self.certificates if one.order_id == order_id), None)
 
     def with_order(self, order: OrderRecord) -> AcmeState:
-        """Add the order, or replace the one with the same id."""
         return replace(self, orders=(*(one for one in self.orders if one.id != order.id), order))
 
     def without_order(self, order_id: str) -> AcmeState:
@@ -131,7 +129,6 @@ class AcmeState:
 
 
 def names_id(names: Iterable[str]) -> str:
-    """Return an identifier of a set of names."""
     return hashlib.sha256("\n".join(sorted(set(names))).encode()).hexdigest()[:32]
 
 

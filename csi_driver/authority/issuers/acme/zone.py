@@ -13,9 +13,9 @@ import dns.rcode
 import dns.rdatatype
 import dns.resolver
 
+from csi_driver.authority.issuers import issuer_unavailable
 from csi_driver.authority.issuers.acme.config import Dns01
 from csi_driver.authority.issuers.acme.nameserver import Nameserver, NotAuthorized
-from csi_driver.authority.issuers.errors import issuer_unavailable
 from csi_driver.core.errors import CertmountError
 
 _LABEL = "_acme-challenge"  # RFC 8555 section 8.4
@@ -37,15 +37,9 @@ class ZoneFinder:
         self._configuration = configuration
 
     async def primary(self) -> Nameserver:
-        """Return the server that accepts updates."""
         return await asyncio.to_thread(Nameserver.parse, self._configuration.server, "dns01.server")
 
     async def locate(self, name: str) -> RecordLocation:
-        """Return where the TXT record for a host name belongs.
-
-        Raises:
-            CertmountError: for a loop of CNAMEs, servers that don't respond, or a name in no zone of the primary.
-        """
         record = await self._follow_cnames(dns.name.from_text(f"{_LABEL}.{name.removeprefix('*.')}"))
         if self._configuration.zone is None:
             return RecordLocation(record, await self._find_zone(record))
@@ -129,7 +123,6 @@ class ZoneFinder:
 
 
 def _records(response: dns.message.Message, name: dns.name.Name, kind: dns.rdatatype.RdataType) -> list[Any]:
-    """Return the records of this name and type, whose class depends on the type."""
     return next((list(one) for one in response.answer if one.name == name and one.rdtype == kind), [])
 
 

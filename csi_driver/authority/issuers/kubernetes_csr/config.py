@@ -28,7 +28,6 @@ class KubernetesCSRConfiguration:
 
 
 def parse_kubernetes_csr(reader: DocumentReader, path: Path, value: object) -> KubernetesCSRConfiguration | None:
-    """Parse the value of ``kubernetes_csr``; see :data:`csi_driver.core.config.issuers.ParseConfiguration`."""
     section = ConfigSection(reader, path, value, _KEYS, required=("signer",))
     if not section.values:
         return None

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.csr_api import CSRClient
-from csi_driver.authority.issuers.credentials import CredentialReader
-from csi_driver.authority.issuers.findings import Findings
+from csi_driver.authority.issuers import Findings
+from csi_driver.authority.issuers.dependencies import CredentialReader
 from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConfiguration
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.formats.pem import decode_certificates, fingerprint

@@ -9,12 +9,10 @@ from datetime import UTC, datetime, timedelta
 
 import structlog
 
-from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
+from csi_driver.authority.issuers import Findings, IssuedCertificate, IssuerRequest
 from csi_driver.authority.issuers.certificate_check import check_certificate, ends_at_root, issued_certificate
-from csi_driver.authority.issuers.credentials import CredentialReader
-from csi_driver.authority.issuers.dependencies import CSRAccess
+from csi_driver.authority.issuers.dependencies import CredentialReader, CSRAccess
 from csi_driver.authority.issuers.diagnosed_issuer import DiagnosedIssuer
-from csi_driver.authority.issuers.findings import Findings
 from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConfiguration
 from csi_driver.authority.issuers.kubernetes_csr.diagnostics import KubernetesCSRDiagnosis, diagnose_kubernetes_csr
 from csi_driver.authority.issuers.kubernetes_csr.request import (

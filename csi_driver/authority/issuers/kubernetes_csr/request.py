@@ -27,7 +27,6 @@ def label_selector(issuer: str) -> str:
 
 
 def request_faults(request: IssuerRequest, configuration: KubernetesCSRConfiguration) -> list[Fault]:
-    """Return why the signer can't sign the request."""
     faults: list[Fault] = []
     duration, minimum, maximum = request.grant.duration, configuration.min_duration, configuration.max_duration
     if duration < minimum:
@@ -57,7 +56,6 @@ def request_id(request: IssuerRequest) -> str:
 
 
 def csr_draft(issuer: str, configuration: KubernetesCSRConfiguration, request: IssuerRequest) -> CSRDraft:
-    """Return the CertificateSigningRequest to create."""
     account, is_rsa = request.identity.service_account, isinstance(request.csr.public_key, rsa.RSAPublicKey)
     return CSRDraft(
         name_prefix=f"certmount-{issuer[:40]}-",

@@ -30,7 +30,6 @@ class StepCAConfiguration:
 
 
 def parse_step_ca(reader: DocumentReader, path: Path, value: object) -> StepCAConfiguration | None:
-    """Parse the value of ``step_ca``; see :data:`csi_driver.core.config.issuers.ParseConfiguration`."""
     section = ConfigSection(reader, path, value, _KEYS, required=("url", "provisioner"))
     values = section.values
     if not values:

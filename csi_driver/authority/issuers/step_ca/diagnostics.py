@@ -13,8 +13,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from csi_driver.authority.issuers.credentials import CredentialReader
-from csi_driver.authority.issuers.findings import Findings
+from csi_driver.authority.issuers import Findings
+from csi_driver.authority.issuers.dependencies import CredentialReader
 from csi_driver.authority.issuers.http_client import HttpError
 from csi_driver.authority.issuers.step_ca.client import StepCAClient
 from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
@@ -63,11 +63,7 @@ class ProvisionerKeyLoader:
 
 
 async def fetch_pinned_roots(configuration: StepCAConfiguration) -> tuple[x509.Certificate, ...]:
-    """Return the roots that verify step-ca's TLS certificate: those of the file, or the root with the fingerprint.
-
-    Raises:
-        HttpError: with subject root, or as the request fails.
-    """
+    """Return the roots of the file, or the root with the fingerprint, which verify step-ca's TLS certificate; raise HttpError."""
     if configuration.root_file is not None:
         return await asyncio.to_thread(_read_roots, configuration.root_file)
     sha256 = configuration.root_sha256 or ""

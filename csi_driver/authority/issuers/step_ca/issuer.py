@@ -10,11 +10,10 @@ from datetime import UTC, datetime
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
+from csi_driver.authority.issuers import Findings, IssuedCertificate, IssuerRequest
 from csi_driver.authority.issuers.certificate_check import check_certificate, ends_at_root, issued_certificate
-from csi_driver.authority.issuers.credentials import CredentialReader
+from csi_driver.authority.issuers.dependencies import CredentialReader
 from csi_driver.authority.issuers.diagnosed_issuer import DiagnosedIssuer
-from csi_driver.authority.issuers.findings import Findings
 from csi_driver.authority.issuers.http_client import HttpError, JsonResponse
 from csi_driver.authority.issuers.step_ca.client import StepCAClient, parse_signed_chain
 from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from csi_driver.authority.issuers.findings import Finding
+from csi_driver.authority.issuers import Finding
 from csi_driver.authority.issuers.step_ca.provisioner_key import ProvisionerKey, thumbprint
 from csi_driver.core.durations import format_duration, parse_duration
 from csi_driver.core.secret import Secret
@@ -52,7 +52,6 @@ class Provisioner:
 
 
 def select_provisioner(provisioners: Sequence[Provisioner], name: str) -> tuple[Provisioner | None, Finding]:
-    """Return the JWK provisioner with this name, if there is one, and a finding about it."""
     named = [one for one in provisioners if one.name == name]
     usable = [one for one in named if one.type == "JWK" and one.thumbprint]
     if usable:
@@ -67,7 +66,6 @@ def select_provisioner(provisioners: Sequence[Provisioner], name: str) -> tuple[
 
 
 def check_key(provisioner: Provisioner, key: ProvisionerKey) -> Finding:
-    """Return whether the private key belongs to the provisioner."""
     if key.thumbprint == provisioner.thumbprint and key.kid == provisioner.kid:
         return Finding("key", True, "matches the provisioner")
     if key.thumbprint == provisioner.thumbprint:

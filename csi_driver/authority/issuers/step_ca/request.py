@@ -35,7 +35,6 @@ def request_faults(request: IssuerRequest, limits: LifetimeLimits) -> list[Fault
 
 
 def token_claims(request: IssuerRequest, configuration: StepCAConfiguration, nonce: str) -> TokenClaims:
-    """Return the claims of a token for the request."""
     return TokenClaims(
         issuer=configuration.provisioner,
         audience=f"{configuration.url}/1.0/sign",
