@@ -79,7 +79,7 @@ def test_an_offline_root_is_not_missed() -> None:
     assert keyring.root_key is None
     end = MIDDLE.certificate.not_valid_after_utc
     assert not keyring.intermediate_due(end)
-    with pytest.raises(ValueError, match="renewed by its owner"):
+    with pytest.raises(ValueError, match="can't renew the intermediate"):
         keyring.renew_intermediate(NOW)
     assert keyring.expiring(end - timedelta(days=91)) == ()
     assert {(ending.name, ending.at) for ending in keyring.expiring(end - timedelta(days=89))} == {
@@ -196,14 +196,14 @@ def test_a_password_that_is_missing_or_wrong_is_told_apart() -> None:
     given = {**values([ROOT], [MIDDLE]), "root.key": pem, "intermediate.key": pem}
     for password in (None, Secret(b"")):
         text = refusal(given, password)
-        assert text.count("is encrypted, and there is no password for it") == 2
+        assert text.count("is encrypted, and no password is configured") == 2
     assert refusal(given, password=Secret(b"other")).count("is encrypted with another password than the one given") == 2
     cut = {**given, "root.key": Secret(pem.reveal().replace(b"M", b"A", 3))}
     assert "root.key: is not a private key in PEM" in refusal(cut, password=PASSWORD)
 
 
 WEAK: dict[str, tuple[Callable[[], object], str]] = {
-    "RSA-1024": (lambda: rsa.generate_private_key(65537, 1024), "an RSA key of 1024 bits; at least 2048"),  # noqa: S505  # weak on purpose
+    "RSA-1024": (lambda: rsa.generate_private_key(65537, 1024), "an RSA key of 1024 bits; use at least 2048"),  # noqa: S505  # weak on purpose
     "secp256k1": (lambda: ec.generate_private_key(ec.SECP256K1()), "a key that may not sign here"),
     "Ed448": (ed448.Ed448PrivateKey.generate, "a key that may not sign here"),
     "DSA": (lambda: dsa.generate_private_key(2048), "a key that may not sign here"),
@@ -245,7 +245,7 @@ SUB = functools.partial(CA, "sub", ROOT, key=key(7))
 FAULTS: dict[str, tuple[Values, str]] = {
     "no CA": (values([ROOT], [SUB(ca=False)]), "intermediate.crt: is not a CA certificate"),
     "may not sign": (values([ROOT], [SUB(extensions=[LEAF_USAGE])]), "its key usage lacks keyCertSign"),
-    "may not sign, as root": (values([CA("r", extensions=[LEAF_USAGE])], [MIDDLE]), "root.crt: is not the certificate"),
+    "may not sign, as root": (values([CA("r", extensions=[LEAF_USAGE])], [MIDDLE]), "root.crt: is not a CA certificate"),
     "servers only": (
         values([ROOT], [SUB(extensions=[pki.CA_USAGE, SERVERS_ONLY])]),
         "intermediate.crt: has an extended key usage that excludes TLS servers or TLS clients",
@@ -278,7 +278,7 @@ FAULTS: dict[str, tuple[Values, str]] = {
     ),
     "not yet": (values([ROOT], [SUB(validity=LATE)], ROOT.key), "intermediate.crt: is not valid before"),
     "ended root": (values([CA("r", key=key(), validity=ENDED)], [CA("s", CA("r", key=key()))]), "root.crt: expired at"),
-    "too many": (values([ROOT] * 9, [MIDDLE]), "root.crt: holds 9 certificates; at most 8 are taken"),
+    "too many": (values([ROOT] * 9, [MIDDLE]), "root.crt: contains 9 certificates; the maximum is 8"),
     "the second": (
         values([ROOT], [LOWER, SUB(ca=False)]),
         "intermediate.crt: certificate 2 is not a CA certificate",
