@@ -1,4 +1,4 @@
-"""What the authority needs of the Kubernetes API for CertificateSigningRequests, as a requester and as a signer."""
+"""The Kubernetes API for CertificateSigningRequests, as the authority uses it as a requester and as a signer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class PodReader(Protocol):
     """Reads pods from the API server."""
 
     async def find(self, namespace: str, name: str) -> LivePod | None:
-        """Return the pod, or None if it does not exist; raises CertmountError TokenReviewUnavailable."""
+        """Return None if the pod does not exist; raises CertmountError TokenReviewUnavailable."""
 
 
 class LeaseStore(Protocol):

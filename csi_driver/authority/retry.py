@@ -21,10 +21,7 @@ CLUSTER_BACKOFF = Backoff(0.25, 4.0, jitter=0.5)
 async def retry(
     operation: Callable[[], Awaitable[_T]], backoff: Backoff, on_failure: Callable[[CertmountError, float], None]
 ) -> _T:
-    """Return the result of the operation; repeat it after each retryable failure.
-
-    ``on_failure`` gets the error and the delay in seconds. Raises CertmountError if a failure is not retryable.
-    """
+    """Return the result of the operation; repeat it after each retryable failure, which ``on_failure`` gets with the delay."""
     failures = 0
     while True:
         try:
@@ -39,10 +36,7 @@ async def retry(
 
 
 async def retry_while_unavailable(query: Callable[[], Awaitable[_T]]) -> _T:
-    """Return the result of a query to the API server; repeat it for 20 s while the API server is unavailable.
-
-    Raises CertmountError as ``query`` does: other failures immediately, unavailability after 20 s.
-    """
+    """Return the result of a query to the API server; repeat it for 20 s while the API server is unavailable."""
     deadline = time.monotonic() + CLUSTER_RETRY_S
     failures = 0
     while True:

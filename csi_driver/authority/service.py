@@ -29,12 +29,12 @@ MAX_MESSAGE_BYTES = 128 * 1024
 _MAX_CONCURRENT_REPORTS = 512
 _MAX_GENERATION = 2**53
 """Generations are Unix seconds. JSON numbers are exact up to this value (RFC 8259 section 6)."""
-_MAX_REPORT = 1024
-"""Characters; the API server rejects a longer note."""
+_MAX_REPORT = 1024  # characters; the API server rejects a longer note
 RECOVERED = "CertificateRecovered"
 # Line breaks and other characters that control a terminal (Unicode categories Cc, Zl and Zp).
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _USAGES = {authority_pb2.USAGE_SERVER: Usage.SERVER, authority_pb2.USAGE_CLIENT: Usage.CLIENT}
+# The event reason for each certificate condition.
 CONDITIONS: Mapping[int, str] = {
     authority_pb2.CONDITION_RENEWAL_FAILING: "RenewalFailing",
     authority_pb2.CONDITION_OVERDUE: "RenewalOverdue",
@@ -42,7 +42,6 @@ CONDITIONS: Mapping[int, str] = {
     authority_pb2.CONDITION_RECOVERED: RECOVERED,
     authority_pb2.CONDITION_RENEWAL_STOPPED: "RenewalStopped",
 }
-"""The event reason for each certificate condition."""
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -154,10 +153,8 @@ def _duration(request: authority_pb2.IssueRequest, faults: list[Fault]) -> timed
 
 
 def _issue_response(result: IssuanceResult) -> authority_pb2.IssueResponse:
-    issued = result.issued
-    response = authority_pb2.IssueResponse(
-        chain=issued.chain, trust=_root_sets(result.trust), interim=result.pending is not None
-    )
+    issued, trust = result.issued, _root_sets(result.trust)
+    response = authority_pb2.IssueResponse(chain=issued.chain, trust=trust, interim=result.pending is not None)
     if issued.renew_after is not None:
         response.renew_after.FromTimedelta(issued.renew_after)
     return response

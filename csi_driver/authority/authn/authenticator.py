@@ -57,20 +57,16 @@ class _Outcome:
         return self.result
 
 
+@dataclass(eq=False)
 class TokenReviewCache:
     """Verifies tokens, with one review per token at a time. A cached result never outlives its token."""
 
-    def __init__(
-        self,
-        verifier: TokenVerifier,
-        reviewer: TokenReviewer,
-        metrics: AuthorityMetrics,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._verifier = verifier
-        self._reviewer = reviewer
-        self._metrics = metrics
-        self._clock = clock
+    verifier: TokenVerifier
+    reviewer: TokenReviewer
+    metrics: AuthorityMetrics
+    clock: Callable[[], float] = time.time
+
+    def __post_init__(self) -> None:
         self._cached: OrderedDict[bytes, _Outcome] = OrderedDict()
         self._in_progress: dict[bytes, asyncio.Future[_Outcome]] = {}
         self._first_failure: float | None = None
@@ -79,7 +75,7 @@ class TokenReviewCache:
     @property
     def failing_since(self) -> float | None:
         """The time (Unix seconds) since when all reviews have failed; None without a recent failure."""
-        return self._first_failure if self._clock() - self._last_failure < _FAILURE_EXPIRES_S else None
+        return self._first_failure if self.clock() - self._last_failure < _FAILURE_EXPIRES_S else None
 
     async def review(self, token: Secret[str], audience: str, token_name: str) -> PodIdentity:
         """Return the identity that the token proves. ``token_name`` names the token in errors.
@@ -90,11 +86,11 @@ class TokenReviewCache:
         verified: PodIdentity | None = None
         while True:
             cached = self._cached.get(key)
-            if cached is not None and self._clock() < cached.cached_until:
+            if cached is not None and self.clock() < cached.cached_until:
                 return cached.unwrap()
             if verified is None:
                 # Failures of this step are not cached, so that made-up tokens cannot evict other results.
-                verified = await self._verifier.verify(token, audience, token_name)
+                verified = await self.verifier.verify(token, audience, token_name)
                 continue
             in_progress = self._in_progress.get(key)
             if in_progress is None:
@@ -109,7 +105,7 @@ class TokenReviewCache:
     ) -> _Outcome:
         future = self._in_progress[key] = asyncio.get_running_loop().create_future()
         try:
-            cached_until = self._clock() + _CACHED_S
+            cached_until = self.clock() + _CACHED_S
             try:
                 await self._verify_live(token, audience, token_name, identity)
                 outcome = _Outcome(identity, min(cached_until, identity.expires_at))
@@ -135,22 +131,22 @@ class TokenReviewCache:
     async def _call_reviewer(self, token: Secret[str], audience: str) -> ReviewedToken | None:
         started = time.perf_counter()
         try:
-            reviewed = await self._reviewer.review(token, audience)
+            reviewed = await self.reviewer.review(token, audience)
         except CertmountError as error:
             if error.retryable:
-                self._metrics.token_verification_failures.labels("review").inc()
-                self._last_failure = self._clock()
+                self.metrics.token_verification_failures.labels("review").inc()
+                self._last_failure = self.clock()
                 self._first_failure = self._first_failure or self._last_failure
             else:
                 self._first_failure = None
             raise
         finally:
-            self._metrics.review_seconds.observe(time.perf_counter() - started)
+            self.metrics.review_seconds.observe(time.perf_counter() - started)
         self._first_failure = None
         return reviewed
 
     def _cache(self, key: bytes, outcome: _Outcome) -> None:
-        now = self._clock()
+        now = self.clock()
         self._cached[key] = outcome
         self._cached.move_to_end(key)
         while self._cached and (
@@ -178,25 +174,25 @@ def _compare(identity: PodIdentity, reviewed: ReviewedToken, token_name: str) ->
         raise CertmountError(Reason.TOKEN_REJECTED, *faults)
 
 
+@dataclass(frozen=True, slots=True)
 class Authenticator:
     """Accepts a node token only from the node driver's service account, and a pod token only from the pod's own node."""
 
-    def __init__(self, reviews: TokenReviewCache, node_account: ServiceAccount) -> None:
-        self._reviews = reviews
-        self._node_account = node_account
+    reviews: TokenReviewCache
+    node_account: ServiceAccount
 
     async def authenticate_node(self, token: Secret[str]) -> PodIdentity:
         """Return the identity of the calling driver's pod; raises CertmountError as :meth:`TokenReviewCache.review`."""
-        driver = await self._reviews.review(token, NODE_AUDIENCE, _NODE_TOKEN)
-        if driver.service_account != self._node_account:
-            problem = f"belongs to service account {driver.service_account}; expected {self._node_account}"
+        driver = await self.reviews.review(token, NODE_AUDIENCE, _NODE_TOKEN)
+        if driver.service_account != self.node_account:
+            problem = f"belongs to service account {driver.service_account}; expected {self.node_account}"
             hint = "set the authority's --node-service-account to the service account of the node driver"
             raise token_rejected(_NODE_TOKEN, problem, hint)
         return driver
 
     async def authenticate_pod(self, token: Secret[str], node: PodIdentity) -> PodIdentity:
         """Return the identity of a pod on the node of the calling driver; raises CertmountError likewise."""
-        pod = await self._reviews.review(token, POD_AUDIENCE, _POD_TOKEN)
+        pod = await self.reviews.review(token, POD_AUDIENCE, _POD_TOKEN)
         if (pod.node_name, pod.node_uid) != (node.node_name, node.node_uid):
             problem = f"belongs to a pod on node {pod.node_name}, but the driver on node {node.node_name} sent it"
             hint = "" if pod.node_name != node.node_name else "the node was deleted and created again with this name"

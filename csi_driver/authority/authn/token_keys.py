@@ -24,8 +24,7 @@ ALGORITHMS = ("RS256", "RS384", "RS512", "ES256", "ES384", "ES512")
 """The algorithms of Kubernetes API servers. None of them uses a shared secret or no key (RFC 8725 section 3.1)."""
 _MIN_REFRESH_INTERVAL_S = 10.0
 """Limits the requests to the API server that tokens with unknown key IDs cause."""
-_REFRESH_INTERVAL_S = 300.0
-"""A key that the cluster withdraws is rejected after this time."""
+_REFRESH_INTERVAL_S = 300.0  # until a key that the cluster withdraws is rejected
 _MAX_WAITING = 64
 """Calls that wait for a refresh. Callers with made-up key IDs must not block callers with valid tokens."""
 _MAX_KEYS = 100
@@ -71,18 +70,15 @@ def _parse_key(entry: Any) -> jwt.PyJWK | None:
     return None if too_short or key.algorithm_name not in ALGORITHMS else key  # PyJWT infers a missing algorithm
 
 
+@dataclass(eq=False)
 class TokenKeys:
     """The current key set. A token with an unknown key ID causes a refresh, at most every ten seconds."""
 
-    def __init__(
-        self,
-        fetch: Callable[[], Awaitable[PublishedKeys]],
-        metrics: AuthorityMetrics,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._fetch = fetch
-        self._metrics = metrics
-        self._clock = clock
+    fetch: Callable[[], Awaitable[PublishedKeys]]
+    metrics: AuthorityMetrics
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
         self._current: TokenKeySet | None = None
         self._refreshed_at = -_MIN_REFRESH_INTERVAL_S
         self._failure: CertmountError | None = None
@@ -107,7 +103,7 @@ class TokenKeys:
             return key
         with self._waiting:
             async with self._lock:
-                if self._clock() - self._refreshed_at >= _MIN_REFRESH_INTERVAL_S:
+                if self.clock() - self._refreshed_at >= _MIN_REFRESH_INTERVAL_S:
                     await self._refresh()
         key = self._loaded().keys.get(key_id)
         if key is None and self._failure is not None:
@@ -129,13 +125,13 @@ class TokenKeys:
                 await self._refresh()
 
     async def _refresh(self) -> None:
-        self._refreshed_at = self._clock()
+        self._refreshed_at = self.clock()
         try:
-            self._current = parse_keys(await self._fetch())
+            self._current = parse_keys(await self.fetch())
             self._failure = None
         except CertmountError as error:
             self._failure = error
-            self._metrics.token_verification_failures.labels("keys").inc()
+            self.metrics.token_verification_failures.labels("keys").inc()
             log.warning("token keys not refreshed", reason=error.reason.word, error=str(error))
 
     def _loaded(self) -> TokenKeySet:

@@ -7,6 +7,7 @@ import binascii
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -23,12 +24,12 @@ _MAX_HEADER = 1024
 _WRONG_CLUSTER = "check that the token is from this cluster's API server"
 
 
+@dataclass(frozen=True, slots=True)
 class TokenVerifier:
     """Verifies tokens with the keys that the cluster publishes; keys in a token's header are ignored."""
 
-    def __init__(self, keys: TokenKeys, clock: Callable[[], float] = time.time) -> None:
-        self._keys = keys
-        self._clock = clock
+    keys: TokenKeys
+    clock: Callable[[], float] = time.time
 
     async def verify(self, token: Secret[str], audience: str, token_name: str) -> PodIdentity:
         """Return the identity in the token's claims. ``token_name`` names the token in errors ("pod token").
@@ -47,12 +48,12 @@ class TokenVerifier:
                 key,
                 algorithms=[key.algorithm_name],
                 audience=audience,
-                issuer=self._keys.issuer,
+                issuer=self.keys.issuer,
                 # _check_times verifies not-before and issued-at, with clock skew.
                 options={"require": ["exp", "iss", "aud", "sub"], "verify_nbf": False, "verify_iat": False},
             )
         except jwt.PyJWTError as error:
-            raise _translate(error, token_name, audience, self._keys.issuer) from None
+            raise _translate(error, token_name, audience, self.keys.issuer) from None
         self._check_times(claims, token_name)
         if claims["aud"] not in (audience, [audience]):
             hint = "another recipient of this token could use it; request a token for one audience"
@@ -63,13 +64,13 @@ class TokenVerifier:
         key_id = _key_id(text.partition(".")[0][: _MAX_HEADER + 1])
         if key_id is None:
             raise token_rejected(token_name, "is not a JSON Web Token with a key ID in its header")
-        key = await self._keys.find(key_id)
+        key = await self.keys.find(key_id)
         if key is None:
             raise token_rejected(token_name, "is signed by a key that the cluster does not publish", _WRONG_CLUSTER)
         return key
 
     def _check_times(self, claims: dict[str, Any], token_name: str) -> None:
-        latest = self._clock() + _CLOCK_SKEW_S
+        latest = self.clock() + _CLOCK_SKEW_S
         for claim in ("nbf", "iat"):
             value = claims.get(claim, 0)
             if not isinstance(value, int | float) or value > latest:

@@ -1,5 +1,5 @@
 """Approver and signer of CertificateSigningRequests for ``certmount.dev/pod``, for pods that use the Kubernetes API directly.
 
-The API server states who made a request; nothing in the request itself is used for that. The same policy decides as for
-volumes, and the internal CA signs. This package reads and changes no requests for other signers.
+The requester is what the API server recorded, not what the request contains. The policy for volumes applies, and the
+internal CA signs. Requests for other signers are ignored.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cryptography import x509
 
@@ -35,14 +35,14 @@ class SignedCSR:
     explanation: str
 
 
+@dataclass(frozen=True, slots=True)
 class CSRPipeline:
     """Turns a CertificateSigningRequest for certmount's own signer into a certificate."""
 
-    def __init__(self, pods: PodReader, steps: IssuanceSteps, internal: Issuer) -> None:
-        self._pods = pods
-        self._steps = steps
-        self._internal = internal
-        self._limits = RateLimiter(ACCOUNT_RATE)
+    pods: PodReader
+    steps: IssuanceSteps
+    internal: Issuer
+    limits: RateLimiter = field(default_factory=lambda: RateLimiter(ACCOUNT_RATE))
 
     async def issue(
         self, request: ClusterCSR, own_username: str, record: AuditRecord, *, is_retry: bool = False
@@ -53,26 +53,24 @@ class CSRPipeline:
         pod = _own_identity(request) if own else parse_requester(request)
         if not own:
             record.set_pod(pod)
-            if not is_retry:
-                self._check_rate(request.username)
+            if not is_retry and self.limits.take(request.username):
+                fault = Fault(
+                    request.username, "exceeds the authority's rate limit", "create a new request after a minute"
+                )
+                raise CertmountError(Reason.TOO_MANY_REQUESTS, fault)
         content = parse_content(request)
         record.set_request(content.csr)
         grant = _own_grant(content, record) if own else await self._apply_policy(pod, content, record)
         to_sign = IssuerRequest(content.csr, grant, pod, content.requested)
-        issued = await self._steps.sign(DEFAULT_ISSUER, self._internal.issue, to_sign, record)
+        issued = await self.steps.sign(DEFAULT_ISSUER, self.internal.issue, to_sign, record)
         pem = encode_certificates([x509.load_der_x509_certificate(der) for der in issued.chain])
         return SignedCSR(pem, f"{grant.names} for {format_duration(grant.duration)}, by {', '.join(grant.rules)}")
 
     async def _apply_policy(self, pod: PodIdentity, content: CSRContent, record: AuditRecord) -> Grant:
-        find = functools.partial(self._pods.find, pod.service_account.namespace, pod.pod_name)
+        find = functools.partial(self.pods.find, pod.service_account.namespace, pod.pod_name)
         verify_running(pod, await retry_while_unavailable(find))
-        subject = await self._steps.find_subject(pod, record)
-        return self._steps.apply_policy(subject, content.requested, record)
-
-    def _check_rate(self, username: str) -> None:
-        if self._limits.take(username):
-            hint = "create a new request after a minute"
-            raise CertmountError(Reason.TOO_MANY_REQUESTS, Fault(username, "exceeds the authority's rate limit", hint))
+        subject = await self.steps.find_subject(pod, record)
+        return self.steps.apply_policy(subject, content.requested, record)
 
 
 def _own_grant(content: CSRContent, record: AuditRecord) -> Grant:

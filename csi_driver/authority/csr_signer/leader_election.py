@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -25,33 +26,28 @@ _RENEW_DEADLINE_S = 20.0
 _RETRY_S = 2.0
 
 
+@dataclass(eq=False)
 class LeaderElection:
     """Competes for the lease and runs the leader's work. ``holder`` is the unique name of this replica."""
 
-    def __init__(
-        self,
-        store: LeaseStore,
-        holder: str,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-    ) -> None:
-        self._store = store
-        self._holder = holder
-        self._clock = clock
-        self._sleep = sleep
+    store: LeaseStore
+    holder: str
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+
+    def __post_init__(self) -> None:
         self._seen = Lease("", 0, "")
-        self._seen_at = 0.0
-        self._renewed_at = 0.0
+        self._seen_at = self._renewed_at = 0.0
         self._logged_error = ""
 
     async def run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run ``work`` while this replica holds the lease and cancel it afterwards, until cancelled."""
         while True:
             if await self._acquire():
-                log.info("leadership acquired", holder=self._holder)
+                log.info("leadership acquired", holder=self.holder)
                 await self._lead(work)
-                log.warning("leadership lost", holder=self._holder)
-            await self._sleep(_ACQUIRE_INTERVAL_S)
+                log.warning("leadership lost", holder=self.holder)
+            await self.sleep(_ACQUIRE_INTERVAL_S)
 
     async def _lead(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         task = asyncio.create_task(work(), name="leader")
@@ -67,22 +63,22 @@ class LeaderElection:
             log.error("the leader's work failed", exc_info=defect)
 
     async def _renew_while_running(self, task: asyncio.Task[None]) -> None:
-        while not task.done() and self._clock() - self._renewed_at < _RENEW_DEADLINE_S:
-            renewed = self._clock() - self._renewed_at < _RENEW_INTERVAL_S
-            await self._sleep(_RENEW_INTERVAL_S if renewed else _RETRY_S)
-            if not await self._acquire() and self._seen.holder != self._holder:
+        while not task.done() and self.clock() - self._renewed_at < _RENEW_DEADLINE_S:
+            renewed = self.clock() - self._renewed_at < _RENEW_INTERVAL_S
+            await self.sleep(_RENEW_INTERVAL_S if renewed else _RETRY_S)
+            if not await self._acquire() and self._seen.holder != self.holder:
                 return
 
     async def _acquire(self) -> bool:
         """Acquire or renew the lease; return False if another replica holds it or the API server is unavailable."""
-        started = self._clock()
+        started = self.clock()
         try:
-            found = await self._store.load()
+            found = await self.store.load()
             if found.version != self._seen.version:
-                self._seen, self._seen_at = found, self._clock()
+                self._seen, self._seen_at = found, self.clock()
             # Uses the time since this replica saw a change, not the time in the lease: clocks differ.
-            held = found.holder not in ("", self._holder) and self._clock() - self._seen_at <= found.seconds
-            acquired = not held and await self._store.save(Lease(self._holder, LEASE_S, found.version))
+            held = found.holder not in ("", self.holder) and self.clock() - self._seen_at <= found.seconds
+            acquired = not held and await self.store.save(Lease(self.holder, LEASE_S, found.version))
         except CertmountError as error:
             if str(error) != self._logged_error:
                 self._logged_error = str(error)
@@ -91,11 +87,11 @@ class LeaderElection:
         self._logged_error = ""
         if acquired:
             self._renewed_at = started
-            self._seen = Lease(self._holder, LEASE_S, found.version)
+            self._seen = Lease(self.holder, LEASE_S, found.version)
         return acquired
 
     async def _release(self) -> None:
         with contextlib.suppress(CertmountError):  # otherwise it expires
-            found = await self._store.load()
-            if found.holder == self._holder:
-                await self._store.save(Lease("", LEASE_S, found.version))
+            found = await self.store.load()
+            if found.holder == self.holder:
+                await self.store.save(Lease("", LEASE_S, found.version))

@@ -1,4 +1,1 @@
-"""Kubernetes Events on pods: what the authority and the node drivers report to the owners of pods.
-
-Recording an event never delays or fails the operation that it reports.
-"""
+"""Kubernetes Events on pods. Recording an event never delays or fails the operation that it reports."""

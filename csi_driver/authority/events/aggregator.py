@@ -16,8 +16,7 @@ WINDOW_S = 600
 MAX_EVENTS = 2000
 MAX_NEW_PER_POD = 10
 """New events of one pod per minute: the pod's author controls part of their text, so each one can be different."""
-RATE, BURST = 20.0, 20.0
-"""Events per second that a replica writes."""
+RATE, BURST = 20.0, 20.0  # events per second that a replica writes
 _REPEATS = Backoff(30, WINDOW_S)
 _NEARLY_ONE = 0.999
 """Of a token: Unix seconds as floats have a resolution of a tenth of a microsecond."""
@@ -68,8 +67,7 @@ class EventAggregator:
             return
         if not self._admit(pod.pod_uid, now):
             return
-        namespace = pod.service_account.namespace
-        name = _event_name(pod.pod_name, key, window)
+        name, namespace = _event_name(pod.pod_name, key, window), pod.service_account.namespace
         event = PodEvent(name, namespace, pod.pod_name, pod.pod_uid, warning, reason, message, now)
         self._events[key] = AggregatedEvent(event, window, now, now)
 
@@ -103,13 +101,11 @@ class EventAggregator:
         self._on_drop(cause)
 
     def pause(self, seconds: float, now: float) -> None:
-        """Write no event for ``seconds``."""
         self._paused_until = now + seconds
 
     def _admit(self, pod_uid: str, now: float) -> bool:
-        minute = int(now // 60)
-        if minute != self._minute:
-            self._minute = minute
+        if self._minute != int(now // 60):
+            self._minute = int(now // 60)
             self._new_by_pod.clear()
         self._new_by_pod[pod_uid] += 1
         if self._new_by_pod[pod_uid] > MAX_NEW_PER_POD:
@@ -117,10 +113,9 @@ class EventAggregator:
             return False
         if len(self._events) >= MAX_EVENTS:
             self._expire(now)
-        if len(self._events) >= MAX_EVENTS:
+        if full := len(self._events) >= MAX_EVENTS:
             self._on_drop("full")
-            return False
-        return True
+        return not full
 
     def _expire(self, now: float) -> None:
         """Remove the events of past windows; an event that could not be written within another window is dropped."""

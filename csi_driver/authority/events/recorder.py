@@ -21,8 +21,7 @@ from csi_driver.telemetry.logging import redact
 
 log = structlog.get_logger(__name__)
 
-MAX_NOTE_BYTES = 1024
-"""The API server's limit for the text of an Event."""
+MAX_NOTE_BYTES = 1024  # the API server's limit for the text of an Event
 _MAX_REASON = 128
 _BACKOFF = Backoff(2, 60)
 # Matches truncated tokens and tokens without a signature, too.
@@ -39,12 +38,11 @@ class EventRecorder(Protocol):
 class NullEventRecorder:
     """Discards events, because without a cluster there are no pods."""
 
-    def record(self, pod: PodIdentity, *, warning: bool, reason: str, message: str) -> None:
-        """Do nothing."""
+    def record(self, pod: PodIdentity, *, warning: bool, reason: str, message: str) -> None: ...
 
 
 class EventWriter(Protocol):
-    """Writes events to the API server. Methods raise EventRefused for a final failure, CertmountError for a retryable one."""
+    """Writes events to the API server. Methods raise EventRejected for a final failure, CertmountError for a retryable one."""
 
     async def create(self, event: PodEvent) -> RecordedEvent:
         """Create the event, or increment its count if it exists."""
@@ -65,7 +63,6 @@ class PodEventRecorder:
         self._failures = 0
 
     def record(self, pod: PodIdentity, *, warning: bool, reason: str, message: str) -> None:
-        """Record an event without waiting; never raises."""
         self._aggregator.add(
             pod, warning=warning, reason=reason[:_MAX_REASON], message=sanitize(message), now=self._clock()
         )

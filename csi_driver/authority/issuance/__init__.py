@@ -1,4 +1,1 @@
-"""The path of an issuance request from tokens to a certificate. Start with pipeline.py.
-
-This package knows no protobuf and no Kubernetes API.
-"""
+"""From an issuance request to a certificate, without protobuf and the Kubernetes API. Start with pipeline.py."""

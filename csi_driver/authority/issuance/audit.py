@@ -29,12 +29,10 @@ class AuditRecord:
     Each step of a request fills in its own fields, so that the entry of a failed request shows how far it got.
     """
 
+    # "none": the caller cancelled the request, or the authority will retry it.
     decision: Literal["issued", "rejected", "none"] = "none"
-    """"none": the caller cancelled the request, or the authority will retry it."""
-    csr: str | None = None
-    """The name of the CertificateSigningRequest."""
-    requester: str | None = None
-    """The user name that created the CertificateSigningRequest."""
+    csr: str | None = None  # the name of the CertificateSigningRequest
+    requester: str | None = None  # the user name that created it
     node: str | None = None
     namespace: str | None = None
     service_account: str | None = None
@@ -69,7 +67,6 @@ class AuditRecord:
         self.names, self.rules = [name.text for name in grant.names], grant.rules
 
     def set_certificate(self, certificate: bytes) -> None:
-        """Record the certificate (DER)."""
         leaf = x509.load_der_x509_certificate(certificate)
         self.serial, self.not_after = f"{leaf.serial_number:x}", f"{leaf.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}"
 
@@ -87,8 +84,7 @@ class _StepTimer:
     __slots__ = ("_record", "_started", "_step")
 
     def __init__(self, record: AuditRecord, step: _Step) -> None:
-        self._record = record
-        self._step = step
+        self._record, self._step = record, step
 
     def __enter__(self) -> None:
         self._started = time.perf_counter()

@@ -12,8 +12,7 @@ from csi_driver.authority.authn.authenticator import Authenticator
 from csi_driver.authority.authn.limits import ConcurrencyLimit, RequestLimits
 from csi_driver.authority.events.recorder import MAX_NOTE_BYTES, EventRecorder
 from csi_driver.authority.issuance.audit import AuditRecord, audited
-from csi_driver.authority.issuance.interim import InterimCertificates
-from csi_driver.authority.issuance.steps import IssuanceSteps
+from csi_driver.authority.issuance.steps import InterimCertificates, IssuanceSteps
 from csi_driver.authority.issuers import IssuedCertificate, Issuer, IssuerRequest
 from csi_driver.authority.trust.bundles import TrustBundles
 from csi_driver.core.certificates.csr import ParsedCSR, parse_csr
@@ -63,8 +62,7 @@ class IssuanceResult:
 
     issued: IssuedCertificate
     trust: Mapping[str, RootSet]
-    pending: CertmountError | None = None
-    """Set for an interim certificate: why the issuer's certificate is pending."""
+    pending: CertmountError | None = None  # for an interim certificate: why the issuer's certificate is pending
 
 
 @dataclass(eq=False)
@@ -181,9 +179,8 @@ class IssuancePipeline:
         except CertmountError:
             raise pending from None
         record.interim, record.pending = True, str(pending)
-        internal = self.issuers[DEFAULT_ISSUER]
         request = replace(request, grant=grant, requested=requested)
-        issued = await self.steps.sign(DEFAULT_ISSUER, internal.issue, request, record)
+        issued = await self.steps.sign(DEFAULT_ISSUER, self.issuers[DEFAULT_ISSUER].issue, request, record)
         self._record_event(request.identity, pending, f"{_INTERIM} {pending.args[0]}")
         return replace(issued, renew_after=self.interim.retry_after(request.csr))
 

@@ -17,8 +17,7 @@ from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
 log = structlog.get_logger(__name__)
 
-_CHECK_S = 2.0
-"""Short compared with the minute that the kubelet needs to update a mounted ConfigMap."""
+_CHECK_S = 2.0  # short compared with the minute that the kubelet needs to update a mounted ConfigMap
 
 
 def read_policy(content: bytes, *, trust_domain: str, cluster_domain: str) -> Policy:
@@ -49,10 +48,13 @@ class PolicyFile:
         self._metrics = metrics
         self._on_change = on_change
 
+        def read() -> Contents:
+            return {file.name: read_file(file, MAX_BYTES, Reason.INVALID_POLICY, "see --policy")}
+
         def parse(contents: Contents) -> Policy:
             return read_policy(contents[file.name], trust_domain=trust_domain, cluster_domain=cluster_domain)
 
-        self._watched = WatchedFile("policy", self._read, parse, on_change=self._use, on_rejected=self._reject)
+        self._watched = WatchedFile("policy", read, parse, on_change=self._use, on_rejected=self._reject)
 
     @property
     def loaded(self) -> bool:
@@ -66,14 +68,10 @@ class PolicyFile:
         return self._watched.value
 
     async def load(self) -> None:
-        """Read the file if its content changed; raise CertmountError InvalidPolicy as :meth:`WatchedFile.load` does."""
         await self._watched.load()
 
     async def run(self) -> None:
         await self._watched.run(_CHECK_S)
-
-    def _read(self) -> Contents:
-        return {self._file.name: read_file(self._file, MAX_BYTES, Reason.INVALID_POLICY, "see --policy")}
 
     def _use(self, policy: Policy) -> None:
         self._metrics.policy_valid.set(1)

@@ -12,8 +12,7 @@ from csi_driver.core.identity import PodIdentity
 from csi_driver.core.policy.engine import PolicySubject
 from csi_driver.kube.object_caches import NamespaceCache, PodCache, ServiceCache
 
-_WAIT_S = 5.0
-"""A watch lags by milliseconds; the driver retries if a pod takes longer to arrive."""
+_WAIT_S = 5.0  # a watch lags by milliseconds; the driver retries if a pod takes longer to arrive
 
 
 class PolicySubjectLookup(Protocol):
@@ -34,8 +33,7 @@ class ClusterSubjectLookup:
     pods: PodCache
     services: ServiceCache
     namespaces: NamespaceCache
-    outdated: Callable[[], Sequence[str]]
-    """Returns why the caches must not be used now, or nothing."""
+    outdated: Callable[[], Sequence[str]]  # returns why the caches must not be used now, or nothing
     wait_s: float = _WAIT_S
 
     async def find(self, pod: PodIdentity) -> PolicySubject:

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 
-from csi_driver.authority.issuance.interim import InterimCertificates
+from csi_driver.authority.issuance.steps import InterimCertificates
 from csi_driver.authority.issuers import IssuedCertificate, Issuer, IssuerRequest
 from csi_driver.core.certificates.csr import ParsedCSR, build_csr, parse_csr
 from csi_driver.core.certificates.keys import generate_key
