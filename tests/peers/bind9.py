@@ -15,7 +15,7 @@ import dns.asyncquery
 import dns.message
 import dns.rdatatype
 
-from csi_driver.authority.issuers.acme.credentials import TsigKey
+from csi_driver.authority.issuers.acme.nameserver import TsigKey
 from csi_driver.core.config.issuers import FileSource
 from csi_driver.core.secret import Secret
 from tests.peers.processes import LOOPBACK, free_port, running

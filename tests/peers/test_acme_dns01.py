@@ -13,8 +13,7 @@ import dns.rdatatype
 import dns.update
 import pytest
 
-from csi_driver.authority.issuers.acme.credentials import TSIG_ALGORITHMS, TsigKey
-from csi_driver.authority.issuers.acme.nameserver import Nameserver
+from csi_driver.authority.issuers.acme.nameserver import TSIG_ALGORITHMS, Nameserver, TsigKey
 from csi_driver.core.certificates.verification import parse_certificates
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret

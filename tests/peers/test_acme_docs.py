@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from csi_driver.authority.issuers import IssuerRequest
 from csi_driver.authority.issuers.acme.config import PRODUCTION, STAGING, AcmeConfiguration, Dns01, Http01
-from csi_driver.authority.issuers.acme.credentials import TsigKey
 from csi_driver.authority.issuers.acme.http01 import ChallengeServer
+from csi_driver.authority.issuers.acme.nameserver import TsigKey
 from csi_driver.authority.issuers.acme.order_rules import order_names
 from csi_driver.authority.issuers.kinds import read_issuers
 from csi_driver.core.attributes import parse_attributes

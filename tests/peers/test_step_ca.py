@@ -283,7 +283,7 @@ async def client(ca: RealStepCA) -> AsyncIterator[StepCAClient]:
 def captured(ca: RealStepCA, to_sign: IssuerRequest) -> tuple[str, str, str]:
     """Return the arguments with which the issuer would call step-ca."""
     key = load_provisioner_key(Secret(ca.key_file.read_bytes()), None)
-    token = key.token(token_claims(to_sign, ca.configuration(), "nonce-1"), datetime.now(UTC)).reveal()
+    token = key.token(token_claims(to_sign, ca.configuration(), "nonce-1"), to_sign.csr.der, datetime.now(UTC)).reveal()
     csr = x509.load_der_x509_csr(to_sign.csr.der).public_bytes(Encoding.PEM).decode()
     return csr, token, "1h"
 

@@ -38,6 +38,14 @@ class CredentialReader:
             raise issuer_unavailable(str(source), "is empty")
         return content
 
+    async def read_text(self, source: CredentialSource) -> Secret[str]:
+        """Return the credential without surrounding white space; raise as :meth:`read`, also if it is not ASCII."""
+        content = await self.read(source)
+        try:
+            return Secret(content.reveal().decode("ascii").strip())
+        except UnicodeDecodeError:
+            raise issuer_unavailable(str(source), "is not ASCII text") from None
+
 
 def _read_file(source: FileSource) -> Secret[bytes]:
     try:

@@ -17,7 +17,7 @@ from josepy.jwk import JWKEC
 from csi_driver.authority.issuers import issuer_unavailable
 from csi_driver.authority.issuers.acme.client import AcmeClient, AcmeProblem
 from csi_driver.authority.issuers.acme.config import AcmeConfiguration
-from csi_driver.authority.issuers.acme.credentials import AcmeCredentials
+from csi_driver.authority.issuers.dependencies import CredentialReader
 from csi_driver.authority.storage import Store, Values, update
 from csi_driver.core.secret import Secret
 from csi_driver.core.stored_secrets import StoredSecrets
@@ -38,7 +38,7 @@ class AcmeAccounts:
     """Finds or creates the account of an issuer when it is first needed."""
 
     def __init__(
-        self, configuration: AcmeConfiguration, credentials: AcmeCredentials, store: Store, executor: Executor
+        self, configuration: AcmeConfiguration, credentials: CredentialReader, store: Store, executor: Executor
     ) -> None:
         self._configuration = configuration
         self._credentials = credentials
@@ -78,7 +78,8 @@ class AcmeAccounts:
         # Register even if the URL is known, so that a deactivated account is reported at the start.
         account = await update(self._store, self._load_or_create)
         client = self._client(account.key)
-        mac_key = await self._credentials.mac_key()
+        external = self._configuration.external_account
+        mac_key = None if external is None else await self._credentials.read_text(external.key)
         call = partial(register, client, account.key, self._configuration, mac_key)
         url = await asyncio.get_running_loop().run_in_executor(self._executor, call)
         self._directory = client.directory

@@ -54,7 +54,7 @@ class Dns01:
 
     server: str  # The server that accepts updates, `ADDRESS` or `ADDRESS:PORT`: the primary of the zone
     key: CredentialSource | None = None
-    """The TSIG key in the format of :class:`.credentials.TsigKey`. None if the server authorizes by address, which is unsafe."""
+    """The TSIG key in the format of :class:`.nameserver.TsigKey`. None if the server authorizes by address, which is unsafe."""
     zone: str | None = None  # The zone for the records; None to ask `server` for the zone of each name
     resolvers: tuple[str, ...] = ()
     """Resolvers for CNAMEs and server addresses, for split horizons; empty for those of the system."""

@@ -11,9 +11,9 @@ from typing import ParamSpec, Protocol, TypeVar
 
 from csi_driver.authority.issuers.acme.account import AcmeAccounts
 from csi_driver.authority.issuers.acme.config import AcmeConfiguration
-from csi_driver.authority.issuers.acme.credentials import AcmeCredentials
 from csi_driver.authority.issuers.acme.order_store import OrderStore
 from csi_driver.authority.issuers.acme.state import ChallengeRecord, OrderRecord
+from csi_driver.authority.issuers.dependencies import CredentialReader
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -44,7 +44,7 @@ class AcmeContext:
     """The configuration and the services of one issuer."""
 
     configuration: AcmeConfiguration
-    credentials: AcmeCredentials
+    credentials: CredentialReader
     orders: OrderStore
     accounts: AcmeAccounts
     solver: ChallengeSolver

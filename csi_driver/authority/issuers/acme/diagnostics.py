@@ -13,8 +13,9 @@ from csi_driver.authority.issuers import Findings
 from csi_driver.authority.issuers.acme.client import AcmeClient, AcmeProblem
 from csi_driver.authority.issuers.acme.config import Dns01
 from csi_driver.authority.issuers.acme.context import AcmeContext
-from csi_driver.authority.issuers.acme.credentials import AcmeCredentials
+from csi_driver.authority.issuers.acme.nameserver import TsigKey
 from csi_driver.authority.issuers.acme.zone import ZoneFinder
+from csi_driver.authority.issuers.dependencies import CredentialReader
 from csi_driver.core.errors import CertmountError
 
 _T = TypeVar("_T")
@@ -52,10 +53,10 @@ async def _check_directory(context: AcmeContext, client: AcmeClient, findings: F
         findings.add("profile", False, f"the CA has no profile {configuration.profile}; it offers {offered}")
 
 
-async def _check_dns(configuration: Dns01, credentials: AcmeCredentials, findings: Findings) -> None:
+async def _check_dns(configuration: Dns01, credentials: CredentialReader, findings: Findings) -> None:
     """Send a signed empty update, which shows that server, zone and key match, but not that the key may set records."""
     zones, failed = ZoneFinder(configuration), len(findings)
-    key = await _try(findings, "TSIG key", credentials.tsig_key())
+    key = await _try(findings, "TSIG key", TsigKey.read(configuration.key, credentials))
     primary = await _try(findings, "DNS server", zones.primary())
     if primary is None or len(findings) > failed:
         return

@@ -16,10 +16,10 @@ from josepy.b64 import b64encode
 
 from csi_driver.authority.issuers import issuer_unavailable
 from csi_driver.authority.issuers.acme.config import Dns01
-from csi_driver.authority.issuers.acme.credentials import AcmeCredentials
-from csi_driver.authority.issuers.acme.nameserver import Nameserver
+from csi_driver.authority.issuers.acme.nameserver import Nameserver, TsigKey
 from csi_driver.authority.issuers.acme.state import ChallengeRecord
 from csi_driver.authority.issuers.acme.zone import ZoneFinder
+from csi_driver.authority.issuers.dependencies import CredentialReader
 from csi_driver.core.errors import CertmountError
 
 _TTL_S = 60
@@ -31,7 +31,7 @@ class Dns01Solver:
 
     kind = "dns-01"
 
-    def __init__(self, configuration: Dns01, credentials: AcmeCredentials) -> None:
+    def __init__(self, configuration: Dns01, credentials: CredentialReader) -> None:
         self._configuration = configuration
         self._credentials = credentials
         self._zones = ZoneFinder(configuration)
@@ -47,7 +47,7 @@ class Dns01Solver:
 
     async def publish(self, challenges: Sequence[ChallengeRecord]) -> None:
         """Add the records, and wait until every server that the CA may query serves them."""
-        primary, key = await self._zones.primary(), await self._credentials.tsig_key()
+        primary, key = await self._zones.primary(), await self._tsig_key()
         for challenge in challenges:
             update = dns.update.UpdateMessage(challenge.zone)
             # Add and never replace: a name and its wildcard need two records at the same name.
@@ -62,7 +62,10 @@ class Dns01Solver:
     async def unpublish(self, challenge: ChallengeRecord) -> None:
         update = dns.update.UpdateMessage(challenge.zone)
         update.delete(challenge.record_name, dns.rdatatype.TXT, challenge.value)
-        await (await self._zones.primary()).update(update, await self._credentials.tsig_key())
+        await (await self._zones.primary()).update(update, await self._tsig_key())
+
+    async def _tsig_key(self) -> TsigKey | None:
+        return await TsigKey.read(self._configuration.key, self._credentials)
 
     async def _wait(
         self, name: str, addresses: Sequence[Nameserver], challenges: Sequence[ChallengeRecord], deadline: float

@@ -22,7 +22,6 @@ from csi_driver.authority.issuers.acme.chain import lets_encrypt_roots
 from csi_driver.authority.issuers.acme.client import AcmeProblem
 from csi_driver.authority.issuers.acme.config import AcmeConfiguration
 from csi_driver.authority.issuers.acme.context import AcmeContext, ChallengeSolver
-from csi_driver.authority.issuers.acme.credentials import AcmeCredentials
 from csi_driver.authority.issuers.acme.diagnostics import diagnose_acme
 from csi_driver.authority.issuers.acme.dns01 import Dns01Solver
 from csi_driver.authority.issuers.acme.http01 import MAX_STORE_AGE_S, Http01Solver
@@ -85,11 +84,10 @@ class AcmeIssuer(Issuer):
         self._lease_s = lease_s
         executor = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"acme-{name}")
         self._orders = OrderStore(store, clock)
-        own = AcmeCredentials(configuration, credentials)
-        self._accounts = AcmeAccounts(configuration, own, store, executor)
+        self._accounts = AcmeAccounts(configuration, credentials, store, executor)
         self._context = AcmeContext(
-            configuration, own, self._orders, self._accounts, _solver(configuration, own, routes), executor, clock,
-            holder=uuid.uuid4().hex,
+            configuration, credentials, self._orders, self._accounts, _solver(configuration, credentials, routes), executor,
+            clock, holder=uuid.uuid4().hex,
         )  # fmt: skip
         self.renewals = RenewalInfoPoller(self._context)
         self._processing: dict[str, asyncio.Task[None]] = {}
@@ -259,7 +257,7 @@ class AcmeIssuer(Issuer):
 
 
 def _solver(
-    configuration: AcmeConfiguration, credentials: AcmeCredentials, routes: ChallengeRoutes | None
+    configuration: AcmeConfiguration, credentials: CredentialReader, routes: ChallengeRoutes | None
 ) -> ChallengeSolver:
     if configuration.dns01 is not None:
         return Dns01Solver(configuration.dns01, credentials)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import socket
 from dataclasses import dataclass
 from typing import Self
@@ -17,11 +18,16 @@ import dns.tsig
 import dns.update
 
 from csi_driver.authority.issuers import issuer_unavailable
-from csi_driver.authority.issuers.acme.credentials import TsigKey
+from csi_driver.authority.issuers.dependencies import CredentialReader
+from csi_driver.core.config.issuers import CredentialSource
 from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.secret import Secret
 
 _TIMEOUT_S = 5.0
 _PORT = 53
+TSIG_ALGORITHMS = ("hmac-sha1", "hmac-sha224", "hmac-sha256", "hmac-sha384", "hmac-sha512")
+"""RFC 8945 section 6, without MD5 and without truncation."""
+_DEFAULT_ALGORITHM = "hmac-sha256"
 _REJECTIONS = (dns.rcode.REFUSED, dns.rcode.NOTAUTH, dns.rcode.NOTZONE, dns.rcode.NXRRSET, dns.rcode.YXRRSET)
 _TSIG_ERRORS: tuple[tuple[type[dns.exception.DNSException], str], ...] = (
     (dns.tsig.PeerBadKey, "it does not know the name of the TSIG key, or has another algorithm for it"),
@@ -33,6 +39,47 @@ _TSIG_ERRORS: tuple[tuple[type[dns.exception.DNSException], str], ...] = (
     (dns.tsig.BadKey, "its response is not signed with the TSIG key"),
     (dns.message.UnknownTSIGKey, "its response is signed with another TSIG key"),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class TsigKey:
+    """A secret shared with a DNS server (RFC 8945). Its text format is ``[hmac:]name:key``, as for ``nsupdate -y``."""
+
+    name: str
+    secret: Secret[bytes]
+    algorithm: str = _DEFAULT_ALGORITHM
+
+    @classmethod
+    def parse(cls, text: Secret[str], field: str) -> Self:
+        """Parse the text format; raise CertmountError IssuerUnavailable, which names ``field`` and shows no content."""
+
+        def invalid(problem: str) -> CertmountError:
+            return issuer_unavailable(field, problem, "use the format of nsupdate -y: hmac-sha256:name:base64")
+
+        parts = text.reveal().strip().split(":")
+        if len(parts) not in (2, 3):
+            raise invalid("does not have the format [hmac:]name:key")
+        algorithm, name, key = (_DEFAULT_ALGORITHM, *parts) if len(parts) == 2 else (parts[0].lower(), *parts[1:])
+        if algorithm not in TSIG_ALGORITHMS:
+            raise invalid("has an unsupported algorithm; expected one of " + ", ".join(TSIG_ALGORITHMS))
+        try:
+            dns.name.from_text(name)
+        except (dns.exception.DNSException, UnicodeError):
+            raise invalid("has a key name that is not a DNS name") from None
+        try:
+            secret = base64.b64decode(key, validate=True)
+        except ValueError:  # including binascii.Error
+            raise invalid("has a key that is not base64") from None
+        if not name or not secret:
+            raise invalid("has an empty name or key")
+        return cls(name, Secret(secret), algorithm)
+
+    @classmethod
+    async def read(cls, source: CredentialSource | None, credentials: CredentialReader) -> Self | None:
+        return None if source is None else cls.parse(await credentials.read_text(source), str(source))
+
+    def for_dnspython(self) -> dns.tsig.Key:
+        return dns.tsig.Key(self.name, self.secret.reveal(), self.algorithm)
 
 
 class NotAuthorized(CertmountError):

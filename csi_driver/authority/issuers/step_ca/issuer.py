@@ -107,7 +107,7 @@ class StepCAIssuer(DiagnosedIssuer):
         csr = x509.load_der_x509_csr(request.csr.der).public_bytes(Encoding.PEM).decode("ascii")
         for attempt in range(1, _ATTEMPTS + 1):
             claims = token_claims(request, self._configuration, secrets.token_urlsafe(24))
-            token = key.token(claims, self._clock()).reveal()
+            token = key.token(claims, request.csr.der, self._clock()).reveal()
             delay_s = _BACKOFF.delay_s(attempt)
             last = attempt == _ATTEMPTS or loop.time() + delay_s > deadline
             try:

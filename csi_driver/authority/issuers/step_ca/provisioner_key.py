@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -93,20 +93,6 @@ def _decode(text: str) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenClaims:
-    """What a token allows: one certificate with these names for this CSR."""
-
-    issuer: str  # The provisioner's name
-    audience: str
-    subject: str
-    sans: Sequence[str]
-    usages: Sequence[str]
-    """Extended key usages by their names in step-ca's templates, which can read them as ``.Token.extKeyUsage``."""
-    csr: bytes  # DER
-    nonce: str  # Unique for each token
-
-
-@dataclass(frozen=True, slots=True)
 class ProvisionerKey:
     """A private JWK that signs tokens."""
 
@@ -114,21 +100,16 @@ class ProvisionerKey:
     thumbprint: str  # Of the public key (RFC 7638)
     _key: jwt.PyJWK
 
-    def token(self, claims: TokenClaims, now: datetime) -> Secret[str]:
-        """Return a JWT (RFC 7519) that step-ca accepts once, within a minute, and only with this CSR."""
+    def token(self, claims: Mapping[str, object], csr: bytes, now: datetime) -> Secret[str]:
+        """Return a JWT (RFC 7519) that step-ca accepts once, within a minute, and only with this CSR (DER)."""
         issued_at = int(now.timestamp())
         payload = {
-            "iss": claims.issuer,
-            "aud": claims.audience,
-            "sub": claims.subject,
-            "sans": list(claims.sans),
-            "extKeyUsage": list(claims.usages),
-            "jti": claims.nonce,
+            **claims,
             "iat": issued_at,
             "nbf": issued_at,
             "exp": issued_at + int(TOKEN_LIFETIME.total_seconds()),
             # Binds the token to the CSR, and so to the key on the node: it is useless for any other key.
-            "cnf": {"x5rt#S256": _base64url(hashlib.sha256(claims.csr).digest())},
+            "cnf": {"x5rt#S256": _base64url(hashlib.sha256(csr).digest())},
         }
         return Secret(jwt.encode(payload, self._key.key, self._key.algorithm_name, {"kid": self.kid}))
 

@@ -6,7 +6,6 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from csi_driver.authority.issuers import IssuerRequest
 from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
-from csi_driver.authority.issuers.step_ca.provisioner_key import TokenClaims
 from csi_driver.authority.issuers.step_ca.provisioners import LifetimeLimits
 from csi_driver.core.durations import format_duration
 from csi_driver.core.errors import Fault
@@ -34,16 +33,15 @@ def request_faults(request: IssuerRequest, limits: LifetimeLimits) -> list[Fault
     return faults
 
 
-def token_claims(request: IssuerRequest, configuration: StepCAConfiguration, nonce: str) -> TokenClaims:
-    return TokenClaims(
-        issuer=configuration.provisioner,
-        audience=f"{configuration.url}/1.0/sign",
-        subject=_subject(request.grant.names, request.identity.service_account),
-        sans=[str(name) for name in request.grant.names],
-        usages=[_USAGES[usage] for usage in request.grant.usages],
-        csr=request.csr.der,
-        nonce=nonce,
-    )
+def token_claims(request: IssuerRequest, configuration: StepCAConfiguration, nonce: str) -> dict[str, object]:
+    return {
+        "iss": configuration.provisioner,
+        "aud": f"{configuration.url}/1.0/sign",
+        "sub": _subject(request.grant.names, request.identity.service_account),
+        "sans": [str(name) for name in request.grant.names],
+        "extKeyUsage": [_USAGES[usage] for usage in request.grant.usages],  # for templates: `.Token.extKeyUsage`
+        "jti": nonce,
+    }
 
 
 def _subject(names: Names, account: ServiceAccount) -> str:

@@ -15,8 +15,7 @@ import yaml
 from structlog.testing import capture_logs
 
 from csi_driver.authority.issuers import IssuedCertificate, Issuer, IssuerRequest, registry
-from csi_driver.authority.issuers.credentials import CredentialReader
-from csi_driver.authority.issuers.dependencies import IssuerDependencies, IssuerKind
+from csi_driver.authority.issuers.dependencies import CredentialReader, IssuerDependencies, IssuerKind
 from csi_driver.authority.issuers.kinds import ISSUER_KINDS, read_issuers
 from csi_driver.authority.issuers.registry import IssuerRegistry
 from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration

@@ -22,8 +22,7 @@ from csi_driver.authority.issuers.acme.config import (
     Http01,
 )
 from csi_driver.authority.issuers.acme.issuer import AcmeIssuer
-from csi_driver.authority.issuers.credentials import CredentialReader
-from csi_driver.authority.issuers.dependencies import ChallengeRoutes, IssuerDependencies
+from csi_driver.authority.issuers.dependencies import ChallengeRoutes, CredentialReader, IssuerDependencies
 from csi_driver.authority.issuers.kinds import make_issuer, read_issuers
 from csi_driver.authority.storage import DirectoryStore
 from csi_driver.core.config.document_reader import Path as DocumentPath

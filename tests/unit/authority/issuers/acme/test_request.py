@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from csi_driver.authority.issuers import IssuerRequest
 from csi_driver.authority.issuers.acme.config import AccountStorage, AcmeConfiguration, Dns01, Http01
-from csi_driver.authority.issuers.acme.request import order_names
+from csi_driver.authority.issuers.acme.order_rules import order_names
 from csi_driver.core.certificates.csr import build_csr, parse_csr
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount

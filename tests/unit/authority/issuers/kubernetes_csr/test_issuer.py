@@ -16,8 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
-from csi_driver.authority.issuers.credentials import CredentialReader
-from csi_driver.authority.issuers.dependencies import CSRAccess, IssuerDependencies
+from csi_driver.authority.issuers.dependencies import CredentialReader, CSRAccess, IssuerDependencies
 from csi_driver.authority.issuers.kinds import make_issuer, read_issuers
 from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConfiguration
 from csi_driver.authority.issuers.kubernetes_csr.issuer import KubernetesCSRIssuer

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from csi_driver.authority.issuers import IssuerRequest
-from csi_driver.authority.issuers.credentials import CredentialReader
+from csi_driver.authority.issuers.dependencies import CredentialReader
 from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.issuer import StepCAIssuer
 from csi_driver.core.backoff import Backoff

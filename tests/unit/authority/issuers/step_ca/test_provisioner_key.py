@@ -14,15 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
-from csi_driver.authority.issuers.step_ca.key_encryption import MAX_ITERATIONS, decrypt
-from csi_driver.authority.issuers.step_ca.provisioner_key import TokenClaims, load_provisioner_key, thumbprint
+from csi_driver.authority.issuers.step_ca.provisioner_key import (
+    MAX_ITERATIONS,
+    decrypt,
+    load_provisioner_key,
+    thumbprint,
+)
 from csi_driver.core.secret import Secret
 from tests.support.provisioner_key import JWE, JWK, PASSWORD
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
-CLAIMS = TokenClaims(
-    "csi", "https://ca/1.0/sign", "hello.svc", ("hello.svc", "spiffe://a/b"), ("serverAuth",), b"CSR", "n-1"
-)
+CLAIMS = {
+    "iss": "csi", "aud": "https://ca/1.0/sign", "sub": "hello.svc", "sans": ["hello.svc", "spiffe://a/b"],
+    "extKeyUsage": ["serverAuth"], "jti": "n-1",
+}  # fmt: skip
 
 
 def load(document: object, password: str | None = None) -> str:
@@ -105,19 +110,14 @@ def test_thumbprint_is_that_of_the_rfc() -> None:
 
 def test_token_contains_the_granted_names_and_the_hash_of_the_csr() -> None:
     key = load_provisioner_key(Secret(json.dumps(JWK).encode()), None)
-    token = key.token(CLAIMS, NOW).reveal()
+    token = key.token(CLAIMS, b"CSR", NOW).reveal()
     assert jwt.get_unverified_header(token) == {"alg": "ES256", "kid": JWK["kid"], "typ": "JWT"}
     options = {"verify_exp": False, "verify_nbf": False, "verify_iat": False}
-    payload = jwt.decode(token, jwt.PyJWK(JWK).key, ["ES256"], audience=CLAIMS.audience, options=options)  # type: ignore[arg-type]  # a plain mapping
+    payload = jwt.decode(token, jwt.PyJWK(JWK).key, ["ES256"], audience=CLAIMS["aud"], options=options)  # type: ignore[arg-type]  # a plain mapping
     issued_at = int(NOW.timestamp())
     digest = base64.urlsafe_b64encode(hashlib.sha256(b"CSR").digest()).rstrip(b"=").decode()
     assert payload == {
-        "iss": "csi",
-        "aud": "https://ca/1.0/sign",
-        "sub": "hello.svc",
-        "sans": ["hello.svc", "spiffe://a/b"],
-        "extKeyUsage": ["serverAuth"],
-        "jti": "n-1",
+        **CLAIMS,
         "iat": issued_at,
         "nbf": issued_at,
         "exp": issued_at + 60,
@@ -134,5 +134,5 @@ def test_all_key_types_of_step_sign_with_their_own_algorithm() -> None:
     }
     for algorithm, text in keys.items():
         document = {**json.loads(text), "kid": "a"}
-        token = load_provisioner_key(Secret(json.dumps(document).encode()), None).token(CLAIMS, NOW).reveal()
+        token = load_provisioner_key(Secret(json.dumps(document).encode()), None).token(CLAIMS, b"CSR", NOW).reveal()
         assert jwt.get_unverified_header(token)["alg"] == algorithm
