@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from csi_driver.authority.issuers.certificate_check import ends_at_root
+from csi_driver.authority.issuers.external_issuer import ends_at_root
 from csi_driver.core.certificates.csr import names_of
 from csi_driver.core.certificates.keys import generate_key, load_key, public_bytes
 from csi_driver.core.formats.pem import decode_certificates

@@ -21,7 +21,7 @@ from csi_driver.authority.issuers.step_ca.client import StepCAClient
 from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.issuer import StepCAIssuer
 from csi_driver.authority.issuers.step_ca.provisioner_key import load_provisioner_key
-from csi_driver.authority.issuers.step_ca.request import token_claims
+from csi_driver.authority.issuers.step_ca.provisioners import token_claims
 from csi_driver.core.certificates.csr import build_csr, names_of, parse_csr
 from csi_driver.core.certificates.keys import PrivateKey, generate_key
 from csi_driver.core.certificates.verification import ExpectedCertificate, verify_certificate

@@ -145,7 +145,7 @@ async def test_outage_of_step_ca_is_retryable_and_does_not_affect_the_internal_c
 async def test_volume_gets_a_federated_root_without_a_new_certificate(
     world: World, caller: Caller, ca: RealStepCA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("csi_driver.authority.issuers.diagnosed_issuer.DIAGNOSE_S", 0.2)
+    monkeypatch.setattr("csi_driver.authority.issuers.external_issuer.DIAGNOSE_S", 0.2)
     await known_roots(caller)
     other = RealStepCA(tmp_path / "other", name="Other")
     with kubelet_root() as root:

@@ -13,8 +13,8 @@ from csi_driver.authority.issuers import Findings
 from csi_driver.authority.issuers.acme.client import AcmeClient, AcmeProblem
 from csi_driver.authority.issuers.acme.config import Dns01
 from csi_driver.authority.issuers.acme.context import AcmeContext
+from csi_driver.authority.issuers.acme.dns01 import ZoneFinder
 from csi_driver.authority.issuers.acme.nameserver import TsigKey
-from csi_driver.authority.issuers.acme.zone import ZoneFinder
 from csi_driver.authority.issuers.dependencies import CredentialReader
 from csi_driver.core.errors import CertmountError
 

@@ -27,18 +27,21 @@ from csi_driver.authority.issuers.acme.dns01 import Dns01Solver
 from csi_driver.authority.issuers.acme.http01 import MAX_STORE_AGE_S, Http01Solver
 from csi_driver.authority.issuers.acme.order import OrderProcessor
 from csi_driver.authority.issuers.acme.order_rules import (
+    after_failure,
+    after_problem,
+    backoff_error,
     claim_orders,
     order_names,
+    pending_error,
     release_orders,
     remove_expired,
     request_order,
 )
 from csi_driver.authority.issuers.acme.order_store import LeaseLost, OrderStore
-from csi_driver.authority.issuers.acme.problems import after_failure, after_problem, backoff_error, pending_error
 from csi_driver.authority.issuers.acme.renewal import RenewalInfoPoller
 from csi_driver.authority.issuers.acme.state import AcmeState, OrderRecord, order_id
-from csi_driver.authority.issuers.certificate_check import ends_at_root
 from csi_driver.authority.issuers.dependencies import ChallengeRoutes, CredentialReader
+from csi_driver.authority.issuers.external_issuer import ends_at_root
 from csi_driver.authority.storage import Store
 from csi_driver.core.backoff import Backoff
 from csi_driver.core.certificates.keys import public_bytes

@@ -10,9 +10,13 @@ from datetime import UTC, datetime, timedelta
 import structlog
 
 from csi_driver.authority.issuers import Findings, IssuedCertificate, IssuerRequest
-from csi_driver.authority.issuers.certificate_check import check_certificate, ends_at_root, issued_certificate
 from csi_driver.authority.issuers.dependencies import CredentialReader, CSRAccess
-from csi_driver.authority.issuers.diagnosed_issuer import DiagnosedIssuer
+from csi_driver.authority.issuers.external_issuer import (
+    DiagnosedIssuer,
+    check_certificate,
+    ends_at_root,
+    issued_certificate,
+)
 from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConfiguration
 from csi_driver.authority.issuers.kubernetes_csr.diagnostics import KubernetesCSRDiagnosis, diagnose_kubernetes_csr
 from csi_driver.authority.issuers.kubernetes_csr.request import (

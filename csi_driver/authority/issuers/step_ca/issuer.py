@@ -11,9 +11,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.issuers import Findings, IssuedCertificate, IssuerRequest
-from csi_driver.authority.issuers.certificate_check import check_certificate, ends_at_root, issued_certificate
 from csi_driver.authority.issuers.dependencies import CredentialReader
-from csi_driver.authority.issuers.diagnosed_issuer import DiagnosedIssuer
+from csi_driver.authority.issuers.external_issuer import (
+    DiagnosedIssuer,
+    check_certificate,
+    ends_at_root,
+    issued_certificate,
+)
 from csi_driver.authority.issuers.http_client import HttpError, JsonResponse
 from csi_driver.authority.issuers.step_ca.client import StepCAClient, parse_signed_chain
 from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
@@ -24,7 +28,7 @@ from csi_driver.authority.issuers.step_ca.diagnostics import (
     fetch_pinned_roots,
 )
 from csi_driver.authority.issuers.step_ca.provisioner_key import ProvisionerKey
-from csi_driver.authority.issuers.step_ca.request import request_faults, token_claims
+from csi_driver.authority.issuers.step_ca.provisioners import request_faults, token_claims
 from csi_driver.core.backoff import Backoff
 from csi_driver.core.durations import format_duration
 from csi_driver.core.errors import CertmountError, Fault, Reason

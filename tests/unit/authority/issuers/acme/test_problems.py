@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from csi_driver.authority.issuers.acme.client import AcmeProblem
-from csi_driver.authority.issuers.acme.problems import after_failure, after_problem, backoff_error, pending_error
+from csi_driver.authority.issuers.acme.order_rules import after_failure, after_problem, backoff_error, pending_error
 from csi_driver.authority.issuers.acme.state import AcmeState
 from csi_driver.core.errors import Reason
 from tests.unit.authority.issuers.acme.samples import CHALLENGE, NAMES, NOW, order

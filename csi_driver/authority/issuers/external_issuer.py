@@ -1,25 +1,78 @@
-"""Checks a certificate from an external issuer against the request."""
+"""What external issuers share: periodic diagnostics, and checks of the certificates that they return."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from abc import abstractmethod
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
+import structlog
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
+from csi_driver.authority.issuers import Findings, IssuedCertificate, Issuer, IssuerRequest, issuer_unavailable
 from csi_driver.core.certificates.csr import names_of
 from csi_driver.core.certificates.keys import public_bytes
 from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.spec import Usage
 
+log = structlog.get_logger(__name__)
+
+DIAGNOSE_S = 60.0  # How fast new roots and replaced keys take effect
+_DIAGNOSE_AFTER_PROBLEM_S = 5.0
 _USAGES = {ExtendedKeyUsageOID.SERVER_AUTH: Usage.SERVER, ExtendedKeyUsageOID.CLIENT_AUTH: Usage.CLIENT}
 _MIN_RENEW_AFTER = timedelta(minutes=1)
 _CLOCK_TOLERANCE = timedelta(minutes=2)  # The issuer counts the lifetime from the time of its own clock
+
+
+class DiagnosedIssuer(Issuer):
+    """Repeats its diagnostics and reports their result as :attr:`problem`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._problem: str | None = "diagnostics have not finished yet"
+        self._diagnose_now = asyncio.Event()
+
+    @property
+    def problem(self) -> str | None:
+        return self._problem
+
+    @abstractmethod
+    async def diagnose(self) -> Findings:
+        """See :class:`Issuer`; implementations report the problem to :meth:`_report`."""
+
+    async def _diagnose_periodically(self) -> None:
+        while True:
+            await self.diagnose()
+            await self._maintain()
+            self._diagnose_now.clear()
+            if self._problem is not None:
+                await asyncio.sleep(_DIAGNOSE_AFTER_PROBLEM_S)
+                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DIAGNOSE_S):
+                    await self._diagnose_now.wait()
+
+    async def _maintain(self) -> None:
+        """Do other periodic work after each diagnosis."""
+
+    def _report(self, problem: str | None) -> None:
+        if problem is None and self._problem is not None:
+            log.info("issuer became available", issuer=self._name)
+        elif problem != self._problem:
+            log.warning("issuer has a problem", issuer=self._name, problem=problem)
+        self._problem = problem
+        if problem is not None:
+            self._diagnose_now.set()
+
+    def _unavailable(self, problem: str) -> CertmountError:
+        hint = f"run `certmount issuer check {self._name}` for details"
+        return issuer_unavailable(f"issuer {self._name}", problem, hint)
 
 
 def check_certificate(
