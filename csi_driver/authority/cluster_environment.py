@@ -7,7 +7,6 @@ import contextlib
 import functools
 import socket
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
 
@@ -36,21 +35,16 @@ ACME_SERVICE, ACME_PORT = "certmount-acme", 80
 """The Service in the authority's namespace that receives the HTTP-01 requests of Ingresses (docs/acme.md)."""
 
 
-@dataclass(frozen=True, slots=True)
-class ClusterObjectNames:
-    """(namespace, name) of the CA's Secret, whose namespace has all other objects, and of the ConfigMap with the roots."""
-
-    ca: tuple[str, str]
-    root: tuple[str, str]
-
-
 @contextlib.asynccontextmanager
 async def open_cluster_environment(
-    names: ClusterObjectNames, registry: CollectorRegistry
+    ca_secret: tuple[str, str], root_config_map: tuple[str, str], registry: CollectorRegistry
 ) -> AsyncIterator[Environment]:
-    """Connect to the API server; raises CertmountError TokenReviewUnavailable outside a cluster."""
-    namespace, pod_name = names.ca[0], socket.gethostname()
-    ca, root = ObjectName("Secret", *names.ca), ObjectName("ConfigMap", *names.root)
+    """Connect to the API server; raises CertmountError TokenReviewUnavailable outside a cluster.
+
+    ``ca_secret`` and ``root_config_map`` are namespace and name. All other objects are in the namespace of the Secret.
+    """
+    namespace, pod_name = ca_secret[0], socket.gethostname()
+    ca, root = ObjectName("Secret", *ca_secret), ObjectName("ConfigMap", *root_config_map)
     acknowledgements = ObjectName("Secret", namespace, ACKNOWLEDGEMENTS_SECRET)
     lease = ObjectName("Lease", namespace, SIGNER_LEASE)
     # TokenReviews have their own connections, so that thousands of pods cannot block the renewal of the CA. Watches have
@@ -81,7 +75,7 @@ async def open_cluster_environment(
             ],
             run=functools.partial(_run, cache, events),
             outdated=cache.outdated,
-            csr_api=CSRApi(csrs, PodClient(api), LeaseClient(api, lease), pod_name),
+            csr_api=CSRApi(csrs, PodClient(api).find, LeaseClient(api, lease), pod_name),
         )
 
 
@@ -109,10 +103,7 @@ def _existence_check(api: Api, name: ObjectName) -> DiagnosticCheck:
 
 @contextlib.asynccontextmanager
 async def cluster_secrets() -> AsyncIterator[ReadSecret]:
-    """Read issuer credentials from Kubernetes Secrets; each Secret needs the permission ``get`` on its name only.
-
-    Raises CertmountError TokenReviewUnavailable outside a cluster.
-    """
+    """Open a connection that reads issuer credentials from Secrets; each needs the permission ``get`` on its name only."""
     async with connect(in_cluster_configuration()) as api:
 
         async def read_secret(namespace: str, name: str, key: str) -> Secret[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,11 +44,8 @@ class CSRClient(Protocol):
         """Return a watch of the requests for a signer, or with these labels (``key=value``), that updates ``sink``."""
 
 
-class PodReader(Protocol):
-    """Reads pods from the API server."""
-
-    async def find(self, namespace: str, name: str) -> LivePod | None:
-        """Return None if the pod does not exist; raises CertmountError TokenReviewUnavailable."""
+FindPod = Callable[[str, str], Awaitable[LivePod | None]]
+"""Takes namespace and name; the result is None if the pod does not exist. Raises CertmountError TokenReviewUnavailable."""
 
 
 class LeaseStore(Protocol):
@@ -64,6 +62,6 @@ class CSRApi:
     """The clients for requesting and for signing."""
 
     requests: CSRClient
-    pods: PodReader
+    find_pod: FindPod
     lease: LeaseStore  # of the replica that signs
     holder: str  # the unique name of this replica

@@ -56,10 +56,7 @@ def directory_environment(ca_dir: Path, jwks: Path, token_issuer: str) -> Enviro
         content = await asyncio.to_thread(read_file, jwks, _MAX_BYTES, Reason.TOKEN_REVIEW_UNAVAILABLE, "see --jwks")
         return PublishedKeys(token_issuer, content)
 
+    acknowledgements = DirectoryStore(ca_dir, ACKNOWLEDGEMENTS_FILE)
     return Environment(
-        ca_store=DirectoryStore(ca_dir),
-        acknowledgement_store=DirectoryStore(ca_dir, ACKNOWLEDGEMENTS_FILE),
-        publisher=DirectoryPublisher(ca_dir),
-        fetch_keys=fetch_keys,
-        reviewer=OfflineReviewer(),
+        DirectoryStore(ca_dir), acknowledgements, DirectoryPublisher(ca_dir), fetch_keys, OfflineReviewer()
     )

@@ -13,8 +13,7 @@ from csi_driver.core.errors import CertmountError, FailureKind
 
 _T = TypeVar("_T")
 
-CLUSTER_RETRY_S = 20.0
-"""Long enough for an API server to restart. The node driver waits 90 s for the authority."""
+CLUSTER_RETRY_S = 20.0  # long enough for an API server to restart; the node driver waits 90 s for the authority
 CLUSTER_BACKOFF = Backoff(0.25, 4.0, jitter=0.5)
 
 

@@ -51,14 +51,13 @@ from csi_driver.core.formats.pem import encode_certificates
 from csi_driver.core.identity import MAX_TOKEN_BYTES, ServiceAccount
 from csi_driver.core.names import Names
 from csi_driver.core.spec import DEFAULT_ISSUER
-from csi_driver.rpc.server import CompletedCall, Interceptor
+from csi_driver.rpc.server import Interceptor
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
 log = structlog.get_logger(__name__)
 
 _GRACE_S = 10.0
-_UNREADY_AFTER_S = 10.0
-"""A single failed TokenReview must not take a replica out of service."""
+_UNREADY_AFTER_S = 10.0  # a single failed TokenReview must not take a replica out of service
 _START_BACKOFF = Backoff(1, 15)
 _METADATA_BYTES = MAX_TOKEN_BYTES + 8 * 1024
 _GRPC_OPTIONS = (
@@ -73,7 +72,7 @@ _GRPC_OPTIONS = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     # Makes nodes reconnect, so that they find new replicas; calls in progress can finish.
-    ("grpc.max_connection_age_ms", int(timedelta(hours=1) / timedelta(milliseconds=1))),
+    ("grpc.max_connection_age_ms", 3_600_000),
     ("grpc.max_connection_age_grace_ms", int(LONGEST_WATCH * 1.1 / timedelta(milliseconds=1))),
 )
 
@@ -100,7 +99,6 @@ class AuthoritySettings:
         return PolicyFile(self.policy, metrics, **domains, on_change=on_change)
 
     def ca_source(self, store: Store, metrics: AuthorityMetrics, nodes: NodeAcknowledgements | None = None) -> CASource:
-        """Return the source of the internal CA."""
         if self.ca_files is not None:
             return CAFiles(self.ca_files, metrics, self.ca_password_file)
         return StoredCA(store, nodes, self.ca_profile)
@@ -138,7 +136,7 @@ class AuthorityServer:
         self._steps = IssuanceSteps(environment.subjects, lambda: self._policy.current, metrics)
         self._serving = ServingCertificate(settings.serving_names, metrics)
         self._server: grpc.aio.Server | None = None
-        self._port = 0
+        self.port = 0  # of gRPC, while it serves
         self._stopping = False
         self._generations: dict[str, int] = {}
 
@@ -146,11 +144,6 @@ class AuthorityServer:
         api = self._environment.csr_api
         csrs = CSRAccess(api.requests, lambda: self._ca.root_set.roots) if api else None
         return replace(self._environment.issuer_dependencies, csrs=csrs)
-
-    @property
-    def port(self) -> int:
-        """The port that it serves on; 0 before it serves."""
-        return self._port
 
     def unready(self) -> Sequence[str]:
         """Return why this replica cannot issue now, or nothing. Any thread may call it."""
@@ -161,15 +154,12 @@ class AuthorityServer:
             (not self._ca.usable, "the internal CA is not loaded, outdated or expired"),
             (not self._keys.loaded, "the cluster's token keys are not loaded"),
             (failing_since is not None and time.time() - failing_since > _UNREADY_AFTER_S, "TokenReviews fail"),
-            (not self._port, "not serving yet"),
+            (not self.port, "not serving yet"),
         )
         return [*(reason for failed, reason in checks if failed), *self._environment.outdated()]
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Serve until ``stop`` is set, then let calls in progress finish.
-
-        Raises an ExceptionGroup of CertmountError or OSError if the authority cannot start and a retry cannot succeed.
-        """
+        """Serve until ``stop`` is set, then let calls in progress finish; raises an ExceptionGroup if it cannot start."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 serving = tasks.create_task(self._serve(), name="authority")
@@ -223,14 +213,13 @@ class AuthorityServer:
     def _csr_signer(self, api: CSRApi) -> CSRSigner:
         return CSRSigner(
             api.requests,
-            CSRPipeline(api.pods, self._steps, self._internal),
+            CSRPipeline(api.find_pod, self._steps, self._internal),
             LeaderElection(api.lease, api.holder),
             self._environment.events,
             functools.partial(self._metrics.call_ended, "CertificateSigningRequest"),
         )
 
     def _set_issuer_roots(self, issuer: str, roots: tuple[bytes, ...]) -> None:
-        """Publish the roots of an external issuer with a new generation."""
         self._generations[issuer] = next_generation(self._generations.get(issuer, 0), int(time.time()))
         self._trust.set_roots(issuer, RootSet(roots, self._generations[issuer]))
 
@@ -251,17 +240,15 @@ class AuthorityServer:
             await server.stop()
 
     def _bind(self, serving_root: CAKeyPair) -> grpc.aio.Server:
-        def observe(call: CompletedCall) -> None:
-            self._metrics.call_ended(call.method, call.seconds, call.reason)
-
-        server = grpc.aio.server(interceptors=[Interceptor(observe)], options=_GRPC_OPTIONS)
+        interceptor = Interceptor(lambda call: self._metrics.call_ended(call.method, call.seconds, call.reason))
+        server = grpc.aio.server(interceptors=[interceptor], options=_GRPC_OPTIONS)
         authenticator = Authenticator(self._reviews, self._settings.node_account)
         limits, events = RequestLimits(), self._environment.events
         pipeline = IssuancePipeline(authenticator, limits, self._issuers, self._trust, self._steps, events)
         service = AuthorityService(pipeline, authenticator, limits, self._trust, self._acknowledgements, events)
         authority_pb2_grpc.add_AuthorityServicer_to_server(service, server)
         try:
-            self._port = server.add_secure_port(self._settings.listen, self._serving.credentials(serving_root))
+            self.port = server.add_secure_port(self._settings.listen, self._serving.credentials(serving_root))
         except RuntimeError:
             raise OSError(f"--listen {self._settings.listen}: cannot listen on it; is the port in use?") from None
         return server

@@ -27,8 +27,7 @@ from csi_driver.core.spec import DEFAULT_ISSUER, Usage
 MAX_MESSAGE_BYTES = 128 * 1024
 """Twice the size of a request with the largest CSR (64 KiB) and the largest token (16 KiB)."""
 _MAX_CONCURRENT_REPORTS = 512
-_MAX_GENERATION = 2**53
-"""Generations are Unix seconds. JSON numbers are exact up to this value (RFC 8259 section 6)."""
+_MAX_GENERATION = 2**53  # generations are Unix seconds; JSON numbers are exact up to this value (RFC 8259 section 6)
 _MAX_REPORT = 1024  # characters; the API server rejects a longer note
 RECOVERED = "CertificateRecovered"
 # Line breaks and other characters that control a terminal (Unicode categories Cc, Zl and Zp).
@@ -63,9 +62,7 @@ class AuthorityService(authority_pb2_grpc.AuthorityServicer):
         return _issue_response(await self.pipeline.issue(_issuance_request(request, bearer_token(context))))
 
     async def WatchTrust(
-        self,
-        request: authority_pb2.WatchTrustRequest,  # noqa: ARG002  # gRPC requires it
-        context: _Context,
+        self, _request: authority_pb2.WatchTrustRequest, context: _Context
     ) -> AsyncIterator[authority_pb2.TrustBundle]:
         node = await self._authenticate_node(context)
         with self.limits.stream(node):

@@ -63,9 +63,7 @@ def _file(name: str, text: str, **settings: Any) -> _Option:
 )
 @_file("--policy", "YAML file with the policy: which pods can request which names.", required=True)
 @_file("--issuers", "YAML file that declares external issuers.")
-@_option(
-    "--acme-http", "HOST:PORT for HTTP-01 requests of ACME CAs (docs/acme.md); not served by default.", parse_address
-)
+@_option("--acme-http", "HOST:PORT for HTTP-01 requests of ACME CAs (docs/acme.md); off by default.", parse_address)
 @_option(
     "--serving-name",
     "DNS name of this authority in its serving certificate; repeatable.",
@@ -80,11 +78,7 @@ def _file(name: str, text: str, **settings: Any) -> _Option:
     default="certmount/certmount-node",
 )
 @_option("--ca-secret", "In a cluster: NAMESPACE/NAME of the Secret that stores the CA.", parse_namespaced_name)
-@_option(
-    "--root-configmap",
-    "In a cluster: NAMESPACE/NAME of the ConfigMap for the root certificates.",
-    parse_namespaced_name,
-)
+@_option("--root-configmap", "In a cluster: NAMESPACE/NAME of the ConfigMap for the roots.", parse_namespaced_name)
 @_option(
     "--ca-key-type",
     "Key type of the CA that the authority creates. Default: EC-P384 for the root, EC-P256 for the intermediate.",
@@ -108,18 +102,17 @@ def _file(name: str, text: str, **settings: Any) -> _Option:
 @_file("--ca-dir", "Without a cluster: directory for the CA and root.crt.")
 @_file("--jwks", "Without a cluster: file with the JSON Web Key Set that verifies tokens.")
 @_option("--token-issuer", "Without a cluster: the required issuer of tokens.")
-@click.option(
+@_option(
     "--check",
-    "check_only",
+    "Check configuration, policy, keys and permissions, then exit; exit code 1 if a check fails.",
     is_flag=True,
-    help="Check configuration, policy, keys and permissions, then exit; exit code 1 if a check fails.",
 )
 @log_level_option
-def command(log_level: str, http: str, check_only: bool, **options: Any) -> None:
+def command(log_level: str, http: str, check: bool, **options: Any) -> None:
     """Run the authority: it authenticates pods and issues their certificates."""
     open_environment = _environment(options)
     configure_logging(log_level)
-    if options["ca_dir"] and not check_only:
+    if options["ca_dir"] and not check:
         log.warning("no cluster is configured: a token is valid until it expires, even if its pod was deleted")
     settings = AuthoritySettings(
         serving_names=Names.of(dns=options["serving_name"]),
@@ -128,7 +121,7 @@ def command(log_level: str, http: str, check_only: bool, **options: Any) -> None
         **{field.name: options[field.name] for field in dataclasses.fields(AuthoritySettings) if field.name in options},
     )
     try:
-        if check_only:
+        if check:
             sys.exit(0 if asyncio.run(_check(settings, open_environment)) else 1)
         asyncio.run(_run(settings, http, open_environment))
     except CertmountError as error:
@@ -137,7 +130,10 @@ def command(log_level: str, http: str, check_only: bool, **options: Any) -> None
         expected, defects = group.split((CertmountError, OSError))
         if expected is None or defects is not None:
             raise
-        raise click.ClickException(_first_text(expected)) from None
+        first: BaseException = expected
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise click.ClickException(str(first)) from None
 
 
 async def _run(settings: AuthoritySettings, http: str, open_environment: _OpenEnvironment) -> None:
@@ -155,7 +151,6 @@ async def _run(settings: AuthoritySettings, http: str, open_environment: _OpenEn
 
 
 async def _check(settings: AuthoritySettings, open_environment: _OpenEnvironment) -> bool:
-    """Print one line for each check; return True if all checks succeed."""
     registry = CollectorRegistry()
     metrics = AuthorityMetrics(registry)
     async with open_environment(registry) as environment:
@@ -182,15 +177,14 @@ def _environment(options: dict[str, Any]) -> _OpenEnvironment:
             f"{_flags(cluster)} are for a cluster, {_flags(directory)} are for running without a cluster; use one set"
         )
     chosen = directory if any(directory.values()) else cluster
-    if missing := [name for name, value in chosen.items() if not value]:
-        given = [name for name, value in chosen.items() if value]
-        alternative = f"required without a cluster: {_flags(directory)}"
-        problem = f"required with {_flags(given)}" if given else f"required in a cluster; {alternative}"
-        raise click.UsageError(f"{_flags(missing)}: {problem}")
+    given = [name for name, value in chosen.items() if value]
+    if missing := [name for name in chosen if name not in given]:
+        in_cluster = f"required in a cluster; required without a cluster: {_flags(directory)}"
+        raise click.UsageError(f"{_flags(missing)}: {f'required with {_flags(given)}' if given else in_cluster}")
     if chosen is cluster:
-        from csi_driver.authority.cluster_environment import ClusterObjectNames, open_cluster_environment
+        from csi_driver.authority.cluster_environment import open_cluster_environment
 
-        return functools.partial(open_cluster_environment, ClusterObjectNames(*cluster.values()))
+        return functools.partial(open_cluster_environment, *cluster.values())
     environment = directory_environment(directory["ca_dir"], directory["jwks"], directory["token_issuer"])
     return lambda _: contextlib.nullcontext(environment)
 
@@ -209,10 +203,3 @@ def _ca_profile(options: dict[str, Any]) -> CAProfile:
 
 def _flags(names: Iterable[str]) -> str:
     return ", ".join("--" + name.replace("_", "-") for name in names)
-
-
-def _first_text(group: BaseExceptionGroup[BaseException]) -> str:
-    first: BaseException = group
-    while isinstance(first, BaseExceptionGroup):
-        first = first.exceptions[0]
-    return str(first)

@@ -24,25 +24,20 @@ _POD_TOKEN, _NODE_TOKEN = "pod token", "node token"
 _CACHED_S = 5.0
 """The token of a deleted pod works at most this much longer. All volumes of a starting pod need one review."""
 _MAX_CACHED = 20_000
-_FAILURE_EXPIRES_S = 30.0
-"""Without calls the cache cannot observe that the API server has recovered."""
+_FAILURE_EXPIRES_S = 30.0  # without calls the cache cannot observe that the API server has recovered
 
 
 class TokenReviewer(Protocol):
     """Verifies that a token is live."""
 
     async def review(self, token: Secret[str], audience: str) -> ReviewedToken | None:
-        """Return the token's identity; raises CertmountError TokenRejected, or TokenReviewUnavailable without an answer.
-
-        Without a cluster, the result is None: a token is valid until it expires.
-        """
+        """Return the token's identity, None without a cluster; raises CertmountError TokenRejected or TokenReviewUnavailable."""
 
 
 class OfflineReviewer:
     """Accepts every token without a review."""
 
-    async def review(self, token: Secret[str], audience: str) -> None:
-        """Return None."""
+    async def review(self, token: Secret[str], audience: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +73,7 @@ class TokenReviewCache:
         return self._first_failure if self.clock() - self._last_failure < _FAILURE_EXPIRES_S else None
 
     async def review(self, token: Secret[str], audience: str, token_name: str) -> PodIdentity:
-        """Return the identity that the token proves. ``token_name`` names the token in errors.
-
-        Raises CertmountError as :meth:`TokenVerifier.verify` and :meth:`TokenReviewer.review`.
-        """
+        """Return the identity that the token proves; raises CertmountError as ``verifier`` and ``reviewer`` do."""
         key = hashlib.sha256(f"{audience}\n{token.reveal()}".encode(errors="surrogatepass")).digest()
         verified: PodIdentity | None = None
         while True:
@@ -158,19 +150,15 @@ class TokenReviewCache:
 def _compare(identity: PodIdentity, reviewed: ReviewedToken, token_name: str) -> None:
     """Raise CertmountError TokenRejected unless the claims and the TokenReview agree in every field."""
     fields = {
-        "service account": (identity.service_account.username, reviewed.username),
-        "service account UID": (identity.service_account_uid, reviewed.uid),
-        "pod": (identity.pod_name, reviewed.pod_name),
-        "pod UID": (identity.pod_uid, reviewed.pod_uid),
-        "node": (identity.node_name, reviewed.node_name),
-        "node UID": (identity.node_uid, reviewed.node_uid),
+        "service account": identity.service_account.username == reviewed.username,
+        "service account UID": identity.service_account_uid == reviewed.uid,
+        "pod": identity.pod_name == reviewed.pod_name,
+        "pod UID": identity.pod_uid == reviewed.pod_uid,
+        "node": identity.node_name == reviewed.node_name,
+        "node UID": identity.node_uid == reviewed.node_uid,
     }
-    faults = [
-        Fault(token_name, f"its claims and the API server's TokenReview name different values for {field}")
-        for field, (claim, answer) in fields.items()
-        if claim != answer
-    ]
-    if faults:
+    problem = "its claims and the API server's TokenReview name different values for"
+    if faults := [Fault(token_name, f"{problem} {field}") for field, equal in fields.items() if not equal]:
         raise CertmountError(Reason.TOKEN_REJECTED, *faults)
 
 

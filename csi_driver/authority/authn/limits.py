@@ -31,24 +31,22 @@ NODE_RATE = Rate(50, 1000)
 A node that calls without a pause uses at most 5% of a replica."""
 REPORT_RATE = Rate(5, 500)
 """The burst serves 250 pods with two volumes, whose driver reports the start and later the end of an outage once each."""
-MAX_STREAMS_PER_NODE = 4
-"""A node needs one stream, and two while its driver restarts."""
+MAX_STREAMS_PER_NODE = 4  # a node needs one stream, and two while its driver restarts
 MAX_ISSUES_PER_NODE = 256
 """Half of the authority's concurrent calls, so that one node cannot use all of them while the API server is slow."""
 _MAX_BUCKETS = 50_000  # about 10 MB
 _DROPS_PER_CALL = 4
 
 
+@dataclass(eq=False)
 class RateLimiter:
     """One token bucket per key. Memory is bounded: full buckets are dropped, and the oldest ones beyond ``max_buckets``."""
 
-    def __init__(
-        self, rate: Rate, clock: Callable[[], float] = time.monotonic, max_buckets: int = _MAX_BUCKETS
-    ) -> None:
-        self._rate = rate
-        self._clock = clock
-        self._max_buckets = max_buckets
-        self._full_after_s = rate.burst / rate.per_second
+    rate: Rate
+    clock: Callable[[], float] = time.monotonic
+    max_buckets: int = _MAX_BUCKETS
+
+    def __post_init__(self) -> None:
         # Ordered by the time of the last call. The values are the calls left at that time, and the time.
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
@@ -57,7 +55,7 @@ class RateLimiter:
 
     def take(self, key: str) -> float:
         """Count one call. Return 0 if it is allowed, otherwise the seconds until the next call is."""
-        now, rate = self._clock(), self._rate
+        now, rate = self.clock(), self.rate
         left, since = self._buckets.get(key, (float(rate.burst), now))
         left = min(left + (now - since) * rate.per_second, rate.burst)
         allowed = left >= 1
@@ -67,9 +65,10 @@ class RateLimiter:
         return 0.0 if allowed else (1 - left) / rate.per_second
 
     def _drop_full_buckets(self, now: float) -> None:
+        full_after_s = self.rate.burst / self.rate.per_second
         for _ in range(_DROPS_PER_CALL):
             oldest = next(iter(self._buckets))
-            if now - self._buckets[oldest][1] < self._full_after_s and len(self._buckets) <= self._max_buckets:
+            if now - self._buckets[oldest][1] < full_after_s and len(self._buckets) <= self.max_buckets:
                 return
             del self._buckets[oldest]
 

@@ -22,8 +22,7 @@ log = structlog.get_logger(__name__)
 
 ALGORITHMS = ("RS256", "RS384", "RS512", "ES256", "ES384", "ES512")
 """The algorithms of Kubernetes API servers. None of them uses a shared secret or no key (RFC 8725 section 3.1)."""
-_MIN_REFRESH_INTERVAL_S = 10.0
-"""Limits the requests to the API server that tokens with unknown key IDs cause."""
+_MIN_REFRESH_INTERVAL_S = 10.0  # limits the requests to the API server that tokens with unknown key IDs cause
 _REFRESH_INTERVAL_S = 300.0  # until a key that the cluster withdraws is rejected
 _MAX_WAITING = 64
 """Calls that wait for a refresh. Callers with made-up key IDs must not block callers with valid tokens."""
@@ -95,10 +94,7 @@ class TokenKeys:
         return self._loaded().issuer
 
     async def find(self, key_id: str) -> jwt.PyJWK | None:
-        """Return the key with this ID, or None if the cluster publishes none.
-
-        Raises CertmountError TokenReviewUnavailable if a refresh failed, or AuthorityOverloaded.
-        """
+        """Return None if the cluster publishes no such key; raises CertmountError if a refresh failed or too many calls wait."""
         if key := self._loaded().keys.get(key_id):
             return key
         with self._waiting:
@@ -111,7 +107,6 @@ class TokenKeys:
         return key
 
     async def load(self) -> None:
-        """Fetch the key set; raises CertmountError TokenReviewUnavailable on failure."""
         async with self._lock:
             await self._refresh()
         if self._failure is not None:

@@ -18,8 +18,7 @@ from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import MAX_TOKEN_BYTES, PodIdentity, identity_from_claims
 from csi_driver.core.secret import Secret
 
-_CLOCK_SKEW_S = 30.0
-"""Allowed for not-before and issued-at only; an expired token is rejected immediately."""
+_CLOCK_SKEW_S = 30.0  # allowed for not-before and issued-at only; an expired token is rejected immediately
 _MAX_HEADER = 1024
 _WRONG_CLUSTER = "check that the token is from this cluster's API server"
 
@@ -32,10 +31,7 @@ class TokenVerifier:
     clock: Callable[[], float] = time.time
 
     async def verify(self, token: Secret[str], audience: str, token_name: str) -> PodIdentity:
-        """Return the identity in the token's claims. ``token_name`` names the token in errors ("pod token").
-
-        Raises CertmountError TokenExpired, TokenRejected, ClusterNotSupported, or TokenReviewUnavailable without keys.
-        """
+        """Return the identity in the claims; raises CertmountError, whose faults name the token with ``token_name``."""
         text = token.reveal()
         if not text:
             raise token_rejected(token_name, "is missing")

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from cryptography import x509
 
 from csi_driver.authority.authn.limits import Rate, RateLimiter
-from csi_driver.authority.csr_api import PodReader
-from csi_driver.authority.csr_signer.requests import CSRContent, parse_content, parse_requester, verify_running
+from csi_driver.authority.csr_api import FindPod
+from csi_driver.authority.csr_signer.requests import parse_content, parse_requester, verify_running
 from csi_driver.authority.issuance.audit import AuditRecord
 from csi_driver.authority.issuance.steps import IssuanceSteps
 from csi_driver.authority.issuers import Issuer, IssuerRequest
@@ -19,7 +19,7 @@ from csi_driver.core.durations import format_duration
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import encode_certificates
 from csi_driver.core.identity import PodIdentity, ServiceAccount
-from csi_driver.core.policy.engine import Grant
+from csi_driver.core.policy.engine import Grant, RequestedCertificate
 from csi_driver.core.policy.rules import DEFAULT_DURATION
 from csi_driver.core.spec import DEFAULT_ISSUER
 
@@ -39,7 +39,7 @@ class SignedCSR:
 class CSRPipeline:
     """Turns a CertificateSigningRequest for certmount's own signer into a certificate."""
 
-    pods: PodReader
+    find_pod: FindPod
     steps: IssuanceSteps
     internal: Issuer
     limits: RateLimiter = field(default_factory=lambda: RateLimiter(ACCOUNT_RATE))
@@ -58,31 +58,31 @@ class CSRPipeline:
                     request.username, "exceeds the authority's rate limit", "create a new request after a minute"
                 )
                 raise CertmountError(Reason.TOO_MANY_REQUESTS, fault)
-        content = parse_content(request)
-        record.set_request(content.csr)
-        grant = _own_grant(content, record) if own else await self._apply_policy(pod, content, record)
-        to_sign = IssuerRequest(content.csr, grant, pod, content.requested)
+        csr, requested = parse_content(request)
+        record.set_request(csr)
+        grant = _own_grant(requested, record) if own else await self._apply_policy(pod, requested, record)
+        to_sign = IssuerRequest(csr, grant, pod, requested)
         issued = await self.steps.sign(DEFAULT_ISSUER, self.internal.issue, to_sign, record)
         pem = encode_certificates([x509.load_der_x509_certificate(der) for der in issued.chain])
         return SignedCSR(pem, f"{grant.names} for {format_duration(grant.duration)}, by {', '.join(grant.rules)}")
 
-    async def _apply_policy(self, pod: PodIdentity, content: CSRContent, record: AuditRecord) -> Grant:
-        find = functools.partial(self.pods.find, pod.service_account.namespace, pod.pod_name)
+    async def _apply_policy(self, pod: PodIdentity, requested: RequestedCertificate, record: AuditRecord) -> Grant:
+        find = functools.partial(self.find_pod, pod.service_account.namespace, pod.pod_name)
         verify_running(pod, await retry_while_unavailable(find))
         subject = await self.steps.find_subject(pod, record)
-        return self.steps.apply_policy(subject, content.requested, record)
+        return self.steps.apply_policy(subject, requested, record)
 
 
-def _own_grant(content: CSRContent, record: AuditRecord) -> Grant:
+def _own_grant(requested: RequestedCertificate, record: AuditRecord) -> Grant:
     """Return the grant for a request that the authority itself created, as an issuer that uses its own signer does.
 
     The policy allowed its names before. This is safe because the API server records the user name, and anyone who has the
     authority's token can also read the CA's key. Labels and annotations have no influence, because any user can set them.
     """
-    if not len(content.csr.names):
+    if not len(requested.names):
         raise CertmountError(Reason.INVALID_CSR, Fault("spec.request", "contains no names"))
-    duration = content.duration or DEFAULT_DURATION
-    grant = Grant(content.csr.names, duration, content.usages, ("the authority's earlier decision",))
+    duration = requested.duration or DEFAULT_DURATION
+    grant = Grant(requested.names, duration, requested.usages, ("the authority's earlier decision",))
     record.set_grant(grant)
     return grant
 

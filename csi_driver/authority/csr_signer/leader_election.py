@@ -17,8 +17,7 @@ from csi_driver.core.errors import CertmountError
 
 log = structlog.get_logger(__name__)
 
-LEASE_S = 30
-"""Until another replica takes over from one that crashed. A replica that stops releases the lease."""
+LEASE_S = 30  # until another replica takes over from one that crashed; a replica that stops releases the lease
 _RENEW_INTERVAL_S = 10.0
 _ACQUIRE_INTERVAL_S = 5.0
 _RENEW_DEADLINE_S = 20.0

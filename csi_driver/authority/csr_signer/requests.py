@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from dataclasses import dataclass
 from datetime import timedelta
 
 from csi_driver.authority.authn.token_verifier import token_rejected
@@ -20,7 +19,6 @@ from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.core.names import InvalidName, parse_object_name
 from csi_driver.core.policy.engine import RequestedCertificate
-from csi_driver.core.spec import Usage
 
 _PEM = re.compile(
     # The body starts with a character other than white space: otherwise a long run of it causes quadratic backtracking.
@@ -34,22 +32,8 @@ _EXTRA = "authentication.kubernetes.io/"
 _HINT = "use a token that is bound to the pod, such as the one that Kubernetes mounts into it"
 
 
-@dataclass(frozen=True, slots=True)
-class CSRContent:
-    """The content of a well-formed CertificateSigningRequest."""
-
-    csr: ParsedCSR
-    usages: tuple[Usage, ...]
-    duration: timedelta | None
-
-    @property
-    def requested(self) -> RequestedCertificate:
-        """The certificate for the policy. Its issuer is the internal CA, which signs for this signer."""
-        return RequestedCertificate(self.csr.names, self.csr.key_type, self.usages, self.duration)
-
-
-def parse_content(request: ClusterCSR) -> CSRContent:
-    """Return the content of a request; raises CertmountError InvalidCSR with all faults."""
+def parse_content(request: ClusterCSR) -> tuple[ParsedCSR, RequestedCertificate]:
+    """Return the CSR and the requested certificate of the internal CA; raises CertmountError InvalidCSR with all faults."""
     faults: list[Fault] = []
     if unknown := ", ".join(usage for usage in request.usages if usage not in _ALLOWED_USAGES):
         hint = f"use {', '.join(sorted(_ALLOWED_USAGES))}"
@@ -67,7 +51,8 @@ def parse_content(request: ClusterCSR) -> CSRContent:
         raise CertmountError(Reason.INVALID_CSR, *faults, *error.faults) from None
     if faults := [*faults, *content_faults(csr)]:
         raise CertmountError(Reason.INVALID_CSR, *faults)
-    return CSRContent(csr, usages, None if request.expiration_s is None else timedelta(seconds=request.expiration_s))
+    duration = None if request.expiration_s is None else timedelta(seconds=request.expiration_s)
+    return csr, RequestedCertificate(csr.names, csr.key_type, usages, duration)
 
 
 def _decode_only_block(pem: bytes) -> bytes | None:
@@ -80,10 +65,7 @@ def _decode_only_block(pem: bytes) -> bytes | None:
 
 
 def parse_requester(csr: ClusterCSR) -> PodIdentity:
-    """Return the pod whose token created the request (KEP-4193: Kubernetes 1.30 and later record it).
-
-    Raises CertmountError TokenRejected for a user, a node, or a token that is not bound to a pod.
-    """
+    """Return the pod whose token created the request, which Kubernetes records (KEP-4193); raises CertmountError TokenRejected."""
     namespace, _, name = csr.username.removeprefix(_ACCOUNT).partition(":")
     try:
         account = ServiceAccount(parse_object_name(namespace), parse_object_name(name))
@@ -105,12 +87,11 @@ def verify_running(pod: PodIdentity, found: LivePod | None) -> None:
     if found is None or found.uid != pod.pod_uid:
         problem = "does not exist" if found is None else "was created again; the token belongs to the previous pod"
         raise token_rejected(str(pod), problem)
-    problems = []
-    if found.service_account != pod.service_account.name:
-        problems.append(f"runs as service account {found.service_account}, not {pod.service_account.name}")
-    if found.node_name != pod.node_name:
-        problems.append(f"is on node {found.node_name or '(none)'}, but its token names {pod.node_name}")
-    if found.terminating:
-        problems.append("is terminating")
-    if problems:
-        raise CertmountError(Reason.TOKEN_REJECTED, *(Fault(str(pod), problem) for problem in problems))
+    account, node = found.service_account, found.node_name
+    problems = {
+        f"runs as service account {account}, not {pod.service_account.name}": account != pod.service_account.name,
+        f"is on node {node or '(none)'}, but its token names {pod.node_name}": node != pod.node_name,
+        "is terminating": found.terminating,
+    }
+    if faults := [Fault(str(pod), problem) for problem, present in problems.items() if present]:
+        raise CertmountError(Reason.TOKEN_REJECTED, *faults)

@@ -46,7 +46,6 @@ class _CSRQueue:
         self.changed.set()
 
     async def take(self) -> str:
-        """Return the next request that is not in progress."""
         while (name := next((name for name in self.waiting if name not in self.in_progress), None)) is None:
             self.changed.clear()
             await self.changed.wait()

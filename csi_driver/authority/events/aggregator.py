@@ -18,8 +18,7 @@ MAX_NEW_PER_POD = 10
 """New events of one pod per minute: the pod's author controls part of their text, so each one can be different."""
 RATE, BURST = 20.0, 20.0  # events per second that a replica writes
 _REPEATS = Backoff(30, WINDOW_S)
-_NEARLY_ONE = 0.999
-"""Of a token: Unix seconds as floats have a resolution of a tenth of a microsecond."""
+_NEARLY_ONE = 0.999  # of a token: Unix seconds as floats have a resolution of a tenth of a microsecond
 
 EventKey = tuple[str, str, str]
 
@@ -95,7 +94,6 @@ class EventAggregator:
         event.due = now + _REPEATS.delay_s(event.writes)
 
     def drop(self, event: AggregatedEvent, cause: str) -> None:
-        """Stop writing the event and its repeats in this window."""
         event.written_count = event.count = 0
         event.due = float("inf")
         self._on_drop(cause)

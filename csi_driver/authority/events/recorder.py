@@ -69,7 +69,6 @@ class PodEventRecorder:
         self._recorded.set()
 
     async def run(self) -> None:
-        """Write recorded events until cancelled."""
         while True:
             self._recorded.clear()
             event = self._aggregator.take(self._clock())

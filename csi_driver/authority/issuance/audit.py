@@ -74,7 +74,6 @@ class AuditRecord:
         self.reason, self.error = error.reason.word, str(error)
 
     def timed(self, step: _Step) -> _StepTimer:
-        """Return a context manager that adds the duration of its block to the field of a step."""
         return _StepTimer(self, step)
 
 

@@ -26,8 +26,7 @@ from csi_driver.core.spec import DEFAULT_ISSUER, Usage
 
 _MAX_CONCURRENT_CALLS = 512
 """More calls would wait longer than the drivers' retries take. Their requests use at most 64 MiB."""
-MAX_SET_NAME = 253
-"""Characters in the name of an issuer or a federation, as in the name of a Kubernetes object."""
+MAX_SET_NAME = 253  # characters in the name of an issuer or a federation, as in the name of a Kubernetes object
 _MAX_FEDERATIONS = 32
 _INTERIM = "the pod uses an interim certificate of the internal CA until the issuer has finished:"
 

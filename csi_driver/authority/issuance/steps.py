@@ -22,11 +22,9 @@ from csi_driver.core.identity import PodIdentity
 from csi_driver.core.policy.engine import Grant, Policy, PolicySubject, RequestedCertificate
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
-_ISSUER_TIMEOUT_S = 5.0
-"""An issuer that takes longer is pending: the pod must start."""
+_ISSUER_TIMEOUT_S = 5.0  # an issuer that takes longer is pending: the pod must start
 _MIN_RETRY_S, _MAX_RETRY_S = 15.0, 60.0
-_AGE_PER_RETRY = 4
-"""The next retry comes after a quarter of the time since the first request."""
+_AGE_PER_RETRY = 4  # the next retry comes after a quarter of the time since the first request
 _MAX_TRACKED = 10_000
 _FORGET_AFTER_S = 3600.0
 
@@ -40,12 +38,10 @@ class IssuanceSteps:
     metrics: AuthorityMetrics
 
     async def find_subject(self, pod: PodIdentity, record: AuditRecord) -> PolicySubject:
-        """Return what policy rules match; raises CertmountError as :meth:`PolicySubjectLookup.find`."""
         with record.timed("policy_ms"):
             return await retry_while_unavailable(functools.partial(self.subjects.find, pod))
 
     def apply_policy(self, subject: PolicySubject, requested: RequestedCertificate, record: AuditRecord) -> Grant:
-        """Return what the policy allows; raises CertmountError as :meth:`Policy.decide`."""
         with record.timed("policy_ms"):
             grant = self.policy().decide(subject, requested)
         record.set_grant(grant)
@@ -75,11 +71,7 @@ class IssuanceSteps:
 
 
 class InterimCertificates:
-    """Lets a pod start with a certificate of the internal CA while its external issuer works.
-
-    It limits the time that a pod waits for the issuer, and lets nodes retry less often for older requests. An issuer with
-    the option ``while_pending`` allows interim certificates.
-    """
+    """Limits the time that a pod waits for an issuer with ``while_pending``; nodes retry less often for older requests."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, timeout_s: float = _ISSUER_TIMEOUT_S) -> None:
         self._clock = clock
@@ -99,7 +91,6 @@ class InterimCertificates:
             raise CertmountError(Reason.ISSUANCE_PENDING, fault) from None
 
     def retry_after(self, csr: ParsedCSR) -> timedelta:
-        """Return when the node must request the issuer's certificate again."""
         now, key = self._clock(), _key(csr)
         first, last = self._requests.pop(key, (now, now))
         if now - last > _FORGET_AFTER_S:

@@ -16,14 +16,13 @@ _WAIT_S = 5.0  # a watch lags by milliseconds; the driver retries if a pod takes
 
 
 class PolicySubjectLookup(Protocol):
-    """Finds the policy subject of a pod."""
+    """Finds the policy subject of a pod.
 
-    async def find(self, pod: PodIdentity) -> PolicySubject:
-        """Return the subject.
+    Raises CertmountError PodNotFound if the watches have not delivered the pod or its namespace, TokenReviewUnavailable if
+    they are outdated, and TokenRejected if the pod UID belongs to another namespace.
+    """
 
-        Raises CertmountError PodNotFound if the watches have not delivered the pod or its namespace, TokenReviewUnavailable
-        if they are outdated, and TokenRejected if the pod UID belongs to another namespace.
-        """
+    async def find(self, pod: PodIdentity) -> PolicySubject: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from csi_driver.authority.ca.authority import utc_now
 from csi_driver.authority.ca.keyring import make_keyring
 from csi_driver.authority.ca.leaf import Leaf, sign_leaf
-from csi_driver.authority.cluster_environment import ClusterObjectNames, in_a_cluster
+from csi_driver.authority.cluster_environment import open_cluster_environment
 from csi_driver.core.certificates.keys import encode_key, generate_key
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.formats.pem import encode_certificates
@@ -23,7 +23,7 @@ from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.core.names import DNSName, Names
 from csi_driver.core.spec import KeyType, Usage
 from csi_driver.kube.client import connect, in_cluster_configuration
-from csi_driver.kube.token_keys import ClusterTokenKeys
+from csi_driver.kube.tokens import TokenKeyClient
 from tests.support.waiting import until
 from tests.unit.kube.api_server import FakeApiServer
 
@@ -68,11 +68,11 @@ async def test_the_pods_token_is_shown_and_read_again(
         point_at(server, monkeypatch)
         configuration = in_cluster_configuration()
         async with connect(configuration) as api:
-            await ClusterTokenKeys(api).fetch()
+            await TokenKeyClient(api).fetch()
             (account / "token").write_text("second")
             hook: Any = configuration.refresh_api_key_hook
             hook.__closure__[0].cell_contents.token_expires_at -= timedelta(minutes=2)  # as a minute later
-            await ClusterTokenKeys(api).fetch()
+            await TokenKeyClient(api).fetch()
     assert server.authorizations == ["bearer first"] * 2 + ["bearer second"] * 2
 
 
@@ -86,7 +86,7 @@ async def test_an_api_server_that_the_clusters_root_does_not_vouch_for_is_not_sp
         point_at(server, monkeypatch)
         async with connect(in_cluster_configuration()) as api:
             with pytest.raises(CertmountError, match="cannot be reached"):
-                await ClusterTokenKeys(api).fetch()
+                await TokenKeyClient(api).fetch()
     assert server.requests == []
 
 
@@ -102,7 +102,7 @@ async def test_proxies_of_the_environment_are_not_used(
         for variable in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"):
             monkeypatch.setenv(variable, "http://127.0.0.1:1")
         async with connect(in_cluster_configuration()) as api:
-            await ClusterTokenKeys(api).fetch()
+            await TokenKeyClient(api).fetch()
 
 
 async def test_all_that_an_authority_needs_is_found(
@@ -117,9 +117,9 @@ async def test_all_that_an_authority_needs_is_found(
     server.collection("namespaces").put({"metadata": {"name": "web"}})
     async with server.running(tls):
         point_at(server, monkeypatch)
-        objects = ClusterObjectNames(ca=("certmount", "certmount-ca"), root=("certmount", "certmount-root"))
-        async with in_a_cluster(objects, CollectorRegistry()) as around:
-            assert (await around.store.load()).values == (await around.confirmations.load()).values == {}
+        objects = ("certmount", "certmount-ca"), ("certmount", "certmount-root")
+        async with open_cluster_environment(*objects, CollectorRegistry()) as around:
+            assert (await around.ca_store.load()).values == (await around.acknowledgement_store.load()).values == {}
             await around.publisher.publish(b"root", b"own")
             await around.fetch_keys()
             assert len(around.outdated()) == 3

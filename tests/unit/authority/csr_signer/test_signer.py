@@ -95,7 +95,7 @@ class World:
     async def running(self) -> AsyncIterator[None]:
         internal = InternalIssuer(cast("CertificateAuthority", self.ca), lambda: pki.NOW)
         steps = IssuanceSteps(OneService(), lambda: self.policy, AuthorityMetrics(CollectorRegistry()))
-        pipeline = CSRPipeline(self.pods, steps, internal)
+        pipeline = CSRPipeline(self.pods.find, steps, internal)
         election = LeaderElection(FakeLease(), "one")
         signer = CSRSigner(self.cluster, pipeline, election, self.events, self.add_result)
         running = asyncio.create_task(signer.run())
