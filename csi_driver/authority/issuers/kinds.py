@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from csi_driver.authority.config.located_yaml import read_yaml
-from csi_driver.authority.issuers import Issuer, acme, kubernetes_csr, step_ca
+from csi_driver.authority.issuers import Issuer
+from csi_driver.authority.issuers.acme.config import KIND as ACME
 from csi_driver.authority.issuers.dependencies import IssuerDependencies, IssuerKind
+from csi_driver.authority.issuers.kubernetes_csr.config import KIND as KUBERNETES_CSR
+from csi_driver.authority.issuers.step_ca.config import KIND as STEP_CA
 from csi_driver.core.config.issuers import IssuerDeclaration, parse_issuers
 from csi_driver.core.errors import Reason
 
-ISSUER_KINDS: Mapping[str, IssuerKind] = {
-    "step_ca": step_ca.KIND,
-    "acme": acme.KIND,
-    "kubernetes_csr": kubernetes_csr.KIND,
-}
+ISSUER_KINDS: Mapping[str, IssuerKind] = {"step_ca": STEP_CA, "acme": ACME, "kubernetes_csr": KUBERNETES_CSR}
 
 
 def read_issuers(content: bytes, kinds: Mapping[str, IssuerKind] = ISSUER_KINDS) -> tuple[IssuerDeclaration, ...]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pathlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
+from csi_driver.authority.issuers import Issuer
 from csi_driver.authority.issuers.config_section import ConfigSection
+from csi_driver.authority.issuers.dependencies import IssuerDependencies, IssuerKind, not_possible
+from csi_driver.authority.storage import DirectoryStore, Store
 from csi_driver.core.config.document_reader import DocumentReader, Path
 from csi_driver.core.config.issuers import CredentialSource, parse_file_name, parse_secret_name
 from csi_driver.core.names import EmailAddress
@@ -189,3 +193,26 @@ def _matching(pattern: re.Pattern[str], problem: str) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def _make(name: str, configuration: AcmeConfiguration, dependencies: IssuerDependencies) -> Issuer:
+    try:
+        from csi_driver.authority.issuers.acme.issuer import AcmeIssuer
+    except ModuleNotFoundError as error:
+        raise not_possible(name, f"needs the package {error.name}", "install certmount[acme]") from None
+    account, http01 = configuration.account, configuration.http01
+    if account.directory:
+        store: Store = DirectoryStore(pathlib.Path(account.directory), f"acme-{name}.json")
+    elif dependencies.secret_store is not None:
+        store = dependencies.secret_store(account.namespace, account.name)
+    else:
+        raise not_possible(name, "needs a cluster for its account Secret", "set `account: {directory: PATH}`")
+    routes = None
+    if http01 is not None and http01.ingress_class is not None:
+        if dependencies.ingress_routes is None:
+            raise not_possible(name, "needs a cluster for its Ingresses", "omit http01.ingress_class")
+        routes = dependencies.ingress_routes(http01.ingress_class)
+    return AcmeIssuer(name, configuration, store, dependencies.credentials, routes=routes)
+
+
+KIND = IssuerKind(parse_acme, _make)

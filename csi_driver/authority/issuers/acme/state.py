@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
@@ -106,7 +107,7 @@ class AcmeState:
         return next((one for one in self.certificates if one.order_id == order_id), None)
 
     def with_order(self, order: OrderRecord) -> AcmeState:
-        return replace(self, orders=(*(one for one in self.orders if one.id != order.id), order))
+        return replace(self, orders=(*self.without_order(order.id).orders, order))
 
     def without_order(self, order_id: str) -> AcmeState:
         return replace(self, orders=tuple(one for one in self.orders if one.id != order_id))
@@ -140,30 +141,21 @@ def order_id(names: Iterable[str], public_key: bytes) -> str:
 def encode(state: AcmeState) -> bytes:
     """Return JSON that contains equal byte strings once, because most chains share their intermediates."""
     pool: dict[bytes, int] = {}
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, bytes):
-            return pool.setdefault(value, len(pool))
-        if isinstance(value, tuple):
-            return [plain(one) for one in value]
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return value
-
-    document = plain(state)
-    document["pool"] = [base64.b64encode(value).decode("ascii") for value in pool]
-    return json.dumps(document, separators=(",", ":")).encode("ascii")
+    dump = functools.partial(json.dumps, separators=(",", ":"), default=lambda value: pool.setdefault(value, len(pool)))
+    document = dump(dataclasses.asdict(state))  # replaces byte strings with their index in the pool
+    texts = dump([base64.b64encode(value).decode("ascii") for value in pool])
+    return f'{{"state":{document},"pool":{texts}}}'.encode("ascii")
 
 
 def decode(content: bytes, store: str) -> AcmeState:
     """Decode the result of :func:`encode`; raise CertmountError IssuerUnavailable for other content."""
     try:
         document = json.loads(content)
-        pool = [base64.b64decode(text, validate=True) for text in document["pool"]]
+        pool, state = [base64.b64decode(text, validate=True) for text in document["pool"]], document["state"]
         return AcmeState(
-            tuple(_decode_order(one, pool) for one in document["orders"]),
-            tuple(NamesBackoff(**one) for one in document["backoffs"]),
-            tuple(TrackedCertificate(**one) for one in document["certificates"]),
+            tuple(_decode_order(one, pool) for one in state["orders"]),
+            tuple(NamesBackoff(**one) for one in state["backoffs"]),
+            tuple(TrackedCertificate(**one) for one in state["certificates"]),
         )
     except (ValueError, TypeError, KeyError, IndexError, RecursionError):
         hint = "remove the value orders.json to start all open orders again"

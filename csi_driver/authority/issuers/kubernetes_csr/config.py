@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
+from csi_driver.authority.issuers import Issuer
 from csi_driver.authority.issuers.config_section import ConfigSection
+from csi_driver.authority.issuers.dependencies import IssuerDependencies, IssuerKind, not_possible
 from csi_driver.core.cluster.csr import CERTMOUNT_SIGNER, MIN_EXPIRATION_S, parse_signer
 from csi_driver.core.config.document_reader import DocumentReader, Path
 from csi_driver.core.config.issuers import CredentialSource
@@ -52,3 +54,16 @@ def _parse_duration(text: str) -> timedelta:
     if duration < MIN_DURATION:
         raise ValueError(f"is shorter than {format_duration(MIN_DURATION)}, the minimum of the Kubernetes API")
     return duration
+
+
+def _make(name: str, configuration: KubernetesCSRConfiguration, dependencies: IssuerDependencies) -> Issuer:
+    from csi_driver.authority.issuers.kubernetes_csr.issuer import KubernetesCSRIssuer
+
+    if dependencies.csrs is None:
+        raise not_possible(
+            name, "needs a cluster for its signer", "run the authority in a cluster, or remove the issuer"
+        )
+    return KubernetesCSRIssuer(name, configuration, dependencies.credentials, dependencies.csrs)
+
+
+KIND = IssuerKind(parse_kubernetes_csr, _make)

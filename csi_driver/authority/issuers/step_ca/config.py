@@ -6,7 +6,9 @@ import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from csi_driver.authority.issuers import Issuer
 from csi_driver.authority.issuers.config_section import ConfigSection
+from csi_driver.authority.issuers.dependencies import IssuerDependencies, IssuerKind
 from csi_driver.core.config.document_reader import DocumentReader, Path
 from csi_driver.core.config.issuers import CredentialSource
 
@@ -74,3 +76,13 @@ def _parse_provisioner(text: str) -> str:
     if not text.strip() or len(text) > 200 or not text.isprintable():
         raise ValueError("is not the name of a provisioner")
     return text
+
+
+def _make(name: str, configuration: StepCAConfiguration, dependencies: IssuerDependencies) -> Issuer:
+    # Imports aiohttp, which takes 8 MB.
+    from csi_driver.authority.issuers.step_ca.issuer import StepCAIssuer
+
+    return StepCAIssuer(name, configuration, dependencies.credentials)
+
+
+KIND = IssuerKind(parse_step_ca, _make)
