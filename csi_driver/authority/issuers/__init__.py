@@ -110,5 +110,4 @@ class Issuer(ABC):
 
 
 def issuer_unavailable(field: str, problem: str, hint: str = "") -> CertmountError:
-    """Return a CertmountError IssuerUnavailable with one fault."""
     return CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(field, problem, hint))

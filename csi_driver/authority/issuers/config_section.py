@@ -32,7 +32,6 @@ class ConfigSection:
                 self.fault(key, "is empty", "set a value or omit it")
 
     def fault(self, key: str, problem: str, hint: str = "") -> None:
-        """Report a fault of one key, or of the whole section if the key is empty."""
         self._reader.fault((*self._path, key) if key else self._path, problem, hint)
 
     def section(self, key: str, allowed: tuple[str, ...], required: tuple[str, ...] = ()) -> ConfigSection | None:
@@ -43,7 +42,6 @@ class ConfigSection:
         return self._reader.text((*self._path, key), self.values.get(key), parse)
 
     def texts(self, key: str, parse: Callable[[str], _T], most: int) -> tuple[_T, ...]:
-        """Return the parsed texts of a list, which must not be empty."""
         value = self.values.get(key)
         if value == [] or (isinstance(value, list) and None in value):
             self.fault(key, "is empty or has an empty item", "set a value or omit it")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from abc import abstractmethod
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
@@ -14,7 +13,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from csi_driver.authority.issuers import Findings, IssuedCertificate, Issuer, IssuerRequest, issuer_unavailable
+from csi_driver.authority.issuers import IssuedCertificate, Issuer, IssuerRequest, issuer_unavailable
 from csi_driver.core.certificates.csr import names_of
 from csi_driver.core.certificates.keys import public_bytes
 from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
@@ -31,7 +30,7 @@ _CLOCK_TOLERANCE = timedelta(minutes=2)  # The issuer counts the lifetime from t
 
 
 class DiagnosedIssuer(Issuer):
-    """Repeats its diagnostics and reports their result as :attr:`problem`."""
+    """Repeats :meth:`diagnose`, which a subclass implements and which reports the result to :meth:`_report`."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -41,10 +40,6 @@ class DiagnosedIssuer(Issuer):
     @property
     def problem(self) -> str | None:
         return self._problem
-
-    @abstractmethod
-    async def diagnose(self) -> Findings:
-        """See :class:`Issuer`; implementations report the problem to :meth:`_report`."""
 
     async def _diagnose_periodically(self) -> None:
         while True:
@@ -78,7 +73,6 @@ class DiagnosedIssuer(Issuer):
 def check_certificate(
     leaf: x509.Certificate, request: IssuerRequest, now: datetime, subject: str, hint: str = ""
 ) -> None:
-    """Raise CertmountError InvalidResponse with every difference between a leaf and the request."""
     faults = [Fault(subject, f"the certificate {problem}", hint) for problem in _problems(leaf, request, now)]
     if faults:
         raise CertmountError(Reason.INVALID_RESPONSE, *faults)

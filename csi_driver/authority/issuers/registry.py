@@ -75,7 +75,6 @@ class IssuerRegistry(Mapping[str, Issuer]):
 
     @property
     def problems(self) -> Mapping[str, str | None]:
-        """Why each external issuer can't issue now; None if it can. May be read in any thread."""
         return {name: issuer.problem for name, issuer in self._by_name.items()}
 
     @property

@@ -64,7 +64,6 @@ class AcmeAccounts:
         return client
 
     async def refresh_directory(self) -> None:
-        """Fetch the CA's directory again for new clients; raise CertmountError or AcmeProblem."""
         client = await self.connect()
         self._directory = await asyncio.get_running_loop().run_in_executor(self._executor, client.fetch_directory)
 

@@ -24,7 +24,6 @@ _LETS_ENCRYPT = "Internet Security Research Group"
 
 
 def parse_chain(pem: str) -> tuple[x509.Certificate, ...]:
-    """Return the certificates of a response (RFC 8555 section 9.1), leaf first; raise AcmeProblem."""
     try:
         chain = tuple(x509.load_pem_x509_certificates(pem.encode("ascii")))
     except (UnicodeEncodeError, *PARSE_ERRORS):
@@ -35,7 +34,6 @@ def parse_chain(pem: str) -> tuple[x509.Certificate, ...]:
 
 
 def select_chain(chains: Sequence[tuple[x509.Certificate, ...]], preferred: str | None) -> tuple[x509.Certificate, ...]:
-    """Return the first chain whose last issuer has the preferred common name, or else the CA's default chain."""
     for chain in chains:
         names = chain[-1].issuer.get_attributes_for_oid(NameOID.COMMON_NAME)
         if any(name.value == preferred for name in names):

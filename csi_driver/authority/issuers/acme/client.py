@@ -55,13 +55,11 @@ class AcmeClient(ClientNetwork):
 
     @property
     def directory(self) -> messages.Directory:
-        """The CA's directory (RFC 8555 section 7.1.1), fetched once."""
         if self._directory is None:
             self._directory = self.fetch_directory()
         return self._directory
 
     def fetch_directory(self) -> messages.Directory:
-        """Return the current directory; raise as :meth:`fetch`."""
         try:
             return messages.Directory.from_json(self.fetch(self._directory_url).json())
         except (JoseError, ValueError, AttributeError):
@@ -71,7 +69,6 @@ class AcmeClient(ClientNetwork):
         self.account = messages.RegistrationResource(uri=url, body=messages.Registration())
 
     def fetch(self, url: str) -> requests.Response:
-        """Send an unsigned GET; raise AcmeProblem or CertmountError IssuerUnavailable."""
         return self._call(url, self.get, url)
 
     def send(self, url: str, body: JSONDeSerializable | None = None) -> requests.Response:

@@ -24,7 +24,6 @@ _MAX_CLOCK_OFFSET_S = 60.0
 
 
 async def diagnose_acme(context: AcmeContext) -> Findings:
-    """Check everything that issuing needs; raise nothing."""
     configuration, findings = context.configuration, Findings()
     client = await _try(findings, "account", context.accounts.connect())
     if client is not None:

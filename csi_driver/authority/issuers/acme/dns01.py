@@ -61,7 +61,6 @@ class ZoneFinder:
         return RecordLocation(record, zone)
 
     async def authoritative(self, zone: dns.name.Name) -> tuple[tuple[str, tuple[Nameserver, ...]], ...]:
-        """Return the servers that the CA may query for the zone: each with its name and all its addresses."""
         if self._configuration.nameservers:
             servers = [
                 (text, await asyncio.to_thread(Nameserver.parse, text, "dns01.nameservers"))
@@ -104,7 +103,6 @@ class ZoneFinder:
         raise NotAuthorized(primary, f"it has no zone that contains {_text(name)}", hint)
 
     async def _resolve(self, name: dns.name.Name, kind: dns.rdatatype.RdataType) -> dns.message.Message:
-        """Return the first successful response of a resolver; raise the last failure if there is none."""
         failure: CertmountError | None = None
         for server in await asyncio.to_thread(self._resolvers):
             try:
@@ -193,12 +191,9 @@ class Dns01Solver:
                 await asyncio.sleep(_INTERVAL_S)
 
     async def _problem(self, addresses: Sequence[Nameserver], challenge: ChallengeRecord) -> str:
-        """Return why the CA would not find the record at this server, or an empty string.
-
-        The first address that responds counts: a network without IPv6 reaches only some addresses.
-        """
+        """Return why the CA would not find the record at the first address that responds, or an empty text."""
         problem = ""
-        for server in addresses:
+        for server in addresses:  # a network without IPv6 reaches only some of them
             try:
                 name = dns.name.from_text(challenge.record_name)
                 response = await server.query(name, dns.rdatatype.TXT, recursive=False)

@@ -73,7 +73,6 @@ class Http01Solver:
         return None
 
     async def _problem(self, challenge: ChallengeRecord) -> str:
-        """Return why the CA would not get the right response, or an empty string."""
         resolver, port = await self._resolver(challenge.name)
         url = f"http://{challenge.name}:{port}{HTTP01_PATH}{challenge.token}"
         try:
@@ -133,7 +132,6 @@ class ChallengeServer:
         self._runner = web.AppRunner(application, access_log=None, handle_signals=False, keepalive_timeout=5)
 
     async def start(self) -> int:
-        """Listen and return the port; raise OSError."""
         await self._runner.setup()
         await web.TCPSite(self._runner, self._host, self._port).start()
         return int(self._runner.addresses[0][1])

@@ -116,7 +116,6 @@ class Nameserver:
     async def query(
         self, name: dns.name.Name, kind: dns.rdatatype.RdataType, *, recursive: bool
     ) -> dns.message.Message:
-        """Return the response, whatever its code; raise CertmountError IssuerUnavailable if there is none."""
         flags = dns.flags.RD if recursive else dns.flags.Flag(0)
         query = dns.message.make_query(name, kind, flags=flags)
         try:

@@ -131,7 +131,6 @@ class OrderProcessor:
                 authorization, response = await self._authorization(client, url)
 
     async def _authorization(self, client: AcmeClient, url: str) -> tuple[messages.Authorization, Response]:
-        """Return a pending or valid authorization; raise AcmeProblem for other statuses."""
         response = await self._context.in_thread(client.send, url)
         authorization = _parse(messages.Authorization, response)
         if authorization.status not in (messages.STATUS_PENDING, messages.STATUS_VALID):
@@ -153,7 +152,6 @@ class OrderProcessor:
         return await self._context.solver.prepare(name, challenge.chall.encode("token"), key_authorization)
 
     async def _finalize(self, client: AcmeClient, remote: messages.Order, order: OrderRecord) -> None:
-        """Send the node's CSR (RFC 8555 section 7.4). The challenges are no longer needed."""
         try:
             await self._context.unpublish_challenges(order)
         except CertmountError as error:

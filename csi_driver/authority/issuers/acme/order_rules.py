@@ -91,7 +91,6 @@ def _format(seconds: float) -> str:
 
 
 def order_names(request: IssuerRequest, configuration: AcmeConfiguration) -> tuple[str, ...]:
-    """Return the DNS names to order; raise CertmountError NameNotAllowed with everything that the CA can't sign."""
     names, grant, requested = request.csr.names, request.grant, request.requested
     key_type = request.csr.key_type
     faults = [

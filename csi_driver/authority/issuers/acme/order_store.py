@@ -33,7 +33,6 @@ class OrderStore:
 
     @property
     def known(self) -> AcmeState:
-        """The state that this replica last read or wrote."""
         return self._known
 
     async def read(self, max_age_s: float = 1.0) -> AcmeState:
@@ -60,7 +59,6 @@ class OrderStore:
         return state
 
     async def change_order(self, order_id: str, holder: str, step: Callable[[OrderRecord], OrderRecord]) -> OrderRecord:
-        """Change one order; raise LeaseLost if ``holder`` does not process it, or as :meth:`change`."""
         state = await self.change(lambda state: state.with_order(step(held_order(state, order_id, holder))))
         order = state.order(order_id)
         if order is None:

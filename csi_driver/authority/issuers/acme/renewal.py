@@ -35,10 +35,7 @@ class RenewalWindow:
     check_at: float
 
     def renewal_time(self, jitter: float, planned: float | None = None) -> float:
-        """Return the planned time if it is in the window, or else a time in the window (RFC 9773 section 4.2).
-
-        ``jitter`` is in [0, 1).
-        """
+        """Return the planned time if it is in the window, or else a time in it (RFC 9773 section 4.2); jitter is in [0, 1)."""
         if planned is not None and self.start <= planned <= self.end:
             return planned
         return self.start + jitter * max(self.end - self.start, 0.0)
@@ -51,7 +48,6 @@ def default_renewal_time(leaf: x509.Certificate) -> float:
 
 
 def fetch_window(client: AcmeClient, certificate_id: str, now: float) -> RenewalWindow | None:
-    """Return the CA's suggestion, or None if it makes none; raise AcmeProblem or CertmountError."""
     base = client.directory.to_partial_json().get("renewalInfo")
     if not base or not certificate_id:
         return None

@@ -99,7 +99,6 @@ class AcmeState:
         return next((one for one in self.backoffs if one.names_id == key and one.until > now), None)
 
     def failures(self, names: Iterable[str]) -> int:
-        """Return how often in a row the CA rejected these names."""
         key = names_id(names)
         return next((one.failures for one in self.backoffs if one.names_id == key), 0)
 

@@ -30,7 +30,6 @@ class KubernetesCSRDiagnosis:
 async def diagnose_kubernetes_csr(
     configuration: KubernetesCSRConfiguration, credentials: CredentialReader, requests: CSRClient
 ) -> KubernetesCSRDiagnosis:
-    """Check everything that issuing needs; create nothing and raise nothing."""
     diagnosis = KubernetesCSRDiagnosis()
     await _check_roots(configuration, credentials, diagnosis)
     try:

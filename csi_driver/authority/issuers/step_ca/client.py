@@ -23,14 +23,12 @@ class StepCAClient:
         self.close = self._http.close
 
     async def health(self) -> JsonResponse:
-        """Return the response; raise HttpError if step-ca reports that it is not healthy."""
         response = await self._http.get("/health")
         if response.status != 200 or response.document.get("status") != "ok":
             raise _unexpected("reachable", "/health", response)
         return response
 
     async def root(self, sha256: str) -> Sequence[x509.Certificate] | None:
-        """Return the certificates in the response for a root fingerprint; None if step-ca does not have the root."""
         response = await self._http.get(f"/root/{sha256}")
         return None if response.status == 404 else parse_pems([response.document.get("ca")])
 

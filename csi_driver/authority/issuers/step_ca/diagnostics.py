@@ -84,7 +84,6 @@ async def fetch_pinned_roots(configuration: StepCAConfiguration) -> tuple[x509.C
 async def diagnose_step_ca(
     client: StepCAClient, configuration: StepCAConfiguration, keys: ProvisionerKeyLoader, clock: Callable[[], datetime]
 ) -> StepCADiagnosis:
-    """Check everything that issuing needs; request no certificate and raise nothing."""
     diagnosis = StepCADiagnosis()
     try:
         started = time.perf_counter()

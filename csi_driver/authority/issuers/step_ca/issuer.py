@@ -148,7 +148,6 @@ class StepCAIssuer(DiagnosedIssuer):
         return self._unavailable(f"step-ca rejected the authority's token (HTTP 401): {problem}")
 
     async def _diagnose(self) -> StepCADiagnosis:
-        """Diagnose step-ca; concurrent callers share one diagnosis."""
         if self._diagnosing is None or self._diagnosing.done():
             self._diagnosing = asyncio.create_task(self._run_diagnosis(), name=f"diagnosis of {self._name}")
         diagnosing = self._diagnosing

@@ -119,7 +119,6 @@ def _parse_duration(text: object) -> timedelta | None:
 
 
 def request_faults(request: IssuerRequest, limits: LifetimeLimits) -> list[Fault]:
-    """Return why step-ca won't sign the request. Its own errors say less."""
     faults: list[Fault] = []
     if not isinstance(request.csr.public_key, rsa.RSAPublicKey | ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey):
         faults.append(Fault("key-type", "step-ca signs only RSA, EC and Ed25519 keys"))
@@ -146,10 +145,7 @@ def token_claims(request: IssuerRequest, configuration: StepCAConfiguration, non
 
 
 def _subject(names: Names, account: ServiceAccount) -> str:
-    """Return the common name, which step-ca requires.
-
-    It is a DNS name of the certificate, or else contains a slash, so that no verifier accepts it as a DNS name.
-    """
+    """Return the common name that step-ca requires: a DNS name, or a text with a slash, which no verifier accepts as one."""
     if names.dns and len(names.dns[0].text) <= _MAX_COMMON_NAME:
         return names.dns[0].text
     return str(account)[:_MAX_COMMON_NAME]
