@@ -42,12 +42,10 @@ class ConfigSection:
         return self._reader.text((*self._path, key), self.values.get(key), parse)
 
     def texts(self, key: str, parse: Callable[[str], _T], most: int) -> tuple[_T, ...]:
-        value = self.values.get(key)
+        path, value = (*self._path, key), self.values.get(key)
         if value == [] or (isinstance(value, list) and None in value):
             self.fault(key, "is empty or has an empty item", "set a value or omit it")
-        return self._reader.each(
-            (*self._path, key), value, lambda path, item: self._reader.text(path, item, parse), most
-        )
+        return self._reader.each(path, value, lambda at, item: self._reader.text(at, item, parse), most)
 
     def boolean(self, key: str) -> bool:
         value = self.values.get(key)

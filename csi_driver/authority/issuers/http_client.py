@@ -90,10 +90,8 @@ class HttpClient:
     async def _request(self, method: str, path: str, document: Mapping[str, str] | None = None) -> JsonResponse:
         try:
             async with self._session.request(method, path, json=document, allow_redirects=False) as response:
-                body = await _read_body(response)
-                return JsonResponse(
-                    response.status, _parse_json(body, response.status), _time(response.headers.get("Date"))
-                )
+                document = _parse_json(await _read_body(response), response.status)
+                return JsonResponse(response.status, document, _time(response.headers.get("Date")))
         except aiohttp.ClientConnectorCertificateError as error:
             raise HttpError("TLS", *_certificate_problem(error.certificate_error)) from None
         except aiohttp.ClientSSLError as error:

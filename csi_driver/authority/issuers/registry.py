@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -59,9 +60,8 @@ class IssuerRegistry(Mapping[str, Issuer]):
             def read() -> Contents:
                 return {str(file): read_file(file, MAX_BYTES, Reason.INVALID_ISSUERS, "check --issuers")}
 
-            self._file = WatchedFile(
-                "issuers file", read, self._parse, on_change=self._replace, on_rejected=lambda: on_load(False)
-            )
+            rejected = functools.partial(on_load, False)
+            self._file = WatchedFile("issuers file", read, self._parse, on_change=self._replace, on_rejected=rejected)
 
     def __getitem__(self, name: str) -> Issuer:
         return self._internal if name == DEFAULT_ISSUER else self._by_name[name]
@@ -111,11 +111,9 @@ class IssuerRegistry(Mapping[str, Issuer]):
 
     def _parse(self, contents: Contents) -> _External:
         (content,) = contents.values()
-        declarations = read_issuers(content, self._kinds)
+        make, known = functools.partial(make_issuer, dependencies=self._dependencies, kinds=self._kinds), self._external
         # An unchanged issuer keeps its connections and its state.
-        return {
-            one: self._external.get(one) or make_issuer(one, self._dependencies, self._kinds) for one in declarations
-        }
+        return {one: known.get(one) or make(one) for one in read_issuers(content, self._kinds)}
 
     def _replace(self, external: _External) -> None:
         self._external = external

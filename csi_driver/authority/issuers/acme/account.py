@@ -114,14 +114,12 @@ def register(client: AcmeClient, key: JWKEC, configuration: AcmeConfiguration, m
     binding = None
     if external is not None and mac_key is not None:
         try:
-            binding = messages.ExternalAccountBinding.from_data(
-                key.public_key(), external.key_id, mac_key.reveal(), directory
-            )
+            bind = messages.ExternalAccountBinding.from_data
+            binding = bind(key.public_key(), external.key_id, mac_key.reveal(), directory)
         except ValueError:  # including binascii.Error
             raise issuer_unavailable("acme.eab.key", "is not base64url, the format of MAC keys") from None
-    body = messages.NewRegistration.from_data(
-        email=configuration.email, terms_of_service_agreed=True, external_account_binding=binding
-    )
+    create = messages.NewRegistration.from_data
+    body = create(email=configuration.email, terms_of_service_agreed=True, external_account_binding=binding)
     url: str | None = client.send(directory["newAccount"], body).headers.get("Location")
     if not url:
         raise AcmeProblem("", "the response to a new account lacks its URL")

@@ -169,9 +169,7 @@ def retry_after_s(response: requests.Response) -> float | None:
 def _root_cause(error: BaseException) -> str:
     """Return the text of the innermost exception: requests and urllib3 wrap it several times."""
     while True:
-        inner = next((arg for arg in error.args if isinstance(arg, BaseException)), None) or getattr(
-            error, "reason", None
-        )
-        if not isinstance(inner, BaseException):
+        inner = [one for one in (*error.args, getattr(error, "reason", None)) if isinstance(one, BaseException)]
+        if not inner:
             return str(error)[:_MAX_TEXT]
-        error = inner
+        error = inner[0]

@@ -108,9 +108,7 @@ def parse_acme(reader: DocumentReader, path: Path, value: object) -> AcmeConfigu
     if section.values.get("dns01") is None and section.values.get("http01") is None:
         section.fault("", "has no challenge solver", "set dns01, http01 or both")
     if "roots" not in section.values and section.values.get("directory") != PRODUCTION:
-        hint = (
-            "set {file: PATH} with the CA's root certificates; only Let's Encrypt's production environment needs none"
-        )
+        hint = "set {file: PATH} with the CA's roots; only Let's Encrypt's production environment needs none"
         section.fault("roots", "is missing", hint)
     return AcmeConfiguration(
         _parse_account(section),

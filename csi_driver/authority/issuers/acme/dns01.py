@@ -62,11 +62,9 @@ class ZoneFinder:
 
     async def authoritative(self, zone: dns.name.Name) -> tuple[tuple[str, tuple[Nameserver, ...]], ...]:
         if self._configuration.nameservers:
-            servers = [
-                (text, await asyncio.to_thread(Nameserver.parse, text, "dns01.nameservers"))
-                for text in self._configuration.nameservers
-            ]
-            return tuple((text, (server,)) for text, server in servers)
+            texts, parse = self._configuration.nameservers, Nameserver.parse
+            servers = [await asyncio.to_thread(parse, text, "dns01.nameservers") for text in texts]
+            return tuple((text, (server,)) for text, server in zip(texts, servers, strict=True))
         response = await (await self.primary()).query(zone, dns.rdatatype.NS, recursive=False)
         hosts = [record.target for record in _records(response, zone, dns.rdatatype.NS)]
         found = [(_text(host), tuple(map(Nameserver, await self._addresses(host)))) for host in hosts]

@@ -65,9 +65,7 @@ class Http01Solver:
     async def _wait(self, challenge: ChallengeRecord, deadline: float) -> Fault | None:
         while problem := await self._problem(challenge):
             if time.monotonic() >= deadline:
-                hint = (
-                    "route this path of port 80 to the authority's --acme-http; the CA is asked to validate after that"
-                )
+                hint = "route this path of port 80 to the authority's --acme-http; the CA validates after that"
                 return Fault(f"http://{challenge.name}{HTTP01_PATH}", problem, hint)
             await asyncio.sleep(_INTERVAL_S)
         return None

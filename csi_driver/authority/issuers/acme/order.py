@@ -203,9 +203,8 @@ class OrderProcessor:
         if window is not None:
             renew_at, check_at = window.renewal_time(random.random()), window.check_at  # noqa: S311  # spreads load
         not_after = leaf.not_valid_after_utc.timestamp()
-        return TrackedCertificate(
-            order.id, names_id(order.names), key_sha256, identifier, not_after, renew_at, check_at
-        )
+        names = names_id(order.names)
+        return TrackedCertificate(order.id, names, key_sha256, identifier, not_after, renew_at, check_at)
 
     async def _change(self, step: Callable[[OrderRecord], OrderRecord]) -> None:
         await self._context.orders.change_order(self._id, self._context.holder, step)

@@ -30,16 +30,15 @@ _KEEP_BACKOFF_S = 86400.0  # After its end, to count consecutive failures
 
 
 def after_problem(state: AcmeState, order: OrderRecord, problem: AcmeProblem, now: float) -> AcmeState:
+    key = names_id(order.names)
     if problem.code == "rateLimited" or problem.status in (429, 503):
         # 503 means that the CA is overloaded; a rate limit applies to these names or this account.
         default_s = _BUSY_S if problem.status == 503 else _RATE_LIMITED_S
         until = now + min(problem.retry_after_s or default_s, _MAX_DELAY_S)
         if order.url or problem.status == 503:
             return state.with_order(_retry_at(order, problem.text, until))
-        failures = state.failures(order.names)
-        return _abandon(state, order).with_backoff(
-            NamesBackoff(names_id(order.names), until, failures, Reason.TOO_MANY_REQUESTS.word, problem.text)
-        )
+        failures, reason = state.failures(order.names), Reason.TOO_MANY_REQUESTS
+        return _back_off(state, order, NamesBackoff(key, until, failures, reason.word, problem.text))
     if problem.status == 404 or problem.code == "accountDoesNotExist":
         # The CA no longer has the order: create it again.
         return state.with_order(replace(_retry(order, problem.text, now), url=""))
@@ -49,7 +48,7 @@ def after_problem(state: AcmeState, order: OrderRecord, problem: AcmeProblem, no
     reason = Reason.NAME_NOT_ALLOWED if problem.code in _REJECTED else Reason.ISSUER_UNAVAILABLE
     text = f"{problem.text} ({problem.code})"
     until = now + _NAMES_RETRY.delay_s(failures)
-    return _abandon(state, order).with_backoff(NamesBackoff(names_id(order.names), until, failures, reason.word, text))
+    return _back_off(state, order, NamesBackoff(key, until, failures, reason.word, text))
 
 
 def after_failure(state: AcmeState, order: OrderRecord, text: str, now: float) -> AcmeState:
@@ -80,9 +79,10 @@ def _retry_at(order: OrderRecord, text: str, time: float) -> OrderRecord:
     return replace(order, holder="", lease_until=0.0, retry_at=time, problem=text)
 
 
-def _abandon(state: AcmeState, order: OrderRecord) -> AcmeState:
-    if not order.challenges:
-        return state.without_order(order.id)
+def _back_off(state: AcmeState, order: OrderRecord, backoff: NamesBackoff) -> AcmeState:
+    state = state.without_order(order.id).with_backoff(backoff)
+    if not order.challenges:  # nothing remains to be removed
+        return state
     return state.with_order(replace(order, abandoned=True, holder="", lease_until=0.0, retry_at=0.0, failures=0))
 
 
@@ -136,9 +136,8 @@ def request_order(state: AcmeState, order_id: str, names: tuple[str, ...], csr: 
     if backoff := state.backoff(names, now):
         raise backoff_error(backoff, names)
     if sum(one.is_open for one in state.orders) >= MAX_ORDERS:
-        raise CertmountError(
-            Reason.AUTHORITY_OVERLOADED, Fault("issuer", f"has the maximum of {MAX_ORDERS} open orders")
-        )
+        fault = Fault("issuer", f"has the maximum of {MAX_ORDERS} open orders")
+        raise CertmountError(Reason.AUTHORITY_OVERLOADED, fault)
     remaining = known.challenges if known is not None else ()
     replaces = _certificate_to_renew(state, names, now)
     order = OrderRecord(order_id, names, csr, now, now, replaces=replaces, challenges=remaining)
@@ -190,11 +189,8 @@ def _certificate_to_renew(state: AcmeState, names: tuple[str, ...], now: float) 
     """Return the due certificate that an order replaces: CAs exempt such orders from rate limits (RFC 9773 section 5)."""
     replaced = {one.replaces for one in state.orders if one.is_open}
     key = names_id(names)
-    due = [
-        one
-        for one in state.certificates
-        if one.renew_at <= now and one.names_id == key and one.certificate_id not in replaced
-    ]
+    same = [one for one in state.certificates if one.names_id == key and one.certificate_id not in replaced]
+    due = [one for one in same if one.renew_at <= now]
     return min(due, key=lambda one: one.renew_at).certificate_id if due else ""
 
 

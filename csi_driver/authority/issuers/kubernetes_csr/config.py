@@ -60,9 +60,8 @@ def _make(name: str, configuration: KubernetesCSRConfiguration, dependencies: Is
     from csi_driver.authority.issuers.kubernetes_csr.issuer import KubernetesCSRIssuer
 
     if dependencies.csrs is None:
-        raise not_possible(
-            name, "needs a cluster for its signer", "run the authority in a cluster, or remove the issuer"
-        )
+        hint = "run the authority in a cluster, or remove the issuer"
+        raise not_possible(name, "needs a cluster for its signer", hint)
     return KubernetesCSRIssuer(name, configuration, dependencies.credentials, dependencies.csrs)
 
 

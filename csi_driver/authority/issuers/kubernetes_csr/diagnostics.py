@@ -60,23 +60,17 @@ async def _check_roots(
         diagnosis.findings.add("roots", False, text)
         return
     diagnosis.roots = tuple(dict.fromkeys(one.public_bytes(Encoding.DER) for one in certificates))
-    diagnosis.findings.add(
-        "roots", True, "pods trust " + ", ".join(f"{fingerprint(one)[:21]}..." for one in certificates)
-    )
+    roots = ", ".join(f"{fingerprint(one)[:21]}..." for one in certificates)
+    diagnosis.findings.add("roots", True, f"pods trust {roots}")
 
 
 async def _check_permissions(
     configuration: KubernetesCSRConfiguration, requests: CSRClient, diagnosis: KubernetesCSRDiagnosis
 ) -> None:
-    missing = [
-        verb
-        for verb in ("create", "get", "list", "watch", "delete")
-        if not await requests.is_permitted(verb, _REQUESTS)
-    ]
-    if missing:
-        text = f"the authority is not permitted to {', '.join(missing)} {_REQUESTS}; {_HINT}"
-    else:
-        text = f"the authority can create, watch and delete {_REQUESTS}"
+    verbs = ("create", "get", "list", "watch", "delete")
+    missing = [verb for verb in verbs if not await requests.is_permitted(verb, _REQUESTS)]
+    lack = f"is not permitted to {', '.join(missing)} {_REQUESTS}; {_HINT}"
+    text = f"the authority {lack if missing else f'can create, watch and delete {_REQUESTS}'}"
     diagnosis.findings.add("permissions", not missing, text)
     signer = configuration.signer
     if not configuration.approve:
@@ -87,9 +81,5 @@ async def _check_permissions(
         await requests.is_permitted("approve", "signers", signer)
         or await requests.is_permitted("approve", "signers", f"{signer.partition('/')[0]}/*")
     )
-    if permitted:
-        diagnosis.findings.add("approval", True, f"the authority can approve requests for {signer}")
-    else:
-        diagnosis.findings.add(
-            "approval", False, f"the authority is not permitted to approve requests for {signer}; {_HINT}"
-        )
+    text = f"the authority {'can' if permitted else 'is not permitted to'} approve requests for {signer}"
+    diagnosis.findings.add("approval", permitted, text if permitted else f"{text}; {_HINT}")

@@ -107,9 +107,7 @@ async def _check_roots(client: StepCAClient, diagnosis: StepCADiagnosis) -> None
         diagnosis.findings.add("roots", False, f"step-ca publishes {len(roots)} roots; expected 1 to {_MAX_ROOTS}")
         return
     diagnosis.roots = tuple(roots)
-    diagnosis.findings.add(
-        "roots", True, "pods trust " + ", ".join(_describe(certificate) for certificate in roots.values())
-    )
+    diagnosis.findings.add("roots", True, f"pods trust {', '.join(map(_describe, roots.values()))}")
 
 
 async def _check_provisioner(

@@ -52,13 +52,11 @@ def decrypt(text: str, password: Secret[bytes]) -> Secret[bytes]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError("not a JWE with a password: its header lacks alg, enc, p2c or p2s") from None
     if algorithm != _ALGORITHM or encryption not in _KEY_BYTES or "crit" in header or "zip" in header:
-        raise ValueError(
-            f"encrypted with an unsupported algorithm; expected {_ALGORITHM} with {' or '.join(_KEY_BYTES)}"
-        )
+        expected = f"{_ALGORITHM} with {' or '.join(_KEY_BYTES)}"
+        raise ValueError(f"encrypted with an unsupported algorithm; expected {expected}")
     if not isinstance(iterations, int) or not MIN_ITERATIONS <= iterations <= MAX_ITERATIONS or len(salt) < 8:
-        raise ValueError(
-            f"a JWE whose p2c is not from {MIN_ITERATIONS} to {MAX_ITERATIONS}, or whose salt is too short"
-        )
+        bounds = f"{MIN_ITERATIONS} to {MAX_ITERATIONS}"
+        raise ValueError(f"a JWE whose p2c is not from {bounds}, or whose salt is too short")
     # RFC 7518 section 4.8.1.1: the salt is the algorithm's name, a zero octet, and p2s.
     derivation = PBKDF2HMAC(SHA256(), 16, algorithm.encode("ascii") + b"\0" + salt, iterations)
     try:

@@ -106,9 +106,7 @@ def parse_provisioners(document: Mapping[str, Any]) -> Iterator[Provisioner]:
 
 def _parse_limits(claims: object) -> LifetimeLimits:
     values = claims if isinstance(claims, dict) else {}
-    return LifetimeLimits(
-        _parse_duration(values.get("minTLSCertDuration")), _parse_duration(values.get("maxTLSCertDuration"))
-    )
+    return LifetimeLimits(*(_parse_duration(values.get(f"{name}TLSCertDuration")) for name in ("min", "max")))
 
 
 def _parse_duration(text: object) -> timedelta | None:
