@@ -47,8 +47,7 @@ class IssuerRequest:
     csr: ParsedCSR
     grant: Grant
     identity: PodIdentity
-    requested: RequestedCertificate | None = None
-    """What the pod itself requested, for an issuer that can't sign all that the policy grants; None if unknown."""
+    requested: RequestedCertificate | None = None  # What the pod itself requested; None if unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +56,15 @@ class IssuedCertificate:
 
     chain: tuple[bytes, ...]
     roots: tuple[bytes, ...]
-    renew_after: timedelta | None = None
-    """When the issuer wants the certificate renewed, from now; None if the node decides."""
-    identity_included: bool = True
-    """False if the leaf lacks the pod's SPIFFE ID, because the issuer signs DNS names only, as public CAs do."""
+    renew_after: timedelta | None = None  # When the issuer wants it renewed, from now; None if the node decides
+    identity_included: bool = True  # False if the leaf lacks the pod's SPIFFE ID, as those of public CAs do
 
 
 class Issuer(ABC):
     """One issuer. The defaults fit an issuer that signs immediately and does no background work."""
 
-    shares_certificates: bool = False
-    """True if pods of one service account on one node share a certificate, because the issuer limits how many it signs."""
-    while_pending: str | None = None
-    """The issuer of the interim certificate with which a pod starts while this issuer works; None if the pod waits."""
+    shares_certificates: bool = False  # By pods of a service account on a node, as the issuer limits how many it signs
+    while_pending: str | None = None  # The issuer of interim certificates while this issuer works; None if pods wait
 
     @property
     @abstractmethod

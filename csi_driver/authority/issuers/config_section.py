@@ -11,19 +11,13 @@ from csi_driver.core.config.issuers import CredentialSource, parse_file_name, pa
 from csi_driver.core.durations import parse_duration
 
 _T = TypeVar("_T")
+_Keys = tuple[str, ...]
 
 
 class ConfigSection:
     """Reads values by key; reports unknown keys, missing keys, and keys without a value to the reader."""
 
-    def __init__(
-        self,
-        reader: DocumentReader,
-        path: Path,
-        value: object,
-        allowed: tuple[str, ...],
-        required: tuple[str, ...] = (),
-    ) -> None:
+    def __init__(self, reader: DocumentReader, path: Path, value: object, allowed: _Keys, required: _Keys = ()) -> None:
         self._reader = reader
         self._path = path
         self.values = reader.mapping(path, value, allowed=allowed, required=required)
@@ -34,7 +28,7 @@ class ConfigSection:
     def fault(self, key: str, problem: str, hint: str = "") -> None:
         self._reader.fault((*self._path, key) if key else self._path, problem, hint)
 
-    def section(self, key: str, allowed: tuple[str, ...], required: tuple[str, ...] = ()) -> ConfigSection | None:
+    def section(self, key: str, allowed: _Keys, required: _Keys = ()) -> ConfigSection | None:
         value = self.values.get(key)
         return None if value is None else ConfigSection(self._reader, (*self._path, key), value, allowed, required)
 

@@ -73,8 +73,7 @@ class CSRAccess:
     """The cluster's CertificateSigningRequests."""
 
     requests: CSRClient
-    internal_roots: Callable[[], tuple[bytes, ...]] = tuple
-    """Returns the roots of the internal CA: X.509 DER; empty while they are unknown."""
+    internal_roots: Callable[[], tuple[bytes, ...]] = tuple  # X.509 DER; empty while they are unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +81,8 @@ class IssuerDependencies:
     """The authority's services for issuers. Outside a cluster everything but the credentials is None."""
 
     credentials: CredentialReader
-    secret_store: Callable[[str, str], Store] | None = None
-    """Takes namespace and name of a Secret that stores state for all replicas."""
-    ingress_routes: Callable[[str], ChallengeRoutes] | None = None
-    """Takes the class of the Ingresses that lead to the authority's HTTP-01 port."""
+    secret_store: Callable[[str, str], Store] | None = None  # Takes namespace and name of a shared Secret
+    ingress_routes: Callable[[str], ChallengeRoutes] | None = None  # Takes the class of the Ingresses
     csrs: CSRAccess | None = None
 
 
@@ -95,10 +92,7 @@ class IssuerKind:
 
     parse: ParseConfiguration
     make: Callable[[str, Any, IssuerDependencies], Issuer]
-    """Takes the issuer's name and the configuration from ``parse``. It does no I/O: that begins with the issuer's ``run``.
-
-    Raises CertmountError InvalidIssuers if a dependency is missing.
-    """
+    """Takes the name and the parsed configuration; does no I/O; raises CertmountError InvalidIssuers."""
 
 
 def not_possible(name: str, problem: str, hint: str) -> CertmountError:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TypeVar
 
 import structlog
 from cryptography import x509
@@ -20,6 +22,7 @@ from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.spec import Usage
 
+_T = TypeVar("_T", bound=x509.ExtensionType)
 log = structlog.get_logger(__name__)
 
 DIAGNOSE_S = 60.0  # How fast new roots and replaced keys take effect
@@ -29,11 +32,17 @@ _MIN_RENEW_AFTER = timedelta(minutes=1)
 _CLOCK_TOLERANCE = timedelta(minutes=2)  # The issuer counts the lifetime from the time of its own clock
 
 
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass(eq=False)
 class DiagnosedIssuer(Issuer):
     """Repeats :meth:`diagnose`, which a subclass implements and which reports the result to :meth:`_report`."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    name: str
+
+    def __post_init__(self) -> None:
         self._problem: str | None = "diagnostics have not finished yet"
         self._diagnose_now = asyncio.Event()
 
@@ -58,16 +67,16 @@ class DiagnosedIssuer(Issuer):
 
     def _report(self, problem: str | None) -> None:
         if problem is None and self._problem is not None:
-            log.info("issuer became available", issuer=self._name)
+            log.info("issuer became available", issuer=self.name)
         elif problem != self._problem:
-            log.warning("issuer has a problem", issuer=self._name, problem=problem)
+            log.warning("issuer has a problem", issuer=self.name, problem=problem)
         self._problem = problem
         if problem is not None:
             self._diagnose_now.set()
 
     def _unavailable(self, problem: str) -> CertmountError:
-        hint = f"run `certmount issuer check {self._name}` for details"
-        return issuer_unavailable(f"issuer {self._name}", problem, hint)
+        hint = f"run `certmount issuer check {self.name}` for details"
+        return issuer_unavailable(f"issuer {self.name}", problem, hint)
 
 
 def check_certificate(
@@ -103,9 +112,11 @@ def _problems(leaf: x509.Certificate, request: IssuerRequest, now: datetime) -> 
         problems.append(f"lacks {', '.join(missing)}")
     if unexpected := sorted(str(name) for name in {*names} - {*grant.names}):
         problems.append(f"also contains {', '.join(unexpected)}")
-    if _is_ca(extensions):
+    constraints = _extension(extensions, x509.BasicConstraints)
+    if constraints is not None and constraints.ca:
         problems.append("is a CA certificate")
-    usages = _usages(extensions)
+    ids = _extension(extensions, x509.ExtendedKeyUsage) or ()
+    usages = {_USAGES[one].value if one in _USAGES else one.dotted_string for one in ids}
     if usages != {usage.value for usage in grant.usages}:
         granted = " and ".join(sorted(usage.value for usage in grant.usages))
         problems.append(f"is for {' and '.join(sorted(usages)) or 'any usage'}, not for {granted}")
@@ -128,16 +139,8 @@ def _issued_by(certificate: x509.Certificate, root: x509.Certificate) -> bool:
     return True
 
 
-def _is_ca(extensions: x509.Extensions) -> bool:
+def _extension(extensions: x509.Extensions, kind: type[_T]) -> _T | None:
     try:
-        return extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+        return extensions.get_extension_for_class(kind).value
     except x509.ExtensionNotFound:
-        return False
-
-
-def _usages(extensions: x509.Extensions) -> set[str]:
-    try:
-        usages = extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    except x509.ExtensionNotFound:
-        return set()
-    return {_USAGES[one].value if one in _USAGES else one.dotted_string for one in usages}
+        return None

@@ -17,8 +17,7 @@ from cryptography import x509
 from csi_driver import __version__
 from csi_driver.core.formats.pem import encode_certificates
 
-_TIMEOUT = aiohttp.ClientTimeout(total=10, sock_connect=5)
-"""A signature takes milliseconds; with an HSM or a webhook about a second."""
+_TIMEOUT = aiohttp.ClientTimeout(total=10, sock_connect=5)  # A signature takes milliseconds; with an HSM about a second
 MAX_RESPONSE_BYTES = 4 * 1024 * 1024  # The longest legitimate responses are pages of a hundred step-ca provisioners
 _MAX_CONNECTIONS = 20
 # Verification results of OpenSSL (x509_vfy.h) that an administrator can act on.
@@ -61,8 +60,7 @@ class JsonResponse:
 class HttpClient:
     """A pool of connections to one server, for one event loop.
 
-    ``roots`` verify the server's certificate. If they are None, the server is not verified: verify the response itself.
-    Raises HttpError if TLS can't use the roots.
+    ``roots`` verify the server. If they are None, the caller must verify the response. HttpError if TLS can't use them.
     """
 
     def __init__(self, url: str, roots: tuple[x509.Certificate, ...] | None) -> None:
@@ -77,17 +75,11 @@ class HttpClient:
             headers={"User-Agent": f"certmount/{__version__}", "Accept-Encoding": "identity"},
         )
 
-    async def get(self, path: str) -> JsonResponse:
-        return await self._request("GET", path)
-
-    async def post(self, path: str, document: Mapping[str, str]) -> JsonResponse:
-        """Send the document once, without retries; raise HttpError."""
-        return await self._request("POST", path, document)
-
     async def close(self) -> None:
         await self._session.close()
 
-    async def _request(self, method: str, path: str, document: Mapping[str, str] | None = None) -> JsonResponse:
+    async def request(self, method: str, path: str, document: Mapping[str, str] | None = None) -> JsonResponse:
+        """Send the request once, without retries; raise HttpError."""
         try:
             async with self._session.request(method, path, json=document, allow_redirects=False) as response:
                 document = _parse_json(await _read_body(response), response.status)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 import structlog
@@ -20,12 +21,12 @@ from csi_driver.core.spec import DEFAULT_ISSUER
 
 log = structlog.get_logger(__name__)
 
-_INTERVAL_S = 1.0
-"""Between checks of the file and of the issuers' roots. The kubelet updates a mounted ConfigMap within about a minute."""
+_INTERVAL_S = 1.0  # Between checks of the file and the roots. The kubelet updates a ConfigMap within about a minute.
 _RESTART_AFTER_S = 30.0
 _External = dict[IssuerDeclaration, Issuer]
 
 
+@dataclass(eq=False)
 class IssuerRegistry(Mapping[str, Issuer]):
     """Issuers by name. If a declaration does not change, its issuer stays the same object when the file is reloaded.
 
@@ -34,37 +35,32 @@ class IssuerRegistry(Mapping[str, Issuer]):
     content of the file was accepted. ``on_due`` gets :attr:`renewals_due` every second.
     """
 
-    def __init__(
-        self,
-        file: Path | None,
-        internal: Issuer,
-        dependencies: IssuerDependencies,
-        *,
-        on_roots: Callable[[str, tuple[bytes, ...]], None],
-        on_load: Callable[[bool], None],
-        on_due: Callable[[frozenset[str]], None],
-        kinds: Mapping[str, IssuerKind] = ISSUER_KINDS,
-    ) -> None:
-        self._internal = internal
-        self._dependencies = dependencies
-        self._on_roots = on_roots
-        self._on_load = on_load
-        self._on_due = on_due
-        self._kinds = kinds
+    file: Path | None
+    internal: Issuer
+    dependencies: IssuerDependencies
+    _: KW_ONLY
+    on_roots: Callable[[str, tuple[bytes, ...]], None]
+    on_load: Callable[[bool], None]
+    on_due: Callable[[frozenset[str]], None]
+    kinds: Mapping[str, IssuerKind] = field(default_factory=lambda: ISSUER_KINDS)
+
+    def __post_init__(self) -> None:
         self._external: _External = {}
         self._by_name: dict[str, Issuer] = {}
         self._reported: dict[str, tuple[bytes, ...]] = {}
-        self._file: WatchedFile[_External] | None = None
-        if file is not None:
+        self._watched: WatchedFile[_External] | None = None
+        if (file := self.file) is not None:
 
             def read() -> Contents:
                 return {str(file): read_file(file, MAX_BYTES, Reason.INVALID_ISSUERS, "check --issuers")}
 
-            rejected = functools.partial(on_load, False)
-            self._file = WatchedFile("issuers file", read, self._parse, on_change=self._replace, on_rejected=rejected)
+            rejected = functools.partial(self.on_load, False)
+            self._watched = WatchedFile(
+                "issuers file", read, self._parse, on_change=self._replace, on_rejected=rejected
+            )
 
     def __getitem__(self, name: str) -> Issuer:
-        return self._internal if name == DEFAULT_ISSUER else self._by_name[name]
+        return self.internal if name == DEFAULT_ISSUER else self._by_name[name]
 
     def __iter__(self) -> Iterator[str]:
         yield DEFAULT_ISSUER
@@ -91,8 +87,8 @@ class IssuerRegistry(Mapping[str, Issuer]):
 
     async def load(self) -> None:
         """Read the file; raise CertmountError InvalidIssuers if new content is invalid. The previous issuers then stay."""
-        if self._file is not None:
-            await self._file.load()
+        if self._watched is not None:
+            await self._watched.load()
 
     async def run(self) -> None:
         running: dict[int, asyncio.Task[None]] = {}
@@ -104,22 +100,22 @@ class IssuerRegistry(Mapping[str, Issuer]):
                 for key in current.keys() - running.keys():
                     running[key] = tasks.create_task(_run_issuer(*current[key]), name=f"issuer {current[key][0]}")
                 self._report_roots()
-                self._on_due(self.renewals_due)
+                self.on_due(self.renewals_due)
                 await asyncio.sleep(_INTERVAL_S)
-                if self._file is not None:
-                    await self._file.refresh()
+                if self._watched is not None:
+                    await self._watched.refresh()
 
     def _parse(self, contents: Contents) -> _External:
         (content,) = contents.values()
-        make, known = functools.partial(make_issuer, dependencies=self._dependencies, kinds=self._kinds), self._external
+        make, known = functools.partial(make_issuer, dependencies=self.dependencies, kinds=self.kinds), self._external
         # An unchanged issuer keeps its connections and its state.
-        return {one: known.get(one) or make(one) for one in read_issuers(content, self._kinds)}
+        return {one: known.get(one) or make(one) for one in read_issuers(content, self.kinds)}
 
     def _replace(self, external: _External) -> None:
         self._external = external
         self._by_name = {declared.name: issuer for declared, issuer in external.items()}
         self._reported = {name: roots for name, roots in self._reported.items() if name in self._by_name}
-        self._on_load(True)
+        self.on_load(True)
         log.info("issuers loaded", issuers=sorted(self._by_name))
 
     def _report_roots(self) -> None:
@@ -127,7 +123,7 @@ class IssuerRegistry(Mapping[str, Issuer]):
             roots = issuer.roots
             if roots and roots != self._reported.get(name):
                 self._reported[name] = roots
-                self._on_roots(name, roots)
+                self.on_roots(name, roots)
 
 
 async def _run_issuer(name: str, issuer: Issuer) -> None:

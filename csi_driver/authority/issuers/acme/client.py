@@ -21,8 +21,7 @@ from csi_driver.authority.issuers import issuer_unavailable
 from csi_driver.authority.issuers.http_client import MAX_RESPONSE_BYTES
 
 _TIMEOUT_S = 20
-_NONCE_ATTEMPTS = 10
-"""The library tries twice in each, so even a CA that rejects every second nonce is given up once in a million requests."""
+_NONCE_ATTEMPTS = 10  # Of two calls each: enough even if a CA rejects every second nonce
 _MAX_TEXT = 400
 
 

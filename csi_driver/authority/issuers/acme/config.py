@@ -17,10 +17,8 @@ from csi_driver.core.config.issuers import CredentialSource, parse_file_name, pa
 from csi_driver.core.names import EmailAddress
 from csi_driver.core.spec import DEFAULT_ISSUER
 
-STAGING = "https://acme-staging-v02.api.letsencrypt.org/directory"
-"""Let's Encrypt's test environment: untrusted certificates and high rate limits."""
-PRODUCTION = "https://acme-v02.api.letsencrypt.org/directory"
-"""Let's Encrypt, the only CA whose roots need no configuration."""
+STAGING = "https://acme-staging-v02.api.letsencrypt.org/directory"  # untrusted certificates, high limits
+PRODUCTION = "https://acme-v02.api.letsencrypt.org/directory"  # the only CA whose roots need no configuration
 DNS_PATIENCE = timedelta(minutes=2)
 HTTP_PATIENCE = timedelta(minutes=1)
 _KEYS = (
@@ -57,13 +55,10 @@ class Dns01:
     """How to solve DNS-01 challenges (RFC 8555 section 8.4) with DNS UPDATE (RFC 2136)."""
 
     server: str  # The server that accepts updates, `ADDRESS` or `ADDRESS:PORT`: the primary of the zone
-    key: CredentialSource | None = None
-    """The TSIG key in the format of :class:`.nameserver.TsigKey`. None if the server authorizes by address, which is unsafe."""
+    key: CredentialSource | None = None  # The TSIG key. None if the server authorizes by address, which is unsafe
     zone: str | None = None  # The zone for the records; None to ask `server` for the zone of each name
-    resolvers: tuple[str, ...] = ()
-    """Resolvers for CNAMEs and server addresses, for split horizons; empty for those of the system."""
-    nameservers: tuple[str, ...] = ()
-    """The servers that must serve a record before the CA validates it; empty for those in the zone's NS records."""
+    resolvers: tuple[str, ...] = ()  # For CNAMEs and server addresses, for split horizons; empty: the system's
+    nameservers: tuple[str, ...] = ()  # Must serve a record before the CA validates it; empty: those in NS records
     patience: timedelta = DNS_PATIENCE
     """How long these servers may take. With NOTIFY (RFC 1996) secondaries take seconds, otherwise up to their refresh interval."""
 
@@ -94,8 +89,7 @@ class AcmeConfiguration:
     http01: Http01 | None = None
     external_account: ExternalAccount | None = None
     ca_file: str | None = None  # PEM of the roots of the directory's own TLS certificate; None for public CAs
-    roots_file: str | None = None
-    """PEM of the roots that pods trust, and at which every chain must end. None is possible for :data:`PRODUCTION` only."""
+    roots_file: str | None = None  # PEM of the roots that pods trust; None is possible only for PRODUCTION
     profile: str | None = None  # A certificate profile of the CA; None for the CA's default
     preferred_chain: str | None = None  # Common name of the root of the preferred chain, if the CA offers several
     while_pending: str | None = None  # The issuer of interim certificates; None if pods wait for the CA

@@ -51,8 +51,7 @@ from csi_driver.core.formats.pem import decode_certificates
 log = structlog.get_logger(__name__)
 
 _WAIT_S = 80.0  # The node's call ends after 90 s
-_INTERIM_WAIT_S = 4.0
-"""If an interim certificate is possible: enough for a CA that has valid authorizations of the names."""
+_INTERIM_WAIT_S = 4.0  # With an interim certificate: enough for a CA that has valid authorizations
 _LEASE_S = 60.0
 _MAX_HELD = 32  # Most of these orders wait for name servers or the CA, so a small number would delay the others
 _THREADS = 4

@@ -25,8 +25,7 @@ from csi_driver.core.secret import Secret
 
 _TIMEOUT_S = 5.0
 _PORT = 53
-TSIG_ALGORITHMS = ("hmac-sha1", "hmac-sha224", "hmac-sha256", "hmac-sha384", "hmac-sha512")
-"""RFC 8945 section 6, without MD5 and without truncation."""
+TSIG_ALGORITHMS = ("hmac-sha1", "hmac-sha224", "hmac-sha256", "hmac-sha384", "hmac-sha512")  # RFC 8945, without MD5
 _DEFAULT_ALGORITHM = "hmac-sha256"
 _REJECTIONS = (dns.rcode.REFUSED, dns.rcode.NOTAUTH, dns.rcode.NOTZONE, dns.rcode.NXRRSET, dns.rcode.YXRRSET)
 _TSIG_ERRORS: tuple[tuple[type[dns.exception.DNSException], str], ...] = (

@@ -15,8 +15,7 @@ from csi_driver.core.errors import REASONS, CertmountError, Fault, Reason
 from csi_driver.core.spec import KeyType, Usage
 
 _RETRY = Backoff(5.0, 300.0)
-_NAMES_RETRY = Backoff(300.0, 6 * 3600.0)
-"""Four attempts in the first hour, then fewer: Let's Encrypt allows five failures per hour and name."""
+_NAMES_RETRY = Backoff(300.0, 6 * 3600.0)  # Let's Encrypt allows five failures per hour and name
 _RATE_LIMITED_S = 3600.0
 _BUSY_S = 60.0
 _MAX_DELAY_S = 30 * 86400.0

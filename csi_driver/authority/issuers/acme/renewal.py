@@ -20,8 +20,7 @@ from csi_driver.core.errors import CertmountError
 log = structlog.get_logger(__name__)
 
 _LEAD = timedelta(days=30)
-_CHECK_S = 6 * 3600.0
-"""Between two requests for renewal information, if the CA sends no Retry-After (RFC 9773 section 4.3)."""
+_CHECK_S = 6 * 3600.0  # Between requests for renewal information without Retry-After (RFC 9773 section 4.3)
 _MIN_CHECK_S, _MAX_CHECK_S = 60.0, 24 * 3600.0
 _INTERVAL_S = 60.0
 

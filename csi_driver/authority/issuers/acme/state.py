@@ -39,8 +39,7 @@ class OrderRecord:
     names: tuple[str, ...]
     csr: bytes
     created_at: float
-    requested_at: float
-    """When a pod last requested it, with a precision of minutes. Orders that nothing requests are abandoned."""
+    requested_at: float  # When a pod last requested it, to some minutes; abandoned if nothing requests it
     url: str = ""  # The order at the CA; empty before it exists
     replaces: str = ""  # The identifier of the certificate that it renews (RFC 9773 section 5)
     holder: str = ""  # The replica that processes it until `lease_until`

@@ -23,8 +23,7 @@ class KubernetesCSRConfiguration:
 
     signer: str
     approve: bool = False  # True if the authority approves its own requests
-    roots: CredentialSource | None = None
-    """The signer's roots in PEM, which the API does not publish; None for certmount's own signer, which is the internal CA."""
+    roots: CredentialSource | None = None  # PEM; None for certmount's own signer, which is the internal CA
     min_duration: timedelta = MIN_DURATION
     max_duration: timedelta | None = None  # None if only the policy limits the lifetime
 

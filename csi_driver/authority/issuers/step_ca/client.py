@@ -15,26 +15,22 @@ _MAX_PAGES = 50  # Of a hundred provisioners each, which is step-ca's own limit 
 _MAX_CHAIN = 10
 
 
-class StepCAClient:
+class StepCAClient(HttpClient):
     """Calls one step-ca. Methods raise HttpError."""
 
-    def __init__(self, url: str, roots: tuple[x509.Certificate, ...] | None) -> None:
-        self._http = HttpClient(url, roots)
-        self.close = self._http.close
-
     async def health(self) -> JsonResponse:
-        response = await self._http.get("/health")
+        response = await self.request("GET", "/health")
         if response.status != 200 or response.document.get("status") != "ok":
             raise _unexpected("reachable", "/health", response)
         return response
 
     async def root(self, sha256: str) -> Sequence[x509.Certificate] | None:
-        response = await self._http.get(f"/root/{sha256}")
+        response = await self.request("GET", f"/root/{sha256}")
         return None if response.status == 404 else parse_pems([response.document.get("ca")])
 
     async def roots(self, path: str) -> Sequence[x509.Certificate]:
         """Return step-ca's own roots (``/roots``), or these and those of the CAs it federates with (``/federation``)."""
-        response = await self._http.get(path)
+        response = await self.request("GET", path)
         pems = response.document.get("crts")
         if response.status not in (200, 201) or not isinstance(pems, list):
             raise _unexpected("roots", path, response)
@@ -47,7 +43,7 @@ class StepCAClient:
         provisioners: list[Provisioner] = []
         cursor = ""
         for _ in range(_MAX_PAGES):
-            response = await self._http.get(f"/provisioners?limit=100&cursor={quote(cursor)}")
+            response = await self.request("GET", f"/provisioners?limit=100&cursor={quote(cursor)}")
             if response.status != 200:
                 raise _unexpected("provisioner", "/provisioners", response)
             provisioners += parse_provisioners(response.document)
@@ -58,7 +54,7 @@ class StepCAClient:
 
     async def sign(self, csr: str, token: str, lifetime: str) -> JsonResponse:
         """Request a certificate. The token is used up even if the call fails."""
-        return await self._http.post("/1.0/sign", {"csr": csr, "ott": token, "notAfter": lifetime})
+        return await self.request("POST", "/1.0/sign", {"csr": csr, "ott": token, "notAfter": lifetime})
 
 
 def parse_signed_chain(response: JsonResponse) -> list[x509.Certificate]:

@@ -24,10 +24,8 @@ class StepCAConfiguration:
     url: str  # `https://HOST[:PORT]`, without a trailing slash
     provisioner: str  # The name of a JWK provisioner
     root_file: str | None = None  # A file with root certificates in PEM
-    root_sha256: str | None = None
-    """The fingerprint of the root in lower-case hex, as ``step certificate fingerprint`` prints it."""
-    key: CredentialSource | None = None
-    """The provisioner's private JWK; None for the encrypted key that step-ca publishes."""
+    root_sha256: str | None = None  # In lower-case hex, as `step certificate fingerprint` prints it
+    key: CredentialSource | None = None  # The private JWK; None for the encrypted key that step-ca publishes
     password: CredentialSource | None = None  # The password of an encrypted JWK
 
 

@@ -34,8 +34,7 @@ class StepCADiagnosis:
     """The result of a diagnosis, which ends at the first failure that prevents the remaining checks."""
 
     findings: Findings = field(default_factory=Findings)
-    roots: tuple[bytes, ...] = ()
-    """For pods, DER: step-ca's own roots, then those of CAs that it federates with; empty if they are unknown."""
+    roots: tuple[bytes, ...] = ()  # For pods, DER: step-ca's own roots, then those of CAs that it federates with
     provisioner: Provisioner | None = None
     key: ProvisionerKey | None = None  # None unless it belongs to the provisioner
 

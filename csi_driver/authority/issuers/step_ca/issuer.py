@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import datetime
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -17,6 +18,7 @@ from csi_driver.authority.issuers.external_issuer import (
     check_certificate,
     ends_at_root,
     issued_certificate,
+    utc_now,
 )
 from csi_driver.authority.issuers.http_client import HttpError, JsonResponse
 from csi_driver.authority.issuers.step_ca.client import StepCAClient, parse_signed_chain
@@ -33,26 +35,22 @@ from csi_driver.core.backoff import Backoff
 from csi_driver.core.durations import format_duration
 from csi_driver.core.errors import CertmountError, Fault, Reason
 
-_BACKOFF = Backoff(0.25, 1.0, factor=4)
-"""step-ca restarts within about a second. The node retries after longer outages."""
+_BACKOFF = Backoff(0.25, 1.0, factor=4)  # step-ca restarts within about a second; the node retries longer outages
 _ATTEMPTS = 3
 _RETRY_FOR_S = 10.0
 
 
+@dataclass(eq=False)
 class StepCAIssuer(DiagnosedIssuer):
     """One step-ca."""
 
-    def __init__(
-        self,
-        name: str,
-        configuration: StepCAConfiguration,
-        credentials: CredentialReader,
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
-    ) -> None:
-        super().__init__(name)
-        self._configuration = configuration
-        self._keys = ProvisionerKeyLoader(configuration, credentials)
-        self._clock = clock
+    configuration: StepCAConfiguration
+    credentials: CredentialReader
+    clock: Callable[[], datetime] = utc_now
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._keys = ProvisionerKeyLoader(self.configuration, self.credentials)
         self._pinned_roots: tuple[x509.Certificate, ...] = ()
         self._client: StepCAClient | None = None
         self._connecting = asyncio.Lock()
@@ -98,7 +96,7 @@ class StepCAIssuer(DiagnosedIssuer):
             # Omit "The request was forbidden by the certificate authority: ", which repeats our own text.
             text = response.message.rpartition("certificate authority: ")[2] or f"HTTP {response.status}"
             hint = "check the provisioner's claims and policy in step-ca's configuration"
-            fault = Fault(f"issuer {self._name}", f"step-ca rejected the request: {text}", hint)
+            fault = Fault(f"issuer {self.name}", f"step-ca rejected the request: {text}", hint)
             raise CertmountError(Reason.NAME_NOT_ALLOWED, fault)
         if response.status != 201:
             raise self._unavailable(f"step-ca returned HTTP {response.status} {response.message}".rstrip())
@@ -110,8 +108,8 @@ class StepCAIssuer(DiagnosedIssuer):
         deadline = loop.time() + _RETRY_FOR_S
         csr = x509.load_der_x509_csr(request.csr.der).public_bytes(Encoding.PEM).decode("ascii")
         for attempt in range(1, _ATTEMPTS + 1):
-            claims = token_claims(request, self._configuration, secrets.token_urlsafe(24))
-            token = key.token(claims, request.csr.der, self._clock()).reveal()
+            claims = token_claims(request, self.configuration, secrets.token_urlsafe(24))
+            token = key.token(claims, request.csr.der, self.clock()).reveal()
             delay_s = _BACKOFF.delay_s(attempt)
             last = attempt == _ATTEMPTS or loop.time() + delay_s > deadline
             try:
@@ -130,16 +128,16 @@ class StepCAIssuer(DiagnosedIssuer):
         if not chain:
             raise self._unavailable("the response contains no certificate chain")
         hint = "check the provisioner's template and webhooks; docs/issuers.md has a template for usages"
-        check_certificate(chain[0], request, self._clock(), "step-ca", hint)
+        check_certificate(chain[0], request, self.clock(), "step-ca", hint)
         if not ends_at_root(chain, self.roots):
             await self._diagnose()  # step-ca's root may have changed since the last diagnosis
             if not ends_at_root(chain, self.roots):
                 raise self._unavailable("the chain ends at a root that step-ca does not publish at /roots")
-        return issued_certificate(chain, self.roots, self._clock())
+        return issued_certificate(chain, self.roots, self.clock())
 
     def _unauthorized(self, diagnosis: StepCADiagnosis) -> CertmountError:
         """Explain HTTP 401, which step-ca sends without a reason, by what step-ca publishes."""
-        host = self._configuration.url.removeprefix("https://")
+        host = self.configuration.url.removeprefix("https://")
         other = (
             "provisioner, key and clock match, so step-ca has just started, or its"
             f' "dnsNames" in ca.json lack the host of {host}; check its log'
@@ -149,7 +147,7 @@ class StepCAIssuer(DiagnosedIssuer):
 
     async def _diagnose(self) -> StepCADiagnosis:
         if self._diagnosing is None or self._diagnosing.done():
-            self._diagnosing = asyncio.create_task(self._run_diagnosis(), name=f"diagnosis of {self._name}")
+            self._diagnosing = asyncio.create_task(self._run_diagnosis(), name=f"diagnosis of {self.name}")
         diagnosing = self._diagnosing
         await asyncio.wait([diagnosing])
         if diagnosing.cancelled():
@@ -159,7 +157,7 @@ class StepCAIssuer(DiagnosedIssuer):
     async def _run_diagnosis(self) -> StepCADiagnosis:
         try:
             client = await self._connect(refresh=True)
-            diagnosis = await diagnose_step_ca(client, self._configuration, self._keys, self._clock)
+            diagnosis = await diagnose_step_ca(client, self.configuration, self._keys, self.clock)
         except HttpError as error:
             diagnosis = StepCADiagnosis()
             diagnosis.findings.add(error.subject, False, str(error))
@@ -179,11 +177,11 @@ class StepCAIssuer(DiagnosedIssuer):
             if self._client is not None and not refresh:
                 return self._client
             roots = self._pinned_roots
-            if self._configuration.root_file is not None or not roots:
-                roots = await fetch_pinned_roots(self._configuration)
+            if self.configuration.root_file is not None or not roots:
+                roots = await fetch_pinned_roots(self.configuration)
             if self._client is None or roots != self._pinned_roots:
                 await self._disconnect()
-                self._pinned_roots, self._client = roots, StepCAClient(self._configuration.url, roots)
+                self._pinned_roots, self._client = roots, StepCAClient(self.configuration.url, roots)
             return self._client
 
     async def _disconnect(self) -> None:

@@ -25,8 +25,7 @@ from csi_driver.core.secret import Secret
 
 _ALGORITHM = "PBES2-HS256+A128KW"
 _KEY_BYTES = {"A256GCM": 32, "A128GCM": 16}
-MIN_ITERATIONS, MAX_ITERATIONS = 1000, 5_000_000
-"""The input contains the number of iterations, so it must be bounded: the maximum takes some seconds of a core."""
+MIN_ITERATIONS, MAX_ITERATIONS = 1000, 5_000_000  # From the input; the maximum takes some seconds of a core
 _MAX_BYTES = 64 * 1024
 TOKEN_LIFETIME = timedelta(minutes=1)  # step-ca tolerates one more minute of difference between the clocks
 _ALGORITHMS = {"P-256": "ES256", "P-384": "ES384", "P-521": "ES512", "Ed25519": "EdDSA"}

@@ -55,8 +55,7 @@ class Provisioner:
     type: str
     kid: str
     thumbprint: str
-    encrypted_key: Secret[bytes] | None
-    """A JWE of the private key. step-ca publishes it, so only its password protects it."""
+    encrypted_key: Secret[bytes] | None  # A JWE, which step-ca publishes: only its password protects it
     limits: LifetimeLimits
 
 
