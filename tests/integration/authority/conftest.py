@@ -13,13 +13,11 @@ from tests.support.tokens import TokenIssuer
 
 @pytest.fixture(scope="session")
 def issuer() -> TokenIssuer:
-    """The token issuer of the cluster."""
     return TokenIssuer()
 
 
 @pytest.fixture
 async def idle_world(tmp_path: Path, issuer: TokenIssuer) -> World:
-    """An authority that the test starts."""
     return World(tmp_path, issuer, Cluster(issuer))
 
 

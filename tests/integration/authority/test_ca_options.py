@@ -33,9 +33,8 @@ class CustomWorld(World):
 
     def replica(self, registry: CollectorRegistry) -> AuthorityServer:
         default = super().replica(CollectorRegistry())
-        return AuthorityServer(
-            replace(default._settings, **self.settings), default._environment, AuthorityMetrics(registry)
-        )
+        settings = replace(default._settings, **self.settings)
+        return AuthorityServer(settings, default._environment, AuthorityMetrics(registry))
 
 
 @contextlib.asynccontextmanager
@@ -48,7 +47,6 @@ async def running(
 
 
 def verified(answer: authority_pb2.IssueResponse) -> list[x509.Certificate]:
-    """Return the chain, leaf first, as a TLS client verifies it."""
     leaf, *chain = map(x509.load_der_x509_certificate, answer.chain)
     roots = [x509.load_der_x509_certificate(root) for root in answer.trust[DEFAULT_ISSUER].roots]
     verifier = PolicyBuilder().store(Store(roots)).time(utc_now())
@@ -62,7 +60,6 @@ def write(folder: Path, keyring: Keyring) -> None:
 
 
 async def test_ca_in_files_can_be_replaced_without_a_restart(tmp_path: Path, issuer: TokenIssuer) -> None:
-    """The authority does not write the files. If new files are invalid, the previous CA stays in use."""
     files = tmp_path / "files"
     one, other = make_keyring(utc_now()), make_keyring(utc_now())
     write(files, one)

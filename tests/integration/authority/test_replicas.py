@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import signal
 import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from cryptography import x509
@@ -24,8 +22,7 @@ from tests.integration.authority.world import NAME, POD, World
 from tests.support.waiting import until
 
 _NODES, _CALLS = 5, 500
-_PROBE_S = 0.5
-"""How often the Service probes its replicas. Until then it forwards connections to a replica that has stopped."""
+_PROBE_S = 0.5  # between probes; until the next one the Service forwards connections to a replica that has stopped
 
 
 class Replica(Process):
@@ -47,12 +44,9 @@ class Replica(Process):
     def launch(self) -> None:
         self.process = self.start()
 
-    def signal(self, number: signal.Signals) -> None:
+    async def stop(self, number: signal.Signals) -> None:
         assert self.process is not None
         self.process.send_signal(number)
-
-    async def wait_for_exit(self) -> None:
-        assert self.process is not None
         await asyncio.to_thread(self.process.wait, 30)
 
 
@@ -65,9 +59,6 @@ class Service:
         self.port = 0
         self._turn = 0
         self._connections: set[asyncio.Task[None]] = set()
-
-    def serves(self, replica: Replica) -> bool:
-        return replica.port in self.endpoints
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
@@ -89,17 +80,15 @@ class Service:
             self.endpoints = [one.port for one, yes in zip(self.replicas, ready, strict=True) if yes]
             await asyncio.sleep(_PROBE_S)
 
-    def _next(self) -> int:
-        self._turn += 1
-        return self.endpoints[self._turn % len(self.endpoints)] if self.endpoints else 0
-
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)
         upstream: asyncio.StreamWriter | None = None
         try:
-            responses, upstream = await asyncio.open_connection("127.0.0.1", self._next())
+            self._turn += 1
+            port = self.endpoints[self._turn % len(self.endpoints)] if self.endpoints else 0
+            responses, upstream = await asyncio.open_connection("127.0.0.1", port)
             await asyncio.gather(_copy(reader, upstream), _copy(responses, writer))
         except OSError:
             pass  # the replica has stopped, so the client's connection is reset, as a Service does
@@ -132,7 +121,6 @@ class Nodes:
         self.outcomes: Counter[str] = Counter()
 
     async def issue(self) -> None:
-        """Request a certificate and verify it."""
         number, self.requests = self.requests, self.requests + 1
         client, pod = self._clients[number % _NODES], self._pods[number % len(self._pods)]
         spec = CertificateSpec(Names.of([DNSName.parse(NAME)]))
@@ -146,9 +134,6 @@ class Nodes:
         self.roots.add(tuple(answer.trust["internal"].roots))
         self.outcomes["issued"] += 1
 
-    def issued(self, count: int) -> bool:
-        return self.outcomes["issued"] >= count
-
     async def close(self) -> None:
         for client in self._clients:
             await client.close()
@@ -156,7 +141,6 @@ class Nodes:
 
 @pytest.fixture
 async def service(idle_world: World) -> AsyncIterator[Service]:
-    """Three replicas that start at once with an empty store."""
     service = Service()
     service.replicas = [Replica(idle_world, number) for number in range(3)]
     for replica in service.replicas:
@@ -179,29 +163,26 @@ async def nodes(idle_world: World, service: Service) -> AsyncIterator[Nodes]:
     await nodes.close()
 
 
-async def worker(nodes: Nodes, calls: int) -> None:
-    while nodes.requests < calls:
-        await nodes.issue()
-
-
 async def test_killing_one_of_three_replicas_fails_no_call(idle_world: World, service: Service, nodes: Nodes) -> None:
-    """All replicas use the same CA."""
     victim = service.replicas[0]
+
+    async def worker() -> None:
+        while nodes.requests < _CALLS:
+            await nodes.issue()
+
     async with asyncio.TaskGroup() as tasks:
         for _ in range(20):
-            tasks.create_task(worker(nodes, _CALLS))
+            tasks.create_task(worker())
         await until(lambda: nodes.outcomes["issued"] >= 50 and victim.issued > 0, "a certificate from the victim")
-        victim.signal(signal.SIGKILL)
-        await victim.wait_for_exit()
+        await victim.stop(signal.SIGKILL)
     assert nodes.outcomes == {"issued": nodes.requests}
     assert nodes.requests >= _CALLS
     assert len(nodes.roots) == 1
     assert all(replica.issued > 0 for replica in service.replicas)
-    assert "PRIVATE KEY" not in logs(idle_world.folder)
+    assert not any("PRIVATE KEY" in file.read_text() for file in idle_world.folder.glob("log-*"))
 
 
 async def test_rolling_restart_under_load_fails_no_call(idle_world: World, service: Service, nodes: Nodes) -> None:
-    """Each replica is stopped when a new one is ready. All certificates are from the same CA."""
     done = False
 
     async def request() -> None:
@@ -216,15 +197,11 @@ async def test_rolling_restart_under_load_fails_no_call(idle_world: World, servi
             new = Replica(idle_world, number)
             new.launch()
             service.replicas = [*service.replicas, new]
-            await until(functools.partial(service.serves, new), "the new replica", 60)
-            old.signal(signal.SIGTERM)
-            await old.wait_for_exit()
+            await until(lambda new=new: new.port in service.endpoints, "the new replica", 60)  # type: ignore[misc]
+            await old.stop(signal.SIGTERM)
             service.replicas = [one for one in service.replicas if one is not old]
-            await until(functools.partial(nodes.issued, nodes.outcomes["issued"] + 20), "more certificates")
+            goal = nodes.outcomes["issued"] + 20
+            await until(lambda goal=goal: nodes.outcomes["issued"] >= goal, "more certificates")  # type: ignore[misc]
         done = True
     assert nodes.outcomes == {"issued": nodes.requests}
     assert len(nodes.roots) == 1
-
-
-def logs(folder: Path) -> str:
-    return "".join(file.read_text() for file in folder.glob("log-*"))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf.duration_pb2 import Duration
 from prometheus_client import CollectorRegistry
 
 from csi_driver import NODE_AUDIENCE
@@ -99,7 +100,6 @@ class CallFailure:
 
 
 async def failure_of(call: Awaitable[object]) -> CallFailure:
-    """Return how the call fails."""
     try:
         await call
     except grpc.aio.AioRpcError as error:
@@ -114,8 +114,7 @@ class World:
     folder: Path
     issuer: TokenIssuer
     cluster: Cluster
-    issuers: Path | None = None
-    """The issuers file."""
+    issuers: Path | None = None  # the issuers file
     serving_names: tuple[str, ...] = (SERVING_NAME,)
     reviewer: Reviewer = field(default_factory=Reviewer)
     events: RecordedEvents = field(default_factory=RecordedEvents)
@@ -130,29 +129,22 @@ class World:
         self.server = self.replica(self.registry)
 
     def replica(self, registry: CollectorRegistry) -> AuthorityServer:
-        """Return another authority that uses the same store."""
         settings = AuthoritySettings(
             listen="127.0.0.1:0",
             trust_domain="cluster.local",
             cluster_domain="cluster.local",
             policy=self.policy,
-            serving_names=Names.of([DNSName.parse(name) for name in self.serving_names]),
+            serving_names=Names.of(map(DNSName.parse, self.serving_names)),
             node_account=ServiceAccount("certmount", "certmount-node"),
             issuers=self.issuers,
         )
-        environment = Environment(
-            DirectoryStore(self.ca),
-            DirectoryStore(self.ca, "confirmations.json"),
-            DirectoryPublisher(self.ca),
-            self.cluster.fetch,
-            self.reviewer,
-            events=self.events,
-        )
+        stores = DirectoryStore(self.ca), DirectoryStore(self.ca, "confirmations.json")
+        publisher = DirectoryPublisher(self.ca)
+        environment = Environment(*stores, publisher, self.cluster.fetch, self.reviewer, events=self.events)
         return AuthorityServer(settings, environment, AuthorityMetrics(registry))
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[AuthorityServer]:
-        """Serve until the block ends."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.server.run(self.stop))
             await until(lambda: not self.server.unready(), "the authority")
@@ -165,7 +157,6 @@ class World:
     async def channel(
         self, options: Sequence[tuple[str, Any]] = (), port: int | None = None
     ) -> AsyncIterator[grpc.aio.Channel]:
-        """Open a TLS connection that trusts only the published root and verifies the serving name."""
         credentials = grpc.ssl_channel_credentials((self.ca / "authority.crt").read_bytes())
         own = (("grpc.ssl_target_name_override", SERVING_NAME), ("grpc.use_local_subchannel_pool", 1), *options)
         address = f"127.0.0.1:{port or self.server.port}"
@@ -191,19 +182,20 @@ class Caller:
         csr: bytes | None = None,
         pod: Secret[str] | None = None,
         node: Secret[str] | None = None,
-        duration: timedelta | None = None,
+        duration: timedelta | Duration | None = None,
         metadata: Sequence[tuple[str, str]] | None = None,
         **fields: Any,
     ) -> authority_pb2.IssueResponse:
-        """Call Issue; ``fields`` are further fields of the message."""
         world = self._world
         request = authority_pb2.IssueRequest(
             csr=world.csr(NAME) if csr is None else csr,
             pod_token=(pod or world.issuer.pod_token(POD)).reveal(),
             **fields,
         )
-        if duration is not None:
+        if isinstance(duration, timedelta):
             request.duration.FromTimedelta(duration)
+        elif duration is not None:
+            request.duration.CopyFrom(duration)
         return await self.send(request, node, metadata)
 
     async def send(
@@ -216,22 +208,15 @@ class Caller:
         return await self._stub.Issue(request, metadata=tuple(sent), timeout=30)
 
     async def rejected(self, **arguments: Any) -> CallFailure:
-        """Return how :meth:`issue` fails."""
         return await failure_of(self.issue(**arguments))
 
     async def report(self, condition: int, reason: str = "", message: str = "", pod: Secret[str] | None = None) -> None:
-        """Report a condition of the pod's certificate."""
-        token = (pod or self._world.issuer.pod_token(POD)).reveal()
-        request = authority_pb2.ReportRequest(
-            pod_token=token,
-            condition=condition,  # type: ignore[arg-type]  # tests send invalid values, too
-            reason=reason,
-            message=message,
-        )
+        token: Any = (pod or self._world.issuer.pod_token(POD)).reveal()
+        fields: dict[str, Any] = {"condition": condition, "reason": reason, "message": message}
+        request = authority_pb2.ReportRequest(pod_token=token, **fields)
         await self._stub.Report(request, metadata=self.bearer(), timeout=30)
 
     def watch(self, node: Secret[str] | None = None) -> Any:
-        """Call WatchTrust."""
         return self._stub.WatchTrust(authority_pb2.WatchTrustRequest(), metadata=self.bearer(node))
 
     def bearer(self, node: Secret[str] | None = None) -> tuple[tuple[str, str], ...]:

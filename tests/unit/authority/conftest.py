@@ -13,7 +13,6 @@ from tests.support.tokens import TokenIssuer
 
 @pytest.fixture(scope="session")
 def issuer() -> TokenIssuer:
-    """The token issuer of the cluster."""
     return TokenIssuer()
 
 
@@ -29,7 +28,6 @@ def metrics(registry: CollectorRegistry) -> AuthorityMetrics:
 
 @pytest.fixture
 async def keys(issuer: TokenIssuer, metrics: AuthorityMetrics) -> TokenKeys:
-    """The loaded keys of the token issuer."""
 
     async def fetch() -> PublishedKeys:
         return issuer.published

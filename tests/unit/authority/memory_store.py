@@ -39,5 +39,4 @@ class MemoryStore:
         return True
 
     def put(self, values: Mapping[str, Secret[bytes]]) -> None:
-        """Write values as an administrator or another replica would."""
         self.values, self.version = values, self.version + 1

@@ -49,7 +49,6 @@ async def test_saved_values_are_loaded(store: DirectoryStore) -> None:
 
 
 async def test_only_the_owner_has_access(store: DirectoryStore, ca_file: Path) -> None:
-    """The directory has mode 0700 and the file 0600, with any umask."""
     before = os.umask(0)
     try:
         await store.save(VALUES, await store.load())
@@ -67,7 +66,6 @@ async def test_second_of_two_concurrent_saves_fails(store: DirectoryStore) -> No
 
 
 async def test_parts_of_a_store_do_not_change_each_others_values(store: DirectoryStore) -> None:
-    """A save fails if the other part was saved in the meantime."""
     ca, serving = ca_part(store), serving_part(store)
     assert await ca.save(VALUES, await ca.load())
     seen = await ca.load()
@@ -143,7 +141,6 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def start_replica(directory: Path) -> str:
-    """Load the CA as an authority does when it starts; return its serial numbers."""
 
     async def start() -> str:
         ca = CertificateAuthority(StoredCA(DirectoryStore(directory)), AuthorityMetrics(CollectorRegistry()))

@@ -8,15 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.authority.authn.limits import (
-    MAX_STREAMS_PER_NODE,
-    NODE_RATE,
-    POD_RATE,
-    ConcurrencyLimit,
-    Rate,
-    RateLimiter,
-    RequestLimits,
-)
+from csi_driver.authority.authn.limits import MAX_STREAMS_PER_NODE as MAX_STREAMS
+from csi_driver.authority.authn.limits import NODE_RATE, POD_RATE, ConcurrencyLimit, Rate, RateLimiter, RequestLimits
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from tests.unit.authority.clock import Clock
@@ -46,7 +39,6 @@ def call(limits: RequestLimits, number: int, node: str = "node-a") -> None:
 def test_pod_with_many_short_lifetimes_is_not_limited(
     volumes: int, lifetime_s: int, clock: Clock, limits: RequestLimits
 ) -> None:
-    """All volumes start at once and renew after half of their lifetime, the earliest possible time, for an hour."""
     for _ in range(min(720, 7200 // lifetime_s)):
         for _ in range(volumes):
             call(limits, 1)
@@ -65,22 +57,18 @@ def test_all_pods_of_a_node_can_start_at_once_and_again_after_an_outage(
 
 
 def test_node_with_only_the_shortest_lifetimes_is_not_limited(clock: Clock, limits: RequestLimits) -> None:
-    """250 pods renew a certificate of 10 s after 6.7 s, spread evenly as the driver does."""
     for step in range(250 * 60):
         call(limits, step % 250)
         clock.forward(6.7 / 250)
 
 
 def test_pod_that_calls_in_a_loop_gets_its_share(clock: Clock, limits: RequestLimits) -> None:
-    """It gets the burst and then five calls per second, and learns when to retry. Other pods are not affected."""
     for _ in range(POD_RATE.burst):
         limits.count_pod_issue(pod(1))
     with pytest.raises(CertmountError) as limited:
         limits.count_pod_issue(pod(1))
     assert limited.value.retryable
-    assert str(limited.value) == (
-        "TooManyRequests: pod default/hello-1: exceeds the authority's rate limit; retry after 1 s"
-    )
+    assert str(limited.value).endswith("pod default/hello-1: exceeds the authority's rate limit; retry after 1 s")
     allowed = 0
     for _ in range(6000):
         clock.forward(0.01)
@@ -94,7 +82,6 @@ def test_pod_that_calls_in_a_loop_gets_its_share(clock: Clock, limits: RequestLi
 
 
 def test_node_that_calls_in_a_loop_does_not_affect_other_nodes(limits: RequestLimits) -> None:
-    """Even if it sends tokens of ever new pods."""
     allowed = 0
     for number in range(NODE_RATE.burst * 3):
         try:
@@ -107,13 +94,11 @@ def test_node_that_calls_in_a_loop_does_not_affect_other_nodes(limits: RequestLi
     call(limits, 1, "node-b")
 
 
-@given(
-    st.integers(1, 20), st.floats(0.1, 50), st.lists(st.tuples(st.floats(0, 5), st.sampled_from("abc")), max_size=200)
-)
-def test_rate_limiter_never_exceeds_burst_and_rate(
-    burst: int, per_second: float, calls: list[tuple[float, str]]
-) -> None:
-    """In any interval, for each key on its own; and a caller that waits for the returned time is allowed."""
+CALLS = st.lists(st.tuples(st.floats(0, 5), st.sampled_from("abc")), max_size=200)
+
+
+@given(st.integers(1, 20), st.floats(0.1, 50), CALLS)
+def test_limiter_never_exceeds_burst_and_rate(burst: int, per_second: float, calls: list[tuple[float, str]]) -> None:
     clock = Clock(0.0)
     limiter = RateLimiter(Rate(per_second, burst), clock, max_buckets=10)
     allowed: dict[str, list[float]] = {"a": [], "b": [], "c": []}
@@ -131,7 +116,6 @@ def test_rate_limiter_never_exceeds_burst_and_rate(
 
 
 def test_rate_limiter_memory_is_bounded(clock: Clock) -> None:
-    """New keys replace the oldest ones, and full buckets are dropped."""
     limiter = RateLimiter(Rate(1, 10), clock, max_buckets=100)
     for number in range(1000):
         limiter.take(f"pod-{number}")
@@ -144,10 +128,11 @@ def test_rate_limiter_memory_is_bounded(clock: Clock) -> None:
 
 def test_streams_per_node_are_limited_and_released(limits: RequestLimits) -> None:
     with ExitStack() as streams:
-        for _ in range(MAX_STREAMS_PER_NODE):
-            last = streams.enter_context(ExitStack())
-            last.enter_context(limits.stream(pod()))
-        message = f"^TooManyRequests: node node-a: has {MAX_STREAMS_PER_NODE} WatchTrust streams"
+        last = streams.enter_context(ExitStack())
+        last.enter_context(limits.stream(pod()))
+        for _ in range(MAX_STREAMS - 1):
+            streams.enter_context(limits.stream(pod()))
+        message = f"^TooManyRequests: node node-a: has {MAX_STREAMS} WatchTrust streams"
         with pytest.raises(CertmountError, match=message):
             limits.stream(pod()).__enter__()
         with limits.stream(pod(node="node-b")):

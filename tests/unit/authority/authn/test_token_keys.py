@@ -40,7 +40,6 @@ World = tuple[Cluster, Clock, TokenKeys]
 
 @pytest.fixture
 async def world(issuer: TokenIssuer, metrics: AuthorityMetrics) -> World:
-    """A cluster, a clock and loaded keys."""
     cluster, clock = Cluster(issuer), Clock()
     keys = TokenKeys(cluster.fetch, metrics, clock)
     await keys.load()
@@ -75,7 +74,6 @@ async def test_unknown_key_ids_cause_one_request_in_ten_seconds(world: World, is
 async def test_few_calls_wait_for_unknown_key_ids(
     issuer: TokenIssuer, metrics: AuthorityMetrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the API server is slow, other calls with unknown key IDs fail, and calls with known key IDs succeed."""
     monkeypatch.setattr("csi_driver.authority.authn.token_keys._MAX_WAITING", 3)
     cluster, clock, gate = Cluster(issuer), Clock(), asyncio.Event()
 
@@ -142,7 +140,7 @@ GOOD = TokenIssuer()
         {**GOOD.jwk, "use": "enc"},
         {**GOOD.jwk, "alg": "PS256"},
         {**GOOD.jwk, "alg": "none"},
-        {**{name: value for name, value in SECRET_KEY.items() if name != "alg"}},
+        {name: value for name, value in SECRET_KEY.items() if name != "alg"},
         {**GOOD.jwk, "kid": ""},
         {**GOOD.jwk, "kid": 7},
         {**GOOD.jwk, "n": "!"},
@@ -150,7 +148,6 @@ GOOD = TokenIssuer()
     ],
 )
 def test_only_strong_signing_keys_with_an_id_are_used(entry: Any) -> None:
-    """A published shared secret, short RSA key or key with another purpose never verifies a token."""
     with pytest.raises(CertmountError, match="contains no signing key"):
         parse_keys(jwks(entry))
     assert set(parse_keys(jwks(entry, {**GOOD.jwk, "kid": "good"})).keys) == {"good"}
@@ -159,7 +156,6 @@ def test_only_strong_signing_keys_with_an_id_are_used(entry: Any) -> None:
 async def test_keys_are_refreshed_periodically(
     issuer: TokenIssuer, metrics: AuthorityMetrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The present keys stay in use after a failed refresh, and the refreshes continue."""
     monkeypatch.setattr("csi_driver.authority.authn.token_keys._REFRESH_INTERVAL_S", 0.001)
     cluster = Cluster(issuer)
     keys = TokenKeys(cluster.fetch, metrics)

@@ -20,13 +20,12 @@ from csi_driver.core.cluster.objects import LivePod
 from csi_driver.core.errors import CertmountError, Fault
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.kube.csr_cache import read_csr
-from tests.unit.authority.csr_signer.requests import EXTRA, NAME, USAGES, USERNAME, crafted, item, pem
+from tests.unit.authority.csr_signer.fakes import EXTRA, NAME, USAGES, USERNAME, crafted, item, pem
 
 POD = LivePod("pod-uid", "edge", "node-a", False)
 
 
 def authenticate(request: ClusterCSR) -> PodIdentity:
-    """Return the requester if it is the only pod of the cluster, web/edge-0."""
     pod = parse_requester(request)
     exists = (pod.service_account.namespace, pod.pod_name) == ("web", "edge-0")
     verify_running(pod, POD if exists else None)
@@ -47,14 +46,19 @@ def key_usage(**bits_set: bool) -> x509.KeyUsage:
 def changed_signature() -> bytes:
     der = bytearray(x509.load_pem_x509_csr(pem(NAME)).public_bytes(Encoding.DER))
     der[-1] ^= 1
-    return (
-        b"-----BEGIN CERTIFICATE REQUEST-----\n"
-        + base64.encodebytes(bytes(der))
-        + b"-----END CERTIFICATE REQUEST-----\n"
-    )
+    return block(base64.encodebytes(bytes(der)))
+
+
+def block(body: bytes) -> bytes:
+    return b"-----BEGIN CERTIFICATE REQUEST-----\n" + body + b"-----END CERTIFICATE REQUEST-----\n"
+
+
+def with_subject(kind: x509.ObjectIdentifier, text: str) -> dict[str, Any]:
+    return item(crafted(subject=(kind, text)))
 
 
 BLOCK = pem(NAME)
+ANY_PURPOSE = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE])
 INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "no PEM": (item(b""), "exactly one PEM block"),
     "two blocks": (item(BLOCK + BLOCK), "exactly one PEM block"),
@@ -63,10 +67,7 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "PEM headers": (item(BLOCK.replace(b"REQUEST-----\n", b"REQUEST-----\nA: b\n\n", 1)), "exactly one PEM block"),
     "another label": (item(BLOCK.replace(b"CERTIFICATE REQUEST", b"CERTIFICATE")), "exactly one PEM block"),
     "no base64": (item(BLOCK[:50] + BLOCK[51:]), "PEM block"),
-    "no request": (
-        item(b"-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n"),
-        "is not a PKCS#10",
-    ),
+    "no request": (item(block(b"AAAA\n")), "is not a PKCS#10"),
     "signature": (item(changed_signature()), "is not signed by the key it names"),
     "key": (item(crafted(key=ec.generate_private_key(ec.SECP521R1()))), "has a key of another type"),
     "usage": (item(usages=[*USAGES, "cert sign"]), "spec.usages: cert sign is not allowed for pods"),
@@ -75,17 +76,11 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "CA": (item(crafted(x509.BasicConstraints(ca=True, path_length=0))), "asks for a certificate authority"),
     "CA's usage": (item(crafted(key_usage(key_cert_sign=True))), "more than digital signature"),
     "key agreement": (item(crafted(key_usage(key_agreement=True))), "more than digital signature"),
-    "purpose": (
-        item(crafted(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE]))),
-        "server auth and client",
-    ),
+    "purpose": (item(crafted(ANY_PURPOSE)), "server auth and client"),
     "extension": (item(crafted(x509.OCSPNoCheck())), "no certificate for pods has that"),
     "system user": (item(crafted(subject=(NameOID.COMMON_NAME, "system:admin"))), "a name of Kubernetes' own"),
     "system group": (item(crafted(subject=(NameOID.ORGANIZATION_NAME, "System:masters"))), "a name of Kubernetes' own"),
-    "organisation": (
-        item(crafted(subject=(NameOID.ORGANIZATION_NAME, "Example"))),
-        "no certificate for pods has that",
-    ),
+    "organisation": (item(crafted(subject=(NameOID.ORGANIZATION_NAME, "Example"))), "no certificate for pods has that"),
     "common name": (
         item(crafted(subject=(NameOID.COMMON_NAME, "b.web.svc"))),
         "not among the subject alternative names",
@@ -107,16 +102,13 @@ def test_invalid_content_is_rejected(what: str) -> None:
     "request_pem",
     [
         crafted(subject=(NameOID.COMMON_NAME, NAME.upper())),
-        crafted(
-            x509.BasicConstraints(ca=False, path_length=None), key_usage(digital_signature=True, key_encipherment=True)
-        ),
+        crafted(x509.BasicConstraints(False, None), key_usage(digital_signature=True, key_encipherment=True)),
         crafted(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])),
         BLOCK.replace(b"\n", b"\r\n"),
         b"\n" + BLOCK + b"\n\n",
     ],
 )
 def test_common_content_of_scripts_is_accepted(request_pem: bytes) -> None:
-    """A common name that is one of the names, harmless extensions, other line endings."""
     csr, _ = parse_content(stored(item(request_pem)))
     assert csr.names.dns
 
@@ -133,10 +125,7 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
     "a recreated pod": (item(extra={**EXTRA, "pod-uid": ["before"]}), "was created again"),
     "another node": (item(extra={**EXTRA, "node-name": ["node-b"]}), "is on node node-a, but its token names node-b"),
     "another account": (item(username="system:serviceaccount:web:other"), "runs as service account edge, not other"),
-    "the same pod's name elsewhere": (
-        item(username="system:serviceaccount:shop:edge"),
-        "pod shop/edge-0: does not exist",
-    ),
+    "the same name elsewhere": (item(username="system:serviceaccount:shop:edge"), "pod shop/edge-0: does not exist"),
 }
 
 
@@ -180,6 +169,5 @@ def test_any_request_is_parsed_or_rejected(csr: ClusterCSR) -> None:
 def test_identity_comes_from_what_the_api_server_recorded() -> None:
     extra = {f"authentication.kubernetes.io/{key}": tuple(value) for key, value in EXTRA.items()}
     csr = ClusterCSR("x", "u", 0.0, CERTMOUNT_SIGNER, b"", (), None, USERNAME, extra)
-    assert parse_requester(csr) == PodIdentity(
-        ServiceAccount("web", "edge"), "", "edge-0", "pod-uid", "node-a", "node-uid", 0.0
-    )
+    account = ServiceAccount("web", "edge")
+    assert parse_requester(csr) == PodIdentity(account, "", "edge-0", "pod-uid", "node-a", "node-uid", 0.0)

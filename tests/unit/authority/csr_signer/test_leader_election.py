@@ -34,7 +34,6 @@ class World:
             await asyncio.sleep(0)
 
     async def advance(self, seconds: float) -> None:
-        """Advance the clock second by second."""
         await self.settle()
         for _ in range(int(seconds)):
             self.now += 1
@@ -77,7 +76,6 @@ async def test_one_of_three_replicas_stays_the_leader(world: World) -> None:
 
 
 async def test_leader_that_stops_releases_the_lease(world: World) -> None:
-    """Another replica then acquires it before it would expire."""
     world.start("a")
     await world.advance(1)
     world.start("b")
@@ -102,7 +100,6 @@ async def test_lease_of_a_crashed_leader_must_expire_first(world: World) -> None
 
 
 async def test_leader_that_cannot_renew_stops_before_the_lease_expires(world: World) -> None:
-    """It becomes the leader again after the outage."""
     world.start("a")
     await world.advance(10)
     world.store.unavailable = True
@@ -124,7 +121,6 @@ async def test_leader_survives_one_failed_renewal(world: World) -> None:
 
 
 async def test_leader_that_lost_the_lease_stops(world: World) -> None:
-    """As after its machine was suspended."""
     world.start("a")
     await world.advance(5)
     world.store.lease = Lease("b", LEASE_S, "99")

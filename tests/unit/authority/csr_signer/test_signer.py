@@ -32,13 +32,14 @@ from csi_driver.core.policy.engine import Policy, PolicySubject
 from csi_driver.core.policy.rules import DenyListEntry, RuleMatch
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 from tests.support.waiting import until
-from tests.unit.authority.csr_signer.fakes import FakeLease, FakePods
-from tests.unit.authority.csr_signer.requests import EXTRA, NAME, USERNAME, crafted, item, pem
+from tests.unit.authority.csr_signer.fakes import EXTRA, NAME, USERNAME, FakeLease, FakePods, crafted, item, pem
 from tests.unit.authority.issuers.kubernetes_csr.cluster import ACCOUNT as AUTHORITY
 from tests.unit.authority.issuers.kubernetes_csr.cluster import FakeRequests
 from tests.unit.core import pki
 
 KEYRING = make_keyring(pki.NOW)
+EDGE = LivePod("pod-uid", "edge", "node-a", terminating=False)
+APPROVED_BY_HAND = [{"type": APPROVED, "reason": "KubectlApprove", "message": ""}]
 
 
 @dataclass
@@ -54,7 +55,6 @@ class LoadedCA:
         return self.current
 
 
-@dataclass
 class OneService:
     """Subjects of pods that one Service selects."""
 
@@ -79,9 +79,7 @@ class World:
     """A running signer and its cluster."""
 
     cluster: FakeRequests = field(default_factory=FakeRequests)
-    pods: FakePods = field(
-        default_factory=lambda: FakePods({("web", "edge-0"): LivePod("pod-uid", "edge", "node-a", False)})
-    )
+    pods: FakePods = field(default_factory=lambda: FakePods({("web", "edge-0"): EDGE}))
     ca: LoadedCA = field(default_factory=LoadedCA)
     policy: Policy = field(default_factory=lambda: Policy("cluster.local", "cluster.local"))
     events: RecordedEvents = field(default_factory=RecordedEvents)
@@ -106,7 +104,6 @@ class World:
             await asyncio.wait([running])
 
     async def process(self, request: dict[str, Any]) -> ClusterCSR:
-        """Return the finished request."""
         async with self.running():
             name = self.cluster.put(request)
             await until(lambda: self.cluster.find(name).finished, "a decision")
@@ -127,12 +124,9 @@ def world() -> World:
 
 
 async def test_request_of_a_pod_is_approved_and_signed(world: World) -> None:
-    """With the requested names and lifetime, the SPIFFE ID and the chain, and an entry in the audit log."""
     with structlog.testing.capture_logs() as logs:
         csr = await world.process(item())
-    approved = csr.condition(APPROVED)
-    assert approved is not None
-    assert str(approved) == f"PolicyAllows: {NAME}, {pki.SPIFFE} for 1h, by built-in"
+    assert str(csr.condition(APPROVED)) == f"PolicyAllows: {NAME}, {pki.SPIFFE} for 1h, by built-in"
     leaf, intermediate = decode_certificates(csr.certificate)
     assert names_of(leaf.extensions) == pki.names(NAME, pki.SPIFFE)
     assert leaf.not_valid_after_utc == pki.NOW + pki.HOUR
@@ -146,13 +140,11 @@ async def test_request_of_a_pod_is_approved_and_signed(world: World) -> None:
 
 
 async def test_request_without_names_and_lifetime_gets_the_defaults(world: World) -> None:
-    """Like a volume without attributes."""
     leaf, _ = decode_certificates((await world.process(item(pem(), seconds=None, usages=["server auth"]))).certificate)
     assert names_of(leaf.extensions) == pki.names(NAME, f"{NAME}.cluster.local", pki.SPIFFE)
     assert leaf.not_valid_after_utc == pki.NOW + 24 * pki.HOUR
-    assert list(leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [
-        ExtendedKeyUsageOID.SERVER_AUTH
-    ]
+    usages = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert list(usages) == [ExtendedKeyUsageOID.SERVER_AUTH]
 
 
 @pytest.mark.parametrize(
@@ -167,8 +159,7 @@ async def test_rejected_request_is_denied_with_a_pod_event(
     request_item: dict[str, Any], reason: Reason, namespace: str, world: World
 ) -> None:
     denied = await world.process_denied(request_item)
-    assert denied.reason == reason.word
-    assert denied.message
+    assert (denied.reason, bool(denied.message)) == (reason.word, True)
     assert world.events.recorded == [(f"pod {namespace}/edge-0", reason.word)]
     assert world.results == [reason]
 
@@ -190,58 +181,45 @@ async def test_request_that_the_policy_does_not_allow_is_denied(
     request_item: dict[str, Any], text: str, world: World
 ) -> None:
     denied = await world.process_denied(request_item)
-    assert denied.reason == "NameNotAllowed"
-    assert text in denied.message
+    assert (denied.reason, text in denied.message) == ("NameNotAllowed", True)
 
 
 async def test_request_of_an_account_on_the_deny_list_is_denied(world: World) -> None:
-    """With the administrator's reason."""
     denial = DenyListEntry(RuleMatch(("web",), ("*",)), "its key was in a bug report")
     world.policy = Policy("cluster.local", "cluster.local", denials=(denial,))
     denied = await world.process_denied(item())
-    assert denied.reason == "ServiceAccountDenied"
-    assert "its key was in a bug report" in denied.message
+    assert (denied.reason, denial.reason in denied.message) == ("ServiceAccountDenied", True)
 
 
 async def test_requests_for_other_signers_are_ignored(world: World) -> None:
-    """Even if the watch delivers them."""
     other = world.cluster.put(item(signer="example.com/other"))
     await world.process(item())
-    assert world.cluster.find(other).conditions == ()
-    assert not world.cluster.find(other).certificate
+    assert (world.cluster.find(other).conditions, world.cluster.find(other).certificate) == ((), b"")
 
 
 async def test_requests_of_one_account_are_rate_limited(world: World) -> None:
-    """Requests of other accounts are not affected."""
     world.pods.pods["web", "other-0"] = LivePod("other-uid", "other", "node-a", terminating=False)
-    other = item(
-        username="system:serviceaccount:web:other", extra={**EXTRA, "pod-name": ["other-0"], "pod-uid": ["other-uid"]}
-    )
+    extra = {**EXTRA, "pod-name": ["other-0"], "pod-uid": ["other-uid"]}
+    other = item(username="system:serviceaccount:web:other", extra=extra)
     async with world.running():
         names = [world.cluster.put(item()) for _ in range(ACCOUNT_RATE.burst + 30)]
         last = world.cluster.put(other)
         await until(lambda: all(world.cluster.find(name).finished for name in [*names, last]), "decisions", 60)
     denied = [one for name in names if (one := world.cluster.find(name).condition(DENIED))]
-    assert len(denied) >= 10
-    assert {one.reason for one in denied} == {"TooManyRequests"}
+    assert (len(denied) >= 10, {one.reason for one in denied}) == (True, {"TooManyRequests"})
     assert world.cluster.find(last).certificate
 
 
 async def test_manual_approval_does_not_override_the_policy(world: World) -> None:
-    """A request that is not allowed fails; an allowed request is signed, as after a crash between approval and signing."""
-    approved = [{"type": APPROVED, "reason": "KubectlApprove", "message": ""}]
-    bad = world.cluster.put({**item(pem("shop.example.com")), "status": {"conditions": approved}})
-    good = world.cluster.put({**item(), "status": {"conditions": approved}})
+    bad = world.cluster.put({**item(pem("shop.example.com")), "status": {"conditions": APPROVED_BY_HAND}})
+    good = world.cluster.put({**item(), "status": {"conditions": APPROVED_BY_HAND}})
     async with world.running():
         await until(lambda: all(world.cluster.find(name).finished for name in (bad, good)), "decisions")
-    failed = world.cluster.find(bad).condition(FAILED)
-    assert failed is not None
-    assert failed.reason == "NameNotAllowed"
+    assert str(world.cluster.find(bad).condition(FAILED)).startswith("NameNotAllowed: ")
     assert world.cluster.find(good).certificate
 
 
 async def test_manual_denial_is_kept(world: World) -> None:
-    """Even if it comes while the request is processed."""
     denied = [{"type": DENIED, "reason": "ByHand", "message": ""}]
 
     class Late(FakePods):
@@ -258,11 +236,10 @@ async def test_manual_denial_is_kept(world: World) -> None:
 
 async def test_request_that_is_approved_during_its_denial_fails(world: World) -> None:
     """An approved request cannot be denied."""
-    approved = [{"type": APPROVED, "reason": "KubectlApprove", "message": ""}]
     decide = world.cluster.decide
 
     async def late(csr: ClusterCSR, condition: CSRCondition) -> ClusterCSR:
-        world.cluster.objects[csr.name]["status"] = {"conditions": approved}  # before the watch delivers it
+        world.cluster.objects[csr.name]["status"] = {"conditions": APPROVED_BY_HAND}  # before the watch delivers it
         return await decide(csr, condition)
 
     world.cluster.decide = late  # type: ignore[method-assign]  # another approver is faster
@@ -271,7 +248,6 @@ async def test_request_that_is_approved_during_its_denial_fails(world: World) ->
 
 
 async def test_approval_that_the_watch_delivers_late_does_not_sign_again(world: World) -> None:
-    """The certificate was written before the watch delivers the approval."""
     csr = await world.process(item())
     async with world.running():
         stale = {**world.cluster.objects[csr.name], "status": {"conditions": [{"type": APPROVED}]}}
@@ -300,15 +276,13 @@ async def test_approval_that_the_watch_delivers_during_signing_does_not_sign_aga
     world.cluster.set_certificate = set_certificate_unnoticed  # type: ignore[method-assign]  # the watch lags
     async with world.running():
         for number in range(1, 4):
-            name = world.cluster.put(item())
-            await until(lambda name=name: world.cluster.find(name).finished, "a decision")  # type: ignore[misc]
+            world.cluster.put(item())
             await until(lambda number=number: len(world.results) >= number, "its result")  # type: ignore[misc]
     assert world.cluster.answers == 3
     assert world.results == [None] * 3
 
 
 async def test_retryable_failure_is_retried(world: World) -> None:
-    """An unavailable CA denies no request."""
     world.ca.unavailable = True
     async with world.running():
         name = world.cluster.put(item())
@@ -321,7 +295,6 @@ async def test_retryable_failure_is_retried(world: World) -> None:
 
 
 async def test_requests_of_the_authority_need_no_pod(world: World) -> None:
-    """The policy allowed their names before. They get exactly these names."""
     csr = await world.process(item(pem("shop.example.com"), username=AUTHORITY, extra={}))
     leaf, _ = decode_certificates(csr.certificate)
     assert names_of(leaf.extensions) == pki.names("shop.example.com")
@@ -336,7 +309,6 @@ async def test_requests_of_the_authority_must_have_valid_content(request_pem: by
     "username", ["system:serviceaccount:certmount:default", "certmount-authority", f"{AUTHORITY}:x", "", USERNAME]
 )
 async def test_requests_of_others_are_not_taken_for_the_authoritys(username: str, world: World) -> None:
-    """With any labels: the complete user name counts, which the API server records."""
     labels = {"app.kubernetes.io/managed-by": "certmount", "certmount.dev/issuer": "own"}
     denied = await world.process_denied(item(pem("shop.example.com"), username=username, labels=labels))
     assert denied.reason in ("NameNotAllowed", "TokenRejected")

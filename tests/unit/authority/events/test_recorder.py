@@ -46,7 +46,6 @@ class World:
         self.aggregator.add(pod, warning=True, reason=reason, message=message, now=self.now)
 
     def write(self) -> AggregatedEvent | None:
-        """Write the event that is due now."""
         event = self.aggregator.take(self.now)
         if event is not None:
             count = event.count if event.written else 1
@@ -54,7 +53,6 @@ class World:
         return event
 
     def next(self) -> AggregatedEvent:
-        """Advance the clock to the next due event and write it."""
         wait = self.aggregator.wait(self.now)
         assert wait is not None
         self.now += wait
@@ -68,7 +66,6 @@ def another(number: int) -> PodIdentity:
 
 
 def test_repeats_are_counted_at_growing_intervals() -> None:
-    """An event every second for ten minutes causes one event and four updates of its count."""
     world = World()
     writes = []
     for second in range(600):
@@ -97,7 +94,6 @@ def test_another_message_reason_pod_or_window_is_another_event() -> None:
 
 
 def test_replicas_use_the_same_event_name_within_a_window() -> None:
-    """The second replica then counts the event of the first."""
     one, other = World(START + 1), World(START + 599)
     for world in (one, other):
         world.add()
@@ -117,7 +113,6 @@ def test_event_names_are_valid_object_names(pod_name: str, message: str) -> None
 
 
 def test_events_of_one_pod_are_limited() -> None:
-    """Even if each has another message. Events of other pods are written."""
     world = World()
     for number in range(100):
         world.add(f"no rule allows {number}.example.com")
@@ -153,7 +148,6 @@ def test_old_events_are_dropped_after_an_outage() -> None:
 
 
 def test_rejected_event_and_its_repeats_are_dropped() -> None:
-    """The API server rejects events of a namespace that is being deleted."""
     world = World()
     world.add()
     event = world.aggregator.take(world.now)
@@ -179,7 +173,6 @@ def test_rejected_event_and_its_repeats_are_dropped() -> None:
     ],
 )
 def test_messages_contain_no_control_characters_tokens_and_keys(message: str, expected: str) -> None:
-    """Neither complete nor truncated tokens."""
     assert sanitize(message) == expected
 
 
@@ -271,7 +264,6 @@ async def test_recorded_event_is_written(events: PodEventRecorder, writer: Write
 async def test_recording_does_not_wait_for_the_api_server(
     events: PodEventRecorder, writer: Writer, registry: CollectorRegistry
 ) -> None:
-    """Events beyond the limit are dropped and counted."""
     writer.gate.clear()
     for number in range(MAX_EVENTS + 100):
         record(events, pod=another(number))
@@ -296,7 +288,6 @@ async def test_repeats_during_the_first_write_are_counted_later(
 
 
 async def test_events_are_written_after_an_outage(events: PodEventRecorder, writer: Writer, clock: Clock) -> None:
-    """New events cause no attempt during the backoff, and no event is lost."""
     writer.failure = CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, Fault("Event", "the API server cannot be reached"))
     record(events)
     await until(lambda: writer.attempts == 1, "the first attempt")

@@ -58,7 +58,6 @@ async def test_issuer_with_interim_certificates_is_pending_after_the_timeout(req
 
 
 def test_nodes_retry_older_requests_less_often() -> None:
-    """After 15 s to 60 s. A request that was issued, or that was not retried for an hour, starts again."""
     clock = Clock(0.0)
     interim, first = InterimCertificates(clock), csr()
 

@@ -75,13 +75,11 @@ def test_empty_file_contains_the_default_policy(text: str) -> None:
     ],
 )
 def test_invalid_policy_is_rejected_with_line_and_fault(content: str | bytes, words: str) -> None:
-    """Whether an administrator makes a mistake or an attacker writes the file."""
     with pytest.raises(CertmountError, match=f"InvalidPolicy: .*{re.escape(words)}"):
         read(content)
 
 
 def test_aliases_cannot_exhaust_memory() -> None:
-    """Aliases are rejected before they are expanded."""
     bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n"
         for before, name in zip("abcdefgh", "bcdefghi", strict=True)
@@ -93,7 +91,6 @@ def test_aliases_cannot_exhaust_memory() -> None:
 
 
 def test_rule_labels_contain_line_numbers() -> None:
-    """Decisions refer to the line in the file, with any comments and YAML styles."""
     text = "# ours\npolicy:\n# all\n- match: {namespaces: ['*'], serviceAccounts: ['*']}\n  allow: {}\n\n-\n  match:\n    namespaces: [a]\n    serviceAccounts: [b]\n  allow:\n    dns: [x.example]\n"
     assert [rule.label for rule in read(text).rules] == ["policy[0] (line 4)", "policy[1] (line 8)"]
 
@@ -130,7 +127,6 @@ def policy(volume: Volume, metrics: AuthorityMetrics) -> PolicyFile:
 
 
 async def test_missing_file_fails_the_start(policy: PolicyFile) -> None:
-    """The error names the file and the option."""
     with pytest.raises(CertmountError, match=r"policy\.yaml: cannot be read: No such file or directory; see --policy"):
         await policy.load()
     assert not policy.loaded
@@ -149,7 +145,6 @@ async def test_new_content_replaces_the_policy(volume: Volume, policy: PolicyFil
 
 
 async def test_on_change_gets_the_revision_of_each_new_policy(volume: Volume, metrics: AuthorityMetrics) -> None:
-    """The revision depends on the content only. A rejected policy has none."""
     revisions: list[str] = []
     file = PolicyFile(
         volume.file, metrics, trust_domain="cluster.local", cluster_domain="cluster.local", on_change=revisions.append
@@ -166,7 +161,6 @@ async def test_on_change_gets_the_revision_of_each_new_policy(volume: Volume, me
 async def test_invalid_content_keeps_the_policy_in_force(
     volume: Volume, policy: PolicyFile, registry: CollectorRegistry
 ) -> None:
-    """It is reported once for each content, and the next valid content is put in force."""
     volume.write(RULE.format("web"))
     await policy.load()
     assert registry.get_sample_value("certmount_policy_valid") == 1
@@ -193,7 +187,6 @@ async def test_missing_file_keeps_the_policy_in_force(volume: Volume, policy: Po
 
 
 async def test_changes_are_followed(volume: Volume, policy: PolicyFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rejected content is logged once, not at every check."""
     monkeypatch.setattr(policy_file, "_CHECK_S", 0.005)
     volume.write(RULE.format("web"))
     await policy.load()

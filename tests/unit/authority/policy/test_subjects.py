@@ -52,7 +52,6 @@ def cluster() -> Cluster:
 
 
 async def test_subject_has_services_and_namespace_labels(cluster: Cluster) -> None:
-    """All Services that select the pod, headless or not, sorted."""
     cluster.pods.put(pod(app="hello", tier="front"))
     cluster.services.put(service("web", {"app": "hello"}, clusterIP="10.96.0.7"))
     cluster.services.put(service("hello", {"app": "hello", "tier": "front"}, clusterIP="None"))
@@ -85,7 +84,6 @@ async def test_service_that_does_not_select_the_pod_is_ignored(other: dict[str, 
 
 
 async def test_label_values_are_compared_literally(cluster: Cluster) -> None:
-    """No value is a pattern, a list or a prefix."""
     cluster.pods.put(pod(**{"a": "*", "b": "x,y", "c": "ä", "d": "", "app.kubernetes.io/name": "x_Y.z-1"}))
     for name, selector in {
         "star": {"a": "*"},
@@ -103,7 +101,6 @@ async def test_label_values_are_compared_literally(cluster: Cluster) -> None:
 
 
 async def test_new_pod_with_the_same_name_is_another_pod(cluster: Cluster) -> None:
-    """The token of the old pod gets no names of the new pod, and the other way round."""
     cluster.pods.put(pod(app="hello"))
     cluster.services.put(service("hello", {"app": "hello"}))
     cluster.pods.remove(pod(app="hello"))
@@ -166,7 +163,6 @@ async def test_cancelled_lookup_leaves_no_waiter(cluster: Cluster) -> None:
 
 
 async def test_outdated_caches_are_not_used(cluster: Cluster) -> None:
-    """The error is retryable and has all reasons."""
     cluster.pods.put(pod(app="hello"))
     cluster.outdated = ["the cluster's pods are not known yet", "the cluster's services could not be followed for 70 s"]
     with pytest.raises(CertmountError, match=r"TokenReviewUnavailable: .*pods .*services .*70 s"):
@@ -193,7 +189,6 @@ LABELS = st.dictionaries(st.sampled_from("abcd"), st.sampled_from("xyz"), max_si
 def test_service_index_agrees_with_a_plain_comparison(
     labels: dict[str, str], history: list[tuple[str, dict[str, str] | None]]
 ) -> None:
-    """After any sequence of added, changed and deleted (None) Services."""
     services, current = ServiceCache(), dict[str, dict[str, str]]()
     for name, selector in history:
         if selector is None:
