@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TypeVar
 
 import structlog
@@ -30,10 +30,6 @@ _DIAGNOSE_AFTER_PROBLEM_S = 5.0
 _USAGES = {ExtendedKeyUsageOID.SERVER_AUTH: Usage.SERVER, ExtendedKeyUsageOID.CLIENT_AUTH: Usage.CLIENT}
 _MIN_RENEW_AFTER = timedelta(minutes=1)
 _CLOCK_TOLERANCE = timedelta(minutes=2)  # The issuer counts the lifetime from the time of its own clock
-
-
-def utc_now() -> datetime:
-    return datetime.now(UTC)
 
 
 @dataclass(eq=False)

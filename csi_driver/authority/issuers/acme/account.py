@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from acme import messages
@@ -27,24 +27,21 @@ from csi_driver.core.stored_secrets import StoredSecrets
 class AcmeAccount:
     """The account's key, and its URL at the CA."""
 
-    key: JWKEC
+    key: JWKEC = field(repr=False)
     url: str  # Empty until the CA knows the key
 
-    def __repr__(self) -> str:
-        return f"AcmeAccount({self.url})"
 
-
+@dataclass(eq=False)
 class AcmeAccounts:
     """Finds or creates the account of an issuer when it is first needed."""
 
-    def __init__(
-        self, configuration: AcmeConfiguration, credentials: CredentialReader, store: Store, executor: Executor
-    ) -> None:
-        self._configuration = configuration
-        self._credentials = credentials
-        self._store = store
-        self._executor = executor
-        identity = f"{configuration.directory}\n{configuration.email or ''}"
+    configuration: AcmeConfiguration
+    credentials: CredentialReader
+    store: Store
+    executor: Executor
+
+    def __post_init__(self) -> None:
+        identity = f"{self.configuration.directory}\n{self.configuration.email or ''}"
         self._value = f"account-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.json"
         self._account: AcmeAccount | None = None
         self._directory: messages.Directory | None = None
@@ -57,7 +54,7 @@ class AcmeAccounts:
                 try:
                     self._account = await self._register()
                 except AcmeProblem as problem:
-                    text = f"{self._configuration.directory} rejected the account: {problem.text}"
+                    text = f"{self.configuration.directory} rejected the account: {problem.text}"
                     raise issuer_unavailable("ACME account", text) from None
         client = self._client(self._account.key)
         client.use_account(self._account.url)
@@ -65,22 +62,22 @@ class AcmeAccounts:
 
     async def refresh_directory(self) -> None:
         client = await self.connect()
-        self._directory = await asyncio.get_running_loop().run_in_executor(self._executor, client.fetch_directory)
+        self._directory = await asyncio.get_running_loop().run_in_executor(self.executor, client.fetch_directory)
 
     def forget(self) -> None:
         self._account = None
 
     def _client(self, key: JWKEC) -> AcmeClient:
-        return AcmeClient(self._configuration.directory, key, self._configuration.ca_file, self._directory)
+        return AcmeClient(self.configuration.directory, key, self.configuration.ca_file, self._directory)
 
     async def _register(self) -> AcmeAccount:
         # Register even if the URL is known, so that a deactivated account is reported at the start.
-        account = await update(self._store, self._load_or_create)
+        account = await update(self.store, self._load_or_create)
         client = self._client(account.key)
-        external = self._configuration.external_account
-        mac_key = None if external is None else await self._credentials.read_text(external.key)
-        call = partial(register, client, account.key, self._configuration, mac_key)
-        url = await asyncio.get_running_loop().run_in_executor(self._executor, call)
+        external = self.configuration.external_account
+        mac_key = None if external is None else await self.credentials.read_text(external.key)
+        call = partial(register, client, account.key, self.configuration, mac_key)
+        url = await asyncio.get_running_loop().run_in_executor(self.executor, call)
         self._directory = client.directory
         if url == account.url:
             return account
@@ -89,13 +86,13 @@ class AcmeAccounts:
         async def save(stored: StoredSecrets) -> tuple[Values, None]:
             return {**stored.values, self._value: _encode(registered)}, None
 
-        await update(self._store, save)
+        await update(self.store, save)
         return registered
 
     async def _load_or_create(self, stored: StoredSecrets) -> tuple[Values | None, AcmeAccount]:
         # The key is stored before the CA gets it, so that two replicas that start together use one account.
         if self._value in stored.values:
-            return None, _decode(stored.values[self._value], self._store.name, self._value)
+            return None, _decode(stored.values[self._value], self.store.name, self._value)
         account = AcmeAccount(JWKEC(key=ec.generate_private_key(ec.SECP256R1())), "")
         return {**stored.values, self._value: _encode(account)}, account
 

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import dns.flags
@@ -32,14 +31,6 @@ _TTL_S = 60
 _INTERVAL_S = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class RecordLocation:
-    """The name of a record, and the zone that contains it."""
-
-    name: dns.name.Name
-    zone: dns.name.Name
-
-
 class ZoneFinder:
     """Looks up DNS. It caches nothing, because administrators fix DNS between two attempts."""
 
@@ -49,16 +40,17 @@ class ZoneFinder:
     async def primary(self) -> Nameserver:
         return await asyncio.to_thread(Nameserver.parse, self._configuration.server, "dns01.server")
 
-    async def locate(self, name: str) -> RecordLocation:
+    async def locate(self, name: str) -> tuple[dns.name.Name, dns.name.Name]:
+        """Return the name of the TXT record for a host name, and its zone."""
         record = await self._follow_cnames(dns.name.from_text(f"{_LABEL}.{name.removeprefix('*.')}"))
         if self._configuration.zone is None:
-            return RecordLocation(record, await self._find_zone(record))
+            return record, await self._find_zone(record)
         zone = dns.name.from_text(self._configuration.zone)
         if not record.is_subdomain(zone):
             problem = f"{_text(record)} is not in zone {_text(zone)}"
             hint = f"delegate it with a CNAME into {_text(zone)}, or omit zone"
             raise issuer_unavailable("dns01.zone", problem, hint)
-        return RecordLocation(record, zone)
+        return record, zone
 
     async def authoritative(self, zone: dns.name.Name) -> tuple[tuple[str, tuple[Nameserver, ...]], ...]:
         if self._configuration.nameservers:
@@ -151,9 +143,9 @@ class Dns01Solver:
             await self._zones.locate(name)
 
     async def prepare(self, name: str, token: str, key_authorization: str) -> ChallengeRecord:
-        location = await self._zones.locate(name)
+        record, zone = await self._zones.locate(name)
         value = b64encode(hashlib.sha256(key_authorization.encode("ascii")).digest()).decode("ascii")
-        return ChallengeRecord(self.kind, name, token, value, location.name.to_text(), location.zone.to_text())
+        return ChallengeRecord(self.kind, name, token, value, record.to_text(), zone.to_text())
 
     async def publish(self, challenges: Sequence[ChallengeRecord]) -> None:
         """Add the records, and wait until every server that the CA may query serves them."""

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,10 +19,10 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.issuers import Findings, IssuedCertificate, Issuer, IssuerRequest, issuer_unavailable
 from csi_driver.authority.issuers.acme.account import AcmeAccounts
-from csi_driver.authority.issuers.acme.chain import lets_encrypt_roots
+from csi_driver.authority.issuers.acme.certificates import RenewalInfoPoller, lets_encrypt_roots
 from csi_driver.authority.issuers.acme.client import AcmeProblem
 from csi_driver.authority.issuers.acme.config import AcmeConfiguration
-from csi_driver.authority.issuers.acme.context import AcmeContext, ChallengeSolver
+from csi_driver.authority.issuers.acme.context import AcmeContext, ChallengeSolver, LeaseLost, OrderStore
 from csi_driver.authority.issuers.acme.diagnostics import diagnose_acme
 from csi_driver.authority.issuers.acme.dns01 import Dns01Solver
 from csi_driver.authority.issuers.acme.http01 import MAX_STORE_AGE_S, Http01Solver
@@ -37,8 +38,6 @@ from csi_driver.authority.issuers.acme.order_rules import (
     remove_expired,
     request_order,
 )
-from csi_driver.authority.issuers.acme.order_store import LeaseLost, OrderStore
-from csi_driver.authority.issuers.acme.renewal import RenewalInfoPoller
 from csi_driver.authority.issuers.acme.state import AcmeState, OrderRecord, order_id
 from csi_driver.authority.issuers.dependencies import ChallengeRoutes, CredentialReader
 from csi_driver.authority.issuers.external_issuer import ends_at_root
@@ -58,39 +57,34 @@ _THREADS = 4
 _INTERVAL_S = 5.0
 _CHECK_ACCOUNT_S = 300.0
 _ACCOUNT_BACKOFF = Backoff(2.0, 300.0)
-_FILES_ONLY = CredentialReader()
 
 
+@dataclass(eq=False)
 class AcmeIssuer(Issuer):
     """One account at one CA. All replicas share ``store``; the state in memory is a copy of it."""
 
-    shares_certificates = True
+    name: str
+    configuration: AcmeConfiguration
+    store: Store
+    credentials: CredentialReader = CredentialReader()
+    _: KW_ONLY
+    routes: ChallengeRoutes | None = None
+    clock: Callable[[], float] = time.time
+    wait_s: float = _WAIT_S
+    lease_s: float = _LEASE_S
 
-    def __init__(
-        self,
-        name: str,
-        configuration: AcmeConfiguration,
-        store: Store,
-        credentials: CredentialReader = _FILES_ONLY,
-        *,
-        routes: ChallengeRoutes | None = None,
-        clock: Callable[[], float] = time.time,
-        wait_s: float = _WAIT_S,
-        lease_s: float = _LEASE_S,
-    ) -> None:
-        self._name = name
-        self._configuration = configuration
-        self.while_pending = configuration.while_pending
-        self._clock = clock
-        self._wait_s = wait_s if configuration.while_pending is None else min(wait_s, _INTERIM_WAIT_S)
-        self._lease_s = lease_s
-        executor = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"acme-{name}")
-        self._orders = OrderStore(store, clock)
-        self._accounts = AcmeAccounts(configuration, credentials, store, executor)
+    def __post_init__(self) -> None:
+        configuration, credentials, clock = self.configuration, self.credentials, self.clock
+        self.shares_certificates, self.while_pending = True, configuration.while_pending
+        if self.while_pending is not None:
+            self.wait_s = min(self.wait_s, _INTERIM_WAIT_S)
+        executor = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"acme-{self.name}")
+        self._orders = OrderStore(self.store, clock)
+        self._accounts = accounts = AcmeAccounts(configuration, credentials, self.store, executor)
+        solver = _solver(configuration, credentials, self.routes)
         self._context = AcmeContext(
-            configuration, credentials, self._orders, self._accounts, _solver(configuration, credentials, routes), executor,
-            clock, holder=uuid.uuid4().hex,
-        )  # fmt: skip
+            configuration, credentials, self._orders, accounts, solver, executor, clock, holder=uuid.uuid4().hex
+        )
         self.renewals = RenewalInfoPoller(self._context)
         self._processing: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
@@ -108,17 +102,17 @@ class AcmeIssuer(Issuer):
         return self._store_problem or self._account_problem
 
     async def issue(self, request: IssuerRequest) -> IssuedCertificate:
-        names = order_names(request, self._configuration)
+        names = order_names(request, self.configuration)
         own = order_id(names, public_bytes(request.csr.public_key))
-        deadline = time.monotonic() + self._wait_s
+        deadline = time.monotonic() + self.wait_s
         await self._read_roots()
-        step = functools.partial(request_order, order_id=own, names=names, csr=request.csr.der, now=self._clock())
+        step = functools.partial(request_order, order_id=own, names=names, csr=request.csr.der, now=self.clock())
         state = await self._orders.change(step)
         self._wake.set()
         while True:
             order = state.order(own)
             if order is None or order.abandoned:
-                backoff = state.backoff(names, self._clock())
+                backoff = state.backoff(names, self.clock())
                 if backoff is not None:
                     raise backoff_error(backoff, names)
                 fault = Fault(", ".join(names), "the order was removed; the next call creates a new one")
@@ -126,7 +120,7 @@ class AcmeIssuer(Issuer):
             if order.finished_at:
                 return self._certificate(order, state)
             remaining_s = deadline - time.monotonic()
-            if remaining_s <= 0 or order.retry_at - self._clock() > remaining_s:
+            if remaining_s <= 0 or order.retry_at - self.clock() > remaining_s:
                 raise pending_error(order)
             await self._orders.wait(min(1.0, remaining_s))
             state = await self._orders.read()
@@ -140,7 +134,7 @@ class AcmeIssuer(Issuer):
                     await self._assign_orders(group)
                     # Not wait_for: in Python 3.11 it loses a cancellation that arrives together with the event.
                     with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(min(_INTERVAL_S, self._lease_s / 4)):
+                        async with asyncio.timeout(min(_INTERVAL_S, self.lease_s / 4)):
                             await self._wake.wait()
                     self._wake.clear()
         finally:
@@ -160,7 +154,7 @@ class AcmeIssuer(Issuer):
         return None
 
     def renewals_due(self) -> tuple[str, ...]:
-        now = self._clock()
+        now = self.clock()
         certificates = self._orders.known.certificates
         return tuple(one.key_sha256 for one in certificates if one.renew_at <= now < one.not_after)
 
@@ -171,11 +165,11 @@ class AcmeIssuer(Issuer):
             hint = "add it to acme.roots; the certificate is stored for an hour"
             raise issuer_unavailable("acme.roots", problem, hint)
         tracked = state.certificate(order.id)
-        renew_after = None if tracked is None else timedelta(seconds=max(tracked.renew_at - self._clock(), 1.0))
+        renew_after = None if tracked is None else timedelta(seconds=max(tracked.renew_at - self.clock(), 1.0))
         return IssuedCertificate(order.chain, self._roots, renew_after, identity_included=False)
 
     async def _read_roots(self) -> None:
-        file = self._configuration.roots_file
+        file = self.configuration.roots_file
         if file is None:
             self._roots = await asyncio.to_thread(lets_encrypt_roots)
             return
@@ -188,7 +182,7 @@ class AcmeIssuer(Issuer):
     async def _assign_orders(self, group: asyncio.TaskGroup) -> None:
         """Claim orders, renew leases, and stop processing orders that other replicas have taken."""
         try:
-            now = self._clock()
+            now = self.clock()
             state = await self._orders.read(0.0)
             if self._claim(state, now) != state:
                 state = await self._orders.change(lambda newest: self._claim(newest, now))
@@ -204,7 +198,7 @@ class AcmeIssuer(Issuer):
             self._processing[own].cancel()
 
     def _claim(self, state: AcmeState, now: float) -> AcmeState:
-        return claim_orders(remove_expired(state, now), self._context.holder, now, self._lease_s, _MAX_HELD)
+        return claim_orders(remove_expired(state, now), self._context.holder, now, self.lease_s, _MAX_HELD)
 
     def _finished(self, own: str) -> None:
         self._processing.pop(own, None)
@@ -223,18 +217,18 @@ class AcmeIssuer(Issuer):
             text = "; ".join(str(fault) for fault in error.faults)
             await self._record_failure(own, functools.partial(after_failure, text=text), text)
         except Exception as error:
-            log.exception("unexpected error while processing an ACME order", issuer=self._name)
+            log.exception("unexpected error while processing an ACME order", issuer=self.name)
             text = f"unexpected error ({type(error).__name__}); see the authority's log"
             await self._record_failure(own, functools.partial(after_failure, text=text), text)
 
     async def _record_failure(self, own: str, after: Callable[..., AcmeState], text: str) -> None:
-        log.warning("ACME order failed", issuer=self._name, error=text)
+        log.warning("ACME order failed", issuer=self.name, error=text)
 
         def step(state: AcmeState) -> AcmeState:
             order = state.order(own)
             if order is None or order.holder != self._context.holder:
                 return state
-            return after(state, order, now=self._clock())
+            return after(state, order, now=self.clock())
 
         try:
             await self._orders.change(step)

@@ -18,11 +18,17 @@ from josepy.errors import Error as JoseError
 from requests import Response
 from requests.utils import parse_header_links
 
-from csi_driver.authority.issuers.acme.chain import certificate_id, check_chain, parse_chain, select_chain
+from csi_driver.authority.issuers.acme.certificates import (
+    CHECK_S,
+    certificate_id,
+    check_chain,
+    default_renewal_time,
+    fetch_window,
+    parse_chain,
+    select_chain,
+)
 from csi_driver.authority.issuers.acme.client import AcmeClient, AcmeProblem, retry_after_s
-from csi_driver.authority.issuers.acme.context import AcmeContext
-from csi_driver.authority.issuers.acme.order_store import held_order
-from csi_driver.authority.issuers.acme.renewal import default_renewal_time, fetch_window, next_check
+from csi_driver.authority.issuers.acme.context import AcmeContext, held_order
 from csi_driver.authority.issuers.acme.state import (
     AcmeState,
     ChallengeRecord,
@@ -194,7 +200,7 @@ class OrderProcessor:
         self, client: AcmeClient, leaf: x509.Certificate, order: OrderRecord, now: float
     ) -> TrackedCertificate:
         key_sha256 = hashlib.sha256(public_bytes(leaf.public_key())).hexdigest()  # type: ignore[arg-type]  # all keys have this method
-        identifier, renew_at, check_at = certificate_id(leaf), default_renewal_time(leaf), next_check(now)
+        identifier, renew_at, check_at = certificate_id(leaf), default_renewal_time(leaf), now + CHECK_S
         try:
             window = await self._context.in_thread(fetch_window, client, identifier, now)
         except (AcmeProblem, CertmountError) as error:

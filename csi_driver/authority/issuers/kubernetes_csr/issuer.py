@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 
 import structlog
 
+from csi_driver.authority.ca.authority import utc_now
 from csi_driver.authority.issuers import Findings, IssuedCertificate, IssuerRequest
 from csi_driver.authority.issuers.dependencies import CredentialReader, CSRAccess
 from csi_driver.authority.issuers.external_issuer import (
@@ -16,7 +17,6 @@ from csi_driver.authority.issuers.external_issuer import (
     check_certificate,
     ends_at_root,
     issued_certificate,
-    utc_now,
 )
 from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConfiguration
 from csi_driver.authority.issuers.kubernetes_csr.diagnostics import KubernetesCSRDiagnosis, diagnose_kubernetes_csr

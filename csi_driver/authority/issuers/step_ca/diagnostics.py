@@ -39,22 +39,22 @@ class StepCADiagnosis:
     key: ProvisionerKey | None = None  # None unless it belongs to the provisioner
 
 
+@dataclass(eq=False)
 class ProvisionerKeyLoader:
     """Loads the provisioner's private key. It decrypts the key only if it changed, because decryption is slow."""
 
-    def __init__(self, configuration: StepCAConfiguration, credentials: CredentialReader) -> None:
-        self._configuration = configuration
-        self._credentials = credentials
-        self._content: tuple[Secret[bytes], Secret[bytes] | None] | None = None
-        self._key: ProvisionerKey | None = None
+    configuration: StepCAConfiguration
+    credentials: CredentialReader
+    _content: tuple[Secret[bytes], Secret[bytes] | None] | None = None
+    _key: ProvisionerKey | None = None
 
     async def load(self, provisioner: Provisioner) -> ProvisionerKey:
         """Raise CertmountError IssuerUnavailable if it can't be read; ValueError, in words that follow "is", if invalid."""
-        source, password_source = self._configuration.key, self._configuration.password
-        content = await self._credentials.read(source) if source is not None else provisioner.encrypted_key
+        source, password_source = self.configuration.key, self.configuration.password
+        content = await self.credentials.read(source) if source is not None else provisioner.encrypted_key
         if content is None:
             raise ValueError("not published by step-ca for this provisioner; set key")
-        password = await self._credentials.read(password_source) if password_source is not None else None
+        password = await self.credentials.read(password_source) if password_source is not None else None
         if self._key is None or (content, password) != self._content:
             self._key = await asyncio.to_thread(load_provisioner_key, content, password)
             self._content = (content, password)

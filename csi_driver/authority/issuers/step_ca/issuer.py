@@ -11,6 +11,7 @@ from datetime import datetime
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from csi_driver.authority.ca.authority import utc_now
 from csi_driver.authority.issuers import Findings, IssuedCertificate, IssuerRequest
 from csi_driver.authority.issuers.dependencies import CredentialReader
 from csi_driver.authority.issuers.external_issuer import (
@@ -18,7 +19,6 @@ from csi_driver.authority.issuers.external_issuer import (
     check_certificate,
     ends_at_root,
     issued_certificate,
-    utc_now,
 )
 from csi_driver.authority.issuers.http_client import HttpError, JsonResponse
 from csi_driver.authority.issuers.step_ca.client import StepCAClient, parse_signed_chain

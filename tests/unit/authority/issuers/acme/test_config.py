@@ -11,7 +11,7 @@ import yaml
 from cryptography import x509
 
 from csi_driver.authority.issuers import Issuer
-from csi_driver.authority.issuers.acme.chain import lets_encrypt_roots
+from csi_driver.authority.issuers.acme.certificates import lets_encrypt_roots
 from csi_driver.authority.issuers.acme.config import (
     PRODUCTION,
     STAGING,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.authority.issuers.acme.order_store import LeaseLost, OrderStore
+from csi_driver.authority.issuers.acme.context import LeaseLost, OrderStore
 from csi_driver.authority.issuers.acme.state import MAX_BYTES, AcmeState
 from csi_driver.authority.storage import DirectoryStore
 from csi_driver.core.errors import CertmountError, Reason

@@ -11,9 +11,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.authority.issuers.acme.chain import certificate_id, check_chain, parse_chain
+from csi_driver.authority.issuers.acme.certificates import (
+    RenewalWindow,
+    certificate_id,
+    check_chain,
+    default_renewal_time,
+    parse_chain,
+)
 from csi_driver.authority.issuers.acme.client import AcmeProblem
-from csi_driver.authority.issuers.acme.renewal import RenewalWindow, default_renewal_time
 from csi_driver.core.certificates.csr import build_csr
 from csi_driver.core.names import DNSName, Names
 

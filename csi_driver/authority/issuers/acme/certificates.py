@@ -1,28 +1,107 @@
-"""When to renew a certificate: as the CA suggests (ARI, RFC 9773), or a fixed time before it expires."""
+"""Certificates of the CA: which chain to select, and when to renew: as the CA suggests (RFC 9773), or before the end."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import functools
 import random
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 
 import structlog
 from acme import messages
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.utils import CryptographyDeprecationWarning
+from cryptography.x509.oid import NameOID
 from josepy.errors import Error as JoseError
+from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
 from csi_driver.authority.issuers.acme.client import AcmeClient, AcmeProblem, retry_after_s
 from csi_driver.authority.issuers.acme.context import AcmeContext
 from csi_driver.authority.issuers.acme.state import AcmeState
+from csi_driver.core.certificates.csr import names_of
+from csi_driver.core.certificates.keys import public_bytes
+from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
 from csi_driver.core.errors import CertmountError
 
+_MAX_CERTIFICATES = 10
+_LETS_ENCRYPT = "Internet Security Research Group"
 log = structlog.get_logger(__name__)
-
 _LEAD = timedelta(days=30)
-_CHECK_S = 6 * 3600.0  # Between requests for renewal information without Retry-After (RFC 9773 section 4.3)
+CHECK_S = 6 * 3600.0  # Between requests for renewal information without Retry-After (RFC 9773 section 4.3)
 _MIN_CHECK_S, _MAX_CHECK_S = 60.0, 24 * 3600.0
 _INTERVAL_S = 60.0
+
+
+def parse_chain(pem: str) -> tuple[x509.Certificate, ...]:
+    try:
+        chain = tuple(x509.load_pem_x509_certificates(pem.encode("ascii")))
+    except (UnicodeEncodeError, *PARSE_ERRORS):
+        raise AcmeProblem("", "the response is not a certificate chain") from None
+    if len(chain) > _MAX_CERTIFICATES:
+        raise AcmeProblem("", f"the chain has {len(chain)} certificates; expected at most {_MAX_CERTIFICATES}")
+    return chain
+
+
+def select_chain(chains: Sequence[tuple[x509.Certificate, ...]], preferred: str | None) -> tuple[x509.Certificate, ...]:
+    for chain in chains:
+        names = chain[-1].issuer.get_attributes_for_oid(NameOID.COMMON_NAME)
+        if any(name.value == preferred for name in names):
+            return chain
+    return chains[0]
+
+
+def check_chain(chain: Sequence[x509.Certificate], csr: bytes) -> None:
+    request = x509.load_der_x509_csr(csr)
+    try:
+        names = {name.text for name in names_of(chain[0].extensions)}
+        same_key = public_bytes(chain[0].public_key()) == public_bytes(request.public_key())  # type: ignore[arg-type]  # all keys have this method
+    except PARSE_ERRORS:
+        raise AcmeProblem("", "the certificate cannot be parsed") from None
+    expected = {name.text for name in names_of(request.extensions)}
+    if not same_key:
+        raise AcmeProblem("", "the certificate is for another key")
+    if names != expected:
+        problem = f"the certificate is for {', '.join(sorted(names))}, not {', '.join(sorted(expected))}"
+        raise AcmeProblem("", problem)
+
+
+def certificate_id(leaf: x509.Certificate) -> str:
+    """Return the identifier for renewal information (RFC 9773 section 4.1); empty without an authority key identifier."""
+    try:
+        authority = leaf.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
+    except (x509.ExtensionNotFound, *PARSE_ERRORS):
+        authority = None
+    if authority is None:
+        return ""
+    serial = leaf.serial_number.to_bytes(leaf.serial_number.bit_length() // 8 + 1, "big")
+    return ".".join(base64.urlsafe_b64encode(part).decode("ascii").rstrip("=") for part in (authority, serial))
+
+
+@functools.cache
+def lets_encrypt_roots() -> tuple[bytes, ...]:
+    """Return Let's Encrypt's own roots (X.509 DER) among the roots that verify connections to public CAs."""
+    return tuple(
+        root.public_bytes(Encoding.DER)
+        for root in _parse_bundle(Path(DEFAULT_CA_BUNDLE_PATH).read_bytes())
+        if any(name.value == _LETS_ENCRYPT for name in root.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME))
+    )
+
+
+def _parse_bundle(pem: bytes) -> Iterable[x509.Certificate]:
+    end = b"-----END CERTIFICATE-----"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CryptographyDeprecationWarning)  # some roots don't follow today's rules
+        for block in pem.split(end)[:-1]:
+            try:
+                yield x509.load_pem_x509_certificate(block[block.index(b"-----BEGIN") :] + end)
+            except PARSE_ERRORS:
+                continue  # an unsupported root must not disable the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +136,8 @@ def fetch_window(client: AcmeClient, certificate_id: str, now: float) -> Renewal
     except (JoseError, ValueError, AttributeError):
         raise AcmeProblem("", "the renewal information cannot be parsed") from None
     delay_s = retry_after_s(response)
-    delay_s = _CHECK_S if delay_s is None else delay_s
+    delay_s = CHECK_S if delay_s is None else delay_s
     return RenewalWindow(start, end, now + min(max(delay_s, _MIN_CHECK_S), _MAX_CHECK_S))
-
-
-def next_check(now: float) -> float:
-    return now + _CHECK_S
 
 
 class RenewalInfoPoller:
@@ -91,7 +166,7 @@ class RenewalInfoPoller:
             for one in state.certificates:
                 if one.check_at <= now < one.not_after:
                     due.append(one.certificate_id)
-                    state = state.with_certificate(replace(one, check_at=next_check(now)))
+                    state = state.with_certificate(replace(one, check_at=now + CHECK_S))
             return state
 
         await orders.change(postpone)  # so that only one replica fetches each
