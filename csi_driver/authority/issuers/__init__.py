@@ -78,13 +78,10 @@ class Issuer(ABC):
 
     @abstractmethod
     async def issue(self, request: IssuerRequest) -> IssuedCertificate:
-        """Return the certificate.
+        """Return the certificate. An external issuer accepts requests while :meth:`run` is running.
 
-        An external issuer accepts requests while :meth:`run` is running.
-
-        Raises:
-            CertmountError: NameNotAllowed if the issuer doesn't sign such a request; IssuancePending if signing takes
-                longer than the call: the next call with the same request continues it; else IssuerUnavailable.
+        Raises CertmountError NameNotAllowed if the issuer doesn't sign such a request, IssuancePending if the next call
+        with the same request continues the work, or IssuerUnavailable.
         """
 
     async def run(self) -> None:

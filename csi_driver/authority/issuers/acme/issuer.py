@@ -28,7 +28,6 @@ from csi_driver.authority.issuers.acme.dns01 import Dns01Solver
 from csi_driver.authority.issuers.acme.http01 import MAX_STORE_AGE_S, Http01Solver
 from csi_driver.authority.issuers.acme.order import OrderProcessor
 from csi_driver.authority.issuers.acme.order_rules import (
-    after_failure,
     after_problem,
     backoff_error,
     claim_orders,
@@ -81,10 +80,8 @@ class AcmeIssuer(Issuer):
         executor = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"acme-{self.name}")
         self._orders = OrderStore(self.store, clock)
         self._accounts = accounts = AcmeAccounts(configuration, credentials, self.store, executor)
-        solver = _solver(configuration, credentials, self.routes)
-        self._context = AcmeContext(
-            configuration, credentials, self._orders, accounts, solver, executor, clock, holder=uuid.uuid4().hex
-        )
+        services = (self._orders, accounts, self._solver(), executor, clock)
+        self._context = AcmeContext(configuration, credentials, *services, holder=uuid.uuid4().hex)
         self.renewals = RenewalInfoPoller(self._context)
         self._processing: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
@@ -212,23 +209,22 @@ class AcmeIssuer(Issuer):
         except AcmeProblem as problem:
             if problem.code == "accountDoesNotExist":
                 self._accounts.forget()
-            await self._record_failure(own, functools.partial(after_problem, problem=problem), problem.text)
+            await self._record_failure(own, problem)
         except CertmountError as error:
-            text = "; ".join(str(fault) for fault in error.faults)
-            await self._record_failure(own, functools.partial(after_failure, text=text), text)
+            await self._record_failure(own, AcmeProblem("", "; ".join(str(fault) for fault in error.faults)))
         except Exception as error:
             log.exception("unexpected error while processing an ACME order", issuer=self.name)
             text = f"unexpected error ({type(error).__name__}); see the authority's log"
-            await self._record_failure(own, functools.partial(after_failure, text=text), text)
+            await self._record_failure(own, AcmeProblem("", text))
 
-    async def _record_failure(self, own: str, after: Callable[..., AcmeState], text: str) -> None:
-        log.warning("ACME order failed", issuer=self.name, error=text)
+    async def _record_failure(self, own: str, problem: AcmeProblem) -> None:
+        log.warning("ACME order failed", issuer=self.name, error=problem.text)
 
         def step(state: AcmeState) -> AcmeState:
             order = state.order(own)
             if order is None or order.holder != self._context.holder:
                 return state
-            return after(state, order, now=self.clock())
+            return after_problem(state, order, problem, self.clock())
 
         try:
             await self._orders.change(step)
@@ -251,12 +247,9 @@ class AcmeIssuer(Issuer):
                 self._account_problem, failures = None, 0
                 await asyncio.sleep(_CHECK_ACCOUNT_S)
 
-
-def _solver(
-    configuration: AcmeConfiguration, credentials: CredentialReader, routes: ChallengeRoutes | None
-) -> ChallengeSolver:
-    if configuration.dns01 is not None:
-        return Dns01Solver(configuration.dns01, credentials)
-    if configuration.http01 is not None:
-        return Http01Solver(configuration.http01, routes)
-    raise CertmountError(Reason.INVALID_REQUEST, Fault("acme", "sets neither dns01 nor http01"))
+    def _solver(self) -> ChallengeSolver:
+        if self.configuration.dns01 is not None:
+            return Dns01Solver(self.configuration.dns01, self.credentials)
+        if self.configuration.http01 is not None:
+            return Http01Solver(self.configuration.http01, self.routes)
+        raise CertmountError(Reason.INVALID_REQUEST, Fault("acme", "sets neither dns01 nor http01"))

@@ -29,6 +29,7 @@ _KEEP_BACKOFF_S = 86400.0  # After its end, to count consecutive failures
 
 
 def after_problem(state: AcmeState, order: OrderRecord, problem: AcmeProblem, now: float) -> AcmeState:
+    """Return the state after an order failed: at the CA, or without a code for any other transient reason."""
     key = names_id(order.names)
     if problem.code == "rateLimited" or problem.status in (429, 503):
         # 503 means that the CA is overloaded; a rate limit applies to these names or this account.
@@ -48,10 +49,6 @@ def after_problem(state: AcmeState, order: OrderRecord, problem: AcmeProblem, no
     text = f"{problem.text} ({problem.code})"
     until = now + _NAMES_RETRY.delay_s(failures)
     return _back_off(state, order, NamesBackoff(key, until, failures, reason.word, text))
-
-
-def after_failure(state: AcmeState, order: OrderRecord, text: str, now: float) -> AcmeState:
-    return state.with_order(_retry(order, text, now))
 
 
 def backoff_error(backoff: NamesBackoff, names: Sequence[str]) -> CertmountError:

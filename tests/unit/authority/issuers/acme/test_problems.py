@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from csi_driver.authority.issuers.acme.client import AcmeProblem
-from csi_driver.authority.issuers.acme.order_rules import after_failure, after_problem, backoff_error, pending_error
+from csi_driver.authority.issuers.acme.order_rules import after_problem, backoff_error, pending_error
 from csi_driver.authority.issuers.acme.state import AcmeState
 from csi_driver.core.errors import Reason
 from tests.unit.authority.issuers.acme.samples import CHALLENGE, NAMES, NOW, order
@@ -91,7 +91,7 @@ def test_transient_failures_are_retried_and_reported() -> None:
     state, delays = AcmeState((order(),)), []
     for _ in range(9):
         (known,) = state.orders
-        state = after_failure(state, known, "DNS server 192.0.2.1: does not respond in time", NOW)
+        state = after_problem(state, known, AcmeProblem("", "DNS server 192.0.2.1: does not respond in time"), NOW)
         delays.append(state.orders[0].retry_at - NOW)
     assert delays == [5, 10, 20, 40, 80, 160, 300, 300, 300]
     error = pending_error(state.orders[0])
