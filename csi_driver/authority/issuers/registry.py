@@ -30,9 +30,8 @@ _External = dict[IssuerDeclaration, Issuer]
 class IssuerRegistry(Mapping[str, Issuer]):
     """Issuers by name. If a declaration does not change, its issuer stays the same object when the file is reloaded.
 
-    ``on_roots`` gets an issuer's name and its roots (X.509 DER, never empty) when they become known and when they change.
-    It is not called for a removed issuer, whose pods keep their certificates and roots. ``on_load`` gets whether new
-    content of the file was accepted. ``on_due`` gets :attr:`renewals_due` every second.
+    ``on_roots`` gets a name and roots (X.509 DER, never empty) when they become known or change. It is not called for a
+    removed issuer, whose pods keep their roots. ``on_load`` gets whether new content of the file was accepted.
     """
 
     file: Path | None
@@ -41,7 +40,7 @@ class IssuerRegistry(Mapping[str, Issuer]):
     _: KW_ONLY
     on_roots: Callable[[str, tuple[bytes, ...]], None]
     on_load: Callable[[bool], None]
-    on_due: Callable[[frozenset[str]], None]
+    on_due: Callable[[frozenset[str]], None]  # Gets `renewals_due` every second
     kinds: Mapping[str, IssuerKind] = field(default_factory=lambda: ISSUER_KINDS)
 
     def __post_init__(self) -> None:
@@ -54,10 +53,8 @@ class IssuerRegistry(Mapping[str, Issuer]):
             def read() -> Contents:
                 return {str(file): read_file(file, MAX_BYTES, Reason.INVALID_ISSUERS, "check --issuers")}
 
-            rejected = functools.partial(self.on_load, False)
-            self._watched = WatchedFile(
-                "issuers file", read, self._parse, on_change=self._replace, on_rejected=rejected
-            )
+            reject = functools.partial(self.on_load, False)
+            self._watched = WatchedFile("issuers file", read, self._parse, on_change=self._replace, on_rejected=reject)
 
     def __getitem__(self, name: str) -> Issuer:
         return self.internal if name == DEFAULT_ISSUER else self._by_name[name]

@@ -130,13 +130,11 @@ class Nameserver:
         zone = update.zone[0].name if update.zone else dns.name.root
         try:
             response = await dns.asyncquery.tcp(update, self.address, _TIMEOUT_S, self.port)
-        except dns.exception.DNSException as error:
+        except (OSError, EOFError, dns.exception.DNSException) as error:
             for kind, problem in _TSIG_ERRORS:
                 if isinstance(error, kind):
                     hint = "compare name, algorithm and secret of the key on both sides"
                     raise NotAuthorized(self, problem, hint) from None
-            raise self._unavailable(error) from None
-        except (OSError, EOFError) as error:
             raise self._unavailable(error) from None
         code = response.rcode()
         problem = f"returned {dns.rcode.to_text(code)} to an update of zone {zone}"

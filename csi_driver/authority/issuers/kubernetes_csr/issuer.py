@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 import structlog
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.ca.authority import utc_now
 from csi_driver.authority.issuers import Findings, IssuedCertificate, IssuerRequest
@@ -20,14 +24,17 @@ from csi_driver.authority.issuers.external_issuer import (
 )
 from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConfiguration
 from csi_driver.authority.issuers.kubernetes_csr.diagnostics import KubernetesCSRDiagnosis, diagnose_kubernetes_csr
-from csi_driver.authority.issuers.kubernetes_csr.request import (
-    REQUEST_LABEL,
-    csr_draft,
-    label_selector,
-    request_faults,
-    request_id,
+from csi_driver.core.certificates.keys import public_bytes
+from csi_driver.core.cluster.csr import (
+    APPROVED,
+    DIGITAL_SIGNATURE,
+    KEY_ENCIPHERMENT,
+    PURPOSES,
+    ClusterCSR,
+    CSRCondition,
+    CSRDraft,
 )
-from csi_driver.core.cluster.csr import APPROVED, ClusterCSR, CSRCondition
+from csi_driver.core.durations import format_duration
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import decode_certificates
 from csi_driver.kube.csr_cache import CSRCache
@@ -39,6 +46,10 @@ _WAIT_FOR_LIST_S = 5.0  # The existing requests must be known, or a second one w
 _KEEP_SIGNED = timedelta(minutes=10)  # The node retries every half minute
 _KEEP_APPROVED = timedelta(minutes=15)  # No signer takes longer, and Kubernetes keeps approved requests forever
 _KEEP_UNDECIDED = timedelta(hours=1)  # For manual approvals; the pod's next call creates another request
+ISSUER_LABEL, REQUEST_LABEL = "certmount.dev/issuer", "certmount.dev/request"
+_MANAGED = {"app.kubernetes.io/managed-by": "certmount"}
+_POD_ANNOTATION, _NAMES_ANNOTATION = "certmount.dev/pod", "certmount.dev/names"
+_MAX_ANNOTATION = 2048
 
 
 @dataclass(eq=False)
@@ -165,3 +176,53 @@ class KubernetesCSRIssuer(DiagnosedIssuer):
             problem = f"waits for approval: kubectl certificate approve {csr.name}"
         fault = Fault(f"issuer {self.name}", f"CertificateSigningRequest {csr.name} {problem}")
         return CertmountError(Reason.ISSUANCE_PENDING, fault)
+
+
+def label_selector(issuer: str) -> str:
+    return f"{ISSUER_LABEL}={issuer}"
+
+
+def request_faults(request: IssuerRequest, configuration: KubernetesCSRConfiguration) -> list[Fault]:
+    faults: list[Fault] = []
+    duration, minimum, maximum = request.grant.duration, configuration.min_duration, configuration.max_duration
+    if duration < minimum:
+        problem = f"{format_duration(duration)} is shorter than this issuer's minimum of {format_duration(minimum)}"
+        faults.append(Fault("duration", problem))
+    if maximum is not None and duration > maximum:
+        problem = f"{format_duration(duration)} is longer than this issuer's maximum of {format_duration(maximum)}"
+        faults.append(Fault("duration", problem))
+    if not len(request.csr.names):
+        # The signer gets the node's CSR, and the authority can't add names to that.
+        own = ", ".join(str(uri) for uri in request.grant.names.uris)
+        problem = "no name is requested, and a signer of the cluster signs only requested names"
+        faults.append(Fault("name", problem, f"set the names, for example uri-sans: {own}"))
+    return faults
+
+
+def request_id(request: IssuerRequest) -> str:
+    """Return a label value that is the same for the same request, so that every replica finds it."""
+    content = [
+        public_bytes(request.csr.public_key).hex(),
+        request.identity.pod_uid,
+        *(usage.value for usage in request.grant.usages),
+        str(request.grant.duration.total_seconds()),
+        *(str(name) for name in request.csr.names),
+    ]
+    return hashlib.sha256("\n".join(content).encode()).hexdigest()[:40]
+
+
+def csr_draft(issuer: str, configuration: KubernetesCSRConfiguration, request: IssuerRequest) -> CSRDraft:
+    account, is_rsa = request.identity.service_account, isinstance(request.csr.public_key, rsa.RSAPublicKey)
+    key_usages = (DIGITAL_SIGNATURE, KEY_ENCIPHERMENT) if is_rsa else (DIGITAL_SIGNATURE,)
+    return CSRDraft(
+        name_prefix=f"certmount-{issuer[:40]}-",
+        signer=configuration.signer,
+        request=x509.load_der_x509_csr(request.csr.der).public_bytes(Encoding.PEM),
+        usages=(*key_usages, *(PURPOSES[usage] for usage in request.grant.usages)),
+        expiration_s=int(request.grant.duration.total_seconds()),
+        labels={**_MANAGED, ISSUER_LABEL: issuer, REQUEST_LABEL: request_id(request)},
+        annotations={
+            _POD_ANNOTATION: f"{account.namespace}/{request.identity.pod_name}",
+            _NAMES_ANNOTATION: str(request.csr.names)[:_MAX_ANNOTATION],
+        },
+    )

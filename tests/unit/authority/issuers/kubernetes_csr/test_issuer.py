@@ -19,8 +19,12 @@ from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
 from csi_driver.authority.issuers.dependencies import CredentialReader, CSRAccess, IssuerDependencies
 from csi_driver.authority.issuers.kinds import make_issuer, read_issuers
 from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConfiguration
-from csi_driver.authority.issuers.kubernetes_csr.issuer import KubernetesCSRIssuer
-from csi_driver.authority.issuers.kubernetes_csr.request import ISSUER_LABEL, REQUEST_LABEL, request_id
+from csi_driver.authority.issuers.kubernetes_csr.issuer import (
+    ISSUER_LABEL,
+    REQUEST_LABEL,
+    KubernetesCSRIssuer,
+    request_id,
+)
 from csi_driver.core.certificates.csr import build_csr, parse_csr
 from csi_driver.core.certificates.keys import PrivateKey, generate_key
 from csi_driver.core.cluster.csr import APPROVED, DENIED, FAILED, ClusterCSR
