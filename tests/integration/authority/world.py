@@ -40,6 +40,7 @@ policy:
   allow: {dns: ["*.{namespace}.svc.{cluster_domain}"], uris: ["spiffe://{trust_domain}/extra/*"]}
 """
 POD = Pod()
+Metadata = Sequence[tuple[str, str]]
 NAME = "hello.default.svc.cluster.local"
 
 
@@ -183,15 +184,12 @@ class Caller:
         pod: Secret[str] | None = None,
         node: Secret[str] | None = None,
         duration: timedelta | Duration | None = None,
-        metadata: Sequence[tuple[str, str]] | None = None,
+        metadata: Metadata | None = None,
         **fields: Any,
     ) -> authority_pb2.IssueResponse:
         world = self._world
-        request = authority_pb2.IssueRequest(
-            csr=world.csr(NAME) if csr is None else csr,
-            pod_token=(pod or world.issuer.pod_token(POD)).reveal(),
-            **fields,
-        )
+        token = (pod or world.issuer.pod_token(POD)).reveal()
+        request = authority_pb2.IssueRequest(csr=world.csr(NAME) if csr is None else csr, pod_token=token, **fields)
         if isinstance(duration, timedelta):
             request.duration.FromTimedelta(duration)
         elif duration is not None:
@@ -199,10 +197,7 @@ class Caller:
         return await self.send(request, node, metadata)
 
     async def send(
-        self,
-        request: authority_pb2.IssueRequest,
-        node: Secret[str] | None = None,
-        metadata: Sequence[tuple[str, str]] | None = None,
+        self, request: authority_pb2.IssueRequest, node: Secret[str] | None = None, metadata: Metadata | None = None
     ) -> authority_pb2.IssueResponse:
         sent = self.bearer(node) if metadata is None else metadata
         return await self._stub.Issue(request, metadata=tuple(sent), timeout=30)

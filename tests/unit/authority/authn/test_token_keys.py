@@ -19,6 +19,10 @@ from tests.support.waiting import until
 from tests.unit.authority.clock import Clock
 
 
+def jwks(*entries: Any) -> PublishedKeys:
+    return PublishedKeys(ISSUER, json.dumps({"keys": entries}).encode())
+
+
 class Cluster:
     """Publishes keys."""
 
@@ -32,7 +36,7 @@ class Cluster:
         await asyncio.sleep(0)
         if self.unavailable:
             raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, "the API server cannot be reached")
-        return PublishedKeys(ISSUER, json.dumps({"keys": [issuer.jwk for issuer in self.issuers]}).encode())
+        return jwks(*(issuer.jwk for issuer in self.issuers))
 
 
 World = tuple[Cluster, Clock, TokenKeys]
@@ -44,10 +48,6 @@ async def world(issuer: TokenIssuer, metrics: AuthorityMetrics) -> World:
     keys = TokenKeys(cluster.fetch, metrics, clock)
     await keys.load()
     return cluster, clock, keys
-
-
-def jwks(*entries: Any) -> PublishedKeys:
-    return PublishedKeys(ISSUER, json.dumps({"keys": entries}).encode())
 
 
 async def test_new_key_is_fetched_when_a_token_uses_it(world: World, issuer: TokenIssuer) -> None:

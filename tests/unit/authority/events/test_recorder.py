@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
-import itertools
 import re
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -73,9 +71,7 @@ def test_repeats_are_counted_at_growing_intervals() -> None:
         world.add()
         if world.write():
             writes.append(second)
-    assert writes[0] == 0
-    pauses = [later - earlier for earlier, later in itertools.pairwise(writes)]
-    assert pauses == [30, 60, 120, 240]
+    assert writes == [0, 30, 90, 210, 450]
     assert len(world.aggregator) == 1
 
 
@@ -94,10 +90,10 @@ def test_another_message_reason_pod_or_window_is_another_event() -> None:
 
 
 def test_replicas_use_the_same_event_name_within_a_window() -> None:
-    one, other = World(START + 1), World(START + 599)
-    for world in (one, other):
+    worlds = World(START + 1), World(START + 599)
+    for world in worlds:
         world.add()
-    assert one.next().event.name == other.next().event.name
+    assert len({world.next().event.name for world in worlds}) == 1
 
 
 @given(st.from_regex(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", fullmatch=True), st.text())
@@ -105,11 +101,8 @@ def test_event_names_are_valid_object_names(pod_name: str, message: str) -> None
     """RFC 1123 subdomains of at most 253 characters."""
     world = World()
     world.add(message, pod=dataclasses.replace(HELLO, pod_name=pod_name))
-    name = world.next().event.name
-    assert len(name) <= 253
-    stem, _, digest = name.rpartition(".")
-    assert len(digest) == 16
-    assert stem[-1].isalnum()
+    stem, _, digest = world.next().event.name.rpartition(".")
+    assert (len(stem) <= 236, stem[-1].isalnum(), len(digest)) == (True, True, 16)
 
 
 def test_events_of_one_pod_are_limited() -> None:
@@ -129,10 +122,7 @@ def test_total_rate_and_memory_are_limited() -> None:
     for number in range(MAX_EVENTS + 5):
         world.add(pod=another(number))
     assert (len(world.aggregator), world.dropped) == (MAX_EVENTS, {"full": 5})
-    written = 0
-    while world.write():
-        written += 1
-    assert written == aggregator.BURST
+    assert len(list(iter(world.write, None))) == aggregator.BURST
     for _ in range(100):
         world.next()
     assert world.now - START == pytest.approx(100 / aggregator.RATE, abs=0.1)
@@ -179,8 +169,7 @@ def test_messages_contain_no_control_characters_tokens_and_keys(message: str, ex
 @given(st.text(max_size=3000))
 def test_messages_are_printable_and_at_most_1024_bytes(message: str) -> None:
     text = sanitize(message)
-    assert len(text.encode()) <= 1024
-    assert text.isprintable()
+    assert (len(text.encode()) <= 1024, text.isprintable()) == (True, True)
 
 
 def test_tokens_are_removed_before_messages_are_truncated() -> None:
@@ -218,17 +207,12 @@ class Writer:
 
 
 @pytest.fixture
-def registry() -> CollectorRegistry:
-    return CollectorRegistry()
-
-
-@pytest.fixture
 def clock() -> Clock:
     return Clock(START)
 
 
 @pytest.fixture
-def writer() -> Writer:
+async def writer() -> Writer:
     return Writer()
 
 
@@ -239,8 +223,7 @@ async def events(writer: Writer, registry: CollectorRegistry, clock: Clock) -> A
     yield events
     assert not task.done()
     task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    await asyncio.wait([task])
 
 
 def record(events: PodEventRecorder, message: str = "not allowed", pod: PodIdentity = HELLO) -> None:
@@ -251,13 +234,7 @@ async def test_recorded_event_is_written(events: PodEventRecorder, writer: Write
     record(events)
     await until(lambda: writer.created, "the event")
     event = writer.created[0]
-    assert (event.namespace, event.pod_name, event.pod_uid) == ("web", "hello-0", "pod-uid")
-    assert (event.warning, event.reason, event.message, event.first_at) == (
-        True,
-        "NameNotAllowed",
-        "not allowed",
-        START,
-    )
+    assert dataclasses.astuple(event)[1:] == ("web", "hello-0", "pod-uid", True, "NameNotAllowed", "not allowed", START)
     await until(lambda: registry.get_sample_value("certmount_events_written_total") == 1, "the count")
 
 
@@ -305,8 +282,8 @@ async def test_next_event_is_written_after_a_rejected_event(
 ) -> None:
     writer.failure = EventRejected("Event in namespace web: the API server answers 403")
     record(events)
-    name = "certmount_events_dropped_total"
-    await until(lambda: registry.get_sample_value(name, {"cause": "rejected"}) == 1, "the drop")
+    sample = "certmount_events_dropped_total", {"cause": "rejected"}
+    await until(lambda: registry.get_sample_value(*sample) == 1, "the drop")
     writer.failure = None
     record(events, "another")
     await until(lambda: writer.created, "the next event")

@@ -56,10 +56,8 @@ async def test_subject_has_services_and_namespace_labels(cluster: Cluster) -> No
     cluster.services.put(service("web", {"app": "hello"}, clusterIP="10.96.0.7"))
     cluster.services.put(service("hello", {"app": "hello", "tier": "front"}, clusterIP="None"))
     cluster.services.put(service("other", {"app": "other"}))
-    subject = await cluster.subjects().find(HELLO)
-    assert subject.identity == HELLO
-    assert dict(subject.namespace_labels) == {"team": "a"}
-    assert subject.services == ("hello", "web")
+    found = await cluster.subjects().find(HELLO)
+    assert (found.identity, dict(found.namespace_labels), found.services) == (HELLO, {"team": "a"}, ("hello", "web"))
 
 
 @pytest.mark.parametrize(
@@ -85,19 +83,18 @@ async def test_service_that_does_not_select_the_pod_is_ignored(other: dict[str, 
 
 async def test_label_values_are_compared_literally(cluster: Cluster) -> None:
     cluster.pods.put(pod(**{"a": "*", "b": "x,y", "c": "ä", "d": "", "app.kubernetes.io/name": "x_Y.z-1"}))
-    for name, selector in {
-        "star": {"a": "*"},
+    qualified = {"app.kubernetes.io/name": "x_Y.z-1"}
+    equal = {
         "comma": {"b": "x,y"},
-        "empty": {"d": ""},
         "composed": {"c": "ä"},
-        "qualified": {"app.kubernetes.io/name": "x_Y.z-1"},
-        "decomposed": {"c": "a\u0308"},
-        "first": {"b": "x"},
-        "any": {"b": "*"},
-        "missing": {"e": ""},
-    }.items():
+        "empty": {"d": ""},
+        "qualified": qualified,
+        "star": {"a": "*"},
+    }
+    other = {"decomposed": {"c": "a\u0308"}, "first": {"b": "x"}, "any": {"b": "*"}, "missing": {"e": ""}}
+    for name, selector in (equal | other).items():
         cluster.services.put(service(name, selector))
-    assert await cluster.services_of() == ("comma", "composed", "empty", "qualified", "star")
+    assert await cluster.services_of() == tuple(equal)
 
 
 async def test_new_pod_with_the_same_name_is_another_pod(cluster: Cluster) -> None:
@@ -124,10 +121,9 @@ async def test_label_and_selector_changes_apply_immediately(cluster: Cluster) ->
     assert await cluster.services_of() == ("hello",)
     cluster.pods.put(pod(app="quarantined"))
     assert await cluster.services_of() == ()
-    cluster.services.put(service("hello", {"app": "quarantined"}))
-    assert await cluster.services_of() == ("hello",)
-    cluster.services.put(service("hello", None))
-    assert await cluster.services_of() == ()
+    for selector, expected in (({"app": "quarantined"}, ("hello",)), (None, ())):
+        cluster.services.put(service("hello", selector))
+        assert await cluster.services_of() == expected
 
 
 async def test_lookup_waits_for_a_new_pod(cluster: Cluster) -> None:
@@ -175,8 +171,7 @@ async def test_lookup_among_thousands_of_services_compares_few(cluster: Cluster)
     for number in range(3000):
         cluster.services.put(service(f"shop-{number}", {"team": "a", "app": f"shop-{number}"}))
     assert await cluster.services_of() == ("shop-700",)
-    longest = max(len(names) for names in cluster.services._indices["web"].values())
-    assert longest == 1
+    assert max(len(names) for names in cluster.services._indices["web"].values()) == 1
     for number in range(3000):
         cluster.services.remove(service(f"shop-{number}", None))
     assert (len(cluster.services), cluster.services._indices) == (0, {})
@@ -213,13 +208,9 @@ def test_pod_cache_shares_equal_labels_and_releases_them(history: list[tuple[str
         else:
             pods.put(pod(uid, **labels))
             current[uid] = labels
-    for uid, labels in current.items():
-        found = pods.find(uid)
-        assert found is not None
-        assert dict(found.labels) == labels
-    assert {frozenset(labels.items()) for labels in current.values()} == {
-        frozenset(labels) for _, labels in pods._shared
-    }
+    assert {uid: dict(found.labels) for uid in current if (found := pods.find(uid))} == current
+    shared = {frozenset(labels) for _, labels in pods._shared}
+    assert shared == {frozenset(labels.items()) for labels in current.values()}
     pods.retain(set())
     assert (len(pods), pods._shared) == (0, {})
 
