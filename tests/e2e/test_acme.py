@@ -30,7 +30,6 @@ SELECTION = ("-l", ",".join(f"{key}={value}" for key, value in LABELS.items()))
 
 
 async def _api_server(directory: Path) -> client.Configuration:
-    """Return a client configuration with the authority's account."""
     view = json.loads(await asyncio.to_thread(kubectl, "config", "view", "--raw", "--minify", "-o", "json"))
     cluster = view["clusters"][0]["cluster"]
     configuration = client.Configuration(host=cluster["server"])

@@ -32,7 +32,6 @@ ZONE = "example.test"
 
 
 def request_for(*names: str, key: PrivateKey | None = None) -> IssuerRequest:
-    """Return the request of a pod for these DNS names, with a new key by default."""
     requested = Names.of([DNSName.parse(name) for name in names])
     granted = replace(requested, uris=(spiffe_id("cluster.local", "web", "edge"),))
     csr = parse_csr(build_csr(key or ec.generate_private_key(ec.SECP256R1()), requested))
@@ -102,7 +101,6 @@ class AcmeEnvironment:
 
     @property
     def roots_file(self) -> Path:
-        """The configured roots for pods."""
         assert self.configuration.roots_file is not None
         return Path(self.configuration.roots_file)
 
@@ -111,7 +109,6 @@ class AcmeEnvironment:
 
 
 def dns_configuration(server: Bind9, **changes: Any) -> Dns01:
-    """Return a configuration that sends all queries to one server."""
     return replace(
         Dns01(server.address, server.key_source, resolvers=(server.address,), nameservers=(server.address,)), **changes
     )
@@ -121,7 +118,6 @@ def dns_configuration(server: Bind9, **changes: Any) -> Dns01:
 async def acme_environment(
     directory: Path, server: Bind9 | None = None, **pebble: Any
 ) -> AsyncIterator[AcmeEnvironment]:
-    """Run a CA and a DNS server with zone ``example.test``."""
     server = server or bind9(directory / "dns", {ZONE: ""})
     ca = Pebble(directory / "ca", server.address, **pebble)
     async with server.running(), ca.running():

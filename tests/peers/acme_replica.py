@@ -15,7 +15,6 @@ from csi_driver.core.config.issuers import FileSource
 
 
 def described(configuration: AcmeConfiguration, lease_s: float) -> str:
-    """Return the content of FILE."""
     dns01 = configuration.dns01
     assert dns01 is not None
     assert isinstance(dns01.key, FileSource)

@@ -57,33 +57,24 @@ class Bind9:
 
     directory: Path
     port: int
-    zones: Mapping[str, str]
-    """Further records by zone, in master-file form."""
-    granted: frozenset[str]
-    """The zones in which the key can update TXT records."""
+    zones: Mapping[str, str]  # Further records by zone, in master-file form
+    granted: frozenset[str]  # The zones in which the key can update TXT records
     key: TsigKey = KEY
-    follower: int | None = None
-    """The port of a secondary that is notified of changes."""
-    primary: int | None = None
-    """For a secondary: the port of its primary."""
-    public: str | None = None
-    """The loopback address in its NS records, for :func:`fronted`; None for 127.0.0.1."""
-    recursive: bool = False
-    """Whether it follows CNAMEs between its zones, like a CA's resolver."""
+    follower: int | None = None  # The port of a secondary that is notified of changes
+    primary: int | None = None  # For a secondary: the port of its primary
+    public: str | None = None  # The loopback address in its NS records, for :func:`fronted`; None for 127.0.0.1
+    recursive: bool = False  # Whether it follows CNAMEs between its zones, like a CA's resolver
 
     @property
     def address(self) -> str:
-        """The address in the format of the configuration."""
         return f"{LOOPBACK}:{self.port}"
 
     @property
     def key_source(self) -> FileSource:
-        """The key file for the issuer."""
         return key_source(self.directory, self.key)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Run the server; changes persist until the next run."""
         named = require_program("named")
         configuration = self.directory / "named.conf"
         configuration.write_text(self._configuration(), encoding="ascii")
@@ -99,7 +90,6 @@ class Bind9:
             yield
 
     async def texts(self, name: str) -> set[str]:
-        """Return the TXT values at a name."""
         query = dns.message.make_query(name, dns.rdatatype.TXT)
         answer = await dns.asyncquery.tcp(query, LOOPBACK, 5, self.port)
         return {
@@ -136,7 +126,6 @@ def bind9(
     primary: int | None = None,
     recursive: bool = False,
 ) -> Bind9:
-    """Return a server; by default the key can update all zones."""
     directory.mkdir(parents=True, exist_ok=True)
     changed = frozenset(zones) if granted is None else granted
     return Bind9(directory, free_port(), zones, changed, key, follower, primary, recursive=recursive)
@@ -176,12 +165,10 @@ async def fronted(server: Bind9) -> AsyncIterator[None]:
 
 
 def key_source(directory: Path, key: TsigKey) -> FileSource:
-    """Write a key to a file in the format of issuers."""
     file = directory / f"{key.name}-{key.algorithm}-{hashlib.sha256(key.secret.reveal()).hexdigest()[:8]}.tsig"
     file.write_text(f"{key.algorithm}:{key.name}:{base64.b64encode(key.secret.reveal()).decode()}\n", encoding="ascii")
     return FileSource(str(file))
 
 
 def _starts(log: Path) -> int:
-    """Return how often the server loaded its zones, which happens after it listens."""
     return log.read_text(encoding="utf-8").count("all zones loaded")

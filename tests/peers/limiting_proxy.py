@@ -23,8 +23,7 @@ class LimitingProxy:
     status: int = 0
     retry_after: str = "7200"
     detail: str = "too many certificates already issued for this exact set of identifiers"
-    orders: int = 0
-    """The number of new orders."""
+    orders: int = 0  # The number of new orders
     port: int = field(default_factory=free_port)
 
     @property
@@ -33,7 +32,6 @@ class LimitingProxy:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Serve with Pebble's own certificate."""
         application = web.Application()
         application.router.add_route("*", "/{path:.*}", self._handle)
         runner = web.AppRunner(application, access_log=None)

@@ -23,8 +23,7 @@ http {{
   }}
 }}
 """
-ROUTE = "location /.well-known/acme-challenge/ {{ proxy_pass http://{address}; }}"
-"""The route in docs/acme.md."""
+ROUTE = "location /.well-known/acme-challenge/ {{ proxy_pass http://{address}; }}"  # The route in docs/acme.md
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,10 @@ class Nginx:
 
     @property
     def requests(self) -> list[str]:
-        """The lines of its access log."""
         return (self.directory / "access.log").read_text(encoding="utf-8").splitlines()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Run the server."""
         self.directory.mkdir(parents=True, exist_ok=True)
         configuration = self.directory / "nginx.conf"
         text = _CONFIGURATION.format(folder=self.directory, port=self.port, locations=self.locations)

@@ -27,14 +27,10 @@ class Pebble:
     """One CA, whose state is in memory only."""
 
     directory: Path
-    dns: str
-    """The DNS server that it queries."""
-    http_port: int = 5002
-    """The port for HTTP-01, instead of port 80."""
-    nonce_reject: int = 0
-    """The percentage of valid nonces that it rejects."""
-    retry_after_s: int = 1
-    """The Retry-After of authorizations and orders; at least 1."""
+    dns: str  # The DNS server that it queries
+    http_port: int = 5002  # The port for HTTP-01, instead of port 80
+    nonce_reject: int = 0  # The percentage of valid nonces that it rejects
+    retry_after_s: int = 1  # The Retry-After of authorizations and orders; at least 1
     profiles: Mapping[str, Any] = field(
         default_factory=lambda: {"default": {"description": "", "validityPeriod": 7776000}}
     )
@@ -50,12 +46,10 @@ class Pebble:
 
     @property
     def ca_file(self) -> str:
-        """The root of its TLS certificate."""
         return str(self.directory / "tls.crt")
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Run the CA."""
         pebble = require_program("pebble")
         self.directory.mkdir(parents=True, exist_ok=True)
         self._write()
@@ -71,25 +65,20 @@ class Pebble:
 
     @property
     def orders(self) -> list[str]:
-        """The ids of all orders."""
         return [match["id"] for match in _ORDER_LINE.finditer(self._text)]
 
     @property
     def issued(self) -> list[str]:
-        """The serial numbers of all certificates, in hexadecimal."""
         return [match["serial"] for match in _ISSUED_LINE.finditer(self._text)]
 
     @property
     def validations(self) -> int:
-        """The number of validations."""
         return self._text.count("Pulled a task from the Tasks queue")
 
     async def root(self, number: int = 0) -> bytes:
-        """Return the root (X.509 DER) of the chain with this number; 0 is the default chain."""
         return x509.load_pem_x509_certificate(await self.root_pem(number)).public_bytes(Encoding.DER)
 
     async def root_pem(self, number: int = 0) -> bytes:
-        """Return the root in PEM."""
         return await self._management("GET", f"roots/{number}")
 
     async def set_renewal(self, certificate: x509.Certificate, start: str, end: str) -> None:

@@ -17,7 +17,6 @@ _LOG_BYTES = 3000
 
 
 def free_port() -> int:
-    """Return a port that is free for TCP and UDP."""
     while True:
         with socket.socket() as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp:
             tcp.bind((LOOPBACK, 0))
@@ -28,7 +27,6 @@ def free_port() -> int:
 
 
 def listening(port: int) -> bool:
-    """Return True if a server accepts connections on the port."""
     with socket.socket() as connection:
         connection.settimeout(1)
         return connection.connect_ex((LOOPBACK, port)) == 0
@@ -38,7 +36,6 @@ def listening(port: int) -> bool:
 async def running(
     arguments: Sequence[str], log: Path, port: int, environment: Mapping[str, str] | None = None
 ) -> AsyncIterator[subprocess.Popen[bytes]]:
-    """Run a program; wait until it listens on ``port``; append its output to ``log``."""
     with log.open("ab") as output:
         process = subprocess.Popen(  # noqa: ASYNC220  # it runs as long as the test
             arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**os.environ, **(environment or {})}

@@ -32,7 +32,6 @@ _VALIDITY = pki.Validity(-timedelta(days=3650), timedelta(days=36500))
 
 
 def new_jwk() -> dict[str, str]:
-    """Return a private JWK like ``step crypto jwk create --kty EC --crv P-256``."""
     numbers = ec.generate_private_key(ec.SECP256R1()).private_numbers()
     public = numbers.public_numbers
     jwk = {"kty": "EC", "crv": "P-256", "alg": "ES256", "use": "sig", "x": _number(public.x), "y": _number(public.y)}
@@ -50,15 +49,13 @@ class RealStepCA:
     directory: Path
     name: str = "Test"
     claims: dict[str, str] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
-    """Options of the provisioner, such as a template."""
+    options: dict[str, Any] = field(default_factory=dict)  # Options of the provisioner, such as a template
     federated: Sequence[Path] = ()
     encrypted_key: str = ""
     jwk: dict[str, str] = field(default_factory=new_jwk)
     provisioner: str = PROVISIONER
     listen: str = "127.0.0.1"
-    names: Sequence[str] = ("localhost",)
-    """Its host names; the first is used in its URL."""
+    names: Sequence[str] = ("localhost",)  # Its host names; the first is used in its URL
 
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -83,7 +80,6 @@ class RealStepCA:
         return self.root.public_bytes(Encoding.DER)
 
     def configuration(self, **changes: Any) -> StepCAConfiguration:
-        """Return the authority's configuration, with the fingerprint of the root."""
         defaults: dict[str, Any] = {
             "url": self.url,
             "provisioner": self.provisioner,
@@ -93,7 +89,6 @@ class RealStepCA:
         return StepCAConfiguration(**{**defaults, **changes})
 
     async def start(self) -> None:
-        """Start the process and wait until it responds."""
         self._configure()
         program = require_program("step-ca")
         with self.log.open("ab") as log:

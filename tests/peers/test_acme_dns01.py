@@ -38,7 +38,6 @@ CHALLENGE = "_acme-challenge.example.test"
 
 
 async def _failure(env: AcmeEnvironment, *names: str, **changes: object) -> CertmountError:
-    """Return the error of a request with a changed configuration."""
     assert env.configuration.dns01 is not None
     configuration = replace(env.configuration, dns01=replace(env.configuration.dns01, **changes))  # type: ignore[arg-type]  # names of fields
     issuer = env.issuer(configuration, wait_s=2)

@@ -42,7 +42,6 @@ PAGES = ("acme.md", "from-kube-lego.md", "from-notariat.md")
 
 
 def blocks(name: str, language: str) -> list[str]:
-    """Return the code blocks of one language on a page."""
     return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / name).read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
@@ -51,12 +50,10 @@ def documents(name: str) -> list[Any]:
 
 
 def document_with(name: str, key: str) -> Any:
-    """Return the first YAML document of a page with this top-level key."""
     return next(one for one in documents(name) if key in one)
 
 
 def configurations(name: str) -> list[AcmeConfiguration]:
-    """Return the issuers that a page declares."""
     found = [read_issuers(block.encode()) for block in blocks(name, "yaml") if block.startswith("issuers:")]
     return [declared.configuration for (declared,) in found if isinstance(declared.configuration, AcmeConfiguration)]
 
@@ -114,7 +111,6 @@ def test_roles_match_the_account_and_the_secrets_of_the_issuers() -> None:
 
 
 def _tsig() -> TsigKey:
-    """Return the key in the page's kubectl command."""
     (text,) = re.findall(r"--from-literal=tsig=(\S+)", (DOCS / "acme.md").read_text())
     return TsigKey.parse(Secret(text), "docs/acme.md")
 
@@ -245,7 +241,6 @@ async def test_issuer_check_works_with_the_file_of_from_notariat(tmp_path: Path)
 
 
 async def _certmount(*arguments: str) -> str:
-    """Run the command, which must succeed, and return its output."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "csi_driver.cli.main", *arguments,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,

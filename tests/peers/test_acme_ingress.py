@@ -65,7 +65,6 @@ class Cluster:
 
 
 def locations(ingresses: Iterable[Any], backends: Mapping[tuple[str, int], str]) -> str:
-    """Return nginx's configuration for the paths of Ingresses, with the addresses of their Services."""
     lines = []
     for ingress in ingresses:
         assert ingress["spec"]["ingressClassName"] == "nginx"

@@ -63,7 +63,6 @@ class Node:
     issuer: TokenIssuer
 
     def request(self, number: int = 0) -> Request:
-        """Return a request for a new pod."""
         pod = FakePod("web", f"shop-{number}", "shop")
         token = self.issuer.pod_token(Pod(pod.name, pod.namespace, pod.service_account, uid=pod.uid))
         return self.kubelet.publish_request(pod, ATTRIBUTES, token=token.reveal())
@@ -101,7 +100,6 @@ def _issuers(env: AcmeEnvironment, **options: str) -> str:
 
 @contextlib.asynccontextmanager
 async def _node(env: AcmeEnvironment, **options: str) -> AsyncIterator[Node]:
-    """Run the authority and a node."""
     issuer = TokenIssuer()
     file = env.directory / "issuers.json"
     file.write_text(_issuers(env, **options))

@@ -51,7 +51,6 @@ def request(
     lifetime: timedelta = timedelta(hours=1),
     usages: tuple[Usage, ...] = ALL_USAGES,
 ) -> IssuerRequest:
-    """Return a pod's request; the policy also grants its SPIFFE ID."""
     granted = Names.of(names.dns, (OWN, *names.uris), names.ips, names.emails)
     return IssuerRequest(parse_csr(build_csr(key, names)), Grant(granted, lifetime, usages, ("built-in",)), POD)
 
@@ -72,14 +71,12 @@ class Pair:
         return failure.value
 
     def verified_leaf(self, issued: IssuedCertificate) -> x509.Certificate:
-        """Verify the certificate like a node, and return the leaf."""
         expected = ExpectedCertificate(self.key.public_key(), Names.of([DNSName.parse(NAME)]), "default", "hello")
         return verify_certificate(issued.chain, issued.roots, expected, datetime.now(UTC)).leaf
 
 
 @contextlib.asynccontextmanager
 async def using(configuration: StepCAConfiguration, key_type: KeyType = KeyType.EC_P256) -> AsyncIterator[Pair]:
-    """Run an issuer like the authority."""
     issuer = StepCAIssuer("step", configuration, CredentialReader())
     running = asyncio.create_task(issuer.run())
     try:
@@ -265,14 +262,12 @@ async def test_restricted_usages_need_a_template(ca: RealStepCA, tmp_path: Path)
 
 
 def documented_template() -> str:
-    """Return the template of docs/issuers.md."""
     text = (Path(__file__).parents[2] / "docs" / "issuers.md").read_text()
     return text.split("<!-- template -->")[1].split("```")[1].removeprefix("json\n")
 
 
 @pytest.fixture
 async def client(ca: RealStepCA) -> AsyncIterator[StepCAClient]:
-    """A client of an attacker who captured a token."""
     attacker = StepCAClient(ca.url, (ca.root,))
     try:
         yield attacker
@@ -281,7 +276,6 @@ async def client(ca: RealStepCA) -> AsyncIterator[StepCAClient]:
 
 
 def captured(ca: RealStepCA, to_sign: IssuerRequest) -> tuple[str, str, str]:
-    """Return the arguments with which the issuer would call step-ca."""
     key = load_provisioner_key(Secret(ca.key_file.read_bytes()), None)
     token = key.token(token_claims(to_sign, ca.configuration(), "nonce-1"), to_sign.csr.der, datetime.now(UTC)).reveal()
     csr = x509.load_der_x509_csr(to_sign.csr.der).public_bytes(Encoding.PEM).decode()

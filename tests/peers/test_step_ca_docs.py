@@ -30,19 +30,16 @@ LIMITS = {"minTLSCertDuration": "5m", "maxTLSCertDuration": "24h"}
 
 
 def declared(name: str) -> dict[str, Any]:
-    """Return the step_ca entry of a page."""
     entry: dict[str, Any] = next(one for one in documents(name) if "issuers" in one)["issuers"][0]["step_ca"]
     return entry
 
 
 def real(entry: Mapping[str, Any], ca: RealStepCA, files: Mapping[str, Path]) -> dict[str, Any]:
-    """Return the entry with the address and the credentials of the test's step-ca."""
     credentials = {key: {"file": str(files[key])} for key in ("key", "password") if key in entry}
     return {**entry, "url": ca.url, "root_sha256": ca.root_sha256, **credentials}
 
 
 async def run(*arguments: str, cwd: Path) -> tuple[int, str]:
-    """Run a program; return its exit status and output."""
     process = await asyncio.create_subprocess_exec(
         *arguments, cwd=cwd, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
@@ -51,7 +48,6 @@ async def run(*arguments: str, cwd: Path) -> tuple[int, str]:
 
 
 async def certmount(command: str, cwd: Path) -> tuple[int, str]:
-    """Run a command line of a page."""
     arguments = shlex.split(command.rpartition(" -- ")[2])
     return await run(
         sys.executable, "-m", "csi_driver.cli.main", *arguments[arguments.index("certmount") + 1 :], cwd=cwd

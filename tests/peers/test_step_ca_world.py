@@ -40,7 +40,6 @@ async def ca(tmp_path: Path) -> AsyncIterator[RealStepCA]:
 
 @pytest.fixture
 async def world(tmp_path: Path, ca: RealStepCA) -> AsyncIterator[World]:
-    """An authority whose issuers file declares step-ca."""
     file = tmp_path / "issuers.yaml"
     declared = {
         "url": ca.url,
@@ -63,7 +62,6 @@ async def caller(world: World) -> AsyncIterator[Caller]:
 
 
 def request(world: World, **changes: Any) -> authority_pb2.IssueRequest:
-    """Return the request of a node for a volume with ``issuer: step``."""
     defaults: dict[str, Any] = {
         "csr": world.csr(NAME),
         "pod_token": world.issuer.pod_token(POD).reveal(),

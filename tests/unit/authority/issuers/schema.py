@@ -25,7 +25,6 @@ _REPLACEMENTS: list[Any] = [
 
 
 def paths(value: object, path: DocumentPath = ()) -> Iterator[DocumentPath]:
-    """Return the paths of all values in a document, without the document itself."""
     if path:
         yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()

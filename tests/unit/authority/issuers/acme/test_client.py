@@ -48,7 +48,6 @@ async def slow(request: web.Request) -> web.StreamResponse:
 
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[tuple[str, str]]:
-    """Return the URL of a TLS server, and the file with its root."""
     root, key = pki.authority("root", validity=ALWAYS), pki.key_of(KeyType.EC_P256)
     certificate = pki.leaf(root, key, Names.of([DNSName("localhost")]), validity=ALWAYS)
     (tmp_path / "root.pem").write_bytes(root.certificate.public_bytes(Encoding.PEM))

@@ -29,9 +29,8 @@ def _request(
     names: Names, usages: tuple[Usage, ...] = ALL, requested: RequestedCertificate | None = None
 ) -> IssuerRequest:
     granted = replace(names, uris=(*names.uris, spiffe_id("cluster.local", "web", "edge")))
-    return IssuerRequest(
-        parse_csr(build_csr(KEY, names)), Grant(granted, timedelta(days=1), usages, ()), POD, requested
-    )
+    grant = Grant(granted, timedelta(days=1), usages, ())
+    return IssuerRequest(parse_csr(build_csr(KEY, names)), grant, POD, requested)
 
 
 def _dns(*names: str) -> Names:

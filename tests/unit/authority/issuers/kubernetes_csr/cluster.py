@@ -51,17 +51,14 @@ class FakeRequests:
     sinks: list[Watch] = field(default_factory=list)
     username: str = ACCOUNT
     forbidden: set[tuple[str, str]] = field(default_factory=set)
-    broken: str = ""
-    """The error of every call; empty if calls succeed."""
-    undecidable: str = ""
-    """The error of approvals and denials; empty if they succeed."""
+    broken: str = ""  # The error of every call; empty if calls succeed
+    undecidable: str = ""  # The error of approvals and denials; empty if they succeed
     now: datetime = pki.NOW
     made: int = 0
     answers: int = 0
     drafts: list[CSRDraft] = field(default_factory=list)
 
     def put(self, item: Json) -> str:
-        """Create a request as another client."""
         self.made += 1
         name = item["metadata"].setdefault("name", f"csr-{self.made}")
         item["metadata"].setdefault("uid", f"uid-{name}")
@@ -76,7 +73,6 @@ class FakeRequests:
         self._notify(name)
 
     def sign(self, name: str, pem: bytes) -> None:
-        """Write a certificate as a signer."""
         self.change(name, certificate=base64.b64encode(pem).decode())
 
     def remove(self, name: str) -> None:

@@ -51,7 +51,6 @@ NOT_DIAGNOSED = "diagnostics have not finished yet"
 def request(
     *names: str, key: PrivateKey = KEY, lifetime: timedelta = pki.HOUR, pod: PodIdentity = POD
 ) -> IssuerRequest:
-    """Return a pod's request; the policy also grants its SPIFFE ID."""
     requested = pki.names(*names)
     granted = requested if pki.SPIFFE in names else pki.names(*names, pki.SPIFFE)
     grant = Grant(granted, lifetime, (Usage.SERVER, Usage.CLIENT), ("built-in",))
@@ -59,7 +58,6 @@ def request(
 
 
 def signed(*names: str, key: PrivateKey = KEY, by: pki.Signer = ROOT, hours: int = 1) -> bytes:
-    """Return a certificate as a signer writes it."""
     validity = pki.Validity(end=timedelta(hours=hours))
     leaf = pki.leaf(by, key, pki.names(*names), validity=validity, extensions=[BOTH], critical=False)
     return encode_certificates([leaf, by.certificate])
@@ -99,7 +97,6 @@ class World:
         return self.cluster.find(name)
 
     async def issue(self, issuer: KubernetesCSRIssuer, to_sign: IssuerRequest, pem: bytes) -> IssuedCertificate:
-        """Issue with a signer that returns ``pem``."""
         issuing = asyncio.create_task(issuer.issue(to_sign))
         self.cluster.sign((await self.approved()).name, pem)
         return await issuing

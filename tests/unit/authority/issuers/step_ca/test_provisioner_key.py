@@ -31,7 +31,6 @@ CLAIMS = {
 
 
 def load(document: object, password: str | None = None) -> str:
-    """Return the kid of the key, or the error."""
     text = document if isinstance(document, str) else json.dumps(document)
     try:
         return load_provisioner_key(Secret(text.encode()), Secret(password.encode()) if password else None).kid
@@ -101,9 +100,8 @@ def test_thumbprint_is_that_of_the_rfc() -> None:
         "tn64tZ_2W-5JsGY4Hc5n9yBXArwl93lqt7_RN5w6Cf0h4QyQ5v-65YGjQR0_FDW2QvzqY368QQMicAtaSqzs8KJZgnYb9c7d0zgdAZHzu6qMQvRL5hajrn"
         "1n91CbOpbISD08qNLyrdkt-bFTWhAI4vMQFh6WeZu0fM4lFd2NcRwr3XPksINHaQ-G_xBniIqbw0Ls1jF44-csFCur-kEgU8awapJzKnqDKgw"
     )
-    assert thumbprint({"kty": "RSA", "n": modulus, "e": "AQAB", "alg": "RS256"}) == (
-        "NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs"
-    )
+    document = {"kty": "RSA", "n": modulus, "e": "AQAB", "alg": "RS256"}
+    assert thumbprint(document) == "NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs"
     assert thumbprint(JWK) == JWK["kid"]
     assert thumbprint({"kty": "EC"}) is thumbprint(None) is None
 
@@ -116,13 +114,8 @@ def test_token_contains_the_granted_names_and_the_hash_of_the_csr() -> None:
     payload = jwt.decode(token, jwt.PyJWK(JWK).key, ["ES256"], audience=CLAIMS["aud"], options=options)  # type: ignore[arg-type]  # a plain mapping
     issued_at = int(NOW.timestamp())
     digest = base64.urlsafe_b64encode(hashlib.sha256(b"CSR").digest()).rstrip(b"=").decode()
-    assert payload == {
-        **CLAIMS,
-        "iat": issued_at,
-        "nbf": issued_at,
-        "exp": issued_at + 60,
-        "cnf": {"x5rt#S256": digest},
-    }
+    times = {"iat": issued_at, "nbf": issued_at, "exp": issued_at + 60}
+    assert payload == {**CLAIMS, **times, "cnf": {"x5rt#S256": digest}}
 
 
 def test_all_key_types_of_step_sign_with_their_own_algorithm() -> None:
