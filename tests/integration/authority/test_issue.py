@@ -38,11 +38,10 @@ def verified(answer: authority_pb2.IssueResponse, world: World, names: Names) ->
 
 @pytest.mark.parametrize("key_type", [KeyType.EC_P256, KeyType.EC_P384, KeyType.RSA_2048, KeyType.ED25519])
 async def test_certificate_passes_the_nodes_verification(key_type: KeyType, world: World, caller: Caller) -> None:
-    key = generate_key(key_type)
+    world.key = generate_key(key_type)
     names = Names.of([DNSName.parse(NAME)], [URI.parse("spiffe://cluster.local/extra/a")])
-    answer = await caller.issue(csr=build_csr(key, names), duration=timedelta(minutes=5))
-    expected = ExpectedCertificate(key.public_key(), names, "default", "hello")
-    bundle = verify_certificate(answer.chain, answer.trust[DEFAULT_ISSUER].roots, expected, datetime.now(UTC))
+    answer = await caller.issue(csr=build_csr(world.key, names), duration=timedelta(minutes=5))
+    bundle = verified(answer, world, names)
     lifetime = bundle.leaf.not_valid_after_utc - datetime.now(UTC)
     assert timedelta(minutes=4, seconds=50) < lifetime <= timedelta(minutes=5)
     assert not answer.HasField("renew_after")
@@ -63,32 +62,20 @@ async def test_openssl_verifies_the_certificate(caller: Caller, world: World) ->
     await asyncio.to_thread(subprocess.run, command, cwd=world.folder, check=True)
 
 
-async def test_error_lists_all_names_that_are_not_allowed(caller: Caller) -> None:
+async def test_error_lists_all_names_that_are_not_allowed(world: World, caller: Caller) -> None:
     names = Names.of([DNSName.parse("bank.example.com"), DNSName.parse(NAME)], [URI.parse("https://mallory.test/")])
-    failure = await caller.rejected(csr=build_csr(generate_key(KeyType.EC_P256), names))
+    failure = await caller.rejected(csr=build_csr(world.key, names))
     assert (failure.code, failure.reason) == (grpc.StatusCode.PERMISSION_DENIED, "NameNotAllowed")
     assert "bank.example.com: no policy rule allows this name for service account default/hello" in failure.text
-    assert "https://mallory.test/" in failure.text
-    assert NAME not in failure.text
+    assert ("https://mallory.test/" in failure.text, NAME in failure.text) == (True, False)
 
 
-@pytest.mark.parametrize(
-    "duration,reason",
-    [
-        (timedelta(days=400), "NameNotAllowed"),
-        (timedelta(seconds=1), "NameNotAllowed"),
-        (timedelta(0), "NameNotAllowed"),
-        (timedelta(seconds=-1), "InvalidRequest"),
-    ],
-)
-async def test_lifetime_outside_the_policy_is_not_allowed(duration: timedelta, reason: str, caller: Caller) -> None:
-    failure = await caller.rejected(duration=duration)
-    assert failure.reason == reason
-    assert ("duration 10s to 24h" if reason == "NameNotAllowed" else "duration") in failure.text
-
-
-async def test_duration_out_of_range_is_rejected(caller: Caller) -> None:
-    assert (await caller.rejected(duration=Duration(seconds=2**62))).reason == "InvalidRequest"
+@pytest.mark.parametrize("seconds", [400 * 86400, 1, 0, -1, 2**62])
+async def test_lifetime_outside_the_policy_is_not_allowed(seconds: int, caller: Caller) -> None:
+    failure = await caller.rejected(duration=Duration(seconds=seconds))
+    possible = 0 <= seconds < 2**62
+    assert failure.reason == ("NameNotAllowed" if possible else "InvalidRequest")
+    assert ("duration 10s to 24h" if possible else "duration") in failure.text
 
 
 async def test_policy_change_applies_without_a_restart(caller: Caller, world: World) -> None:
@@ -153,8 +140,8 @@ async def test_cancelled_call_has_an_audit_entry_without_a_decision(world: World
 
 async def test_calls_are_counted_by_reason(world: World, caller: Caller) -> None:
     await caller.issue()
-    await caller.rejected(csr=b"")
-    await caller.rejected(csr=b"")
+    for _ in range(2):
+        await caller.rejected(csr=b"")
     assert world.metric("certmount_authority_calls_total", method="Issue", reason="Ok") == 1
     assert world.metric("certmount_authority_calls_total", method="Issue", reason="InvalidCSR") == 2
     assert world.metric("certmount_authority_call_seconds_count", method="Issue") == 3

@@ -28,8 +28,7 @@ from tests.support.scripted_authority import TestCA
 from tests.support.tokens import TokenIssuer
 from tests.support.waiting import until
 
-BOTH, EXTERNAL_ONLY = "shop.example.com", "public.example.com"
-"""Names that the policy allows from both issuers, and from the external issuer only."""
+BOTH, EXTERNAL_ONLY = "shop.example.com", "public.example.com"  # the issuers from which the policy allows these names
 POLICY = f"""
 policy:
 - match: {{namespaces: [default], serviceAccounts: [hello]}}
@@ -111,18 +110,15 @@ async def test_interim_certificate_is_issued_while_pending(world: World, caller:
     slow.while_pending = "internal"
     with capture_logs() as logs:
         response = await caller.send(_request(world, BOTH))
-    assert response.interim
-    assert _names(response) == {BOTH, SPIFFE_ID}
-    leaf = x509.load_der_x509_certificate(response.chain[0])
-    assert leaf.public_key() == world.key.public_key()
-    assert set(response.trust) == {"internal", "slow"}
-    assert response.trust["slow"].roots == [slow.ca.der]
+    assert (response.interim, _names(response)) == (True, {BOTH, SPIFFE_ID})
+    assert x509.load_der_x509_certificate(response.chain[0]).public_key() == world.key.public_key()
+    assert (set(response.trust), list(response.trust["slow"].roots)) == ({"internal", "slow"}, [slow.ca.der])
     assert response.renew_after.ToTimedelta() == timedelta(seconds=15)
     (line,) = [line for line in logs if line["event"] == "certificate"]
     assert (line["decision"], line["issuer"], line["interim"]) == ("issued", "slow", True)
     assert "the CA is validating" in line["pending"]
-    ((_, warning, reason, message),) = world.events.all
-    assert (warning, reason) == (False, "IssuancePending")
+    ((*event, message),) = world.events.all
+    assert event == [POD.name, False, "IssuancePending"]
     assert message.endswith("until the issuer has finished: the CA is validating")
 
 
@@ -132,9 +128,7 @@ async def test_retried_request_gets_the_issuers_certificate(world: World, caller
     assert (await caller.send(request)).interim
     slow.failure = None
     response = await caller.send(request)
-    assert not response.interim
-    assert _names(response) == {BOTH}
-    assert set(response.trust) == {"slow"}
+    assert (response.interim, _names(response), set(response.trust)) == (False, {BOTH}, {"slow"})
     assert len(set(slow.requests)) == 1
 
 

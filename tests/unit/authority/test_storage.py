@@ -7,8 +7,6 @@ import asyncio
 import json
 import multiprocessing
 import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -148,17 +146,6 @@ def start_replica(directory: Path) -> str:
         return f"{keyring.root.serial_number} {keyring.intermediate.certificate.serial_number}"
 
     return asyncio.run(start())
-
-
-def test_threads_that_start_at_once_use_the_same_ca(tmp_path: Path) -> None:
-    barrier = threading.Barrier(8)
-
-    def replica(_number: int) -> str:
-        barrier.wait()
-        return start_replica(tmp_path / "ca")
-
-    with ThreadPoolExecutor(8) as pool:
-        assert len(set(pool.map(replica, range(8)))) == 1
 
 
 def _replica_process(directory: str, barrier: object, results: object) -> None:

@@ -132,20 +132,20 @@ WEAK = TokenIssuer(key=rsa.generate_private_key(public_exponent=65537, key_size=
 GOOD = TokenIssuer()
 
 
+CHANGES: tuple[dict[str, Any], ...] = (
+    {"use": "enc"},
+    {"alg": "PS256"},
+    {"alg": "none"},
+    {"alg": []},
+    {"kid": ""},
+    {"kid": 7},
+    {"n": "!"},
+)
+UNNAMED_ALGORITHM = {name: value for name, value in SECRET_KEY.items() if name != "alg"}
+
+
 @pytest.mark.parametrize(
-    "entry",
-    [
-        SECRET_KEY,
-        WEAK.jwk,
-        {**GOOD.jwk, "use": "enc"},
-        {**GOOD.jwk, "alg": "PS256"},
-        {**GOOD.jwk, "alg": "none"},
-        {name: value for name, value in SECRET_KEY.items() if name != "alg"},
-        {**GOOD.jwk, "kid": ""},
-        {**GOOD.jwk, "kid": 7},
-        {**GOOD.jwk, "n": "!"},
-        {"kid": "a"},
-    ],
+    "entry", [SECRET_KEY, UNNAMED_ALGORITHM, WEAK.jwk, {"kid": "a"}, *({**GOOD.jwk, **change} for change in CHANGES)]
 )
 def test_only_strong_signing_keys_with_an_id_are_used(entry: Any) -> None:
     with pytest.raises(CertmountError, match="contains no signing key"):

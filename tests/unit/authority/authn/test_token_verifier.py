@@ -113,10 +113,9 @@ REASONS = {"expired": EXPIRED, "expired a second ago": EXPIRED, "without its nod
 
 async def test_identity_has_all_claims_of_a_bound_token(issuer: TokenIssuer, keys: TokenKeys) -> None:
     identity = await TokenVerifier(keys).verify(issuer.pod_token(POD), POD_AUDIENCE, "pod token")
-    assert identity.service_account.username == POD.username
+    assert (identity.service_account.username, identity.service_account_uid) == (POD.username, POD.service_account_uid)
     assert (identity.pod_name, identity.pod_uid) == (POD.name, POD.uid)
     assert (identity.node_name, identity.node_uid) == (POD.node, POD.node_uid)
-    assert identity.service_account_uid == POD.service_account_uid
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -211,12 +210,13 @@ _JUNK = st.recursive(
 )
 
 
+_HEADERS = st.sampled_from(["jwk", "jku", "x5c", "x5u", "x5t", "crit", "b64", "typ", "cty", "zip", "enc"])
+
+
 @given(
     st.sampled_from(["none", "None", "HS256", "RS256", "ES256", "PS256", "RS256 ", "", None, 7, ["RS256"]]),
     st.sampled_from([_CLUSTER.key_id, _ELLIPTIC.key_id, "../../dev/null", "' OR 1=1", "x" * 500, None, 7, {}]),
-    st.dictionaries(
-        st.sampled_from(["jwk", "jku", "x5c", "x5u", "x5t", "crit", "b64", "typ", "cty", "zip", "enc"]), _JUNK
-    ),
+    st.dictionaries(_HEADERS, _JUNK),
     st.sampled_from(["mallory", "hmac", "nothing", "junk"]),
 )
 async def test_no_header_makes_an_invalid_signature_valid(
