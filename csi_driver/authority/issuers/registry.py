@@ -76,7 +76,6 @@ class IssuerRegistry(Mapping[str, Issuer]):
 
     @property
     def renewals_due(self) -> frozenset[str]:
-        """The keys, as :meth:`Issuer.renewals_due` returns them, whose certificates must be renewed now."""
         return frozenset(key for issuer in self._by_name.values() for key in issuer.renewals_due())
 
     def external(self) -> list[Issuer]:

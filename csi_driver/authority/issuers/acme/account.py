@@ -48,7 +48,6 @@ class AcmeAccounts:
         self._connecting = asyncio.Lock()
 
     async def connect(self) -> AcmeClient:
-        """Return a client that signs with the account; raise CertmountError IssuerUnavailable."""
         async with self._connecting:
             if self._account is None:
                 try:

@@ -67,8 +67,7 @@ def check_chain(chain: Sequence[x509.Certificate], csr: bytes) -> None:
     if not same_key:
         raise AcmeProblem("", "the certificate is for another key")
     if names != expected:
-        problem = f"the certificate is for {', '.join(sorted(names))}, not {', '.join(sorted(expected))}"
-        raise AcmeProblem("", problem)
+        raise AcmeProblem("", f"the certificate is for {', '.join(sorted(names))}, not {', '.join(sorted(expected))}")
 
 
 def certificate_id(leaf: x509.Certificate) -> str:

@@ -58,7 +58,6 @@ class Http01Solver:
         await asyncio.sleep(started + 2 * MAX_STORE_AGE_S - time.monotonic())
 
     async def unpublish(self, challenge: ChallengeRecord) -> None:
-        """Remove the route; the response disappears with the record in the store."""
         if self._routes is not None:
             await self._routes.close(challenge.name, challenge.token)
 

@@ -152,8 +152,7 @@ class AcmeIssuer(Issuer):
 
     def renewals_due(self) -> tuple[str, ...]:
         now = self.clock()
-        certificates = self._orders.known.certificates
-        return tuple(one.key_sha256 for one in certificates if one.renew_at <= now < one.not_after)
+        return tuple(one.key_sha256 for one in self._orders.known.certificates if one.renew_at <= now < one.not_after)
 
     def _certificate(self, order: OrderRecord, state: AcmeState) -> IssuedCertificate:
         last = x509.load_der_x509_certificate(order.chain[-1])
@@ -177,7 +176,6 @@ class AcmeIssuer(Issuer):
             raise issuer_unavailable(f"acme.roots: {file}", str(error)) from None
 
     async def _assign_orders(self, group: asyncio.TaskGroup) -> None:
-        """Claim orders, renew leases, and stop processing orders that other replicas have taken."""
         try:
             now = self.clock()
             state = await self._orders.read(0.0)

@@ -90,12 +90,10 @@ class OrderProcessor:
 
     def _send_new_order(self, client: AcmeClient, order: OrderRecord, replaces: str) -> Response:
         identifiers = [messages.Identifier(typ=messages.IDENTIFIER_FQDN, value=name) for name in order.names]
-        profile = self._context.configuration.profile
-        body = NewOrder(identifiers=identifiers, profile=profile, replaces=replaces or None)
+        body = NewOrder(identifiers=identifiers, profile=self._context.configuration.profile, replaces=replaces or None)
         return client.send(client.directory["newOrder"], body)
 
     async def _advance(self, client: AcmeClient) -> bool:
-        """Do one step, which depends on the order's status at the CA; return True after the certificate is stored."""
         order = held_order(self._context.orders.known, self._id, self._context.holder)
         response = await self._context.in_thread(client.send, order.url)
         remote = _parse(messages.Order, response)
@@ -128,8 +126,7 @@ class OrderProcessor:
             )
             await self._context.solver.publish(challenges)
         for _, challenge in unsolved:
-            answer = challenge.chall.response(client.key)
-            await self._context.in_thread(client.send, challenge.uri, answer)
+            await self._context.in_thread(client.send, challenge.uri, challenge.chall.response(client.key))
         for url in pending:
             authorization, response = await self._authorization(client, url)
             while authorization.status == messages.STATUS_PENDING:

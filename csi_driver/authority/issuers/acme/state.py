@@ -54,7 +54,6 @@ class OrderRecord:
 
     @property
     def is_open(self) -> bool:
-        """True while it can still result in a certificate."""
         return not self.finished_at and not self.abandoned
 
 

@@ -159,7 +159,6 @@ class KubernetesCSRIssuer(DiagnosedIssuer):
             self._cache.forget(csr.name)
 
     async def _maintain(self) -> None:
-        """Delete requests that no node needs any more: of deleted pods, and of replicas that stopped."""
         for csr in self._own():
             if self.clock().timestamp() - csr.created_at > self._keep(csr).total_seconds():
                 await self._delete(csr)

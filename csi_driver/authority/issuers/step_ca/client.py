@@ -29,7 +29,6 @@ class StepCAClient(HttpClient):
         return None if response.status == 404 else parse_pems([response.document.get("ca")])
 
     async def roots(self, path: str) -> Sequence[x509.Certificate]:
-        """Return step-ca's own roots (``/roots``), or these and those of the CAs it federates with (``/federation``)."""
         response = await self.request("GET", path)
         pems = response.document.get("crts")
         if response.status not in (200, 201) or not isinstance(pems, list):
@@ -58,14 +57,12 @@ class StepCAClient(HttpClient):
 
 
 def parse_signed_chain(response: JsonResponse) -> list[x509.Certificate]:
-    """Return the chain in a response to ``sign``, leaf first; empty if it is invalid."""
     pems = response.document.get("certChain")
     chain = parse_pems(pems) if isinstance(pems, list) else []
     return chain if isinstance(pems, list) and len(chain) == len(pems) <= _MAX_CHAIN else []
 
 
 def parse_pems(pems: Sequence[object]) -> list[x509.Certificate]:
-    """Return the certificates; omit texts that are not certificates."""
     certificates: list[x509.Certificate] = []
     for pem in pems:
         try:
