@@ -102,7 +102,9 @@ def test_a_leaf_never_outlives_its_intermediate() -> None:
     certificate = leaf(Names.of(uris=[ID]), life=timedelta(days=4000))
     assert certificate.not_valid_after_utc == KEYRING.intermediate.certificate.not_valid_after_utc
     with pytest.raises(CertmountError, match="has expired") as failure:
-        sign_leaf(Leaf(KEYS[KeyType.EC_P256], Names(), timedelta(1), ()), KEYRING.intermediate, NOW + INTERMEDIATE_LIFETIME)
+        sign_leaf(
+            Leaf(KEYS[KeyType.EC_P256], Names(), timedelta(1), ()), KEYRING.intermediate, NOW + INTERMEDIATE_LIFETIME
+        )
     assert failure.value.retryable
 
 

@@ -1,4 +1,4 @@
-"""An administrator's own CA: all that may be brought, and all that is refused because verifiers would refuse it later."""
+"""An administrator's own CA: what is accepted, and what is rejected because verifiers would reject it later."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def load(given: Values, password: Secret[bytes] | None = None) -> Keyring:
     return load_keyring(given, NOW, where="here", password=password)
 
 
-def refusal(given: Values, password: Secret[bytes] | None = None) -> str:
+def error_of(given: Values, password: Secret[bytes] | None = None) -> str:
     with pytest.raises(CertmountError) as raised:
         load(given, password)
     assert raised.value.reason is Reason.INVALID_CA
@@ -73,8 +73,8 @@ def refusal(given: Values, password: Secret[bytes] | None = None) -> str:
     return str(raised.value)
 
 
-def test_an_offline_root_is_not_missed() -> None:
-    """The CA signs leaf certificates without it. The owner renews the intermediate and gets a warning before it expires."""
+def test_root_key_can_be_offline() -> None:
+    """The administrator renews the intermediate and is warned in time."""
     keyring = load(values([ROOT], [MIDDLE]))
     assert keyring.root_key is None
     end = MIDDLE.certificate.not_valid_after_utc
@@ -82,15 +82,15 @@ def test_an_offline_root_is_not_missed() -> None:
     with pytest.raises(ValueError, match="can't renew the intermediate"):
         keyring.renew_intermediate(NOW)
     assert keyring.expiring(end - timedelta(days=91)) == ()
-    assert {(ending.name, ending.at) for ending in keyring.expiring(end - timedelta(days=89))} == {
+    assert {(each.name, each.not_after) for each in keyring.expiring(end - timedelta(days=89))} == {
         ("root.crt", end),
         ("intermediate.crt", end),
     }
 
 
 @pytest.mark.parametrize("blank", [b"", b"\n"])
-def test_an_empty_root_key_is_an_offline_root(blank: bytes) -> None:
-    """Some tools can't leave a value away."""
+def test_empty_root_key_means_offline(blank: bytes) -> None:
+    """Some tools can't omit a value."""
     assert load({**values([ROOT], [MIDDLE]), "root.key": Secret(blank)}).root_key is None
 
 
@@ -98,19 +98,19 @@ def test_no_warning_for_the_intermediate_that_certmount_renews() -> None:
     """It is renewed by itself; the root's end is its owner's business."""
     keyring = make_keyring(NOW)
     assert keyring.expiring(NOW + timedelta(days=364)) == ()
-    assert [ending.name for ending in keyring.expiring(NOW + timedelta(days=3600))] == ["root.crt"]
+    assert [each.name for each in keyring.expiring(NOW + timedelta(days=3600))] == ["root.crt"]
 
 
-def test_a_longer_chain_travels_with_each_leaf() -> None:
-    """The chain starts with the signing intermediate and omits the root, even if the file contains it."""
+def test_longer_chain_is_sent_with_each_leaf() -> None:
+    """The root is omitted, even if it is at the end of the chain."""
     for further in ([], [ROOT]):
         keyring = load(values([ROOT], [LOWER, MIDDLE, *further], ROOT.key))
         assert keyring.intermediates == (LOWER.certificate, MIDDLE.certificate)
         assert not keyring.renewable  # the key of MIDDLE is elsewhere
 
 
-def test_of_several_roots_the_one_that_is_led_to_comes_first() -> None:
-    """All are trusted; a further one may have ended, or begin later, as in the middle of a change of roots."""
+def test_root_at_the_end_of_the_chain_comes_first() -> None:
+    """All roots are trusted. The others can be expired or not valid yet, as in the middle of a change of roots."""
     ended = CA("ended", key=key(3), validity=Validity(end=timedelta(0)))
     coming = CA("coming", key=key(4), validity=Validity(start=timedelta(1), end=timedelta(9)))
     keyring = load(values([ended, coming, ROOT], [MIDDLE]))
@@ -118,14 +118,14 @@ def test_of_several_roots_the_one_that_is_led_to_comes_first() -> None:
     assert keyring.root == ROOT.certificate
 
 
-def test_of_two_certificates_of_one_root_the_better_counts() -> None:
-    """A root can be re-signed with its old key."""
+def test_valid_certificate_of_a_root_is_preferred() -> None:
+    """A root can have been signed again with its old key."""
     former = CA("root", key=key(), validity=Validity(end=timedelta(0)))
     assert load(values([former, ROOT], [MIDDLE])).root == ROOT.certificate
 
 
-def test_two_keyrings_fit_one_store() -> None:
-    """Each under its prefix; faults name the value as it is in the store."""
+def test_store_can_contain_two_keyrings() -> None:
+    """Errors name the value as it is in the store."""
     one, other = make_keyring(NOW), make_keyring(NOW)
     both = {**encode_keyring(one), **encode_keyring(other, "next-")}
     assert load(both).root == one.root
@@ -147,7 +147,7 @@ BYO_KEYS: dict[str, Callable[[], PrivateKey]] = {
 
 
 def self_signed(of: PrivateKey) -> Signer:
-    """By ourselves, as the CA of the tests knows fewer keys."""
+    """Return a root with a key of any type; the CA of the tests supports fewer."""
     keyring = make_keyring(NOW)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "root")])
     builder = x509.CertificateBuilder(name, name, of.public_key(), 7, NOW, NOW + timedelta(days=500))
@@ -160,8 +160,7 @@ def self_signed(of: PrivateKey) -> Signer:
 
 
 @pytest.mark.parametrize("kind", BYO_KEYS)
-def test_every_kind_of_key_signs_and_is_renewed_in_kind(kind: str) -> None:
-    """RSA, EC, Ed25519 and ML-DSA; a new intermediate has a key like the former one's."""
+def test_every_key_type_signs_and_is_renewed_with_the_same_type(kind: str) -> None:
     root = self_signed(BYO_KEYS[kind]())
     keyring = load(values([root], [CA("sub", root, key=BYO_KEYS[kind]())], root.key))
     leaf = Leaf(key().public_key(), pki.names("a.test"), timedelta(hours=1), (Usage.SERVER,))
@@ -176,8 +175,8 @@ def test_every_kind_of_key_signs_and_is_renewed_in_kind(kind: str) -> None:
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("kind", [KeyType.EC_P256, KeyType.RSA_2048])
 @pytest.mark.parametrize("encryption", [NoEncryption(), BestAvailableEncryption(PASSWORD.reveal())])
-def test_keys_are_read_in_every_form(form: str, kind: KeyType, encryption: KeySerializationEncryption) -> None:
-    """PKCS#8, PKCS#1 and SEC1, plain and encrypted; what lay encrypted goes back to the store as it was."""
+def test_keys_are_read_in_every_format(form: str, kind: KeyType, encryption: KeySerializationEncryption) -> None:
+    """Encrypted keys go back to the store unchanged."""
     root = CA("root", key=pki.key_of(kind))
     pem = root.key.private_bytes(Encoding.PEM, FORMATS[form], encryption)
     sub = CA("sub", root, key=key(1))
@@ -190,35 +189,33 @@ def test_keys_are_read_in_every_form(form: str, kind: KeyType, encryption: KeySe
     assert "canary" not in repr(keyring)
 
 
-def test_a_password_that_is_missing_or_wrong_is_told_apart() -> None:
-    """From each other, and from a key that is no key; both keys are looked at."""
+def test_errors_distinguish_missing_and_wrong_passwords() -> None:
     pem = Secret(ROOT.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(PASSWORD.reveal())))
     given = {**values([ROOT], [MIDDLE]), "root.key": pem, "intermediate.key": pem}
     for password in (None, Secret(b"")):
-        text = refusal(given, password)
+        text = error_of(given, password)
         assert text.count("is encrypted, and no password is configured") == 2
-    assert refusal(given, password=Secret(b"other")).count("is encrypted with another password than the one given") == 2
+    assert error_of(given, password=Secret(b"other")).count("is encrypted with a different password") == 2
     cut = {**given, "root.key": Secret(pem.reveal().replace(b"M", b"A", 3))}
-    assert "root.key: is not a private key in PEM" in refusal(cut, password=PASSWORD)
+    assert "root.key: is not a private key in PEM" in error_of(cut, password=PASSWORD)
 
 
 WEAK: dict[str, tuple[Callable[[], object], str]] = {
     "RSA-1024": (lambda: rsa.generate_private_key(65537, 1024), "an RSA key of 1024 bits; use at least 2048"),  # noqa: S505  # weak on purpose
-    "secp256k1": (lambda: ec.generate_private_key(ec.SECP256K1()), "a key that may not sign here"),
-    "Ed448": (ed448.Ed448PrivateKey.generate, "a key that may not sign here"),
-    "DSA": (lambda: dsa.generate_private_key(2048), "a key that may not sign here"),
+    "secp256k1": (lambda: ec.generate_private_key(ec.SECP256K1()), "an unsupported key"),
+    "Ed448": (ed448.Ed448PrivateKey.generate, "an unsupported key"),
+    "DSA": (lambda: dsa.generate_private_key(2048), "an unsupported key"),
 }
 
 
 @pytest.mark.parametrize("kind", WEAK)
-def test_a_key_that_verifiers_refuse_is_refused_in_key_and_certificate(kind: str) -> None:
-    """Whichever of the two is brought."""
+def test_weak_keys_are_rejected(kind: str) -> None:
     make, words = WEAK[kind]
-    weak: PrivateKey = make()  # type: ignore[assignment]  # of other kinds on purpose
+    weak: PrivateKey = make()  # type: ignore[assignment]  # an unsupported type on purpose
     pem = Secret(weak.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    assert f"intermediate.key: is {words}" in refusal({**values([ROOT], [MIDDLE]), "intermediate.key": pem})
+    assert f"intermediate.key: is {words}" in error_of({**values([ROOT], [MIDDLE]), "intermediate.key": pem})
     certificate = Secret(encode_certificates([CA("sub", ROOT, key=weak).certificate]))
-    assert f"intermediate.crt: has {words}" in refusal({**values([ROOT], [MIDDLE]), "intermediate.crt": certificate})
+    assert f"intermediate.crt: has {words}" in error_of({**values([ROOT], [MIDDLE]), "intermediate.crt": certificate})
 
 
 UNKNOWN = x509.UnrecognizedExtension(ObjectIdentifier("1.2.3.4"), b"\x05\x00")
@@ -245,7 +242,10 @@ SUB = functools.partial(CA, "sub", ROOT, key=key(7))
 FAULTS: dict[str, tuple[Values, str]] = {
     "no CA": (values([ROOT], [SUB(ca=False)]), "intermediate.crt: is not a CA certificate"),
     "may not sign": (values([ROOT], [SUB(extensions=[LEAF_USAGE])]), "its key usage lacks keyCertSign"),
-    "may not sign, as root": (values([CA("r", extensions=[LEAF_USAGE])], [MIDDLE]), "root.crt: is not a CA certificate"),
+    "may not sign, as root": (
+        values([CA("r", extensions=[LEAF_USAGE])], [MIDDLE]),
+        "root.crt: is not a CA certificate",
+    ),
     "servers only": (
         values([ROOT], [SUB(extensions=[pki.CA_USAGE, SERVERS_ONLY])]),
         "intermediate.crt: has an extended key usage that excludes TLS servers or TLS clients",
@@ -287,24 +287,22 @@ FAULTS: dict[str, tuple[Values, str]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_what_verifiers_would_refuse_is_refused_when_it_is_loaded(name: str) -> None:
-    """In words that say which certificate, and what of it."""
+def test_ca_that_verifiers_would_reject_is_rejected(name: str) -> None:
     given, words = FAULTS[name]
-    assert words in refusal(given)
+    assert words in error_of(given)
 
 
-def test_a_certificate_without_key_identifier_is_refused() -> None:
-    """Python's default since 3.13 is OpenSSL's strict mode, which refuses it too."""
+def test_certificate_without_key_identifier_is_rejected() -> None:
+    """The strict mode of OpenSSL, Python's default since 3.13, rejects it too."""
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "root")])
     builder = x509.CertificateBuilder(name, name, key().public_key(), 7, NOW, NOW + timedelta(days=500))
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
     root = Signer(pki.sign(builder, key()), key())
-    assert "root.crt: has no subject key identifier" in refusal(values([root], [MIDDLE]))
+    assert "root.crt: has no subject key identifier" in error_of(values([root], [MIDDLE]))
 
 
 @pytest.mark.parametrize("extension", [BOTH_ENDS, ANY], ids=["both ends", "any"])
-def test_an_extended_key_usage_for_both_ends_is_taken_and_kept(extension: x509.ExtendedKeyUsage) -> None:
-    """What an administrator wrote into an intermediate is in its successor: it may be what they rely on."""
+def test_renewal_keeps_extended_key_usage_and_constraints(extension: x509.ExtendedKeyUsage) -> None:
     constraints = x509.NameConstraints([x509.DNSName("example.com")], None)
     sub = SUB(extensions=[pki.CA_USAGE, extension, constraints])
     keyring = load(values([ROOT], [sub], ROOT.key)).renew_intermediate(NOW)
@@ -316,8 +314,8 @@ def test_an_extended_key_usage_for_both_ends_is_taken_and_kept(extension: x509.E
     assert successor.subject.rfc4514_string().startswith("CN=sub ")
 
 
-def test_a_successor_keeps_the_name_but_for_its_mark() -> None:
-    """Renewed again and again it does not grow, and other parts of the name stay, as directory names may be constrained."""
+def test_renewal_changes_only_the_suffix_of_the_name() -> None:
+    """Directory names can be constrained."""
     keyring = make_keyring(NOW)
     names = set()
     for _ in range(5):
@@ -328,21 +326,20 @@ def test_a_successor_keeps_the_name_but_for_its_mark() -> None:
     assert {len(name) for name in names} == {len("CN=certmount intermediate 01234567,O=certmount")}
 
 
-def test_a_key_for_rsa_pss_only_is_refused() -> None:
-    """The library reads it as any RSA key, but what it then signs is not verifiable."""
+def test_key_for_rsa_pss_only_is_rejected() -> None:
+    """Cryptography loads it as any RSA key, but verifiers would reject its signatures."""
     command = [require_program("openssl"), "req", "-x509", "-newkey", "rsa-pss", "-pkeyopt", "rsa_keygen_bits:2048"]
     command += ["-noenc", "-keyout", "/dev/null", "-subj", "/CN=pss", "-days", "30"]
     pem = subprocess.run(command, capture_output=True, check=True).stdout
-    assert "root.crt: has a key for RSA-PSS only" in refusal({**values([ROOT], [MIDDLE]), "root.crt": Secret(pem)})
+    assert "root.crt: has a key for RSA-PSS only" in error_of({**values([ROOT], [MIDDLE]), "root.crt": Secret(pem)})
 
 
-def test_keys_of_other_certificates_are_found() -> None:
-    """Each key is held against its own certificate, and a root's key against the root that issued."""
+def test_keys_of_other_certificates_are_rejected() -> None:
     given = {
         **values([STRANGER, ROOT], [MIDDLE], STRANGER.key),
         "intermediate.key": encode_key(generate_key(KeyType.ED25519)),
     }
-    text = refusal(given)
+    text = error_of(given)
     assert "root.key: is not the key of the root that issued intermediate.crt" in text
     assert "intermediate.key: is not the key of intermediate.crt" in text
 
@@ -356,34 +353,30 @@ JUNK = st.one_of(
 
 @pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")
 @given(st.sampled_from(sorted(OFFLINE)), st.integers(0, 2000), st.integers(0, 7), st.binary(max_size=3))
-def test_a_spoilt_value_is_refused_or_still_fits(name: str, at: int, bit: int, extra: bytes) -> None:
-    """Whichever bit of whichever value is wrong: InvalidCA, or a keyring that signs what verifies."""
+def test_bit_flip_in_a_value_is_rejected_or_harmless(name: str, at: int, bit: int, extra: bytes) -> None:
+    """The result is InvalidCA, or a keyring whose signatures verify."""
     content = bytearray(OFFLINE[name].reveal())
     content[at % len(content)] ^= 1 << bit
-    take_or_refuse({**OFFLINE, name: Secret(bytes(content) + extra)})
+    check_loaded_or_rejected({**OFFLINE, name: Secret(bytes(content) + extra)})
 
 
 @pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")
 @given(st.sampled_from(sorted(OFFLINE)), st.integers(0, 10_000), st.integers(0, 7))
-def test_a_spoilt_encoding_is_refused_or_still_fits(name: str, at: int, bit: int) -> None:
-    """Below the PEM too."""
+def test_bit_flip_in_der_is_rejected_or_harmless(name: str, at: int, bit: int) -> None:
     label = "PRIVATE KEY" if name.endswith("key") else "CERTIFICATE"
     der = bytearray(base64.b64decode("".join(OFFLINE[name].reveal().decode().split("-----")[2].split())))
     der[at % len(der)] ^= 1 << bit
     pem = f"-----BEGIN {label}-----\n{base64.encodebytes(der).decode()}-----END {label}-----\n".encode()
     further = OFFLINE[name].reveal().split(b"-----END CERTIFICATE-----\n", 1)[1:] if label == "CERTIFICATE" else []
-    take_or_refuse({**OFFLINE, name: Secret(pem + b"".join(further))})
+    check_loaded_or_rejected({**OFFLINE, name: Secret(pem + b"".join(further))})
 
 
 @given(st.dictionaries(st.sampled_from(sorted(OFFLINE)), JUNK.map(Secret)), st.one_of(st.none(), JUNK.map(Secret)))
-def test_no_content_of_a_store_does_worse_than_being_refused(
-    given_values: Values, password: Secret[bytes] | None
-) -> None:
-    """Values in each other's place, parts of them, anything."""
-    take_or_refuse(given_values, password)
+def test_arbitrary_values_are_rejected_or_valid(given_values: Values, password: Secret[bytes] | None) -> None:
+    check_loaded_or_rejected(given_values, password)
 
 
-def take_or_refuse(given_values: Values, password: Secret[bytes] | None = None) -> None:
+def check_loaded_or_rejected(given_values: Values, password: Secret[bytes] | None = None) -> None:
     try:
         keyring = load(given_values, password)
     except CertmountError as error:

@@ -1,4 +1,4 @@
-"""The exchange of a root: a table of phases, and a model of replicas, nodes and certificates that looks for an outage."""
+"""CA rotation: its phases, and an executable model of replicas, nodes and certificates that searches for an outage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from csi_driver.authority.ca import rotation
-from csi_driver.authority.ca.rotation import CLOCK_SKEW_S, MAX_STATE_AGE_S, RetiredRoot, RotationPhase, RotationState
+from csi_driver.authority.ca.rotation import (
+    CLOCK_SKEW_S,
+    MAX_STATE_AGE_S,
+    Acknowledgements,
+    RetiredRoot,
+    RotationPhase,
+    RotationState,
+)
 from csi_driver.core.errors import CertmountError, Reason
 
 NOW = 1_800_000_000
@@ -21,12 +28,12 @@ STEADY = rotation.initial_state(NOW)
 ANNOUNCING = rotation.begin(STEADY, NOW)
 
 
-def step(state: RotationState, now: int, confirmed: str = "", expected: str = "") -> RotationState:
-    return rotation.advance(state, now, set(confirmed), set(expected), [OLD])
+def step(state: RotationState, now: int, acknowledged: str = "", expected: str = "") -> RotationState:
+    return rotation.advance(state, now, Acknowledgements(frozenset(acknowledged), frozenset(expected)), [OLD])
 
 
-def test_a_rotation_goes_through_its_phases_in_order() -> None:
-    """Each counts from when it was first read, whatever the clock said when it was decided on."""
+def test_phases_follow_in_order() -> None:
+    """The time of each phase starts when the phase was first read, not when it was decided."""
     state = rotation.record_lifetime(ANNOUNCING, 55)
     assert (state.phase, state.since) == (RotationPhase.ANNOUNCING, 0)
     state = step(state, NOW + 100)
@@ -60,8 +67,7 @@ def test_each_changed_root_set_has_a_higher_generation() -> None:
 
 
 @pytest.mark.parametrize("phase", [RotationPhase.ANNOUNCING, RotationPhase.DISTRIBUTING, RotationPhase.RETIRING])
-def test_what_is_stopped_stands_still_until_told(phase: RotationPhase) -> None:
-    """In each phase that goes on by itself."""
+def test_stopped_rotation_waits_until_it_is_resumed(phase: RotationPhase) -> None:
     state = RotationState(
         phase, NOW, since=1, retired=(RetiredRoot(OLD, 1),) if phase is RotationPhase.RETIRING else ()
     )
@@ -71,22 +77,20 @@ def test_what_is_stopped_stands_still_until_told(phase: RotationPhase) -> None:
     assert step(rotation.resume(stopped), NOW) != state
 
 
-def test_only_what_can_be_undone_is_undone() -> None:
-    """Before the switch the next CA has signed nothing; after it pods live by it."""
+def test_discard_is_possible_only_before_the_switch() -> None:
     for phase in (RotationPhase.ANNOUNCING, RotationPhase.DISTRIBUTING):
         assert rotation.discard(RotationState(phase, NOW, stopped=True), NOW).phase is RotationPhase.STEADY
-    with pytest.raises(CertmountError, match="pods hold certificates that only its root vouches for") as refusal:
+    with pytest.raises(CertmountError, match="pods have certificates that only its root verifies") as refusal:
         rotation.discard(RotationState(RotationPhase.RETIRING, NOW), NOW)
     assert refusal.value.reason is Reason.INVALID_REQUEST
     for refused in (partial(rotation.discard, STEADY, NOW), partial(rotation.stop, STEADY)):
-        with pytest.raises(CertmountError, match="none is under way"):
+        with pytest.raises(CertmountError, match="no rotation is in progress"):
             refused()
-    with pytest.raises(CertmountError, match="under way already"):
+    with pytest.raises(CertmountError, match="another rotation is in progress"):
         rotation.begin(ANNOUNCING, NOW)
 
 
-def test_a_life_is_written_a_handful_of_times() -> None:
-    """Rounded up, never down; a longer one than before only."""
+def test_recorded_lifetimes_are_rounded_up_to_few_values() -> None:
     state, written = STEADY, set()
     for seconds in range(1, 31 * 86400, 997):
         state = rotation.record_lifetime(state, seconds)
@@ -97,8 +101,8 @@ def test_a_life_is_written_a_handful_of_times() -> None:
     assert rotation.record_lifetime(STEADY, 86400).max_lifetime == 86400
 
 
-def test_a_ca_that_a_person_put_there_may_have_signed_anything() -> None:
-    """Its certificates are waited for as long as they can be; a rotation begins again with it."""
+def test_unknown_ca_may_have_signed_certificates() -> None:
+    """Its certificates delay the next rotation as long as they can be valid. A rotation in progress starts again."""
     fresh = rotation.adopt_unknown_ca(None, NOW, 0, max_lifetime=500)
     assert (fresh.phase, fresh.generation, fresh.max_lifetime) == (RotationPhase.STEADY, NOW, 500)
     distributing = RotationState(RotationPhase.DISTRIBUTING, NOW + 5, since=3, max_lifetime=900)
@@ -113,7 +117,7 @@ def test_a_ca_that_a_person_put_there_may_have_signed_anything() -> None:
 
 @dataclass(frozen=True)
 class Roots:
-    """A set of CAs, which are numbers here."""
+    """A root set. The CAs are numbers."""
 
     generation: int
     cas: frozenset[int]
@@ -127,22 +131,22 @@ NOTHING = Roots(0, frozenset())
 
 @dataclass(frozen=True)
 class Stored:
-    """What the store of the model holds."""
+    """The content of the store."""
 
     state: RotationState
     signing: int = 0
-    following: int | None = None
+    next_ca: int | None = None
     version: int = 0
 
     @property
     def trust(self) -> Roots:
         cas = {self.signing, *(int.from_bytes(each.root) for each in self.state.retired)}
-        return Roots(self.state.generation, frozenset(cas if self.following is None else {*cas, self.following}))
+        return Roots(self.state.generation, frozenset(cas if self.next_ca is None else {*cas, self.next_ca}))
 
 
 @dataclass
 class Replica:
-    """What it has read last, when it began to, and what it is about to save."""
+    """What a replica has read, when it read that, and what it will save."""
 
     view: Stored
     seen: int
@@ -151,7 +155,7 @@ class Replica:
 
 @dataclass
 class Volume:
-    """What a pod trusts, whose certificate it has, and until when that is good."""
+    """What a pod trusts, which CA signed its certificate, and when that expires."""
 
     trust: Roots
     ca: int
@@ -160,7 +164,7 @@ class Volume:
 
 @dataclass
 class Node:
-    """``known`` is its driver's memory."""
+    """``known`` is the state of the driver process."""
 
     volumes: list[Volume] = field(default_factory=list)
     known: Roots = NOTHING
@@ -168,20 +172,20 @@ class Node:
 
 
 class Outage(AssertionError):
-    """Two pods that follow the protocol don't trust each other."""
+    """Two pods don't trust each other."""
 
 
 class Model:
     """Three replicas and up to three nodes. A replica that has read the state can save it much later, or never."""
 
     def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)  # noqa: S311  # a walk, not a secret
+        self.random = random.Random(seed)  # noqa: S311  # not a secret
         self.now = NOW
         self.last_ca = 0
         self.store = Stored(STEADY)
         self.replicas = [Replica(self.store, NOW) for _ in range(3)]
         self.nodes: dict[str, Node] = {}
-        self.confirmed: dict[str, int] = {}
+        self.acknowledged: dict[str, int] = {}
         self.trace: list[str] = []
         self.switches = 0
 
@@ -191,12 +195,12 @@ class Model:
             self.read: 8,
             self.save: 8,
             self.issue: 12,
-            self.hear: 10,
-            self.confirm: 10,
-            self.calm: 2,
-            self.person: 2,
+            self.receive_roots: 10,
+            self.acknowledge: 10,
+            self.settle: 2,
+            self.act_as_administrator: 2,
             self.restart_driver: 2,
-            self.leave: 1,
+            self.remove_node: 1,
         }
         for action in self.random.choices(list(actions), list(actions.values()), k=steps):
             action()
@@ -204,72 +208,73 @@ class Model:
             self.check()
 
     def check(self) -> None:
-        """No certificate that is good has a root that any volume lacks."""
+        """Check that every volume trusts the root of every valid certificate."""
         volumes = [volume for node in self.nodes.values() for volume in node.volumes]
-        good = {volume.ca for volume in volumes if volume.end > self.now}
+        in_use = {volume.ca for volume in volumes if volume.end > self.now}
         for volume in volumes:
-            if not good <= volume.trust.cas:
-                raise Outage(f"{good} are in use, {volume}; {self.store}; {self.trace[-40:]}")
+            if not in_use <= volume.trust.cas:
+                raise Outage(f"{in_use} are in use, {volume}; {self.store}; {self.trace[-40:]}")
 
     def wait(self) -> None:
         self.now += self.random.choice([1, 1, 2, 5, 5, 10, 29, 31, 45, 130])
 
     def read(self) -> None:
-        """A replica reads the store, and finds out what is due."""
+        """A replica reads the store and decides on the next transition."""
         replica, store = self.random.choice(self.replicas), self.store
-        expected = {name for name, node in self.nodes.items() if node.driver or name in self.confirmed}
-        confirmed = {name for name, each in self.confirmed.items() if each >= store.state.generation}
-        after = rotation.advance(store.state, self.now, confirmed, expected, [store.signing.to_bytes(4)])
+        expected = frozenset(name for name, node in self.nodes.items() if node.driver or name in self.acknowledged)
+        acknowledged = frozenset(name for name, each in self.acknowledged.items() if each >= store.state.generation)
+        nodes = Acknowledgements(acknowledged, expected)
+        after = rotation.advance(store.state, self.now, nodes, [store.signing.to_bytes(4)])
         replica.view, replica.seen, replica.plan = store, self.now, None
-        if after.phase is RotationPhase.RETIRING and store.following is not None:
-            replica.plan = Stored(after, store.following, None, store.version + 1)
+        if after.phase is RotationPhase.RETIRING and store.next_ca is not None:
+            replica.plan = Stored(after, store.next_ca, None, store.version + 1)
         elif after != store.state:
             replica.plan = replace(store, state=after, version=store.version + 1)
 
     def save(self) -> None:
-        """It saves that, unless another one came first."""
+        """A replica saves its decision, unless the store changed."""
         replica = self.random.choice(self.replicas)
         if replica.plan is not None and self.store.version == replica.view.version:
             self.switches += replica.plan.signing != self.store.signing
             self.store = replica.view = replica.plan
         replica.plan = None
 
-    def person(self) -> None:
-        state, following, now = self.store.state, self.store.following, self.now
+    def act_as_administrator(self) -> None:
+        state, next_ca, now = self.store.state, self.store.next_ca, self.now
         what = self.random.choice(["rotate", "rotate", "rotate", "rotate", "stop", "discard"])
         if what == "rotate" and state.phase is RotationPhase.STEADY:
             self.last_ca += 1
-            state, following = rotation.begin(state, now), self.last_ca
+            state, next_ca = rotation.begin(state, now), self.last_ca
         elif what == "rotate":
             state = rotation.resume(state)
         elif what == "stop" and state.phase is not RotationPhase.STEADY:
             state = rotation.stop(state)
         elif what == "discard" and state.phase.before_switch:
-            state, following = rotation.discard(state, now), None
-        self.store = replace(self.store, state=state, following=following, version=self.store.version + 1)
+            state, next_ca = rotation.discard(state, now), None
+        self.store = replace(self.store, state=state, next_ca=next_ca, version=self.store.version + 1)
 
     def issue(self) -> None:
-        """A volume gets a certificate where the replica may sign; the node keeps the newest roots that it knows."""
-        replica, life = self.random.choice(self.replicas), self.random.choice([10, 30, 60, 120])
+        """A replica that may sign issues a certificate. The node keeps the newest roots that it knows."""
+        replica, lifetime = self.random.choice(self.replicas), self.random.choice([10, 30, 60, 120])
         node = self.nodes.setdefault(self.random.choice("abc"), Node())
         if self.now - replica.seen > MAX_STATE_AGE_S or not node.driver:
             return
-        if life > replica.view.state.max_lifetime:
-            state = rotation.record_lifetime(self.store.state, life)
+        if lifetime > replica.view.state.max_lifetime:
+            state = rotation.record_lifetime(self.store.state, lifetime)
             self.store = replace(self.store, state=state, version=self.store.version + 1)
             replica.view, replica.seen, replica.plan = self.store, self.now, None
         node.known = node.known.or_newer(replica.view.trust)
-        volume = Volume(node.known, replica.view.signing, self.now + life)
+        volume = Volume(node.known, replica.view.signing, self.now + lifetime)
         node.volumes = [*node.volumes[-2:], volume]
 
-    def hear(self) -> None:
-        """By the stream of any replica, however stale."""
+    def receive_roots(self) -> None:
+        """A node receives the roots of any replica, however stale."""
         node = self._node()
         if node is not None and node.driver:
             node.known = node.known.or_newer(self.random.choice(self.replicas).view.trust)
 
-    def confirm(self) -> None:
-        """Once all volumes hold what is known; at a replica that knows of it too."""
+    def acknowledge(self) -> None:
+        """A node updates all volumes, then acknowledges to a replica that knows the same generation."""
         name = self.random.choice("abc")
         node = self.nodes.get(name)
         if node is None or not node.driver:
@@ -277,13 +282,13 @@ class Model:
         for volume in node.volumes:
             volume.trust = volume.trust.or_newer(node.known)
         if node.known.generation == self.random.choice(self.replicas).view.trust.generation:
-            self.confirmed[name] = node.known.generation
+            self.acknowledged[name] = node.known.generation
 
-    def calm(self) -> None:
-        """What mostly happens within seconds, so that walks get through whole rotations."""
+    def settle(self) -> None:
+        """Let everything happen that usually takes seconds, because otherwise few walks complete a rotation."""
         for replica in self.replicas:
             replica.view, replica.seen = self.store, self.now
-        for action in (self.hear, self.confirm, self.read, self.save):
+        for action in (self.receive_roots, self.acknowledge, self.read, self.save):
             for _ in range(9):
                 action()
 
@@ -291,15 +296,15 @@ class Model:
         """Stop or start a driver. Only the content of its volumes remains. The kubelet does not list a stopped driver."""
         name = self.random.choice("abc")
         node = self.nodes.get(name)
-        if node is None or name not in self.confirmed:
+        if node is None or name not in self.acknowledged:
             return  # A driver that stopped before its first acknowledgement is unknown.
         node.driver = not node.driver
         node.known = NOTHING
         for volume in node.volumes:
             node.known = node.known.or_newer(volume.trust)
 
-    def leave(self) -> None:
-        """A node, with all of its pods."""
+    def remove_node(self) -> None:
+        """Remove a node with all of its pods."""
         self.nodes.pop(self.random.choice("abc"), None)
 
     def _node(self) -> Node | None:
@@ -310,7 +315,7 @@ WALKS, STEPS = 500, 600
 
 
 def walk_all(walks: int) -> int:
-    """How often a next CA began to sign in that many walks."""
+    """Return how often a next CA started to sign."""
     switches = 0
     for seed in range(walks):
         model = Model(seed)
@@ -320,16 +325,18 @@ def walk_all(walks: int) -> int:
 
 
 def test_no_walk_of_the_model_ends_in_an_outage() -> None:
-    """Whatever is interleaved: slow and dead writers, stale replicas, stops, nodes that come, go and restart, lives of all lengths."""
-    assert walk_all(WALKS) > WALKS, "the walks went nowhere"
+    """Slow and stopped writers, stale replicas, stops, nodes that appear, restart and disappear, and all lifetimes."""
+    assert walk_all(WALKS) > WALKS, "the walks completed too few rotations"
 
 
 BREAKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "confirmations are not waited for": (
+    "acknowledgements are ignored": (
         "advance",
-        lambda advance: lambda s, now, c, _e, out: advance(s, now, c, (), out),
+        lambda advance: (
+            lambda s, now, _nodes, roots: advance(s, now, Acknowledgements(frozenset(), frozenset()), roots)
+        ),
     ),
-    "the phase counts from the decision": (
+    "the phase starts with the decision": (
         "_in_phase",
         lambda _: (
             lambda s, phase, now: replace(
@@ -337,7 +344,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
             )
         ),
     ),
-    "confirmations of the first round count": (
+    "acknowledgements of the announced generation count": (
         "_in_phase",
         lambda in_phase: (
             lambda s, phase, now: (
@@ -345,13 +352,12 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
             )
         ),
     ),
-    "longer lives are not written": ("record_lifetime", lambda _: lambda s, _life: replace(s, max_lifetime=10)),
+    "longer lifetimes are not recorded": ("record_lifetime", lambda _: lambda s, _seconds: replace(s, max_lifetime=10)),
 }
 
 
 @pytest.mark.parametrize("broken", BREAKS)
-def test_the_model_finds_an_outage_where_a_rule_is_broken(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So the walks above mean something."""
+def test_model_finds_an_outage_if_a_rule_is_broken(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, change = BREAKS[broken]
     monkeypatch.setattr(rotation, name, change(getattr(rotation, name)))
     with pytest.raises(Outage):
@@ -359,8 +365,7 @@ def test_the_model_finds_an_outage_where_a_rule_is_broken(broken: str, monkeypat
 
 
 @pytest.mark.parametrize("rule", ["known_everywhere_at", "trusted_until"])
-def test_the_model_finds_an_outage_where_a_wait_is_left_out(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each wait is needed: for replicas that do not know a phase yet, and for certificates that have not expired."""
+def test_model_finds_an_outage_without_a_wait(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     short = property(lambda state: state.since) if rule == "known_everywhere_at" else lambda state, _: state.since
     monkeypatch.setattr(RotationState, rule, short)
     with pytest.raises(Outage):
