@@ -1,4 +1,1 @@
-"""The authority: authenticates pods, decides by the policy which names they get, and has an issuer sign.
-
-It creates no private keys of pods, and trusts no statement of a node or an attribute about identity.
-"""
+"""The authority authenticates pods, applies the policy and calls an issuer. It never trusts a node about a pod's identity."""

@@ -39,10 +39,7 @@ ACME_SERVICE, ACME_PORT = "certmount-acme", 80
 async def open_cluster_environment(
     ca_secret: tuple[str, str], root_config_map: tuple[str, str], registry: CollectorRegistry
 ) -> AsyncIterator[Environment]:
-    """Connect to the API server; raises CertmountError TokenReviewUnavailable outside a cluster.
-
-    ``ca_secret`` and ``root_config_map`` are namespace and name. All other objects are in the namespace of the Secret.
-    """
+    """Connect to the API server; raises CertmountError TokenReviewUnavailable outside a cluster."""
     namespace, pod_name = ca_secret[0], socket.gethostname()
     ca, root = ObjectName("Secret", *ca_secret), ObjectName("ConfigMap", *root_config_map)
     acknowledgements = ObjectName("Secret", namespace, ACKNOWLEDGEMENTS_SECRET)

@@ -54,11 +54,9 @@ def policy_check(policy: PolicyFile) -> DiagnosticCheck:
 
 
 def ca_check(source: CASource) -> DiagnosticCheck:
-    """Check that the CA is valid. A missing CA in a store is valid, because the authority creates it."""
-
     async def run() -> str:
         state = await source.read(datetime.now(UTC).replace(microsecond=0))
-        if state is None:
+        if state is None:  # not a failure
             return f"{source.name} contains no CA yet; the authority creates one when it first starts"
         expiry = state.keyring.intermediate.certificate.not_valid_after_utc
         return f"root {fingerprint(state.keyring.root)}, its intermediate expires on {expiry:%Y-%m-%d}"

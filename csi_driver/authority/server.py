@@ -108,9 +108,7 @@ class AuthorityServer:
     """Owns all parts of one replica."""
 
     def __init__(self, settings: AuthoritySettings, environment: Environment, metrics: AuthorityMetrics) -> None:
-        self._settings = settings
-        self._environment = environment
-        self._metrics = metrics
+        self._settings, self._environment, self._metrics = settings, environment, metrics
         self._trust = TrustBundles(metrics)
         self._acknowledgements = AcknowledgementStore(
             environment.acknowledgement_store, lambda: self._ca.root_set.generation
@@ -136,8 +134,7 @@ class AuthorityServer:
         self._steps = IssuanceSteps(environment.subjects, lambda: self._policy.current, metrics)
         self._serving = ServingCertificate(settings.serving_names, metrics)
         self._server: grpc.aio.Server | None = None
-        self.port = 0  # of gRPC, while it serves
-        self._stopping = False
+        self.port, self._stopping = 0, False
         self._generations: dict[str, int] = {}
 
     def _issuer_dependencies(self) -> IssuerDependencies:
@@ -224,9 +221,11 @@ class AuthorityServer:
         self._trust.set_roots(issuer, RootSet(roots, self._generations[issuer]))
 
     def _issuers_loaded(self, valid: bool) -> None:
-        self._metrics.issuers_loaded(valid)
+        self._metrics.issuers_valid.set(valid)
         if valid:
             self._trust.set_shared_issuers(self._issuers.sharing)
+        else:
+            self._metrics.issuers_reload_failures.inc()
 
     async def _serve_http01(self, address: str) -> None:
         """Respond to HTTP-01 requests until cancelled; raises OSError if the port is in use."""

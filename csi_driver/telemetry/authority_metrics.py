@@ -68,11 +68,6 @@ class AuthorityMetrics:
         self._issuer_calls.labels(issuer, reason.word if reason else "Ok").inc()
         self._issuer_seconds.labels(issuer).observe(seconds)
 
-    def issuers_loaded(self, valid: bool) -> None:
-        self.issuers_valid.set(valid)
-        if not valid:
-            self.issuers_reload_failures.inc()
-
     def call_ended(self, method: str, seconds: float, reason: Reason | None) -> None:
         """Count a call. Only the duration of Issue is observed: streams stay open by design."""
         self._calls.labels(method, reason.word if reason else "Ok").inc()
@@ -81,10 +76,7 @@ class AuthorityMetrics:
 
 
 class ClusterMetrics(Collector):
-    """Counters of pod events, and a gauge of failing watches that is read at each scrape.
-
-    ``failing_s`` returns seconds by resource, 0 for a current watch. The scraper's thread calls it.
-    """
+    """Counters of pod events, and the seconds of failing watches by resource, which another thread reads at each scrape."""
 
     def __init__(self, registry: CollectorRegistry, failing_s: Callable[[], Mapping[str, float]]) -> None:
         self._failing_s = failing_s
@@ -106,9 +98,7 @@ class ClusterMetrics(Collector):
         self.events_dropped.labels(cause).inc()
 
     def collect(self) -> Iterable[Metric]:
-        text = (
-            "Seconds for which a resource could not be watched. Beyond 60 seconds the authority issues no certificates."
-        )
+        text = "Seconds for which a resource could not be watched. Beyond 60 seconds no certificates are issued."
         family = GaugeMetricFamily("certmount_watch_failing_seconds", text, labels=["resource"])
         for resource, seconds in self._failing_s().items():
             family.add_metric([resource], seconds)

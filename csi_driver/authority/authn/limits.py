@@ -27,8 +27,7 @@ class Rate:
 POD_RATE = Rate(5, 100)
 """Ten volumes with a lifetime of 10 s need 2 to 3 calls per second, including retries. The burst serves a pod with 100 volumes."""
 NODE_RATE = Rate(50, 1000)
-"""250 pods with a lifetime of 10 s need 38 calls per second. The burst serves 250 pods with four volumes each that start at once.
-A node that calls without a pause uses at most 5% of a replica."""
+"""250 pods with a lifetime of 10 s need 38 calls per second. The burst serves 250 pods with four volumes that start at once."""
 REPORT_RATE = Rate(5, 500)
 """The burst serves 250 pods with two volumes, whose driver reports the start and later the end of an outage once each."""
 MAX_STREAMS_PER_NODE = 4  # a node needs one stream, and two while its driver restarts
@@ -79,9 +78,7 @@ class ConcurrencyLimit:
     __slots__ = ("_active", "_gauge", "_maximum")
 
     def __init__(self, maximum: int, gauge: Gauge | None = None) -> None:
-        self._maximum = maximum
-        self._gauge = gauge
-        self._active = 0
+        self._maximum, self._gauge, self._active = maximum, gauge, 0
 
     def __enter__(self) -> None:
         if self._active >= self._maximum:
@@ -98,10 +95,7 @@ class ConcurrencyLimit:
 
 
 class RequestLimits:
-    """The limits of one replica per pod and per node. Keys are authenticated UIDs, so no caller can use another's share.
-
-    Every method raises CertmountError TooManyRequests. ``stream`` and ``issue`` count calls while their block runs.
-    """
+    """The limits per authenticated pod and node. ``stream`` and ``issue`` count calls while their block runs."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._nodes = RateLimiter(NODE_RATE, clock)

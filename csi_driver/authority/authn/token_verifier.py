@@ -32,8 +32,7 @@ class TokenVerifier:
 
     async def verify(self, token: Secret[str], audience: str, token_name: str) -> PodIdentity:
         """Return the identity in the claims; raises CertmountError, whose faults name the token with ``token_name``."""
-        text = token.reveal()
-        if not text:
+        if not (text := token.reveal()):
             raise token_rejected(token_name, "is missing")
         if len(text) > MAX_TOKEN_BYTES or not text.isascii():
             raise token_rejected(token_name, f"is not a JSON Web Token of at most {MAX_TOKEN_BYTES} bytes")

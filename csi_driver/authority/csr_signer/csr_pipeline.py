@@ -74,10 +74,10 @@ class CSRPipeline:
 
 
 def _own_grant(requested: RequestedCertificate, record: AuditRecord) -> Grant:
-    """Return the grant for a request that the authority itself created, as an issuer that uses its own signer does.
+    """Return the grant for a request of an issuer of the authority, whose names the policy allowed before.
 
-    The policy allowed its names before. This is safe because the API server records the user name, and anyone who has the
-    authority's token can also read the CA's key. Labels and annotations have no influence, because any user can set them.
+    This is safe because the API server records the user name, and anyone who has the authority's token can also read the
+    CA's key. Labels and annotations have no influence, because any user can set them.
     """
     if not len(requested.names):
         raise CertmountError(Reason.INVALID_CSR, Fault("spec.request", "contains no names"))

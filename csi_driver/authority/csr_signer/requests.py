@@ -1,7 +1,4 @@
-"""Verify what a CertificateSigningRequest contains, and the pod that created it, which the API server recorded.
-
-What the certificate cannot contain is rejected, not omitted.
-"""
+"""Verify the content of a CertificateSigningRequest, and the pod that created it, which the API server recorded."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ _HINT = "use a token that is bound to the pod, such as the one that Kubernetes m
 
 def parse_content(request: ClusterCSR) -> tuple[ParsedCSR, RequestedCertificate]:
     """Return the CSR and the requested certificate of the internal CA; raises CertmountError InvalidCSR with all faults."""
-    faults: list[Fault] = []
+    faults: list[Fault] = []  # what the certificate cannot contain is rejected, not omitted
     if unknown := ", ".join(usage for usage in request.usages if usage not in _ALLOWED_USAGES):
         hint = f"use {', '.join(sorted(_ALLOWED_USAGES))}"
         faults.append(Fault("spec.usages", f"{unknown} is not allowed for pods", hint))

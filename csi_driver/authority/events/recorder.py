@@ -55,9 +55,7 @@ class PodEventRecorder:
     """Aggregates recorded events; one background task writes them."""
 
     def __init__(self, writer: EventWriter, metrics: ClusterMetrics, clock: Callable[[], float] = time.time) -> None:
-        self._writer = writer
-        self._metrics = metrics
-        self._clock = clock
+        self._writer, self._metrics, self._clock = writer, metrics, clock
         self._aggregator = EventAggregator(metrics.event_dropped)
         self._recorded = asyncio.Event()
         self._failures = 0

@@ -24,10 +24,7 @@ _Step: TypeAlias = Literal["authentication_ms", "policy_ms", "sign_ms"]
 
 @dataclass(slots=True)
 class AuditRecord:
-    """What is known about a request so far. Fields that are None are not logged.
-
-    Each step of a request fills in its own fields, so that the entry of a failed request shows how far it got.
-    """
+    """What is known about a request: each step fills in its fields, and those that are None are not logged."""
 
     # "none": the caller cancelled the request, or the authority will retry it.
     decision: Literal["issued", "rejected", "none"] = "none"

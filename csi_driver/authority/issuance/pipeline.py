@@ -187,10 +187,9 @@ class IssuancePipeline:
         self, request: IssuanceRequest, issued: IssuedCertificate, pending: CertmountError | None
     ) -> IssuanceResult:
         """Add the current roots, which can have changed while the issuer worked."""
-        if pending is None:
-            return IssuanceResult(issued, self.trust.select(request.issuer, request.federations))
-        trust = self.trust.select(DEFAULT_ISSUER, (request.issuer, *request.federations))
-        return IssuanceResult(issued, trust, pending)
+        names = request.issuer, *request.federations
+        issuer, *others = names if pending is None else (DEFAULT_ISSUER, *names)
+        return IssuanceResult(issued, self.trust.select(issuer, others), pending)
 
     def _record_event(self, pod: PodIdentity, error: CertmountError, message: str) -> None:
         warning = error.reason.kind is not FailureKind.PENDING

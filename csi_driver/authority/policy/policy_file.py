@@ -44,9 +44,7 @@ class PolicyFile:
         cluster_domain: str,
         on_change: Callable[[str], None] = lambda _revision: None,
     ) -> None:
-        self._file = file
-        self._metrics = metrics
-        self._on_change = on_change
+        self._file, self._metrics, self._on_change = file, metrics, on_change
 
         def read() -> Contents:
             return {file.name: read_file(file, MAX_BYTES, Reason.INVALID_POLICY, "see --policy")}
