@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -32,20 +31,16 @@ class Replica(Process):
         super().__init__(world)
         self.log = world.folder / f"log-{number}"
         self.arguments.append("--serving-name=localhost")
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process = self.start()
 
     def ready(self) -> bool:
-        return self.process is not None and self.get("/readyz") == (200, "ok\n")
+        return self.get("/readyz") == (200, "ok\n")
 
     @property
     def issued(self) -> int:
         return self.log.read_text().count('"decision": "issued"')
 
-    def launch(self) -> None:
-        self.process = self.start()
-
     async def stop(self, number: signal.Signals) -> None:
-        assert self.process is not None
         self.process.send_signal(number)
         await asyncio.to_thread(self.process.wait, 30)
 
@@ -110,11 +105,10 @@ class Nodes:
     """Clients of node drivers that request certificates concurrently."""
 
     def __init__(self, world: World, service: Service) -> None:
-        token = world.folder / "node-token"
+        token, root = world.folder / "node-token", world.ca / "authority.crt"
         token.write_text(world.issuer.node_token().reveal())
-        root = world.ca / "authority.crt"
         self._world = world
-        self._clients = [AuthorityClient(f"localhost:{service.port}", root, token) for _ in range(_NODES)]
+        self.clients = [AuthorityClient(f"localhost:{service.port}", root, token) for _ in range(_NODES)]
         self._pods = [replace(POD, name=f"hello-{number}", uid=f"uid-{number}") for number in range(50)]
         self.requests = 0
         self.roots: set[tuple[bytes, ...]] = set()
@@ -122,7 +116,7 @@ class Nodes:
 
     async def issue(self) -> None:
         number, self.requests = self.requests, self.requests + 1
-        client, pod = self._clients[number % _NODES], self._pods[number % len(self._pods)]
+        client, pod = self.clients[number % _NODES], self._pods[number % len(self._pods)]
         spec = CertificateSpec(Names.of([DNSName.parse(NAME)]))
         try:
             answer = await client.issue(self._world.csr(NAME), self._world.issuer.pod_token(pod), spec)
@@ -134,33 +128,26 @@ class Nodes:
         self.roots.add(tuple(answer.trust["internal"].roots))
         self.outcomes["issued"] += 1
 
-    async def close(self) -> None:
-        for client in self._clients:
-            await client.close()
-
 
 @pytest.fixture
 async def service(idle_world: World) -> AsyncIterator[Service]:
     service = Service()
     service.replicas = [Replica(idle_world, number) for number in range(3)]
-    for replica in service.replicas:
-        replica.launch()
     try:
         async with service.serving():
             await until(lambda: len(service.endpoints) == 3, "three replicas", 60)
             yield service
     finally:
         for replica in service.replicas:
-            if replica.process is not None:
-                replica.process.kill()
-                replica.process.wait()
+            await replica.stop(signal.SIGKILL)
 
 
 @pytest.fixture
 async def nodes(idle_world: World, service: Service) -> AsyncIterator[Nodes]:
     nodes = Nodes(idle_world, service)
     yield nodes
-    await nodes.close()
+    for client in nodes.clients:
+        await client.close()
 
 
 async def test_killing_one_of_three_replicas_fails_no_call(idle_world: World, service: Service, nodes: Nodes) -> None:
@@ -194,7 +181,6 @@ async def test_rolling_restart_under_load_fails_no_call(idle_world: World, servi
             tasks.create_task(request())
         for number, old in enumerate(list(service.replicas), 3):
             new = Replica(idle_world, number)
-            new.launch()
             service.replicas = [*service.replicas, new]
             await until(lambda new=new: new.port in service.endpoints, "the new replica", 60)  # type: ignore[misc]
             await old.stop(signal.SIGTERM)

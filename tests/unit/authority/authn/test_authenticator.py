@@ -37,8 +37,7 @@ class Reviewer:
 
     def __init__(self) -> None:
         self.answer: ReviewedToken | CertmountError = POD.reviewed
-        self.calls = 0
-        self.gate = asyncio.Event()
+        self.calls, self.gate = 0, asyncio.Event()
         self.gate.set()
 
     async def review(self, _token: Secret[str], _audience: str) -> ReviewedToken:
@@ -265,11 +264,10 @@ async def test_only_the_node_drivers_service_account_can_call(
     account: str, authenticator: Authenticator, issuer: TokenIssuer
 ) -> None:
     """Any pod can get a token with the authority's audience, so the audience alone proves nothing."""
+    namespace, name = account.split("/")
+    token = issuer.node_token(replace(DRIVER, namespace=namespace, service_account=name))
     with pytest.raises(CertmountError, match=r"^TokenRejected: node token: .* expected certmount/certmount-node"):
-        namespace, name = account.split("/")
-        await authenticator.authenticate_node(
-            issuer.node_token(replace(DRIVER, namespace=namespace, service_account=name))
-        )
+        await authenticator.authenticate_node(token)
 
 
 async def test_pod_token_is_not_accepted_as_node_token(authenticator: Authenticator, issuer: TokenIssuer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import hmac
 import json
@@ -49,8 +50,7 @@ def with_algorithm(issuer: TokenIssuer, algorithm: str) -> Secret[str]:
 
 
 def public_pem(issuer: TokenIssuer) -> bytes:
-    pem: bytes = issuer.key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    return pem
+    return cast("bytes", issuer.key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
 
 
 def sign_with_public_key(issuer: TokenIssuer) -> Secret[str]:
@@ -73,6 +73,7 @@ def hours(number: float) -> int:
     return int(time.time() + number * 3600)
 
 
+_UNUSED = ("none", "HS256", "HS384", "HS512", "PS256", "EdDSA", "ES256K")  # algorithms that Kubernetes does not use
 ATTACKS: dict[str, tuple[Callable[[TokenIssuer], Secret[str]], str]] = {
     "expired": (lambda i: i.pod_token(POD, exp=hours(-1)), "has expired"),
     "expired a second ago": (lambda i: i.pod_token(POD, exp=int(time.time()) - 1), "has expired"),
@@ -90,6 +91,7 @@ ATTACKS: dict[str, tuple[Callable[[TokenIssuer], Secret[str]], str]] = {
     "alg none": (lambda i: forge(i, {"alg": "none", "kid": i.key_id}, lambda _: b""), "with a key ID in its header"),
     "HS256 with the public key": (sign_with_public_key, "with a key ID in its header"),
     "algorithm of another key type": (lambda i: with_algorithm(i, "ES256"), "does not use the algorithm"),
+    **{name: (functools.partial(with_algorithm, algorithm=name), "with a key ID in its header") for name in _UNUSED},
     "unknown key ID": (lambda i: i.rotated("key-9").pod_token(POD), "does not publish"),
     "no key ID": (lambda i: i.sign(i.claims(POD, POD_AUDIENCE), kid=""), "does not publish"),
     "known key ID, other key": (lambda i: i.rotated(i.key_id).pod_token(POD), "does not use the algorithm"),
@@ -126,21 +128,12 @@ async def test_invalid_token_is_rejected(attack: str, issuer: TokenIssuer, keys:
         await TokenVerifier(keys).verify(token, POD_AUDIENCE, "pod token")
     assert refusal.value.reason is REASONS.get(attack, Reason.TOKEN_REJECTED)
     assert all(part in str(refusal.value) for part in ("pod token", words))
-    for part in token.reveal().split("."):
-        assert len(part) < 8 or part not in str(refusal.value)
+    assert not any(len(part) >= 8 and part in str(refusal.value) for part in token.reveal().split("."))
 
 
 async def test_token_is_valid_if_the_authoritys_clock_is_slightly_behind(issuer: TokenIssuer, keys: TokenKeys) -> None:
     token = issuer.pod_token(POD, nbf=int(time.time()) + 10, iat=int(time.time()) + 10)
     await TokenVerifier(keys).verify(token, POD_AUDIENCE, "pod token")
-
-
-@pytest.mark.parametrize("algorithm", ["none", "HS256", "HS384", "HS512", "PS256", "EdDSA", "ES256K"])
-async def test_algorithms_that_kubernetes_does_not_use_are_rejected(
-    algorithm: str, issuer: TokenIssuer, keys: TokenKeys
-) -> None:
-    with pytest.raises(CertmountError, match="with a key ID in its header"):
-        await TokenVerifier(keys).verify(with_algorithm(issuer, algorithm), POD_AUDIENCE, "pod token")
 
 
 # Shared by the property tests, because creating keys is slow.
@@ -183,8 +176,7 @@ def _signed(claims: bytes, issuer: TokenIssuer = _CLUSTER) -> str:
 
 
 def _rs256(body: str, issuer: TokenIssuer) -> bytes:
-    signature: bytes = issuer.key.sign(body.encode(), PKCS1v15(), SHA256())
-    return signature
+    return cast("bytes", issuer.key.sign(body.encode(), PKCS1v15(), SHA256()))
 
 
 @given(st.sampled_from([_CLUSTER, _ELLIPTIC]), st.data())

@@ -41,7 +41,12 @@ def item(
 ) -> dict[str, Any]:
     recorded = EXTRA if extra is None else extra
     encoded = base64.b64encode(pem(NAME) if request is None else request).decode()
-    spec = {"signerName": signer, "request": encoded, "expirationSeconds": seconds, "username": username}
+    spec: dict[str, Any] = {
+        "signerName": signer,
+        "request": encoded,
+        "expirationSeconds": seconds,
+        "username": username,
+    }
     spec["usages"] = USAGES if usages is None else usages
     spec["extra"] = {f"authentication.kubernetes.io/{key}": value for key, value in recorded.items()}
     return {"metadata": {"labels": dict(labels or {})}, "spec": spec}

@@ -25,25 +25,23 @@ class World:
         self._sleepers: list[tuple[float, asyncio.Future[None]]] = []
 
     async def sleep(self, seconds: float) -> None:
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiter = asyncio.get_running_loop().create_future()
         self._sleepers.append((self.now + seconds, waiter))
         await waiter
 
-    async def settle(self) -> None:
-        for _ in range(30):
-            await asyncio.sleep(0)
-
-    async def advance(self, seconds: float) -> None:
-        await self.settle()
-        for _ in range(int(seconds)):
-            self.now += 1
+    async def advance(self, seconds: int) -> None:
+        for step in range(seconds + 1):
+            self.now += bool(step)
             for until, waiter in self._sleepers:
                 if until <= self.now and not waiter.done():
                     waiter.set_result(None)
-            await self.settle()
+            for _ in range(30):
+                await asyncio.sleep(0)
             self.max_leaders = max(self.max_leaders, len(self.working))
 
-    def start(self, name: str, work: Callable[[], Awaitable[None]] | None = None) -> None:
+    async def start(self, name: str, seconds: int = 0, work: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Start a replica and advance the clock."""
+
         async def working() -> None:
             self.working.add(name)
             self.leaders.append(name)
@@ -54,6 +52,7 @@ class World:
 
         election = LeaderElection(self.store, name, lambda: self.now, self.sleep)
         self.tasks[name] = asyncio.create_task(election.run(working))
+        await self.advance(seconds)
 
     async def stop(self, name: str, *, crash: bool = False) -> None:
         """Stop a replica. A replica that crashes cannot release the lease."""
@@ -70,16 +69,14 @@ async def world() -> World:
 
 async def test_one_of_three_replicas_stays_the_leader(world: World) -> None:
     for name in ("a", "b", "c"):
-        world.start(name)
+        await world.start(name)
     await world.advance(120)
     assert (world.max_leaders, len(set(world.leaders)), world.working) == (1, 1, {world.store.lease.holder})
 
 
 async def test_leader_that_stops_releases_the_lease(world: World) -> None:
-    world.start("a")
-    await world.advance(1)
-    world.start("b")
-    await world.advance(5)
+    await world.start("a", 1)
+    await world.start("b", 5)
     await world.stop("a")
     assert world.store.lease.holder == ""
     await world.advance(10)
@@ -88,10 +85,8 @@ async def test_leader_that_stops_releases_the_lease(world: World) -> None:
 
 async def test_lease_of_a_crashed_leader_must_expire_first(world: World) -> None:
     """The leader might still be running without a connection."""
-    world.start("a")
-    await world.advance(1)
-    world.start("b")
-    await world.advance(9)
+    await world.start("a", 1)
+    await world.start("b", 9)
     await world.stop("a", crash=True)
     await world.advance(LEASE_S - 15)
     assert not world.working
@@ -100,8 +95,7 @@ async def test_lease_of_a_crashed_leader_must_expire_first(world: World) -> None
 
 
 async def test_leader_that_cannot_renew_stops_before_the_lease_expires(world: World) -> None:
-    world.start("a")
-    await world.advance(10)
+    await world.start("a", 10)
     world.store.unavailable = True
     await world.advance(LEASE_S - 1)
     assert not world.working
@@ -111,8 +105,7 @@ async def test_leader_that_cannot_renew_stops_before_the_lease_expires(world: Wo
 
 
 async def test_leader_survives_one_failed_renewal(world: World) -> None:
-    world.start("a")
-    await world.advance(8)
+    await world.start("a", 8)
     world.store.unavailable = True
     await world.advance(5)
     world.store.unavailable = False
@@ -121,8 +114,7 @@ async def test_leader_survives_one_failed_renewal(world: World) -> None:
 
 
 async def test_leader_that_lost_the_lease_stops(world: World) -> None:
-    world.start("a")
-    await world.advance(5)
+    await world.start("a", 5)
     world.store.lease = Lease("b", LEASE_S, "99")
     await world.advance(12)
     assert not world.working
@@ -133,7 +125,5 @@ async def test_work_is_restarted_after_an_unexpected_exception(world: World) -> 
     async def fail() -> None:
         raise RuntimeError("a defect")
 
-    world.start("a", fail)
-    await world.advance(45)
-    assert len(world.leaders) > 1
-    assert not world.tasks["a"].done()
+    await world.start("a", 45, fail)
+    assert (len(world.leaders) > 1, world.tasks["a"].done()) == (True, False)
