@@ -45,20 +45,16 @@ async def _api_server(directory: Path) -> client.Configuration:
 
 
 async def test_each_challenge_gets_an_ingress_that_is_deleted_afterwards(tmp_path: Path) -> None:
-    objects = [
-        one
-        for one in documents("acme.md")
-        if one.get("metadata", {}).get("name") in ("certmount-acme", "certmount-acme-ingress")
-    ]
+    wanted = ("certmount-acme", "certmount-acme-ingress")
+    objects = [one for one in documents("acme.md") if one.get("metadata", {}).get("name") in wanted]
     await asyncio.to_thread(
         apply, *(one for one in objects if one["kind"] == "Service" or "ingress" in one["metadata"]["name"])
     )
     nginx = Nginx(tmp_path / "nginx", "")
     async with connect(await _api_server(tmp_path)) as api, acme_environment(tmp_path, http_port=nginx.port) as env:
         routes = IngressRoutes(api, CERTMOUNT, "certmount-acme", 80, "nginx")
-        configuration = replace(
-            env.configuration, dns01=None, http01=Http01(self_test=nginx.address, ingress_class="nginx")
-        )
+        http01 = Http01(self_test=nginx.address, ingress_class="nginx")
+        configuration = replace(env.configuration, dns01=None, http01=http01)
         issuer = env.issuer(configuration, routes=routes)
         server = ChallengeServer(f"{LOOPBACK}:0", lambda: (issuer,))
         port = await server.start()

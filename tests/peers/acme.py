@@ -109,9 +109,8 @@ class AcmeEnvironment:
 
 
 def dns_configuration(server: Bind9, **changes: Any) -> Dns01:
-    return replace(
-        Dns01(server.address, server.key_source, resolvers=(server.address,), nameservers=(server.address,)), **changes
-    )
+    default = Dns01(server.address, server.key_source, resolvers=(server.address,), nameservers=(server.address,))
+    return replace(default, **changes)
 
 
 @contextlib.asynccontextmanager

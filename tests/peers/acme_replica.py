@@ -39,9 +39,8 @@ async def _work(document: dict[str, Any]) -> None:
     dns = document["dns01"]
     key, resolvers, nameservers = FileSource(document["key"]), tuple(dns["resolvers"]), tuple(dns["nameservers"])
     dns01 = Dns01(dns["server"], key, resolvers=resolvers, nameservers=nameservers)
-    configuration = AcmeConfiguration(
-        AccountStorage(directory=document["store"]), **document["configuration"], dns01=dns01
-    )
+    account = AccountStorage(directory=document["store"])
+    configuration = AcmeConfiguration(account, **document["configuration"], dns01=dns01)
     store = DirectoryStore(Path(document["store"]), "acme.json")
     await AcmeIssuer("letsencrypt", configuration, store, lease_s=document["lease_s"]).run()
 

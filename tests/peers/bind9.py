@@ -92,12 +92,8 @@ class Bind9:
     async def texts(self, name: str) -> set[str]:
         query = dns.message.make_query(name, dns.rdatatype.TXT)
         answer = await dns.asyncquery.tcp(query, LOOPBACK, 5, self.port)
-        return {
-            record.to_text().strip('"')
-            for rrset in answer.answer
-            if rrset.rdtype == dns.rdatatype.TXT
-            for record in rrset
-        }
+        rrsets = [one for one in answer.answer if one.rdtype == dns.rdatatype.TXT]
+        return {record.to_text().strip('"') for rrset in rrsets for record in rrset}
 
     def _configuration(self) -> str:
         text = _OPTIONS.format(

@@ -62,9 +62,8 @@ class LimitingProxy:
 
     async def _forward(self, method: str, request: web.Request, body: bytes, path: str | None = None) -> web.Response:
         # Keep the Host header, because Pebble builds its URLs from it.
-        headers = {
-            name: request.headers[name] for name in ("Host", "Content-Type", "User-Agent") if name in request.headers
-        }
+        names = ("Host", "Content-Type", "User-Agent")
+        headers = {name: request.headers[name] for name in names if name in request.headers}
         url = f"https://{LOOPBACK}:{self.ca.port}{path or request.path}"
         async with (
             aiohttp.ClientSession(trust_env=False) as session,

@@ -84,10 +84,8 @@ class Pebble:
     async def set_renewal(self, certificate: x509.Certificate, start: str, end: str) -> None:
         """Set the suggested renewal window of a certificate (RFC 9773); times are RFC 3339."""
         response = {"suggestedWindow": {"start": start, "end": end}}
-        body = {
-            "certificate": certificate.public_bytes(Encoding.PEM).decode("ascii"),
-            "ariResponse": json.dumps(response),
-        }
+        pem = certificate.public_bytes(Encoding.PEM).decode("ascii")
+        body = {"certificate": pem, "ariResponse": json.dumps(response)}
         await self._management("POST", "set-renewal-info/", body)
 
     async def _management(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> bytes:

@@ -53,13 +53,11 @@ async def test_external_account_requires_the_right_key(tmp_path: Path) -> None:
             issuer = env.issuer(replace(env.configuration, external_account=account), wait_s=2)
             async with running_issuers(issuer):
                 assert text in str(await failure_of(issuer, request_for(NAME)))
-        issuer = env.issuer(
-            replace(env.configuration, external_account=ExternalAccount("customer-1", FileSource(str(right))))
-        )
+        account = ExternalAccount("customer-1", FileSource(str(right)))
+        issuer = env.issuer(replace(env.configuration, external_account=account))
         async with running_issuers(issuer):
-            assert dns_names((await issue_when_ready(issuer, request_for("b.example.test"))).chain) == {
-                "b.example.test"
-            }
+            issued = await issue_when_ready(issuer, request_for("b.example.test"))
+            assert dns_names(issued.chain) == {"b.example.test"}
 
 
 async def test_no_secret_is_in_logs_or_orders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

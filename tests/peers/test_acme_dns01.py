@@ -207,9 +207,8 @@ async def test_server_that_never_serves_the_record_is_named(tmp_path: Path) -> N
     async with acme_environment(tmp_path) as env:
         silent = bind9(tmp_path / "silent", {"other.test": ""})
         async with silent.running():
-            error = await _failure(
-                env, "shop.example.test", nameservers=(silent.address,), patience=timedelta(seconds=1)
-            )
+            second = timedelta(seconds=1)
+            error = await _failure(env, "shop.example.test", nameservers=(silent.address,), patience=second)
         assert f"DNS server {silent.address}: does not serve _acme-challenge.shop.example.test." in str(error)
         assert "after 1 s" in str(error)
         assert env.ca.validations == 0

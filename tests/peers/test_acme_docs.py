@@ -99,9 +99,8 @@ def test_roles_match_the_account_and_the_secrets_of_the_issuers() -> None:
     roles = {one["metadata"]["name"]: one for one in objects if one["kind"] == "Role"}
     for binding in (one for one in objects if one["kind"] == "RoleBinding"):
         assert binding["roleRef"]["name"] in roles
-        assert binding["subjects"] == [
-            {"kind": "ServiceAccount", "name": "certmount-authority", "namespace": "certmount"}
-        ]
+        subject = {"kind": "ServiceAccount", "name": "certmount-authority", "namespace": "certmount"}
+        assert binding["subjects"] == [subject]
     account, tsig = (rule["resourceNames"][0] for rule in roles["certmount-acme"]["rules"])
     declared = configurations("acme.md")[0]
     assert (declared.account.namespace, declared.account.name) == ("certmount", account)
@@ -203,16 +202,13 @@ def _check_nginx(directory: Path, key: ec.EllipticCurvePrivateKey, chain: tuple[
     (files / "site.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     (block,) = blocks("from-kube-lego.md", "nginx")
     text = block.replace("/etc/tls", str(files)).replace("listen 443 ssl", f"listen {LOOPBACK}:{free_port()} ssl")
-    paths = " ".join(
-        f"{kind}_temp_path {directory}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    paths = " ".join(f"{kind}_temp_path {directory}/{kind};" for kind in kinds)
     configuration = directory / "tls.conf"
-    configuration.write_text(
-        f"pid {directory}/tls.pid; events {{}} http {{ access_log off; {paths} {text} }}", encoding="ascii"
-    )
-    subprocess.run(
-        [require_program("nginx"), "-t", "-e", str(directory / "tls.log"), "-c", str(configuration)], check=True
-    )
+    content = f"pid {directory}/tls.pid; events {{}} http {{ access_log off; {paths} {text} }}"
+    configuration.write_text(content, encoding="ascii")
+    command = [require_program("nginx"), "-t", "-e", str(directory / "tls.log"), "-c", str(configuration)]
+    subprocess.run(command, check=True)
 
 
 @pytest.mark.peers("pebble", "named", "openssl")

@@ -93,9 +93,8 @@ async def test_any_replica_can_respond_to_the_ca(tmp_path: Path) -> None:
 
 async def test_missing_route_is_explained_and_the_ca_never_validates(tmp_path: Path) -> None:
     async with edge(tmp_path, locations="") as env:
-        impatient = replace(
-            env.configuration, http01=Http01(self_test=env.nginx.address, patience=timedelta(seconds=1))
-        )
+        http01 = Http01(self_test=env.nginx.address, patience=timedelta(seconds=1))
+        impatient = replace(env.configuration, http01=http01)
         issuer = env.environment.issuer(impatient, wait_s=4)
         async with running_issuers(issuer), challenge_server(env.authority_port, issuer):
             error = await failure_of(issuer, request_for(NAME))

@@ -86,9 +86,8 @@ async def test_each_challenge_gets_an_ingress_that_is_deleted_afterwards(tmp_pat
         acme_environment(tmp_path, http_port=nginx.port) as env,
     ):
         routes = IngressRoutes(api, "certmount", "certmount-authority", 8089, "nginx")
-        configuration = replace(
-            env.configuration, dns01=None, http01=Http01(self_test=nginx.address, ingress_class="nginx")
-        )
+        http01 = Http01(self_test=nginx.address, ingress_class="nginx")
+        configuration = replace(env.configuration, dns01=None, http01=http01)
         issuer = env.issuer(configuration, routes=routes)
         server = ChallengeServer(f"{LOOPBACK}:0", lambda: (issuer,))
         port = await server.start()

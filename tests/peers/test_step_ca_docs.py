@@ -49,9 +49,8 @@ async def run(*arguments: str, cwd: Path) -> tuple[int, str]:
 
 async def certmount(command: str, cwd: Path) -> tuple[int, str]:
     arguments = shlex.split(command.rpartition(" -- ")[2])
-    return await run(
-        sys.executable, "-m", "csi_driver.cli.main", *arguments[arguments.index("certmount") + 1 :], cwd=cwd
-    )
+    tail = arguments[arguments.index("certmount") + 1 :]
+    return await run(sys.executable, "-m", "csi_driver.cli.main", *tail, cwd=cwd)
 
 
 def write(directory: Path, entry: Mapping[str, Any]) -> None:
@@ -139,9 +138,8 @@ def test_policy_of_the_autocert_page_allows_only_its_pod() -> None:
     requested = RequestedCertificate(spec.names, spec.key_type, spec.usages, spec.duration, spec.issuer)
     enabled = {"autocert.step.sm": "enabled"}
     assert policy.decide(PolicySubject(_pod("default"), enabled), requested).names.dns == spec.names.dns
-    client = RequestedCertificate(
-        Names.of([DNSName.parse("hello-mtls-client.default.pod.cluster.local")]), issuer="step"
-    )
+    names = Names.of([DNSName.parse("hello-mtls-client.default.pod.cluster.local")])
+    client = RequestedCertificate(names, issuer="step")
     assert policy.decide(PolicySubject(_pod("default"), enabled), client).duration
     assert not policy.judge(PolicySubject(_pod("default"), {}), requested).allowed
     assert not policy.judge(PolicySubject(_pod("other"), enabled), requested).allowed
@@ -153,16 +151,10 @@ def test_roles_allow_exactly_the_secrets_of_the_issuers(name: str) -> None:
     secrets = {tuple(source["secret"].split("/")) for source in sources}
     roles = [one for one in documents(name) if one.get("kind") == "Role"]
     bindings = [one for one in documents(name) if one.get("kind") == "RoleBinding"]
-    allowed = {
-        (role["metadata"]["namespace"], secret)
-        for role in roles
-        for rule in role["rules"]
-        for secret in rule["resourceNames"]
-    }
+    rules = [(role["metadata"]["namespace"], rule) for role in roles for rule in role["rules"]]
+    allowed = {(namespace, secret) for namespace, rule in rules for secret in rule["resourceNames"]}
     assert allowed == secrets
-    assert all(
-        rule["verbs"] == ["get"] and rule["resources"] == ["secrets"] for role in roles for rule in role["rules"]
-    )
+    assert all(rule["verbs"] == ["get"] and rule["resources"] == ["secrets"] for _, rule in rules)
     for role, binding in zip(roles, bindings, strict=True):
         assert binding["roleRef"]["name"] == role["metadata"]["name"]
         assert binding["metadata"]["namespace"] == role["metadata"]["namespace"]
@@ -179,9 +171,8 @@ async def test_issuer_check_reports_an_invalid_file(tmp_path: Path) -> None:
     file.write_text("issuers:\n- {name: step, stepca: {}}\n- {name: internal, step_ca: {url: x}}\n")
     code, output = await certmount(check, tmp_path)
     assert code == 1
-    assert output.startswith(
-        "Error: issuers.yaml is not valid:\n  issuers[0].stepca (line 2): is not known; did you mean"
-    )
+    problem = "issuers[0].stepca (line 2): is not known; did you mean"
+    assert output.startswith(f"Error: issuers.yaml is not valid:\n  {problem}")
     assert "\n  issuers[1].step_ca.url (line 3): 'x' is not the address of a step-ca" in output
     file.write_text("# none\n")
     assert await certmount(check, tmp_path) == (0, "issuers.yaml declares no issuers\n")

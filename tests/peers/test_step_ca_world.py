@@ -121,10 +121,8 @@ async def test_error_of_step_ca_reaches_the_pod(world: World, caller: Caller) ->
     wire_request.duration.FromTimedelta(timedelta(hours=30))
     failure = await failure_of(caller, wire_request)
     assert (failure.code, failure.reason) == (grpc.StatusCode.PERMISSION_DENIED, "NameNotAllowed")
-    assert (
-        "issuer step: step-ca rejected the request: requested duration of 30h1m0s is more than the authorized"
-        in failure.text
-    )
+    text = "issuer step: step-ca rejected the request: requested duration of 30h1m0s is more than the authorized"
+    assert text in failure.text
 
 
 async def test_outage_of_step_ca_is_retryable_and_does_not_affect_the_internal_ca(
@@ -156,9 +154,8 @@ async def test_volume_gets_a_federated_root_without_a_new_certificate(
             kubelet.channel() as channel,
         ):
             pod = FakePod(POD.namespace, POD.name, POD.service_account, POD.uid)
-            published = kubelet.publish_request(
-                pod, {"issuer": "step", "name": NAME}, token=world.issuer.pod_token(POD).reveal()
-            )
+            pod_token = world.issuer.pod_token(POD).reveal()
+            published = kubelet.publish_request(pod, {"issuer": "step", "name": NAME}, token=pod_token)
             await node_stub(channel).NodePublishVolume(published, timeout=30, wait_for_ready=True)
             target = Path(published.target_path)
             before = Shown.at(target)

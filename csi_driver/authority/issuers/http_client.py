@@ -75,7 +75,7 @@ class HttpClient:
             headers={"User-Agent": f"certmount/{__version__}", "Accept-Encoding": "identity"},
         )
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         await self._session.close()
 
     async def request(self, method: str, path: str, document: Mapping[str, str] | None = None) -> JsonResponse:

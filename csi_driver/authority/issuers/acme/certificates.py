@@ -134,8 +134,7 @@ def fetch_window(client: AcmeClient, certificate_id: str, now: float) -> Renewal
         start, end = suggested.start.timestamp(), suggested.end.timestamp()
     except (JoseError, ValueError, AttributeError):
         raise AcmeProblem("", "the renewal information cannot be parsed") from None
-    delay_s = retry_after_s(response)
-    delay_s = CHECK_S if delay_s is None else delay_s
+    delay_s = CHECK_S if (requested_s := retry_after_s(response)) is None else requested_s
     return RenewalWindow(start, end, now + min(max(delay_s, _MIN_CHECK_S), _MAX_CHECK_S))
 
 

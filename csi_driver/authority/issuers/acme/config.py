@@ -59,8 +59,7 @@ class Dns01:
     zone: str | None = None  # The zone for the records; None to ask `server` for the zone of each name
     resolvers: tuple[str, ...] = ()  # For CNAMEs and server addresses, for split horizons; empty: the system's
     nameservers: tuple[str, ...] = ()  # Must serve a record before the CA validates it; empty: those in NS records
-    patience: timedelta = DNS_PATIENCE
-    """How long these servers may take. With NOTIFY (RFC 1996) secondaries take seconds, otherwise up to their refresh interval."""
+    patience: timedelta = DNS_PATIENCE  # For secondaries: seconds with NOTIFY, else up to their refresh interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +67,9 @@ class Http01:
     """How to solve HTTP-01 challenges (RFC 8555 section 8.3). The authority responds; a route must lead the CA to it."""
 
     self_test: str | None = None
-    """``ADDRESS:PORT`` to which the self-test connects; None for port 80 of the name.
-
-    Set it in clusters that can't reach their own load balancer from inside.
-    """
+    """Where the self-test connects, for clusters that can't reach their own load balancer; None: port 80 of the name."""
     ingress_class: str | None = None  # The class of the Ingress to create for each challenge; None if a route exists
-    patience: timedelta = HTTP_PATIENCE
-    """How long a route may take to work: load balancers and ingress controllers need time for a new route."""
+    patience: timedelta = HTTP_PATIENCE  # How long load balancers and ingress controllers may take for a new route
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ParamSpec, Protocol, TypeVar
 
 from csi_driver.authority.issuers.acme.account import AcmeAccounts
@@ -36,13 +36,9 @@ class OrderStore:
         self._store = store
         self._clock = clock
         self._lock = asyncio.Lock()
-        self._known = AcmeState()
+        self.known = AcmeState()  # What this replica last read or wrote
         self._read_at = -1.0
         self._changed = asyncio.Event()
-
-    @property
-    def known(self) -> AcmeState:
-        return self._known
 
     async def read(self, max_age_s: float = 1.0) -> AcmeState:
         """Return a state that is at most ``max_age_s`` old; raise CertmountError if the store can't be read."""
@@ -52,7 +48,7 @@ class OrderStore:
                 # Another caller may have read the store while this one waited.
                 if not self._is_fresh(max_age_s) and not self._read_at > called_at:
                     self._remember(self._decode(await self._store.load()))
-        return self._known
+        return self.known
 
     async def change(self, step: Callable[[AcmeState], AcmeState]) -> AcmeState:
         """Replace the state with the result of ``step``, which may run again; raise CertmountError, or as ``step``."""
@@ -96,8 +92,8 @@ class OrderStore:
 
     def _remember(self, state: AcmeState) -> None:
         self._read_at = self._clock()
-        if state != self._known:
-            self._known = state
+        if state != self.known:
+            self.known = state
             self._changed.set()
             self._changed = asyncio.Event()
 
@@ -153,8 +149,6 @@ class AcmeContext:
             others = (one for one in self.orders.known.orders if one.id != order.id and one.is_open)
             if not any(challenge in one.challenges for one in others):
                 await self.solver.unpublish(challenge)
-            await self.orders.change_order(order.id, self.holder, functools.partial(_without, challenge))
-
-
-def _without(challenge: ChallengeRecord, order: OrderRecord) -> OrderRecord:
-    return replace(order, challenges=tuple(one for one in order.challenges if one != challenge))
+            await self.orders.change_order(
+                order.id, self.holder, functools.partial(OrderRecord.without_challenge, removed=challenge)
+            )

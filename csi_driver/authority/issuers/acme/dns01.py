@@ -53,9 +53,8 @@ class ZoneFinder:
         return record, zone
 
     async def authoritative(self, zone: dns.name.Name) -> tuple[tuple[str, tuple[Nameserver, ...]], ...]:
-        if self._configuration.nameservers:
-            texts, parse = self._configuration.nameservers, Nameserver.parse
-            servers = [await asyncio.to_thread(parse, text, "dns01.nameservers") for text in texts]
+        if texts := self._configuration.nameservers:
+            servers = [await asyncio.to_thread(Nameserver.parse, text, "dns01.nameservers") for text in texts]
             return tuple((text, (server,)) for text, server in zip(texts, servers, strict=True))
         response = await (await self.primary()).query(zone, dns.rdatatype.NS, recursive=False)
         hosts = [record.target for record in _records(response, zone, dns.rdatatype.NS)]

@@ -29,13 +29,7 @@ from csi_driver.authority.issuers.acme.certificates import (
 )
 from csi_driver.authority.issuers.acme.client import AcmeClient, AcmeProblem, retry_after_s
 from csi_driver.authority.issuers.acme.context import AcmeContext, held_order
-from csi_driver.authority.issuers.acme.state import (
-    AcmeState,
-    ChallengeRecord,
-    OrderRecord,
-    TrackedCertificate,
-    names_id,
-)
+from csi_driver.authority.issuers.acme.state import AcmeState, OrderRecord, TrackedCertificate, names_id
 from csi_driver.core.certificates.keys import public_bytes
 from csi_driver.core.errors import CertmountError
 
@@ -118,12 +112,14 @@ class OrderProcessor:
                 pending[url] = authorization
         selected = [(str(one.identifier.value), self._select_challenge(one)) for one in pending.values()]
         unsolved = [(name, one) for name, one in selected if one.status == messages.STATUS_PENDING]
-        challenges = [await self._prepare(client, name, one) for name, one in unsolved]
+        prepare = self._context.solver.prepare
+        challenges = [
+            await prepare(name, one.chall.encode("token"), one.chall.key_authorization(client.key))
+            for name, one in unsolved
+        ]
         if challenges:
             # Stored before they are published, so that after a crash another replica knows what to unpublish.
-            await self._change(
-                lambda one: replace(one, challenges=tuple(dict.fromkeys((*one.challenges, *challenges))))
-            )
+            await self._change(lambda one: one.with_challenges(challenges))
             await self._context.solver.publish(challenges)
         for _, challenge in unsolved:
             await self._context.in_thread(client.send, challenge.uri, challenge.chall.response(client.key))
@@ -149,10 +145,6 @@ class OrderProcessor:
         offered = ", ".join(sorted(one.chall.typ for one in challenges))
         text = f"the CA does not offer {kind} for {authorization.identifier.value}; it offers {offered}"
         raise AcmeProblem("unsupportedIdentifier", text)
-
-    async def _prepare(self, client: AcmeClient, name: str, challenge: messages.ChallengeBody) -> ChallengeRecord:
-        key_authorization = challenge.chall.key_authorization(client.key)
-        return await self._context.solver.prepare(name, challenge.chall.encode("token"), key_authorization)
 
     async def _finalize(self, client: AcmeClient, remote: messages.Order, order: OrderRecord) -> None:
         try:

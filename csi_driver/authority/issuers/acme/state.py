@@ -56,6 +56,12 @@ class OrderRecord:
     def is_open(self) -> bool:
         return not self.finished_at and not self.abandoned
 
+    def with_challenges(self, added: Iterable[ChallengeRecord]) -> OrderRecord:
+        return replace(self, challenges=tuple(dict.fromkeys((*self.challenges, *added))))
+
+    def without_challenge(self, removed: ChallengeRecord) -> OrderRecord:
+        return replace(self, challenges=tuple(one for one in self.challenges if one != removed))
+
 
 @dataclass(frozen=True, slots=True)
 class NamesBackoff:

@@ -184,17 +184,17 @@ def label_selector(issuer: str) -> str:
 def request_faults(request: IssuerRequest, configuration: KubernetesCSRConfiguration) -> list[Fault]:
     faults: list[Fault] = []
     duration, minimum, maximum = request.grant.duration, configuration.min_duration, configuration.max_duration
+    text = f"{format_duration(duration)} is {{}} than this issuer's {{}} of {{}}"
     if duration < minimum:
-        problem = f"{format_duration(duration)} is shorter than this issuer's minimum of {format_duration(minimum)}"
-        faults.append(Fault("duration", problem))
+        faults.append(Fault("duration", text.format("shorter", "minimum", format_duration(minimum))))
     if maximum is not None and duration > maximum:
-        problem = f"{format_duration(duration)} is longer than this issuer's maximum of {format_duration(maximum)}"
-        faults.append(Fault("duration", problem))
+        faults.append(Fault("duration", text.format("longer", "maximum", format_duration(maximum))))
     if not len(request.csr.names):
         # The signer gets the node's CSR, and the authority can't add names to that.
-        own = ", ".join(str(uri) for uri in request.grant.names.uris)
-        problem = "no name is requested, and a signer of the cluster signs only requested names"
-        faults.append(Fault("name", problem, f"set the names, for example uri-sans: {own}"))
+        hint = f"set the names, for example uri-sans: {', '.join(str(uri) for uri in request.grant.names.uris)}"
+        faults.append(
+            Fault("name", "no name is requested, and a signer of the cluster signs only requested names", hint)
+        )
     return faults
 
 

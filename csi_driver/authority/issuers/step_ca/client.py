@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 from urllib.parse import quote
 
 from cryptography import x509
+from cryptography.hazmat.primitives.hashes import SHA256
 
 from csi_driver.authority.issuers.http_client import HttpClient, HttpError, JsonResponse
+from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.provisioners import Provisioner, parse_provisioners
 from csi_driver.core.formats.pem import decode_certificates
 
 _MAX_PAGES = 50  # Of a hundred provisioners each, which is step-ca's own limit for a page
 _MAX_CHAIN = 10
+_MAX_ROOT_FILE_BYTES = 1024 * 1024
 
 
 class StepCAClient(HttpClient):
@@ -74,3 +80,33 @@ def parse_pems(pems: Sequence[object]) -> list[x509.Certificate]:
 
 def _unexpected(subject: str, path: str, response: JsonResponse) -> HttpError:
     return HttpError(subject, f"{path} returned HTTP {response.status} {response.message}".rstrip())
+
+
+async def fetch_pinned_roots(configuration: StepCAConfiguration) -> tuple[x509.Certificate, ...]:
+    """Return the roots of the file, or the root with the fingerprint, which verify step-ca's TLS certificate; raise HttpError."""
+    if configuration.root_file is not None:
+        return await asyncio.to_thread(_read_roots, configuration.root_file)
+    sha256 = configuration.root_sha256 or ""
+    async with contextlib.aclosing(StepCAClient(configuration.url, None)) as client:
+        roots = await client.root(sha256)
+    if roots is None:
+        hint = "run `step certificate fingerprint root_ca.crt` on step-ca's machine for the current fingerprint"
+        raise HttpError("root", f"step-ca has no root with the SHA-256 {sha256}", hint)
+    # The connection is not verified yet, so the certificate must prove itself by its hash.
+    if len(roots) != 1 or roots[0].fingerprint(SHA256()).hex() != sha256:
+        raise HttpError("root", f"the server did not return a root with the SHA-256 {sha256}", "check url")
+    return tuple(roots)
+
+
+def _read_roots(file: str) -> tuple[x509.Certificate, ...]:
+    try:
+        with Path(file).open("rb") as opened:
+            content = opened.read(_MAX_ROOT_FILE_BYTES + 1)
+        if len(content) <= _MAX_ROOT_FILE_BYTES:
+            return tuple(decode_certificates(content))
+        problem = f"is longer than {_MAX_ROOT_FILE_BYTES} bytes"
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+    except ValueError:
+        problem = "does not contain valid certificates in PEM"
+    raise HttpError("root", f"file {file} {problem}")

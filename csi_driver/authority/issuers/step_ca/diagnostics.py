@@ -7,10 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.issuers import Findings
@@ -21,11 +19,10 @@ from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.provisioner_key import ProvisionerKey, load_provisioner_key
 from csi_driver.authority.issuers.step_ca.provisioners import Provisioner, check_key, select_provisioner
 from csi_driver.core.errors import CertmountError
-from csi_driver.core.formats.pem import decode_certificates, fingerprint
+from csi_driver.core.formats.pem import fingerprint
 from csi_driver.core.secret import Secret
 
 _MAX_ROOTS = 10  # A volume can hold as many
-_MAX_ROOT_FILE_BYTES = 1024 * 1024
 _MAX_CLOCK_SKEW = timedelta(minutes=1)  # What step-ca tolerates when it verifies a token
 
 
@@ -59,25 +56,6 @@ class ProvisionerKeyLoader:
             self._key = await asyncio.to_thread(load_provisioner_key, content, password)
             self._content = (content, password)
         return self._key
-
-
-async def fetch_pinned_roots(configuration: StepCAConfiguration) -> tuple[x509.Certificate, ...]:
-    """Return the roots of the file, or the root with the fingerprint, which verify step-ca's TLS certificate; raise HttpError."""
-    if configuration.root_file is not None:
-        return await asyncio.to_thread(_read_roots, configuration.root_file)
-    sha256 = configuration.root_sha256 or ""
-    client = StepCAClient(configuration.url, None)
-    try:
-        roots = await client.root(sha256)
-    finally:
-        await client.close()
-    if roots is None:
-        hint = "run `step certificate fingerprint root_ca.crt` on step-ca's machine for the current fingerprint"
-        raise HttpError("root", f"step-ca has no root with the SHA-256 {sha256}", hint)
-    # The connection is not verified yet, so the certificate must prove itself by its hash.
-    if len(roots) != 1 or roots[0].fingerprint(SHA256()).hex() != sha256:
-        raise HttpError("root", f"the server did not return a root with the SHA-256 {sha256}", "check url")
-    return tuple(roots)
 
 
 async def diagnose_step_ca(
@@ -143,20 +121,6 @@ def _check_clock(time: datetime | None, now: datetime, diagnosis: StepCADiagnosi
     if abs(skew) > _MAX_CLOCK_SKEW:
         text += "; step-ca tolerates at most 60 s; synchronize the clocks"
     diagnosis.findings.add("clock", abs(skew) <= _MAX_CLOCK_SKEW, text)
-
-
-def _read_roots(file: str) -> tuple[x509.Certificate, ...]:
-    try:
-        with Path(file).open("rb") as opened:
-            content = opened.read(_MAX_ROOT_FILE_BYTES + 1)
-        if len(content) <= _MAX_ROOT_FILE_BYTES:
-            return tuple(decode_certificates(content))
-        problem = f"is longer than {_MAX_ROOT_FILE_BYTES} bytes"
-    except OSError as error:
-        problem = f"cannot be read: {error.strerror}"
-    except ValueError:
-        problem = "does not contain valid certificates in PEM"
-    raise HttpError("root", f"file {file} {problem}")
 
 
 def _describe(certificate: x509.Certificate) -> str:

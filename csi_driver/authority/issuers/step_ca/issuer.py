@@ -21,14 +21,9 @@ from csi_driver.authority.issuers.external_issuer import (
     issued_certificate,
 )
 from csi_driver.authority.issuers.http_client import HttpError, JsonResponse
-from csi_driver.authority.issuers.step_ca.client import StepCAClient, parse_signed_chain
+from csi_driver.authority.issuers.step_ca.client import StepCAClient, fetch_pinned_roots, parse_signed_chain
 from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
-from csi_driver.authority.issuers.step_ca.diagnostics import (
-    ProvisionerKeyLoader,
-    StepCADiagnosis,
-    diagnose_step_ca,
-    fetch_pinned_roots,
-)
+from csi_driver.authority.issuers.step_ca.diagnostics import ProvisionerKeyLoader, StepCADiagnosis, diagnose_step_ca
 from csi_driver.authority.issuers.step_ca.provisioner_key import ProvisionerKey
 from csi_driver.authority.issuers.step_ca.provisioners import request_faults, token_claims
 from csi_driver.core.backoff import Backoff
@@ -137,11 +132,8 @@ class StepCAIssuer(DiagnosedIssuer):
 
     def _unauthorized(self, diagnosis: StepCADiagnosis) -> CertmountError:
         """Explain HTTP 401, which step-ca sends without a reason, by what step-ca publishes."""
-        host = self.configuration.url.removeprefix("https://")
-        other = (
-            "provisioner, key and clock match, so step-ca has just started, or its"
-            f' "dnsNames" in ca.json lack the host of {host}; check its log'
-        )
+        lack = f'"dnsNames" in ca.json lack the host of {self.configuration.url.removeprefix("https://")}'
+        other = f"provisioner, key and clock match, so step-ca has just started, or its {lack}; check its log"
         problem = diagnosis.findings.problem or other
         return self._unavailable(f"step-ca rejected the authority's token (HTTP 401): {problem}")
 
@@ -187,4 +179,4 @@ class StepCAIssuer(DiagnosedIssuer):
     async def _disconnect(self) -> None:
         client, self._client = self._client, None
         if client is not None:
-            await client.close()
+            await client.aclose()

@@ -61,9 +61,8 @@ async def test_certificate_has_its_chain_roots_and_granted_usages() -> None:
     root, stranger = pki.authority("root"), pki.authority("stranger")
     middle = pki.authority("middle", root)
     lower = pki.authority("lower", middle)
-    keyring = Keyring(
-        (root.certificate, stranger.certificate), None, CAKeyPair(lower.certificate, lower.key), (middle.certificate,)
-    )
+    intermediate = CAKeyPair(lower.certificate, lower.key)
+    keyring = Keyring((root.certificate, stranger.certificate), None, intermediate, (middle.certificate,))
     (leaf, *chain), roots = await issue(keyring, request("a.test", usages=(Usage.CLIENT,)))
     assert chain == [lower.certificate, middle.certificate]
     assert list(roots) == pki.der(root.certificate, stranger.certificate)

@@ -79,9 +79,8 @@ class World:
         roots = None if own else FileSource(str(self.roots))
         configuration = KubernetesCSRConfiguration(SIGNER, approve, roots, max_duration=maximum)
         access = CSRAccess(self.cluster, lambda: self.internal)
-        issuer = KubernetesCSRIssuer(
-            "corporate", configuration, CredentialReader(), access, clock=lambda: self.now, wait_s=wait_s
-        )
+        credentials, now = CredentialReader(), lambda: self.now
+        issuer = KubernetesCSRIssuer("corporate", configuration, credentials, access, clock=now, wait_s=wait_s)
         running = asyncio.create_task(issuer.run())
         try:
             await until(lambda: issuer.problem != NOT_DIAGNOSED, "the first diagnosis")
