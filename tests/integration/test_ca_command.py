@@ -50,8 +50,8 @@ class Setting:
     def _clock(self) -> datetime:
         return utc_now() + self.ahead
 
-    def go_by(self, seconds: int = 0) -> Keyring:
-        """The authority reads a few times, some time later: it sees a phase begin, and does what is due."""
+    def refresh_after(self, seconds: int = 0) -> Keyring:
+        """Let time pass and the authority refresh a few times, so that it reads a phase and makes the next transition."""
         self.ahead += timedelta(seconds=seconds)
         for _ in range(4):
             asyncio.run(self.ca.refresh())
@@ -60,18 +60,18 @@ class Setting:
     def run(self, *arguments: str) -> Result:
         return CliRunner().invoke(command, [arguments[0], f"--ca-dir={self.folder}", *arguments[1:]])
 
-    def says(self, *arguments: str) -> str:
+    def output(self, *arguments: str) -> str:
         result = self.run(*arguments)
         assert result.exit_code == 0, result.output
         return result.output
 
-    def refuses(self, *arguments: str) -> str:
+    def error(self, *arguments: str) -> str:
         result = self.run(*arguments)
         assert result.exit_code != 0, result.output
         return " ".join(result.output.split())
 
     def status(self) -> dict[str, Any]:
-        document: dict[str, Any] = json.loads(self.says("status", "-o", "json"))
+        document: dict[str, Any] = json.loads(self.output("status", "-o", "json"))
         return document
 
 
@@ -84,102 +84,99 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def setting(tmp_path: Path) -> Setting:
     setting = Setting(tmp_path, OneNode())
-    setting.go_by()
+    setting.refresh_after()
     return setting
 
 
-def test_a_whole_rotation_by_the_command(setting: Setting) -> None:
-    """Each step says what it is, and what comes next; in the end there is the new root and no trace of the former one."""
-    old = setting.go_by()
-    assert "steady: one CA signs" in setting.says("status")
-    assert fingerprint(old.root) in setting.says("status")
-    said = setting.says("rotate")
-    assert "Rotation started. Pods keep working" in said
-    assert "within seconds an authority reads this phase" in said
-    setting.go_by()
-    assert "every replica knows the next CA, and nodes start to acknowledge its root" in setting.says("status")
+def test_status_describes_each_phase_of_a_rotation(setting: Setting) -> None:
+    old = setting.refresh_after()
+    assert "steady: one CA signs" in setting.output("status")
+    assert fingerprint(old.root) in setting.output("status")
+    output = setting.output("rotate")
+    assert "Rotation started. Pods keep working" in output
+    assert "within seconds an authority reads this phase" in output
+    setting.refresh_after()
+    assert "every replica knows the next CA, and nodes start to acknowledge its root" in setting.output("status")
     assert setting.status()["phase"] == "announcing"
     next_root = setting.status()["next"]["roots"][0]["fingerprint"]
-    new = setting.go_by(41)
+    new = setting.refresh_after(41)
     assert fingerprint(new.root) == next_root
-    setting.go_by()
+    setting.refresh_after()
     status = setting.status()
     assert (status["phase"], status["next"]) == ("retiring", None)
     assert [each["root"] for each in status["retired"]] == [fingerprint(old.root)]
-    assert "nodes remove the former root from every root.crt" in setting.says("status")
-    setting.go_by(41)
+    assert "nodes remove the former root from every root.crt" in setting.output("status")
+    setting.refresh_after(41)
     assert setting.status()["phase"] == "steady"
-    assert fingerprint(old.root) not in setting.says("status")
+    assert fingerprint(old.root) not in setting.output("status")
 
 
-def test_a_rotation_can_be_held_and_gone_on_with(setting: Setting) -> None:
-    """However long; asking twice changes nothing."""
-    setting.says("rotate")
-    assert "is already in progress; nothing changed" in setting.says("rotate")
-    assert "The rotation is stopped." in setting.says("stop")
-    setting.go_by(3600)
+def test_rotation_can_be_stopped_and_resumed(setting: Setting) -> None:
+    setting.output("rotate")
+    assert "is already in progress; nothing changed" in setting.output("rotate")
+    assert "The rotation is stopped." in setting.output("stop")
+    setting.refresh_after(3600)
     assert setting.status()["phase"] == "announcing"
     assert (
         "to resume, run: certmount ca rotate; to abandon the next CA, run: certmount ca stop --discard"
-        in setting.says("status")
+        in setting.output("status")
     )
-    assert "Rotation resumed." in setting.says("rotate")
-    setting.go_by(41)
+    assert "Rotation resumed." in setting.output("rotate")
+    setting.refresh_after(41)
     assert setting.status()["phase"] == "retiring"
 
 
-def test_a_next_ca_can_be_given_up_until_it_signs(setting: Setting) -> None:
-    """Afterwards the reason is said."""
-    old = setting.go_by()
-    setting.says("rotate")
-    assert "It has signed nothing" in setting.says("stop", "--discard")
-    assert setting.go_by().roots == old.roots
-    assert "no rotation is in progress" in setting.refuses("stop")
-    assert "no rotation is in progress" in setting.refuses("stop", "--discard")
-    setting.says("rotate")
-    setting.go_by()
-    setting.go_by(41)
-    assert "pods have certificates that only its root verifies" in setting.refuses("stop", "--discard")
-    assert "is stopped" in setting.says("stop")
+def test_next_ca_can_be_discarded_until_it_signs(setting: Setting) -> None:
+    old = setting.refresh_after()
+    setting.output("rotate")
+    assert "It has signed nothing" in setting.output("stop", "--discard")
+    assert setting.refresh_after().roots == old.roots
+    assert "no rotation is in progress" in setting.error("stop")
+    assert "no rotation is in progress" in setting.error("stop", "--discard")
+    setting.output("rotate")
+    setting.refresh_after()
+    setting.refresh_after(41)
+    assert "pods have certificates that only its root verifies" in setting.error("stop", "--discard")
+    assert "is stopped" in setting.output("stop")
 
 
-def test_a_stolen_cas_root_can_be_dropped_at_once(setting: Setting) -> None:
-    """When the new one signs and every replica knows it; only where it is meant."""
-    old = setting.go_by()
-    assert "no root is retired" in setting.refuses("drop", "--yes")
+def test_former_root_can_be_dropped_when_every_replica_knows_the_new_ca(setting: Setting) -> None:
+    """Only after a confirmation."""
+    old = setting.refresh_after()
+    assert "no root is retired" in setting.error("drop", "--yes")
     asyncio.run(setting.ca.record_lifetime(timedelta(days=1)))
-    setting.says("rotate")
-    setting.go_by()
-    setting.go_by(41)
-    assert "retry in 40 s" in setting.refuses("drop", "--yes")
-    assert "Aborted" in setting.refuses("drop")
+    setting.output("rotate")
+    setting.refresh_after()
+    setting.refresh_after(41)
+    assert "retry in 40 s" in setting.error("drop", "--yes")
+    assert "Aborted" in setting.error("drop")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("csi_driver.cli.ca.time.time", (utc_now() + timedelta(seconds=120)).timestamp)
-        assert "remove the former root from every root.crt within seconds" in setting.says("drop", "--yes")
-    setting.go_by()
+        assert "remove the former root from every root.crt within seconds" in setting.output("drop", "--yes")
+    setting.refresh_after()
     assert old.roots_der[0] not in setting.ca.root_set.roots
     assert setting.status()["phase"] == "steady"
 
 
-def test_the_next_ca_is_like_the_present_one_but_for_what_is_said(setting: Setting) -> None:
-    """Names that it may not sign don't come back by a rotation."""
-    setting.says("rotate", "--permit", "DNS:example.com", "--key-type", "Ed25519", "--path-length", "2")
-    setting.go_by()
-    first = setting.go_by(41)
+def test_next_ca_inherits_what_no_option_changes(setting: Setting) -> None:
+    """A rotation must not remove name constraints."""
+    setting.output("rotate", "--permit", "DNS:example.com", "--key-type", "Ed25519", "--path-length", "2")
+    setting.refresh_after()
+    first = setting.refresh_after(41)
     constraints = first.root.extensions.get_extension_for_class(x509.NameConstraints).value
-    setting.go_by(100)
+    setting.refresh_after(100)
     assert setting.status()["phase"] == "steady"
-    setting.says("rotate")
-    setting.go_by()
-    second = setting.go_by(41)
+    setting.output("rotate")
+    setting.refresh_after()
+    second = setting.refresh_after(41)
     assert second.root != first.root
     assert second.root.extensions.get_extension_for_class(x509.NameConstraints).value == constraints
     assert type(second.root.public_key()) is type(first.root.public_key())
-    assert "to abandon it, run: certmount ca stop --discard" in setting.refuses("rotate", "--key-type", "Ed25519")
+    assert "to abandon it, run: certmount ca stop --discard" in setting.error("rotate", "--key-type", "Ed25519")
 
 
 def own_ca(folder: Path, *, encrypted: bool) -> tuple[Keyring, list[str]]:
-    """A CA whose root's key stays at home, as files and options."""
+    """Return a CA with an offline root key, as files and options."""
     keyring = make_keyring(utc_now())
     for name, value in encode_keyring(keyring).items():
         (folder / name).write_bytes(value.reveal())
@@ -199,37 +196,34 @@ def own_ca(folder: Path, *, encrypted: bool) -> tuple[Keyring, list[str]]:
 
 
 @pytest.mark.parametrize("encrypted", [False, True])
-def test_a_rotation_to_a_ca_of_ones_own(encrypted: bool, setting: Setting, tmp_path_factory: Any) -> None:
-    """The root's key stays at home; the authority can use what was encrypted without the password."""
+def test_rotation_to_an_own_ca(encrypted: bool, setting: Setting, tmp_path_factory: Any) -> None:
+    """Its root key stays offline. Encrypted keys are stored so that the authority needs no password."""
     keyring, options = own_ca(tmp_path_factory.mktemp("own"), encrypted=encrypted)
-    assert "you must renew it" in setting.says("rotate", *options)
-    setting.go_by()
-    held = setting.go_by(41)
+    assert "you must renew it" in setting.output("rotate", *options)
+    setting.refresh_after()
+    held = setting.refresh_after(41)
     assert (held.roots, held.root_key) == (keyring.roots, None)
     assert held.intermediate.certificate == keyring.intermediate.certificate
 
 
-def test_a_ca_of_ones_own_that_is_wrong_is_refused(setting: Setting, tmp_path: Path) -> None:
-    """With every fault, and nothing begins."""
+def test_invalid_own_ca_is_rejected_and_starts_no_rotation(setting: Setting, tmp_path: Path) -> None:
     _, options = own_ca(tmp_path, encrypted=True)
-    assert "your own CA also requires --intermediate, --intermediate-key" in setting.refuses("rotate", options[0])
-    assert "--path-length apply to a new CA" in setting.refuses("rotate", *options, "--path-length=2")
-    assert "see --root" in setting.refuses("rotate", options[-1])
+    assert "your own CA also requires --intermediate, --intermediate-key" in setting.error("rotate", options[0])
+    assert "--path-length apply to a new CA" in setting.error("rotate", *options, "--path-length=2")
+    assert "see --root" in setting.error("rotate", options[-1])
     (tmp_path / "password").write_text("wrong")
-    assert "next intermediate.key" in setting.refuses("rotate", *options)
-    assert "Invalid value for '--permit'" in setting.refuses("rotate", "--permit", "everything")
+    assert "next intermediate.key" in setting.error("rotate", *options)
+    assert "Invalid value for '--permit'" in setting.error("rotate", "--permit", "everything")
     assert setting.status()["phase"] == "steady"
 
 
-def test_without_a_ca_there_is_nothing_to_tell(tmp_path: Path) -> None:
-    """As where the authority has --ca-files: it is said where to read on, and no CA is made."""
+def test_commands_fail_without_a_ca_and_create_none(tmp_path: Path) -> None:
     for arguments in (["status"], ["rotate"], ["stop"]):
-        assert "contains no CA" in Setting(tmp_path).refuses(*arguments)
+        assert "contains no CA" in Setting(tmp_path).error(*arguments)
     assert not (tmp_path / "ca.json").exists()
 
 
-def test_which_ca_is_meant_must_be_clear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a sentence that says what is wanted."""
+def test_exactly_one_option_selects_the_ca(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     runner = CliRunner()
     assert "--ca-dir: required outside a cluster" in runner.invoke(command, ["status"]).output
@@ -238,12 +232,15 @@ def test_which_ca_is_meant_must_be_clear(tmp_path: Path, monkeypatch: pytest.Mon
     assert "'b' is not NAMESPACE/NAME" in runner.invoke(command, ["status", "--ca-secret=b"]).output
 
 
-async def test_in_a_cluster_the_nodes_that_are_waited_for_are_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+async def test_status_in_a_cluster_names_missing_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The output lists the first ten. A rotation waits for a node with an unavailable driver until ``forget`` removes it."""
     setting = Setting(tmp_path)
-    for step in (setting.go_by, lambda: setting.says("rotate"), setting.go_by, lambda: setting.go_by(41)):
+    for step in (
+        setting.refresh_after,
+        lambda: setting.output("rotate"),
+        setting.refresh_after,
+        lambda: setting.refresh_after(41),
+    ):
         await asyncio.to_thread(step)
     stored = await DirectoryStore(tmp_path).load()
     server = FakeApiServer()
@@ -262,17 +259,17 @@ async def test_in_a_cluster_the_nodes_that_are_waited_for_are_named(
         configuration = client.Configuration(host=server.url)
         monkeypatch.setattr("csi_driver.kube.client.in_cluster_configuration", lambda: configuration)
 
-        async def say(*arguments: str) -> str:
+        async def output(*arguments: str) -> str:
             result = await asyncio.to_thread(CliRunner().invoke, command, list(arguments))
             assert result.exit_code == 0, result.output
             return result.output
 
-        said = await say("status")
-        assert "acknowledged  by 0 of 13 nodes" in said
-        assert "not yet: node-00" in said
-        assert "node-10" not in said
-        assert "and 3 more" in said
-        assert await say("forget", "updating", "strange") == (
+        status = await output("status")
+        assert "acknowledged  by 0 of 13 nodes" in status
+        assert "not yet: node-00" in status
+        assert "node-10" not in status
+        assert "and 3 more" in status
+        assert await output("forget", "updating", "strange") == (
             "updating: forgotten\nstrange: unknown; it has never acknowledged any roots\n"
         )
-        assert "acknowledged  by 0 of 12 nodes" in await say("status")
+        assert "acknowledged  by 0 of 12 nodes" in await output("status")

@@ -1,4 +1,4 @@
-"""Four verifiers of certificates: OpenSSL, Go, cryptography's after the web's rules, and strict rules of the encoding."""
+"""Verifiers of certificates: OpenSSL, Go, cryptography (rules of the Web PKI), and strict DER rules."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PURPOSES = {Usage.SERVER: "sslserver", Usage.CLIENT: "sslclient"}
 
 @dataclass(frozen=True, slots=True)
 class Presented:
-    """A leaf with its chain, as a TLS peer shows it, and the roots that the other side trusts; PEM files in ``folder``."""
+    """A leaf with its chain, as a TLS peer sends it, and trusted roots. The PEM files are in ``folder``."""
 
     keyring: Keyring
     leaf: x509.Certificate
@@ -47,7 +47,7 @@ class Presented:
         return [str(self.folder / f"{name}.pem") for name in ("root", "chain", "leaf")]
 
     def openssl(self, usage: Usage, *kinds: KeyType) -> str:
-        """What OpenSSL has against it in its strict mode; empty where nothing."""
+        """Return the error of OpenSSL in strict mode; empty if it accepts the chain."""
         root, chain, leaf = self._files()
         command = [openssl_for(*kinds), "verify", "-x509_strict", "-attime", str(int(self.now.timestamp()))]
         command += ["-purpose", _PURPOSES[usage], "-CAfile", root, "-untrusted", chain, leaf]
@@ -55,7 +55,7 @@ class Presented:
         return "" if done.returncode == 0 else done.stdout + done.stderr
 
     def newest_openssl(self) -> str:
-        """What the OpenSSL within the cryptography package has against it in its strict mode; empty where nothing.
+        """Return the error of the OpenSSL in the cryptography package in strict mode; empty if it accepts the chain.
 
         It is newer than distributions have, and its path validation is not cryptography's own.
         """
@@ -73,13 +73,13 @@ class Presented:
         return ""
 
     def go(self, usage: Usage, dns_name: str = "") -> dict[str, Any]:
-        """What Go sees in it; ``error`` is what it has against it."""
+        """Return what Go parses; ``error`` is empty if Go accepts the chain."""
         command = [go_checker(), str(int(self.now.timestamp())), usage.value, *self._files(), dns_name]
         seen: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
         return seen
 
     def webpki(self, usage: Usage, subject: x509.DNSName | x509.IPAddress | None = None) -> str:
-        """What the web's rules have against it; empty where nothing."""
+        """Return the error of cryptography's verifier (rules of the Web PKI); empty if it accepts the chain."""
         builder = PolicyBuilder().store(Store(list(self.keyring.roots))).time(self.now)
         try:
             if usage is Usage.CLIENT:
@@ -92,7 +92,7 @@ class Presented:
 
 
 def go_checker() -> str:
-    """The program of x509check/, built once for each source and Go, outside the checkout."""
+    """Return the program x509check, built outside the checkout once for each source and version of Go."""
     go = require_program("go")
     version = subprocess.run([go, "env", "GOVERSION"], capture_output=True, check=True).stdout
     mark = hashlib.sha256(_SOURCE.read_bytes() + version).hexdigest()[:12]
@@ -108,7 +108,7 @@ def go_checker() -> str:
 
 
 def encoding_faults(certificate: x509.Certificate) -> list[str]:
-    """What is wrong with the DER by the letter of RFC 5280 section 4.1, of that which lenient verifiers let pass."""
+    """Return violations of RFC 5280 section 4.1 in the DER that lenient verifiers accept."""
     fields = list(_children(next(_children(certificate.tbs_certificate_bytes))[1]))
     (version_tag, version), (_, serial), _, _, (_, validity), (_, subject), _, (_, extensions) = fields
     identifiers = [next(_children(value))[1] for _, value in _children(next(_children(extensions))[1])]
@@ -125,13 +125,13 @@ def encoding_faults(certificate: x509.Certificate) -> list[str]:
 
 
 def _canonical(tag: int, text: bytes) -> bool:
-    """UTCTime through 2049, GeneralizedTime from 2050 on, in seconds and UTC (section 4.1.2.5)."""
+    """Check for UTCTime through 2049 and GeneralizedTime from 2050, in seconds and UTC (section 4.1.2.5)."""
     digits = {0x17: 12, 0x18: 14}[tag]
     return len(text) == digits + 1 and text[:-1].isdigit() and text[-1:] == b"Z" and (tag == 0x17 or text >= b"2050")
 
 
 def _children(der: bytes) -> Iterator[tuple[int, bytes]]:
-    """The elements one after another, each as its tag and content; definite lengths only, as DER has it."""
+    """Yield the tag and content of each element. DER has definite lengths only."""
     while der:
         tag, length, start = der[0], der[1], 2
         if length & 0x80:
@@ -142,5 +142,5 @@ def _children(der: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def agree(answers: Sequence[str]) -> bool:
-    """True where all have something against it, or none."""
+    """Return True if all verifiers reject it or all accept it."""
     return len({bool(answer) for answer in answers}) == 1

@@ -6,8 +6,8 @@ import asyncio
 from pathlib import Path
 from typing import Protocol
 
-from csi_driver.host.atomic_write import replace_file
 from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.host.atomic_write import replace_file
 
 PODS_ROOTS, AUTHORITYS_ROOT = "root.crt", "authority.crt"
 

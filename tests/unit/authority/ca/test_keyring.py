@@ -46,8 +46,8 @@ def extensions(certificate: x509.Certificate) -> dict[str, bool]:
     return {type(extension.value).__name__: extension.critical for extension in certificate.extensions}
 
 
-def test_a_new_ca_is_what_it_says(keyring: Keyring) -> None:
-    """A P-384 root of ten years over a P-256 intermediate of one, which may sign leaves only."""
+def test_new_ca_has_a_p384_root_and_a_p256_intermediate(keyring: Keyring) -> None:
+    """The intermediate can sign leaf certificates only."""
     root, intermediate = keyring.root, keyring.intermediate.certificate
     assert isinstance(keyring.root_key, ec.EllipticCurvePrivateKey)
     assert isinstance(keyring.intermediate.key, ec.EllipticCurvePrivateKey)
@@ -65,22 +65,20 @@ def test_a_new_ca_is_what_it_says(keyring: Keyring) -> None:
     intermediate.verify_directly_issued_by(root)
 
 
-def test_two_cas_are_told_apart_by_name() -> None:
-    """So that no path is built through the wrong one of two certificates with the same name."""
+def test_cas_have_different_subjects() -> None:
+    """Path builders must not confuse them."""
     subjects = {make_keyring(NOW).root.subject for _ in range(2)}
     assert len(subjects) == 2
 
 
-def test_what_is_saved_is_what_is_loaded(keyring: Keyring) -> None:
-    """Certificates and keys survive the store."""
+def test_keyring_is_loaded_as_saved(keyring: Keyring) -> None:
     loaded = load_keyring(encode_keyring(keyring), NOW, where="here")
     assert loaded.root == keyring.root
     assert loaded.intermediate.certificate == keyring.intermediate.certificate
     assert encode_keyring(loaded) == encode_keyring(keyring)
 
 
-def test_a_keyring_does_not_show_its_keys(keyring: Keyring) -> None:
-    """Neither itself nor what goes to the store can be printed by mistake."""
+def test_repr_contains_no_keys(keyring: Keyring) -> None:
     for name, value in encode_keyring(keyring).items():
         if name.endswith(".key"):
             assert "PRIVATE KEY" in value.reveal().decode()
@@ -95,7 +93,6 @@ def test_intermediate_is_renewed_after_two_thirds_of_its_lifetime(keyring: Keyri
 
 
 def test_leaves_of_a_former_intermediate_stay_valid(keyring: Keyring) -> None:
-    """The root is the same, and each leaf travels with its own chain."""
     later = NOW + INTERMEDIATE_LIFETIME * 0.7
     names = Names.of(dns=[DNSName.parse("hello.test")])
     key = ec.generate_private_key(ec.SECP256R1()).public_key()
@@ -109,8 +106,7 @@ def test_leaves_of_a_former_intermediate_stay_valid(keyring: Keyring) -> None:
         verifier.build_server_verifier(x509.DNSName("hello.test")).verify(leaf, [signer.certificate])
 
 
-def test_an_intermediate_does_not_outlive_its_root(keyring: Keyring) -> None:
-    """In the root's last year the intermediates get shorter."""
+def test_intermediate_does_not_outlive_its_root(keyring: Keyring) -> None:
     renewed = keyring.renew_intermediate(NOW + ROOT_LIFETIME - timedelta(days=30))
     assert renewed.intermediate.certificate.not_valid_after_utc == keyring.root.not_valid_after_utc
 
@@ -165,8 +161,8 @@ DAMAGES: dict[str, tuple[Callable[[Values], Values], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_ca_is_refused_with_what_is_wrong(damage: str, keyring: Keyring) -> None:
-    """Found when it is loaded, not by the first pod's handshake; the message names the value and never shows it."""
+def test_damaged_ca_is_rejected_with_the_reason(damage: str, keyring: Keyring) -> None:
+    """The error names the value and never shows it."""
     change, words = DAMAGES[damage]
     values = change(dict(encode_keyring(keyring)))
     with pytest.raises(CertmountError) as refusal:
@@ -214,8 +210,8 @@ NO_SIGNING = x509.KeyUsage(
 )
 
 
-def test_an_administrators_own_ca_is_taken() -> None:
-    """Of other algorithms, and without a key usage, which then means any; it signs leaves and new intermediates."""
+def test_own_ca_of_other_algorithms_is_accepted() -> None:
+    """Without a key usage, which allows any use. It signs leaf certificates and new intermediates."""
     keyring = load_keyring(own_ca(usage=False), NOW, where="here")
     names = Names.of(dns=[DNSName.parse("hello.test")])
     key = ec.generate_private_key(ec.SECP256R1()).public_key()
@@ -225,34 +221,29 @@ def test_an_administrators_own_ca_is_taken() -> None:
         ring.intermediate.certificate.verify_directly_issued_by(ring.root)
 
 
-def test_a_ca_that_may_not_sign_certificates_is_refused() -> None:
-    """By its own key usage; verifiers would refuse all that it signs."""
+def test_ca_without_the_usage_to_sign_is_rejected() -> None:
     with pytest.raises(CertmountError, match="is not a CA certificate"):
         load_keyring(own_ca(usage=True), NOW, where="here")
 
 
-def test_all_faults_of_a_ca_are_said_at_once(keyring: Keyring) -> None:
-    """The error lists all faults, so an administrator can repair all of them at the same time."""
+def test_error_lists_all_faults(keyring: Keyring) -> None:
     values = without("intermediate.key")(with_value("intermediate.crt", b"x")(dict(encode_keyring(keyring))))
     with pytest.raises(CertmountError, match=r"\(1\).*intermediate\.crt.*\(2\).*intermediate\.key"):
         load_keyring(values, NOW, where="here")
 
 
 @pytest.mark.parametrize("moment", [NOW + ROOT_LIFETIME, NOW - timedelta(days=1)])
-def test_a_root_that_is_not_valid_now_is_refused(moment: object, keyring: Keyring) -> None:
-    """Verifiers would reject everything that it signs."""
+def test_root_that_is_not_valid_now_is_rejected(moment: object, keyring: Keyring) -> None:
     with pytest.raises(CertmountError, match=r"root\.crt: (expired at|is not valid before)"):
         load_keyring(encode_keyring(keyring), moment, where="here")  # type: ignore[arg-type]  # both are datetimes
 
 
-def test_an_expired_intermediate_is_taken_for_renewal(keyring: Keyring) -> None:
-    """After a year's sleep the root makes a new one."""
+def test_expired_intermediate_is_accepted_for_renewal(keyring: Keyring) -> None:
     later = NOW + INTERMEDIATE_LIFETIME * 2
     assert load_keyring(encode_keyring(keyring), later, where="here").intermediate_due(later)
 
 
-def test_the_root_in_pem_and_der_is_the_same(keyring: Keyring) -> None:
-    """What is published and what is streamed is one certificate."""
+def test_root_is_the_same_in_pem_and_der(keyring: Keyring) -> None:
     assert (x509.load_pem_x509_certificate(keyring.roots_pem).public_bytes(Encoding.DER),) == keyring.roots_der
 
 
@@ -261,16 +252,16 @@ BOUNDS = tuple(map(parse_constraint, ("dns:example.com", "uri:cluster.local", "i
 
 
 @pytest.mark.parametrize("kind", DESIGNED)
-def test_a_ca_is_made_of_the_keys_that_are_wanted(kind: KeyType) -> None:
-    """Root and intermediate alike; it survives the store, and a new intermediate is of the same kind."""
+def test_new_ca_has_the_requested_key_type(kind: KeyType) -> None:
+    """So has a renewed intermediate."""
     keyring = load_keyring(encode_keyring(make_keyring(NOW, CAProfile(kind))), NOW, where="here")
     for ring in (keyring, keyring.renew_intermediate(NOW)):
         for certificate in (ring.root, ring.intermediate.certificate):
             assert key_type_of(certificate.public_key()) is kind
 
 
-def test_name_constraints_stand_in_root_and_intermediate() -> None:
-    """Critical in both (RFC 5280 section 4.2.1.10), and in every later intermediate."""
+def test_root_and_intermediate_contain_the_name_constraints() -> None:
+    """Critical (RFC 5280 section 4.2.1.10), also in a renewed intermediate."""
     keyring = make_keyring(NOW, CAProfile(permitted=BOUNDS))
     for ring in (keyring, keyring.renew_intermediate(NOW)):
         for certificate in (ring.root, ring.intermediate.certificate):
@@ -279,8 +270,7 @@ def test_name_constraints_stand_in_root_and_intermediate() -> None:
             assert (found.value.permitted_subtrees, found.value.excluded_subtrees) == (list(BOUNDS), None)
 
 
-def test_a_wanted_path_length_is_the_roots() -> None:
-    """The intermediate signs leaves only, whatever the root would allow."""
+def test_requested_path_length_applies_to_the_root() -> None:
     keyring = make_keyring(NOW, CAProfile(path_length=3))
     lengths = [
         certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length
@@ -302,16 +292,16 @@ EXCLUDED = (x509.DNSName("b.example.com"),)
         CAProfile(KeyType.EC_P256, BOUNDS[:2], EXCLUDED),
     ],
 )
-def test_the_design_of_a_ca_is_found_in_it(design: CAProfile) -> None:
-    """The next CA has the same name constraints, so administrators need not repeat them."""
+def test_profile_of_a_new_ca_is_found_in_its_certificates(design: CAProfile) -> None:
+    """The next CA gets the same names without a stored profile."""
     keyring = load_keyring(encode_keyring(make_keyring(NOW, design)), NOW, where="here")
     found = profile_of(keyring)
     assert set(found.permitted) == set(design.permitted)
     assert (found.key_type, found.excluded, found.path_length) == (design.key_type, design.excluded, design.path_length)
 
 
-def test_the_design_of_a_brought_ca_gathers_what_its_chain_constrains() -> None:
-    """Of each kind of name the lowest certificate's word; an unlimited path becomes the least."""
+def test_profile_of_an_own_ca_combines_the_constraints_of_its_chain() -> None:
+    """For each type of name, the lowest certificate decides."""
     names = {text: parse_constraint(text) for text in ("dns:test", "dns:a.test", "ip:10.0.0.0/8")}
     above = x509.NameConstraints([names["dns:test"], names["ip:10.0.0.0/8"]], EXCLUDED)
     below = x509.NameConstraints([names["dns:a.test"]], EXCLUDED)

@@ -1,4 +1,4 @@
-"""What a leaf holds, and what it doesn't."""
+"""The contents of leaf certificates."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def found(certificate: x509.Certificate) -> list[tuple[str, bool]]:
 
 
 @pytest.mark.parametrize("key_type", KEYS)
-def test_a_leaf_has_exactly_the_extensions_we_choose(key_type: KeyType) -> None:
-    """Six, for every type of key, and nothing that a request might have asked for."""
+def test_leaf_has_exactly_six_extensions(key_type: KeyType) -> None:
+    """For every key type, and none from the request."""
     certificate = leaf(Names.of([DNSName.parse("hello.test")], [ID]), KEYS[key_type])
     assert sorted(found(certificate)) == [
         ("authorityKeyIdentifier", False),
@@ -67,8 +67,7 @@ def test_a_leaf_has_exactly_the_extensions_we_choose(key_type: KeyType) -> None:
     assert public_bytes(certificate.public_key()) == public_bytes(KEYS[key_type])  # type: ignore[arg-type]  # ours
 
 
-def test_the_key_identifiers_lead_to_the_intermediate() -> None:
-    """Path builders find the issuer by them."""
+def test_key_identifier_is_that_of_the_intermediate() -> None:
     extensions = leaf(Names.of(uris=[ID])).extensions
     issuer = KEYRING.intermediate.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     identifier = extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
@@ -76,29 +75,28 @@ def test_the_key_identifiers_lead_to_the_intermediate() -> None:
     assert identifier.authority_cert_issuer is None
 
 
-def test_the_first_dns_name_is_the_common_name() -> None:
-    """For the old who look there; never a wish from a request."""
+def test_first_dns_name_is_the_common_name() -> None:
+    """For old clients that read only the subject."""
     certificate = leaf(Names.of([DNSName.parse("a.test"), DNSName.parse("b.test")], [ID]))
     assert [(item.oid, item.value) for item in certificate.subject] == [(NameOID.COMMON_NAME, "a.test")]
 
 
 @pytest.mark.parametrize("names", [Names.of(uris=[ID]), Names.of([LONG], [ID])], ids=["no dns name", "too long"])
-def test_without_a_subject_the_names_are_critical(names: Names) -> None:
+def test_names_are_critical_without_a_subject(names: Names) -> None:
     """RFC 5280 section 4.2.1.6."""
     certificate = leaf(names)
     assert not certificate.subject.rdns
     assert certificate.extensions.get_extension_for_oid(ExtensionOID.SUBJECT_ALTERNATIVE_NAME).critical
 
 
-def test_a_leaf_begins_a_minute_ago_and_lives_as_granted() -> None:
-    """Clocks differ a little; a life does not."""
+def test_leaf_is_backdated_and_has_the_granted_lifetime() -> None:
     certificate = leaf(Names.of(uris=[ID]), life=timedelta(minutes=5))
     assert certificate.not_valid_before_utc == NOW - BACKDATE
     assert certificate.not_valid_after_utc == NOW + timedelta(minutes=5)
 
 
-def test_a_leaf_never_outlives_its_intermediate() -> None:
-    """Its end is the earlier of the two, and an expired intermediate signs nothing."""
+def test_leaf_never_outlives_its_intermediate() -> None:
+    """An expired intermediate signs nothing."""
     certificate = leaf(Names.of(uris=[ID]), life=timedelta(days=4000))
     assert certificate.not_valid_after_utc == KEYRING.intermediate.certificate.not_valid_after_utc
     with pytest.raises(CertmountError, match="has expired") as failure:
@@ -108,8 +106,8 @@ def test_a_leaf_never_outlives_its_intermediate() -> None:
     assert failure.value.retryable
 
 
-def test_serial_numbers_cannot_be_guessed() -> None:
-    """Positive, within 20 octets, and far apart (RFC 5280 section 4.1.2.2)."""
+def test_serial_numbers_are_random() -> None:
+    """Positive, and at most 20 octets (RFC 5280 section 4.1.2.2)."""
     serials = {leaf(Names.of(uris=[ID])).serial_number for _ in range(20)}
     assert len(serials) == 20
     assert all(0 < serial < 2**159 for serial in serials)
@@ -132,8 +130,7 @@ any_names = st.builds(
 
 
 @pytest.mark.parametrize("usages", [(Usage.SERVER,), (Usage.CLIENT,), (Usage.CLIENT, Usage.SERVER)])
-def test_a_leaf_has_the_usages_that_were_granted(usages: tuple[Usage, ...]) -> None:
-    """And no other."""
+def test_leaf_has_only_the_granted_usages(usages: tuple[Usage, ...]) -> None:
     certificate = sign_leaf(
         Leaf(KEYS[KeyType.EC_P256], Names.of(uris=[ID]), timedelta(1), usages), KEYRING.intermediate, NOW
     )
@@ -142,8 +139,8 @@ def test_a_leaf_has_the_usages_that_were_granted(usages: tuple[Usage, ...]) -> N
     assert list(found) == [purposes[usage] for usage in usages]
 
 
-def test_a_leaf_may_be_without_a_subject() -> None:
-    """As below a CA that constrains directory names."""
+def test_leaf_can_omit_the_subject() -> None:
+    """For a CA that constrains directory names."""
     names = Names.of([DNSName.parse("a.test")])
     wanted = Leaf(KEYS[KeyType.EC_P256], names, timedelta(1), (Usage.SERVER,), subject=False)
     certificate = sign_leaf(wanted, KEYRING.intermediate, NOW)
@@ -161,8 +158,7 @@ HASHES = {
 
 
 @pytest.mark.parametrize("kind", HASHES)
-def test_the_hash_fits_the_signing_key(kind: KeyType) -> None:
-    """As strong as the key; none for algorithms that have their own."""
+def test_hash_matches_the_signing_key(kind: KeyType) -> None:
     signer = make_root("test", generate_key(kind), NOW, path_length=0)
     certificate = sign_leaf(
         Leaf(KEYS[KeyType.EC_P256], Names.of(uris=[ID]), timedelta(1), (Usage.SERVER,)), signer, NOW
@@ -173,15 +169,14 @@ def test_the_hash_fits_the_signing_key(kind: KeyType) -> None:
 
 
 @given(any_names)
-def test_no_subject_is_one_of_kubernetes_own(names: Names) -> None:
-    """An API server that trusted this CA by mistake would take a common name for a user, an organisation for a group."""
+def test_subject_never_names_a_kubernetes_user_or_group(names: Names) -> None:
+    """An API server that trusted this CA by mistake would read the common name as a user and the organization as a group."""
     subject = leaf(names).subject
     assert all(item.oid == NameOID.COMMON_NAME and ":" not in item.value for item in subject)
     assert len(subject.rdns) <= 1
 
 
 @given(any_names)
-def test_a_leaf_holds_the_names_granted_and_no_other(names: Names) -> None:
-    """Of every kind, in their order, each once, read back from the encoding."""
+def test_leaf_has_exactly_the_granted_names(names: Names) -> None:
     read = x509.load_der_x509_certificate(leaf(names).public_bytes(Encoding.DER))
     assert names_of(read.extensions) == names

@@ -1,4 +1,4 @@
-"""Keys: of the types that a pod may ask for, and of no others."""
+"""Key types that certmount supports: generated, encoded, loaded and checked."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ OPENSSL_SAYS = {
 
 
 @pytest.mark.parametrize("kind", KeyType)
-def test_a_key_is_of_the_type_asked_for_and_reads_back(kind: KeyType) -> None:
-    """What is written is what is read, and what its public half says it is."""
+def test_key_has_the_requested_type_and_is_read_back(kind: KeyType) -> None:
     key = key_of(kind)
     read = load_key(encode_key(key))
     assert key_type_of(read.public_key()) is kind
@@ -40,8 +39,8 @@ def test_a_key_is_of_the_type_asked_for_and_reads_back(kind: KeyType) -> None:
 
 
 @pytest.mark.parametrize("kind", KeyType)
-def test_openssl_reads_the_key(kind: KeyType) -> None:
-    """PKCS#8 without a password: `openssl pkey` checks it and tells the same type."""
+def test_openssl_reads_every_key(kind: KeyType) -> None:
+    """PKCS#8 without a password."""
     openssl = openssl_for(kind)
     pem = encode_key(key_of(kind)).reveal()
     assert pem.startswith(b"-----BEGIN PRIVATE KEY-----\n")
@@ -50,7 +49,6 @@ def test_openssl_reads_the_key(kind: KeyType) -> None:
 
 
 def test_two_keys_differ() -> None:
-    """Each volume has a key of its own."""
     one, other = key_of(KeyType.EC_P256), key_of(KeyType.EC_P256, 1)
     assert public_bytes(one.public_key()) != public_bytes(other.public_key())
 
@@ -68,8 +66,7 @@ OTHERS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_key_of_another_type_is_not_taken(name: str) -> None:
-    """It has no key type here, and its file is refused."""
+def test_unsupported_key_type_is_rejected(name: str) -> None:
     key = OTHERS[name]()
     assert key_type_of(key.public_key()) is None
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
@@ -77,8 +74,8 @@ def test_a_key_of_another_type_is_not_taken(name: str) -> None:
         load_key(Secret(pem))
 
 
-def test_a_curve_that_the_library_does_not_know_is_not_taken() -> None:
-    """OpenSSL knows more curves than Python's cryptography; its error is ours then."""
+def test_unknown_curve_is_rejected() -> None:
+    """OpenSSL supports more curves than cryptography."""
     openssl = openssl_for()
     command = [openssl, "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:secp160r1"]
     pem = subprocess.run(command, capture_output=True, check=True).stdout
@@ -94,8 +91,7 @@ ENCRYPTED = CANARY_KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvai
 @example(b"", 0)
 @example(ENCRYPTED, 0)
 @example(b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", 0)
-def test_anything_else_is_a_value_error_that_does_not_show_it(noise: bytes, at: int) -> None:
-    """A broken key is refused, and no part of it is in the error or its causes."""
+def test_invalid_key_is_a_value_error_without_its_content(noise: bytes, at: int) -> None:
     whole = encode_key(CANARY_KEY).reveal()
     at = min(at, len(whole) - 40)
     with pytest.raises(ValueError, match="private key") as raised:
@@ -108,10 +104,9 @@ def test_anything_else_is_a_value_error_that_does_not_show_it(noise: bytes, at: 
 @example(b"", 0, None)
 @example(ENCRYPTED, 0, Secret(b"canary-password"))
 @example(b"-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n", 0, Secret(b"password"))
-def test_a_broken_key_of_an_authority_is_refused_without_showing_it(
+def test_invalid_ca_key_is_rejected_without_showing_key_or_password(
     noise: bytes, at: int, password: Secret[bytes] | None
 ) -> None:
-    """Nor its password; the words follow the name of the file."""
     whole = encode_key(CANARY_KEY).reveal()
     at = min(at, len(whole) - 40)
     with pytest.raises(ValueError, match=r"^(not a private key|encrypted)") as raised:
@@ -122,8 +117,7 @@ def test_a_broken_key_of_an_authority_is_refused_without_showing_it(
 
 
 @pytest.mark.parametrize("name", ["ecparam", "genrsa"])
-def test_keys_of_openssls_older_commands_are_read(name: str) -> None:
-    """`ecparam -genkey` writes the curve's parameters before the key; `genrsa -traditional` writes PKCS#1."""
+def test_keys_of_older_openssl_commands_are_read(name: str) -> None:
     commands = {"ecparam": ["ecparam", "-genkey", "-name", "prime256v1"], "genrsa": ["genrsa", "-traditional", "2048"]}
     pem = subprocess.run([openssl_for(), *commands[name]], capture_output=True, check=True).stdout
     assert not load_authority_key(Secret(pem)).encrypted

@@ -1,4 +1,4 @@
-"""Name constraints: as people write them, and which names they leave. That verifiers agree is shown in tests/peers."""
+"""Name constraints: parsing, and which names they permit. tests/peers shows that verifiers agree."""
 
 from __future__ import annotations
 
@@ -36,23 +36,22 @@ GOOD = {
 
 
 @pytest.mark.parametrize("text", GOOD)
-def test_a_constraint_is_read_and_written(text: str) -> None:
-    """What is printed can be written again."""
+def test_formatted_constraint_can_be_parsed_again(text: str) -> None:
     constraint = parse_constraint(text)
     assert constraint == GOOD[text]
     assert parse_constraint(format_constraint(constraint)) == constraint
 
 
 BAD = {
-    "": "is not a name constraint; write dns:example.com",
+    "": "is not a name constraint; use dns:example.com",
     "example.com": "is not a name constraint",
     "host:example.com": "is not a name constraint",
     "dns:": "permits nothing",
     "dns:.example.com": "starts with a dot",
     "dns:*.example.com": "has a wildcard",
     "dns:a..b": "has the label",
-    "uri:https://example.com": "is more than a host",
-    "uri:example.com/path": "is more than a host",
+    "uri:https://example.com": "contains more than a host",
+    "uri:example.com/path": "contains more than a host",
     "uri:*.example.com": "is not a trust domain",
     "ip:10.0.0.1/8": "has host bits set",
     "ip:ten": "is not a range of IP addresses",
@@ -63,16 +62,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_what_is_no_constraint_is_refused_in_words(text: str) -> None:
-    """They follow the text that was written."""
+def test_invalid_constraint_is_rejected_with_a_reason(text: str) -> None:
     with pytest.raises(InvalidName) as refusal:
         parse_constraint(text)
     assert BAD[text] in str(refusal.value)
 
 
 @given(st.builds("{}:{}".format, st.sampled_from(["dns", "uri", "ip", "email", "x"]), strategies.hostile_texts))
-def test_no_text_does_worse_than_being_refused(text: str) -> None:
-    """Whatever is written, it is a constraint that a certificate can hold, or a InvalidName."""
+def test_any_text_is_a_valid_constraint_or_rejected(text: str) -> None:
     try:
         constraint = parse_constraint(text)
     except InvalidName:
@@ -126,8 +123,8 @@ OUTSIDE = {
 
 
 @pytest.mark.parametrize("constraint", INSIDE)
-def test_names_inside_pass(constraint: str) -> None:
-    """And those of all other kinds, which are not constrained by it."""
+def test_names_inside_a_subtree_are_permitted(constraint: str) -> None:
+    """So are all other types of names, which the constraint does not apply to."""
     assert bounds((constraint,)).violations(names(*INSIDE[constraint])) == []
     others = [
         name for kind in INSIDE for name in INSIDE[kind] if name.partition(":")[0] != constraint.partition(":")[0]
@@ -136,18 +133,18 @@ def test_names_inside_pass(constraint: str) -> None:
 
 
 @pytest.mark.parametrize("constraint", OUTSIDE)
-def test_each_name_outside_is_told_with_what_is_permitted(constraint: str) -> None:
-    """All at once."""
+def test_each_name_outside_is_a_violation(constraint: str) -> None:
     outside = OUTSIDE[constraint]
-    words = f"the CA's certificate permits {constraint} only"
+    words = f"the CA's certificate permits only {constraint}"
     assert bounds((constraint,)).violations(names(*outside)) == [(name.partition(":")[2], words) for name in outside]
 
 
-def test_each_certificate_of_a_chain_counts() -> None:
-    """A name must pass all of them."""
+def test_constraints_of_all_certificates_in_a_chain_apply() -> None:
     both = NameConstraintSet((*bounds(("dns:test",)).constraints, *bounds(("dns:a.test", "dns:b.test")).constraints))
     assert both.violations(names("dns:x.a.test", "dns:b.test")) == []
-    assert both.violations(names("dns:c.test")) == [("c.test", "the CA's certificate permits dns:a.test, dns:b.test only")]
+    assert both.violations(names("dns:c.test")) == [
+        ("c.test", "the CA's certificate permits only dns:a.test, dns:b.test")
+    ]
 
 
 EXCLUDED = {
@@ -165,15 +162,15 @@ EXCLUDED = {
 
 
 @pytest.mark.parametrize("name", EXCLUDED)
-def test_what_is_excluded_is_refused_also_where_verifiers_differ(name: str) -> None:
-    """A wildcard that covers an excluded name, or hosts below an excluded one, are refused by some."""
+def test_excluded_names_are_violations_even_if_only_some_verifiers_agree(name: str) -> None:
+    """Some reject a wildcard that covers an excluded name, or hosts below an excluded one."""
     tree, refused = EXCLUDED[name]
     problem = f"the CA's certificate excludes {format_constraint(tree)}"
     assert bounds(excluded=(tree,)).violations(names(name)) == ([(name.partition(":")[2], problem)] if refused else [])
 
 
-def test_constraints_are_found_in_certificates() -> None:
-    """In all of a chain, the root's among them."""
+def test_constraints_are_collected_from_the_whole_chain() -> None:
+    """Including the root."""
     one, other = (x509.NameConstraints([x509.DNSName(name)], None) for name in ("test", "a.test"))
     root = pki.authority("root", extensions=[pki.CA_USAGE, one])
     middle = pki.authority("middle", root, extensions=[pki.CA_USAGE, other])
@@ -183,8 +180,8 @@ def test_constraints_are_found_in_certificates() -> None:
     assert NameConstraintSet.of(chain[:1]).violations(names("dns:b.test")) == []
 
 
-def test_directory_names_bind_subjects_only() -> None:
-    """So a certificate with an empty subject passes; kinds that never stand in our certificates are unknown."""
+def test_directory_names_constrain_only_subjects() -> None:
+    """A certificate with an empty subject is accepted. Types that certmount never issues are unsupported."""
     directory = x509.DirectoryName(x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Example")]))
     assert format_constraint(directory) == "directory:O=Example"
     found = bounds(excluded=(directory,))
