@@ -50,8 +50,7 @@ class Reviewer:
     def __init__(self) -> None:
         self.pod: ReviewedToken | Exception = POD.reviewed
         self.node: ReviewedToken | Exception = DRIVER.reviewed
-        self.calls = 0
-        self.gate = asyncio.Event()
+        self.calls, self.gate = 0, asyncio.Event()
         self.gate.set()
 
     async def review(self, _token: Secret[str], audience: str) -> ReviewedToken:

@@ -91,14 +91,13 @@ async def test_issuers_check(content: str | None, ok: bool, words: str, tmp_path
     assert (finding.ok, words in finding.text) == (ok, True)
 
 
-async def test_ca_check_does_not_create_a_ca(tmp_path: Path) -> None:
-    finding = await run(ca_check(StoredCA(DirectoryStore(tmp_path))))
+async def test_ca_check_verifies_the_ca_without_creating_or_changing_it(
+    tmp_path: Path, metrics: AuthorityMetrics
+) -> None:
+    source = StoredCA(DirectoryStore(tmp_path))
+    finding = await run(ca_check(source))
     assert (finding.ok, "contains no CA yet" in finding.text) == (True, True)
     assert not (tmp_path / "ca.json").exists()
-
-
-async def test_ca_check_verifies_the_ca_without_changing_it(tmp_path: Path, metrics: AuthorityMetrics) -> None:
-    source = StoredCA(DirectoryStore(tmp_path))
     await CertificateAuthority(source, metrics).refresh()
     before = (tmp_path / "ca.json").read_bytes()
     finding = await run(ca_check(source))

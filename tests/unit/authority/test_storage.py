@@ -35,12 +35,9 @@ def store(ca_file: Path) -> DirectoryStore:
     return DirectoryStore(ca_file.parent)
 
 
-async def test_missing_directory_is_an_empty_store_and_is_not_created(store: DirectoryStore, ca_file: Path) -> None:
+async def test_missing_directory_is_an_empty_store_until_values_are_saved(store: DirectoryStore, ca_file: Path) -> None:
     assert await store.load() == StoredSecrets({}, "")
     assert not ca_file.parent.exists()
-
-
-async def test_saved_values_are_loaded(store: DirectoryStore) -> None:
     assert await store.save(VALUES, await store.load())
     assert (await store.load()).values == VALUES
 

@@ -70,8 +70,7 @@ class RecordedEvents:
     recorded: list[tuple[str, str]] = field(default_factory=list)
 
     def record(self, pod: PodIdentity, *, warning: bool, reason: str, message: str) -> None:
-        assert warning
-        assert message
+        assert (warning, bool(message)) == (True, True)
         self.recorded.append((str(pod), reason))
 
 

@@ -28,8 +28,7 @@ from tests.unit.authority.clock import Clock
 
 ROOT = Path(__file__).parents[4]
 HELLO = PodIdentity(ServiceAccount("web", "hello"), "sa-uid", "hello-0", "pod-uid", "node-a", "node-uid", 2e9)
-START = 1_800_000_000.0
-"""The start of a window."""
+START = 1_800_000_000.0  # of a window
 TOKEN = "eyJhbGciOiJSUzI1NiIsImtpZCI6ImEifQ.eyJpc3MiOiJrdWJlcm5ldGVzIn0.c2lnbmF0dXJl"
 
 
@@ -177,8 +176,7 @@ class Writer:
         self.created: list[PodEvent] = []
         self.repeated: list[tuple[str, int, int]] = []
         self.failure: Exception | None = None
-        self.attempts = 0
-        self.gate = asyncio.Event()
+        self.attempts, self.gate = 0, asyncio.Event()
         self.gate.set()
 
     async def create(self, event: PodEvent) -> RecordedEvent:

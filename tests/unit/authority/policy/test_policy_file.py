@@ -143,7 +143,7 @@ async def test_on_change_gets_the_revision_of_each_new_policy(volume: Volume, me
     assert (revisions, file.current.revision) == ([web, shop, web], web)
 
 
-async def test_invalid_content_keeps_the_policy_in_force(
+async def test_invalid_content_or_a_missing_file_keeps_the_policy_in_force(
     volume: Volume, policy: PolicyFile, registry: CollectorRegistry
 ) -> None:
     def valid() -> float | None:
@@ -161,12 +161,6 @@ async def test_invalid_content_keeps_the_policy_in_force(
     volume.write(RULE.format("web"))
     await policy.load()
     assert valid() == 1
-
-
-async def test_missing_file_keeps_the_policy_in_force(volume: Volume, policy: PolicyFile) -> None:
-    """The volume can be unmounted."""
-    volume.write(RULE.format("web"))
-    await policy.load()
     volume.file.unlink()
     with pytest.raises(CertmountError, match="cannot be read"):
         await policy.load()
