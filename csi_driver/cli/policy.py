@@ -19,9 +19,9 @@ from csi_driver.core.names import (
     EmailAddress,
     IPAddress,
     Names,
+    parse_dns_label,
     parse_object_name,
     parse_trust_domain,
-    parse_word,
 )
 from csi_driver.core.policy.decision import NameDecision, PolicyDecision
 from csi_driver.core.policy.engine import Policy, PolicySubject, RequestedCertificate
@@ -70,7 +70,7 @@ def check(file: Path, trust_domain: str, cluster_domain: str) -> None:
 
 @command.command()
 @click.option("--file", type=_PATH, default=_IN_THE_CLUSTER, show_default=True, help="The policy.")
-@click.option("--namespace", required=True, callback=parsed(parse_word), help="Of the pod.")
+@click.option("--namespace", required=True, callback=parsed(parse_dns_label), help="Of the pod.")
 @click.option(
     "--service-account", default="default", show_default=True, callback=parsed(parse_object_name), help="Of the pod."
 )
@@ -93,7 +93,7 @@ def check(file: Path, trust_domain: str, cluster_domain: str) -> None:
 @click.option("--key-type", default=KeyType.EC_P256.value, show_default=True, callback=parsed(parse_key_type))
 @click.option("--usage", multiple=True, callback=parsed(parse_usage), help="server or client; repeatable.")
 @click.option("--duration", callback=parsed(parse_duration), help="Such as 1h30m.")
-@click.option("--issuer", default=DEFAULT_ISSUER, show_default=True, callback=parsed(parse_word))
+@click.option("--issuer", default=DEFAULT_ISSUER, show_default=True, callback=parsed(parse_dns_label))
 @_trust_domain
 @_cluster_domain
 def explain(file: Path, trust_domain: str, cluster_domain: str, **given: Any) -> None:

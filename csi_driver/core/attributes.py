@@ -9,12 +9,12 @@ from typing import TypeVar
 
 from csi_driver.core.durations import format_duration, parse_duration
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.names import URI, DNSName, EmailAddress, IPAddress, NameProblem, Names, parse_word
+from csi_driver.core.names import URI, DNSName, EmailAddress, InvalidName, IPAddress, Names, parse_dns_label
 from csi_driver.core.spec import (
     DEFAULT_ISSUER,
-    LEAST_DURATION,
-    MOST_FEDERATIONS,
-    MOST_NAMES,
+    MAX_FEDERATIONS,
+    MAX_NAMES,
+    MIN_DURATION,
     CertificateSpec,
     KeyType,
     Usage,
@@ -59,15 +59,15 @@ def parse_attributes(attributes: Mapping[str, str]) -> CertificateSpec:
     renew_before = reader.read("renew-before", parse_duration)
     key_type = reader.read("key-type", parse_key_type)
     usages = reader.read_list("usages", parse_usage)
-    issuer = reader.read("issuer", parse_word)
-    federations = reader.read_list("federations", parse_word, MOST_FEDERATIONS, "sets of roots")
+    issuer = reader.read("issuer", parse_dns_label)
+    federations = reader.read_list("federations", parse_dns_label, MAX_FEDERATIONS, "sets of roots")
     fs_group = reader.read("fs-group", parse_group_id)
     reader.check_times(duration, renew_before)
     names = Names.of((name, *dns) if name else dns, uris, ips, emails)
-    if len(names) > MOST_NAMES:
+    if len(names) > MAX_NAMES:
         lists = {"dns-names": dns, "uri-sans": uris, "ip-sans": ips, "email-sans": emails}
         longest = max(lists, key=lambda key: len(lists[key]))
-        reader.fault(longest, f"{len(names)} names asked for in all", f"a certificate has at most {MOST_NAMES}")
+        reader.fault(longest, f"{len(names)} names asked for in all", f"a certificate has at most {MAX_NAMES}")
     reader.finish()
     return CertificateSpec(
         names=names,
@@ -103,7 +103,7 @@ class _Reader:
         return None if text is None else self._parsed(key, text, parse)
 
     def read_list(
-        self, key: str, parse: Callable[[str], _T], most: int = MOST_NAMES, what: str = "names"
+        self, key: str, parse: Callable[[str], _T], most: int = MAX_NAMES, what: str = "names"
     ) -> tuple[_T, ...]:
         text = self._text(key)
         if text is None:
@@ -130,7 +130,7 @@ class _Reader:
     def _parsed(self, key: str, text: str, parse: Callable[[str], _T]) -> _T | None:
         try:
             return parse(text)
-        except (NameProblem, ValueError) as problem:
+        except (InvalidName, ValueError) as problem:
             self.fault(key, f"{_shown(text)} {problem}")
             return None
 
@@ -142,8 +142,8 @@ class _Reader:
             self._faults.append(Fault(f"volumeAttributes.{_shown(key)[1:-1]}", "is not known", hint))
 
     def check_times(self, duration: timedelta | None, renew_before: timedelta | None) -> None:
-        if duration is not None and duration < LEAST_DURATION:
-            self.fault("duration", f"is {format_duration(duration)}", f"the least is {format_duration(LEAST_DURATION)}")
+        if duration is not None and duration < MIN_DURATION:
+            self.fault("duration", f"is {format_duration(duration)}", f"the least is {format_duration(MIN_DURATION)}")
         if renew_before is not None and renew_before <= timedelta():
             self.fault("renew-before", "is zero", "write how long before its end the certificate is to be renewed")
         if duration is not None and renew_before is not None and renew_before >= duration:

@@ -32,7 +32,7 @@ _OBJECT = re.compile(r"(?!.{254})[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:
 _WORD = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
 
 
-class NameProblem(ValueError):
+class InvalidName(ValueError):
     """Why a text is not a name of the wanted kind, in words for whoever wrote it."""
 
 
@@ -44,28 +44,28 @@ class DNSName:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Takes a DNS name, or raises :class:`NameProblem` (RFC 1123 section 2.1, RFC 6125 section 6.4.3)."""
+        """Takes a DNS name, or raises :class:`InvalidName` (RFC 1123 section 2.1, RFC 6125 section 6.4.3)."""
         lowered = text.lower()
         if not text:
-            raise NameProblem("is empty")
+            raise InvalidName("is empty")
         if not text.isascii():
-            raise NameProblem("has characters outside ASCII; write an internationalised name in its xn-- form")
+            raise InvalidName("has characters outside ASCII; write an internationalised name in its xn-- form")
         if lowered.endswith("."):
-            raise NameProblem("ends with a dot; leave the dot away")
+            raise InvalidName("ends with a dot; leave the dot away")
         if len(lowered) > _MAX_DNS_LENGTH:
-            raise NameProblem(f"is {len(lowered)} characters long; a DNS name has at most {_MAX_DNS_LENGTH}")
+            raise InvalidName(f"is {len(lowered)} characters long; a DNS name has at most {_MAX_DNS_LENGTH}")
         labels = lowered.split(".")
         if labels[0] == "*":
             labels = labels[1:]
             if len(labels) < 2:
-                raise NameProblem("is a wildcard over a whole top-level domain; write at least *.example.com")
+                raise InvalidName("is a wildcard over a whole top-level domain; write at least *.example.com")
         for label in labels:
             if "*" in label:
-                raise NameProblem("has a * that is not the whole first label")
+                raise InvalidName("has a * that is not the whole first label")
             if not _LABEL.fullmatch(label):
-                raise NameProblem(f"has the label {_shown(label)}; a label is 1-63 letters, digits or inner hyphens")
+                raise InvalidName(f"has the label {_shown(label)}; a label is 1-63 letters, digits or inner hyphens")
         if labels[-1].isdigit():
-            raise NameProblem("is a number or an IP address, not a DNS name")
+            raise InvalidName("is a number or an IP address, not a DNS name")
         return cls(lowered)
 
     @property
@@ -85,24 +85,24 @@ class URI:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Takes a URI, or raises :class:`NameProblem` (RFC 3986; SPIFFE-ID section 2)."""
+        """Takes a URI, or raises :class:`InvalidName` (RFC 3986; SPIFFE-ID section 2)."""
         if not text:
-            raise NameProblem("is empty")
+            raise InvalidName("is empty")
         if len(text) > _MAX_URI_LENGTH:
-            raise NameProblem(f"is {len(text)} characters long; a URI has at most {_MAX_URI_LENGTH}")
+            raise InvalidName(f"is {len(text)} characters long; a URI has at most {_MAX_URI_LENGTH}")
         match = _URI.fullmatch(text)
         if match is None:
-            raise NameProblem(
+            raise InvalidName(
                 "is not a URI of the form scheme://host/path in ASCII, lower-case scheme and host, without query, fragment, user, port or %"
             )
         segments = match["path"].split("/")[1:]
         if any(segment in _DOT_SEGMENTS for segment in segments):
-            raise NameProblem("has a path segment '.' or '..', which leads elsewhere (RFC 3986 section 5.2.4)")
+            raise InvalidName("has a path segment '.' or '..', which leads elsewhere (RFC 3986 section 5.2.4)")
         if match["scheme"] == "spiffe":
             if not _TRUST_DOMAIN.fullmatch(match["host"]):
-                raise NameProblem("is not a SPIFFE ID: its trust domain is longer than 255 characters")
+                raise InvalidName("is not a SPIFFE ID: its trust domain is longer than 255 characters")
             if any(not _SPIFFE_SEGMENT.fullmatch(segment) for segment in segments):
-                raise NameProblem("is not a SPIFFE ID: path segments are letters, digits, '.', '-', '_', never empty")
+                raise InvalidName("is not a SPIFFE ID: path segments are letters, digits, '.', '-', '_', never empty")
         return cls(text)
 
     def __str__(self) -> str:
@@ -117,18 +117,18 @@ class IPAddress:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Takes an address in any of its forms, or raises :class:`NameProblem` (RFC 4291 section 2.2)."""
+        """Takes an address in any of its forms, or raises :class:`InvalidName` (RFC 4291 section 2.2)."""
         if not text:
-            raise NameProblem("is empty")
+            raise InvalidName("is empty")
         if "%" in text:
-            raise NameProblem("has a zone; a zone means something on its own host only")
+            raise InvalidName("has a zone; a zone means something on its own host only")
         try:
             address = ipaddress.ip_address(text if _IP_TEXT.fullmatch(text) else "")
         except ValueError:
-            raise NameProblem("is not an IP address, such as 10.0.0.1 or fd00::1") from None
+            raise InvalidName("is not an IP address, such as 10.0.0.1 or fd00::1") from None
         if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
             # One address would have two names otherwise, and Pythons differ in how they write the second.
-            raise NameProblem(f"is an IPv4 address in the dress of IPv6; write {address.ipv4_mapped}")
+            raise InvalidName(f"is an IPv4 address in the dress of IPv6; write {address.ipv4_mapped}")
         return cls(str(address))
 
     @property
@@ -148,24 +148,24 @@ class EmailAddress:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Takes an address, or raises :class:`NameProblem` (RFC 5322 section 3.4.1; RFC 5321 section 4.5.3.1 for lengths)."""
+        """Takes an address, or raises :class:`InvalidName` (RFC 5322 section 3.4.1; RFC 5321 section 4.5.3.1 for lengths)."""
         if not text:
-            raise NameProblem("is empty")
+            raise InvalidName("is empty")
         if len(text) > _MAX_EMAIL_LENGTH:
-            raise NameProblem(f"is {len(text)} characters long; an e-mail address has at most {_MAX_EMAIL_LENGTH}")
+            raise InvalidName(f"is {len(text)} characters long; an e-mail address has at most {_MAX_EMAIL_LENGTH}")
         local, at, domain = text.partition("@")
         if not at or not _LOCAL_PART.fullmatch(local):
-            raise NameProblem(
+            raise InvalidName(
                 "is not an e-mail address of the form name@domain in plain ASCII, without quotes, %, ! or *"
             )
         if len(local) > _MAX_LOCAL_PART:
-            raise NameProblem(f"has {len(local)} characters before the @; at most {_MAX_LOCAL_PART}")
+            raise InvalidName(f"has {len(local)} characters before the @; at most {_MAX_LOCAL_PART}")
         try:
             host = DNSName.parse(domain)
-        except NameProblem as problem:
-            raise NameProblem(f"has a domain that {problem}") from None
+        except InvalidName as problem:
+            raise InvalidName(f"has a domain that {problem}") from None
         if host.is_wildcard:
-            raise NameProblem("has a domain with a *, which is nobody's address")
+            raise InvalidName("has a domain with a *, which is nobody's address")
         return cls(f"{local}@{host}")
 
     def __str__(self) -> str:
@@ -213,24 +213,24 @@ class Names:
         return ", ".join(str(name) for name in self)
 
 
-def parse_word(text: str) -> str:
-    """Takes an administrator's name for an issuer or a set of roots, or raises :class:`NameProblem`."""
+def parse_dns_label(text: str) -> str:
+    """Takes an administrator's name for an issuer or a set of roots, or raises :class:`InvalidName`."""
     if not _WORD.fullmatch(text):
-        raise NameProblem("is not a name: 1-63 lower-case letters, digits and inner hyphens")
+        raise InvalidName("is not a name: 1-63 lower-case letters, digits and inner hyphens")
     return text
 
 
 def parse_object_name(text: str) -> str:
-    """Takes the name of a Kubernetes object (RFC 1123 section 2.1), or raises :class:`NameProblem`."""
+    """Takes the name of a Kubernetes object (RFC 1123 section 2.1), or raises :class:`InvalidName`."""
     if not _OBJECT.fullmatch(text):
-        raise NameProblem("is not the name of a Kubernetes object: lower-case letters, digits, '-' and '.'")
+        raise InvalidName("is not the name of a Kubernetes object: lower-case letters, digits, '-' and '.'")
     return text
 
 
 def parse_trust_domain(text: str) -> str:
-    """Takes a SPIFFE trust domain (SPIFFE-ID section 2.1), or raises :class:`NameProblem`."""
+    """Takes a SPIFFE trust domain (SPIFFE-ID section 2.1), or raises :class:`InvalidName`."""
     if not _TRUST_DOMAIN.fullmatch(text):
-        raise NameProblem("is not a trust domain: 1-255 lower-case letters, digits, '.', '-', '_'")
+        raise InvalidName("is not a trust domain: 1-255 lower-case letters, digits, '.', '-', '_'")
     return text
 
 

@@ -8,13 +8,13 @@ from enum import Enum, unique
 
 from csi_driver.core.names import Names
 
-LEAST_DURATION = timedelta(seconds=10)
+MIN_DURATION = timedelta(seconds=10)
 """A shorter life leaves no room to renew it: one failed try would already be an outage."""
 DEFAULT_ISSUER = "internal"
 """The authority's own CA."""
-MOST_NAMES = 100
+MAX_NAMES = 100
 """Names in one certificate; public CAs allow as many, and a handshake carries them all."""
-MOST_FEDERATIONS = 10
+MAX_FEDERATIONS = 10
 """Sets of further roots in one volume."""
 
 

@@ -1,4 +1,1 @@
-"""The only importer of the kubernetes package: objects, TokenReviews, the cluster's JWKS, watches of it, and Events.
-
-Kubernetes models stop here: what leaves this package are values of the core.
-"""
+"""Access to the Kubernetes API. This is the only package that imports kubernetes; it returns values of the core."""

@@ -1,4 +1,4 @@
-"""Connections to the API server, and its failures in our words."""
+"""Connections to the API server, and the conversion of its failures to CertmountError."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from csi_driver import __version__
 from csi_driver.core.errors import CertmountError, Fault, Reason
 
 TIMEOUT_S = 5.0
-"""For one request, the wait for a free connection included."""
+"""For one request, including the wait for a free connection."""
 _MAX_CONNECTIONS = 100
-_MAX_SHOWN = 300
-_LONGEST_RETRY_AFTER_S = 60.0
+_MAX_ERROR_TEXT = 300
+_MAX_RETRY_AFTER_S = 60.0
 _T = TypeVar("_T")
 
 Api: TypeAlias = client.ApiClient
-"""A connection to the API server, for whoever may hold one and not know the kubernetes package."""
+"""A connection to the API server, for modules that must not import the kubernetes package."""
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectName:
-    """An object of a namespace; ``kind`` is for people."""
+    """The kind, namespace and name of an object."""
 
     kind: str
     namespace: str
@@ -38,22 +38,22 @@ class ObjectName:
 
 
 class ApiError(CertmountError):
-    """The API server answered, and the answer is an error."""
+    """An error response of the API server."""
 
     def __init__(self, reason: Reason, fault: Fault, status: int, retry_after_s: float | None = None) -> None:
         super().__init__(reason, fault)
         self.status = status
         """The HTTP status."""
         self.retry_after_s = retry_after_s
-        """How long the API server asks to be left alone (RFC 9110 section 10.2.3); None where it doesn't say."""
+        """The Retry-After header (RFC 9110 section 10.2.3); None without one."""
 
 
 class Conflict(ApiError):
-    """Someone else changed the object since it was read, or made it first (HTTP 409)."""
+    """The object was changed since it was read, or already exists (HTTP 409)."""
 
 
 def in_cluster_configuration() -> client.Configuration:
-    """The API server as every pod finds it; the token is read again each minute, as the kubelet renews it.
+    """Return the API server configuration that every pod has. The client rereads the token every minute.
 
     Raises:
         CertmountError: TokenReviewUnavailable outside a cluster.
@@ -62,20 +62,19 @@ def in_cluster_configuration() -> client.Configuration:
     try:
         load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]  # has no types
     except ConfigException as error:
-        hint = "the pod needs its service-account token (automountServiceAccountToken)"
-        raise CertmountError(
-            Reason.TOKEN_REVIEW_UNAVAILABLE, Fault("cluster", f"cannot be found: {error}", hint)
-        ) from None
+        hint = "the pod needs its service account token (automountServiceAccountToken)"
+        fault = Fault("cluster", f"no in-cluster configuration: {error}", hint)
+        raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, fault) from None
     return configuration
 
 
 def connect(configuration: client.Configuration) -> client.ApiClient:
-    """A client with a connection pool of its own; one for each identity, as it overrides an Authorization header given per call.
+    """Return a client with its own connection pool. It belongs to one event loop; close it with ``async with``.
 
-    It belongs to one event loop and is closed by ``async with``.
+    Use one client for each identity: the client overrides an Authorization header that is passed with a call.
     """
     configuration.connection_pool_maxsize = _MAX_CONNECTIONS
-    # No proxy and no .netrc from the environment: tokens go to the API server and to no one between.
+    # Ignore proxies and .netrc in the environment: tokens must go to the API server only.
     configuration.client_session_kwargs = {"trust_env": False}
     # Python 3.13 and newer also require key identifiers, which the certificates of many clusters do not have.
     configuration.disable_strict_ssl_verification = True
@@ -84,62 +83,63 @@ def connect(configuration: client.Configuration) -> client.ApiClient:
     return api
 
 
-async def answered(call: Awaitable[_T], reason: Reason, what: str) -> _T:
-    """The call's answer; ``what`` was to be done with it, for people.
+async def call_api(call: Awaitable[_T], reason: Reason, target: str) -> _T:
+    """Return the result of a call; ``target`` names the object of the call in errors.
 
     Raises:
-        CertmountError: with ``reason``, whatever failed; its text never quotes the request. ApiError where the API
-            server answered with an error, Conflict for HTTP 409.
+        CertmountError: with ``reason`` for every failure; ApiError for an error response, Conflict for HTTP 409. The
+            text never quotes the request.
     """
     try:
-        answer = await call
+        result = await call
     except client.ApiException as error:
-        raise _api_error(error, reason, what) from None
+        raise _api_error(error, reason, target) from None
     except TimeoutError:
-        raise CertmountError(reason, Fault(what, "the API server does not answer in time")) from None
+        raise CertmountError(reason, Fault(target, "the API server does not respond in time")) from None
     except (aiohttp.ClientError, OSError) as error:
-        raise CertmountError(
-            reason, Fault(what, f"the API server cannot be reached ({type(error).__name__})")
-        ) from None
+        problem = f"cannot reach the API server ({type(error).__name__})"
+        raise CertmountError(reason, Fault(target, problem)) from None
     except ValueError as error:
-        raise CertmountError(
-            reason, Fault(what, f"the API server's answer is strange ({type(error).__name__})")
-        ) from None
-    if answer is None:
-        raise CertmountError(reason, Fault(what, "the API server's answer is strange (null)"))
-    return answer
+        raise invalid_response(reason, target, type(error).__name__) from None
+    if result is None:
+        raise invalid_response(reason, target, "null")
+    return result
 
 
-def _api_error(error: client.ApiException, reason: Reason, what: str) -> ApiError:
+def invalid_response(reason: Reason, target: str, detail: str = "") -> CertmountError:
+    """Return the error for a response that does not have the documented form."""
+    suffix = f" ({detail})" if detail else ""
+    return CertmountError(reason, Fault(target, f"the API server sent an invalid response{suffix}"))
+
+
+def _api_error(error: client.ApiException, reason: Reason, target: str) -> ApiError:
     status = int(error.status or 0)
     if status == 409:
-        return Conflict(reason, Fault(what, "someone else changed it at the same moment"), status)
-    problem = f"the API server {_meaning(status)} {status}{_message(error)}"
-    return ApiError(
-        reason, Fault(what, problem), status, _retry_after(error) if status == 429 or status >= 500 else None
-    )
+        return Conflict(reason, Fault(target, "another client changed it at the same time"), status)
+    problem = f"{_description(status)}: HTTP {status}{_message(error)}"
+    retry_after_s = _retry_after(error) if status == 429 or status >= 500 else None
+    return ApiError(reason, Fault(target, problem), status, retry_after_s)
 
 
-def _meaning(status: int) -> str:
-    """Whose trouble it is: ours, or the API server's, which passes."""
+def _description(status: int) -> str:
     if status == 401:
-        return "does not believe the authority's own token: it answers"
+        return "the API server rejects the authority's own token"
     if status == 429:
-        return "is overloaded and turns requests away: it answers"
-    return "has trouble of its own: it answers" if status >= 500 else "answers"
+        return "the API server is overloaded"
+    return "the API server has an internal error" if status >= 500 else "the API server rejects the request"
 
 
 def _retry_after(error: client.ApiException) -> float | None:
-    """In seconds, as the API server writes it (API priority and fairness); a date is not understood."""
+    """Return the seconds of a Retry-After header. The API server never sends a date (API priority and fairness)."""
     text = (error.headers or {}).get("Retry-After", "")
-    return min(float(text), _LONGEST_RETRY_AFTER_S) if text.isascii() and text.isdigit() else None
+    return min(float(text), _MAX_RETRY_AFTER_S) if text.isascii() and text.isdigit() else None
 
 
 def _message(error: client.ApiException) -> str:
-    """What the API server says of a missing object or permission; other answers may quote what was sent."""
+    """Return the message about a missing object or permission; the messages of other statuses can quote the request."""
     if error.status not in (403, 404):
         return ""
     try:
-        return f": {json.loads(error.body or '')['message'][:_MAX_SHOWN]}"
+        return f": {json.loads(error.body or '')['message'][:_MAX_ERROR_TEXT]}"
     except (TypeError, ValueError, KeyError):
         return ""

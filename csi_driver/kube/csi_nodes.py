@@ -1,4 +1,4 @@
-"""The nodes of the cluster, and on which of them the kubelet knows the driver (CSINode, storage.k8s.io/v1)."""
+"""List the cluster's nodes and those on which the driver is registered (CSINode, storage.k8s.io/v1)."""
 
 from __future__ import annotations
 
@@ -8,36 +8,37 @@ from typing import Any
 from kubernetes.aio import client
 
 from csi_driver import DRIVER_NAME
-from csi_driver.core.cluster.nodes import ClusterNodes
-from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.kube.client import answered
-from csi_driver.kube.requests import ask
+from csi_driver.core.cluster.objects import ClusterNodes
+from csi_driver.core.errors import Reason
+from csi_driver.kube.client import call_api, invalid_response
+from csi_driver.kube.json_requests import request_json
 
 _PATH = "/apis/storage.k8s.io/v1/csinodes"
-_PAGE = "500"
-_MOST_PAGES = 100
-_WHAT = "list of CSINodes"
+_PAGE_SIZE = "500"
+_MAX_PAGES = 100
+_TARGET = "list of CSINodes"
 
 
-class CsiNodes:
-    """Asks the API server each time, as the answer decides whether a root may sign: no cache, no watch."""
+class CSINodeClient:
+    """Lists without a cache or a watch, because the result decides whether a new root can sign."""
 
     def __init__(self, api: client.ApiClient) -> None:
         self._api = api
 
     async def list(self) -> ClusterNodes:
-        """All nodes as they are now; raises CertmountError IssuerUnavailable."""
+        """Return the current nodes; raises CertmountError IssuerUnavailable."""
         found: dict[bool, set[str]] = {True: set(), False: set()}
-        query = {"limit": _PAGE}
-        for _ in range(_MOST_PAGES):
-            page = await answered(ask(self._api, "GET", _PATH, query=query), Reason.ISSUER_UNAVAILABLE, _WHAT)
+        query = {"limit": _PAGE_SIZE}
+        for _ in range(_MAX_PAGES):
+            call = request_json(self._api, "GET", _PATH, query=query)
+            page = await call_api(call, Reason.ISSUER_UNAVAILABLE, _TARGET)
             for name, has_driver in _nodes(page):
                 found[has_driver].add(name)
-            more = (page.get("metadata") or {}).get("continue")
-            if not more:
+            token = (page.get("metadata") or {}).get("continue")
+            if not token:
                 return ClusterNodes(frozenset(found[True]), frozenset(found[False]))
-            query = {"limit": _PAGE, "continue": more}
-        raise _strange("it has no end")
+            query = {"limit": _PAGE_SIZE, "continue": token}
+        raise invalid_response(Reason.ISSUER_UNAVAILABLE, _TARGET, "the list does not end")
 
 
 def _nodes(page: Any) -> Iterator[tuple[str, bool]]:
@@ -46,8 +47,4 @@ def _nodes(page: Any) -> Iterator[tuple[str, bool]]:
             drivers = (item.get("spec") or {}).get("drivers") or ()
             yield item["metadata"]["name"], any(driver["name"] == DRIVER_NAME for driver in drivers)
     except (KeyError, TypeError, AttributeError) as error:
-        raise _strange(type(error).__name__) from None
-
-
-def _strange(problem: str) -> CertmountError:
-    return CertmountError(Reason.ISSUER_UNAVAILABLE, Fault(_WHAT, f"the API server's answer is strange ({problem})"))
+        raise invalid_response(Reason.ISSUER_UNAVAILABLE, _TARGET, type(error).__name__) from None

@@ -1,4 +1,4 @@
-"""Events on pods (events.k8s.io/v1; KEP-383): made once, then counted, by however many replicas."""
+"""Events on pods (events.k8s.io/v1; KEP-383). All replicas increase the count of one Event object."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from datetime import UTC, datetime
 
 from kubernetes.aio import client
 
-from csi_driver.core.cluster.event import EventRefused, PodEvent, RecordedEvent
-from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.kube.client import ApiError, Conflict, answered
+from csi_driver.core.cluster.objects import EventRejected, PodEvent, RecordedEvent
+from csi_driver.core.errors import Reason
+from csi_driver.kube.client import ApiError, Conflict, call_api, invalid_response
+from csi_driver.kube.json_requests import MERGE_PATCH, request_json
 from csi_driver.kube.metadata import Json
-from csi_driver.kube.requests import MERGE_PATCH, ask
 
 _CONTROLLER = "certmount.dev/authority"
 _ACTION = "IssueCertificate"
-_MOST_CONFLICTS = 5
+_MAX_CONFLICTS = 5
 _FINAL = (400, 403, 404, 405, 413, 422)
-"""Answers that stay the same: invalid, or of a namespace that ends; 403 may also be a permission that is missing."""
+"""Permanent errors: an invalid event, a namespace that is being deleted, or (403) a missing permission."""
 
 
-class ClusterEvents:
-    """Writes events; create and patch are all that it needs."""
+class EventClient:
+    """Needs the verbs create and patch on events."""
 
     def __init__(self, api: client.ApiClient, instance: str) -> None:
-        """``instance`` is the name of the authority's own pod."""
+        """``instance`` is the name of the authority's pod."""
         self._api = api
         self._instance = instance[:128] or "unknown"
 
@@ -35,38 +35,37 @@ class ClusterEvents:
             CertmountError: TokenReviewUnavailable for what may pass.
         """
         try:
-            return _written(await self._send("POST", event, "", self._body(event)))
+            return _recorded(await self._send("POST", event, "", self._body(event)))
         except Conflict:
             return await self.repeat(event, await self._read(event), 1, event.first_at)
 
     async def repeat(self, event: PodEvent, known: RecordedEvent, more: int, last_at: float) -> RecordedEvent:
-        """It has been said ``more`` times, at last at ``last_at`` (unix seconds); raises as :meth:`create`."""
-        for _ in range(_MOST_CONFLICTS):
+        """Increase the count by ``more``; ``last_at`` is in Unix seconds. Raises as :meth:`create`."""
+        for _ in range(_MAX_CONFLICTS):
             try:
-                return await self._count(event, known, more, last_at)
+                return await self._increase(event, known, more, last_at)
             except Conflict:
-                # Another replica has counted since: they say the same things at the same moments.
                 known = await self._read(event)
-        return await self._count(event, known, more, last_at)
+        return await self._increase(event, known, more, last_at)
 
-    async def _count(self, event: PodEvent, known: RecordedEvent, more: int, last_at: float) -> RecordedEvent:
+    async def _increase(self, event: PodEvent, known: RecordedEvent, more: int, last_at: float) -> RecordedEvent:
         series = {"count": known.count + more, "lastObservedTime": _micro_time(last_at)}
         body = {"metadata": {"resourceVersion": known.version}, "series": series}
-        return _written(await self._send("PATCH", event, f"/{event.name}", body))
+        return _recorded(await self._send("PATCH", event, f"/{event.name}", body))
 
     async def _read(self, event: PodEvent) -> RecordedEvent:
-        """By a patch that changes nothing, so that no permission to read events is needed."""
-        return _written(await self._send("PATCH", event, f"/{event.name}", {}))
+        """Send an empty patch, which needs no permission to read events."""
+        return _recorded(await self._send("PATCH", event, f"/{event.name}", {}))
 
     async def _send(self, method: str, event: PodEvent, suffix: str, body: Json) -> Json:
         path = f"/apis/events.k8s.io/v1/namespaces/{event.namespace}/events{suffix}"
         headers = {"Content-Type": MERGE_PATCH} if method == "PATCH" else {}
         try:
-            sending = ask(self._api, method, path, body=body, headers=headers)
-            return await answered(sending, Reason.TOKEN_REVIEW_UNAVAILABLE, f"Event in namespace {event.namespace}")
+            call = request_json(self._api, method, path, body=body, headers=headers)
+            return await call_api(call, Reason.TOKEN_REVIEW_UNAVAILABLE, f"Event in namespace {event.namespace}")
         except ApiError as error:
             if error.status in _FINAL:
-                raise EventRefused(str(error)) from None
+                raise EventRejected(str(error)) from None
             raise
 
     def _body(self, event: PodEvent) -> Json:
@@ -91,16 +90,15 @@ class ClusterEvents:
         }
 
 
-def _written(found: Json) -> RecordedEvent:
-    """What the API server has now; an event without a series was said once."""
+def _recorded(found: Json) -> RecordedEvent:
+    """Return the event's state; an event without a series occurred once."""
     try:
         version, series = str(found["metadata"]["resourceVersion"]), found.get("series") or {}
         return RecordedEvent(version, int(series.get("count", 1)))
     except (KeyError, TypeError, ValueError, AttributeError):
-        problem = "the API server's answer is strange (no event)"
-        raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, Fault("Event", problem)) from None
+        raise invalid_response(Reason.TOKEN_REVIEW_UNAVAILABLE, "Event") from None
 
 
 def _micro_time(seconds: float) -> str:
-    """meta.k8s.io/v1 MicroTime: RFC 3339 with exactly six digits of a second."""
+    """Return a MicroTime (meta.k8s.io/v1): RFC 3339 with six digits after the second."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

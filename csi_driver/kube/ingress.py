@@ -1,4 +1,4 @@
-"""Ingress objects (networking.k8s.io/v1) that lead an ACME CA's requests to the authority, one for each token."""
+"""Ingress objects (networking.k8s.io/v1) that route HTTP-01 requests of an ACME CA to the authority, one per token."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import hashlib
 from kubernetes.aio import client
 
 from csi_driver.core.errors import Reason
-from csi_driver.kube.client import ApiError, Conflict, answered
+from csi_driver.kube.client import ApiError, Conflict, call_api
+from csi_driver.kube.json_requests import request_json
 from csi_driver.kube.metadata import Json
-from csi_driver.kube.requests import ask
 
 _PATH = "/.well-known/acme-challenge/"
 LABELS = {"app.kubernetes.io/managed-by": "certmount", "app.kubernetes.io/component": "acme-challenge"}
-"""By these an administrator finds them all: ``kubectl get ingress -l app.kubernetes.io/component=acme-challenge``."""
+"""To list them: ``kubectl get ingress -l app.kubernetes.io/component=acme-challenge``."""
 
 
 class IngressRoutes:
-    """Makes and removes them in the authority's own namespace, beside the Service that they lead to.
+    """The Ingresses are in the authority's namespace, as the Service that they route to.
 
-    Needs create and delete of ``ingresses`` in that namespace, and nothing else.
+    Needs the verbs create and delete on ingresses in that namespace.
     """
 
     def __init__(self, api: client.ApiClient, namespace: str, service: str, port: int, ingress_class: str) -> None:
@@ -31,16 +31,16 @@ class IngressRoutes:
         self._class = ingress_class
 
     async def open(self, name: str, token: str) -> None:
-        """Has requests for the token at the name lead to the Service; also where they do already. Raises CertmountError."""
-        call = ask(self._api, "POST", self._collection, body=self._object(name, token))
+        """Route requests for the token at the name to the Service, if no Ingress does so yet; raises CertmountError."""
+        call = request_json(self._api, "POST", self._collection, body=self._object(name, token))
         with contextlib.suppress(Conflict):
-            await answered(call, Reason.ISSUER_UNAVAILABLE, f"Ingress for {name}")
+            await call_api(call, Reason.ISSUER_UNAVAILABLE, f"Ingress for {name}")
 
     async def close(self, name: str, token: str) -> None:
-        """Removes it; also where it is not there. Raises CertmountError."""
-        call = ask(self._api, "DELETE", f"{self._collection}/{_object_name(name, token)}")
+        """Delete the Ingress, if it exists; raises CertmountError."""
+        call = request_json(self._api, "DELETE", f"{self._collection}/{_object_name(name, token)}")
         try:
-            await answered(call, Reason.ISSUER_UNAVAILABLE, f"Ingress for {name}")
+            await call_api(call, Reason.ISSUER_UNAVAILABLE, f"Ingress for {name}")
         except ApiError as error:
             if error.status != 404:
                 raise
@@ -51,7 +51,7 @@ class IngressRoutes:
 
     def _object(self, name: str, token: str) -> Json:
         backend = {"service": {"name": self._service, "port": {"number": self._port}}}
-        # Exact, so that nothing else of the site is touched: controllers put the longest path first.
+        # An exact path does not affect other requests to the site: controllers prefer the longest path.
         path = {"path": f"{_PATH}{token}", "pathType": "Exact", "backend": backend}
         return {
             "apiVersion": "networking.k8s.io/v1",
@@ -62,5 +62,5 @@ class IngressRoutes:
 
 
 def _object_name(name: str, token: str) -> str:
-    """The same for the same challenge, whichever replica makes it."""
+    """Return a name that is the same on all replicas."""
     return f"certmount-acme-{hashlib.sha256(f'{name} {token}'.encode()).hexdigest()[:20]}"

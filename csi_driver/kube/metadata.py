@@ -1,4 +1,4 @@
-"""What every object of the API has (meta.k8s.io/v1 ObjectMeta), read with care."""
+"""Object metadata (meta.k8s.io/v1 ObjectMeta), validated while it is read."""
 
 from __future__ import annotations
 
@@ -7,44 +7,44 @@ from dataclasses import dataclass
 from typing import Any
 
 Json = dict[str, Any]
-"""An object as the API server writes it."""
+"""An object as the API server sends it."""
 
 Pairs = tuple[tuple[str, str], ...]
-"""Labels, or a selector of them, ordered by key."""
+"""Labels or a label selector, sorted by key."""
 
 
-class BadObject(Exception):
-    """What the API server sent is not of the form that the API promises."""
+class InvalidObject(Exception):
+    """The API server sent an object that does not have the documented form."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """An object's name, and what it is found by."""
+    """The metadata that certmount uses."""
 
     name: str
     namespace: str
-    """Empty for an object of the whole cluster."""
+    """Empty for a cluster-scoped object."""
     uid: str
     labels: Pairs
 
 
 def read_metadata(item: Json) -> Metadata:
-    """Takes any object; raises BadObject."""
+    """Return an object's metadata; raises InvalidObject."""
     metadata = item.get("metadata")
     if not isinstance(metadata, dict):
-        raise BadObject("an object has no metadata")
+        raise InvalidObject("an object has no metadata")
     name, namespace, uid = metadata.get("name"), metadata.get("namespace", ""), metadata.get("uid")
     if not isinstance(name, str) or not isinstance(namespace, str) or not isinstance(uid, str) or not (name and uid):
-        raise BadObject("an object has no name or no uid")
+        raise InvalidObject("an object has no name or no uid")
     return Metadata(name, namespace, uid, read_pairs(metadata.get("labels")))
 
 
 def read_pairs(value: object) -> Pairs:
-    """Takes a map of texts, as labels and selectors are; none at all is an empty one. Raises BadObject."""
+    """Return labels or a selector; empty for None. Raises InvalidObject."""
     if value is None:
         return ()
     if not isinstance(value, Mapping):
-        raise BadObject("labels or a selector are not a map")
+        raise InvalidObject("labels or a selector are not a map")
     if not all(isinstance(key, str) and isinstance(text, str) for key, text in value.items()):
-        raise BadObject("labels or a selector hold something that is not text")
+        raise InvalidObject("labels or a selector contain a value that is not a string")
     return tuple(sorted(value.items()))

@@ -1,4 +1,4 @@
-"""Every permission that the authority needs of the API server, and whether it has them (SelfSubjectAccessReview)."""
+"""The API permissions that the authority needs, and a check of them (SelfSubjectAccessReview)."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from dataclasses import dataclass
 
 from kubernetes.aio import client
 
-from csi_driver.core.cluster.csr import OWN_SIGNER
+from csi_driver.core.cluster.csr import CERTMOUNT_SIGNER
 from csi_driver.core.errors import Reason
-from csi_driver.kube.client import ObjectName, answered
-from csi_driver.kube.requests import ask
+from csi_driver.kube.client import ObjectName, call_api
+from csi_driver.kube.json_requests import request_json
+from csi_driver.kube.stored_objects import object_path
 
 SIGNER_LEASE = "certmount-csr-signer"
-"""By which one replica looks after CertificateSigningRequests; beside the CA's Secret."""
+"""The Lease of the replica that signs CertificateSigningRequests, in the namespace of the CA's Secret."""
 _REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 
 
 @dataclass(frozen=True, slots=True)
 class Permission:
-    """One verb on one kind of resource, or on one object of it; an empty namespace means all of them."""
+    """A verb on a resource or on one object. An empty namespace means all namespaces."""
 
     verb: str
     group: str
     resource: str
-    """With its subresource, as roles write it: ``certificatesigningrequests/status``."""
+    """With its subresource, as in a Role: ``certificatesigningrequests/status``."""
     namespace: str = ""
     name: str = ""
 
@@ -34,8 +35,8 @@ class Permission:
         return f"{self.verb} {kind}{where}"
 
 
-def needed_permissions(ca: ObjectName, confirmations: ObjectName, root: ObjectName) -> tuple[Permission, ...]:
-    """All of them; ``ca`` and ``confirmations`` are Secrets, ``root`` is a ConfigMap."""
+def needed_permissions(ca: ObjectName, acknowledgements: ObjectName, root: ObjectName) -> tuple[Permission, ...]:
+    """Return all permissions; ``ca`` and ``acknowledgements`` are Secrets, ``root`` is a ConfigMap."""
     return (
         Permission("create", "authentication.k8s.io", "tokenreviews"),
         *_each(("list", "watch"), "", ("services", "pods", "namespaces")),
@@ -45,11 +46,11 @@ def needed_permissions(ca: ObjectName, confirmations: ObjectName, root: ObjectNa
         *_each(("get", "list", "watch"), "certificates.k8s.io", ("certificatesigningrequests",)),
         Permission("update", "certificates.k8s.io", "certificatesigningrequests/approval"),
         Permission("update", "certificates.k8s.io", "certificatesigningrequests/status"),
-        *(Permission(verb, "certificates.k8s.io", "signers", name=OWN_SIGNER) for verb in ("approve", "sign")),
+        *(Permission(verb, "certificates.k8s.io", "signers", name=CERTMOUNT_SIGNER) for verb in ("approve", "sign")),
         *(Permission(verb, "coordination.k8s.io", "leases", ca.namespace, SIGNER_LEASE) for verb in ("get", "update")),
         *(
             Permission(verb, "", resource, found.namespace, found.name)
-            for resource, found in (("secrets", ca), ("secrets", confirmations), ("configmaps", root))
+            for resource, found in (("secrets", ca), ("secrets", acknowledgements), ("configmaps", root))
             for verb in ("get", "update")
         ),
     )
@@ -60,7 +61,7 @@ def _each(verbs: tuple[str, ...], group: str, resources: tuple[str, ...]) -> Ite
 
 
 async def has_permission(api: client.ApiClient, permission: Permission) -> bool:
-    """Asks the API server whether the authority's own account may; raises CertmountError TokenReviewUnavailable where it can't be asked."""
+    """Return whether the authority's account has the permission; raises CertmountError TokenReviewUnavailable."""
     resource, _, subresource = permission.resource.partition("/")
     attributes = {
         "verb": permission.verb,
@@ -75,13 +76,13 @@ async def has_permission(api: client.ApiClient, permission: Permission) -> bool:
         "kind": "SelfSubjectAccessReview",
         "spec": {"resourceAttributes": {key: value for key, value in attributes.items() if value}},
     }
-    answer = await answered(ask(api, "POST", _REVIEWS, body=body), Reason.TOKEN_REVIEW_UNAVAILABLE, str(permission))
-    status = answer.get("status")
+    review = await call_api(
+        request_json(api, "POST", _REVIEWS, body=body), Reason.TOKEN_REVIEW_UNAVAILABLE, str(permission)
+    )
+    status = review.get("status")
     return isinstance(status, dict) and status.get("allowed") is True
 
 
 async def find_object(api: client.ApiClient, found: ObjectName) -> None:
-    """Reads a Secret, ConfigMap or Lease that the manifests make; raises CertmountError TokenReviewUnavailable where that fails."""
-    group = "/apis/coordination.k8s.io/v1" if found.kind == "Lease" else "/api/v1"
-    path = f"{group}/namespaces/{found.namespace}/{found.kind.lower()}s/{found.name}"
-    await answered(ask(api, "GET", path), Reason.TOKEN_REVIEW_UNAVAILABLE, str(found))
+    """Read a Secret, ConfigMap or Lease; raises CertmountError TokenReviewUnavailable if that fails."""
+    await call_api(request_json(api, "GET", object_path(found)), Reason.TOKEN_REVIEW_UNAVAILABLE, str(found))

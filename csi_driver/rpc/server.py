@@ -24,7 +24,7 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
-class Handled:
+class CompletedCall:
     """A call that ended: the method's bare name, how long it took, and why it failed (None: it did not)."""
 
     method: str
@@ -41,7 +41,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     def __init__(
         self,
-        observe: Callable[[Handled], None],
+        observe: Callable[[CompletedCall], None],
         describe: Callable[[str, object], Mapping[str, str]] | None = None,
     ) -> None:
         self._observe = observe
@@ -81,7 +81,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
                         reason = failure.reason
                         await abort(context, failure)
                     finally:
-                        self._observe(Handled(method, time.perf_counter() - started, reason))
+                        self._observe(CompletedCall(method, time.perf_counter() - started, reason))
 
             return grpc.unary_stream_rpc_method_handler(unary_stream, **coders)
         unary: Any = handler.unary_unary
@@ -97,7 +97,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
                     reason = failure.reason
                     await abort(context, failure)
                 finally:
-                    self._observe(Handled(method, time.perf_counter() - started, reason))
+                    self._observe(CompletedCall(method, time.perf_counter() - started, reason))
 
         return grpc.unary_unary_rpc_method_handler(unary_unary, **coders)
 

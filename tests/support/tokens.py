@@ -11,7 +11,7 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from csi_driver import NODE_AUDIENCE, POD_AUDIENCE
-from csi_driver.core.cluster.token_review import PublishedKeys, ReviewedToken
+from csi_driver.core.cluster.objects import PublishedKeys, ReviewedToken
 from csi_driver.core.secret import Secret
 
 ISSUER = "https://kubernetes.default.svc.cluster.local"

@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from csi_driver.core.certificates.keys import PrivateKey, PublicKey, key_type_of
 from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.names import URI, DNSName, EmailAddress, IPAddress, NameProblem, Names
-from csi_driver.core.spec import MOST_NAMES, KeyType
+from csi_driver.core.names import URI, DNSName, EmailAddress, InvalidName, IPAddress, Names
+from csi_driver.core.spec import MAX_NAMES, KeyType
 
 MAX_CSR_BYTES = 64 * 1024
 
@@ -96,19 +96,19 @@ def names_of(extensions: x509.Extensions) -> Names:
             emails.append(EmailAddress.parse(general_name.value))
         else:
             kind = type(general_name).__name__
-            raise NameProblem(f"is a {kind}; only DNS names, URIs, IP addresses and e-mail addresses can be asked for")
+            raise InvalidName(f"is a {kind}; only DNS names, URIs, IP addresses and e-mail addresses can be asked for")
     return Names.of(dns, uris, ips, emails)
 
 
 def _requested_names(csr: x509.CertificateSigningRequest) -> Names:
     try:
         names = names_of(csr.extensions)
-    except NameProblem as problem:
+    except InvalidName as problem:
         raise _invalid(f"names something that {problem}") from None
     except PARSE_ERRORS as error:
         raise _invalid(f"has extensions that cannot be read ({type(error).__name__})") from None
-    if len(names) > MOST_NAMES:
-        raise _invalid(f"names {len(names)} names; a certificate has at most {MOST_NAMES}")
+    if len(names) > MAX_NAMES:
+        raise _invalid(f"names {len(names)} names; a certificate has at most {MAX_NAMES}")
     return names
 
 

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 from csi_driver.core.config.document_reader import DocumentReader, Path
 from csi_driver.core.errors import Reason
-from csi_driver.core.names import parse_word
+from csi_driver.core.names import parse_dns_label
 from csi_driver.core.spec import DEFAULT_ISSUER
 
-MOST_ISSUERS = 100
+MAX_ISSUERS = 100
 _MAX_FILE_NAME = 4096
 _SECRET_NAME = re.compile(r"(?P<namespace>[a-z0-9][a-z0-9-]{0,62})/(?P<name>[a-z0-9][a-z0-9.-]{0,252})", re.ASCII)
 _SECRET_KEY = re.compile(r"[A-Za-z0-9._-]{1,253}", re.ASCII)
 
-Parse = Callable[[DocumentReader, Path, object], object]
+ParseConfiguration = Callable[[DocumentReader, Path, object], object]
 """Reads what stands below the kind's key into the kind's own frozen value; faults go to the reader."""
 
 
@@ -45,7 +45,7 @@ class SecretSource:
         return f"key {self.key} of Secret {self.namespace}/{self.name}"
 
 
-Source = FileSource | SecretSource
+CredentialSource = FileSource | SecretSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +55,11 @@ class IssuerDeclaration:
     name: str
     kind: str
     configuration: object
-    """The frozen value that the kind's :data:`Parse` made."""
+    """The frozen value that the kind's :data:`ParseConfiguration` made."""
 
 
 def parse_issuers(
-    document: object, kinds: Mapping[str, Parse], lines: Mapping[Path, int] | None = None
+    document: object, kinds: Mapping[str, ParseConfiguration], lines: Mapping[Path, int] | None = None
 ) -> tuple[IssuerDeclaration, ...]:
     """Takes the file's content: None for an empty file, else ``{"issuers": [{"name": ..., KIND: {...}}, ...]}``.
 
@@ -83,12 +83,12 @@ def parse_issuers(
         return IssuerDeclaration(name or "", given[0], values[0]) if given else None
 
     top = reader.mapping((), {} if document is None else document, allowed=("issuers",))
-    issuers = reader.each(("issuers",), top.get("issuers"), declared, MOST_ISSUERS)
+    issuers = reader.each(("issuers",), top.get("issuers"), declared, MAX_ISSUERS)
     reader.finish()
     return issuers
 
 
-def parse_source(reader: DocumentReader, path: Path, value: object) -> Source | None:
+def parse_source(reader: DocumentReader, path: Path, value: object) -> CredentialSource | None:
     """Reads ``{file: PATH}`` or ``{secret: NAMESPACE/NAME, key: KEY}``; None where there is nothing, or a fault."""
     if value is None:
         return None
@@ -125,7 +125,7 @@ def _present(reader: DocumentReader, path: Path, top: Mapping[object, object]) -
 def _issuer_name(text: str) -> str:
     if text == DEFAULT_ISSUER:
         raise ValueError("is the authority's own CA, which needs no entry; choose another name")
-    return parse_word(text)
+    return parse_dns_label(text)
 
 
 def parse_secret_name(text: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from datetime import timedelta
 from csi_driver.core.errors import Fault
 from csi_driver.core.identity import ServiceAccount
 from csi_driver.core.names import Name
-from csi_driver.core.policy.rules import Denial, Rule
+from csi_driver.core.policy.rules import DenyListEntry, PolicyRule
 from csi_driver.core.spec import Usage
 
 _MOST_OBJECTIONS = 3
@@ -38,7 +38,7 @@ class PolicyDecision:
     """The judgement of a whole request: all of it is granted, or nothing."""
 
     account: ServiceAccount
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[PolicyRule, ...] = ()
     """Those that are for this pod."""
     names: tuple[NameDecision, ...] = ()
     """What was asked for, and the pod's own SPIFFE ID as the last."""
@@ -46,7 +46,7 @@ class PolicyDecision:
     """What a pod that names nothing gets beside it."""
     usages: tuple[Usage, ...] = ()
     duration: timedelta = timedelta()
-    denied: Denial | None = None
+    denied: DenyListEntry | None = None
     together: bool = True
     """False where each name is allowed, but not all in one certificate; each then has the rules that allow it as objections."""
 

@@ -10,11 +10,11 @@ from typing import TypeVar
 from csi_driver.core.config.document_reader import DocumentReader, Path, shown
 from csi_driver.core.durations import format_duration, parse_duration
 from csi_driver.core.errors import Reason
-from csi_driver.core.names import parse_word
+from csi_driver.core.names import parse_dns_label
 from csi_driver.core.policy.engine import Policy
 from csi_driver.core.policy.patterns import IPRange, NamePattern
-from csi_driver.core.policy.rules import ALL_USAGES, Denial, Match, Rule, RuleLimits
-from csi_driver.core.spec import LEAST_DURATION, parse_key_type, parse_usage
+from csi_driver.core.policy.rules import ALL_USAGES, DenyListEntry, PolicyRule, RuleLimits, RuleMatch
+from csi_driver.core.spec import MIN_DURATION, parse_key_type, parse_usage
 
 MOST_RULES = 1000
 MOST_ITEMS = 1000
@@ -55,12 +55,12 @@ class _Reader(DocumentReader):
         super().__init__(Reason.INVALID_POLICY, "policy file", lines)
         self._domains = domains
 
-    def rule(self, path: Path, entry: object) -> Rule | None:
+    def rule(self, path: Path, entry: object) -> PolicyRule | None:
         top = self.mapping(path, entry, allowed=("match", "allow"), required=("match", "allow"))
         match = self._match((*path, "match"), top.get("match"), labels=True)
         at, domains = (*path, "allow"), self._domains
         allow = self._part(at, top.get("allow"), ("dns", "uris", "ips", "emails", *_LIMITS))
-        return Rule(
+        return PolicyRule(
             match=match,
             dns=self._texts((*at, "dns"), allow.get("dns"), lambda text: NamePattern.for_dns(text, domains)),
             uris=self._texts((*at, "uris"), allow.get("uris"), lambda text: NamePattern.for_uri(text, domains)),
@@ -83,21 +83,21 @@ class _Reader(DocumentReader):
             usages=tuple(usage for usage in ALL_USAGES if usage in usages),
             min_duration=least,
             max_duration=most,
-            issuers=self._choices((*at, "issuers"), allow.get("issuers"), parse_word, usual.issuers),
+            issuers=self._choices((*at, "issuers"), allow.get("issuers"), parse_dns_label, usual.issuers),
         )
 
-    def denial(self, path: Path, entry: object) -> Denial | None:
+    def denial(self, path: Path, entry: object) -> DenyListEntry | None:
         top = self.mapping(path, entry, allowed=("match", "reason"), required=("match", "reason"))
         match = self._match((*path, "match"), top.get("match"), labels=False)
         reason = top.get("reason")
         if reason is not None and not (isinstance(reason, str) and _REASON.fullmatch(reason) and reason.isprintable()):
             self.fault((*path, "reason"), "is not one line of text of up to 200 characters")
-        return Denial(match, str(reason), self.label(path))
+        return DenyListEntry(match, str(reason), self.label(path))
 
-    def _match(self, path: Path, value: object, *, labels: bool) -> Match:
+    def _match(self, path: Path, value: object, *, labels: bool) -> RuleMatch:
         required = ("namespaces", "serviceAccounts")
         match = self._part(path, value, (*required, "namespaceLabels") if labels else required, required)
-        return Match(
+        return RuleMatch(
             namespaces=self._texts((*path, "namespaces"), match.get("namespaces"), _glob),
             service_accounts=self._texts((*path, "serviceAccounts"), match.get("serviceAccounts"), _glob),
             namespace_labels=self._labels((*path, "namespaceLabels"), match.get("namespaceLabels")),
@@ -165,6 +165,6 @@ def _glob(text: str) -> str:
 
 def _duration(text: str) -> timedelta:
     duration = parse_duration(text)
-    if duration < LEAST_DURATION:
-        raise ValueError(f"is not a duration of {format_duration(LEAST_DURATION)} or more, such as 24h")
+    if duration < MIN_DURATION:
+        raise ValueError(f"is not a duration of {format_duration(MIN_DURATION)} or more, such as 24h")
     return duration

@@ -8,14 +8,14 @@ from datetime import timedelta
 
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
-from csi_driver.core.names import URI, DNSName, Name, NameProblem, Names, spiffe_id
+from csi_driver.core.names import URI, DNSName, InvalidName, Name, Names, spiffe_id
 from csi_driver.core.policy.decision import NameDecision, PolicyDecision, RuleMismatch
 from csi_driver.core.policy.patterns import NamePattern
-from csi_driver.core.policy.rules import ALL_USAGES, DEFAULT_DURATION, Denial, Match, Rule
-from csi_driver.core.spec import DEFAULT_ISSUER, MOST_NAMES, KeyType, Usage
+from csi_driver.core.policy.rules import ALL_USAGES, DEFAULT_DURATION, DenyListEntry, PolicyRule, RuleMatch
+from csi_driver.core.spec import DEFAULT_ISSUER, MAX_NAMES, KeyType, Usage
 
 _SERVICE_NAMES = ("{service}.{namespace}.svc", "{service}.{namespace}.svc.{cluster_domain}")
-_MOST_SERVICES = (MOST_NAMES - 1) // len(_SERVICE_NAMES)
+_MOST_SERVICES = (MAX_NAMES - 1) // len(_SERVICE_NAMES)
 """Services of one pod that are looked at: as many as one certificate can name beside the SPIFFE ID."""
 _MOST_REMEMBERED = 4096
 """Kinds of pods whose rules are remembered: a few hundred bytes each, and in most clusters all there are."""
@@ -61,21 +61,21 @@ class Policy:
 
     trust_domain: str
     cluster_domain: str
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[PolicyRule, ...] = ()
     """Those of the file, in its order."""
-    denials: tuple[Denial, ...] = ()
+    denials: tuple[DenyListEntry, ...] = ()
     revision: str = ""
     """Another text for another file: the first 16 hexadecimal digits of its SHA-256."""
-    _all: tuple[Rule, ...] = field(init=False, repr=False, compare=False)
+    _all: tuple[PolicyRule, ...] = field(init=False, repr=False, compare=False)
     _labels: tuple[str, ...] = field(init=False, repr=False, compare=False)
-    _remembered: dict[tuple[str | None, ...], tuple[URI, tuple[Rule, ...]]] = field(
+    _remembered: dict[tuple[str | None, ...], tuple[URI, tuple[PolicyRule, ...]]] = field(
         init=False, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:
         domains = {"trust_domain": self.trust_domain, "cluster_domain": self.cluster_domain}
         services = tuple(NamePattern.for_dns(pattern, domains) for pattern in _SERVICE_NAMES)
-        built_in = Rule(Match(("*",), ("*",)), dns=services, label="built-in")
+        built_in = PolicyRule(RuleMatch(("*",), ("*",)), dns=services, label="built-in")
         labels = {key for rule in self.rules for key, _ in rule.match.namespace_labels}
         object.__setattr__(self, "_all", (built_in, *self.rules))
         object.__setattr__(self, "_labels", tuple(sorted(labels)))
@@ -120,10 +120,10 @@ class Policy:
         own, rules = self._matching(account, subject.namespace_labels)
         return _Case(subject, asked, own, rules).verdict(self.cluster_domain)
 
-    def _denied(self, account: ServiceAccount) -> Denial | None:
+    def _denied(self, account: ServiceAccount) -> DenyListEntry | None:
         return next((denial for denial in self.denials if denial.match.fits(account, {})), None)
 
-    def _matching(self, account: ServiceAccount, labels: Mapping[str, str]) -> tuple[URI, tuple[Rule, ...]]:
+    def _matching(self, account: ServiceAccount, labels: Mapping[str, str]) -> tuple[URI, tuple[PolicyRule, ...]]:
         """A pod's own SPIFFE ID, and the rules for it, the built-in one first."""
         key = (account.namespace, account.name, *(labels.get(label) for label in self._labels))
         known = self._remembered.get(key)
@@ -139,7 +139,9 @@ class Policy:
 class _Case:
     """One request before the rules for its pod."""
 
-    def __init__(self, subject: PolicySubject, asked: RequestedCertificate, own: URI, rules: tuple[Rule, ...]) -> None:
+    def __init__(
+        self, subject: PolicySubject, asked: RequestedCertificate, own: URI, rules: tuple[PolicyRule, ...]
+    ) -> None:
         account = subject.identity.service_account
         self._account = account
         self._values = {
@@ -174,7 +176,7 @@ class _Case:
         return PolicyDecision(self._account, self._rules, names, implied, usages, duration)
 
     def _granted(
-        self, rules: Sequence[Rule], usages: Sequence[Usage], duration: timedelta
+        self, rules: Sequence[PolicyRule], usages: Sequence[Usage], duration: timedelta
     ) -> tuple[NameDecision, ...] | None:
         """Each name with the first of the rules that allows it with these usages and this life; None where one has no such rule."""
         permitting = [rule for rule in rules if self._permits(rule, usages, duration)]
@@ -188,13 +190,13 @@ class _Case:
                 return None
         return tuple(granted)
 
-    def _permits(self, rule: Rule, usages: Sequence[Usage], duration: timedelta | None) -> bool:
+    def _permits(self, rule: PolicyRule, usages: Sequence[Usage], duration: timedelta | None) -> bool:
         return rule.limits.permit(self._asked.key_type, self._asked.issuer, usages, duration)
 
-    def _fits(self, rule: Rule, name: Name) -> bool:
+    def _fits(self, rule: PolicyRule, name: Name) -> bool:
         return name == self._own or rule.allows(name, self._values, self._services)
 
-    def _judged(self, name: Name, able: Sequence[Rule]) -> NameDecision:
+    def _judged(self, name: Name, able: Sequence[PolicyRule]) -> NameDecision:
         """The judgement of a name where not all are allowed."""
         if able:
             return NameDecision(name, able[0].label)
@@ -212,7 +214,7 @@ class _Case:
             ),
         )
 
-    def _choices(self, able: Sequence[Sequence[Rule]]) -> Iterator[tuple[tuple[Usage, ...], timedelta]]:
+    def _choices(self, able: Sequence[Sequence[PolicyRule]]) -> Iterator[tuple[tuple[Usage, ...], timedelta]]:
         """Usages and lives that every name may be had with, the best first: both usages before one, a day before what is near to it."""
         for usages in (self._usages,) if self._usages else _USAGES_BY_DEFAULT:
             for duration in self._durations():
@@ -235,13 +237,13 @@ class _Case:
             for pattern in _SERVICE_NAMES:
                 try:
                     name = DNSName.parse(pattern.format(service=service, cluster_domain=cluster_domain, **self._values))
-                except NameProblem:
+                except InvalidName:
                     continue  # too long with this cluster's domain: it is nobody's name
                 allowing = next((rule for rule in rules if rule.allows(name, self._values, self._services)), None)
                 if allowing is not None:
                     yield NameDecision(name, allowing.label)
 
 
-def _offered(name: Name, able: Sequence[Rule]) -> NameDecision:
+def _offered(name: Name, able: Sequence[PolicyRule]) -> NameDecision:
     """The judgement of a name that may be had, but not with what the other names may be had with."""
     return NameDecision(name, objections=tuple(RuleMismatch(rule.label, (rule.limits.offer,)) for rule in able))

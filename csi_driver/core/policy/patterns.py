@@ -32,7 +32,7 @@ _VALUE = re.compile(r"[a-z0-9.-]+", re.ASCII)
 _MAX_LENGTH = 2048
 
 
-class PatternProblem(ValueError):
+class InvalidPattern(ValueError):
     """Why a text is no pattern, in words for the administrator."""
 
 
@@ -78,7 +78,7 @@ class NamePattern:
             or set("*{") & set(pattern.parts[0] + pattern.parts[2])
         ):
             # Dots in a value put into the host would make it another host.
-            raise PatternProblem("is not of the form scheme://host/path with scheme and host written out")
+            raise InvalidPattern("is not of the form scheme://host/path with scheme and host written out")
         return pattern
 
     @classmethod
@@ -89,21 +89,21 @@ class NamePattern:
     @classmethod
     def _parse(cls, text: str, form: _Form, domains: Mapping[str, str]) -> Self:
         if len(text) > _MAX_LENGTH:
-            raise PatternProblem(f"is {len(text)} characters long; a pattern has at most {_MAX_LENGTH}")
+            raise InvalidPattern(f"is {len(text)} characters long; a pattern has at most {_MAX_LENGTH}")
         for name in _PLACEHOLDER.findall(text):
             if name not in PLACEHOLDERS:
-                raise PatternProblem(
+                raise InvalidPattern(
                     f"has the unknown placeholder {{{name}}}; known are "
                     + ", ".join(f"{{{known}}}" for known in PLACEHOLDERS)
                 )
         bare = _PLACEHOLDER.sub("x", text)
         if not form.value.fullmatch(bare):
             if form is _Form.EMAIL and bare.count("@") != 1:
-                raise PatternProblem("is not of the form name@domain")
+                raise InvalidPattern("is not of the form name@domain")
             capitals = "; write it in lower case" if form.value.fullmatch(bare.lower()) else ""
-            raise PatternProblem("has characters that no such name has" + capitals if bare else "is empty")
+            raise InvalidPattern("has characters that no such name has" + capitals if bare else "is empty")
         if "**" in bare:
-            raise PatternProblem("has **; a * stands within one label or path segment")
+            raise InvalidPattern("has **; a * stands within one label or path segment")
         for name in _DOMAIN_PLACEHOLDERS:
             text = text.replace(f"{{{name}}}", domains[name])
         return cls(text, tuple(form.cut(text)), form, re.split(r"[*}]", text)[-1])
@@ -142,15 +142,15 @@ class IPRange:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Takes ``10.0.0.0/8``, ``fd00::/8`` or an address (RFC 4632 section 3.1), or raises :class:`PatternProblem`."""
+        """Takes ``10.0.0.0/8``, ``fd00::/8`` or an address (RFC 4632 section 3.1), or raises :class:`InvalidPattern`."""
         try:
             network = ipaddress.ip_network(text if _RANGE.fullmatch(text) else "", strict=False)
         except ValueError:
-            raise PatternProblem("is not an IP address or range, such as 10.0.0.0/8 or fd00::/64") from None
+            raise InvalidPattern("is not an IP address or range, such as 10.0.0.0/8 or fd00::/64") from None
         if ipaddress.ip_address(text.partition("/")[0]) != network.network_address:
-            raise PatternProblem(f"has bits set behind its length; for that range write {network}")
+            raise InvalidPattern(f"has bits set behind its length; for that range write {network}")
         if isinstance(network, ipaddress.IPv6Network) and network.network_address.ipv4_mapped:
-            raise PatternProblem(
+            raise InvalidPattern(
                 "is of IPv4 addresses in the dress of IPv6, which no certificate gets; write the IPv4 range"
             )
         return cls(network)

@@ -10,7 +10,7 @@ from csi_driver.core.durations import format_duration
 from csi_driver.core.identity import ServiceAccount
 from csi_driver.core.names import DNSName, EmailAddress, IPAddress, Name
 from csi_driver.core.policy.patterns import IPRange, NamePattern, compile_glob
-from csi_driver.core.spec import DEFAULT_ISSUER, LEAST_DURATION, KeyType, Usage
+from csi_driver.core.spec import DEFAULT_ISSUER, MIN_DURATION, KeyType, Usage
 
 DEFAULT_DURATION = timedelta(hours=24)
 """The life of a certificate whose pod asks for none, and the longest one that a rule without ``max_duration`` allows."""
@@ -18,7 +18,7 @@ ALL_USAGES = (Usage.SERVER, Usage.CLIENT)
 
 
 @dataclass(frozen=True, slots=True)
-class Match:
+class RuleMatch:
     """Which pods: one glob of each kind must fit, and the namespace must have each label with a value that its glob fits."""
 
     namespaces: tuple[str, ...]
@@ -40,7 +40,7 @@ class RuleLimits:
 
     key_types: tuple[KeyType, ...] = tuple(KeyType)
     usages: tuple[Usage, ...] = ALL_USAGES
-    min_duration: timedelta = LEAST_DURATION
+    min_duration: timedelta = MIN_DURATION
     max_duration: timedelta = DEFAULT_DURATION
     issuers: tuple[str, ...] = (DEFAULT_ISSUER,)
 
@@ -83,10 +83,10 @@ class RuleLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class PolicyRule:
     """What the pods that it matches may have, besides their own SPIFFE ID, which every such rule allows within its limits."""
 
-    match: Match
+    match: RuleMatch
     dns: tuple[NamePattern, ...] = ()
     uris: tuple[NamePattern, ...] = ()
     ips: tuple[IPRange, ...] = ()
@@ -107,10 +107,10 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class Denial:
+class DenyListEntry:
     """Service accounts that get no certificate at all, and the administrator's reason."""
 
-    match: Match
+    match: RuleMatch
     reason: str
     label: str = ""
 

@@ -9,7 +9,7 @@ from csi_driver.core.attributes import parse_attributes
 from csi_driver.core.config.document_reader import DocumentReader, Path
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
-from csi_driver.core.names import DNSName, parse_object_name, parse_trust_domain, parse_word
+from csi_driver.core.names import DNSName, parse_dns_label, parse_object_name, parse_trust_domain
 from csi_driver.core.policy.engine import Policy, PolicySubject, RequestedCertificate
 
 MOST_CASES = 10_000
@@ -99,7 +99,7 @@ class _Reader(DocumentReader):
         top = {} if value is None else self.mapping(path, value, allowed=known, required=("namespace",))
         return PolicySubject(
             pod(
-                self.text((*path, "namespace"), top.get("namespace"), parse_word) or "default",
+                self.text((*path, "namespace"), top.get("namespace"), parse_dns_label) or "default",
                 self.text((*path, "serviceAccount"), top.get("serviceAccount"), parse_object_name) or "default",
                 self.text((*path, "name"), top.get("name"), parse_object_name) or "pod",
             ),
@@ -140,7 +140,7 @@ def _expectation(text: str) -> bool:
 
 
 def parse_domain(text: str) -> str:
-    """Takes a DNS domain, or raises :class:`csi_driver.core.names.NameProblem`."""
+    """Takes a DNS domain, or raises :class:`csi_driver.core.names.InvalidName`."""
     return DNSName.parse(text).text
 
 

@@ -14,11 +14,11 @@ from csi_driver.core.names import (
     URI,
     DNSName,
     EmailAddress,
+    InvalidName,
     IPAddress,
-    NameProblem,
     Names,
+    parse_dns_label,
     parse_trust_domain,
-    parse_word,
     spiffe_id,
 )
 from tests.unit.core.outcomes import outcome
@@ -35,8 +35,8 @@ def test_a_dns_name_is_taken_in_any_case_and_kept_in_lower_case(text: str) -> No
 @given(st.one_of(hostile_texts, dns_texts))
 def test_any_text_is_a_dns_name_by_the_rfcs_or_a_problem_in_words(text: str) -> None:
     """What is accepted keeps RFC 1123's lengths and characters; what is not is told without control characters."""
-    name = outcome(lambda: DNSName.parse(text), NameProblem)
-    if isinstance(name, NameProblem):
+    name = outcome(lambda: DNSName.parse(text), InvalidName)
+    if isinstance(name, InvalidName):
         assert str(name).isprintable()
         return
     labels = name.text.removeprefix("*.").split(".")
@@ -73,7 +73,7 @@ def test_any_text_is_a_dns_name_by_the_rfcs_or_a_problem_in_words(text: str) -> 
 )
 def test_why_a_text_is_no_dns_name_is_said(text: str, problem: str) -> None:
     """Each kind of slip has its own words."""
-    with pytest.raises(NameProblem, match=problem):
+    with pytest.raises(InvalidName, match=problem):
         DNSName.parse(text)
 
 
@@ -81,10 +81,10 @@ def test_the_longest_names_are_taken() -> None:
     """253 characters of a DNS name (RFC 1035 section 2.3.4), 2048 of a URI (SPIFFE-ID section 2.3), and not one more."""
     longest = ".".join(["a" * 63] * 3 + ["b" * 61])
     assert len(DNSName.parse(longest).text) == 253
-    with pytest.raises(NameProblem, match="is 254 characters long"):
+    with pytest.raises(InvalidName, match="is 254 characters long"):
         DNSName.parse(longest + "b")
     assert len(URI.parse("https://example.com/".ljust(2048, "a")).text) == 2048
-    with pytest.raises(NameProblem, match="is 2049 characters long"):
+    with pytest.raises(InvalidName, match="is 2049 characters long"):
         URI.parse("https://example.com/".ljust(2049, "a"))
 
 
@@ -97,8 +97,8 @@ def test_a_uri_is_kept_as_it_is(text: str) -> None:
 @given(st.one_of(hostile_texts, uri_texts, https_texts.map(lambda text: text + "/%2e%2E/.%2e/%zz/%")))
 def test_any_text_is_a_uri_without_ambiguity_or_a_problem_in_words(text: str) -> None:
     """An accepted URI has a host, no user, port, query or fragment, and a path that no normalising would change."""
-    uri = outcome(lambda: URI.parse(text), NameProblem)
-    if isinstance(uri, NameProblem):
+    uri = outcome(lambda: URI.parse(text), InvalidName)
+    if isinstance(uri, InvalidName):
         assert str(uri).isprintable()
         return
     parts = urlsplit(uri.text)
@@ -146,7 +146,7 @@ def test_any_text_is_a_uri_without_ambiguity_or_a_problem_in_words(text: str) ->
 )
 def test_a_uri_that_could_be_read_in_two_ways_is_refused(text: str) -> None:
     """Dot segments and encodings of them too: what a policy matched must be what a reader sees (RFC 3986 section 6.2.2)."""
-    with pytest.raises(NameProblem):
+    with pytest.raises(InvalidName):
         URI.parse(text)
 
 
@@ -154,7 +154,7 @@ def test_a_uri_that_could_be_read_in_two_ways_is_refused(text: str) -> None:
 def test_an_ip_address_has_one_text(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> None:
     """Whichever of its forms was written; the certificate holds the very address."""
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-        with pytest.raises(NameProblem, match=f"write {address.ipv4_mapped}"):
+        with pytest.raises(InvalidName, match=f"write {address.ipv4_mapped}"):
             IPAddress.parse(str(address))
         return
     for text in (str(address), address.exploded, address.exploded.upper()):
@@ -165,8 +165,8 @@ def test_an_ip_address_has_one_text(address: ipaddress.IPv4Address | ipaddress.I
 @given(st.one_of(hostile_texts, ip_texts))
 def test_any_text_is_an_ip_address_or_a_problem_in_words(text: str) -> None:
     """What is accepted is canonical; what is not is told without control characters."""
-    ip = outcome(lambda: IPAddress.parse(text), NameProblem)
-    if isinstance(ip, NameProblem):
+    ip = outcome(lambda: IPAddress.parse(text), InvalidName)
+    if isinstance(ip, InvalidName):
         assert str(ip).isprintable()
     else:
         assert str(ip) == ip.text == str(ipaddress.ip_address(text))
@@ -191,7 +191,7 @@ def test_any_text_is_an_ip_address_or_a_problem_in_words(text: str) -> None:
 )
 def test_why_a_text_is_no_ip_address_is_said(text: str, problem: str) -> None:
     """What means another address to another reader is refused."""
-    with pytest.raises(NameProblem, match=problem):
+    with pytest.raises(InvalidName, match=problem):
         IPAddress.parse(text)
 
 
@@ -206,8 +206,8 @@ def test_an_email_address_keeps_the_case_before_the_at(text: str) -> None:
 @given(st.one_of(hostile_texts, email_texts))
 def test_any_text_is_an_email_address_or_a_problem_in_words(text: str) -> None:
     """What is accepted has one @, a plain local part and a domain; what is not is told without control characters."""
-    email = outcome(lambda: EmailAddress.parse(text), NameProblem)
-    if isinstance(email, NameProblem):
+    email = outcome(lambda: EmailAddress.parse(text), InvalidName)
+    if isinstance(email, InvalidName):
         assert str(email).isprintable()
         return
     local, domain = email.text.split("@")
@@ -242,15 +242,15 @@ def test_any_text_is_an_email_address_or_a_problem_in_words(text: str) -> None:
 )
 def test_why_a_text_is_no_email_address_is_said(text: str, problem: str) -> None:
     """Quoted and routed forms too, which few programs read alike."""
-    with pytest.raises(NameProblem, match=problem):
+    with pytest.raises(InvalidName, match=problem):
         EmailAddress.parse(text)
 
 
 @given(hostile_texts)
 def test_a_word_is_one_or_a_problem(text: str) -> None:
     """Names of issuers and of sets of roots are labels, so that they can stand in files, metrics and keys of Secrets."""
-    word = outcome(lambda: parse_word(text), NameProblem)
-    assert isinstance(word, NameProblem) or DNSName.parse(f"{word}.example").text == f"{word}.example"
+    word = outcome(lambda: parse_dns_label(text), InvalidName)
+    assert isinstance(word, InvalidName) or DNSName.parse(f"{word}.example").text == f"{word}.example"
 
 
 @given(st.lists(ip_texts, max_size=4), st.lists(email_texts, max_size=4))
@@ -280,8 +280,8 @@ def test_the_longest_names_of_kubernetes_make_a_spiffe_id() -> None:
 @given(hostile_texts)
 def test_a_trust_domain_is_one_or_a_problem_in_words(text: str) -> None:
     """What is accepted makes a SPIFFE ID; all else is a NameProblem."""
-    domain = outcome(lambda: parse_trust_domain(text), NameProblem)
-    if isinstance(domain, NameProblem):
+    domain = outcome(lambda: parse_trust_domain(text), InvalidName)
+    if isinstance(domain, InvalidName):
         assert str(domain).isprintable()
     else:
         assert spiffe_id(domain, "n", "s").text == f"spiffe://{domain}/ns/n/sa/s"

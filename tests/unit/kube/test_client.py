@@ -9,15 +9,14 @@ import pytest
 from kubernetes.aio import client
 
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.kube.client import ApiError, Conflict, answered, connect
-from csi_driver.kube.reviews import ClusterReviewer
-from csi_driver.kube.token_keys import ClusterTokenKeys
-from csi_driver.kube.view import STALE_S, ClusterView
-from csi_driver.kube.watching import Pace
+from csi_driver.kube.client import ApiError, Conflict, call_api, connect
+from csi_driver.kube.cluster_cache import STALE_S, ClusterCache
+from csi_driver.kube.reflector import WatchTimings
+from csi_driver.kube.tokens import TokenKeyClient, TokenReviewClient
 from tests.support.waiting import until
 from tests.unit.authority.clock import Clock
 from tests.unit.kube.api_server import FakeApiServer
-from tests.unit.kube.test_reviews import LIVE, TOKEN
+from tests.unit.kube.test_tokens import LIVE, TOKEN
 
 
 @pytest.mark.parametrize(
@@ -40,7 +39,7 @@ async def test_whose_trouble_it_is(
     """In words, with the status, and with the pause that the API server asks for, within reason."""
     server.fail, server.fail_headers = (status, b"{}"), {"Retry-After": retry_after}
     with pytest.raises(ApiError, match=words) as failure:
-        await ClusterReviewer(api).review(TOKEN, "certmount")
+        await TokenReviewClient(api).review(TOKEN, "certmount")
     assert (failure.value.status, failure.value.retry_after_s) == (status, seconds)
     assert failure.value.retryable
 
@@ -49,7 +48,7 @@ async def test_a_conflict_is_an_answer_too(server: FakeApiServer, api: client.Ap
     """With its status, like the others."""
     server.fail = (409, b"{}")
     with pytest.raises(Conflict) as failure:
-        await ClusterReviewer(api).review(TOKEN, "certmount")
+        await TokenReviewClient(api).review(TOKEN, "certmount")
     assert failure.value.status == 409
 
 
@@ -68,7 +67,7 @@ async def test_no_answer_at_all(error: Exception, words: str) -> None:
         raise error
 
     with pytest.raises(CertmountError, match=words) as failure:
-        await answered(fail(), Reason.TOKEN_REVIEW_UNAVAILABLE, "TokenReview")
+        await call_api(fail(), Reason.TOKEN_REVIEW_UNAVAILABLE, "TokenReview")
     assert not isinstance(failure.value, ApiError)
     assert "secret" not in str(failure.value)
 
@@ -80,14 +79,14 @@ async def test_an_api_server_that_was_stopped_is_found_again() -> None:
     async with server.running():
         port = server.port
         api = connect(client.Configuration(host=server.url))
-        await ClusterReviewer(api).review(TOKEN, "certmount")
+        await TokenReviewClient(api).review(TOKEN, "certmount")
     async with api:
         for _ in range(3):
             with pytest.raises(CertmountError, match="cannot be reached"):
-                await ClusterReviewer(api).review(TOKEN, "certmount")
+                await TokenReviewClient(api).review(TOKEN, "certmount")
         async with server.running(port=port):
-            assert (await ClusterReviewer(api).review(TOKEN, "certmount")).pod_name == "hello-0"
-            await ClusterTokenKeys(api).fetch()
+            assert (await TokenReviewClient(api).review(TOKEN, "certmount")).pod_name == "hello-0"
+            await TokenKeyClient(api).fetch()
 
 
 async def test_the_view_of_a_cluster_survives_its_api_server() -> None:
@@ -98,7 +97,7 @@ async def test_the_view_of_a_cluster_survives_its_api_server() -> None:
     async with server.running():
         port = server.port
         api = connect(client.Configuration(host=server.url))
-        view = ClusterView(api, pace=Pace(first_retry=0.01, longest_retry=0.02), clock=clock)
+        view = ClusterCache(api, timings=WatchTimings(first_retry=0.01, longest_retry=0.02), clock=clock)
         assert "the cluster's pods are not known yet" in view.outdated()
         task = asyncio.create_task(view.run())
         await until(lambda: view.synced and services.watching, "all lists")

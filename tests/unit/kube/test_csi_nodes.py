@@ -8,9 +8,9 @@ import pytest
 from kubernetes.aio import client
 
 from csi_driver import DRIVER_NAME
-from csi_driver.core.cluster.nodes import ClusterNodes
+from csi_driver.core.cluster.objects import ClusterNodes
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.kube.csi_nodes import CsiNodes
+from csi_driver.kube.csi_nodes import CSINodeClient
 from tests.unit.kube.api_server import FakeApiServer
 from tests.unit.kube.collection import Collection
 
@@ -33,21 +33,21 @@ async def test_nodes_are_told_apart_by_the_driver(nodes: Collection, api: client
     put(nodes, "both", "ebs.csi.aws.com", DRIVER_NAME)
     put(nodes, "other", "ebs.csi.aws.com")
     put(nodes, "bare")
-    assert await CsiNodes(api).list() == ClusterNodes(frozenset({"both"}), frozenset({"other", "bare"}))
+    assert await CSINodeClient(api).list() == ClusterNodes(frozenset({"both"}), frozenset({"other", "bare"}))
 
 
 async def test_large_clusters_come_in_pages(nodes: Collection, api: client.ApiClient) -> None:
     """All of one moment, five hundred at a time."""
     for number in range(1100):
         put(nodes, f"node-{number}", DRIVER_NAME)
-    assert len((await CsiNodes(api).list()).serving) == 1100
+    assert len((await CSINodeClient(api).list()).with_driver) == 1100
     assert len(nodes.queries) == 3
 
 
 async def test_no_nodes_are_no_error(nodes: Collection, api: client.ApiClient) -> None:
     """As before the first kubelet joins."""
     assert not nodes.objects
-    assert await CsiNodes(api).list() == ClusterNodes(frozenset(), frozenset())
+    assert await CSINodeClient(api).list() == ClusterNodes(frozenset(), frozenset())
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ async def test_a_strange_list_is_an_error(document: Any, server: FakeApiServer, 
     """Nothing is concluded from half of it."""
     server.documents[PATH] = document
     with pytest.raises(CertmountError, match=r"list of CSINodes: the API server's answer is strange") as failure:
-        await CsiNodes(api).list()
+        await CSINodeClient(api).list()
     assert failure.value.reason is Reason.ISSUER_UNAVAILABLE
 
 
@@ -66,11 +66,11 @@ async def test_a_list_without_end_is_an_error(server: FakeApiServer, api: client
     """A server that goes round in circles is not followed for ever."""
     server.documents[PATH] = {"items": [], "metadata": {"continue": "again"}}
     with pytest.raises(CertmountError, match="it has no end"):
-        await CsiNodes(api).list()
+        await CSINodeClient(api).list()
 
 
 async def test_a_missing_permission_is_named(server: FakeApiServer, api: client.ApiClient) -> None:
     """With the API server's own words."""
     server.fail = (403, b'{"message": "csinodes is forbidden"}')
     with pytest.raises(CertmountError, match="403: csinodes is forbidden"):
-        await CsiNodes(api).list()
+        await CSINodeClient(api).list()

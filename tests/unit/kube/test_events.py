@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from kubernetes.aio import client
 
-from csi_driver.core.cluster.event import EventRefused, PodEvent, RecordedEvent
+from csi_driver.core.cluster.objects import EventRejected, PodEvent, RecordedEvent
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.kube.events import ClusterEvents
+from csi_driver.kube.events import EventClient
 from tests.unit.kube.api_server import FakeApiServer
 
 EVENT = PodEvent(
     name="hello-0.0123456789abcdef",
-    namespace="web",
+    namestimings="web",
     pod_name="hello-0",
     pod_uid="pod-uid",
     warning=True,
@@ -25,7 +25,7 @@ KEY = "web/hello-0.0123456789abcdef"
 
 async def test_an_event_is_about_the_pod(server: FakeApiServer, api: client.ApiClient) -> None:
     """All fields that events.k8s.io/v1 asks for; the uid keeps it apart from a successor of the same name."""
-    await ClusterEvents(api, "certmount-authority-7d-x").create(EVENT)
+    await EventClient(api, "certmount-authority-7d-x").create(EVENT)
     event = server.events[KEY]
     assert event["metadata"] == {"name": EVENT.name, "namespace": "web", "resourceVersion": "1"}
     del event["metadata"]
@@ -45,7 +45,7 @@ async def test_an_event_is_about_the_pod(server: FakeApiServer, api: client.ApiC
 
 async def test_what_repeats_is_counted_in_its_series(server: FakeApiServer, api: client.ApiClient) -> None:
     """By one patch, which two replicas can't lose to each other."""
-    events = ClusterEvents(api, "one")
+    events = EventClient(api, "one")
     written = await events.create(EVENT)
     assert await events.repeat(EVENT, written, 4, 1_800_000_060.0) == RecordedEvent("2", 5)
     assert server.events[KEY]["series"] == {"count": 5, "lastObservedTime": "2027-01-15T08:01:00.000000Z"}
@@ -54,7 +54,7 @@ async def test_what_repeats_is_counted_in_its_series(server: FakeApiServer, api:
 
 async def test_two_replicas_count_in_one_event(server: FakeApiServer, api: client.ApiClient) -> None:
     """Neither makes a second one, and no count is lost; create and patch are all that is used."""
-    one, other = ClusterEvents(api, "one"), ClusterEvents(api, "other")
+    one, other = EventClient(api, "one"), EventClient(api, "other")
     first = await one.create(EVENT)
     second = await other.create(EVENT)
     assert (len(server.events), second.count) == (1, 2)
@@ -70,8 +70,8 @@ async def test_what_will_never_be_taken_is_told_apart(
 ) -> None:
     """As in a namespace that is being deleted."""
     server.fail = (status, b'{"message": "because it is being terminated"}')
-    with pytest.raises(EventRefused, match=f"answers {status}"):
-        await ClusterEvents(api, "one").create(EVENT)
+    with pytest.raises(EventRejected, match=f"answers {status}"):
+        await EventClient(api, "one").create(EVENT)
 
 
 @pytest.mark.parametrize(
@@ -83,5 +83,5 @@ async def test_what_may_pass_is_tried_again(
     """Whatever else it is."""
     server.fail = (status, body)
     with pytest.raises(CertmountError) as failure:
-        await ClusterEvents(api, "one").create(EVENT)
+        await EventClient(api, "one").create(EVENT)
     assert failure.value.reason is Reason.TOKEN_REVIEW_UNAVAILABLE

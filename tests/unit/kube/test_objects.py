@@ -17,9 +17,8 @@ from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.core.stored_secrets import StoredSecrets
 from csi_driver.kube.client import ObjectName
-from csi_driver.kube.config_map import ConfigMapPublisher
-from csi_driver.kube.secret_store import SecretStore
-from csi_driver.kube.token_keys import ClusterTokenKeys
+from csi_driver.kube.stored_objects import ConfigMapPublisher, SecretStore
+from csi_driver.kube.tokens import TokenKeyClient
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 from tests.unit.kube.api_server import ISSUER, JWKS, FakeApiServer
 
@@ -66,7 +65,7 @@ async def test_a_writer_who_has_seen_something_else_is_late(store: SecretStore, 
 
 async def test_replicas_that_start_at_once_share_one_ca(store: SecretStore, server: FakeApiServer) -> None:
     """By the API server's own conflicts."""
-    replicas = [CertificateAuthority(store, AuthorityMetrics(CollectorRegistry())) for _ in range(4)]
+    replicas = [CertificateAuthority(StoredCA(store), AuthorityMetrics(CollectorRegistry())) for _ in range(4)]
     keyrings = await asyncio.gather(*(replica.refresh() for replica in replicas))
     assert len({keyring.root for keyring in keyrings}) == 1
     assert set(server.objects[SECRET]["data"]) == {*KEYRING_FILES, "state.json"}
@@ -87,7 +86,7 @@ async def test_a_damaged_secret_is_an_error_and_stays(data: Any, store: SecretSt
     """It may be the only copy of a root that pods trust."""
     server.objects[SECRET]["data"] = data
     with pytest.raises(CertmountError, match="not base64") as failure:
-        await CertificateAuthority(store, AuthorityMetrics(CollectorRegistry())).refresh()
+        await CertificateAuthority(StoredCA(store), AuthorityMetrics(CollectorRegistry())).refresh()
     assert failure.value.reason is Reason.INVALID_CA
     assert server.objects[SECRET]["data"] == data
 
@@ -128,7 +127,7 @@ async def test_a_root_that_cannot_be_published_says_why(publisher: ConfigMapPubl
 
 async def test_the_token_keys_come_from_the_api_server_itself(server: FakeApiServer, api: client.ApiClient) -> None:
     """Not from the address that the discovery document may give for others."""
-    keys = await ClusterTokenKeys(api).fetch()
+    keys = await TokenKeyClient(api).fetch()
     assert keys.issuer == ISSUER
     assert json.loads(keys.jwks) == JWKS
     assert [path for _, path, _ in server.requests] == ["/.well-known/openid-configuration", "/openid/v1/jwks"]
@@ -150,7 +149,7 @@ async def test_a_strange_discovery_document_is_no_issuer(
     """No token is believed on such a word."""
     server.documents[path] = document
     with pytest.raises(CertmountError, match="names no issuer") as failure:
-        await ClusterTokenKeys(api).fetch()
+        await TokenKeyClient(api).fetch()
     assert failure.value.reason is Reason.TOKEN_REVIEW_UNAVAILABLE
 
 
@@ -158,5 +157,5 @@ async def test_keys_that_cannot_be_had_may_be_later(server: FakeApiServer, api: 
     """With the API server's reason."""
     server.fail = (403, b'{"message": "forbidden"}')
     with pytest.raises(CertmountError, match="service account issuer discovery: the API server answers 403") as failure:
-        await ClusterTokenKeys(api).fetch()
+        await TokenKeyClient(api).fetch()
     assert failure.value.retryable

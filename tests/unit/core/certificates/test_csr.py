@@ -19,7 +19,7 @@ from csi_driver.core.certificates.csr import MAX_CSR_BYTES, ParsedCSR, build_csr
 from csi_driver.core.certificates.keys import public_bytes
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.names import IPAddress, Name, Names
-from csi_driver.core.spec import MOST_NAMES, KeyType
+from csi_driver.core.spec import MAX_NAMES, KeyType
 from tests.unit.core.outcomes import outcome
 from tests.unit.core.pki import key_of, names
 from tests.unit.core.strategies import dns_texts, email_texts, ip_texts, uri_texts
@@ -207,9 +207,9 @@ def test_what_else_a_request_asks_for_is_passed_over() -> None:
 
 def test_more_names_than_a_certificate_has_are_refused() -> None:
     """A node that doesn't count is told to."""
-    many = [x509.DNSName(f"n{number}.example") for number in range(MOST_NAMES + 1)]
-    assert f"at most {MOST_NAMES}" in refusal(csr_with(*many))
-    assert len(parse_csr(csr_with(*many[1:])).names) == MOST_NAMES
+    many = [x509.DNSName(f"n{number}.example") for number in range(MAX_NAMES + 1)]
+    assert f"at most {MAX_NAMES}" in refusal(csr_with(*many))
+    assert len(parse_csr(csr_with(*many[1:])).names) == MAX_NAMES
 
 
 def der_value(tag: int, *contents: bytes) -> bytes:
@@ -280,7 +280,7 @@ def test_no_content_with_a_right_signature_is_read_as_other_names(changes: list[
         event("refused")
     else:
         assert all(holds(der, name) for name in request.names)
-        assert len(request.names) <= MOST_NAMES
+        assert len(request.names) <= MAX_NAMES
         event("read")
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.identity import PodIdentity, ServiceAccount
-from csi_driver.core.names import NameProblem, Names
+from csi_driver.core.names import InvalidName, Names
 from csi_driver.core.policy.document import parse_policy
 from csi_driver.core.policy.engine import Grant, Policy, PolicySubject, RequestedCertificate
 from csi_driver.core.spec import KeyType, Usage
@@ -65,7 +65,7 @@ def decide(rules: Policy, *texts: str, hours: int | None = None, pod: Pod = POD)
 
 def is_name(text: str) -> bool:
     """True for what may stand in a certificate."""
-    return isinstance(outcome(lambda: names(text), NameProblem), Names)
+    return isinstance(outcome(lambda: names(text), InvalidName), Names)
 
 
 # Few letters, so that patterns and names meet often.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.policy.document import parse_policy
 from csi_driver.core.policy.engine import Policy
-from csi_driver.core.policy.rules import Denial, Match, RuleLimits
+from csi_driver.core.policy.rules import DenyListEntry, RuleLimits, RuleMatch
 from csi_driver.core.spec import KeyType, Usage
 from tests.unit.core.outcomes import outcome
 from tests.unit.core.strategies import hostile_texts
@@ -70,7 +70,7 @@ def test_an_empty_file_is_the_default_policy(document: object) -> None:
 def test_a_rule_is_read_with_the_domains_put_in() -> None:
     """The administrator's own values are known when the file is read; those of pods stay open."""
     (made,) = read({"policy": [GOOD]}).rules
-    assert made.match == Match(("web", "team-*"), ("*",), (("team", "pay*"), ("a.example/b", "")))
+    assert made.match == RuleMatch(("web", "team-*"), ("*",), (("team", "pay*"), ("a.example/b", "")))
     assert [str(pattern) for pattern in made.dns] == ["*.{namespace}.svc.cluster.local"]
     assert [str(pattern) for pattern in made.uris] == ["spiffe://td.example/ns/{namespace}/app/*"]
     assert [str(known) for known in made.ips] == ["10.0.0.0/8", "fd00::1"]
@@ -97,7 +97,7 @@ def test_a_deny_list_is_read() -> None:
     """Whom, and why."""
     match = {"namespaces": ["web"], "serviceAccounts": ["*"]}
     assert read({"deny": [{"match": match, "reason": "key stolen on 3 May"}]}).denials == (
-        Denial(Match(("web",), ("*",)), "key stolen on 3 May", "deny[0]"),
+        DenyListEntry(RuleMatch(("web",), ("*",)), "key stolen on 3 May", "deny[0]"),
     )
 
 

@@ -13,7 +13,7 @@ from csi_driver.core.identity import ServiceAccount
 from csi_driver.core.names import URI, Names
 from csi_driver.core.policy.engine import Grant, PolicySubject, RequestedCertificate
 from csi_driver.core.policy.rules import ALL_USAGES
-from csi_driver.core.spec import LEAST_DURATION, KeyType, Usage
+from csi_driver.core.spec import MIN_DURATION, KeyType, Usage
 from tests.unit.core.outcomes import outcome
 from tests.unit.core.pki import names
 from tests.unit.core.policy.policies import POD, asked, decide, everyone, pods, policy, requests, subject
@@ -166,10 +166,10 @@ def test_the_longest_life_of_the_rules_that_allow_a_name_counts(hours: tuple[int
         assert result.duration == timedelta(hours=granted)
 
 
-@given(st.timedeltas(max_value=LEAST_DURATION - timedelta(milliseconds=1), min_value=timedelta(days=-400)))
+@given(st.timedeltas(max_value=MIN_DURATION - timedelta(milliseconds=1), min_value=timedelta(days=-400)))
 def test_a_life_too_short_to_renew_is_refused(duration: timedelta) -> None:
     """Zero and negative lives too, whoever sends them; the least life itself is granted."""
-    assert policy().decide(subject(), RequestedCertificate(duration=LEAST_DURATION)).duration == LEAST_DURATION
+    assert policy().decide(subject(), RequestedCertificate(duration=MIN_DURATION)).duration == MIN_DURATION
     for short in (duration, timedelta()):
         with pytest.raises(CertmountError, match="only with duration 10s to 24h, not"):
             policy().decide(subject(), RequestedCertificate(duration=short))

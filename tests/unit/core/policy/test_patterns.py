@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.names import IPAddress
 from csi_driver.core.policy.engine import Grant, RequestedCertificate
-from csi_driver.core.policy.patterns import IPRange, NamePattern, PatternProblem
-from csi_driver.core.spec import MOST_NAMES
+from csi_driver.core.policy.patterns import InvalidPattern, IPRange, NamePattern
+from csi_driver.core.spec import MAX_NAMES
 from tests.unit.core import strategies
 from tests.unit.core.outcomes import outcome
 from tests.unit.core.pki import names
@@ -116,12 +116,12 @@ def test_a_service_stands_for_each_service_of_the_pod(pattern: str, name: str, g
 def test_any_text_is_a_pattern_or_a_problem_in_words(text: str) -> None:
     """Whatever an administrator writes in a pattern's place."""
     for make in (NamePattern.for_dns, NamePattern.for_uri, NamePattern.for_email):
-        pattern = outcome(functools.partial(make, text, DOMAINS), PatternProblem)
+        pattern = outcome(functools.partial(make, text, DOMAINS), InvalidPattern)
         if isinstance(pattern, NamePattern):
             assert not pattern.matches("nothing.of.the.kind", VALUES) or "*" in text
         else:
             assert str(pattern)
-    assert isinstance(outcome(lambda: IPRange.parse(text), PatternProblem), IPRange | PatternProblem)
+    assert isinstance(outcome(lambda: IPRange.parse(text), InvalidPattern), IPRange | InvalidPattern)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_any_text_is_a_pattern_or_a_problem_in_words(text: str) -> None:
 )
 def test_why_a_text_is_no_pattern_is_said(text: str, problem: str) -> None:
     """Slips in a policy are found when it is read, not when a pod waits."""
-    with pytest.raises(PatternProblem, match=problem):
+    with pytest.raises(InvalidPattern, match=problem):
         NamePattern.for_dns(text, DOMAINS)
 
 
@@ -156,7 +156,7 @@ def test_why_a_text_is_no_pattern_is_said(text: str, problem: str) -> None:
 )
 def test_why_a_text_is_no_pattern_of_addresses_is_said(text: str, problem: str) -> None:
     """The same for e-mail addresses."""
-    with pytest.raises(PatternProblem, match=problem):
+    with pytest.raises(InvalidPattern, match=problem):
         NamePattern.for_email(text, DOMAINS)
 
 
@@ -203,7 +203,7 @@ def test_a_pattern_allows_what_it_says(pattern: str, name: str, granted: bool) -
 )  # fmt: skip
 def test_a_uri_pattern_writes_out_scheme_and_host(text: str) -> None:
     """No pod's name and no star decides on a host: there a dot in a pod's name would be another host."""
-    with pytest.raises(PatternProblem):
+    with pytest.raises(InvalidPattern):
         NamePattern.for_uri(text, DOMAINS)
 
 
@@ -224,7 +224,7 @@ def test_a_uri_pattern_writes_out_scheme_and_host(text: str) -> None:
 )
 def test_why_a_text_is_no_range_is_said(text: str, problem: str) -> None:
     """What could be read as another range than was meant is refused."""
-    with pytest.raises(PatternProblem, match=problem):
+    with pytest.raises(InvalidPattern, match=problem):
         IPRange.parse(text)
 
 
@@ -255,4 +255,4 @@ def test_no_number_of_services_makes_a_decision_slow() -> None:
     patterns = [f"*{{service}}*.{{service}}.x{number}.example" for number in range(100)]
     wanted = [f"{'s0' * 30}.s.x{number}.example" for number in range(100)]
     assert isinstance(decide(policy(everyone(*patterns)), *wanted, pod=pod), CertmountError)
-    assert len(policy().decide(subject(pod), RequestedCertificate()).names) == MOST_NAMES - 1
+    assert len(policy().decide(subject(pod), RequestedCertificate()).names) == MAX_NAMES - 1

@@ -11,16 +11,15 @@ from typing import Any
 import pytest
 from kubernetes.aio import client
 
-from csi_driver.core.cluster.csr import APPROVED, DENIED, FAILED, OWN_SIGNER, CSRCondition, CSRDraft, parse_signer
-from csi_driver.core.cluster.lease import Lease
-from csi_driver.core.cluster.pod import LivePod
+from csi_driver.core.cluster.csr import APPROVED, CERTMOUNT_SIGNER, DENIED, FAILED, CSRCondition, CSRDraft, parse_signer
+from csi_driver.core.cluster.objects import Lease, LivePod
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.kube.client import ObjectName
-from csi_driver.kube.csr_requests import ClusterCSRs
-from csi_driver.kube.csrs import CSRs, read_csr
-from csi_driver.kube.leases import ClusterLease
-from csi_driver.kube.live_pods import LivePods
-from csi_driver.kube.metadata import BadObject
+from csi_driver.kube.csr_cache import CSRCache, read_csr
+from csi_driver.kube.csr_client import KubernetesCSRClient
+from csi_driver.kube.metadata import InvalidObject
+from csi_driver.kube.pod_client import PodClient
+from csi_driver.kube.stored_objects import LeaseClient
 from tests.unit.kube.api_server import FakeApiServer
 from tests.unit.kube.csr_api import ACCOUNT
 
@@ -34,13 +33,13 @@ POD_PATH = "/api/v1/namespaces/web/pods/hello-0"
 
 
 @pytest.fixture
-def requests(api: client.ApiClient) -> ClusterCSRs:
-    return ClusterCSRs(api, api)
+def requests(api: client.ApiClient) -> KubernetesCSRClient:
+    return KubernetesCSRClient(api, api)
 
 
 @contextlib.asynccontextmanager
-async def followed(requests: ClusterCSRs, sink: CSRs, **selection: str) -> AsyncIterator[None]:
-    reflector = requests.follow(sink, **selection)
+async def followed(requests: KubernetesCSRClient, sink: CSRCache, **selection: str) -> AsyncIterator[None]:
+    reflector = requests.watch(sink, **selection)
     following = asyncio.create_task(reflector.run())
     try:
         await asyncio.wait_for(sink.listed.wait(), 20)
@@ -50,7 +49,7 @@ async def followed(requests: ClusterCSRs, sink: CSRs, **selection: str) -> Async
         await asyncio.wait([following])
 
 
-async def test_a_request_is_made_as_the_draft_says(server: FakeApiServer, requests: ClusterCSRs) -> None:
+async def test_a_request_is_made_as_the_draft_says(server: FakeApiServer, requests: KubernetesCSRClient) -> None:
     """Under a name of the API server's choice; who has made it comes back as the API server has stamped it."""
     csr = await requests.create(DRAFT)
     made = server.csrs.object(csr.name)
@@ -63,7 +62,7 @@ async def test_a_request_is_made_as_the_draft_says(server: FakeApiServer, reques
 
 @pytest.mark.parametrize("condition", [GRANTED, REFUSED], ids=lambda one: one.kind)
 async def test_a_decision_has_reason_message_and_time(
-    condition: CSRCondition, server: FakeApiServer, requests: ClusterCSRs
+    condition: CSRCondition, server: FakeApiServer, requests: KubernetesCSRClient
 ) -> None:
     """As ``kubectl describe csr`` shows them; someone else's change at the same moment is no obstacle."""
     csr = await requests.create(DRAFT)
@@ -75,24 +74,26 @@ async def test_a_decision_has_reason_message_and_time(
     assert server.requests[-1][1].endswith(f"/{csr.name}/approval")
 
 
-async def test_what_someone_has_decided_stays(server: FakeApiServer, requests: ClusterCSRs) -> None:
+async def test_what_someone_has_decided_stays(server: FakeApiServer, requests: KubernetesCSRClient) -> None:
     """A denial by hand is not overruled, and a certificate is not replaced."""
     csr = await requests.create(DRAFT)
     server.csrs.change(csr.name, conditions=[{"type": DENIED, "reason": "ByHand", "message": ""}])
-    assert (await requests.decide(csr, GRANTED)).refusal == CSRCondition(DENIED, "ByHand", "")
-    assert not (await requests.answer(csr, b"chain")).certificate
+    assert (await requests.decide(csr, GRANTED)).rejection == CSRCondition(DENIED, "ByHand", "")
+    assert not (await requests.set_certificate(csr, b"chain")).certificate
     other = await requests.create(DRAFT)
     server.csrs.change(other.name, certificate=base64.b64encode(b"first").decode())
-    assert (await requests.answer(other, b"second")).certificate == b"first"
-    assert (await requests.fail(other, CSRCondition(FAILED, "x", "y"))).refusal is None
+    assert (await requests.set_certificate(other, b"second")).certificate == b"first"
+    assert (await requests.fail(other, CSRCondition(FAILED, "x", "y"))).rejection is None
     assert not [path for method, path, _ in server.requests if method == "PUT"]
 
 
-async def test_a_certificate_and_a_failure_go_into_the_status(server: FakeApiServer, requests: ClusterCSRs) -> None:
+async def test_a_certificate_and_a_failure_go_into_the_status(
+    server: FakeApiServer, requests: KubernetesCSRClient
+) -> None:
     """The approval stays beside them, as the API asks for."""
     csr, other = await requests.create(DRAFT), await requests.create(DRAFT)
     await requests.decide(csr, GRANTED)
-    assert (await requests.answer(csr, b"chain")).certificate == b"chain"
+    assert (await requests.set_certificate(csr, b"chain")).certificate == b"chain"
     await requests.decide(other, GRANTED)
     failed = await requests.fail(other, CSRCondition(FAILED, "NameNotAllowed", "x"))
     assert [one.kind for one in failed.conditions] == [APPROVED, FAILED]
@@ -102,7 +103,7 @@ async def test_a_certificate_and_a_failure_go_into_the_status(server: FakeApiSer
     ] * 2
 
 
-async def test_only_the_very_request_is_deleted(server: FakeApiServer, requests: ClusterCSRs) -> None:
+async def test_only_the_very_request_is_deleted(server: FakeApiServer, requests: KubernetesCSRClient) -> None:
     """Not one that was made anew under its name; one that is gone is no failure."""
     csr = await requests.create(DRAFT)
     server.csrs.object(csr.name)["metadata"]["uid"] = "another"
@@ -116,17 +117,17 @@ async def test_only_the_very_request_is_deleted(server: FakeApiServer, requests:
     assert list(server.csrs.collection.objects) == [f"/{csr.name}"]
 
 
-async def test_one_watch_tells_all_who_wait(server: FakeApiServer, requests: ClusterCSRs) -> None:
+async def test_one_watch_tells_all_who_wait(server: FakeApiServer, requests: KubernetesCSRClient) -> None:
     """Signed, denied, deleted: each wait ends as soon as it can; the watch is of the signer or of the labels only."""
-    known = CSRs()
-    async with followed(requests, known, signer=OWN_SIGNER):
+    known = CSRCache()
+    async with followed(requests, known, signer=CERTMOUNT_SIGNER):
         made = [await requests.create(DRAFT) for _ in range(3)]
         for csr in made:
             known.add(csr)
         waits = [asyncio.create_task(known.wait(csr.name, 10)) for csr in made]
         signed, denied, gone = made
         await requests.decide(signed, GRANTED)
-        await requests.answer(signed, b"chain")
+        await requests.set_certificate(signed, b"chain")
         await requests.decide(denied, REFUSED)
         await requests.delete(gone)
         results = await asyncio.gather(*waits, return_exceptions=True)
@@ -135,11 +136,11 @@ async def test_one_watch_tells_all_who_wait(server: FakeApiServer, requests: Clu
         assert isinstance(results[2], KeyError)
         assert await known.wait("never-made", 0.01) is None
         queries = server.csrs.collection.queries
-        assert {query["fieldSelector"] for query in queries} == {f"spec.signerName={OWN_SIGNER}"}
+        assert {query["fieldSelector"] for query in queries} == {f"spec.signerName={CERTMOUNT_SIGNER}"}
         assert len([query for query in queries if "watch" in query]) == 1
         known.forget(signed.name)
         assert known.find(signed.name) is None
-    async with followed(requests, CSRs(), labels="certmount.dev/issuer=own"):
+    async with followed(requests, CSRCache(), labels="certmount.dev/issuer=own"):
         assert server.csrs.collection.queries[-1]["labelSelector"] == "certmount.dev/issuer=own"
 
 
@@ -152,7 +153,7 @@ def test_what_a_requester_writes_is_read_whatever_it_is() -> None:
     csr = read_csr(
         item(request=base64.b64encode(b"\x00\xff").decode(), signerName="", usages=None, expirationSeconds=600)
     )
-    assert (csr.request, csr.usages, csr.life_s, csr.created_at) == (b"\x00\xff", (), 600, 0.0)
+    assert (csr.request, csr.usages, csr.expiration_s, csr.created_at) == (b"\x00\xff", (), 600, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -167,13 +168,13 @@ def test_what_a_requester_writes_is_read_whatever_it_is() -> None:
 )
 def test_what_the_api_server_never_sends_is_told(broken: dict[str, Any]) -> None:
     """So that the reflector lists again."""
-    with pytest.raises(BadObject):
+    with pytest.raises(InvalidObject):
         read_csr({**item(), **broken})
 
 
 async def test_a_list_keeps_what_someone_waits_for() -> None:
     """It may have been made after the list was; the rest is gone."""
-    known = CSRs()
+    known = CSRCache()
     known.put(item())
     waiting = asyncio.create_task(known.wait("x", 10))
     await asyncio.sleep(0)
@@ -186,7 +187,7 @@ async def test_a_list_keeps_what_someone_waits_for() -> None:
     assert len(known) == 0
 
 
-async def test_the_own_account_is_asked_for(server: FakeApiServer, requests: ClusterCSRs) -> None:
+async def test_the_own_account_is_asked_for(server: FakeApiServer, requests: KubernetesCSRClient) -> None:
     """By it the authority knows its own requests."""
     path = "/apis/authentication.k8s.io/v1/selfsubjectreviews"
     server.documents[path] = {"status": {"userInfo": {"username": ACCOUNT}}}
@@ -196,10 +197,12 @@ async def test_the_own_account_is_asked_for(server: FakeApiServer, requests: Clu
         await requests.own_username()
 
 
-async def test_permissions_are_asked_for_with_their_subresource(server: FakeApiServer, requests: ClusterCSRs) -> None:
+async def test_permissions_are_asked_for_with_their_subresource(
+    server: FakeApiServer, requests: KubernetesCSRClient
+) -> None:
     """``certificatesigningrequests/approval`` is a resource and a subresource to the API server."""
-    assert await requests.may("update", "certificatesigningrequests/approval")
-    assert await requests.may("approve", "signers", "example.com/pods")
+    assert await requests.is_permitted("update", "certificatesigningrequests/approval")
+    assert await requests.is_permitted("approve", "signers", "example.com/pods")
     asked = [body["spec"]["resourceAttributes"] for _, _, body in server.requests if body]
     assert asked[0]["subresource"] == "approval"
     assert asked[1] == {
@@ -217,7 +220,7 @@ def lease_object(server: FakeApiServer) -> Any:
 async def test_a_lease_changes_hands_once(server: FakeApiServer, api: client.ApiClient) -> None:
     """Who writes on an old state gets nothing; a new holder is counted."""
     server.objects[LEASE_PATH] = {"metadata": {"name": "certmount-csr-signer", "resourceVersion": "7"}}
-    store = ClusterLease(api, ObjectName("Lease", "certmount", "certmount-csr-signer"))
+    store = LeaseClient(api, ObjectName("Lease", "certmount", "certmount-csr-signer"))
     found = await store.load()
     assert found == Lease("", 0, "7")
     assert await store.save(Lease("one", 30, found.version))
@@ -236,24 +239,24 @@ async def test_a_strange_lease_is_told(answer: bytes, server: FakeApiServer, api
     """And is no defect."""
     server.fail = (200, answer)
     with pytest.raises(CertmountError, match="is strange"):
-        await ClusterLease(api, ObjectName("Lease", "certmount", "x")).load()
+        await LeaseClient(api, ObjectName("Lease", "certmount", "x")).load()
 
 
 async def test_a_pod_is_read_as_it_is(server: FakeApiServer, api: client.ApiClient) -> None:
     """Its uid, account and node, and whether it ends; none where there is none."""
-    pods = LivePods(api)
+    pods = PodClient(api)
     assert await pods.find("web", "hello-0") is None
     spec, status = {"serviceAccountName": "hello", "nodeName": "node-a"}, {"phase": "Running"}
     server.objects[POD_PATH] = {"metadata": {"uid": "u"}, "spec": spec, "status": status}
-    assert await pods.find("web", "hello-0") == LivePod("u", "hello", "node-a", ending=False)
+    assert await pods.find("web", "hello-0") == LivePod("u", "hello", "node-a", terminating=False)
     server.objects[POD_PATH]["metadata"]["deletionTimestamp"] = "2026-11-22T10:00:00Z"
     found = await pods.find("web", "hello-0")
     assert found is not None
-    assert found.ending
+    assert found.terminating
     server.objects[POD_PATH] = {"metadata": {"uid": "u"}, "spec": spec, "status": {"phase": "Succeeded"}}
     ended = await pods.find("web", "hello-0")
     assert ended is not None
-    assert ended.ending
+    assert ended.terminating
     server.objects[POD_PATH] = {"metadata": {}}
     with pytest.raises(CertmountError) as failure:
         await pods.find("web", "hello-0")

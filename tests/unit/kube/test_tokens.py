@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from kubernetes.aio import client
 
-from csi_driver.core.cluster.token_review import ReviewedToken
+from csi_driver.core.cluster.objects import ReviewedToken
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.kube.client import connect
-from csi_driver.kube.reviews import ClusterReviewer
+from csi_driver.kube.tokens import TokenReviewClient
 from tests.unit.kube.api_server import FakeApiServer
 
 TOKEN = Secret("header.claims.signature-of-the-token")
@@ -38,7 +38,7 @@ LIVE: dict[str, Any] = {
 async def test_a_live_tokens_owner_is_read(server: FakeApiServer, api: client.ApiClient) -> None:
     """The token and our audience are asked about; every field of the answer that admission compares comes back."""
     server.review = LIVE
-    reviewed = await ClusterReviewer(api).review(TOKEN, "certmount")
+    reviewed = await TokenReviewClient(api).review(TOKEN, "certmount")
     assert reviewed == ReviewedToken(
         "system:serviceaccount:default:hello", "sa-uid", "hello-0", "pod-uid", "node-a", "node-uid"
     )
@@ -65,25 +65,25 @@ async def test_anything_but_a_clear_yes_for_our_audience_is_a_no(
 ) -> None:
     """An API server that ignores audiences, or answers with half a status, has not said yes."""
     server.review = status
-    with pytest.raises(CertmountError) as refusal:
-        await ClusterReviewer(api).review(TOKEN, "certmount")
-    assert refusal.value.reason is Reason.TOKEN_REJECTED
-    assert words in str(refusal.value)
+    with pytest.raises(CertmountError) as rejection:
+        await TokenReviewClient(api).review(TOKEN, "certmount")
+    assert rejection.value.reason is Reason.TOKEN_REJECTED
+    assert words in str(rejection.value)
 
 
 async def test_a_token_that_the_answer_quotes_is_not_passed_on(server: FakeApiServer, api: client.ApiClient) -> None:
     """Some authenticators put what they were given into their error."""
     server.review = {"authenticated": False, "error": f"no such token {TOKEN.reveal()}"}
-    with pytest.raises(CertmountError) as refusal:
-        await ClusterReviewer(api).review(TOKEN, "certmount")
-    assert "signature-of-the-token" not in str(refusal.value)
+    with pytest.raises(CertmountError) as rejection:
+        await TokenReviewClient(api).review(TOKEN, "certmount")
+    assert "signature-of-the-token" not in str(rejection.value)
 
 
 @pytest.mark.parametrize("extra", [None, {}, {PREFIX + "node-name": []}, {PREFIX + "node-name": ["a", "b"]}])
 async def test_what_the_cluster_does_not_say_is_empty(extra: Any, server: FakeApiServer, api: client.ApiClient) -> None:
     """As with clusters before 1.30; empty agrees with no claim."""
     server.review = {**LIVE, "user": {**LIVE["user"], "extra": extra}}
-    assert (await ClusterReviewer(api).review(TOKEN, "certmount")).node_name == ""
+    assert (await TokenReviewClient(api).review(TOKEN, "certmount")).node_name == ""
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ async def test_an_api_server_that_fails_has_said_nothing(
     """Neither yes nor no: to be tried again, whatever went wrong; a missing permission is named."""
     server.fail = fail
     with pytest.raises(CertmountError) as failure:
-        await ClusterReviewer(api).review(TOKEN, "certmount")
+        await TokenReviewClient(api).review(TOKEN, "certmount")
     assert failure.value.reason is Reason.TOKEN_REVIEW_UNAVAILABLE
     assert words in str(failure.value)
     assert TOKEN.reveal() not in str(failure.value)
@@ -126,10 +126,10 @@ async def test_a_hanging_api_server_is_given_up(
     server: FakeApiServer, api: client.ApiClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In time for the caller to hear of it."""
-    monkeypatch.setattr("csi_driver.kube.reviews.TIMEOUT_S", 0.05)
+    monkeypatch.setattr("csi_driver.kube.tokens.TIMEOUT_S", 0.05)
     server.gate.clear()
     with pytest.raises(CertmountError, match="does not answer in time") as failure:
-        await ClusterReviewer(api).review(TOKEN, "certmount")
+        await TokenReviewClient(api).review(TOKEN, "certmount")
     assert failure.value.reason is Reason.TOKEN_REVIEW_UNAVAILABLE
     server.gate.set()
 
@@ -138,7 +138,7 @@ async def test_an_api_server_that_is_not_there_is_said_in_words() -> None:
     """As while it restarts."""
     async with connect(client.Configuration(host="http://127.0.0.1:1")) as api:
         with pytest.raises(CertmountError, match="cannot be reached") as failure:
-            await ClusterReviewer(api).review(TOKEN, "certmount")
+            await TokenReviewClient(api).review(TOKEN, "certmount")
     assert failure.value.reason is Reason.TOKEN_REVIEW_UNAVAILABLE
 
 
@@ -146,7 +146,7 @@ async def test_reviews_run_side_by_side(server: FakeApiServer, api: client.ApiCl
     """No limit of a few a second stands before a rollout of many pods."""
     server.review = LIVE
     server.gate.clear()
-    reviewer = ClusterReviewer(api)
+    reviewer = TokenReviewClient(api)
     async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
         for _ in range(80):
             tasks.create_task(reviewer.review(TOKEN, "certmount"))

@@ -1,4 +1,4 @@
-"""Requests in plain JSON: the package's models of ten thousand objects would cost more than all else in the process."""
+"""API requests in plain JSON: the generated models of ten thousand objects would take most of the process's memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MERGE_PATCH = "application/merge-patch+json"
 
 
 @contextlib.asynccontextmanager
-async def opened(
+async def open_response(
     api: client.ApiClient,
     method: str,
     path: str,
@@ -27,7 +27,10 @@ async def opened(
     headers: Mapping[str, str] | None = None,
     limits: aiohttp.ClientTimeout,
 ) -> AsyncIterator[aiohttp.ClientResponse]:
-    """The answer, its body not read yet; raises client.ApiException for a status of 400 and above, and what aiohttp raises."""
+    """Yield a response whose body is not read yet.
+
+    Raises client.ApiException for a status of 400 and above, and the exceptions of aiohttp.
+    """
     serialized = await api.param_serialize(
         method,
         path,
@@ -37,19 +40,19 @@ async def opened(
         auth_settings=["BearerToken"],
     )
     method, url, sent_headers, sent_body, _ = serialized
-    # The package hands the timeout to aiohttp as it is.
-    answer = (await api.call_api(method, url, sent_headers, sent_body, _request_timeout=limits)).response
+    # The kubernetes package passes the timeout to aiohttp unchanged.
+    response = (await api.call_api(method, url, sent_headers, sent_body, _request_timeout=limits)).response
     try:
-        if answer.status >= 400:
-            error = client.ApiException(status=answer.status, body=(await answer.read()).decode(errors="replace"))
-            error.headers = answer.headers
+        if response.status >= 400:
+            error = client.ApiException(status=response.status, body=(await response.read()).decode(errors="replace"))
+            error.headers = response.headers
             raise error
-        yield answer
+        yield response
     finally:
-        answer.close()  # a body that was read to its end has given its connection back already
+        response.close()  # does nothing if the body was read completely
 
 
-async def ask(
+async def request_json(
     api: client.ApiClient,
     method: str,
     path: str,
@@ -59,10 +62,10 @@ async def ask(
     headers: Mapping[str, str] | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> Json:
-    """The answer's JSON object; raises as :func:`opened`, and ValueError for a body that is none."""
+    """Return the JSON object of the response; raises as :func:`open_response`, and ValueError for any other body."""
     limits = aiohttp.ClientTimeout(total=timeout_s)
-    async with opened(api, method, path, query=query, body=body, headers=headers, limits=limits) as answer:
-        found = json.loads(await answer.read())
+    async with open_response(api, method, path, query=query, body=body, headers=headers, limits=limits) as response:
+        found = json.loads(await response.read())
     if not isinstance(found, dict):
         raise ValueError("is not a JSON object")
     return found

@@ -12,14 +12,14 @@ import pytest
 from kubernetes.aio import client
 
 from csi_driver.kube.metadata import read_metadata
-from csi_driver.kube.watching import Pace, Reflector, Resource
+from csi_driver.kube.reflector import Reflector, WatchedResource, WatchTimings
 from tests.support.waiting import until
 from tests.unit.kube.api_server import FakeApiServer
 from tests.unit.kube.collection import Collection
 
-SERVICES = Resource("services", "/api/v1/services")
-PODS = Resource("pods", "/api/v1/pods", metadata_only=True, field_selector="status.phase!=Failed")
-QUICK = Pace(first_retry=0.01, longest_retry=0.05)
+SERVICES = WatchedResource("services", "/api/v1/services")
+PODS = WatchedResource("pods", "/api/v1/pods", metadata_only=True, field_selector="status.phase!=Failed")
+QUICK = WatchTimings(first_retry=0.01, longest_retry=0.05)
 
 
 class Kept:
@@ -53,10 +53,10 @@ def services(server: FakeApiServer) -> Collection:
 
 @contextlib.asynccontextmanager
 async def following(
-    api: client.ApiClient, resource: Resource = SERVICES, pace: Pace = QUICK
+    api: client.ApiClient, resource: WatchedResource = SERVICES, pace: WatchTimings = QUICK
 ) -> AsyncIterator[tuple[Reflector, Kept]]:
     kept = Kept()
-    reflector = Reflector(api, resource, kept, pace=pace)
+    reflector = Reflector(api, resource, kept, timings=pace)
     task = asyncio.create_task(reflector.run())
     try:
         yield reflector, kept
@@ -111,7 +111,7 @@ async def test_a_watch_that_ends_goes_on_from_where_it_was(
     server: FakeApiServer, services: Collection, api: client.ApiClient
 ) -> None:
     """Without another list, from the last event or bookmark."""
-    async with following(api, pace=Pace(watch=1.0, first_retry=0.01)) as (reflector, kept):
+    async with following(api, timings=WatchTimings(watch=1.0, first_retry=0.01)) as (reflector, kept):
         await until(lambda: services.watching, "the watch")
         services.bookmark()
         version = str(services.version)
@@ -125,7 +125,7 @@ async def test_a_watch_that_ends_goes_on_from_where_it_was(
 async def test_history_that_is_gone_is_made_up_for_by_a_list(services: Collection, api: client.ApiClient) -> None:
     """HTTP 410: what vanished meanwhile is dropped, what is new is there."""
     services.put(item("old"))
-    async with following(api, pace=Pace(watch=1.0, first_retry=0.01)) as (_, kept):
+    async with following(api, timings=WatchTimings(watch=1.0, first_retry=0.01)) as (_, kept):
         await until(lambda: services.watching, "the watch")
         await until(lambda: not services.watching, "its end")
         services.remove("web/old")
@@ -233,7 +233,7 @@ async def test_an_api_server_that_asks_for_time_gets_it(server: FakeApiServer, a
         await asyncio.Event().wait()
 
     kept = Kept()
-    reflector = Reflector(api, SERVICES, kept, pace=QUICK, sleep=nap)
+    reflector = Reflector(api, SERVICES, kept, timings=QUICK, sleep=nap)
     task = asyncio.create_task(reflector.run())
     await asleep.wait()
     task.cancel()
@@ -255,7 +255,7 @@ async def test_watches_that_are_cut_off_at_once_are_asked_for_less_often(
             enough.set()
             await asyncio.Event().wait()
 
-    reflector = Reflector(api, SERVICES, Kept(), pace=Pace(first_retry=0.1, longest_retry=5.0), sleep=nap)
+    reflector = Reflector(api, SERVICES, Kept(), timings=WatchTimings(first_retry=0.1, longest_retry=5.0), sleep=nap)
     task = asyncio.create_task(reflector.run())
     await enough.wait()
     task.cancel()
@@ -266,7 +266,7 @@ async def test_watches_that_are_cut_off_at_once_are_asked_for_less_often(
 
 async def test_a_silent_watch_is_replaced(services: Collection, api: client.ApiClient) -> None:
     """A connection whose other end has vanished says nothing for ever; bookmarks would have come."""
-    async with following(api, pace=Pace(silence=0.05, first_retry=0.01)) as (reflector, kept):
+    async with following(api, timings=WatchTimings(silence=0.05, first_retry=0.01)) as (reflector, kept):
         await until(lambda: sum("watch" in query for query in services.queries) >= 3, "further watches")
         assert kept.lists == 1
         assert (reflector.failing_since, reflector._failures) == (None, 0)

@@ -1,0 +1,91 @@
+"""Kubernetes objects as the authority's packages exchange them: the fields that certmount uses, without API types."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LivePod:
+    """A pod as the API server returned it."""
+
+    uid: str
+    service_account: str
+    node_name: str
+    """Empty before the pod is scheduled."""
+    terminating: bool
+    """True if the pod is being deleted or has finished."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterNodes:
+    """The names of the cluster's nodes."""
+
+    with_driver: frozenset[str]
+    """Nodes on which the driver is registered now."""
+    without_driver: frozenset[str] | None
+    """All other nodes; None if they are unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A Lease (coordination.k8s.io/v1). It expires ``seconds`` after its last change, measured by the reader's clock."""
+
+    holder: str
+    """Empty if nobody holds it."""
+    seconds: int
+    version: str
+    """The resourceVersion."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReviewedToken:
+    """The owner of a valid token according to a TokenReview (authentication.k8s.io/v1). Missing fields are empty."""
+
+    username: str
+    uid: str
+    """The UID of the service account."""
+    pod_name: str
+    pod_uid: str
+    node_name: str
+    node_uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedKeys:
+    """A token issuer's name and published key set (OpenID Connect Discovery 1.0 section 4; RFC 7517 section 5)."""
+
+    issuer: str
+    jwks: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PodEvent:
+    """An Event (events.k8s.io/v1) on a pod. Repeated events with the same name increase a count."""
+
+    name: str
+    """The name of the Event object, unique in the namespace."""
+    namespace: str
+    pod_name: str
+    pod_uid: str
+    warning: bool
+    reason: str
+    """A CamelCase word."""
+    message: str
+    """At most 1024 bytes of UTF-8 without control characters."""
+    first_at: float
+    """Unix seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedEvent:
+    """The Event's state on the API server."""
+
+    version: str
+    """The resourceVersion."""
+    count: int
+    """The number of occurrences, over all replicas of the authority."""
+
+
+class EventRejected(Exception):
+    """The API server rejects this event permanently, for example because its namespace is being deleted."""

@@ -1,0 +1,67 @@
+"""Watch-based caches of pods, Services and namespaces, so that issuance needs no API requests for them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from kubernetes.aio import client
+
+from csi_driver.kube.object_caches import NamespaceCache, PodCache, ServiceCache
+from csi_driver.kube.reflector import Reflector, WatchedResource, WatchTimings
+
+STALE_S = 60.0
+"""The maximum age of the caches while a watch fails, so that a deleted Service does not allow its names forever."""
+_PODS = WatchedResource(
+    "pods",
+    "/api/v1/pods",
+    metadata_only=True,
+    # A pod that has finished needs no certificate.
+    field_selector="status.phase!=Succeeded,status.phase!=Failed",
+)
+_NAMESPACES = WatchedResource("namespaces", "/api/v1/namespaces", metadata_only=True)
+_SERVICES = WatchedResource("services", "/api/v1/services")
+
+
+class ClusterCache:
+    """Three caches, each updated by its own reflector."""
+
+    def __init__(
+        self, api: client.ApiClient, *, timings: WatchTimings | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
+        self.pods, self.services, self.namespaces = PodCache(), ServiceCache(), NamespaceCache()
+        caches = ((_PODS, self.pods), (_NAMESPACES, self.namespaces), (_SERVICES, self.services))
+        self._reflectors = [Reflector(api, resource, cache, timings=timings, clock=clock) for resource, cache in caches]
+
+    @property
+    def synced(self) -> bool:
+        """True after a complete list of each resource."""
+        return all(reflector.synced for reflector in self._reflectors)
+
+    def outdated(self) -> Sequence[str]:
+        """Return why the caches cannot be used; empty if they can."""
+        reasons = []
+        for reflector in self._reflectors:
+            since, name = reflector.failing_since, reflector.resource.name
+            if not reflector.synced:
+                reasons.append(f"the list of the cluster's {name} is not complete yet")
+            elif since is not None and self._clock() - since > STALE_S:
+                # Without the exact age, so that repeated pod events have the same text.
+                reasons.append(f"the watch of the cluster's {name} has failed for more than {STALE_S:.0f} s")
+        return reasons
+
+    def failing_s(self) -> Mapping[str, float]:
+        """Return for how many seconds the watch of each resource has failed; 0 if it works."""
+        now = self._clock()
+        return {
+            reflector.resource.name: 0.0 if reflector.failing_since is None else now - reflector.failing_since
+            for reflector in self._reflectors
+        }
+
+    async def run(self) -> None:
+        """Update the caches until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for reflector in self._reflectors:
+                tasks.create_task(reflector.run(), name=f"watch of {reflector.resource.name}")
