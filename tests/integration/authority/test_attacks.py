@@ -115,9 +115,7 @@ async def test_unexpected_exception_is_reported_without_its_text(world: World, c
     await caller.issue(pod=token)
 
 
-async def test_nothing_is_issued_while_the_api_server_is_unavailable(
-    world: World, caller: Caller, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_nothing_is_issued_without_reviews(world: World, caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "CLUSTER_RETRY_S", 0.0)
     token = world.issuer.pod_token(POD)
     world.reviewer.pod = CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, "unreachable")

@@ -235,9 +235,7 @@ async def test_invalid_request_is_rejected(fault: str, caller: Caller) -> None:
     "fields,reason",
     [({"issuer": "letsencrypt"}, "IssuerNotFound"), ({"federations": ["partner"]}, "FederationNotFound")],
 )
-async def test_unknown_issuer_or_federation_is_rejected_with_the_known_names(
-    fields: dict[str, Any], reason: str, world: World, caller: Caller
-) -> None:
+async def test_unknown_root_set_is_rejected(fields: dict[str, Any], reason: str, world: World, caller: Caller) -> None:
     failure = await caller.rejected(**fields)
     assert (failure.reason, "internal" in failure.text) == (reason, True)
     assert world.events.all[-1][:3] == (POD.name, True, reason)

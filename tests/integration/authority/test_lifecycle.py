@@ -175,9 +175,7 @@ async def test_ca_in_files_can_be_replaced_without_a_restart(tmp_path: Path, iss
 
 
 @pytest.mark.parametrize("kind", [KeyType.ML_DSA_65, KeyType.ED25519, KeyType.RSA_3072])
-async def test_ca_key_type_does_not_affect_the_nodes_connections(
-    kind: KeyType, tmp_path: Path, issuer: TokenIssuer
-) -> None:
+async def test_ca_key_type_does_not_affect_node_connections(kind: KeyType, tmp_path: Path, issuer: TokenIssuer) -> None:
     """Node drivers verify another CA, because gRPC supports neither ML-DSA nor Ed25519."""
     async with running(tmp_path, issuer, kind, ca_profile=CAProfile(kind)) as (world, caller):
         answer = await caller.issue()

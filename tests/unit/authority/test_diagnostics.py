@@ -91,9 +91,7 @@ async def test_issuers_check(content: str | None, ok: bool, words: str, tmp_path
     assert (finding.ok, words in finding.text) == (ok, True)
 
 
-async def test_ca_check_verifies_the_ca_without_creating_or_changing_it(
-    tmp_path: Path, metrics: AuthorityMetrics
-) -> None:
+async def test_ca_check_verifies_the_ca_without_changes(tmp_path: Path, metrics: AuthorityMetrics) -> None:
     source = StoredCA(DirectoryStore(tmp_path))
     finding = await run(ca_check(source))
     assert (finding.ok, "contains no CA yet" in finding.text) == (True, True)

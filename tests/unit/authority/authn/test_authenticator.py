@@ -28,6 +28,7 @@ from tests.unit.authority.clock import Clock
 POD = Pod()
 OTHER_UID = "66666666-6666-4666-8666-666666666666"
 POD_REVIEWED = POD.reviewed
+Answer = ReviewedToken | CertmountError
 UNAVAILABLE = CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, "TokenReview: the API server cannot be reached")
 REJECTED = CertmountError(Reason.TOKEN_REJECTED, "its pod was deleted")
 
@@ -36,7 +37,7 @@ class Reviewer:
     """Returns ``answer`` once ``gate`` is set."""
 
     def __init__(self) -> None:
-        self.answer: ReviewedToken | CertmountError = POD.reviewed
+        self.answer: Answer = POD.reviewed
         self.calls, self.gate = 0, asyncio.Event()
         self.gate.set()
 
@@ -134,9 +135,7 @@ async def test_rejection_is_cached(world: World, reviewer: Reviewer) -> None:
 
 
 @pytest.mark.usefixtures("no_retries")
-async def test_unavailable_api_server_is_a_retryable_failure_that_is_not_cached(
-    world: World, reviewer: Reviewer, registry: CollectorRegistry
-) -> None:
+async def test_unavailable_review_is_not_cached(world: World, reviewer: Reviewer, registry: CollectorRegistry) -> None:
     reviewer.answer = UNAVAILABLE
     token = world.issuer.pod_token(POD)
     for _ in range(2):
@@ -200,9 +199,7 @@ async def test_failing_since_starts_with_a_failure_and_ends_with_an_answer(world
 
 @pytest.mark.usefixtures("no_retries")
 @pytest.mark.parametrize("answer", [POD_REVIEWED, UNAVAILABLE, REJECTED], ids=["valid", "unavailable", "rejected"])
-async def test_concurrent_calls_share_one_review(
-    answer: ReviewedToken | CertmountError, world: World, reviewer: Reviewer
-) -> None:
+async def test_concurrent_calls_share_one_review(answer: Answer, world: World, reviewer: Reviewer) -> None:
     reviewer.answer = answer
     reviewer.gate.clear()
     tasks = world.start(world.issuer.pod_token(POD), count=70)
@@ -252,17 +249,13 @@ def authenticator(keys: TokenKeys, metrics: AuthorityMetrics) -> Authenticator:
     return Authenticator(reviews, ServiceAccount("certmount", "certmount-node"))
 
 
-async def test_driver_on_the_pods_node_is_authenticated_without_a_cluster(
-    authenticator: Authenticator, issuer: TokenIssuer
-) -> None:
+async def test_driver_on_the_pods_node_is_authenticated(authenticator: Authenticator, issuer: TokenIssuer) -> None:
     node = await authenticator.authenticate_node(issuer.node_token())
     assert (await authenticator.authenticate_pod(issuer.pod_token(POD), node)).pod_name == POD.name
 
 
 @pytest.mark.parametrize("account", ["certmount/default", "kube-system/certmount-node", "default/hello"])
-async def test_only_the_node_drivers_service_account_can_call(
-    account: str, authenticator: Authenticator, issuer: TokenIssuer
-) -> None:
+async def test_only_node_drivers_can_call(account: str, authenticator: Authenticator, issuer: TokenIssuer) -> None:
     """Any pod can get a token with the authority's audience, so the audience alone proves nothing."""
     namespace, name = account.split("/")
     token = issuer.node_token(replace(DRIVER, namespace=namespace, service_account=name))
@@ -284,7 +277,7 @@ async def test_pod_token_is_not_accepted_as_node_token(authenticator: Authentica
     ],
     ids=["name", "UID", "both"],
 )
-async def test_stolen_pod_token_is_rejected_on_another_node(
+async def test_stolen_token_is_rejected(
     pod: Pod, words: str, authenticator: Authenticator, issuer: TokenIssuer
 ) -> None:
     """Name and UID of the node must match: a new node with the name of an old one does not get its pods."""

@@ -38,9 +38,7 @@ def call(limits: RequestLimits, number: int, node: str = "node-a") -> None:
 
 
 @pytest.mark.parametrize("volumes,lifetime_s", [(10, 10), (100, 3600)])
-def test_pod_with_many_short_lifetimes_is_not_limited(
-    volumes: int, lifetime_s: int, clock: Clock, limits: RequestLimits
-) -> None:
+def test_many_volumes_are_not_limited(volumes: int, lifetime_s: int, clock: Clock, limits: RequestLimits) -> None:
     for _ in range(min(720, 7200 // lifetime_s)):
         for _ in range(volumes):
             call(limits, 1)
@@ -48,9 +46,7 @@ def test_pod_with_many_short_lifetimes_is_not_limited(
 
 
 @pytest.mark.parametrize("pods", [110, 250])
-def test_all_pods_of_a_node_can_start_at_once_and_again_after_an_outage(
-    pods: int, clock: Clock, limits: RequestLimits
-) -> None:
+def test_all_pods_of_a_node_can_start_at_once_and_again(pods: int, clock: Clock, limits: RequestLimits) -> None:
     for _ in range(2):
         for number in range(pods):
             for _ in range(4):

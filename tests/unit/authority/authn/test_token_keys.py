@@ -50,9 +50,7 @@ async def world(issuer: TokenIssuer, metrics: AuthorityMetrics) -> World:
     return cluster, clock, keys
 
 
-async def test_new_key_is_fetched_when_a_token_uses_it_and_replaces_a_withdrawn_key(
-    world: World, issuer: TokenIssuer
-) -> None:
+async def test_new_key_is_fetched_and_replaces_a_withdrawn_key(world: World, issuer: TokenIssuer) -> None:
     cluster, clock, keys = world
     cluster.issuers = (issuer.rotated("key-2"),)
     clock.forward(11)
@@ -96,9 +94,7 @@ async def test_few_calls_wait_for_unknown_key_ids(
     assert await asyncio.gather(*tasks) == [None] * 3
 
 
-async def test_unknown_key_is_a_retryable_failure_while_the_cluster_is_unavailable(
-    world: World, issuer: TokenIssuer, registry: CollectorRegistry
-) -> None:
+async def test_failed_refresh_is_retryable(world: World, issuer: TokenIssuer, registry: CollectorRegistry) -> None:
     """It can be a new key. Known keys stay in use."""
     cluster, clock, keys = world
     cluster.unavailable = True

@@ -229,9 +229,7 @@ async def test_recorded_event_is_written(events: PodEventRecorder, writer: Write
     await until(lambda: registry.get_sample_value("certmount_events_written_total") == 1, "the count")
 
 
-async def test_recording_does_not_wait_for_the_api_server(
-    events: PodEventRecorder, writer: Writer, registry: CollectorRegistry
-) -> None:
+async def test_recording_does_not_wait(events: PodEventRecorder, writer: Writer, registry: CollectorRegistry) -> None:
     writer.gate.clear()
     for number in range(MAX_EVENTS + 100):
         record(events, pod=another(number))
@@ -239,9 +237,7 @@ async def test_recording_does_not_wait_for_the_api_server(
     assert (registry.get_sample_value("certmount_events_dropped_total", {"cause": "full"}) or 0) >= 100
 
 
-async def test_repeats_during_the_first_write_are_counted_later(
-    events: PodEventRecorder, writer: Writer, clock: Clock
-) -> None:
+async def test_repeats_during_a_write_are_counted_later(events: PodEventRecorder, writer: Writer, clock: Clock) -> None:
     writer.gate.clear()
     record(events)
     await until(lambda: writer.attempts, "the first attempt")
@@ -268,9 +264,7 @@ async def test_events_are_written_after_an_outage(events: PodEventRecorder, writ
     await until(lambda: len(writer.created) == 3, "all of them")
 
 
-async def test_next_event_is_written_after_a_rejected_event(
-    events: PodEventRecorder, writer: Writer, registry: CollectorRegistry
-) -> None:
+async def test_rejection_delays_no_event(events: PodEventRecorder, writer: Writer, registry: CollectorRegistry) -> None:
     writer.failure = EventRejected("Event in namespace web: the API server answers 403")
     record(events)
     sample = "certmount_events_dropped_total", {"cause": "rejected"}
