@@ -162,7 +162,7 @@ TABLE = "policy: policy.yaml\ncases:\n"
         ("- {pod: {namespace: w}, ask: {fs-group: 5}, expect: allowed}\n", "5 is not a text; put it in quotes"),
         ("- {pod: {namespace: w}, ask: {nmae: x}, expect: allowed}\n", "cases[0].ask.nmae (line 3): is not known; did"),
         ("- 7\n", "cases[0] (line 3): is not a mapping"),
-        ("- ]", "is not YAML in line 3"),
+        ("- ]", "is not valid YAML in line 3"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_said_by_its_line(folder: Path, cases: str, words: str) -> None:

@@ -5,23 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from cryptography import x509
-from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, PublicKeyAlgorithmOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, PublicKeyAlgorithmOID
 
 from csi_driver.core.certificates.keys import authority_key_problem
 from csi_driver.core.certificates.name_constraints import unsupported_kinds
 from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
 
-_SUPPORTED_EXTENSIONS = frozenset(
-    {
-        ExtensionOID.AUTHORITY_KEY_IDENTIFIER,
-        ExtensionOID.BASIC_CONSTRAINTS,
-        ExtensionOID.CERTIFICATE_POLICIES,
-        ExtensionOID.EXTENDED_KEY_USAGE,
-        ExtensionOID.KEY_USAGE,
-        ExtensionOID.NAME_CONSTRAINTS,
-        ExtensionOID.SUBJECT_ALTERNATIVE_NAME,
-        ExtensionOID.SUBJECT_KEY_IDENTIFIER,
-    }
+_SUPPORTED_EXTENSIONS = (
+    x509.AuthorityKeyIdentifier,
+    x509.BasicConstraints,
+    x509.CertificatePolicies,
+    x509.ExtendedKeyUsage,
+    x509.KeyUsage,
+    x509.NameConstraints,
+    x509.SubjectAlternativeName,
+    x509.SubjectKeyIdentifier,
 )
 """Any other critical extension could forbid the certificates that certmount issues, and only a handshake would show it."""
 _ANY = ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE
@@ -62,5 +60,5 @@ def _extension_problems(extensions: x509.Extensions) -> Iterator[str]:
     if isinstance(constraints, x509.NameConstraints) and (kinds := unsupported_kinds(constraints)):
         yield f"has name constraints of a type that certmount can't check: {', '.join(kinds)}"
     for extension in extensions:
-        if extension.critical and extension.oid not in _SUPPORTED_EXTENSIONS:
+        if extension.critical and not isinstance(extension.value, _SUPPORTED_EXTENSIONS):
             yield f"has the critical extension {extension.oid.dotted_string}, which certmount doesn't support"

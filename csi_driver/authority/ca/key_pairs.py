@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.hashes import SHA256, SHA384, SHA512
-from cryptography.x509.oid import ExtensionOID, NameOID
+from cryptography.x509.oid import NameOID
 
 from csi_driver.core.certificates.keys import PrivateKey, PublicKey, generate_key_like
 
@@ -19,24 +19,11 @@ ROOT_LIFETIME = timedelta(days=3652)
 INTERMEDIATE_LIFETIME = timedelta(days=365)
 BACKDATE = timedelta(seconds=60)
 """A node whose clock is up to a minute slow accepts a new certificate immediately."""
-_USAGE = x509.KeyUsage(
-    digital_signature=False,
-    content_commitment=False,
-    key_encipherment=False,
-    data_encipherment=False,
-    key_agreement=False,
-    key_cert_sign=True,
-    crl_sign=True,
-    encipher_only=False,
-    decipher_only=False,
-)
-_NOT_COPIED = frozenset(
-    {
-        ExtensionOID.BASIC_CONSTRAINTS,
-        ExtensionOID.KEY_USAGE,
-        ExtensionOID.SUBJECT_KEY_IDENTIFIER,
-        ExtensionOID.AUTHORITY_KEY_IDENTIFIER,
-    }
+_NOT_COPIED = (
+    x509.BasicConstraints,
+    x509.KeyUsage,
+    x509.SubjectKeyIdentifier,
+    x509.AuthorityKeyIdentifier,
 )
 """A renewed intermediate gets its own values of these extensions and keeps all others of its predecessor."""
 _MAX_COMMON_NAME = 64
@@ -51,6 +38,7 @@ class CAKeyPair:
     ``key`` is used only to sign and to return its public key. For a key in an HSM (PKCS#11) or a key service (Vault),
     implement one of cryptography's abstract private key classes, for example ``ec.EllipticCurvePrivateKey``: its
     ``sign`` method calls the key store. A :class:`~csi_driver.authority.ca.sources.CASource` then returns such a pair.
+    The internal issuer calls ``sign`` in the event loop, so a key store with slow signatures needs a thread there.
     """
 
     certificate: x509.Certificate
@@ -79,7 +67,7 @@ def make_intermediate(
 def renew_intermediate(root: CAKeyPair, former: x509.Certificate, now: datetime) -> CAKeyPair:
     """Create a successor with a new key of the same type, the same constraints, and the same name with a new suffix."""
     key = generate_key_like(former.public_key())  # type: ignore[arg-type]  # the keyring loader checked the type
-    extensions = [extension for extension in former.extensions if extension.oid not in _NOT_COPIED]
+    extensions = [extension for extension in former.extensions if not isinstance(extension.value, _NOT_COPIED)]
     return _sign_intermediate(root, key, now, _with_suffix(former.subject), extensions)
 
 
@@ -92,6 +80,21 @@ def signing_hash(key: PrivateKey) -> SHA256 | SHA384 | SHA512 | None:
     if key.key_size <= 256:
         return SHA256()
     return SHA384() if key.key_size <= 384 else SHA512()
+
+
+def key_usage(*, encipher: bool = False, ca: bool = False) -> x509.KeyUsage:
+    """Return the key usage of a CA, or of a leaf certificate whose RSA key can also encipher keys."""
+    return x509.KeyUsage(
+        digital_signature=not ca,
+        content_commitment=False,
+        key_encipherment=encipher,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=ca,
+        crl_sign=ca,
+        encipher_only=False,
+        decipher_only=False,
+    )
 
 
 def authority_key_identifier(issuer: x509.Certificate) -> x509.AuthorityKeyIdentifier:
@@ -143,6 +146,6 @@ def _builder(
         .not_valid_before(now - BACKDATE)
         .not_valid_after(not_after)
         .add_extension(x509.BasicConstraints(ca=True, path_length=path_length), critical=True)
-        .add_extension(_USAGE, critical=True)
+        .add_extension(key_usage(ca=True), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )

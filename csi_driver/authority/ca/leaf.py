@@ -11,7 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from csi_driver.authority.ca.key_pairs import BACKDATE, CAKeyPair, authority_key_identifier, signing_hash
+from csi_driver.authority.ca.key_pairs import BACKDATE, CAKeyPair, authority_key_identifier, key_usage, signing_hash
 from csi_driver.core.certificates.csr import san_extension
 from csi_driver.core.certificates.keys import PublicKey
 from csi_driver.core.errors import CertmountError, Reason
@@ -62,7 +62,8 @@ def _common(signer: x509.Certificate, usages: tuple[Usage, ...], rsa_key: bool) 
         x509.CertificateBuilder()
         .issuer_name(signer.subject)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_key_usage(rsa_key), critical=True)
+        # Peers that use TLS 1.2 with RSA key exchange need to encipher keys.
+        .add_extension(key_usage(encipher=rsa_key), critical=True)
         .add_extension(x509.ExtendedKeyUsage([_PURPOSES[usage] for usage in usages]), critical=False)
         .add_extension(authority_key_identifier(signer), critical=False)
     )
@@ -72,17 +73,3 @@ def _subject(names: Names) -> x509.Name:
     if not names.dns or len(names.dns[0].text) > _MAX_COMMON_NAME:
         return x509.Name([])
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names.dns[0].text)])
-
-
-def _key_usage(rsa_key: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=True,
-        content_commitment=False,
-        key_encipherment=rsa_key,  # for peers that use TLS 1.2 with RSA key exchange
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=False,
-        crl_sign=False,
-        encipher_only=False,
-        decipher_only=False,
-    )

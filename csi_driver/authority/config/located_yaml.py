@@ -1,4 +1,4 @@
-"""YAML as people write it: plain data only, within bounds, and with the line of each key and item for what is to be said of it."""
+"""Parse YAML within limits: plain data only, with the line of each key and item for error messages."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from csi_driver.core.config.document_reader import Path
 from csi_driver.core.errors import CertmountError, Fault, Reason
 
 MAX_BYTES = 1024 * 1024
-_MOST_NESTING = 20
-# libyaml where PyYAML was built with it: a megabyte takes the pure parser many seconds.
+_MAX_DEPTH = 20
+# Prefer libyaml: the pure Python parser needs many seconds for a megabyte.
 _Base: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-class _Loader(_Base):  # type: ignore[misc]  # one of two loaders, by how PyYAML was built
-    """Plain data only; a key that stands twice in a mapping is a mistake, not the last one's victory (YAML 1.2 section 3.2.1.3)."""
+class _Loader(_Base):  # type: ignore[misc]  # the base depends on how PyYAML was built
+    """Loads plain data and rejects duplicate keys (YAML 1.2 section 3.2.1.3)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -26,7 +26,7 @@ class _Loader(_Base):  # type: ignore[misc]  # one of two loaders, by how PyYAML
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    None, None, f"the key {key!r} is duplicate", key_node.start_mark
                 )
             seen.add(key if isinstance(key, Hashable) else None)
         mapping: dict[Hashable, Any] = super().construct_mapping(node, deep=deep)
@@ -42,11 +42,7 @@ class Located:
 
 
 def read_yaml(content: bytes, what: str, reason: Reason) -> Located:
-    """Takes a YAML document of plain data; ``what`` and ``reason`` say what is wrong where it is none.
-
-    Raises:
-        CertmountError: of that reason.
-    """
+    """Parse a YAML document of plain data; raise CertmountError with ``reason`` and the field ``what`` if it is invalid."""
 
     def invalid(problem: str, hint: str = "") -> CertmountError:
         return CertmountError(reason, Fault(what, problem, hint))
@@ -67,9 +63,9 @@ def read_yaml(content: bytes, what: str, reason: Reason) -> Located:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        raise invalid(f"is not YAML{where}: {error.problem}") from None
+        raise invalid(f"is not valid YAML{where}: {error.problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise invalid(f"is not YAML that can be read ({type(error).__name__})") from None
+        raise invalid(f"is not valid YAML ({type(error).__name__})") from None
 
 
 def _lines(node: yaml.Node | None, path: Path) -> Iterator[tuple[Path, int]]:
@@ -86,14 +82,14 @@ def _lines(node: yaml.Node | None, path: Path) -> Iterator[tuple[Path, int]]:
 
 
 def _check_shape(text: str, invalid: Callable[[str, str], CertmountError]) -> None:
-    """Refuses, before anything is built, what a few bytes can make huge or slow, and what no policy needs."""
+    """Reject aliases and deep nesting before anything is built: with them, a few bytes can need much memory or time."""
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent):
-            raise invalid("has an alias (*name)", "write the value out")
+            raise invalid("has an alias (*name)", "replace it with the value")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
-        if depth > _MOST_NESTING:
-            raise invalid(f"is nested more than {_MOST_NESTING} deep", "")
+        if depth > _MAX_DEPTH:
+            raise invalid(f"is nested more than {_MAX_DEPTH} levels deep", "")

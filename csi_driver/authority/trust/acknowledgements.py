@@ -129,29 +129,29 @@ class AcknowledgementStore:
         return await update(self._store, step)
 
 
+@dataclass(frozen=True, slots=True)
 class AcknowledgingNodes:
     """Combines the list of nodes with their acknowledgements, for the rotation."""
 
-    def __init__(self, store: AcknowledgementStore, nodes: NodeList, metrics: AuthorityMetrics) -> None:
-        self._store = store
-        self._nodes = nodes
-        self._metrics = metrics
+    store: AcknowledgementStore
+    nodes: NodeList
+    metrics: AuthorityMetrics
 
     async def read(self, generation: int) -> Acknowledgements:
         """Return who has acknowledged the generation and who must; raise CertmountError."""
-        nodes = acknowledgements(await self._nodes.list(), await self._store.read(), generation)
-        self._metrics.unacknowledged_nodes.set(len(nodes.missing))
+        nodes = acknowledgements(await self.nodes.list(), await self.store.read(), generation)
+        self.metrics.unacknowledged_nodes.set(len(nodes.missing))
         return nodes
 
 
+@dataclass(frozen=True, slots=True)
 class ConnectedNodes:
     """Outside a cluster: the nodes with a trust stream to this replica. Other nodes are unknown."""
 
-    def __init__(self, trust: TrustBundles) -> None:
-        self._trust = trust
+    trust: TrustBundles
 
     async def list(self) -> ClusterNodes:
-        return ClusterNodes(self._trust.nodes, None)
+        return ClusterNodes(self.trust.nodes, None)
 
 
 def acknowledgements(nodes: ClusterNodes, stored: Generations, generation: int) -> Acknowledgements:

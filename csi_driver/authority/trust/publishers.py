@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -23,15 +24,15 @@ class RootPublisher(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
 class DirectoryPublisher:
     """Publishes ``root.crt`` and ``authority.crt`` in a directory."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    directory: Path
 
     async def publish(self, roots: bytes, authority: bytes) -> None:
         for name, pem in ((PODS_ROOTS, roots), (AUTHORITYS_ROOT, authority)):
-            await asyncio.to_thread(_publish, self._directory / name, pem)
+            await asyncio.to_thread(_publish, self.directory / name, pem)
 
 
 def _publish(file: Path, pem: bytes) -> None:

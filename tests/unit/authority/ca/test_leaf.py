@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any, cast
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.utils import Buffer
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 from hypothesis import given
 from hypothesis import strategies as st
@@ -180,3 +183,35 @@ def test_subject_never_names_a_kubernetes_user_or_group(names: Names) -> None:
 def test_leaf_has_exactly_the_granted_names(names: Names) -> None:
     read = x509.load_der_x509_certificate(leaf(names).public_bytes(Encoding.DER))
     assert names_of(read.extensions) == names
+
+
+class ExternalKey(ec.EllipticCurvePrivateKey):
+    """A key whose private part is in a key store: it can only sign and return its public key."""
+
+    def __init__(self) -> None:
+        self._stored = ec.generate_private_key(ec.SECP256R1())
+
+    def sign(self, data: Buffer, signature_algorithm: ec.EllipticCurveSignatureAlgorithm) -> bytes:
+        return self._stored.sign(data, signature_algorithm)
+
+    def public_key(self) -> ec.EllipticCurvePublicKey:
+        return self._stored.public_key()
+
+    @property
+    def curve(self) -> ec.EllipticCurve:
+        return self._stored.curve
+
+    @property
+    def key_size(self) -> int:
+        return self._stored.key_size
+
+    exchange = private_numbers = private_bytes = __copy__ = __deepcopy__ = cast("Any", None)
+
+
+def test_key_in_a_key_store_can_sign() -> None:
+    """CAKeyPair uses a key only to sign and to return its public key, so it can be in an HSM."""
+    signer = make_root("test", ExternalKey(), NOW, path_length=0)
+    certificate = sign_leaf(
+        Leaf(KEYS[KeyType.EC_P256], Names.of(uris=[ID]), timedelta(1), (Usage.SERVER,)), signer, NOW
+    )
+    certificate.verify_directly_issued_by(signer.certificate)
