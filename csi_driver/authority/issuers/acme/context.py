@@ -149,6 +149,5 @@ class AcmeContext:
             others = (one for one in self.orders.known.orders if one.id != order.id and one.is_open)
             if not any(challenge in one.challenges for one in others):
                 await self.solver.unpublish(challenge)
-            await self.orders.change_order(
-                order.id, self.holder, functools.partial(OrderRecord.without_challenge, removed=challenge)
-            )
+            remove = functools.partial(OrderRecord.without_challenge, removed=challenge)
+            await self.orders.change_order(order.id, self.holder, remove)

@@ -55,13 +55,11 @@ async def _check_roots(
     except ValueError:
         diagnosis.findings.add("roots", False, f"{configuration.roots} does not contain valid certificates in PEM")
         return
-    if len(certificates) > _MAX_ROOTS:
-        text = f"{configuration.roots} contains {len(certificates)} certificates; expected at most {_MAX_ROOTS}"
-        diagnosis.findings.add("roots", False, text)
-        return
-    diagnosis.roots = tuple(dict.fromkeys(one.public_bytes(Encoding.DER) for one in certificates))
-    roots = ", ".join(f"{fingerprint(one)[:21]}..." for one in certificates)
-    diagnosis.findings.add("roots", True, f"pods trust {roots}")
+    text = f"{configuration.roots} contains {len(certificates)} certificates; expected at most {_MAX_ROOTS}"
+    if len(certificates) <= _MAX_ROOTS:
+        diagnosis.roots = tuple(dict.fromkeys(one.public_bytes(Encoding.DER) for one in certificates))
+        text = f"pods trust {', '.join(f'{fingerprint(one)[:21]}...' for one in certificates)}"
+    diagnosis.findings.add("roots", bool(diagnosis.roots), text)
 
 
 async def _check_permissions(

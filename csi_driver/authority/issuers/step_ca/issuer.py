@@ -153,13 +153,9 @@ class StepCAIssuer(DiagnosedIssuer):
         except HttpError as error:
             diagnosis = StepCADiagnosis()
             diagnosis.findings.add(error.subject, False, str(error))
-        known = self._known
-        self._known = StepCADiagnosis(
-            diagnosis.findings,
-            diagnosis.roots or known.roots,
-            diagnosis.provisioner or known.provisioner,
-            diagnosis.key or known.key,
-        )
+        new, known = diagnosis, self._known
+        provisioner, key = new.provisioner or known.provisioner, new.key or known.key
+        self._known = StepCADiagnosis(new.findings, new.roots or known.roots, provisioner, key)
         self._report(diagnosis.findings.problem)
         return diagnosis
 
