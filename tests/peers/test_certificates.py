@@ -38,7 +38,7 @@ BOTH = (Usage.SERVER, Usage.CLIENT)
 
 @functools.cache
 def ca(kind: KeyType | None, *permitted: str) -> Keyring:
-    """One of each, as keys are slow to make."""
+    """Return the same key each time, because keys are slow to generate."""
     return make_keyring(NOW - timedelta(days=1), CAProfile(kind, tuple(map(parse_constraint, permitted))))
 
 
@@ -78,7 +78,7 @@ SIGNERS = [None, KeyType.RSA_3072, KeyType.EC_P384, KeyType.ED25519]
 def test_verifiers_accept_every_certificate_for_its_usages_only(
     signer: KeyType | None, names: Names, key_type: KeyType, usages: tuple[Usage, ...], life_s: int
 ) -> None:
-    """By OpenSSL's strict mode, Go, and the web's rules; each sees the names that were granted, and the encoding is strict."""
+    """OpenSSL in strict mode, Go and the rules of the Web PKI accept it. Each reads the granted names, and the DER is strict."""
     with presented(ca(signer), names, key_type, usages, life_s) as shown:
         assert encoding_faults(shown.leaf) == []
         seen = {}
@@ -144,7 +144,7 @@ OUTSIDE = {
 @pytest.mark.parametrize("constraint", OUTSIDE)
 @pytest.mark.parametrize("kind", [None, KeyType.RSA_3072])
 def test_all_verifiers_reject_a_certificate_outside_the_name_constraints(constraint: str, kind: KeyType | None) -> None:
-    """So a stolen intermediate, or a mistake in the policy, stays within them."""
+    """The constraints also limit a stolen intermediate or a mistake in the policy."""
     with presented(ca(kind, constraint), OUTSIDE[constraint]) as shown:
         answers = [shown.openssl(Usage.SERVER), shown.go(Usage.SERVER).get("error", "")]
         assert agree(answers)
@@ -153,7 +153,7 @@ def test_all_verifiers_reject_a_certificate_outside_the_name_constraints(constra
 
 @pytest.mark.parametrize("kind", ML_DSA)
 def test_cryptography_accepts_a_chain_of_ml_dsa(kind: KeyType) -> None:
-    """Root, intermediate and leaf: by cryptography's verifier, and by the node that is to write it to a volume."""
+    """Root, intermediate and leaf: by cryptography's verifier, and by the checks of the node driver."""
     keyring, names = ca(kind), Names.of([DNSName.parse("shop.web.svc")], [ID])
     with presented(keyring, names, kind) as shown:
         assert encoding_faults(shown.leaf) == []
@@ -170,7 +170,7 @@ def test_cryptography_accepts_a_chain_of_ml_dsa(kind: KeyType) -> None:
 
 @pytest.mark.parametrize("kind", ML_DSA)
 def test_openssl_accepts_a_chain_of_ml_dsa(kind: KeyType) -> None:
-    """Its strict mode, from 3.5 on."""
+    """In strict mode, OpenSSL 3.5 or newer."""
     with presented(ca(kind), Names.of([DNSName.parse("shop.web.svc")], [ID]), kind) as shown:
         assert [shown.openssl(usage, kind) for usage in BOTH] == ["", ""]
 
@@ -186,7 +186,7 @@ def test_newest_openssl_accepts_only_the_chain_of_ml_dsa_with_the_right_root(kin
 
 
 def test_verifiers_accept_a_new_intermediate_like_the_previous_one() -> None:
-    """With the name constraints of the former one."""
+    """It has the name constraints of its predecessor."""
     keyring = ca(None, "dns:example.com").renew_intermediate(NOW)
     for name, believed in (("a.example.com", True), ("a.example.org", False)):
         with presented(keyring, Names.of([DNSName.parse(name)])) as shown:

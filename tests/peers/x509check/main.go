@@ -1,8 +1,8 @@
-// Verifies a certificate as Go's TLS stack would, and prints what it sees as JSON.
+// Command x509check verifies a certificate as Go's TLS stack does, and prints what it parses as JSON.
 //
 //	x509check UNIX-TIME USAGE ROOTS INTERMEDIATES LEAF NAME
 //
-// USAGE is server or client; the last four are PEM files and a DNS name, or an empty word.
+// USAGE is server or client. ROOTS, INTERMEDIATES and LEAF are PEM files. NAME is a DNS name or empty.
 package main
 
 import (

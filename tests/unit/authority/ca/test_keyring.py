@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.verification import PolicyBuilder, Store
 
-from csi_driver.authority.ca.key_pairs import INTERMEDIATE_LIFETIME, ROOT_LIFETIME, CAKeyPair
+from csi_driver.authority.ca.key_pairs import INTERMEDIATE_LIFETIME, ROOT_LIFETIME, CAKeyPair, key_usage
 from csi_driver.authority.ca.keyring import (
     AUTHORITY_KEY_TYPES,
     CAProfile,
@@ -173,7 +173,7 @@ def test_damaged_ca_is_rejected_with_the_reason(damage: str, keyring: Keyring) -
 
 
 def own_ca(*, usage: bool) -> Values:
-    """As an administrator may bring it: an RSA root and an Ed25519 intermediate, made by other tools."""
+    """Return an administrator's CA made by other tools: an RSA root and an Ed25519 intermediate."""
     root_key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     key = ed25519.Ed25519PrivateKey.generate()
     root_name, name = (x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)]) for text in ("root", "sub"))
@@ -187,7 +187,7 @@ def own_ca(*, usage: bool) -> Values:
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
         )
         if usage:
-            builder = builder.add_extension(NO_SIGNING, critical=True)
+            builder = builder.add_extension(key_usage(), critical=True)
         certificates.append(Secret(builder.sign(root_key, SHA256()).public_bytes(Encoding.PEM)))
     return {
         "root.crt": certificates[0],
@@ -195,19 +195,6 @@ def own_ca(*, usage: bool) -> Values:
         "intermediate.crt": certificates[1],
         "intermediate.key": encode_key(key),
     }
-
-
-NO_SIGNING = x509.KeyUsage(
-    digital_signature=True,
-    content_commitment=False,
-    key_encipherment=False,
-    data_encipherment=False,
-    key_agreement=False,
-    key_cert_sign=False,
-    crl_sign=False,
-    encipher_only=False,
-    decipher_only=False,
-)
 
 
 def test_own_ca_of_other_algorithms_is_accepted() -> None:

@@ -23,6 +23,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 from hypothesis import given
 from hypothesis import strategies as st
 
+from csi_driver.authority.ca.key_pairs import key_usage
 from csi_driver.authority.ca.keyring import Keyring, encode_keyring, make_keyring
 from csi_driver.authority.ca.keyring_loader import load_keyring
 from csi_driver.authority.ca.leaf import Leaf, sign_leaf
@@ -223,17 +224,7 @@ OTHER_NAMES = x509.NameConstraints([x509.RegisteredID(ObjectIdentifier("1.2.3"))
 SERVERS_ONLY = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
 BOTH_ENDS = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
 ANY = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE])
-LEAF_USAGE = x509.KeyUsage(
-    digital_signature=True,
-    content_commitment=False,
-    key_encipherment=False,
-    data_encipherment=False,
-    key_agreement=False,
-    key_cert_sign=False,
-    crl_sign=False,
-    encipher_only=False,
-    decipher_only=False,
-)
+LEAF_USAGE = key_usage()
 SHORT_ROOT = CA("short", key=key(5), path_length=0)
 STRANGER = CA("stranger", key=key(6))
 LATE, ENDED = Validity(start=timedelta(1), end=timedelta(9)), Validity(end=timedelta(0))
