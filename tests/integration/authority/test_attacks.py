@@ -29,7 +29,7 @@ from csi_driver.core.identity import MAX_TOKEN_BYTES
 from csi_driver.core.names import DNSName, Names, spiffe_id
 from csi_driver.core.secret import Secret
 from tests.integration.authority.world import NAME, POD, SERVING_NAME, Caller, CallFailure, World, failure_of
-from tests.support.tokens import DRIVER, TokenIssuer
+from tests.support.tokens import DRIVER, Pod, TokenIssuer
 from tests.unit.authority.authn.test_token_verifier import change_claims, sign_with_key_in_header, sign_with_public_key
 
 DENIED = grpc.StatusCode.PERMISSION_DENIED
@@ -209,6 +209,16 @@ async def test_hostile_pod(world: World, caller: Caller) -> None:
     assert not leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     usages = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     assert set(usages) == {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH}
+
+
+async def test_pods_on_one_node_do_not_get_each_others_names(world: World, caller: Caller) -> None:
+    """Names follow the authenticated service account, not the driver that calls."""
+    other = Pod(name="other-0", service_account="other", uid="o", service_account_uid="oo")
+    world.reviewer.pod = other.reviewed
+    assert (await caller.rejected(pod=world.issuer.pod_token(other))).reason == "NameNotAllowed"
+    response = await caller.issue(csr=world.csr(), pod=world.issuer.pod_token(other))
+    leaf = x509.load_der_x509_certificate(response.chain[0])
+    assert {name.text for name in names_of(leaf.extensions)} == {"spiffe://cluster.local/ns/default/sa/other"}
 
 
 async def test_hostile_pod_author(world: World, caller: Caller) -> None:
