@@ -123,7 +123,7 @@ def test_authority_account_has_only_the_documented_rights() -> None:
     }
     assert _rules("certmount-authority", CERTMOUNT, CERTMOUNT) - common == everywhere | {
         "secrets [] [certmount-ca] [get update]",
-        "secrets [] [certmount-confirmations] [get update]",
+        "secrets [] [certmount-acknowledgements] [get update]",
         "configmaps [] [certmount-root] [get update]",
         "leases.coordination.k8s.io [] [certmount-csr-signer] [get update]",
     }

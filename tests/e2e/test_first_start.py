@@ -54,7 +54,7 @@ def _second_installation() -> list[dict[str, Any]]:
     role, cluster_role = ({"apiGroup": rbac, "name": AUTHORITY, "kind": kind} for kind in ("Role", "ClusterRole"))
     return [
         item("Secret", "certmount-ca"),
-        item("Secret", "certmount-confirmations"),
+        item("Secret", "certmount-acknowledgements"),
         item("Lease", "certmount-csr-signer", "coordination.k8s.io/v1"),
         item("ConfigMap", "certmount-root"),
         item("ConfigMap", "certmount-policy", data={"policy.yaml": ""}),

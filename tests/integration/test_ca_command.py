@@ -247,9 +247,9 @@ async def test_status_in_a_cluster_names_missing_nodes(monkeypatch: pytest.Monke
     data = {name: base64.b64encode(value.reveal()).decode() for name, value in stored.values.items()}
     server.objects["secrets/certmount-ca"]["data"] = data
     document = json.dumps({"set": "internal", "nodes": {node_hash("updating"): 1, node_hash("gone"): 1}})
-    known = server._object("Secret", "certmount-confirmations")
+    known = server._object("Secret", "certmount-acknowledgements")
     known["data"] = {ACKNOWLEDGEMENTS_FILE: base64.b64encode(document.encode()).decode()}
-    server.objects["secrets/certmount-confirmations"] = known
+    server.objects["secrets/certmount-acknowledgements"] = known
     nodes = server.collections["/apis/storage.k8s.io/v1/csinodes"] = Collection()
     for number in range(12):
         nodes.put({"metadata": {"name": f"node-{number:02}"}, "spec": {"drivers": [{"name": DRIVER_NAME}]}})

@@ -23,9 +23,9 @@ from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
 log = structlog.get_logger(__name__)
 
-ACKNOWLEDGEMENTS_FILE = "confirmations.json"
+ACKNOWLEDGEMENTS_FILE = "acknowledgements.json"
 """The value in the store. Outside a cluster, also the file next to the CA's file."""
-ACKNOWLEDGEMENTS_SECRET = "certmount-confirmations"  # a name, not a secret
+ACKNOWLEDGEMENTS_SECRET = "certmount-acknowledgements"  # a name, not a secret
 """In a cluster, in the namespace of the CA's Secret."""
 MAX_NODES = 20_000
 """Four times the nodes of the largest supported cluster, because nodes are replaced. They need 620 kB; a Secret holds 1 MiB."""

@@ -138,7 +138,7 @@ class World:
             node_account=ServiceAccount("certmount", "certmount-node"),
             issuers=self.issuers,
         )
-        stores = DirectoryStore(self.ca), DirectoryStore(self.ca, "confirmations.json")
+        stores = DirectoryStore(self.ca), DirectoryStore(self.ca, "acknowledgements.json")
         publisher = DirectoryPublisher(self.ca)
         environment = Environment(*stores, publisher, self.cluster.fetch, self.reviewer, events=self.events)
         return AuthorityServer(settings, environment, AuthorityMetrics(registry))

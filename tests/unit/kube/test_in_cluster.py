@@ -112,7 +112,7 @@ async def test_all_that_an_authority_needs_is_found(
 ) -> None:
     """Stores, publisher, keys, reviews, pods and Services, and events, all at the cluster's API server."""
     server = FakeApiServer()
-    server.objects["secrets/certmount-confirmations"] = server.objects["secrets/certmount-ca"]
+    server.objects["secrets/certmount-acknowledgements"] = server.objects["secrets/certmount-ca"]
     server.collection("pods").put({"metadata": {"name": "hello-0", "namespace": "web", "uid": "pod-uid"}})
     server.collection("namespaces").put({"metadata": {"name": "web"}})
     async with server.running(tls):

@@ -17,7 +17,7 @@ from tests.unit.kube.api_server import FakeApiServer
 MANIFEST = Path(__file__).parents[3] / "deploy" / "base" / "authority.yaml"
 NEEDED = needed_permissions(
     ObjectName("Secret", "certmount", "certmount-ca"),
-    ObjectName("Secret", "certmount", "certmount-confirmations"),
+    ObjectName("Secret", "certmount", "certmount-acknowledgements"),
     ObjectName("ConfigMap", "certmount", "certmount-root"),
 )
 
