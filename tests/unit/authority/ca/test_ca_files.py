@@ -63,7 +63,7 @@ async def test_valid_files_are_used_and_their_fingerprints_logged(files: CAFiles
 
 
 async def test_root_key_is_not_read(files: CAFiles) -> None:
-    """Certmount writes nothing there, so whoever writes the files renews the intermediate."""
+    """The owner of the files renews the intermediate, because certmount writes nothing there."""
     keyring = (await files.refresh(NOW)).keyring
     assert keyring.root_key is None
     later = NOW + INTERMEDIATE_LIFETIME * 0.9
