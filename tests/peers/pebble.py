@@ -15,8 +15,9 @@ import aiohttp
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from tests.peers.processes import LOOPBACK, free_port, running
+from tests.peers.processes import LOOPBACK, free_port, listening, running
 from tests.support.requirements import require_program
+from tests.support.waiting import until
 
 _ORDER_LINE = re.compile(r'Added order "(?P<id>[^"]+)" to the db')
 _ISSUED_LINE = re.compile(r"Issued certificate serial (?P<serial>\w+) for order (?P<order>\S+)")
@@ -61,6 +62,7 @@ class Pebble:
         }
         arguments = [pebble, "-config", str(self.directory / "config.json"), "-dnsserver", self.dns, "-strict"]
         async with running(arguments, self._log, self.port, environment):
+            await until(lambda: listening(self.management_port), "the management port")
             yield
 
     @property
