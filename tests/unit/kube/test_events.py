@@ -12,7 +12,7 @@ from tests.unit.kube.api_server import FakeApiServer
 
 EVENT = PodEvent(
     name="hello-0.0123456789abcdef",
-    namestimings="web",
+    namespace="web",
     pod_name="hello-0",
     pod_uid="pod-uid",
     warning=True,
