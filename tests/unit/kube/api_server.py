@@ -1,4 +1,4 @@
-"""A fake API server on loopback: reviews, service account discovery, objects with real conflicts, resources that can be watched, Events."""
+"""A fake API server on loopback: reviews, discovery, objects with conflicts, watches and Events."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Json = dict[str, Any]
 
 
 class FakeApiServer:
-    """Speaks the few requests that certmount makes; tests look at and change what it holds."""
+    """Implements the requests that certmount sends; tests read and change its state."""
 
     def __init__(self) -> None:
         self.objects: dict[str, Json] = {
@@ -29,7 +29,7 @@ class FakeApiServer:
             "configmaps/certmount-root": self._object("ConfigMap", "certmount-root"),
         }
         self.review: Json = {}
-        """The status of every TokenReview."""
+        """The status of each TokenReview."""
         self.documents: dict[str, Any] = {
             "/.well-known/openid-configuration": {"issuer": ISSUER, "jwks_uri": "https://elsewhere.test/keys"},
             "/openid/v1/jwks": JWKS,
@@ -39,16 +39,16 @@ class FakeApiServer:
         self.events: dict[str, Json] = {}
         """By namespace and name."""
         self.denied: set[tuple[str, str, str]] = set()
-        """Verb, resource and name of what a SelfSubjectAccessReview is to deny."""
+        """Verb, resource and name of permissions that a SelfSubjectAccessReview denies."""
         self.requests: list[tuple[str, str, Json | None]] = []
         self.authorizations: list[str] = []
         self.fail: tuple[int, bytes] | None = None
-        """The answer to everything, if set."""
+        """The response to every request, if set."""
         self.fail_headers: dict[str, str] = {}
         self.gate = asyncio.Event()
         self.gate.set()
         self.before_put: list[str] = []
-        """Objects that someone else changes just before the next update reaches the server."""
+        """Objects that another client changes just before the next update."""
         self.url = ""
 
     @contextlib.asynccontextmanager
@@ -74,7 +74,7 @@ class FakeApiServer:
         return self.collections[f"/api/v1/{name}"]
 
     def touch(self, key: str) -> None:
-        """Someone else's change."""
+        """Change an object as another client."""
         metadata = self.objects[key]["metadata"]
         metadata["resourceVersion"] = str(int(metadata["resourceVersion"]) + 1)
 
@@ -120,7 +120,7 @@ class FakeApiServer:
         return web.json_response(self.objects[key])
 
     def _event_request(self, request: web.Request, body: Json) -> web.Response:
-        """Create, and merge patch of what exists; with conflicts, as the API server has them."""
+        """Create an event or apply a merge patch, with conflicts."""
         namespace, _, name = request.path.removeprefix("/apis/events.k8s.io/v1/namespaces/").partition("/events")
         key = f"{namespace}/{name.removeprefix('/') or body['metadata']['name']}"
         event = self.events.get(key)

@@ -1,4 +1,4 @@
-"""A resource of the fake API server that can be listed by pages and watched from a version on, like those of a real one."""
+"""A resource of the fake API server that can be listed in pages and watched from a version."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ _NEVER_S = 30.0
 
 
 class Collection:
-    """Objects by name; tests change them, and the history tells the watchers."""
+    """Objects by name, with a history for watches."""
 
     def __init__(self) -> None:
         self.objects: dict[str, Json] = {}
         self.version = 1000
         self.compacted = 0
-        """Watches from before this version are told that it is gone."""
+        """Watches from an older version expire."""
         self.queries: list[dict[str, str]] = []
         self.accepts: list[str] = []
         self.watching = 0
         self.breaking = False
-        """Accepts watches and ends them at once."""
+        """True to end watches at once."""
         self._history: list[tuple[int, bytes]] = []
         self._changed = asyncio.Event()
 
     def put(self, item: Json) -> None:
-        """Makes or changes an object, found by namespace and name."""
+        """Create or replace an object by namespace and name."""
         metadata = item["metadata"]
         key = f"{metadata.get('namespace', '')}/{metadata['name']}"
         kind = "MODIFIED" if key in self.objects else "ADDED"
@@ -47,18 +47,18 @@ class Collection:
         self._tell("DELETED", gone)
 
     def bookmark(self) -> None:
-        """Tells watchers of a version, as the API server does each minute."""
+        """Send a bookmark, as the API server does each minute."""
         self.version += 1
         self._tell("BOOKMARK", {"metadata": {"resourceVersion": str(self.version)}})
 
     def compact(self) -> None:
-        """Forgets the history: whoever has missed some of it must list again."""
+        """Drop the history, so that clients must list again."""
         self.version += 1
         self.compacted = self.version
         self._history.clear()
 
-    def say(self, line: bytes) -> None:
-        """Sends watchers anything at all."""
+    def send(self, line: bytes) -> None:
+        """Send a line to the watchers."""
         self.version += 1
         self._history.append((self.version, line))
         self._wake()
@@ -86,7 +86,7 @@ class Collection:
         metadata = {"resourceVersion": str(version)}
         if end < len(items):
             metadata["continue"] = f"{end}.{version}"
-        # A real API server writes no empty list of metadata either, but null.
+        # A real API server also sends null for an empty list of metadata.
         return web.json_response({"kind": "PodList", "items": items[start:end] or None, "metadata": metadata})
 
     async def _watch(self, request: web.Request, query: dict[str, str]) -> web.StreamResponse:

@@ -1,4 +1,4 @@
-"""CertificateSigningRequests of the fake API server: what it stamps on, which part of an object a call may change, conflicts."""
+"""CertificateSigningRequests of the fake API server, with subresources and conflicts."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ ACCOUNT = "system:serviceaccount:certmount:certmount-authority"
 
 
 class CSRApi:
-    """As the real one has them: created with a stamp, decided and answered by subresources, deleted by uid."""
+    """Records the requester, updates subresources, and deletes by UID."""
 
     path = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
 
     def __init__(self) -> None:
         self.collection = Collection()
         self.conflicts = 0
-        """So many updates lose against someone else's first."""
-        self.made = 0
+        """The number of updates that fail because another client changed the object."""
+        self.created = 0
 
     def object(self, name: str) -> Json:
-        """As it is now."""
+        """Return the current object."""
         found: Json = self.collection.objects[f"/{name}"]
         return found
 
     def change(self, name: str, **status: Any) -> None:
-        """Somebody else decides or signs."""
+        """Change the status as another client."""
         found = copy.deepcopy(self.object(name))
         found["status"] = {**found.get("status", {}), **status}
         self.collection.put(found)
@@ -50,8 +50,8 @@ class CSRApi:
         return web.json_response(self.object(name))
 
     def _create(self, body: Json) -> Json:
-        self.made += 1
-        name = f"{body['metadata'].pop('generateName')}{self.made}"
+        self.created += 1
+        name = f"{body['metadata'].pop('generateName')}{self.created}"
         metadata = {**body["metadata"], "name": name, "creationTimestamp": "2026-11-22T10:00:00Z"}
         spec = {**body["spec"], "username": ACCOUNT, "extra": {}}
         self.collection.put({**body, "metadata": metadata, "spec": spec, "status": {}})

@@ -1,4 +1,4 @@
-"""Credentials of issuers out of Secrets."""
+"""Issuer credentials from Secrets."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ def in_a_cluster(server: FakeApiServer, monkeypatch: pytest.MonkeyPatch) -> Fake
     return server
 
 
-async def test_the_command_reads_what_the_authority_would(
+async def test_issuer_check_reads_the_same_secrets_as_the_authority(
     in_a_cluster: FakeApiServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That is, certmount issuer check, run in a pod of the authority: its credentials, and the state of its issuers."""
-    here = client.Configuration(host=in_a_cluster.url)
-    monkeypatch.setattr("csi_driver.kube.client.in_cluster_configuration", lambda: here)
-    keep(in_a_cluster, jwk=b"the key")
+    configuration = client.Configuration(host=in_a_cluster.url)
+    monkeypatch.setattr("csi_driver.kube.client.in_cluster_configuration", lambda: configuration)
+    put_secret(in_a_cluster, jwk=b"the key")
     async with issuer._dependencies(in_cluster=True) as dependencies:
         assert (await dependencies.credentials.read(JWK)).reveal() == b"the key"
         assert dependencies.secret_store is not None
@@ -40,7 +39,7 @@ async def test_the_command_reads_what_the_authority_would(
         assert dependencies.secret_store is None
 
 
-def keep(server: FakeApiServer, **values: bytes) -> None:
+def put_secret(server: FakeApiServer, **values: bytes) -> None:
     data = {name: base64.b64encode(value).decode() for name, value in values.items()}
     metadata = {"name": "step-provisioner", "namespace": "certmount", "resourceVersion": "1"}
     server.objects["secrets/step-provisioner"] = {"kind": "Secret", "metadata": metadata, "data": data}
@@ -51,25 +50,24 @@ async def read(source: SecretSource = JWK) -> bytes:
         return (await CredentialReader(read_secret).read(source)).reveal()
 
 
-async def test_one_key_of_one_secret_is_read(in_a_cluster: FakeApiServer) -> None:
-    """By a get of that name, which is all that a Role needs to allow."""
-    keep(in_a_cluster, jwk=b"the key", password=b"other")
+async def test_reader_gets_one_secret_by_name(in_a_cluster: FakeApiServer) -> None:
+    put_secret(in_a_cluster, jwk=b"the key", password=b"other")
     assert await read() == b"the key"
     assert [(verb, path) for verb, path, _ in in_a_cluster.requests] == [
         ("GET", "/api/v1/namespaces/certmount/secrets/step-provisioner")
     ]
 
 
-async def test_what_is_not_there_is_said_by_its_name(in_a_cluster: FakeApiServer) -> None:
-    """The Secret, its key, the permission; never a value."""
+async def test_missing_secret_key_or_permission_is_named(in_a_cluster: FakeApiServer) -> None:
+    """The error never contains a value."""
     with pytest.raises(CertmountError, match='secrets "step-provisioner" not found') as missing:
         await read()
     assert missing.value.reason is Reason.ISSUER_UNAVAILABLE
-    keep(in_a_cluster, password=b"hunter2", other=b"x")
+    put_secret(in_a_cluster, password=b"hunter2", other=b"x")
     with pytest.raises(CertmountError, match="has no key jwk; it has other, password") as without:
         await read()
     assert "hunter2" not in str(without.value)
-    keep(in_a_cluster, jwk=b"")
+    put_secret(in_a_cluster, jwk=b"")
     with pytest.raises(CertmountError, match="key jwk of Secret certmount/step-provisioner: is empty"):
         await read()
     message = (

@@ -1,4 +1,4 @@
-"""Which nodes there are, and where the kubelet knows the driver."""
+"""The list of nodes with and without the driver."""
 
 from __future__ import annotations
 
@@ -28,24 +28,21 @@ def put(nodes: Collection, name: str, *drivers: str) -> None:
     nodes.put({"metadata": {"name": name}, "spec": spec})
 
 
-async def test_nodes_are_told_apart_by_the_driver(nodes: Collection, api: client.ApiClient) -> None:
-    """One with other drivers only, or with none, is there all the same."""
+async def test_nodes_are_separated_by_registration_of_the_driver(nodes: Collection, api: client.ApiClient) -> None:
     put(nodes, "both", "ebs.csi.aws.com", DRIVER_NAME)
     put(nodes, "other", "ebs.csi.aws.com")
     put(nodes, "bare")
     assert await CSINodeClient(api).list() == ClusterNodes(frozenset({"both"}), frozenset({"other", "bare"}))
 
 
-async def test_large_clusters_come_in_pages(nodes: Collection, api: client.ApiClient) -> None:
-    """All of one moment, five hundred at a time."""
+async def test_nodes_are_listed_in_pages(nodes: Collection, api: client.ApiClient) -> None:
     for number in range(1100):
         put(nodes, f"node-{number}", DRIVER_NAME)
     assert len((await CSINodeClient(api).list()).with_driver) == 1100
     assert len(nodes.queries) == 3
 
 
-async def test_no_nodes_are_no_error(nodes: Collection, api: client.ApiClient) -> None:
-    """As before the first kubelet joins."""
+async def test_empty_list_is_valid(nodes: Collection, api: client.ApiClient) -> None:
     assert not nodes.objects
     assert await CSINodeClient(api).list() == ClusterNodes(frozenset(), frozenset())
 
@@ -54,23 +51,20 @@ async def test_no_nodes_are_no_error(nodes: Collection, api: client.ApiClient) -
     "document",
     [{}, {"items": [{}]}, {"items": [7]}, {"items": [{"metadata": {"name": "a"}, "spec": {"drivers": [7]}}]}],
 )
-async def test_a_strange_list_is_an_error(document: Any, server: FakeApiServer, api: client.ApiClient) -> None:
-    """Nothing is concluded from half of it."""
+async def test_invalid_list_is_an_error(document: Any, server: FakeApiServer, api: client.ApiClient) -> None:
     server.documents[PATH] = document
-    with pytest.raises(CertmountError, match=r"list of CSINodes: the API server's answer is strange") as failure:
+    with pytest.raises(CertmountError, match="list of CSINodes: the API server sent an invalid response") as failure:
         await CSINodeClient(api).list()
     assert failure.value.reason is Reason.ISSUER_UNAVAILABLE
 
 
-async def test_a_list_without_end_is_an_error(server: FakeApiServer, api: client.ApiClient) -> None:
-    """A server that goes round in circles is not followed for ever."""
+async def test_endless_list_is_an_error(server: FakeApiServer, api: client.ApiClient) -> None:
     server.documents[PATH] = {"items": [], "metadata": {"continue": "again"}}
-    with pytest.raises(CertmountError, match="it has no end"):
+    with pytest.raises(CertmountError, match="the list does not end"):
         await CSINodeClient(api).list()
 
 
-async def test_a_missing_permission_is_named(server: FakeApiServer, api: client.ApiClient) -> None:
-    """With the API server's own words."""
+async def test_missing_permission_is_reported(server: FakeApiServer, api: client.ApiClient) -> None:
     server.fail = (403, b'{"message": "csinodes is forbidden"}')
     with pytest.raises(CertmountError, match="403: csinodes is forbidden"):
         await CSINodeClient(api).list()

@@ -1,4 +1,4 @@
-"""Events as the API server gets them, also from two replicas at once."""
+"""Events on pods, created and counted by several replicas."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ EVENT = PodEvent(
 KEY = "web/hello-0.0123456789abcdef"
 
 
-async def test_an_event_is_about_the_pod(server: FakeApiServer, api: client.ApiClient) -> None:
-    """All fields that events.k8s.io/v1 asks for; the uid keeps it apart from a successor of the same name."""
+async def test_event_has_all_required_fields(server: FakeApiServer, api: client.ApiClient) -> None:
+    """The UID distinguishes the pod from a later one with the same name."""
     await EventClient(api, "certmount-authority-7d-x").create(EVENT)
     event = server.events[KEY]
     assert event["metadata"] == {"name": EVENT.name, "namespace": "web", "resourceVersion": "1"}
@@ -43,8 +43,8 @@ async def test_an_event_is_about_the_pod(server: FakeApiServer, api: client.ApiC
     }
 
 
-async def test_what_repeats_is_counted_in_its_series(server: FakeApiServer, api: client.ApiClient) -> None:
-    """By one patch, which two replicas can't lose to each other."""
+async def test_repeated_event_increases_the_count(server: FakeApiServer, api: client.ApiClient) -> None:
+    """With one patch request."""
     events = EventClient(api, "one")
     written = await events.create(EVENT)
     assert await events.repeat(EVENT, written, 4, 1_800_000_060.0) == RecordedEvent("2", 5)
@@ -52,8 +52,8 @@ async def test_what_repeats_is_counted_in_its_series(server: FakeApiServer, api:
     assert [method for method, _, _ in server.requests] == ["POST", "PATCH"]
 
 
-async def test_two_replicas_count_in_one_event(server: FakeApiServer, api: client.ApiClient) -> None:
-    """Neither makes a second one, and no count is lost; create and patch are all that is used."""
+async def test_two_replicas_increase_the_count_of_one_event(server: FakeApiServer, api: client.ApiClient) -> None:
+    """They need only the verbs create and patch."""
     one, other = EventClient(api, "one"), EventClient(api, "other")
     first = await one.create(EVENT)
     second = await other.create(EVENT)
@@ -65,22 +65,19 @@ async def test_two_replicas_count_in_one_event(server: FakeApiServer, api: clien
 
 
 @pytest.mark.parametrize("status", [400, 403, 404, 422])
-async def test_what_will_never_be_taken_is_told_apart(
-    status: int, server: FakeApiServer, api: client.ApiClient
-) -> None:
-    """As in a namespace that is being deleted."""
+async def test_permanent_error_rejects_the_event(status: int, server: FakeApiServer, api: client.ApiClient) -> None:
+    """For example in a namespace that is being deleted."""
     server.fail = (status, b'{"message": "because it is being terminated"}')
-    with pytest.raises(EventRejected, match=f"answers {status}"):
+    with pytest.raises(EventRejected, match=f"HTTP {status}"):
         await EventClient(api, "one").create(EVENT)
 
 
 @pytest.mark.parametrize(
     "status,body", [(500, b"{}"), (429, b"{}"), (401, b"{}"), (409, b"{}"), (200, b"[]"), (200, b"{}")]
 )
-async def test_what_may_pass_is_tried_again(
+async def test_other_errors_are_retryable(
     status: int, body: bytes, server: FakeApiServer, api: client.ApiClient
 ) -> None:
-    """Whatever else it is."""
     server.fail = (status, body)
     with pytest.raises(CertmountError) as failure:
         await EventClient(api, "one").create(EVENT)

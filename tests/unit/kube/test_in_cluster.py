@@ -1,4 +1,4 @@
-"""The API server as a pod finds it: over TLS, with a token that the kubelet renews."""
+"""Connections from a pod: TLS, and a token that the kubelet renews."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ POD = PodIdentity(ServiceAccount("web", "hello"), "sa-uid", "hello-0", "pod-uid"
 
 @pytest.fixture
 def account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that every pod has, with the cluster's root and the pod's own token."""
+    """The directory with the cluster's root and the pod's token."""
     monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
     monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(tmp_path / "ca.crt"))
     (tmp_path / "token").write_text("first")
@@ -41,7 +41,7 @@ def account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def tls(account: Path) -> ssl.SSLContext:
-    """A server certificate for localhost, below the root in the pod's folder."""
+    """A server certificate for localhost that chains to the root in the pod."""
     keyring, key = make_keyring(utc_now()), generate_key(KeyType.EC_P256)
     (account / "ca.crt").write_bytes(keyring.roots_pem)
     leaf = Leaf(key.public_key(), Names.of([DNSName.parse("localhost")]), timedelta(hours=1), (Usage.SERVER,))
@@ -59,10 +59,8 @@ def point_at(server: FakeApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", port)
 
 
-async def test_the_pods_token_is_shown_and_read_again(
-    account: Path, tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The kubelet replaces it hourly; a client that kept the first one would be locked out."""
+async def test_client_rereads_the_token(account: Path, tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kubelet replaces it hourly."""
     server = FakeApiServer()
     async with server.running(tls):
         point_at(server, monkeypatch)
@@ -71,31 +69,30 @@ async def test_the_pods_token_is_shown_and_read_again(
             await TokenKeyClient(api).fetch()
             (account / "token").write_text("second")
             hook: Any = configuration.refresh_api_key_hook
-            hook.__closure__[0].cell_contents.token_expires_at -= timedelta(minutes=2)  # as a minute later
+            hook.__closure__[0].cell_contents.token_expires_at -= timedelta(minutes=2)  # a minute later
             await TokenKeyClient(api).fetch()
     assert server.authorizations == ["bearer first"] * 2 + ["bearer second"] * 2
 
 
-async def test_an_api_server_that_the_clusters_root_does_not_vouch_for_is_not_spoken_to(
+async def test_client_rejects_an_api_server_with_another_root(
     account: Path, tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tokens go to no one else."""
     (account / "ca.crt").write_bytes(make_keyring(utc_now()).roots_pem)
     server = FakeApiServer()
     async with server.running(tls):
         point_at(server, monkeypatch)
         async with connect(in_cluster_configuration()) as api:
-            with pytest.raises(CertmountError, match="cannot be reached"):
+            with pytest.raises(CertmountError, match="cannot reach the API server"):
                 await TokenKeyClient(api).fetch()
     assert server.requests == []
 
 
-async def test_proxies_of_the_environment_are_not_used(
-    account: Path,  # noqa: ARG001  # its files are what counts
+async def test_client_ignores_proxies_of_the_environment(
+    account: Path,  # noqa: ARG001  # for its files
     tls: ssl.SSLContext,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A proxy meant for the outside would get every pod's token."""
+    """A proxy would receive every pod's token."""
     server = FakeApiServer()
     async with server.running(tls):
         point_at(server, monkeypatch)
@@ -105,12 +102,11 @@ async def test_proxies_of_the_environment_are_not_used(
             await TokenKeyClient(api).fetch()
 
 
-async def test_all_that_an_authority_needs_is_found(
-    account: Path,  # noqa: ARG001  # its files are what counts
+async def test_cluster_environment_provides_all_clients(
+    account: Path,  # noqa: ARG001  # for its files
     tls: ssl.SSLContext,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Stores, publisher, keys, reviews, pods and Services, and events, all at the cluster's API server."""
     server = FakeApiServer()
     server.objects["secrets/certmount-acknowledgements"] = server.objects["secrets/certmount-ca"]
     server.collection("pods").put({"metadata": {"name": "hello-0", "namespace": "web", "uid": "pod-uid"}})
@@ -118,23 +114,26 @@ async def test_all_that_an_authority_needs_is_found(
     async with server.running(tls):
         point_at(server, monkeypatch)
         objects = ("certmount", "certmount-ca"), ("certmount", "certmount-root")
-        async with open_cluster_environment(*objects, CollectorRegistry()) as around:
-            assert (await around.ca_store.load()).values == (await around.acknowledgement_store.load()).values == {}
-            await around.publisher.publish(b"root", b"own")
-            await around.fetch_keys()
-            assert len(around.outdated()) == 3
-            following = asyncio.create_task(around.run())
-            await until(lambda: not around.outdated(), "all lists")
-            assert (await around.subjects.find(POD)).services == ()
-            around.events.record(POD, warning=True, reason="NameNotAllowed", message="x")
+        async with open_cluster_environment(*objects, CollectorRegistry()) as environment:
+            assert (
+                (await environment.ca_store.load()).values
+                == (await environment.acknowledgement_store.load()).values
+                == {}
+            )
+            await environment.publisher.publish(b"root", b"own")
+            await environment.fetch_keys()
+            assert len(environment.outdated()) == 3
+            task = asyncio.create_task(environment.run())
+            await until(lambda: not environment.outdated(), "all lists")
+            assert (await environment.subjects.find(POD)).services == ()
+            environment.events.record(POD, warning=True, reason="NameNotAllowed", message="x")
             await until(lambda: server.events, "the event")
-            following.cancel()
-            await asyncio.wait([following])
+            task.cancel()
+            await asyncio.wait([task])
     assert server.objects["configmaps/certmount-root"]["data"] == {"root.crt": "root", "authority.crt": "own"}
 
 
-async def test_outside_a_cluster_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One clear sentence."""
+async def test_configuration_fails_outside_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-    with pytest.raises(CertmountError, match="cluster: cannot be found: Service host/port is not set"):
+    with pytest.raises(CertmountError, match="cluster: no in-cluster configuration: Service host/port is not set"):
         in_cluster_configuration()

@@ -1,4 +1,4 @@
-"""The list of permissions is what the manifests give, no more and no less, and the API server is asked for each."""
+"""The permissions that the authority needs are exactly those of the manifests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NEEDED = needed_permissions(
 
 
 def _granted() -> set[Permission]:
-    """What the roles of deploy/base/authority.yaml give, one for each verb, resource and name."""
+    """Return the permissions of the roles in deploy/base/authority.yaml."""
     found = set()
     for document in yaml.safe_load_all(MANIFEST.read_text()):
         if document["kind"] not in ("Role", "ClusterRole"):
@@ -41,45 +41,40 @@ def _granted() -> set[Permission]:
     return found
 
 
-def test_the_manifests_give_what_is_needed_and_nothing_else() -> None:
-    """Least privilege, in both directions."""
+def test_manifests_grant_exactly_the_needed_permissions() -> None:
     assert _granted() == set(NEEDED)
     assert len(NEEDED) == len(set(NEEDED))
     assert not {permission for permission in NEEDED if "*" in str(permission)}
 
 
-async def test_the_api_server_decides(server: FakeApiServer, api: client.ApiClient) -> None:
-    """Each is asked for as it is needed: by name where one object is enough."""
+async def test_api_server_reviews_each_permission(server: FakeApiServer, api: client.ApiClient) -> None:
     server.denied = {("patch", "events", "")}
     allowed = {str(permission): await has_permission(api, permission) for permission in NEEDED}
-    assert [name for name, yes in allowed.items() if not yes] == ["patch events.events.k8s.io"]
-    asked: list[Any] = [body["spec"]["resourceAttributes"] for _, _, body in server.requests if body]
-    assert {"verb": "get", "resource": "secrets", "namespace": "certmount", "name": "certmount-ca"} in asked
-    assert {"verb": "watch", "resource": "pods"} in asked
+    assert [name for name, is_allowed in allowed.items() if not is_allowed] == ["patch events.events.k8s.io"]
+    reviewed: list[Any] = [body["spec"]["resourceAttributes"] for _, _, body in server.requests if body]
+    assert {"verb": "get", "resource": "secrets", "namespace": "certmount", "name": "certmount-ca"} in reviewed
+    assert {"verb": "watch", "resource": "pods"} in reviewed
 
 
 @pytest.mark.parametrize("answer", [b"{}", b'{"status": {}}', b'{"status": {"allowed": "true"}}', b'{"status": 1}'])
-async def test_anything_but_a_yes_is_a_no(answer: bytes, server: FakeApiServer, api: client.ApiClient) -> None:
-    """A check that passes by mistake is worth less than none."""
+async def test_invalid_review_does_not_count_as_allowed(
+    answer: bytes, server: FakeApiServer, api: client.ApiClient
+) -> None:
     server.fail = (201, answer)
     assert not await has_permission(api, NEEDED[0])
 
 
-async def test_an_api_server_that_cannot_be_asked_is_not_a_no(server: FakeApiServer, api: client.ApiClient) -> None:
-    """That would send people to look for a missing role."""
+async def test_failed_review_does_not_count_as_denied(server: FakeApiServer, api: client.ApiClient) -> None:
     server.fail = (503, b"{}")
-    with pytest.raises(
-        CertmountError, match=r"create tokenreviews\.authentication\.k8s\.io: .* answers 503"
-    ) as failure:
+    with pytest.raises(CertmountError, match=r"create tokenreviews\.authentication\.k8s\.io: .* HTTP 503") as failure:
         await has_permission(api, NEEDED[0])
     assert failure.value.reason is Reason.TOKEN_REVIEW_UNAVAILABLE
 
 
-async def test_an_object_that_the_manifests_make_is_looked_for(server: FakeApiServer, api: client.ApiClient) -> None:
-    """A permission on what is not there helps no one."""
+async def test_missing_object_is_reported(server: FakeApiServer, api: client.ApiClient) -> None:
     server.objects["/apis/coordination.k8s.io/v1/namespaces/certmount/leases/certmount-csr-signer"] = {"metadata": {}}
     await find_object(api, ObjectName("ConfigMap", "certmount", "certmount-root"))
     await find_object(api, ObjectName("Lease", "certmount", "certmount-csr-signer"))
-    with pytest.raises(CertmountError, match=r"Secret certmount/certmount-x: the API server answers 404: .* not found"):
+    with pytest.raises(CertmountError, match=r"Secret certmount/certmount-x: .* HTTP 404: .* not found"):
         await find_object(api, ObjectName("Secret", "certmount", "certmount-x"))
     assert {method for method, _, _ in server.requests} == {"GET"}

@@ -1,4 +1,4 @@
-"""A reflector: the sink is as the cluster is, whatever the API server does in between."""
+"""The reflector keeps its cache current in spite of failures of the API server."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ PODS = WatchedResource("pods", "/api/v1/pods", metadata_only=True, field_selecto
 QUICK = WatchTimings(first_retry=0.01, longest_retry=0.05)
 
 
-class Kept:
-    """A sink that keeps the labels by name."""
+class LabelCache:
+    """Labels by name."""
 
     def __init__(self) -> None:
         self.labels: dict[Hashable, dict[str, str]] = {}
@@ -53,48 +53,46 @@ def services(server: FakeApiServer) -> Collection:
 
 @contextlib.asynccontextmanager
 async def following(
-    api: client.ApiClient, resource: WatchedResource = SERVICES, pace: WatchTimings = QUICK
-) -> AsyncIterator[tuple[Reflector, Kept]]:
-    kept = Kept()
-    reflector = Reflector(api, resource, kept, timings=pace)
+    api: client.ApiClient, resource: WatchedResource = SERVICES, timings: WatchTimings = QUICK
+) -> AsyncIterator[tuple[Reflector, LabelCache]]:
+    cache = LabelCache()
+    reflector = Reflector(api, resource, cache, timings=timings)
     task = asyncio.create_task(reflector.run())
     try:
-        yield reflector, kept
-        assert not task.done(), "a reflector never ends by itself"
+        yield reflector, cache
+        assert not task.done(), "the reflector ended"
     finally:
         task.cancel()
         await asyncio.wait([task])
 
 
-async def test_what_is_there_and_what_happens_then(services: Collection, api: client.ApiClient) -> None:
-    """The list first, then each change; synced only after the list."""
+async def test_reflector_lists_then_applies_changes(services: Collection, api: client.ApiClient) -> None:
     services.put(item("first", app="a"))
-    async with following(api) as (reflector, kept):
+    async with following(api) as (reflector, cache):
         assert not reflector.synced
         await until(lambda: reflector.synced, "the list")
-        assert kept.labels == {"first": {"app": "a"}}
+        assert cache.labels == {"first": {"app": "a"}}
         services.put(item("second"))
         services.put(item("first", app="b"))
-        await until(lambda: kept.labels == {"first": {"app": "b"}, "second": {}}, "both changes")
+        await until(lambda: cache.labels == {"first": {"app": "b"}, "second": {}}, "both changes")
         services.remove("web/first")
-        await until(lambda: kept.labels == {"second": {}}, "the deletion")
-        assert (kept.lists, reflector.failing_since) == (1, None)
+        await until(lambda: cache.labels == {"second": {}}, "the deletion")
+        assert (cache.lists, reflector.failing_since) == (1, None)
 
 
-async def test_long_lists_come_in_pages(services: Collection, api: client.ApiClient) -> None:
-    """No answer holds more than 500 objects."""
+async def test_reflector_lists_in_pages(services: Collection, api: client.ApiClient) -> None:
     for number in range(1201):
         services.put(item(f"service-{number}"))
-    async with following(api) as (reflector, kept):
+    async with following(api) as (reflector, cache):
         await until(lambda: reflector.synced, "the list")
-        assert len(kept.labels) == 1201
+        assert len(cache.labels) == 1201
     lists = [query for query in services.queries if "watch" not in query]
     assert [query["limit"] for query in lists] == ["500"] * 3
     assert ["continue" in query for query in lists] == [False, True, True]
 
 
-async def test_only_what_is_needed_is_asked_for(server: FakeApiServer, api: client.ApiClient) -> None:
-    """Metadata without spec and status, without pods that have ended; bookmarks keep the version fresh."""
+async def test_reflector_requests_metadata_only(server: FakeApiServer, api: client.ApiClient) -> None:
+    """Without finished pods, and with bookmarks, which keep the version recent."""
     pods = server.collection("pods")
     async with following(api, PODS) as (reflector, _):
         await until(lambda: reflector.synced and pods.watching, "the watch")
@@ -107,50 +105,48 @@ async def test_only_what_is_needed_is_asked_for(server: FakeApiServer, api: clie
     assert 200 <= int(pods.queries[1]["timeoutSeconds"]) <= 340
 
 
-async def test_a_watch_that_ends_goes_on_from_where_it_was(
-    server: FakeApiServer, services: Collection, api: client.ApiClient
-) -> None:
-    """Without another list, from the last event or bookmark."""
-    async with following(api, timings=WatchTimings(watch=1.0, first_retry=0.01)) as (reflector, kept):
+async def test_watch_resumes_after_it_ends(server: FakeApiServer, services: Collection, api: client.ApiClient) -> None:
+    """From the last event or bookmark, without another list."""
+    async with following(api, timings=WatchTimings(watch=1.0, first_retry=0.01)) as (reflector, cache):
         await until(lambda: services.watching, "the watch")
         services.bookmark()
         version = str(services.version)
         await until(lambda: any(query.get("resourceVersion") == version for query in services.queries), "another watch")
         services.put(item("late"))
-        await until(lambda: "late" in kept.labels, "an event of the later watch")
-        assert (kept.lists, reflector.failing_since) == (1, None)
+        await until(lambda: "late" in cache.labels, "an event of the later watch")
+        assert (cache.lists, reflector.failing_since) == (1, None)
     assert server.fail is None
 
 
-async def test_history_that_is_gone_is_made_up_for_by_a_list(services: Collection, api: client.ApiClient) -> None:
-    """HTTP 410: what vanished meanwhile is dropped, what is new is there."""
+async def test_reflector_lists_again_if_history_expired(services: Collection, api: client.ApiClient) -> None:
     services.put(item("old"))
-    async with following(api, timings=WatchTimings(watch=1.0, first_retry=0.01)) as (_, kept):
+    async with following(api, timings=WatchTimings(watch=1.0, first_retry=0.01)) as (_, cache):
         await until(lambda: services.watching, "the watch")
-        await until(lambda: not services.watching, "its end")
+        await until(lambda: not services.watching, "the end of the watch")
         services.remove("web/old")
         services.put(item("new"))
         services.compact()
-        await until(lambda: kept.labels == {"new": {}}, "another list")
-        assert kept.lists >= 2
+        await until(lambda: cache.labels == {"new": {}}, "another list")
+        assert cache.lists >= 2
 
 
-async def test_a_list_that_expires_half_way_begins_again(services: Collection, api: client.ApiClient) -> None:
-    """The continue token of a page may be too old (410 as the answer itself)."""
+async def test_reflector_restarts_a_list_that_expired_between_pages(
+    services: Collection, api: client.ApiClient
+) -> None:
     for number in range(600):
         services.put(item(f"service-{number}"))
-    first = services.answer
+    answer = services.answer
 
     async def then_expired(request: Any) -> Any:
-        answer = await first(request)
+        response = await answer(request)
         if len(services.queries) == 1:
             services.compact()
-        return answer
+        return response
 
     services.answer = then_expired  # type: ignore[method-assign]  # between two pages
-    async with following(api) as (reflector, kept):
-        await until(lambda: reflector.synced, "a whole list")
-        assert len(kept.labels) == 600
+    async with following(api) as (reflector, cache):
+        await until(lambda: reflector.synced, "a complete list")
+        assert len(cache.labels) == 600
 
 
 @pytest.mark.parametrize(
@@ -171,14 +167,15 @@ async def test_a_list_that_expires_half_way_begins_again(services: Collection, a
     ],
     ids=lambda line: line[:40].decode(errors="replace"),
 )
-async def test_nonsense_in_a_watch_ends_no_one(line: bytes, services: Collection, api: client.ApiClient) -> None:
-    """However strange or long it is: the resource is listed anew, and followed on."""
-    async with following(api) as (reflector, kept):
+async def test_reflector_lists_again_after_an_invalid_event(
+    line: bytes, services: Collection, api: client.ApiClient
+) -> None:
+    async with following(api) as (reflector, cache):
         await until(lambda: services.watching, "the watch")
-        services.say(line)
-        await until(lambda: kept.lists > 1 and services.watching, "another list")
+        services.send(line)
+        await until(lambda: cache.lists > 1 and services.watching, "another list")
         services.put(item("after"))
-        await until(lambda: "after" in kept.labels and reflector.failing_since is None, "what came after it")
+        await until(lambda: "after" in cache.labels and reflector.failing_since is None, "the next event")
 
 
 @pytest.mark.parametrize(
@@ -192,10 +189,8 @@ async def test_nonsense_in_a_watch_ends_no_one(line: bytes, services: Collection
         b'{"kind": "ServiceList", "items": [7], "metadata": {}}',
     ],
 )
-async def test_a_list_that_is_none_is_a_failure_that_may_pass(
-    answer: bytes, server: FakeApiServer, api: client.ApiClient
-) -> None:
-    """It never counts as an empty one: that would take all names from everyone."""
+async def test_invalid_list_is_a_temporary_failure(answer: bytes, server: FakeApiServer, api: client.ApiClient) -> None:
+    """If it counted as an empty list, no pod would get the names of its Services."""
     server.fail = (200, answer)
     async with following(api) as (reflector, _):
         await until(lambda: reflector.failing_since is not None, "the failure")
@@ -204,69 +199,67 @@ async def test_a_list_that_is_none_is_a_failure_that_may_pass(
         await until(lambda: reflector.synced and reflector.failing_since is None, "the recovery")
 
 
-async def test_the_api_server_goes_away_and_comes_back(server: FakeApiServer, api: client.ApiClient) -> None:
-    """What is known stays; it tells since when it fails; afterwards it catches up."""
+async def test_cache_keeps_objects_during_an_outage(server: FakeApiServer, api: client.ApiClient) -> None:
     services = server.collection("services")
-    services.put(item("kept"))
-    async with following(api) as (reflector, kept):
+    services.put(item("cache"))
+    async with following(api) as (reflector, cache):
         await until(lambda: services.watching, "the watch")
         server.fail = (503, b"{}")
-        services.say(b"{")
+        services.send(b"{")
         await until(lambda: reflector.failing_since is not None, "the failure")
-        services.remove("web/kept")
-        assert kept.labels == {"kept": {}}
+        services.remove("web/cache")
+        assert cache.labels == {"cache": {}}
         assert reflector.synced
         server.fail = None
-        await until(lambda: kept.labels == {}, "what happened meanwhile")
+        await until(lambda: cache.labels == {}, "the deletion during the outage")
         assert reflector.failing_since is None
 
 
-async def test_an_api_server_that_asks_for_time_gets_it(server: FakeApiServer, api: client.ApiClient) -> None:
-    """429 with Retry-After: no second request before that, however impatient the pace."""
+async def test_reflector_waits_for_retry_after(server: FakeApiServer, api: client.ApiClient) -> None:
     server.fail, server.fail_headers = (429, b"{}"), {"Retry-After": "7"}
-    naps: list[float] = []
+    pauses: list[float] = []
     asleep = asyncio.Event()
 
-    async def nap(seconds: float) -> None:
-        naps.append(seconds)
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
         asleep.set()
         await asyncio.Event().wait()
 
-    kept = Kept()
-    reflector = Reflector(api, SERVICES, kept, timings=QUICK, sleep=nap)
+    cache = LabelCache()
+    reflector = Reflector(api, SERVICES, cache, timings=QUICK, sleep=pause)
     task = asyncio.create_task(reflector.run())
     await asleep.wait()
     task.cancel()
     await asyncio.wait([task])
-    assert naps == [7.0]
+    assert pauses == [7.0]
 
 
-async def test_watches_that_are_cut_off_at_once_are_asked_for_less_often(
-    services: Collection, api: client.ApiClient
-) -> None:
-    """A proxy that ends long requests must not be hammered: the pauses grow."""
+async def test_reflector_backs_off_if_watches_end_at_once(services: Collection, api: client.ApiClient) -> None:
+    """For example because of a proxy that ends long requests."""
     services.breaking = True
-    naps: list[float] = []
+    pauses: list[float] = []
     enough = asyncio.Event()
 
-    async def nap(seconds: float) -> None:
-        naps.append(seconds)
-        if len(naps) == 8:
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 8:
             enough.set()
             await asyncio.Event().wait()
 
-    reflector = Reflector(api, SERVICES, Kept(), timings=WatchTimings(first_retry=0.1, longest_retry=5.0), sleep=nap)
+    reflector = Reflector(
+        api, SERVICES, LabelCache(), timings=WatchTimings(first_retry=0.1, longest_retry=5.0), sleep=pause
+    )
     task = asyncio.create_task(reflector.run())
     await enough.wait()
     task.cancel()
     await asyncio.wait([task])
-    assert naps[-1] >= 2.5
-    assert naps[0] <= 0.2
+    assert pauses[-1] >= 2.5
+    assert pauses[0] <= 0.2
 
 
-async def test_a_silent_watch_is_replaced(services: Collection, api: client.ApiClient) -> None:
-    """A connection whose other end has vanished says nothing for ever; bookmarks would have come."""
-    async with following(api, timings=WatchTimings(silence=0.05, first_retry=0.01)) as (reflector, kept):
+async def test_reflector_replaces_a_watch_without_data(services: Collection, api: client.ApiClient) -> None:
+    """A dead connection delivers no bookmarks."""
+    async with following(api, timings=WatchTimings(silence=0.05, first_retry=0.01)) as (reflector, cache):
         await until(lambda: sum("watch" in query for query in services.queries) >= 3, "further watches")
-        assert kept.lists == 1
+        assert cache.lists == 1
         assert (reflector.failing_since, reflector._failures) == (None, 0)

@@ -1,4 +1,4 @@
-"""TokenReviews: what is asked, what the answer means, and what no answer means."""
+"""TokenReviews: the request, the result and failures."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ LIVE: dict[str, Any] = {
 }
 
 
-async def test_a_live_tokens_owner_is_read(server: FakeApiServer, api: client.ApiClient) -> None:
-    """The token and our audience are asked about; every field of the answer that admission compares comes back."""
+async def test_review_returns_the_owner_of_a_valid_token(server: FakeApiServer, api: client.ApiClient) -> None:
     server.review = LIVE
     reviewed = await TokenReviewClient(api).review(TOKEN, "certmount")
     assert reviewed == ReviewedToken(
@@ -51,19 +50,19 @@ async def test_a_live_tokens_owner_is_read(server: FakeApiServer, api: client.Ap
 @pytest.mark.parametrize(
     "status,words",
     [
-        ({"authenticated": False}, "does not accept it; its pod may be gone"),
-        ({}, "does not accept it"),
+        ({"authenticated": False}, "rejects the token; the pod may be deleted"),
+        ({}, "rejects the token"),
         ({"error": "service account token has been invalidated"}, "(service account token has been invalidated)"),
-        ({**LIVE, "authenticated": False}, "does not accept it"),
-        ({**LIVE, "audiences": ["https://kubernetes.default.svc"]}, "does not accept it for audience certmount"),
-        ({**LIVE, "audiences": []}, "does not accept it for audience certmount"),
-        ({"authenticated": True, "audiences": ["certmount"]}, "does not accept it"),
+        ({**LIVE, "authenticated": False}, "rejects the token"),
+        ({**LIVE, "audiences": ["https://kubernetes.default.svc"]}, "rejects the token for audience certmount"),
+        ({**LIVE, "audiences": []}, "rejects the token for audience certmount"),
+        ({"authenticated": True, "audiences": ["certmount"]}, "rejects the token"),
     ],
 )
-async def test_anything_but_a_clear_yes_for_our_audience_is_a_no(
+async def test_review_rejects_all_but_an_explicit_success_for_the_audience(
     status: dict[str, Any], words: str, server: FakeApiServer, api: client.ApiClient
 ) -> None:
-    """An API server that ignores audiences, or answers with half a status, has not said yes."""
+    """An API server can ignore audiences or send an incomplete status."""
     server.review = status
     with pytest.raises(CertmountError) as rejection:
         await TokenReviewClient(api).review(TOKEN, "certmount")
@@ -71,8 +70,8 @@ async def test_anything_but_a_clear_yes_for_our_audience_is_a_no(
     assert words in str(rejection.value)
 
 
-async def test_a_token_that_the_answer_quotes_is_not_passed_on(server: FakeApiServer, api: client.ApiClient) -> None:
-    """Some authenticators put what they were given into their error."""
+async def test_error_that_quotes_the_token_is_dropped(server: FakeApiServer, api: client.ApiClient) -> None:
+    """Some authenticators quote the token in their error."""
     server.review = {"authenticated": False, "error": f"no such token {TOKEN.reveal()}"}
     with pytest.raises(CertmountError) as rejection:
         await TokenReviewClient(api).review(TOKEN, "certmount")
@@ -80,8 +79,8 @@ async def test_a_token_that_the_answer_quotes_is_not_passed_on(server: FakeApiSe
 
 
 @pytest.mark.parametrize("extra", [None, {}, {PREFIX + "node-name": []}, {PREFIX + "node-name": ["a", "b"]}])
-async def test_what_the_cluster_does_not_say_is_empty(extra: Any, server: FakeApiServer, api: client.ApiClient) -> None:
-    """As with clusters before 1.30; empty agrees with no claim."""
+async def test_missing_extra_is_empty(extra: Any, server: FakeApiServer, api: client.ApiClient) -> None:
+    """As in clusters before 1.30."""
     server.review = {**LIVE, "user": {**LIVE["user"], "extra": extra}}
     assert (await TokenReviewClient(api).review(TOKEN, "certmount")).node_name == ""
 
@@ -89,30 +88,29 @@ async def test_what_the_cluster_does_not_say_is_empty(extra: Any, server: FakeAp
 @pytest.mark.parametrize(
     "fail,words",
     [
-        ((500, b"{}"), "answers 500"),
-        ((429, b"{}"), "answers 429"),
-        ((401, b"{}"), "answers 401"),
-        ((409, b"{}"), "changed it at the same moment"),
+        ((500, b"{}"), "HTTP 500"),
+        ((429, b"{}"), "HTTP 429"),
+        ((401, b"{}"), "HTTP 401"),
+        ((409, b"{}"), "changed it at the same time"),
         (
             (403, b'{"kind": "Status", "message": "tokenreviews is forbidden: cannot create"}'),
-            "answers 403: tokenreviews is forbidden: cannot create",
+            "HTTP 403: tokenreviews is forbidden: cannot create",
         ),
-        ((403, b"<html>"), "answers 403"),
-        ((201, b"<html>"), "is strange"),
-        ((201, b'{"status": {"authenticated": "perhaps"}}'), "is strange"),
-        ((201, b'{"status": {"authenticated": true, "user": 7}}'), "is strange"),
-        ((201, b'{"status": 7}'), "is strange"),
-        ((201, b"7"), "is strange"),
-        ((201, b"[]"), "is strange"),
-        ((201, b"null"), "is strange"),
-        ((201, b""), "is strange"),
-        ((201, b"\xff"), "is strange"),
+        ((403, b"<html>"), "HTTP 403"),
+        ((201, b"<html>"), "sent an invalid response"),
+        ((201, b'{"status": {"authenticated": "perhaps"}}'), "sent an invalid response"),
+        ((201, b'{"status": {"authenticated": true, "user": 7}}'), "sent an invalid response"),
+        ((201, b'{"status": 7}'), "sent an invalid response"),
+        ((201, b"7"), "sent an invalid response"),
+        ((201, b"[]"), "sent an invalid response"),
+        ((201, b"null"), "sent an invalid response"),
+        ((201, b""), "sent an invalid response"),
+        ((201, b"\xff"), "sent an invalid response"),
     ],
 )
-async def test_an_api_server_that_fails_has_said_nothing(
+async def test_failed_review_is_neither_success_nor_rejection(
     fail: tuple[int, bytes], words: str, server: FakeApiServer, api: client.ApiClient
 ) -> None:
-    """Neither yes nor no: to be tried again, whatever went wrong; a missing permission is named."""
     server.fail = fail
     with pytest.raises(CertmountError) as failure:
         await TokenReviewClient(api).review(TOKEN, "certmount")
@@ -122,28 +120,23 @@ async def test_an_api_server_that_fails_has_said_nothing(
     assert failure.value.__cause__ is None
 
 
-async def test_a_hanging_api_server_is_given_up(
-    server: FakeApiServer, api: client.ApiClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In time for the caller to hear of it."""
+async def test_review_times_out(server: FakeApiServer, api: client.ApiClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("csi_driver.kube.tokens.TIMEOUT_S", 0.05)
     server.gate.clear()
-    with pytest.raises(CertmountError, match="does not answer in time") as failure:
+    with pytest.raises(CertmountError, match="does not respond in time") as failure:
         await TokenReviewClient(api).review(TOKEN, "certmount")
     assert failure.value.reason is Reason.TOKEN_REVIEW_UNAVAILABLE
     server.gate.set()
 
 
-async def test_an_api_server_that_is_not_there_is_said_in_words() -> None:
-    """As while it restarts."""
+async def test_unreachable_api_server_is_reported() -> None:
     async with connect(client.Configuration(host="http://127.0.0.1:1")) as api:
-        with pytest.raises(CertmountError, match="cannot be reached") as failure:
+        with pytest.raises(CertmountError, match="cannot reach the API server") as failure:
             await TokenReviewClient(api).review(TOKEN, "certmount")
     assert failure.value.reason is Reason.TOKEN_REVIEW_UNAVAILABLE
 
 
-async def test_reviews_run_side_by_side(server: FakeApiServer, api: client.ApiClient) -> None:
-    """No limit of a few a second stands before a rollout of many pods."""
+async def test_reviews_run_concurrently(server: FakeApiServer, api: client.ApiClient) -> None:
     server.review = LIVE
     server.gate.clear()
     reviewer = TokenReviewClient(api)

@@ -13,6 +13,8 @@ from prometheus_client import CollectorRegistry
 
 from csi_driver.authority.ca.authority import CertificateAuthority
 from csi_driver.authority.ca.keyring import KEYRING_FILES
+from csi_driver.authority.ca.sources import StoredCA
+from csi_driver.authority.ca.sources import StoredCA
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.core.stored_secrets import StoredSecrets
@@ -36,13 +38,12 @@ def publisher(api: client.ApiClient) -> ConfigMapPublisher:
     return ConfigMapPublisher(api, ObjectName("ConfigMap", "certmount", "certmount-root"))
 
 
-async def test_the_empty_secret_of_the_manifests_holds_no_ca(store: SecretStore) -> None:
-    """It has a version all the same, to base the first save on."""
+async def test_empty_secret_has_a_version(store: SecretStore) -> None:
     assert await store.load() == StoredSecrets({}, "100")
 
 
-async def test_values_are_read_back_as_saved(store: SecretStore, server: FakeApiServer) -> None:
-    """Whatever their bytes; the rest of the Secret stays as it was, and only get and update are used."""
+async def test_save_writes_values_and_keeps_the_rest(store: SecretStore, server: FakeApiServer) -> None:
+    """It needs only the verbs get and update."""
     assert await store.save(VALUES, await store.load())
     assert (await store.load()).values == VALUES
     secret = server.objects[SECRET]
@@ -51,8 +52,7 @@ async def test_values_are_read_back_as_saved(store: SecretStore, server: FakeApi
     assert {method for method, _, _ in server.requests} == {"GET", "PUT"}
 
 
-async def test_a_writer_who_has_seen_something_else_is_late(store: SecretStore, server: FakeApiServer) -> None:
-    """Whether the other one came before the look or after it."""
+async def test_save_fails_for_an_old_version(store: SecretStore, server: FakeApiServer) -> None:
     seen = await store.load()
     server.touch(SECRET)
     assert not await store.save(VALUES, seen)
@@ -63,16 +63,14 @@ async def test_a_writer_who_has_seen_something_else_is_late(store: SecretStore, 
     assert await store.save(VALUES, await store.load())
 
 
-async def test_replicas_that_start_at_once_share_one_ca(store: SecretStore, server: FakeApiServer) -> None:
-    """By the API server's own conflicts."""
+async def test_replicas_that_start_together_share_one_ca(store: SecretStore, server: FakeApiServer) -> None:
     replicas = [CertificateAuthority(StoredCA(store), AuthorityMetrics(CollectorRegistry())) for _ in range(4)]
     keyrings = await asyncio.gather(*(replica.refresh() for replica in replicas))
     assert len({keyring.root for keyring in keyrings}) == 1
     assert set(server.objects[SECRET]["data"]) == {*KEYRING_FILES, "state.json"}
 
 
-async def test_a_secret_that_is_missing_is_named(store: SecretStore, server: FakeApiServer) -> None:
-    """And may appear: the manifests make it."""
+async def test_missing_secret_is_named(store: SecretStore, server: FakeApiServer) -> None:
     del server.objects[SECRET]
     with pytest.raises(
         CertmountError, match=r'Secret certmount/certmount-ca: .* 404: secrets "certmount-ca" not found'
@@ -82,19 +80,18 @@ async def test_a_secret_that_is_missing_is_named(store: SecretStore, server: Fak
 
 
 @pytest.mark.parametrize("data", [{"root.crt": "%%%"}, {"root.crt": "a"}])
-async def test_a_damaged_secret_is_an_error_and_stays(data: Any, store: SecretStore, server: FakeApiServer) -> None:
-    """It may be the only copy of a root that pods trust."""
+async def test_damaged_secret_is_not_overwritten(data: Any, store: SecretStore, server: FakeApiServer) -> None:
+    """It can be the only copy of a root that pods trust."""
     server.objects[SECRET]["data"] = data
-    with pytest.raises(CertmountError, match="not base64") as failure:
+    with pytest.raises(CertmountError, match="not valid base64") as failure:
         await CertificateAuthority(StoredCA(store), AuthorityMetrics(CollectorRegistry())).refresh()
     assert failure.value.reason is Reason.INVALID_CA
     assert server.objects[SECRET]["data"] == data
 
 
-async def test_the_root_is_published_and_the_rest_left_alone(
+async def test_publisher_writes_roots_only_if_they_changed(
     publisher: ConfigMapPublisher, server: FakeApiServer
 ) -> None:
-    """Written once, and again when someone has changed it."""
     server.objects[CONFIG_MAP]["data"] = {"note": "ours"}
     await publisher.publish(b"root", b"own")
     await publisher.publish(b"root", b"own")
@@ -105,19 +102,17 @@ async def test_the_root_is_published_and_the_rest_left_alone(
     assert server.objects[CONFIG_MAP]["data"]["root.crt"] == "root"
 
 
-async def test_two_replicas_that_publish_at_once_both_succeed(
-    publisher: ConfigMapPublisher, server: FakeApiServer
-) -> None:
-    """The one that comes second looks again."""
+async def test_publisher_retries_after_a_conflict(publisher: ConfigMapPublisher, server: FakeApiServer) -> None:
     server.before_put = [CONFIG_MAP]
     await publisher.publish(b"root", b"own")
     assert server.objects[CONFIG_MAP]["data"] == {"root.crt": "root", "authority.crt": "own"}
 
 
-async def test_a_root_that_cannot_be_published_says_why(publisher: ConfigMapPublisher, server: FakeApiServer) -> None:
-    """A permission that is missing, or writers without end; either may pass."""
+async def test_failed_publication_is_reported(publisher: ConfigMapPublisher, server: FakeApiServer) -> None:
     server.before_put = [CONFIG_MAP] * 2
-    with pytest.raises(CertmountError, match="ConfigMap certmount/certmount-root: someone else changed it") as failure:
+    with pytest.raises(
+        CertmountError, match="ConfigMap certmount/certmount-root: another client changed it"
+    ) as failure:
         await publisher.publish(b"root", b"own")
     assert failure.value.reason is Reason.ROOT_CERTIFICATE_MISSING
     server.fail = (403, b'{"message": "configmaps is forbidden"}')
@@ -125,8 +120,8 @@ async def test_a_root_that_cannot_be_published_says_why(publisher: ConfigMapPubl
         await publisher.publish(b"root", b"own")
 
 
-async def test_the_token_keys_come_from_the_api_server_itself(server: FakeApiServer, api: client.ApiClient) -> None:
-    """Not from the address that the discovery document may give for others."""
+async def test_token_keys_come_from_the_api_server(server: FakeApiServer, api: client.ApiClient) -> None:
+    """Not from the jwks_uri of the discovery document."""
     keys = await TokenKeyClient(api).fetch()
     assert keys.issuer == ISSUER
     assert json.loads(keys.jwks) == JWKS
@@ -143,19 +138,19 @@ async def test_the_token_keys_come_from_the_api_server_itself(server: FakeApiSer
         ("/.well-known/openid-configuration", {}),
     ],
 )
-async def test_a_strange_discovery_document_is_no_issuer(
+async def test_discovery_document_without_issuer_is_rejected(
     path: str, document: Any, server: FakeApiServer, api: client.ApiClient
 ) -> None:
-    """No token is believed on such a word."""
     server.documents[path] = document
-    with pytest.raises(CertmountError, match="names no issuer") as failure:
+    with pytest.raises(CertmountError, match="has no issuer") as failure:
         await TokenKeyClient(api).fetch()
     assert failure.value.reason is Reason.TOKEN_REVIEW_UNAVAILABLE
 
 
-async def test_keys_that_cannot_be_had_may_be_later(server: FakeApiServer, api: client.ApiClient) -> None:
-    """With the API server's reason."""
+async def test_failed_discovery_is_retryable(server: FakeApiServer, api: client.ApiClient) -> None:
     server.fail = (403, b'{"message": "forbidden"}')
-    with pytest.raises(CertmountError, match="service account issuer discovery: the API server answers 403") as failure:
+    with pytest.raises(
+        CertmountError, match="service account issuer discovery: the API server rejects the request: HTTP 403"
+    ) as failure:
         await TokenKeyClient(api).fetch()
     assert failure.value.retryable
