@@ -14,7 +14,6 @@ from prometheus_client import CollectorRegistry
 from csi_driver.authority.ca.authority import CertificateAuthority
 from csi_driver.authority.ca.keyring import KEYRING_FILES
 from csi_driver.authority.ca.sources import StoredCA
-from csi_driver.authority.ca.sources import StoredCA
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.core.stored_secrets import StoredSecrets
