@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -117,11 +118,18 @@ def read_file(file: Path, max_bytes: int, reason: Reason, hint: str) -> bytes:
 
 
 def read_directory(
-    directory: Path, selects: Callable[[str], bool], max_bytes: int, reason: Reason, hint: str
+    directory: Path,
+    selects: Callable[[str], bool],
+    max_bytes: int,
+    reason: Reason,
+    hint: str,
+    *,
+    special_as_empty: bool = False,
 ) -> Contents:
-    """Return the contents of the regular files that ``selects`` accepts, at most ``max_bytes`` + 1 bytes of each.
+    """Return the contents of the files that ``selects`` accepts, at most ``max_bytes`` + 1 bytes of each.
 
-    All contents belong to one generation if the kubelet mounted the directory.
+    All contents belong to one generation if the kubelet mounted the directory. A file that is not regular, such as a
+    named pipe, is an error for the whole directory, or empty if ``special_as_empty`` is set.
 
     Raises:
         CertmountError: with this reason and hint if the directory or a file can't be read.
@@ -132,7 +140,7 @@ def read_directory(
                 contents = {
                     name: content
                     for name in sorted(filter(selects, os.listdir(descriptor)))  # noqa: PTH208  # pathlib can't list a descriptor
-                    if (content := _content(name, descriptor, max_bytes)) is not None
+                    if (content := _content(name, descriptor, max_bytes, special_as_empty=special_as_empty)) is not None
                 }
                 # The kubelet removes the previous generation while it is read here; its files then seem to be missing.
                 with _opened(directory) as current:
@@ -155,15 +163,21 @@ def _opened(directory: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _content(name: str, directory: int | None, max_bytes: int) -> bytes | None:
+def _content(name: str, directory: int | None, max_bytes: int, *, special_as_empty: bool = False) -> bytes | None:
     """Return the content of a file, or None if it doesn't exist; raise OSError."""
     try:
         # Without O_NONBLOCK, opening a named pipe would block until something writes to it.
         descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        if special_as_empty and error.errno == errno.ENXIO:  # a socket
+            return b""
+        raise
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            if special_as_empty:
+                return b""
             raise OSError(0, "is not a regular file", name)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             return file.read(max_bytes + 1)

@@ -63,7 +63,12 @@ class FederationDirectory:
         self._watched: WatchedFile[Mapping[str, _FederationFile]] = WatchedFile(
             "federation directory",
             lambda: read_directory(
-                directory, lambda name: name.endswith(_SUFFIXES), _MAX_BYTES, Reason.INVALID_CA, "see --federation-dir"
+                directory,
+                lambda name: name.endswith(_SUFFIXES),
+                _MAX_BYTES,
+                Reason.INVALID_CA,
+                "see --federation-dir",
+                special_as_empty=True,  # _parse then rejects only this file
             ),
             _parse_files,
             initial={},

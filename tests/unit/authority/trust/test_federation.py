@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import os
+import stat
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -120,6 +123,23 @@ async def test_invalid_content_keeps_the_previous_roots(
     put(tmp_path, "partner.crt", TWO.root)
     await federations.load()
     assert trust.snapshot.sets["partner"].roots == TWO.roots_der
+    assert rejections(registry) == 1
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.mknod(path, stat.S_IFSOCK)])
+async def test_file_that_is_not_regular_is_rejected_alone(
+    make: Callable[[Path], None],
+    federations: FederationDirectory,
+    tmp_path: Path,
+    trust: TrustBundles,
+    registry: CollectorRegistry,
+) -> None:
+    """The other files of the directory stay in use and are still followed."""
+    make(tmp_path / "special.crt")
+    for keyring in (ONE, TWO):
+        put(tmp_path, "partner.crt", keyring.root)
+        await federations.load()
+        assert {name: each.roots for name, each in trust.snapshot.sets.items()} == {"partner": keyring.roots_der}
     assert rejections(registry) == 1
 
 
