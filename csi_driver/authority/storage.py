@@ -49,9 +49,7 @@ async def update(
 
     ``step`` runs again with the new values after another writer changed the store. If it returns None as the values,
     nothing is saved.
-
-    Raises:
-        CertmountError: IssuerUnavailable if all attempts conflict, or what the store or ``step`` raises.
+    Raises CertmountError IssuerUnavailable if all attempts conflict, or what the store or ``step`` raises.
     """
     for _ in range(attempts):
         stored = await store.load()

@@ -69,9 +69,8 @@ class _StoredState:
         return state
 
     async def report(self, state: CAState) -> CAStatusReport:
-        nodes = ClusterNodes(frozenset(), frozenset())
-        if state.rotation.phase.before_switch:
-            nodes = await self.nodes.list()
+        waiting = state.rotation.phase.before_switch
+        nodes = await self.nodes.list() if waiting else ClusterNodes(frozenset(), frozenset())
         stored = await self.acknowledgements.read()
         return CAStatusReport(state, acknowledgements(nodes, stored, state.rotation.generation), int(time.time()))
 
@@ -166,16 +165,15 @@ def rotate(run: _Run, **options: Any) -> None:
 @click.option("--discard", is_flag=True, help="Also abandon the next CA. Possible until it signs.")
 def stop_command(run: _Run, discard: bool) -> None:
     """Stop a rotation in its current phase: the same CA keeps signing, and all trusted roots stay trusted."""
-    if discard:
+    if not discard:
         _change(
-            run,
-            lambda state, now: state.discard_next(now),
-            "The next CA is abandoned. It has signed nothing, and nodes remove its root from every root.crt within seconds.",
+            run, lambda state, _: replace(state, rotation=rotation.stop(state.rotation)), "The rotation is stopped."
         )
-    else:
-        _change(
-            run, lambda state, _now: replace(state, rotation=rotation.stop(state.rotation)), "The rotation is stopped."
-        )
+        return
+    message = (
+        "The next CA is abandoned. It has signed nothing, and nodes remove its root from every root.crt within seconds."
+    )
+    _change(run, lambda state, now: state.discard_next(now), message)
 
 
 @command.command()

@@ -30,12 +30,10 @@ class CAStatusReport:
 
     state: CAState
     nodes: Acknowledgements
-    now: int
-    """Unix seconds."""
+    now: int  # Unix seconds
 
     @property
     def next_step(self) -> str:
-        """What happens next, and when."""
         state = self.state.rotation
         if state.phase is RotationPhase.STEADY:
             return "none; to rotate the CA, run: certmount ca rotate"
@@ -56,7 +54,6 @@ class CAStatusReport:
         return f"{self._when(until)}: nodes remove the former root from every root.crt, and the rotation is complete"
 
     def lines(self) -> Iterator[str]:
-        """Yield the lines of the text output."""
         state, missing = self.state.rotation, sorted(self.nodes.missing)
         yield f"phase         {_PHASES[state.phase]}{' (stopped)' if state.stopped else ''}"
         if state.since:

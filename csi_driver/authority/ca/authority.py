@@ -21,10 +21,8 @@ from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
 log = structlog.get_logger(__name__)
 
-REFRESH_S = 5.0
-"""A sixth of MAX_STATE_AGE_S: several refreshes must fail before a replica stops signing."""
-_REPEAT_S = 60.0
-"""How often ``on_refresh`` runs although nothing changed."""
+REFRESH_S = 5.0  # A sixth of MAX_STATE_AGE_S: several refreshes must fail before a replica stops signing
+_REPEAT_S = 60.0  # how often ``on_refresh`` runs although nothing changed
 _WARNING_INTERVAL_S = timedelta(days=1).total_seconds()
 
 
@@ -84,9 +82,7 @@ class CertificateAuthority:
         """Return the keyring to sign a certificate with this lifetime. Sign before you await anything else.
 
         A longer lifetime than before is saved first, because it decides how long a former root stays trusted.
-
-        Raises:
-            CertmountError: IssuerUnavailable.
+        Raises CertmountError IssuerUnavailable.
         """
         seconds = lifetime.total_seconds()
         if seconds > self._fresh().rotation.max_lifetime:
@@ -98,8 +94,7 @@ class CertificateAuthority:
     async def refresh(self) -> Keyring:
         """Read the CA, create or renew it if that is due, and advance its rotation.
 
-        Raises:
-            CertmountError: InvalidCA for invalid content, or what the source raises.
+        Raises CertmountError InvalidCA for invalid content, or what the source raises.
         """
         async with self._lock:
             return await self._use(self._source.refresh)

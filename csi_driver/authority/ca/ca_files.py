@@ -55,8 +55,7 @@ class CAFiles:
     async def refresh(self, now: datetime) -> CAState:
         """Return the CA of the newest valid files.
 
-        Raises:
-            CertmountError: InvalidCA, with all faults, if no files have been valid yet.
+        Raises CertmountError InvalidCA, with all faults, if no files have been valid yet.
         """
         self._now = now
         return await self._watched.refresh()

@@ -17,17 +17,10 @@ from csi_driver.core.certificates.keys import PrivateKey, PublicKey, generate_ke
 
 ROOT_LIFETIME = timedelta(days=3652)
 INTERMEDIATE_LIFETIME = timedelta(days=365)
-BACKDATE = timedelta(seconds=60)
-"""A node whose clock is up to a minute slow accepts a new certificate immediately."""
-_NOT_COPIED = (
-    x509.BasicConstraints,
-    x509.KeyUsage,
-    x509.SubjectKeyIdentifier,
-    x509.AuthorityKeyIdentifier,
-)
-"""A renewed intermediate gets its own values of these extensions and keeps all others of its predecessor."""
-_MAX_COMMON_NAME = 64
-"""RFC 5280 appendix A.1, ub-common-name."""
+BACKDATE = timedelta(seconds=60)  # A node whose clock is up to a minute slow accepts a new certificate immediately
+# A renewed intermediate gets its own values of these extensions and keeps all others of its predecessor.
+_NOT_COPIED = (x509.BasicConstraints, x509.KeyUsage, x509.SubjectKeyIdentifier, x509.AuthorityKeyIdentifier)
+_MAX_COMMON_NAME = 64  # RFC 5280 appendix A.1, ub-common-name
 _SUFFIX = re.compile(r" [0-9a-f]{8}\Z")
 
 

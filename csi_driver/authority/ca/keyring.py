@@ -35,12 +35,10 @@ class CAProfile:
     """Name constraints (RFC 5280 section 4.2.1.10). Without any, the CA can sign every name."""
     excluded: tuple[x509.GeneralName, ...] = ()
     """Taken from the current CA only: no option sets it, but an administrator's own CA can have excluded names."""
-    path_length: int = 1
-    """Of the root: how many intermediates it allows in a chain, at least 1."""
+    path_length: int = 1  # of the root: how many intermediates it allows in a chain, at least 1
 
     @property
     def constraints(self) -> x509.NameConstraints | None:
-        """The certificate extension."""
         if not self.permitted and not self.excluded:
             return None
         return x509.NameConstraints(self.permitted or None, self.excluded or None)
@@ -61,21 +59,17 @@ class ExpiringCertificate:
 class Keyring:
     """All keys and certificates of a CA."""
 
-    roots: tuple[x509.Certificate, ...]
-    """The trusted roots. The chain of the intermediate ends at the first root."""
-    root_key: PrivateKey | None
-    """The key of the first root; None if it is kept offline."""
+    roots: tuple[x509.Certificate, ...]  # The trusted roots. The chain of the intermediate ends at the first root.
+    root_key: PrivateKey | None  # the key of the first root; None if it is kept offline
     intermediate: CAKeyPair
     chain: tuple[x509.Certificate, ...] = ()
     """Other intermediates between the signing intermediate and the root, from its issuer upwards."""
-    encrypted: bool = False
-    """True if a key was read from an encrypted file."""
+    encrypted: bool = False  # true if a key was read from an encrypted file
     source: Mapping[str, Secret[bytes]] = field(default_factory=dict, repr=False, compare=False)
     """The values that the keyring was read from, without a prefix; empty for a new keyring."""
 
     @property
     def root(self) -> x509.Certificate:
-        """The root at the end of the intermediate's chain."""
         return self.roots[0]
 
     @property
@@ -96,8 +90,7 @@ class Keyring:
     def renew_intermediate(self, now: datetime) -> Keyring:
         """Return a keyring with a new intermediate. Earlier leaf certificates stay valid: each comes with its chain.
 
-        Raises:
-            ValueError: if the keyring is not :attr:`renewable`.
+        Raises ValueError if the keyring is not :attr:`renewable`.
         """
         if self.root_key is None or not self.renewable:
             raise ValueError("certmount can't renew the intermediate of this keyring")
@@ -122,12 +115,10 @@ class Keyring:
 
     @property
     def roots_der(self) -> tuple[bytes, ...]:
-        """The trusted roots, X.509 DER."""
         return tuple(root.public_bytes(Encoding.DER) for root in self.roots)
 
     @property
     def roots_pem(self) -> bytes:
-        """The trusted roots, PEM."""
         return encode_certificates(self.roots)
 
 

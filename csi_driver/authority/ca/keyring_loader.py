@@ -17,8 +17,7 @@ from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import decode_certificates
 from csi_driver.core.secret import Secret
 
-_MAX_CERTIFICATES = 8
-"""In one value. Nodes accept at most ten certificates in a response."""
+_MAX_CERTIFICATES = 8  # In one value. Nodes accept at most ten certificates in a response.
 _HINT = "restore the correct value, or delete all values to create a new CA"
 
 
@@ -35,9 +34,7 @@ def load_keyring(
 
     The intermediate can be expired if the root key is present, because certmount then renews it. Additional roots, at
     which no chain ends, can have any validity period.
-
-    Raises:
-        CertmountError: InvalidCA, with all faults and ``hint``.
+    Raises CertmountError InvalidCA, with all faults and ``hint``.
     """
     source = {name: values[prefix + name] for name in KEYRING_FILES if prefix + name in values}
     reader = CertificateReader(source, f"{where} {prefix}", hint)
@@ -77,7 +74,6 @@ class CertificateReader:
         self.faults: list[Fault] = []
 
     def fault(self, name: str, problem: str) -> None:
-        """Add a fault of a value."""
         self.faults.append(Fault(self._where + name, problem, self._hint))
 
     def has(self, name: str) -> bool:
@@ -97,14 +93,11 @@ class CertificateReader:
         if len(certificates) > _MAX_CERTIFICATES:
             self.fault(name, f"contains {len(certificates)} certificates; the maximum is {_MAX_CERTIFICATES}")
             return []
-        problems = [
-            (number, problem)
-            for number, certificate in enumerate(certificates, 1)
-            for problem in ca_certificate_problems(certificate)
-        ]
-        for number, problem in problems:
-            self.fault(name, problem if len(certificates) == 1 else f"certificate {number} {problem}")
-        return [] if problems else certificates
+        before = len(self.faults)
+        for number, certificate in enumerate(certificates, 1):
+            for problem in ca_certificate_problems(certificate):
+                self.fault(name, problem if len(certificates) == 1 else f"certificate {number} {problem}")
+        return certificates if len(self.faults) == before else []
 
     def key(self, name: str, password: Secret[bytes] | None) -> AuthorityKey | None:
         """Return the key in a value; None if there is a fault."""
@@ -120,7 +113,6 @@ class CertificateReader:
     def check_key(
         self, name: str, key: AuthorityKey | None, certificates: Sequence[x509.Certificate], owner: str
     ) -> None:
-        """Check that the key belongs to the first certificate."""
         if key is not None and certificates and certificates[0].public_key() != key.key.public_key():
             self.fault(name, f"is not the key of {owner}")
 
@@ -134,7 +126,6 @@ class CertificateReader:
     def check_validity(
         self, name: str, certificate: x509.Certificate, now: datetime, *, allow_expired: bool = False
     ) -> None:
-        """Check that a certificate is valid now."""
         if now < certificate.not_valid_before_utc:
             self.fault(name, f"is not valid before {certificate.not_valid_before_utc:%Y-%m-%dT%H:%M:%SZ}")
         if now >= certificate.not_valid_after_utc and not allow_expired:
@@ -142,7 +133,6 @@ class CertificateReader:
 
 
 def is_issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
-    """Return True if the issuer's name and signature match."""
     try:
         certificate.verify_directly_issued_by(issuer)
     except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):

@@ -19,8 +19,7 @@ from csi_driver.core.names import Names
 from csi_driver.core.spec import Usage
 
 _PURPOSES = {Usage.SERVER: ExtendedKeyUsageOID.SERVER_AUTH, Usage.CLIENT: ExtendedKeyUsageOID.CLIENT_AUTH}
-_MAX_COMMON_NAME = 64
-"""RFC 5280 appendix A.1, ub-common-name."""
+_MAX_COMMON_NAME = 64  # RFC 5280 appendix A.1, ub-common-name
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +30,7 @@ class Leaf:
     names: Names
     lifetime: timedelta
     usages: Sequence[Usage]
-    subject: bool = True
-    """If False, the subject is empty whatever the names are."""
+    subject: bool = True  # if False, the subject is empty whatever the names are
 
 
 def sign_leaf(leaf: Leaf, signer: CAKeyPair, now: datetime) -> x509.Certificate:

@@ -24,10 +24,8 @@ from enum import Enum, unique
 
 from csi_driver.core.errors import CertmountError, Fault, Reason
 
-MAX_STATE_AGE_S = 30
-"""A replica that last read the state longer ago signs nothing."""
-CLOCK_SKEW_S = 10
-"""The maximum difference between the clocks of replicas and nodes."""
+MAX_STATE_AGE_S = 30  # A replica that last read the state longer ago signs nothing
+CLOCK_SKEW_S = 10  # the maximum difference between the clocks of replicas and nodes
 _LIFETIME_STEPS_S = (30, 60, 120, 300, 600, 1800, 3600, *(hours * 3600 for hours in (2, 4, 8, 12, 24)))
 """Recorded lifetimes are rounded up to these values, and above one day to doubled days, so that few of them are saved."""
 
@@ -73,18 +71,13 @@ class RotationState:
     """The state of the rotation. Times are Unix seconds."""
 
     phase: RotationPhase
-    generation: int
-    """Of the trusted roots: every other root set has a higher generation."""
-    since: int = 0
-    """When a replica first read the phase from the store; 0 before that."""
-    stopped: bool = False
-    """True if the rotation waits until an administrator resumes it."""
-    max_lifetime: int = 0
-    """Seconds: no certificate of the signing CA has a longer lifetime."""
+    generation: int  # of the trusted roots: every other root set has a higher generation
+    since: int = 0  # when a replica first read the phase from the store; 0 before that
+    stopped: bool = False  # true if the rotation waits until an administrator resumes it
+    max_lifetime: int = 0  # seconds: no certificate of the signing CA has a longer lifetime
     retired: tuple[RetiredRoot, ...] = ()
 
     def trusted_until(self, retired: RetiredRoot) -> int:
-        """Return when the last certificate of a retired root has expired."""
         # A replica that missed the switch signs for MAX_STATE_AGE_S at most, and with no lifetime that isn't recorded.
         return self.known_everywhere_at + retired.max_lifetime
 
@@ -95,16 +88,11 @@ class RotationState:
 
 
 def initial_state(now: int) -> RotationState:
-    """Return the state of a CA that has signed nothing yet."""
     return RotationState(RotationPhase.STEADY, generation=now, since=now)
 
 
 def begin(state: RotationState, now: int) -> RotationState:
-    """Start to announce the next CA.
-
-    Raises:
-        CertmountError: InvalidRequest if another rotation is in progress.
-    """
+    """Start to announce the next CA; raise CertmountError InvalidRequest if another rotation is in progress."""
     if state.phase is not RotationPhase.STEADY:
         raise _invalid("another rotation is in progress", "run certmount ca status")
     return _in_phase(state, RotationPhase.ANNOUNCING, now)
@@ -118,15 +106,13 @@ def stop(state: RotationState) -> RotationState:
 
 
 def resume(state: RotationState) -> RotationState:
-    """Continue after :func:`stop`."""
     return replace(state, stopped=False)
 
 
 def discard(state: RotationState, now: int) -> RotationState:
     """Abandon the next CA.
 
-    Raises:
-        CertmountError: InvalidRequest after the switch, because pods then have certificates of the next CA.
+    Raises CertmountError InvalidRequest after the switch, because pods then have certificates of the next CA.
     """
     if state.phase is RotationPhase.STEADY:
         raise _invalid("no rotation is in progress, so there is nothing to discard")
@@ -141,8 +127,7 @@ def discard(state: RotationState, now: int) -> RotationState:
 def drop_retired(state: RotationState, now: int) -> RotationState:
     """Stop trusting the retired roots and all their certificates now, for a CA whose key was stolen.
 
-    Raises:
-        CertmountError: InvalidRequest if no root is retired, or if a replica may still sign with the former CA.
+    Raises CertmountError InvalidRequest if no root is retired, or if a replica may still sign with the former CA.
     """
     if state.phase is not RotationPhase.RETIRING:
         raise _invalid("no root is retired", "run certmount ca rotate; you can drop the root when the new CA signs")

@@ -22,8 +22,7 @@ from csi_driver.core.stored_secrets import StoredSecrets
 
 log = structlog.get_logger(__name__)
 
-_NODES_TIMEOUT_S = 10.0
-"""Short compared with MAX_STATE_AGE_S: the replica can't refresh the state meanwhile."""
+_NODES_TIMEOUT_S = 10.0  # short compared with MAX_STATE_AGE_S: the replica can't refresh the state meanwhile
 _UNKNOWN_NODES = Acknowledgements(frozenset(), frozenset({"unknown"}))
 """Prevents the switch while it is not known which nodes there are."""
 
@@ -41,8 +40,7 @@ class CASource(Protocol):
     Add a key store that signs elsewhere, such as PKCS#11 or Vault, as another source. All methods raise CertmountError.
     """
 
-    name: str
-    """The name of the source in errors."""
+    name: str  # the name of the source in errors
 
     async def refresh(self, now: datetime) -> CAState:
         """Return the current CA; first create it, renew it and advance its rotation if that is due."""
@@ -86,8 +84,7 @@ class StoredCA:
     async def change(self, now: datetime, step: Callable[[CAState], CAState]) -> CAState:
         """Save what ``step`` returns for the current CA.
 
-        Raises:
-            CertmountError: InvalidCA if there is no CA yet, or what ``step`` or the store raises.
+        Raises CertmountError InvalidCA if there is no CA yet, or what ``step`` or the store raises.
         """
 
         async def stepped(ca: CAState) -> CAState:

@@ -25,10 +25,8 @@ from csi_driver.core.secret import Secret
 STATE = "state.json"
 NEXT = "next."
 _NEXT_FILES = tuple(NEXT + name for name in KEYRING_FILES)
-_MAX_ROOTS = 10
-"""Nodes reject a root set with more."""
-_MAX_NUMBER = 2**53
-"""JSON does not preserve larger integers (RFC 8259 section 6)."""
+_MAX_ROOTS = 10  # nodes reject a root set with more
+_MAX_NUMBER = 2**53  # JSON does not preserve larger integers (RFC 8259 section 6)
 _NEXT_HINT = f"restore the correct value, or delete every value whose name begins with {NEXT} to abandon the next CA"
 _HINT = f"restore it, or delete {STATE} to create it again"
 
@@ -38,13 +36,11 @@ class CAState:
     """A CA and the state of its rotation."""
 
     keyring: Keyring
-    next_keyring: Keyring | None
-    """Present only before the switch of a rotation."""
+    next_keyring: Keyring | None  # present only before the switch of a rotation
     rotation: RotationState
     other_values: Mapping[str, Secret[bytes]] = field(default_factory=dict, repr=False)
     """Values with names that certmount doesn't use. They are kept."""
-    saved: bool = True
-    """False if the store does not contain this state yet."""
+    saved: bool = True  # false if the store does not contain this state yet
 
     @property
     def root_set(self) -> RootSet:
@@ -56,8 +52,7 @@ class CAState:
     def begin_rotation(self, next_keyring: Keyring, now: int) -> CAState:
         """Start a rotation to the next keyring.
 
-        Raises:
-            CertmountError: InvalidRequest if a rotation is in progress, InvalidCA if nodes would reject the number of roots.
+        Raises CertmountError InvalidRequest if a rotation is in progress, InvalidCA if nodes would reject so many roots.
         """
         after = replace(self, next_keyring=next_keyring, rotation=rotation.begin(self.rotation, now))
         if (number := len(after.root_set.roots)) > _MAX_ROOTS:
@@ -82,7 +77,6 @@ class CAState:
         return replace(self, rotation=after)
 
     def renew_intermediates(self, now: datetime) -> CAState:
-        """Renew the intermediates that are due."""
         keyring, following = _renewed(self.keyring, now), self.next_keyring and _renewed(self.next_keyring, now)
         if keyring is self.keyring and following is self.next_keyring:
             return self
@@ -108,9 +102,7 @@ def parse_ca_state(
     """Read the values of a store. ``where`` names the store in errors; ``published`` is what this replica last published.
 
     If an administrator stored another CA or an older state, the result has a new generation and is not ``saved``.
-
-    Raises:
-        CertmountError: InvalidCA, with all faults of the first part that is invalid.
+    Raises CertmountError InvalidCA, with all faults of the first part that is invalid.
     """
     keyring = load_keyring(values, now, where=where)
     state, root_digest = _parse_rotation(values[STATE], where) if STATE in values else (None, "")
@@ -207,5 +199,4 @@ def _typed(value: Any, kind: type) -> Any:
 
 
 def roots_pem(roots: RootSet) -> bytes:
-    """Return the roots in PEM format."""
     return encode_certificates([x509.load_der_x509_certificate(root) for root in roots.roots])

@@ -23,8 +23,7 @@ _T = TypeVar("_T")
 _KUBELET_LINK = "..data"
 """The symbolic link that the kubelet replaces to change all files of a mounted ConfigMap or Secret atomically."""
 _READ_ATTEMPTS = 5
-Contents = Mapping[str, bytes]
-"""File contents by name."""
+Contents = Mapping[str, bytes]  # file contents by name
 
 
 class WatchedFile(Generic[_T]):
@@ -60,8 +59,7 @@ class WatchedFile(Generic[_T]):
     async def load(self) -> _T:
         """Read the files, parse them if their content changed, and return the value.
 
-        Raises:
-            CertmountError: if the content is invalid; once for each content, or at every call while there is no value.
+        Raises CertmountError if the content is invalid; once for each content, or at every call while there is no value.
         """
         digest = ""
         try:
@@ -104,8 +102,7 @@ class WatchedFile(Generic[_T]):
 def read_file(file: Path, max_bytes: int, reason: Reason, hint: str) -> bytes:
     """Return the content of a regular file, at most ``max_bytes`` + 1 bytes.
 
-    Raises:
-        CertmountError: with this reason and hint if the file can't be read.
+    Raises CertmountError with this reason and hint if the file can't be read.
     """
     try:
         content = _content(str(file), None, max_bytes)
@@ -130,9 +127,7 @@ def read_directory(
 
     All contents belong to one generation if the kubelet mounted the directory. A file that is not regular, such as a
     named pipe, is an error for the whole directory, or empty if ``special_as_empty`` is set.
-
-    Raises:
-        CertmountError: with this reason and hint if the directory or a file can't be read.
+    Raises CertmountError with this reason and hint if the directory or a file can't be read.
     """
     try:
         for _ in range(_READ_ATTEMPTS):

@@ -29,10 +29,8 @@ ACKNOWLEDGEMENTS_SECRET = "certmount-acknowledgements"  # a name, not a secret
 """In a cluster, in the namespace of the CA's Secret."""
 MAX_NODES = 20_000
 """Four times the nodes of the largest supported cluster, because nodes are replaced. They need 620 kB; a Secret holds 1 MiB."""
-_WRITE_INTERVAL_S = 1.0
-"""For each replica: thousands of nodes acknowledge a generation within ten seconds."""
-Generations = Mapping[str, int]
-"""The latest generation that each node acknowledged, by :func:`node_hash`."""
+_WRITE_INTERVAL_S = 1.0  # for each replica: thousands of nodes acknowledge a generation within ten seconds
+Generations = Mapping[str, int]  # the latest generation that each node acknowledged, by node_hash
 
 
 class NodeList(Protocol):
@@ -65,8 +63,7 @@ class AcknowledgementStore:
     async def acknowledge(self, node: str, set_name: str, generation: int, /) -> None:
         """Store an acknowledgement, and return when it is stored. Needs :meth:`run`.
 
-        Raises:
-            CertmountError: IssuerUnavailable for a generation that this replica doesn't know yet, or what the store raises.
+        Raises CertmountError IssuerUnavailable for a generation that this replica doesn't know yet, or what the store raises.
         """
         current = self._current_generation()
         if set_name != DEFAULT_ISSUER or generation < current:

@@ -14,8 +14,7 @@ from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
 _MAX_WATCHERS = 10_000
 """Twice the nodes of the largest supported cluster (Kubernetes: 5,000): a node can reconnect before its old stream ends."""
-_MAX_RENEW_NOW = 1000
-"""Every node receives all of them, 64 kB. More follow when these certificates are renewed."""
+_MAX_RENEW_NOW = 1000  # Every node receives all of them, 64 kB. More follow when these certificates are renewed.
 LONGEST_WATCH = timedelta(minutes=30)
 """Then the stream ends and the node reconnects with a new token, possibly to another replica."""
 
@@ -24,14 +23,11 @@ LONGEST_WATCH = timedelta(minutes=30)
 class TrustSnapshot:
     """A message of the trust stream."""
 
-    sets: Mapping[str, RootSet]
-    """The root sets of issuers and federations by name."""
-    policy_revision: str
-    """The revision of the policy in force."""
+    sets: Mapping[str, RootSet]  # the root sets of issuers and federations by name
+    policy_revision: str  # the revision of the policy in force
     shared_issuers: tuple[str, ...] = ()
     """Issuers with certificate limits: pods of one service account on one node share a certificate."""
-    renew_now: tuple[str, ...] = ()
-    """SHA-256 (hexadecimal) of the public keys whose certificates nodes must renew now."""
+    renew_now: tuple[str, ...] = ()  # SHA-256 (hexadecimal) of the public keys whose certificates nodes must renew now
 
 
 class TrustBundles:
@@ -50,7 +46,6 @@ class TrustBundles:
 
     @property
     def snapshot(self) -> TrustSnapshot:
-        """The current trust bundle."""
         return self._snapshot
 
     @property
@@ -59,7 +54,6 @@ class TrustBundles:
         return frozenset(self._watchers)
 
     def set_roots(self, name: str, roots: RootSet) -> None:
-        """Add or replace a root set."""
         self._update(replace(self._snapshot, sets={**self._snapshot.sets, name: roots}))
 
     def remove_roots(self, name: str) -> None:
@@ -68,22 +62,18 @@ class TrustBundles:
         self._update(replace(self._snapshot, sets=sets))
 
     def set_policy(self, revision: str) -> None:
-        """Set the revision of the policy in force."""
         self._update(replace(self._snapshot, policy_revision=revision))
 
     def set_shared_issuers(self, issuers: Iterable[str]) -> None:
-        """Set the issuers whose certificates pods share."""
         self._update(replace(self._snapshot, shared_issuers=tuple(sorted(issuers))))
 
     def set_renew_now(self, keys: Iterable[str]) -> None:
-        """Set the keys whose certificates nodes must renew now."""
         self._update(replace(self._snapshot, renew_now=tuple(sorted(keys)[:_MAX_RENEW_NOW])))
 
     def select(self, issuer: str, federations: Sequence[str]) -> Mapping[str, RootSet]:
         """Return the root sets that a pod with a certificate of ``issuer`` trusts.
 
-        Raises:
-            CertmountError: FederationNotFound, or IssuerUnavailable while the issuer's own roots are unknown.
+        Raises CertmountError FederationNotFound, or IssuerUnavailable while the issuer's own roots are unknown.
         """
         sets = self._snapshot.sets
         if issuer not in sets:
@@ -102,8 +92,7 @@ class TrustBundles:
     async def watch(self, node: str = "") -> AsyncGenerator[TrustSnapshot, None]:
         """Yield the trust bundle and then each change, for 30 minutes or until :meth:`close`. ``node`` watches.
 
-        Raises:
-            CertmountError: AuthorityOverloaded if there are too many watchers.
+        Raises CertmountError AuthorityOverloaded if there are too many watchers.
         """
         if (number := self._watchers.total()) >= self._max_watchers:
             raise CertmountError(Reason.AUTHORITY_OVERLOADED, f"{number} clients already watch the trust bundle")

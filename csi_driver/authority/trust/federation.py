@@ -23,11 +23,9 @@ from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
 log = structlog.get_logger(__name__)
 
-_CHECK_S = 2.0
-"""Short compared with the minute that the kubelet needs to update a mounted ConfigMap."""
+_CHECK_S = 2.0  # short compared with the minute that the kubelet needs to update a mounted ConfigMap
 _MAX_BYTES = 256 * 1024
-_MAX_ROOTS = 10
-"""Nodes reject a root set with more."""
+_MAX_ROOTS = 10  # nodes reject a root set with more
 _MAX_SETS = 64
 _SUFFIXES = (".crt", ".pem")
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
@@ -81,7 +79,6 @@ class FederationDirectory:
         await self._watched.refresh()
 
     async def run(self) -> None:
-        """Follow the directory until cancelled."""
         await self._watched.run(_CHECK_S)
 
     def _apply(self, files: Mapping[str, _FederationFile]) -> None:
@@ -145,12 +142,8 @@ def _parse(file: str, content: bytes) -> list[x509.Certificate]:
         raise _invalid(file, "contains no certificates in PEM format") from None
     if len(certificates) > _MAX_ROOTS:
         raise _invalid(file, f"contains {len(certificates)} certificates; the maximum is {_MAX_ROOTS}")
-    faults = [
-        Fault(file, f"certificate {number} {problem}")
-        for number, certificate in enumerate(certificates, start=1)
-        for problem in ca_certificate_problems(certificate)
-    ]
-    if faults:
+    problems = ((n, problem) for n, each in enumerate(certificates, 1) for problem in ca_certificate_problems(each))
+    if faults := [Fault(file, f"certificate {number} {problem}") for number, problem in problems]:
         raise CertmountError(Reason.INVALID_CA, *faults)
     return certificates
 

@@ -19,8 +19,7 @@ class RootPublisher(Protocol):
     async def publish(self, roots: bytes, authority: bytes) -> None:
         """Write the roots that pods trust and the root of the authority's serving certificate, if they differ.
 
-        Raises:
-            CertmountError: RootCertificateMissing if that fails.
+        Raises CertmountError RootCertificateMissing if that fails.
         """
 
 

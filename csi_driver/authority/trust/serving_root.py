@@ -18,8 +18,7 @@ from csi_driver.core.secret import Secret
 from csi_driver.core.spec import KeyType
 from csi_driver.core.stored_secrets import StoredSecrets
 
-SERVING, SERVING_KEY = "serving.crt", "serving.key"
-"""The values in the store of the CA."""
+SERVING, SERVING_KEY = "serving.crt", "serving.key"  # the values in the store of the CA
 _HINT = "restore the correct value, or delete serving.crt and serving.key to create new ones"
 
 
@@ -36,8 +35,7 @@ def encode_serving_root(root: CAKeyPair) -> Values:
 def load_serving_root(values: Values, now: datetime, *, where: str) -> CAKeyPair | None:
     """Return the root in the values of a store, which ``where`` names in errors; None if neither value exists.
 
-    Raises:
-        CertmountError: InvalidCA, with all faults.
+    Raises CertmountError InvalidCA, with all faults.
     """
     reader = CertificateReader(values, f"{where} ", _HINT)
     if not reader.has(SERVING) and not reader.has(SERVING_KEY):
@@ -57,8 +55,7 @@ def load_serving_root(values: Values, now: datetime, *, where: str) -> CAKeyPair
 async def current_serving_root(store: Store, now: datetime) -> CAKeyPair:
     """Return the root that all replicas share; create it if the store has none.
 
-    Raises:
-        CertmountError: InvalidCA for invalid values, or what the store raises.
+    Raises CertmountError InvalidCA for invalid values, or what the store raises.
     """
 
     async def step(stored: StoredSecrets) -> tuple[Values | None, CAKeyPair]:

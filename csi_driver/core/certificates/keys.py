@@ -86,8 +86,7 @@ class AuthorityKey:
 def load_authority_key(pem: Secret[bytes], password: Secret[bytes] | None = None) -> AuthorityKey:
     """Load PKCS#8, PKCS#1 (RSA) or SEC1 (EC) in PEM format. Only encrypted keys need the password.
 
-    Raises:
-        ValueError: in words that follow "is", if there is no supported key or the password is wrong.
+    Raises ValueError in words that follow "is", if there is no supported key or the password is wrong.
     """
     encrypted = b"ENCRYPTED" in pem.reveal()
     if encrypted and (password is None or not password.reveal()):

@@ -23,9 +23,7 @@ def parse_constraint(text: str) -> x509.GeneralName:
 
     A DNS domain permits itself and all names below it. The host of a URI or of an email address must match exactly, or
     all hosts below it match if it begins with a dot.
-
-    Raises:
-        InvalidName: in words that follow the text.
+    Raises InvalidName in words that follow the text.
     """
     prefix, colon, base = text.partition(":")
     parse = _PARSERS.get(prefix.lower())
