@@ -17,8 +17,7 @@ from csi_driver.authority.issuers.dependencies import CredentialReader, IssuerDe
 from csi_driver.authority.policy.subjects import OfflineSubjectLookup, PolicySubjectLookup
 from csi_driver.authority.storage import DirectoryStore, Store
 from csi_driver.authority.trust.acknowledgements import ACKNOWLEDGEMENTS_FILE, ConnectedNodes, NodeList
-from csi_driver.authority.trust.bundles import TrustBundles
-from csi_driver.authority.trust.publishers import DirectoryPublisher, RootPublisher
+from csi_driver.authority.trust.bundles import DirectoryPublisher, RootPublisher, TrustBundles
 from csi_driver.core.cluster.objects import PublishedKeys
 from csi_driver.core.errors import Reason
 

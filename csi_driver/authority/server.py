@@ -20,7 +20,7 @@ from csi_driver.authority.authn.token_keys import TokenKeys
 from csi_driver.authority.authn.token_verifier import TokenVerifier
 from csi_driver.authority.ca.authority import CertificateAuthority, utc_now
 from csi_driver.authority.ca.ca_files import CAFiles
-from csi_driver.authority.ca.key_pairs import CAKeyPair
+from csi_driver.authority.ca.certificates import CAKeyPair
 from csi_driver.authority.ca.keyring import DEFAULT_PROFILE, CAProfile, Keyring
 from csi_driver.authority.ca.rotation import next_generation
 from csi_driver.authority.ca.sources import CASource, NodeAcknowledgements, StoredCA
@@ -42,8 +42,7 @@ from csi_driver.authority.storage import Store
 from csi_driver.authority.trust.acknowledgements import AcknowledgementStore, AcknowledgingNodes
 from csi_driver.authority.trust.bundles import LONGEST_WATCH, TrustBundles
 from csi_driver.authority.trust.federation import FederationDirectory
-from csi_driver.authority.trust.serving_certificate import ServingCertificate
-from csi_driver.authority.trust.serving_root import current_serving_root
+from csi_driver.authority.trust.serving_certificate import ServingCertificate, current_serving_root
 from csi_driver.core.backoff import Backoff
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError

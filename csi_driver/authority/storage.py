@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.secret import Secret
-from csi_driver.core.stored_secrets import StoredSecrets
+from csi_driver.core.secret import Secret, StoredSecrets
 from csi_driver.host.atomic_write import replace_file
 
 _MAX_BYTES = 1024 * 1024

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final, Generic, NoReturn, TypeVar
 
 T = TypeVar("T", str, bytes)
@@ -32,3 +34,11 @@ class Secret(Generic[T]):
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a secret is not serialised")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSecrets:
+    """Values by name. A store saves new values only if ``version`` is still its current version (optimistic concurrency)."""
+
+    values: Mapping[str, Secret[bytes]]
+    version: str

@@ -14,8 +14,7 @@ from kubernetes.aio import client
 
 from csi_driver.core.cluster.objects import Lease
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.secret import Secret
-from csi_driver.core.stored_secrets import StoredSecrets
+from csi_driver.core.secret import Secret, StoredSecrets
 from csi_driver.kube.client import Conflict, ObjectName, call_api, invalid_response
 from csi_driver.kube.json_requests import request_json
 from csi_driver.kube.metadata import Json
@@ -78,7 +77,7 @@ class StoredObject:
 
 
 class SecretStore:
-    """The values of a Secret; implements :class:`csi_driver.core.stored_secrets.SecretValues`."""
+    """The values of a Secret; implements :class:`csi_driver.core.secret.StoredSecrets`."""
 
     def __init__(self, api: client.ApiClient, secret: ObjectName) -> None:
         self._object = StoredObject(api, secret, Reason.ISSUER_UNAVAILABLE)
@@ -116,8 +115,7 @@ class ConfigMapPublisher:
     async def publish(self, roots: bytes, authority: bytes) -> None:
         """Write the roots that pods trust and the root of the authority's server certificate (PEM), if they changed.
 
-        Raises:
-            CertmountError: RootCertificateMissing.
+        Raises CertmountError RootCertificateMissing.
         """
         data = {_ROOTS: roots.decode("ascii"), _AUTHORITY: authority.decode("ascii")}
 

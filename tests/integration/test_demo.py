@@ -23,8 +23,8 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.authority.ca.certificates import Leaf, sign_leaf
 from csi_driver.authority.ca.keyring import Keyring, make_keyring
-from csi_driver.authority.ca.leaf import Leaf, sign_leaf
 from csi_driver.cli.demo import steps
 from csi_driver.cli.demo.connections import ConnectionLoop, connect, serve
 from csi_driver.cli.demo.errors import DemoError

@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given
 from hypothesis import strategies as st
 
+from csi_driver.authority.ca.certificates import Leaf, sign_leaf
 from csi_driver.authority.ca.keyring import CAProfile, Keyring, make_keyring
-from csi_driver.authority.ca.leaf import Leaf, sign_leaf
 from csi_driver.core.certificates.keys import public_bytes
 from csi_driver.core.certificates.name_constraints import NameConstraintSet, parse_constraint
 from csi_driver.core.certificates.verification import ExpectedCertificate, verify_certificate

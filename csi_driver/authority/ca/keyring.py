@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from csi_driver.authority.ca.key_pairs import CAKeyPair, make_intermediate, make_root, renew_intermediate
+from csi_driver.authority.ca.certificates import CAKeyPair, make_intermediate, make_root, renew_intermediate
 from csi_driver.core.certificates.keys import PrivateKey, encode_key, generate_key, key_type_of
 from csi_driver.core.certificates.name_constraints import NameConstraintSet
 from csi_driver.core.formats.pem import encode_certificates

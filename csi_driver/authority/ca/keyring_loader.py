@@ -10,7 +10,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 
 from csi_driver.authority.ca.certificate_check import ca_certificate_problems
-from csi_driver.authority.ca.key_pairs import CAKeyPair
+from csi_driver.authority.ca.certificates import CAKeyPair
 from csi_driver.authority.ca.keyring import INTERMEDIATE, INTERMEDIATE_KEY, KEYRING_FILES, ROOT, ROOT_KEY, Keyring
 from csi_driver.core.certificates.keys import AuthorityKey, load_authority_key
 from csi_driver.core.errors import CertmountError, Fault, Reason

@@ -18,7 +18,7 @@ from csi_driver.authority.storage import Store, Values, ca_part, update
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import fingerprint
-from csi_driver.core.stored_secrets import StoredSecrets
+from csi_driver.core.secret import StoredSecrets
 
 log = structlog.get_logger(__name__)
 
@@ -35,7 +35,7 @@ class NodeAcknowledgements(Protocol):
 
 
 class CASource(Protocol):
-    """Provides the CA: its roots, intermediates and signing key (:class:`~csi_driver.authority.ca.key_pairs.CAKeyPair`).
+    """Provides the CA: its roots, intermediates and signing key (:class:`~csi_driver.authority.ca.certificates.CAKeyPair`).
 
     Add a key store that signs elsewhere, such as PKCS#11 or Vault, as another source. All methods raise CertmountError.
     """

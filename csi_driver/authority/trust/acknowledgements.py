@@ -16,9 +16,8 @@ from csi_driver.authority.storage import Store, Values, update
 from csi_driver.authority.trust.bundles import TrustBundles
 from csi_driver.core.cluster.objects import ClusterNodes
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.secret import Secret
+from csi_driver.core.secret import Secret, StoredSecrets
 from csi_driver.core.spec import DEFAULT_ISSUER
-from csi_driver.core.stored_secrets import StoredSecrets
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
 log = structlog.get_logger(__name__)

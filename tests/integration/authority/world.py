@@ -19,7 +19,7 @@ from csi_driver._proto import authority_pb2, authority_pb2_grpc
 from csi_driver.authority.environment import Environment
 from csi_driver.authority.server import AuthorityServer, AuthoritySettings
 from csi_driver.authority.storage import DirectoryStore
-from csi_driver.authority.trust.publishers import DirectoryPublisher
+from csi_driver.authority.trust.bundles import DirectoryPublisher
 from csi_driver.core.certificates.csr import build_csr
 from csi_driver.core.certificates.keys import PrivateKey, generate_key
 from csi_driver.core.cluster.objects import PublishedKeys, ReviewedToken

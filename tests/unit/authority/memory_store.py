@@ -6,8 +6,7 @@ import asyncio
 from collections.abc import Mapping
 
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.core.secret import Secret
-from csi_driver.core.stored_secrets import StoredSecrets
+from csi_driver.core.secret import Secret, StoredSecrets
 
 
 class MemoryStore:

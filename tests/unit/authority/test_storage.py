@@ -17,8 +17,7 @@ from csi_driver.authority.ca.keyring import KEYRING_FILES
 from csi_driver.authority.ca.sources import StoredCA
 from csi_driver.authority.storage import DirectoryStore, ca_part, serving_part
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.core.secret import Secret
-from csi_driver.core.stored_secrets import StoredSecrets
+from csi_driver.core.secret import Secret, StoredSecrets
 from csi_driver.host.atomic_write import replace_file
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 

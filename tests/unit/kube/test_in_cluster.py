@@ -13,8 +13,8 @@ from kubernetes.aio.config import incluster_config
 from prometheus_client import CollectorRegistry
 
 from csi_driver.authority.ca.authority import utc_now
+from csi_driver.authority.ca.certificates import Leaf, sign_leaf
 from csi_driver.authority.ca.keyring import make_keyring
-from csi_driver.authority.ca.leaf import Leaf, sign_leaf
 from csi_driver.authority.cluster_environment import open_cluster_environment
 from csi_driver.core.certificates.keys import encode_key, generate_key
 from csi_driver.core.errors import CertmountError

@@ -15,8 +15,7 @@ from csi_driver.authority.ca.authority import CertificateAuthority
 from csi_driver.authority.ca.keyring import KEYRING_FILES
 from csi_driver.authority.ca.sources import StoredCA
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.core.secret import Secret
-from csi_driver.core.stored_secrets import StoredSecrets
+from csi_driver.core.secret import Secret, StoredSecrets
 from csi_driver.kube.client import ObjectName
 from csi_driver.kube.stored_objects import ConfigMapPublisher, SecretStore
 from csi_driver.kube.tokens import TokenKeyClient

@@ -19,8 +19,7 @@ from csi_driver.authority.issuers.acme.client import AcmeClient, AcmeProblem
 from csi_driver.authority.issuers.acme.config import AcmeConfiguration
 from csi_driver.authority.issuers.dependencies import CredentialReader
 from csi_driver.authority.storage import Store, Values, update
-from csi_driver.core.secret import Secret
-from csi_driver.core.stored_secrets import StoredSecrets
+from csi_driver.core.secret import Secret, StoredSecrets
 
 
 @dataclass(frozen=True, slots=True)

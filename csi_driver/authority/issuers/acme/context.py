@@ -16,8 +16,7 @@ from csi_driver.authority.issuers.acme.state import MAX_BYTES, AcmeState, Challe
 from csi_driver.authority.issuers.dependencies import CredentialReader
 from csi_driver.authority.storage import Store, Values, update
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.secret import Secret
-from csi_driver.core.stored_secrets import StoredSecrets
+from csi_driver.core.secret import Secret, StoredSecrets
 
 _VALUE = "orders.json"
 _ATTEMPTS = 50

@@ -9,8 +9,8 @@ from datetime import datetime
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.ca.authority import CertificateAuthority, utc_now
+from csi_driver.authority.ca.certificates import Leaf, sign_leaf
 from csi_driver.authority.ca.keyring import Keyring
-from csi_driver.authority.ca.leaf import Leaf, sign_leaf
 from csi_driver.authority.issuers import IssuedCertificate, Issuer, IssuerRequest
 from csi_driver.core.certificates.name_constraints import NameConstraintSet
 from csi_driver.core.errors import CertmountError, Fault, Reason

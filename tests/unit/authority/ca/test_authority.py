@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from csi_driver.authority.ca.authority import CertificateAuthority
 from csi_driver.authority.ca.ca_files import CAFiles
-from csi_driver.authority.ca.key_pairs import INTERMEDIATE_LIFETIME, ROOT_LIFETIME
+from csi_driver.authority.ca.certificates import INTERMEDIATE_LIFETIME, ROOT_LIFETIME
 from csi_driver.authority.ca.keyring import Keyring, encode_keyring, make_keyring
 from csi_driver.authority.ca.rotation import Acknowledgements, RetiredRoot, RotationPhase, RotationState
 from csi_driver.authority.ca.sources import StoredCA

@@ -11,7 +11,7 @@ import pytest
 
 from csi_driver.authority.ca.ca_files import CAFiles
 from csi_driver.authority.ca.keyring import AUTHORITY_KEY_TYPES, KEYRING_FILES
-from csi_driver.authority.trust.serving_root import SERVING, SERVING_KEY
+from csi_driver.authority.trust.serving_certificate import SERVING, SERVING_KEY
 from csi_driver.core.certificates.name_constraints import NameConstraintSet, parse_constraint
 from csi_driver.core.formats.pem import fingerprint
 from csi_driver.core.names import DNSName, Names, spiffe_id

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from csi_driver.authority.ca.ca_files import CAFiles
-from csi_driver.authority.ca.key_pairs import INTERMEDIATE_LIFETIME
+from csi_driver.authority.ca.certificates import INTERMEDIATE_LIFETIME
 from csi_driver.authority.ca.keyring import Keyring, encode_keyring, make_keyring
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.formats.pem import fingerprint

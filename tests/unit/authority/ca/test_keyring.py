@@ -12,7 +12,14 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.verification import PolicyBuilder, Store
 
-from csi_driver.authority.ca.key_pairs import INTERMEDIATE_LIFETIME, ROOT_LIFETIME, CAKeyPair, key_usage
+from csi_driver.authority.ca.certificates import (
+    INTERMEDIATE_LIFETIME,
+    ROOT_LIFETIME,
+    CAKeyPair,
+    Leaf,
+    key_usage,
+    sign_leaf,
+)
 from csi_driver.authority.ca.keyring import (
     AUTHORITY_KEY_TYPES,
     CAProfile,
@@ -22,7 +29,6 @@ from csi_driver.authority.ca.keyring import (
     profile_of,
 )
 from csi_driver.authority.ca.keyring_loader import load_keyring
-from csi_driver.authority.ca.leaf import Leaf, sign_leaf
 from csi_driver.core.certificates.keys import encode_key, key_type_of
 from csi_driver.core.certificates.name_constraints import parse_constraint
 from csi_driver.core.errors import CertmountError, Reason

@@ -14,9 +14,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.authority.ca.key_pairs import BACKDATE, INTERMEDIATE_LIFETIME, make_root
+from csi_driver.authority.ca.certificates import BACKDATE, INTERMEDIATE_LIFETIME, Leaf, make_root, sign_leaf
 from csi_driver.authority.ca.keyring import make_keyring
-from csi_driver.authority.ca.leaf import Leaf, sign_leaf
 from csi_driver.core.certificates.csr import names_of
 from csi_driver.core.certificates.keys import PublicKey, generate_key, public_bytes
 from csi_driver.core.errors import CertmountError

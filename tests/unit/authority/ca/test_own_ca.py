@@ -23,10 +23,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.authority.ca.key_pairs import key_usage
+from csi_driver.authority.ca.certificates import Leaf, key_usage, sign_leaf
 from csi_driver.authority.ca.keyring import Keyring, encode_keyring, make_keyring
 from csi_driver.authority.ca.keyring_loader import load_keyring
-from csi_driver.authority.ca.leaf import Leaf, sign_leaf
 from csi_driver.core.certificates.keys import PrivateKey, encode_key, generate_key
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.formats.pem import encode_certificates

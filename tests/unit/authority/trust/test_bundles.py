@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from csi_driver.authority.trust.bundles import TrustBundles, TrustSnapshot
-from csi_driver.authority.trust.publishers import DirectoryPublisher
+from csi_driver.authority.trust.bundles import DirectoryPublisher, TrustBundles, TrustSnapshot
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics

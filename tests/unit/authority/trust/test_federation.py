@@ -14,8 +14,8 @@ import structlog
 from cryptography import x509
 from prometheus_client import CollectorRegistry
 
+from csi_driver.authority.ca.certificates import Leaf, sign_leaf
 from csi_driver.authority.ca.keyring import make_keyring
-from csi_driver.authority.ca.leaf import Leaf, sign_leaf
 from csi_driver.authority.trust.bundles import TrustBundles
 from csi_driver.authority.trust.federation import FederationDirectory
 from csi_driver.core.certificates.keys import generate_key

@@ -8,12 +8,12 @@ import pytest
 from cryptography import x509
 from prometheus_client import CollectorRegistry
 
-from csi_driver.authority.ca.key_pairs import ROOT_LIFETIME, make_root
+from csi_driver.authority.ca.certificates import ROOT_LIFETIME, make_root
 from csi_driver.authority.ca.keyring import encode_keyring, make_keyring
-from csi_driver.authority.trust.serving_certificate import ServingCertificate
-from csi_driver.authority.trust.serving_root import (
+from csi_driver.authority.trust.serving_certificate import (
     SERVING,
     SERVING_KEY,
+    ServingCertificate,
     encode_serving_root,
     load_serving_root,
     make_serving_root,

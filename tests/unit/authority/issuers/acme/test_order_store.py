@@ -13,8 +13,7 @@ from csi_driver.authority.issuers.acme.context import LeaseLost, OrderStore
 from csi_driver.authority.issuers.acme.state import MAX_BYTES, AcmeState
 from csi_driver.authority.storage import DirectoryStore
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.core.secret import Secret
-from csi_driver.core.stored_secrets import StoredSecrets
+from csi_driver.core.secret import Secret, StoredSecrets
 from tests.unit.authority.clock import Clock
 from tests.unit.authority.issuers.acme.samples import order
 

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from csi_driver.authority.ca.authority import CertificateAuthority
-from csi_driver.authority.ca.key_pairs import CAKeyPair
+from csi_driver.authority.ca.certificates import CAKeyPair
 from csi_driver.authority.ca.keyring import CAProfile, Keyring, make_keyring
 from csi_driver.authority.issuers import IssuerRequest
 from csi_driver.authority.issuers.internal.issuer import InternalIssuer
