@@ -14,8 +14,7 @@ from kubernetes.aio.config import ConfigException, load_incluster_config
 from csi_driver import __version__
 from csi_driver.core.errors import CertmountError, Fault, Reason
 
-TIMEOUT_S = 5.0
-"""For one request, including the wait for a free connection."""
+TIMEOUT_S = 5.0  # for one request, including the wait for a free connection
 _MAX_CONNECTIONS = 100
 _MAX_ERROR_TEXT = 300
 _MAX_RETRY_AFTER_S = 60.0
@@ -42,10 +41,8 @@ class ApiError(CertmountError):
 
     def __init__(self, reason: Reason, fault: Fault, status: int, retry_after_s: float | None = None) -> None:
         super().__init__(reason, fault)
-        self.status = status
-        """The HTTP status."""
-        self.retry_after_s = retry_after_s
-        """The Retry-After header (RFC 9110 section 10.2.3); None without one."""
+        self.status = status  # HTTP
+        self.retry_after_s = retry_after_s  # the Retry-After header (RFC 9110 section 10.2.3); None without one
 
 
 class Conflict(ApiError):
@@ -53,10 +50,9 @@ class Conflict(ApiError):
 
 
 def in_cluster_configuration() -> client.Configuration:
-    """Return the API server configuration that every pod has. The client rereads the token every minute.
+    """Return the API server configuration that every pod has; raises CertmountError TokenReviewUnavailable outside a cluster.
 
-    Raises:
-        CertmountError: TokenReviewUnavailable outside a cluster.
+    The client rereads the token every minute.
     """
     configuration = client.Configuration()
     try:
@@ -86,9 +82,8 @@ def connect(configuration: client.Configuration) -> client.ApiClient:
 async def call_api(call: Awaitable[_T], reason: Reason, target: str) -> _T:
     """Return the result of a call; ``target`` names the object of the call in errors.
 
-    Raises:
-        CertmountError: with ``reason`` for every failure; ApiError for an error response, Conflict for HTTP 409. The
-            text never quotes the request.
+    Raises CertmountError with ``reason`` for every failure; ApiError for an error response, Conflict for HTTP 409. The text
+    never quotes the request.
     """
     try:
         result = await call
@@ -97,8 +92,7 @@ async def call_api(call: Awaitable[_T], reason: Reason, target: str) -> _T:
     except TimeoutError:
         raise CertmountError(reason, Fault(target, "the API server does not respond in time")) from None
     except (aiohttp.ClientError, OSError) as error:
-        problem = f"cannot reach the API server ({type(error).__name__})"
-        raise CertmountError(reason, Fault(target, problem)) from None
+        raise CertmountError(reason, Fault(target, f"cannot reach the API server ({type(error).__name__})")) from None
     except ValueError as error:
         raise invalid_response(reason, target, type(error).__name__) from None
     if result is None:

@@ -25,8 +25,7 @@ class CSRCache:
         self._waiters = KeyWaiters()
         self._waiting: dict[str, int] = {}
         self._removed: set[str] = set()
-        self.listed = asyncio.Event()
-        """Set after the first complete list."""
+        self.listed = asyncio.Event()  # set after the first complete list
 
     def __iter__(self) -> Iterator[ClusterCSR]:
         return iter(tuple(self._known.values()))
@@ -46,11 +45,7 @@ class CSRCache:
         self._known.pop(name, None)
 
     async def wait(self, name: str, seconds: float) -> ClusterCSR | None:
-        """Return the request as soon as it is finished, or None after a timeout.
-
-        Raises:
-            KeyError: if the request is deleted.
-        """
+        """Return the request as soon as it is finished, or None after a timeout; raises KeyError if it is deleted."""
         self._waiting[name] = self._waiting.get(name, 0) + 1
         found: ClusterCSR | str | None = None
         try:

@@ -22,8 +22,7 @@ _PATH = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
 _SELF = "/apis/authentication.k8s.io/v1/selfsubjectreviews"
 _SELF_TARGET = "the authority's own account"
 _TYPE = {"apiVersion": "certificates.k8s.io/v1", "kind": "CertificateSigningRequest"}
-_MAX_MESSAGE = 1024
-"""Characters in a condition's message. The API allows more, but people read messages in a terminal."""
+_MAX_MESSAGE = 1024  # characters; the API allows more, but people read conditions in a terminal
 _MAX_ATTEMPTS = 3
 
 

@@ -28,11 +28,9 @@ class EventClient:
         self._instance = instance[:128] or "unknown"
 
     async def create(self, event: PodEvent) -> RecordedEvent:
-        """Makes it, or counts it once more where another replica has made it.
+        """Create the event, or increase its count if another replica created it.
 
-        Raises:
-            EventRefused: for good.
-            CertmountError: TokenReviewUnavailable for what may pass.
+        Raises EventRejected for a permanent error, CertmountError TokenReviewUnavailable for a temporary one.
         """
         try:
             return _recorded(await self._send("POST", event, "", self._body(event)))

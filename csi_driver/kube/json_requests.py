@@ -12,8 +12,7 @@ from kubernetes.aio import client
 from csi_driver.kube.client import TIMEOUT_S
 from csi_driver.kube.metadata import Json
 
-MERGE_PATCH = "application/merge-patch+json"
-"""RFC 7396."""
+MERGE_PATCH = "application/merge-patch+json"  # RFC 7396
 
 
 @contextlib.asynccontextmanager
@@ -27,11 +26,8 @@ async def open_response(
     headers: Mapping[str, str] | None = None,
     limits: aiohttp.ClientTimeout,
 ) -> AsyncIterator[aiohttp.ClientResponse]:
-    """Yield a response whose body is not read yet.
-
-    Raises client.ApiException for a status of 400 and above, and the exceptions of aiohttp.
-    """
-    serialized = await api.param_serialize(
+    """Yield a response with an unread body; raises client.ApiException for status >= 400, and aiohttp's exceptions."""
+    method, url, sent_headers, sent_body, _ = await api.param_serialize(
         method,
         path,
         query_params=list((query or {}).items()),
@@ -39,7 +35,6 @@ async def open_response(
         body=body,
         auth_settings=["BearerToken"],
     )
-    method, url, sent_headers, sent_body, _ = serialized
     # The kubernetes package passes the timeout to aiohttp unchanged.
     response = (await api.call_api(method, url, sent_headers, sent_body, _request_timeout=limits)).response
     try:

@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Json = dict[str, Any]
-"""An object as the API server sends it."""
-
-Pairs = tuple[tuple[str, str], ...]
-"""Labels or a label selector, sorted by key."""
+Json = dict[str, Any]  # an object as the API server sends it
+Pairs = tuple[tuple[str, str], ...]  # labels or a label selector, sorted by key
 
 
 class InvalidObject(Exception):
@@ -22,8 +19,7 @@ class Metadata:
     """The metadata that certmount uses."""
 
     name: str
-    namespace: str
-    """Empty for a cluster-scoped object."""
+    namespace: str  # empty for a cluster-scoped object
     uid: str
     labels: Pairs
 

@@ -24,8 +24,7 @@ class LabelledPods:
 
     namespace: str
     labels: Pairs
-    pods: int = 0
-    """The number of pods; the cache drops the value at 0."""
+    pods: int = 0  # the cache drops the value when no pod is left
 
 
 class PodCache:

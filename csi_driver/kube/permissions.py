@@ -24,8 +24,7 @@ class Permission:
 
     verb: str
     group: str
-    resource: str
-    """With its subresource, as in a Role: ``certificatesigningrequests/status``."""
+    resource: str  # with its subresource, as in a Role: certificatesigningrequests/status
     namespace: str = ""
     name: str = ""
 

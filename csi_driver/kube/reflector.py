@@ -34,11 +34,9 @@ _T = TypeVar("_T")
 class WatchedResource:
     """A resource to watch in all namespaces."""
 
-    name: str
-    """The plural, for logs and errors."""
+    name: str  # the plural, for logs and errors
     path: str
-    metadata_only: bool = False
-    """True to receive no spec and status (meta.k8s.io/v1 PartialObjectMetadata)."""
+    metadata_only: bool = False  # True to receive no spec and status (meta.k8s.io/v1 PartialObjectMetadata)
     field_selector: str = ""
     label_selector: str = ""
 
@@ -47,10 +45,8 @@ class WatchedResource:
 class WatchTimings:
     """The timeouts and delays of a reflector, in seconds."""
 
-    watch: float = 280.0
-    """The duration of one watch request, with jitter so that replicas do not reconnect at the same time."""
-    silence: float = 100.0
-    """A watch without data for this long may be dead, so the reflector reconnects."""
+    watch: float = 280.0  # of one watch request; jitter keeps replicas from reconnecting at the same time
+    silence: float = 100.0  # a watch without data for this long may be dead, so the reflector reconnects
     page: float = 30.0
     first_retry: float = 0.5
     longest_retry: float = 15.0
@@ -97,10 +93,10 @@ class Reflector:
         self._version = ""
         self._failures = 0
         self._retry_after_s = 0.0
-        self.synced = False
-        """True after the first complete list."""
-        self.failing_since: float | None = None
-        """The clock's time of the first failure; None while the cache is current."""
+        self.synced = False  # True after the first complete list
+        self.failing_since: float | None = (
+            None  # the clock's time of the first failure; None while the cache is current
+        )
 
     async def run(self) -> None:
         """List and watch until cancelled."""

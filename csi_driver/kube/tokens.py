@@ -27,8 +27,7 @@ class TokenReviewClient:
     async def review(self, token: Secret[str], audience: str) -> ReviewedToken:
         """Return the owner of a valid token.
 
-        Raises:
-            CertmountError: TokenRejected if the token is invalid, TokenReviewUnavailable if the review fails.
+        Raises CertmountError TokenRejected if the token is invalid, TokenReviewUnavailable if the review fails.
         """
         spec = client.V1TokenReviewSpec(token=token.reveal(), audiences=[audience])
         call = self._api.create_token_review(client.V1TokenReview(spec=spec), _request_timeout=TIMEOUT_S)
@@ -36,8 +35,9 @@ class TokenReviewClient:
         status = review.status
         if status is None or not status.authenticated or status.user is None:
             detail = _error_text(status.error if status is not None else None, token)
-            problem = f"the API server rejects the token{detail}; the pod may be deleted"
-            raise CertmountError(Reason.TOKEN_REJECTED, problem)
+            raise CertmountError(
+                Reason.TOKEN_REJECTED, f"the API server rejects the token{detail}; the pod may be deleted"
+            )
         if audience not in (status.audiences or ()):
             raise CertmountError(Reason.TOKEN_REJECTED, f"the API server rejects the token for audience {audience}")
         extra = status.user.extra or {}
@@ -61,14 +61,10 @@ class TokenKeyClient:
     async def fetch(self) -> PublishedKeys:
         """Return the current name and keys; raises CertmountError TokenReviewUnavailable."""
         # The generated typed calls would convert the JSON to the text of a Python dict.
-        configuration = await _body(
-            self._discovery.get_service_account_issuer_open_id_configuration_without_preload_content(
-                _request_timeout=TIMEOUT_S
-            )
-        )
-        jwks = await _body(
-            self._keys.get_service_account_issuer_open_id_keyset_without_preload_content(_request_timeout=TIMEOUT_S)
-        )
+        read_issuer = self._discovery.get_service_account_issuer_open_id_configuration_without_preload_content
+        read_keys = self._keys.get_service_account_issuer_open_id_keyset_without_preload_content
+        configuration = await _body(read_issuer(_request_timeout=TIMEOUT_S))
+        jwks = await _body(read_keys(_request_timeout=TIMEOUT_S))
         try:
             issuer = json.loads(configuration)["issuer"]
         except (ValueError, TypeError, KeyError, RecursionError):
