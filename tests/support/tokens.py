@@ -1,4 +1,4 @@
-"""A cluster's token issuer for tests: bound service-account tokens as a Kubernetes API server makes them, and worse ones."""
+"""A cluster's token issuer for tests: bound service account tokens like those of a Kubernetes API server, and invalid ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Pod:
 
     @property
     def reviewed(self) -> ReviewedToken:
-        """What a live cluster says of its tokens."""
+        """The result of a TokenReview while the pod exists."""
         return ReviewedToken(self.username, self.service_account_uid, self.name, self.uid, self.node, self.node_uid)
 
 
@@ -44,7 +44,7 @@ DRIVER = Pod("certmount-node-x7k2p", "certmount", "certmount-node", uid="4444444
 
 @dataclass
 class TokenIssuer:
-    """Signs tokens, and publishes its keys."""
+    """Signs tokens and publishes its keys."""
 
     name: str = ISSUER
     key: Any = field(default_factory=lambda: rsa.generate_private_key(public_exponent=65537, key_size=2048))
@@ -65,11 +65,11 @@ class TokenIssuer:
         return PublishedKeys(self.name, json.dumps({"keys": [self.jwk]}).encode())
 
     def rotated(self, key_id: str) -> TokenIssuer:
-        """The same issuer with a new key."""
+        """Return the same issuer with a new key."""
         return replace(self, key=ec.generate_private_key(ec.SECP256R1()), key_id=key_id)
 
     def claims(self, pod: Pod, audience: str, **changes: Any) -> dict[str, Any]:
-        """The claims of a token as kubelet gets it for a volume; a change to None leaves the claim away."""
+        """Return the claims of a token that the kubelet requests for a volume; a change to None omits the claim."""
         now = int(time.time())
         claims = {
             "iss": self.name,
@@ -89,13 +89,11 @@ class TokenIssuer:
         return {name: value for name, value in {**claims, **changes}.items() if value is not None}
 
     def sign(self, claims: dict[str, Any], **headers: Any) -> Secret[str]:
-        """A token with these claims; ``headers`` are added to, or replace, those of the token."""
+        """Return a token with these claims; ``headers`` extend or replace the default headers."""
         return Secret(jwt.encode(claims, self.key, algorithm=self.algorithm, headers={"kid": self.key_id, **headers}))
 
     def pod_token(self, pod: Pod, **changes: Any) -> Secret[str]:
-        """What kubelet hands the driver for a pod's volume."""
         return self.sign(self.claims(pod, POD_AUDIENCE, **changes))
 
     def node_token(self, pod: Pod = DRIVER, **changes: Any) -> Secret[str]:
-        """What the driver shows of itself."""
         return self.sign(self.claims(pod, NODE_AUDIENCE, **changes))

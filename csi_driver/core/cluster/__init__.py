@@ -1,1 +1,1 @@
-"""cluster."""
+"""Values of Kubernetes objects, for packages that must not import the Kubernetes client."""

@@ -32,7 +32,7 @@ class Lease:
     """A Lease (coordination.k8s.io/v1). It expires ``seconds`` after its last change, measured by the reader's clock."""
 
     holder: str
-    """Empty if nobody holds it."""
+    """Empty if no replica holds it."""
     seconds: int
     version: str
     """The resourceVersion."""
