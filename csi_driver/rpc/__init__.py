@@ -1,4 +1,1 @@
-"""What both ends of a gRPC call share: how a failure becomes a status and a status a failure again.
-
-It may not know what a certificate or a volume is.
-"""
+"""gRPC code that the node driver and the authority share."""

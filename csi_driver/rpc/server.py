@@ -1,10 +1,10 @@
-"""The one place where an exception becomes a gRPC status, for the node driver and the authority alike."""
+"""A gRPC server interceptor that converts exceptions to statuses, for the node driver and the authority."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -20,23 +20,20 @@ _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]]"
 
 
-_NOTHING: AbstractContextManager[None] = nullcontext()
-
-
 @dataclass(frozen=True, slots=True)
 class CompletedCall:
-    """A call that ended: the method's bare name, how long it took, and why it failed (None: it did not)."""
+    """A call that has ended."""
 
-    method: str
+    method: str  # without the service
     seconds: float
-    reason: Reason | None
+    reason: Reason | None  # None after a success
 
 
 class Interceptor(grpc.aio.ServerInterceptor):
-    """Turns failures into statuses, and reports each call to ``observe``.
+    """Converts exceptions to statuses, and reports each call to ``observe``.
 
-    ``describe`` names the log fields of a request (pod, volume), which are then in each line that the call logs; it must not
-    reveal secrets and not raise. Without it nothing is bound, which a service with its own audit log can do without.
+    ``describe`` returns log fields of a request, such as the pod and the volume, which every log event of the call then
+    has. It must not raise or reveal secrets. The authority does not need it, because it has an audit log.
     """
 
     def __init__(
@@ -46,80 +43,76 @@ class Interceptor(grpc.aio.ServerInterceptor):
     ) -> None:
         self._observe = observe
         self._describe = describe
-        self._guarded: dict[str, _Handler] = {}
+        self._wrapped: dict[str, _Handler] = {}
 
     async def intercept_service(
         self, continuation: _Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> _Handler | None:
         handler = await continuation(handler_call_details)
-        if handler is None:
-            return handler
-        # There are as many as the services have methods.
-        guarded = self._guarded.get(handler_call_details.method)
-        if guarded is None:
-            guarded = self._guard(handler, handler_call_details.method.rpartition("/")[2])
-            self._guarded[handler_call_details.method] = guarded
-        return guarded
+        path = handler_call_details.method
+        if handler is not None and path not in self._wrapped:
+            # The services have few methods, so the cache is small.
+            self._wrapped[path] = self._wrap(handler, path.rpartition("/")[2])
+        return self._wrapped[path] if handler is not None else None
 
-    def _guard(self, handler: _Handler, method: str) -> _Handler:
+    def _wrap(self, handler: _Handler, method: str) -> _Handler:
         coders = {
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,
         }
-        if handler.unary_stream is not None:
-            stream: Any = handler.unary_stream  # typed for the synchronous server only
-
-            async def unary_stream(request: object, context: Any) -> Any:
-                reason: Reason | None = None
-                started = time.perf_counter()
-                with self._bound(method, request):
-                    try:
-                        async for response in stream(request, context):
-                            yield response
-                    except Exception as error:  # noqa: BLE001  # the boundary: whatever is left must become a status
-                        failure = _told(method, error)
-                        reason = failure.reason
-                        await abort(context, failure)
-                    finally:
-                        self._observe(CompletedCall(method, time.perf_counter() - started, reason))
-
-            return grpc.unary_stream_rpc_method_handler(unary_stream, **coders)
+        # grpc declares both handler types for the synchronous server only.
+        stream: Any = handler.unary_stream
         unary: Any = handler.unary_unary
 
-        async def unary_unary(request: object, context: Any) -> Any:
-            reason: Reason | None = None
-            started = time.perf_counter()
-            with self._bound(method, request):
-                try:
-                    return await unary(request, context)
-                except Exception as error:  # noqa: BLE001  # the boundary: whatever is left must become a status
-                    failure = _told(method, error)
-                    reason = failure.reason
-                    await abort(context, failure)
-                finally:
-                    self._observe(CompletedCall(method, time.perf_counter() - started, reason))
+        async def unary_stream(request: object, context: Any) -> Any:
+            async with self._observed(method, request, context):
+                async for response in stream(request, context):
+                    yield response
 
+        async def unary_unary(request: object, context: Any) -> Any:
+            async with self._observed(method, request, context):
+                return await unary(request, context)
+
+        if stream is not None:
+            return grpc.unary_stream_rpc_method_handler(unary_stream, **coders)
         return grpc.unary_unary_rpc_method_handler(unary_unary, **coders)
 
-    def _bound(self, method: str, request: object) -> AbstractContextManager[None]:
+    @asynccontextmanager
+    async def _observed(self, method: str, request: object, context: Any) -> AsyncIterator[None]:
+        """Abort the call with a status if it raises, and report its duration and result."""
+        reason: Reason | None = None
+        started = time.perf_counter()
+        with self._log_fields(method, request):
+            try:
+                yield
+            except Exception as error:  # noqa: BLE001  # every exception must become a status
+                failure = _certmount_error(method, error)
+                reason = failure.reason
+                await abort(context, failure)
+            finally:
+                self._observe(CompletedCall(method, time.perf_counter() - started, reason))
+
+    def _log_fields(self, method: str, request: object) -> AbstractContextManager[None]:
         if self._describe is None:
-            return _NOTHING
+            return nullcontext()
         return structlog.contextvars.bound_contextvars(method=method, **self._describe(method, request))
 
 
-def _told(method: str, error: Exception) -> CertmountError:
-    """The failure as the caller is to see it; it is logged here."""
+def _certmount_error(method: str, error: Exception) -> CertmountError:
+    """Log the exception and return the error to send."""
     if isinstance(error, CertmountError):
         log.warning("call failed", method=method, reason=error.reason.word, error=str(error))
         return error
-    # A defect of ours. Its text may quote its input, so only its type and place are shown.
+    # A bug. The text of the exception can quote its input, so log only its type and location.
     kind, reason = type(error).__name__, Reason.INTERNAL
-    log.error("call failed by a defect", method=method, reason=reason.word, error=kind, at=_place(error))
-    return CertmountError(reason, f"a defect in certmount ({kind}); its log says where")
+    log.error(
+        "call failed with an unexpected error", method=method, reason=reason.word, error=kind, at=_location(error)
+    )
+    return CertmountError(reason, f"a defect in certmount ({kind}); the log shows the location")
 
 
-def _place(error: BaseException) -> str:
-    """Where the exception was raised, innermost last: ``file:line`` of each frame."""
+def _location(error: BaseException) -> str:
+    """Return ``file:line`` of the innermost eight frames, innermost last."""
     frames = []
     trace = error.__traceback__
     while trace is not None:
