@@ -141,9 +141,8 @@ def rotate(run: _Run, **options: Any) -> None:
             next_keyring = own or make_keyring(utc_now(), replace(profile_of(state.keyring), **profile))
             return state.begin_rotation(next_keyring, int(time.time()))
         if own or profile:
-            raise click.ClickException(
-                "a rotation to another CA is in progress; to abandon it, run: certmount ca stop --discard"
-            )
+            problem = "a rotation to another CA is in progress; to abandon it, run: certmount ca stop --discard"
+            raise click.ClickException(problem)
         return replace(state, rotation=rotation.resume(state.rotation))
 
     async def change(stored: _StoredState) -> tuple[CAState, CAStatusReport]:
@@ -268,8 +267,8 @@ async def _open(ca_secret: tuple[str, str] | None, ca_dir: Path | None) -> Async
     if ca_secret and ca_dir:
         raise click.UsageError("--ca-secret is for a cluster and --ca-dir for use outside a cluster; use one of them")
     if ca_dir:
-        stored = AcknowledgementStore(DirectoryStore(ca_dir, ACKNOWLEDGEMENTS_FILE), lambda: 0)
-        yield _StoredState(StoredCA(DirectoryStore(ca_dir)), stored, _UnknownNodes())
+        acknowledged = AcknowledgementStore(DirectoryStore(ca_dir, ACKNOWLEDGEMENTS_FILE), lambda: 0)
+        yield _StoredState(StoredCA(DirectoryStore(ca_dir)), acknowledged, _UnknownNodes())
         return
     if not ca_secret and "KUBERNETES_SERVICE_HOST" not in os.environ:
         raise click.UsageError("--ca-dir: required outside a cluster")
@@ -280,7 +279,5 @@ async def _open(ca_secret: tuple[str, str] | None, ca_dir: Path | None) -> Async
     namespace, name = ca_secret or _DEFAULT_SECRET
     async with connect(in_cluster_configuration()) as api:
         ca = SecretStore(api, ObjectName("Secret", namespace, name))
-        stored = AcknowledgementStore(
-            SecretStore(api, ObjectName("Secret", namespace, ACKNOWLEDGEMENTS_SECRET)), lambda: 0
-        )
-        yield _StoredState(StoredCA(ca), stored, CSINodeClient(api))
+        stored = SecretStore(api, ObjectName("Secret", namespace, ACKNOWLEDGEMENTS_SECRET))
+        yield _StoredState(StoredCA(ca), AcknowledgementStore(stored, lambda: 0), CSINodeClient(api))

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 
 from csi_driver import DRIVER_NAME
 from csi_driver.authority.ca.authority import CertificateAuthority, utc_now
-from csi_driver.authority.ca.keyring import INTERMEDIATE_KEY, Keyring, encode_keyring, make_keyring
+from csi_driver.authority.ca.keyring import INTERMEDIATE, INTERMEDIATE_KEY, ROOT, Keyring, encode_keyring, make_keyring
 from csi_driver.authority.ca.rotation import Acknowledgements
 from csi_driver.authority.ca.sources import StoredCA
 from csi_driver.authority.storage import DirectoryStore
@@ -117,10 +117,8 @@ def test_rotation_can_be_stopped_and_resumed(setting: Setting) -> None:
     assert "The rotation is stopped." in setting.output("stop")
     setting.refresh_after(3600)
     assert setting.status()["phase"] == "announcing"
-    assert (
-        "to resume, run: certmount ca rotate; to abandon the next CA, run: certmount ca stop --discard"
-        in setting.output("status")
-    )
+    hint = "to resume, run: certmount ca rotate; to abandon the next CA, run: certmount ca stop --discard"
+    assert hint in setting.output("status")
     assert "Rotation resumed." in setting.output("rotate")
     setting.refresh_after(41)
     assert setting.status()["phase"] == "retiring"
@@ -181,14 +179,12 @@ def own_ca(folder: Path, *, encrypted: bool) -> tuple[Keyring, list[str]]:
     for name, value in encode_keyring(keyring).items():
         (folder / name).write_bytes(value.reveal())
     options = [
-        f"--root={folder / 'root.crt'}",
-        f"--intermediate={folder / 'intermediate.crt'}",
-        f"--intermediate-key={folder / INTERMEDIATE_KEY}",
+        f"--{name.replace('.crt', '').replace('.', '-')}={folder / name}"
+        for name in (ROOT, INTERMEDIATE, INTERMEDIATE_KEY)
     ]
     if encrypted:
-        key = keyring.intermediate.key.private_bytes(
-            Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret")
-        )
+        encryption = BestAvailableEncryption(b"secret")
+        key = keyring.intermediate.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
         (folder / INTERMEDIATE_KEY).write_bytes(key)
         (folder / "password").write_bytes(b"secret\n")
         options.append(f"--password-file={folder / 'password'}")
@@ -235,13 +231,10 @@ def test_exactly_one_option_selects_the_ca(tmp_path: Path, monkeypatch: pytest.M
 async def test_status_in_a_cluster_names_missing_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The output lists the first ten. A rotation waits for a node with an unavailable driver until ``forget`` removes it."""
     setting = Setting(tmp_path)
-    for step in (
-        setting.refresh_after,
-        lambda: setting.output("rotate"),
-        setting.refresh_after,
-        lambda: setting.refresh_after(41),
-    ):
-        await asyncio.to_thread(step)
+    await asyncio.to_thread(setting.refresh_after)
+    await asyncio.to_thread(setting.output, "rotate")
+    for seconds in (0, 41):
+        await asyncio.to_thread(setting.refresh_after, seconds)
     stored = await DirectoryStore(tmp_path).load()
     server = FakeApiServer()
     data = {name: base64.b64encode(value.reveal()).decode() for name, value in stored.values.items()}

@@ -67,7 +67,7 @@ class CertificateAuthority:
 
     @property
     def root_set(self) -> RootSet:
-        """The roots that pods must trust; empty before the CA is loaded."""
+        """Empty before the CA is loaded."""
         return self._state.root_set if self._state else RootSet((), 0)
 
     @property

@@ -55,11 +55,8 @@ class ServingCertificate:
         self._configuration = grpc.ssl_server_certificate_configuration([(encode_key(key).reveal(), chain)])
         self._issuer, self._renew_at = signer.certificate, now + _RENEW_AFTER
         self._metrics.serving_expiry.set(certificate.not_valid_after_utc.timestamp())
-        log.info(
-            "serving certificate issued",
-            names=str(self._names),
-            not_after=f"{certificate.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}",
-        )
+        not_after = f"{certificate.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}"
+        log.info("serving certificate issued", names=str(self._names), not_after=not_after)
         return self._configuration
 
     def credentials(self, signer: CAKeyPair) -> grpc.ServerCredentials:

@@ -66,10 +66,8 @@ def authority(
     nodes: Nodes | None = None,
     on_roots_changed: Callable[[RootSet], None] = lambda _roots: None,
 ) -> CertificateAuthority:
-    metrics = AuthorityMetrics(registry or CollectorRegistry())
-    return CertificateAuthority(
-        StoredCA(store, nodes), metrics, clock.utc, elapsed=clock, on_roots_changed=on_roots_changed
-    )
+    source, metrics = StoredCA(store, nodes), AuthorityMetrics(registry or CollectorRegistry())
+    return CertificateAuthority(source, metrics, clock.utc, elapsed=clock, on_roots_changed=on_roots_changed)
 
 
 async def rotate(store: MemoryStore, clock: Clock) -> Keyring:
@@ -379,7 +377,7 @@ async def test_unknown_values_in_the_store_are_kept(store: MemoryStore, clock: C
         b"[]",
         b"{}",
         b'{"phase": "x"}',
-        *(b'{"phase": "steady", "since": %s}' % bad for bad in (b"-1", b"1.5", b"true")),
+        *(b'{"phase": "steady", "since": %s}' % x for x in (b"-1", b"1.5", b"true")),
     ],
 )
 async def test_damaged_state_is_an_error_and_is_kept(content: bytes, store: MemoryStore, clock: Clock) -> None:
@@ -445,11 +443,9 @@ async def test_rotation_phase_is_a_metric(store: MemoryStore, clock: Clock) -> N
     await ca.refresh()
     await rotate(store, clock)
     await ca.refresh()
-    phases = {
-        phase.value: registry.get_sample_value("certmount_ca_rotation", {"phase": phase.value})
-        for phase in RotationPhase
-    }
-    assert phases == {"steady": 0, "announcing": 1, "distributing": 0, "retiring": 0}
+    for phase in RotationPhase:
+        value = registry.get_sample_value("certmount_ca_rotation", {"phase": phase.value})
+        assert value == (phase is RotationPhase.ANNOUNCING)
 
 
 async def test_expiring_certificate_is_logged_once_a_day(store: MemoryStore, clock: Clock) -> None:
@@ -457,13 +453,9 @@ async def test_expiring_certificate_is_logged_once_a_day(store: MemoryStore, clo
     store.values = encode_keyring(offline)
     ca = authority(store, clock)
     with structlog.testing.capture_logs() as logs:
-        await ca.refresh()
-        clock.forward(timedelta(days=300))
-        await ca.refresh()
-        clock.forward(timedelta(hours=23))
-        await ca.refresh()
-        clock.forward(timedelta(hours=1))
-        await ca.refresh()
+        for hours in (0, 300 * 24, 23, 1):
+            clock.forward(timedelta(hours=hours))
+            await ca.refresh()
     warnings = [entry for entry in logs if "expires soon" in entry["event"]]
     assert [entry["certificate"] for entry in warnings] == ["intermediate.crt"] * 2
 

@@ -14,7 +14,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.authority.ca.certificates import BACKDATE, INTERMEDIATE_LIFETIME, Leaf, make_root, sign_leaf
+from csi_driver.authority.ca.certificates import BACKDATE, INTERMEDIATE_LIFETIME, CAKeyPair, Leaf, make_root, sign_leaf
 from csi_driver.authority.ca.keyring import make_keyring
 from csi_driver.core.certificates.csr import names_of
 from csi_driver.core.certificates.keys import PublicKey, generate_key, public_bytes
@@ -26,6 +26,7 @@ from tests.unit.authority.clock import Clock
 NOW = Clock().utc()
 KEYRING = make_keyring(NOW)
 ID = spiffe_id("cluster.local", "default", "hello")
+ID_ONLY = Names.of(uris=[ID])
 KEYS: dict[KeyType, PublicKey] = {
     key_type: generate_key(key_type).public_key() for key_type in KeyType if key_type is not KeyType.RSA_4096
 }
@@ -33,9 +34,15 @@ LONG = DNSName.parse(".".join(["a" * 30] * 3))
 
 
 def leaf(
-    names: Names, key: PublicKey = KEYS[KeyType.EC_P256], life: timedelta = timedelta(hours=1)
+    names: Names = ID_ONLY,
+    key: PublicKey = KEYS[KeyType.EC_P256],
+    lifetime: timedelta = timedelta(hours=1),
+    usages: tuple[Usage, ...] = (Usage.SERVER, Usage.CLIENT),
+    signer: CAKeyPair = KEYRING.intermediate,
+    *,
+    subject: bool = True,
 ) -> x509.Certificate:
-    return sign_leaf(Leaf(key, names, life, (Usage.SERVER, Usage.CLIENT)), KEYRING.intermediate, NOW)
+    return sign_leaf(Leaf(key, names, lifetime, usages, subject), signer, NOW)
 
 
 def found(certificate: x509.Certificate) -> list[tuple[str, bool]]:
@@ -70,7 +77,7 @@ def test_leaf_has_exactly_six_extensions(key_type: KeyType) -> None:
 
 
 def test_key_identifier_is_that_of_the_intermediate() -> None:
-    extensions = leaf(Names.of(uris=[ID])).extensions
+    extensions = leaf().extensions
     issuer = KEYRING.intermediate.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     identifier = extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
     assert identifier.key_identifier == issuer.digest
@@ -83,7 +90,7 @@ def test_first_dns_name_is_the_common_name() -> None:
     assert [(item.oid, item.value) for item in certificate.subject] == [(NameOID.COMMON_NAME, "a.test")]
 
 
-@pytest.mark.parametrize("names", [Names.of(uris=[ID]), Names.of([LONG], [ID])], ids=["no dns name", "too long"])
+@pytest.mark.parametrize("names", [ID_ONLY, Names.of([LONG], [ID])], ids=["no dns name", "too long"])
 def test_names_are_critical_without_a_subject(names: Names) -> None:
     """RFC 5280 section 4.2.1.6."""
     certificate = leaf(names)
@@ -92,14 +99,14 @@ def test_names_are_critical_without_a_subject(names: Names) -> None:
 
 
 def test_leaf_is_backdated_and_has_the_granted_lifetime() -> None:
-    certificate = leaf(Names.of(uris=[ID]), life=timedelta(minutes=5))
+    certificate = leaf(lifetime=timedelta(minutes=5))
     assert certificate.not_valid_before_utc == NOW - BACKDATE
     assert certificate.not_valid_after_utc == NOW + timedelta(minutes=5)
 
 
 def test_leaf_never_outlives_its_intermediate() -> None:
     """An expired intermediate signs nothing."""
-    certificate = leaf(Names.of(uris=[ID]), life=timedelta(days=4000))
+    certificate = leaf(lifetime=timedelta(days=4000))
     assert certificate.not_valid_after_utc == KEYRING.intermediate.certificate.not_valid_after_utc
     with pytest.raises(CertmountError, match="has expired") as failure:
         sign_leaf(
@@ -110,7 +117,7 @@ def test_leaf_never_outlives_its_intermediate() -> None:
 
 def test_serial_numbers_are_random() -> None:
     """Positive, and at most 20 octets (RFC 5280 section 4.1.2.2)."""
-    serials = {leaf(Names.of(uris=[ID])).serial_number for _ in range(20)}
+    serials = {leaf().serial_number for _ in range(20)}
     assert len(serials) == 20
     assert all(0 < serial < 2**159 for serial in serials)
     assert max(serials).bit_length() > 140
@@ -133,40 +140,27 @@ any_names = st.builds(
 
 @pytest.mark.parametrize("usages", [(Usage.SERVER,), (Usage.CLIENT,), (Usage.CLIENT, Usage.SERVER)])
 def test_leaf_has_only_the_granted_usages(usages: tuple[Usage, ...]) -> None:
-    certificate = sign_leaf(
-        Leaf(KEYS[KeyType.EC_P256], Names.of(uris=[ID]), timedelta(1), usages), KEYRING.intermediate, NOW
-    )
     purposes = {Usage.SERVER: ExtendedKeyUsageOID.SERVER_AUTH, Usage.CLIENT: ExtendedKeyUsageOID.CLIENT_AUTH}
-    found = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    found = leaf(usages=usages).extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     assert list(found) == [purposes[usage] for usage in usages]
 
 
 def test_leaf_can_omit_the_subject() -> None:
     """For a CA that constrains directory names."""
-    names = Names.of([DNSName.parse("a.test")])
-    wanted = Leaf(KEYS[KeyType.EC_P256], names, timedelta(1), (Usage.SERVER,), subject=False)
-    certificate = sign_leaf(wanted, KEYRING.intermediate, NOW)
+    certificate = leaf(Names.of([DNSName.parse("a.test")]), subject=False)
     assert not certificate.subject.rdns
     assert certificate.extensions.get_extension_for_oid(ExtensionOID.SUBJECT_ALTERNATIVE_NAME).critical
 
 
-HASHES = {
-    KeyType.EC_P256: "sha256",
-    KeyType.EC_P384: "sha384",
-    KeyType.RSA_3072: "sha256",
-    KeyType.ED25519: None,
-    KeyType.ML_DSA_44: None,
-}
+HASHES = {KeyType.EC_P256: "sha256", KeyType.EC_P384: "sha384", KeyType.RSA_3072: "sha256"}
 
 
-@pytest.mark.parametrize("kind", HASHES)
+@pytest.mark.parametrize("kind", [*HASHES, KeyType.ED25519, KeyType.ML_DSA_44])
 def test_hash_matches_the_signing_key(kind: KeyType) -> None:
     signer = make_root("test", generate_key(kind), NOW, path_length=0)
-    certificate = sign_leaf(
-        Leaf(KEYS[KeyType.EC_P256], Names.of(uris=[ID]), timedelta(1), (Usage.SERVER,)), signer, NOW
-    )
+    certificate = leaf(signer=signer)
     algorithm = certificate.signature_hash_algorithm
-    assert (algorithm.name if algorithm else None) == HASHES[kind]
+    assert (algorithm.name if algorithm else None) == HASHES.get(kind)
     certificate.verify_directly_issued_by(signer.certificate)
 
 
@@ -210,7 +204,4 @@ class ExternalKey(ec.EllipticCurvePrivateKey):
 def test_key_in_a_key_store_can_sign() -> None:
     """CAKeyPair uses a key only to sign and to return its public key, so it can be in an HSM."""
     signer = make_root("test", ExternalKey(), NOW, path_length=0)
-    certificate = sign_leaf(
-        Leaf(KEYS[KeyType.EC_P256], Names.of(uris=[ID]), timedelta(1), (Usage.SERVER,)), signer, NOW
-    )
-    certificate.verify_directly_issued_by(signer.certificate)
+    leaf(signer=signer).verify_directly_issued_by(signer.certificate)
