@@ -76,6 +76,8 @@ class CAStatusReport:
     def document(self) -> dict[str, Any]:
         """Return the JSON output. Times have the format of RFC 3339."""
         state, following = self.state.rotation, self.state.next_keyring
+        roots = [fingerprint(x509.load_der_x509_certificate(each.root)) for each in state.retired]
+        retired = zip(roots, map(state.trusted_until, state.retired), strict=True)
         return {
             "phase": state.phase.value,
             "stopped": state.stopped,
@@ -84,11 +86,7 @@ class CAStatusReport:
             "signing": _keyring_document(self.state.keyring),
             "next": _keyring_document(following) if following else None,
             "retired": [
-                {
-                    "root": fingerprint(x509.load_der_x509_certificate(each.root)),
-                    "trustedUntil": _time(state.trusted_until(each)) if state.since else None,
-                }
-                for each in state.retired
+                {"root": root, "trustedUntil": _time(until) if state.since else None} for root, until in retired
             ],
             "maxLifetimeSeconds": state.max_lifetime,
             "nodes": {

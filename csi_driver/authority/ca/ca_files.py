@@ -88,9 +88,5 @@ class CAFiles:
         return CAState(keyring, None, state)
 
     def _log_change(self, state: CAState) -> None:
-        log.info(
-            "CA files loaded",
-            files=self.name,
-            root=fingerprint(state.keyring.root),
-            intermediate=fingerprint(state.keyring.intermediate.certificate),
-        )
+        root, intermediate = state.keyring.root, state.keyring.intermediate.certificate
+        log.info("CA files loaded", files=self.name, root=fingerprint(root), intermediate=fingerprint(intermediate))

@@ -166,7 +166,9 @@ def sign_leaf(leaf: Leaf, signer: CAKeyPair, now: datetime) -> x509.Certificate:
     not_after = min(now + leaf.lifetime, signer.certificate.not_valid_after_utc)
     if not_after <= now:
         raise CertmountError(Reason.ISSUER_UNAVAILABLE, "the intermediate of the internal CA has expired")
-    subject = _leaf_subject(leaf.names) if leaf.subject else x509.Name([])
+    text = leaf.names.dns[0].text if leaf.subject and leaf.names.dns else ""
+    fits = 0 < len(text) <= _MAX_COMMON_NAME
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)] if fits else [])
     builder = (
         _common(signer.certificate, tuple(leaf.usages), isinstance(leaf.key, rsa.RSAPublicKey))
         .subject_name(subject)
@@ -193,9 +195,3 @@ def _common(signer: x509.Certificate, usages: tuple[Usage, ...], rsa_key: bool) 
         .add_extension(x509.ExtendedKeyUsage([_PURPOSES[usage] for usage in usages]), critical=False)
         .add_extension(authority_key_identifier(signer), critical=False)
     )
-
-
-def _leaf_subject(names: Names) -> x509.Name:
-    if not names.dns or len(names.dns[0].text) > _MAX_COMMON_NAME:
-        return x509.Name([])
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names.dns[0].text)])

@@ -103,9 +103,10 @@ class Keyring:
         if not self.renewable:
             certificates.append((INTERMEDIATE, self.intermediate.certificate))
         return tuple(
-            ExpiringCertificate(name, certificate.not_valid_after_utc)
-            for name, certificate in certificates
-            if certificate.not_valid_after_utc - now < _notice(certificate)
+            ExpiringCertificate(name, each.not_valid_after_utc)
+            for name, each in certificates
+            if each.not_valid_after_utc - now
+            < min((each.not_valid_after_utc - each.not_valid_before_utc) / 3, _MAX_NOTICE)
         )
 
     @property
@@ -168,7 +169,3 @@ def encode_keyring(keyring: Keyring, prefix: str = "") -> Mapping[str, Secret[by
     if not keyring.source and keyring.root_key is not None:
         values[ROOT_KEY] = encode_key(keyring.root_key)
     return {prefix + name: value for name, value in values.items()}
-
-
-def _notice(certificate: x509.Certificate) -> timedelta:
-    return min((certificate.not_valid_after_utc - certificate.not_valid_before_utc) / 3, _MAX_NOTICE)
