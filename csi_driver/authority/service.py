@@ -6,7 +6,6 @@ import contextlib
 import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import grpc
@@ -22,7 +21,7 @@ from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import REASONS, CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity
 from csi_driver.core.secret import Secret
-from csi_driver.core.spec import DEFAULT_ISSUER, Usage
+from csi_driver.rpc.issuance_messages import issuance_options
 
 MAX_MESSAGE_BYTES = 128 * 1024
 """Twice the size of a request with the largest CSR (64 KiB) and the largest token (16 KiB)."""
@@ -32,7 +31,6 @@ _MAX_REPORT = 1024  # characters; the API server rejects a longer note
 RECOVERED = "CertificateRecovered"
 # Line breaks and other characters that control a terminal (Unicode categories Cc, Zl and Zp).
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
-_USAGES = {authority_pb2.USAGE_SERVER: Usage.SERVER, authority_pb2.USAGE_CLIENT: Usage.CLIENT}
 # The event reason for each certificate condition.
 CONDITIONS: Mapping[int, str] = {
     authority_pb2.CONDITION_RENEWAL_FAILING: "RenewalFailing",
@@ -121,32 +119,8 @@ def _condition_and_message(report: authority_pb2.ReportRequest) -> tuple[str, st
 
 
 def _issuance_request(request: authority_pb2.IssueRequest, node_token: Secret[str]) -> IssuanceRequest:
-    faults: list[Fault] = []
-    duration = _duration(request, faults)
-    if any(usage not in _USAGES for usage in request.usages):
-        faults.append(Fault("usages", "has an unknown value"))
-    return IssuanceRequest(
-        node_token=node_token,
-        pod_token=Secret(request.pod_token),
-        csr=request.csr,
-        duration=duration,
-        usages=tuple(dict.fromkeys(_USAGES[usage] for usage in request.usages if usage in _USAGES)),
-        issuer=request.issuer or DEFAULT_ISSUER,
-        federations=tuple(request.federations),
-        conversion_faults=tuple(faults),
-    )
-
-
-def _duration(request: authority_pb2.IssueRequest, faults: list[Fault]) -> timedelta | None:
-    if not request.HasField("duration"):
-        return None
-    try:
-        duration = request.duration.ToTimedelta()
-    except (ValueError, OverflowError):
-        duration = timedelta(-1)
-    if duration < timedelta():
-        faults.append(Fault("duration", "is negative or out of range"))
-    return duration
+    options, faults = issuance_options(request)
+    return IssuanceRequest(node_token, Secret(request.pod_token), request.csr, options, tuple(faults))
 
 
 def _issue_response(result: IssuanceResult) -> authority_pb2.IssueResponse:

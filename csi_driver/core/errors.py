@@ -143,7 +143,7 @@ REASONS = {reason.word: reason for reason in Reason}
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong: the field as the user wrote it, what is wrong, and what to do about it."""
+    """A field with a problem, as the user wrote it, and a hint what to do."""
 
     field: str
     problem: str
@@ -155,7 +155,7 @@ class Fault:
 
 
 class CertmountError(Exception):
-    """A failure with a reason. Its text is for people and never holds a token or a key."""
+    """A failure with a reason. Its text never contains a token or a key."""
 
     def __init__(self, reason: Reason, *faults: Fault | str) -> None:
         self.reason = reason
@@ -164,7 +164,6 @@ class CertmountError(Exception):
 
     @property
     def retryable(self) -> bool:
-        """True when the same request may succeed later without anyone changing anything."""
         return self.reason.kind.retryable
 
     def __str__(self) -> str:

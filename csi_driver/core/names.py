@@ -1,76 +1,76 @@
-"""The names a certificate may carry. A value of these types is valid by construction: ``parse`` is the only way in."""
+"""Names in certificates. Values of these types are valid: ``parse`` is the only constructor."""
 
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
-# RFC 1123 section 2.1 and RFC 1035 section 2.3.4: letters, digits, hyphens; 63 octets a label, 253 a name.
+# RFC 1123 section 2.1 and RFC 1035 section 2.3.4: letters, digits and hyphens; 63 octets per label, 253 per name.
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
 _MAX_DNS_LENGTH = 253
-# RFC 3986 section 2: what may stand in a URI. Left out on purpose: fragments, user information, brackets, and "%", by
-# which one path can be written in two ways.
+# RFC 3986 section 2, without fragments, user information, brackets and "%", which would allow two forms of one path.
 _URI = re.compile(
     r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[a-z0-9._-]+)(?P<path>(?:/[A-Za-z0-9._~!$&'()*+,;=:@-]*)*)", re.ASCII
 )
 _MAX_URI_LENGTH = 2048
-# SPIFFE-ID, section 2.2: the characters of a path segment.
+# SPIFFE-ID section 2.2: the characters of a path segment.
 _SPIFFE_SEGMENT = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
 _TRUST_DOMAIN = re.compile(r"[a-z0-9._-]{1,255}", re.ASCII)
 _DOT_SEGMENTS = (".", "..")
-# RFC 5322 section 3.4.1 has an address as dot-atom "@" domain. Left out on purpose: quoted local parts; "%" and "!", by
-# which old mail systems route on; "*", "{" and "}", which mean something in a policy; and "`".
+# RFC 5322 section 3.4.1 (dot-atom "@" domain), without quoted local parts; "%" and "!", with which old mail systems route;
+# "*", "{" and "}", which have a meaning in a policy; and "`".
 _LOCAL_PART = re.compile(r"[A-Za-z0-9#$&'+/=?^_|~-]+(?:\.[A-Za-z0-9#$&'+/=?^_|~-]+)*", re.ASCII)
 _MAX_LOCAL_PART = 64
 _MAX_EMAIL_LENGTH = 254
 _IP_TEXT = re.compile(r"[0-9A-Fa-f:.]+", re.ASCII)
-# What the API server lets most objects be called: one or more labels with dots between, 253 characters in all.
-_OBJECT = re.compile(r"(?!.{254})[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*", re.ASCII)
-_WORD = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
+# The names of most Kubernetes objects: labels separated by dots, 253 characters in total.
+_OBJECT_NAME = re.compile(r"(?!.{254})[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*", re.ASCII)
 
 
 class InvalidName(ValueError):
-    """Why a text is not a name of the wanted kind, in words for whoever wrote it."""
+    """A text is not a name of the expected type. The message follows the text in an error."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class DNSName:
-    """A fully qualified DNS name as a certificate holds it: lower case, ASCII, no trailing dot; it may start with ``*.``."""
+    """A fully qualified DNS name in lower-case ASCII, without a trailing dot. It can start with ``*.``."""
 
     text: str
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Takes a DNS name, or raises :class:`InvalidName` (RFC 1123 section 2.1, RFC 6125 section 6.4.3)."""
+        """Parse a DNS name (RFC 1123 section 2.1, RFC 6125 section 6.4.3); raises :class:`InvalidName`."""
         lowered = text.lower()
         if not text:
             raise InvalidName("is empty")
         if not text.isascii():
-            raise InvalidName("has characters outside ASCII; write an internationalised name in its xn-- form")
+            raise InvalidName("has non-ASCII characters; use the xn-- form of an internationalized name")
         if lowered.endswith("."):
-            raise InvalidName("ends with a dot; leave the dot away")
+            raise InvalidName("ends with a dot; remove it")
         if len(lowered) > _MAX_DNS_LENGTH:
             raise InvalidName(f"is {len(lowered)} characters long; a DNS name has at most {_MAX_DNS_LENGTH}")
         labels = lowered.split(".")
         if labels[0] == "*":
             labels = labels[1:]
             if len(labels) < 2:
-                raise InvalidName("is a wildcard over a whole top-level domain; write at least *.example.com")
+                raise InvalidName("is a wildcard for a top-level domain; use at least *.example.com")
         for label in labels:
             if "*" in label:
-                raise InvalidName("has a * that is not the whole first label")
+                raise InvalidName("has a * that is not the complete first label")
             if not _LABEL.fullmatch(label):
-                raise InvalidName(f"has the label {_shown(label)}; a label is 1-63 letters, digits or inner hyphens")
+                raise InvalidName(
+                    f"has the label {_shown(label)}; labels have 1 to 63 letters, digits or inner hyphens"
+                )
         if labels[-1].isdigit():
             raise InvalidName("is a number or an IP address, not a DNS name")
         return cls(lowered)
 
     @property
     def is_wildcard(self) -> bool:
-        """True for ``*.example.com``."""
         return self.text.startswith("*.")
 
     def __str__(self) -> str:
@@ -79,13 +79,13 @@ class DNSName:
 
 @dataclass(frozen=True, slots=True, order=True)
 class URI:
-    """A URI with a scheme, a host and a path; for ``spiffe:`` the stricter rules of SPIFFE-ID hold."""
+    """A URI with a scheme, a host and a path. A ``spiffe:`` URI is a valid SPIFFE ID."""
 
     text: str
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Takes a URI, or raises :class:`InvalidName` (RFC 3986; SPIFFE-ID section 2)."""
+        """Parse a URI (RFC 3986; SPIFFE-ID section 2); raises :class:`InvalidName`."""
         if not text:
             raise InvalidName("is empty")
         if len(text) > _MAX_URI_LENGTH:
@@ -93,16 +93,19 @@ class URI:
         match = _URI.fullmatch(text)
         if match is None:
             raise InvalidName(
-                "is not a URI of the form scheme://host/path in ASCII, lower-case scheme and host, without query, fragment, user, port or %"
+                "is not a URI of the form scheme://host/path in ASCII with lower-case scheme and host, "
+                "without query, fragment, user, port or %"
             )
         segments = match["path"].split("/")[1:]
         if any(segment in _DOT_SEGMENTS for segment in segments):
-            raise InvalidName("has a path segment '.' or '..', which leads elsewhere (RFC 3986 section 5.2.4)")
+            raise InvalidName("has a path segment '.' or '..', which clients remove (RFC 3986 section 5.2.4)")
         if match["scheme"] == "spiffe":
             if not _TRUST_DOMAIN.fullmatch(match["host"]):
                 raise InvalidName("is not a SPIFFE ID: its trust domain is longer than 255 characters")
             if any(not _SPIFFE_SEGMENT.fullmatch(segment) for segment in segments):
-                raise InvalidName("is not a SPIFFE ID: path segments are letters, digits, '.', '-', '_', never empty")
+                raise InvalidName(
+                    "is not a SPIFFE ID: path segments consist of letters, digits, '.', '-' and '_', and are not empty"
+                )
         return cls(text)
 
     def __str__(self) -> str:
@@ -111,29 +114,28 @@ class URI:
 
 @dataclass(frozen=True, slots=True, order=True)
 class IPAddress:
-    """An IPv4 or IPv6 address in its one canonical text (RFC 5952 for IPv6)."""
+    """An IPv4 or IPv6 address in canonical form (RFC 5952)."""
 
     text: str
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Takes an address in any of its forms, or raises :class:`InvalidName` (RFC 4291 section 2.2)."""
+        """Parse an address in any form (RFC 4291 section 2.2); raises :class:`InvalidName`."""
         if not text:
             raise InvalidName("is empty")
         if "%" in text:
-            raise InvalidName("has a zone; a zone means something on its own host only")
+            raise InvalidName("has a zone, which has a meaning only on one host; remove it")
         try:
             address = ipaddress.ip_address(text if _IP_TEXT.fullmatch(text) else "")
         except ValueError:
             raise InvalidName("is not an IP address, such as 10.0.0.1 or fd00::1") from None
         if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-            # One address would have two names otherwise, and Pythons differ in how they write the second.
-            raise InvalidName(f"is an IPv4 address in the dress of IPv6; write {address.ipv4_mapped}")
+            # Otherwise one address would have two names, and Python versions differ in the form of the second.
+            raise InvalidName(f"is an IPv4-mapped IPv6 address; use {address.ipv4_mapped}")
         return cls(str(address))
 
     @property
     def address(self) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-        """The address as a value."""
         return ipaddress.ip_address(self.text)
 
     def __str__(self) -> str:
@@ -142,30 +144,28 @@ class IPAddress:
 
 @dataclass(frozen=True, slots=True, order=True)
 class EmailAddress:
-    """An e-mail address: the local part as it was written, for its case matters, and the domain in lower case."""
+    """An email address. The local part is case-sensitive; the domain is in lower case."""
 
     text: str
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Takes an address, or raises :class:`InvalidName` (RFC 5322 section 3.4.1; RFC 5321 section 4.5.3.1 for lengths)."""
+        """Parse an address (RFC 5322 section 3.4.1; RFC 5321 section 4.5.3.1 for lengths); raises :class:`InvalidName`."""
         if not text:
             raise InvalidName("is empty")
         if len(text) > _MAX_EMAIL_LENGTH:
-            raise InvalidName(f"is {len(text)} characters long; an e-mail address has at most {_MAX_EMAIL_LENGTH}")
+            raise InvalidName(f"is {len(text)} characters long; an email address has at most {_MAX_EMAIL_LENGTH}")
         local, at, domain = text.partition("@")
         if not at or not _LOCAL_PART.fullmatch(local):
-            raise InvalidName(
-                "is not an e-mail address of the form name@domain in plain ASCII, without quotes, %, ! or *"
-            )
+            raise InvalidName("is not an email address of the form name@domain in ASCII, without quotes, %, ! and *")
         if len(local) > _MAX_LOCAL_PART:
-            raise InvalidName(f"has {len(local)} characters before the @; at most {_MAX_LOCAL_PART}")
+            raise InvalidName(f"has {len(local)} characters before the @; use at most {_MAX_LOCAL_PART}")
         try:
             host = DNSName.parse(domain)
         except InvalidName as problem:
             raise InvalidName(f"has a domain that {problem}") from None
         if host.is_wildcard:
-            raise InvalidName("has a domain with a *, which is nobody's address")
+            raise InvalidName("has a domain with a *; use a complete domain")
         return cls(f"{local}@{host}")
 
     def __str__(self) -> str:
@@ -177,7 +177,7 @@ Name = DNSName | URI | IPAddress | EmailAddress
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Subject alternative names, each once, in the order they were asked for."""
+    """Subject alternative names in the requested order, without duplicates."""
 
     dns: tuple[DNSName, ...] = ()
     uris: tuple[URI, ...] = ()
@@ -192,50 +192,43 @@ class Names:
         ips: Iterable[IPAddress] = (),
         emails: Iterable[EmailAddress] = (),
     ) -> Self:
-        """Drops repetitions, keeps the order."""
-        return cls(
-            tuple(dict.fromkeys(dns)),
-            tuple(dict.fromkeys(uris)),
-            tuple(dict.fromkeys(ips)),
-            tuple(dict.fromkeys(emails)),
-        )
+        """Remove duplicates and keep the order."""
+        unique = dict.fromkeys
+        return cls(tuple(unique(dns)), tuple(unique(uris)), tuple(unique(ips)), tuple(unique(emails)))
 
     def __len__(self) -> int:
         return len(self.dns) + len(self.uris) + len(self.ips) + len(self.emails)
 
     def __iter__(self) -> Iterator[Name]:
-        yield from self.dns
-        yield from self.uris
-        yield from self.ips
-        yield from self.emails
+        return itertools.chain(self.dns, self.uris, self.ips, self.emails)
 
     def __str__(self) -> str:
         return ", ".join(str(name) for name in self)
 
 
 def parse_dns_label(text: str) -> str:
-    """Takes an administrator's name for an issuer or a set of roots, or raises :class:`InvalidName`."""
-    if not _WORD.fullmatch(text):
-        raise InvalidName("is not a name: 1-63 lower-case letters, digits and inner hyphens")
+    """Return a DNS label (RFC 1123), such as the name of an issuer or a root set; raises :class:`InvalidName`."""
+    if not _LABEL.fullmatch(text):
+        raise InvalidName("is not a name; use 1 to 63 lower-case letters, digits and inner hyphens")
     return text
 
 
 def parse_object_name(text: str) -> str:
-    """Takes the name of a Kubernetes object (RFC 1123 section 2.1), or raises :class:`InvalidName`."""
-    if not _OBJECT.fullmatch(text):
-        raise InvalidName("is not the name of a Kubernetes object: lower-case letters, digits, '-' and '.'")
+    """Return the name of a Kubernetes object (RFC 1123 section 2.1); raises :class:`InvalidName`."""
+    if not _OBJECT_NAME.fullmatch(text):
+        raise InvalidName("is not the name of a Kubernetes object; use lower-case letters, digits, '-' and '.'")
     return text
 
 
 def parse_trust_domain(text: str) -> str:
-    """Takes a SPIFFE trust domain (SPIFFE-ID section 2.1), or raises :class:`InvalidName`."""
+    """Return a SPIFFE trust domain (SPIFFE-ID section 2.1); raises :class:`InvalidName`."""
     if not _TRUST_DOMAIN.fullmatch(text):
-        raise InvalidName("is not a trust domain: 1-255 lower-case letters, digits, '.', '-', '_'")
+        raise InvalidName("is not a trust domain; use 1 to 255 lower-case letters, digits, '.', '-' and '_'")
     return text
 
 
 def spiffe_id(trust_domain: str, namespace: str, service_account: str) -> URI:
-    """The SPIFFE ID of a service account, in the form that the field has settled on."""
+    """Return the SPIFFE ID of a service account in its usual form."""
     return URI.parse(f"spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}")
 
 

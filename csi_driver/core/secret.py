@@ -1,4 +1,4 @@
-"""A value that can be used but not shown."""
+"""Secret values that cannot be logged by accident."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T", str, bytes)
 
 
 class Secret(Generic[T]):
-    """Holds a token or a key. ``reveal()`` is the only way to it: repr, str and format are redacted, pickling is refused."""
+    """A token or a key. Only ``reveal()`` returns the value: repr, str and format are redacted, and pickling fails."""
 
     __slots__ = ("_value",)
 
@@ -18,7 +18,7 @@ class Secret(Generic[T]):
         self._value: Final[T] = value
 
     def reveal(self) -> T:
-        """The value itself; for the wire or the file it was made for, and nothing else."""
+        """Return the value. Use it only to send it to its recipient or to write it to its file."""
         return self._value
 
     def __repr__(self) -> str:
@@ -33,7 +33,7 @@ class Secret(Generic[T]):
         return hash(self._value)
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a secret is not serialised")
+        raise TypeError("a Secret cannot be serialized")
 
 
 @dataclass(frozen=True, slots=True)

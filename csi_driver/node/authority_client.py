@@ -11,13 +11,14 @@ from pathlib import Path
 import grpc
 
 from csi_driver._proto import authority_pb2, authority_pb2_grpc
+from csi_driver.core.attributes import CertificateSpec
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import decode_certificates
 from csi_driver.core.secret import Secret
-from csi_driver.core.spec import CertificateSpec, Usage
 from csi_driver.node.authority_messages import CertificateCondition, CertificateReport, IssuanceResponse, TrustBundle
 from csi_driver.rpc.errors import REASON_KEY, from_rpc
+from csi_driver.rpc.issuance_messages import issue_request
 
 ISSUE_TIMEOUT_S = 90.0
 """Shorter than the kubelet's timeout of two minutes, so that pod events show the reason and not only a timeout."""
@@ -33,7 +34,6 @@ _CONDITIONS = {
     CertificateCondition.CERTIFICATE_RECOVERED: authority_pb2.CONDITION_RECOVERED,
     CertificateCondition.RENEWAL_STOPPED: authority_pb2.CONDITION_RENEWAL_STOPPED,
 }
-_USAGES = {Usage.SERVER: authority_pb2.USAGE_SERVER, Usage.CLIENT: authority_pb2.USAGE_CLIENT}
 # RFC 6750 section 2.1. gRPC rejects other characters in metadata, and servers reject more than 8 KiB of it.
 _TOKEN = re.compile(rb"[A-Za-z0-9._~+/-]{1,7168}=*")
 # The codes of gRPC if a replica has failed or shuts down. CANCELLED: it had received the call but not handled it.
@@ -75,16 +75,7 @@ class AuthorityClient:
         Raises:
             CertmountError: the authority's reason, RootCertificateMissing, NodeTokenMissing or AuthorityUnavailable.
         """
-        request = authority_pb2.IssueRequest(
-            csr=csr,
-            pod_token=token.reveal(),
-            usages=[_USAGES[usage] for usage in spec.usages],
-            issuer=spec.issuer,
-            federations=spec.federations,
-        )
-        if spec.duration is not None:
-            request.duration.FromTimedelta(spec.duration)
-        response = await self._issue(request)
+        response = await self._issue(issue_request(csr, token, spec))
         renew_after = response.renew_after.ToTimedelta() if response.HasField("renew_after") else None
         return IssuanceResponse(response.chain, _root_sets(response.trust), renew_after, response.interim)
 

@@ -1,4 +1,1 @@
-"""Logs, metrics and health, fed by facts that the other layers report.
-
-It may not decide anything, and no token or key may pass through it.
-"""
+"""Logs, metrics and health endpoints. No token or key may reach this package."""

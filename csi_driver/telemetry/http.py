@@ -1,4 +1,4 @@
-"""/healthz, /readyz and /metrics on one port, from a thread, so that they answer while the event loop is busy."""
+"""/healthz, /readyz and /metrics on one port, served by a thread so that they respond while the event loop is busy."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
-_SLOW_CLIENT_S = 5.0
+_CLIENT_TIMEOUT_S = 5.0
 
 
 class HealthServer:
-    """Answers the kubelet's probes and Prometheus.
+    """Serves the kubelet's probes and Prometheus.
 
-    ``alive`` and ``ready`` give the reasons why not, none when all is well; they are called from another thread.
+    ``alive`` and ``ready`` return the problems, if any. Another thread calls them.
     """
 
     def __init__(
@@ -32,15 +32,13 @@ class HealthServer:
 
     @property
     def port(self) -> int:
-        """The port it listens on; of use where 0 was asked for."""
+        """The port, which the system chooses for port 0."""
         return self._server.server_port
 
     def start(self) -> None:
-        """Begins to answer."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread and closes the socket."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -50,25 +48,23 @@ def _handler(
     registry: CollectorRegistry, ready: Callable[[], Sequence[str]], alive: Callable[[], Sequence[str]]
 ) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
-        timeout = _SLOW_CLIENT_S
+        timeout = _CLIENT_TIMEOUT_S
         server_version = "certmount"
         sys_version = ""
 
         def do_GET(self) -> None:
             if self.path == "/metrics":
-                self._answer(HTTPStatus.OK, generate_latest(registry), CONTENT_TYPE_LATEST)
+                self._respond(HTTPStatus.OK, generate_latest(registry), CONTENT_TYPE_LATEST)
             elif self.path in ("/healthz", "/readyz"):
                 reasons = alive() if self.path == "/healthz" else ready()
                 status = HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK
-                self._answer(
+                self._respond(
                     status, "".join(f"{line}\n" for line in reasons or ("ok",)).encode(), "text/plain; charset=utf-8"
                 )
             else:
-                self._answer(
-                    HTTPStatus.NOT_FOUND, b"known are /healthz, /readyz and /metrics\n", "text/plain; charset=utf-8"
-                )
+                self._respond(HTTPStatus.NOT_FOUND, b"use /healthz, /readyz or /metrics\n", "text/plain; charset=utf-8")
 
-        def _answer(self, status: HTTPStatus, body: bytes, content_type: str) -> None:
+        def _respond(self, status: HTTPStatus, body: bytes, content_type: str) -> None:
             self.send_response(status)
             self.send_header("Content-Type", content_type)
             self.send_header("Content-Length", str(len(body)))
@@ -76,6 +72,6 @@ def _handler(
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the name is http.server's
-            """Probes and scrapes are not news."""
+            """Do not log probes and scrapes."""
 
     return Handler

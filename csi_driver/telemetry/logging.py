@@ -18,12 +18,12 @@ _SECRET = re.compile(
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)"
 )
 
-_TRACES = ("eyJ", "PRIVATE KEY")
-"""One of them is in whatever that pattern fits."""
+_MARKERS = ("eyJ", "PRIVATE KEY")
+"""Every match of the pattern contains one of them."""
 
 
 def configure_logging(level: str) -> None:
-    """Sets up structlog for the process, and the standard library's logging of others to warnings in the same form."""
+    """Configure structlog for the process, and log the warnings of libraries in the same format."""
     threshold = getattr(logging, level.upper())
     structlog.configure(
         processors=[
@@ -40,14 +40,14 @@ def configure_logging(level: str) -> None:
 
 
 def render(logger: object, method: str, event: MutableMapping[str, Any]) -> str:
-    """A structlog processor: the event as JSON, with tokens and private keys cut out of every text of it."""
+    """Render an event as JSON with tokens and private keys redacted (a structlog processor)."""
     text = json.dumps(event, default=_redacted)
-    # Few lines hold a trace of a secret; to look into each value of the others costs more than all else.
-    return json.dumps(redact(logger, method, event)) if any(trace in text for trace in _TRACES) else text
+    # Inspecting every value would cost more than all other steps, and few lines contain a marker.
+    return json.dumps(redact(logger, method, event)) if any(marker in text for marker in _MARKERS) else text
 
 
 def redact(_logger: object, _method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
-    """The event without tokens and private keys in its texts."""
+    """Return the event with tokens and private keys redacted."""
     return {key: _redacted(value) for key, value in event.items()}
 
 
@@ -62,7 +62,7 @@ def _redacted(value: object) -> object:
 
 
 class _Forwarder(logging.Handler):
-    """Hands records of libraries to structlog; without tracebacks, whose lines may quote their input."""
+    """Passes the records of libraries to structlog, without tracebacks, which can quote the input."""
 
     def emit(self, record: logging.LogRecord) -> None:
         log = structlog.get_logger(record.name)

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
+from csi_driver.core.attributes import CertificateSpec
 from csi_driver.core.certificates.csr import build_csr
 from csi_driver.core.certificates.keys import generate_key
 from csi_driver.core.names import Names
 from csi_driver.core.secret import Secret
-from csi_driver.core.spec import CertificateSpec, KeyType
+from csi_driver.core.spec import KeyType
 from csi_driver.node import authority_client
 from csi_driver.node.authority_client import AuthorityClient
 from tests.e2e import authority, host

@@ -135,7 +135,7 @@ def test_example_pod_prints_its_certificate() -> None:
 def test_invalid_attributes_are_reported_as_pod_events() -> None:
     """The FailedMount event names all invalid fields that the driver can read, with what to write instead."""
     invalid = wait_for_mount_failure("invalid", NAMESPACE)
-    assert "volumeAttributes.nmae: is not known; did you mean name?" in invalid
+    assert "volumeAttributes.nmae: is unknown; did you mean name?" in invalid
     assert "volumeAttributes.duration" in invalid
     assert "pod.spec.volumes[].csi.readOnly: must be true" in wait_for_mount_failure("writable", NAMESPACE)
     kubectl("-n", NAMESPACE, "delete", "pod", "invalid", "writable", "--wait=false")

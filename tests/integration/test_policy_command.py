@@ -1,4 +1,4 @@
-"""``certmount policy`` does what docs/policy.md shows, and its exit status says the same."""
+"""``certmount policy``: documented sessions, exit statuses and faults."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ SESSIONS: list[tuple[str, str]] = [
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the document's files are."""
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory with the files of the documentation."""
     (tmp_path / "policy.yaml").write_text(POLICY)
     (tmp_path / "faulty.yaml").write_text(FAULTY)
     (tmp_path / "cases.yaml").write_text(CASES)
@@ -90,8 +90,8 @@ def test_documented_alert_uses_an_existing_metric() -> None:
         ("policy test policy.yaml", 2),
     ],
 )
-def test_the_exit_status_says_the_outcome(line: str, status: int) -> None:
-    """0 for yes, 1 for no, 2 for a question that can't be asked; what went wrong is one line without a traceback."""
+def test_exit_status_shows_the_result(line: str, status: int) -> None:
+    """0: allowed, 1: not allowed, 2: the question cannot be answered. No output has a traceback."""
     result = run(line)
     assert result.exit_code == status
     assert result.output
@@ -101,16 +101,16 @@ def test_the_exit_status_says_the_outcome(line: str, status: int) -> None:
 @pytest.mark.parametrize(
     "options, expected",
     [
-        ("--service-account teller --namespace-label team=payments --ip 10.20.1.7", "allowed  10.20.1.7"),
-        ("--service-account teller --ip 10.20.1.7", "not for this pod: policy[0] (line 3), policy[1] (line 9)"),
-        ("--namespace-label team=payments --ip 10.21.0.1", "refused  10.21.0.1"),
+        ("--service-account teller --namespace-label team=payments --ip 10.20.1.7", "allowed      10.20.1.7"),
+        ("--service-account teller --ip 10.20.1.7", "rules for other pods: policy[0] (line 3), policy[1] (line 9)"),
+        ("--namespace-label team=payments --ip 10.21.0.1", "not allowed  10.21.0.1"),
         (
             "--service-account teller --namespace-label team=payments --email teller@pay.example.com",
-            "allowed  teller@pay.example.com",
+            "allowed      teller@pay.example.com",
         ),
         (
             "--namespace-label team=payments --pod p-0 --service s --name p-0.s.bank.svc",
-            "allowed  p-0.s.bank.svc                             by policy[1] (line 9)",
+            "allowed      p-0.s.bank.svc                             by policy[1] (line 9)",
         ),
         (
             "--namespace-label team=payments --issuer step-ca --key-type rsa-2048",
@@ -118,25 +118,23 @@ def test_the_exit_status_says_the_outcome(line: str, status: int) -> None:
         ),
         (
             "--namespace-label team=payments --issuer step-ca --duration 1h --usage client",
-            "granted for 1h, usages client",
+            "allowed with duration 1h and usages client",
         ),
         ("--trust-domain prod.example --uri spiffe://prod.example/ns/bank/sa/default", "by built-in"),
-        ("--cluster-domain k8s.example --service s", "allowed  s.bank.svc.k8s.example "),
+        ("--cluster-domain k8s.example --service s", "allowed      s.bank.svc.k8s.example "),
     ],
 )
-def test_everything_that_a_rule_asks_about_can_be_said(options: str, expected: str) -> None:
-    """Labels, Services, addresses, key types, usages, lives, issuers and domains."""
+def test_explain_has_an_option_for_everything_that_a_rule_can_limit(options: str, expected: str) -> None:
     assert expected in run(f"policy explain --file policy.yaml --namespace bank {options}").output
 
 
-def test_names_that_can_not_be_had_together_are_explained(folder: Path) -> None:
-    """For each name, the output shows what it is allowed with."""
+def test_explain_shows_the_limits_of_incompatible_names(directory: Path) -> None:
     rule = "- match: {{namespaces: ['*'], serviceAccounts: ['*']}}\n  allow: {{dns: [{}], {}}}\n"
     rules = rule.format("a.example", "max_duration: 1h") + rule.format("b.example", "min_duration: 2h")
-    (folder / "policy.yaml").write_text("policy:\n" + rules)
+    (directory / "policy.yaml").write_text("policy:\n" + rules)
     result = run("policy explain --file policy.yaml --namespace web --name a.example --name b.example")
     assert result.exit_code == 1
-    assert "refused  a.example  together with the other names" in result.output
+    assert "not allowed  a.example  together with the other names" in result.output
     assert "policy[0] (line 2) allows it only with usages server, client and duration 10s to 1h" in result.output
     assert "policy[1] (line 4) allows it only with usages server, client and duration 2h to 24h" in result.output
 
@@ -147,27 +145,32 @@ TABLE = "policy: policy.yaml\ncases:\n"
 @pytest.mark.parametrize(
     "cases, words",
     [
-        ("- {pod: {namespace: web}, expect: maybe}\n", "cases[0].expect (line 3): 'maybe' is not what can be expected"),
+        (
+            "- {pod: {namespace: web}, expect: maybe}\n",
+            "cases[0].expect (line 3): 'maybe' is not a result; use allowed or not allowed",
+        ),
         ("- {pod: {namespace: web}}\n", "cases[0].expect (line 3): is missing"),
         ("- {expect: allowed}\n", "cases[0].pod (line 3): is missing"),
         ("- {pod: {}, expect: allowed}\n", "cases[0].pod.namespace (line 3): is missing"),
         ("- {pod: {namespace: W}, expect: allowed}\n", "cases[0].pod.namespace (line 3): 'W' is not a name"),
         ("- {pod: {namespace: w, serviceAcount: x}, expect: allowed}\n", "did you mean serviceAccount?"),
         ("- {pod: {namespace: w, services: [A]}, expect: allowed}\n", "cases[0].pod.services[0] (line 3): 'A' is not"),
-        ("- {pod: {namespace: w, namespaceLabels: [a]}, expect: allowed}\n", "is not a mapping of texts"),
+        ("- {pod: {namespace: w, namespaceLabels: [a]}, expect: allowed}\n", "is not a mapping of strings"),
         (
-            "- pod: {namespace: w}\n  ask:\n    name: A B\n    nmae: x\n  expect: allowed\n",
-            "cases[0].ask.name (line 5): 'A B' has the label",
+            "- pod: {namespace: w}\n  request:\n    name: A B\n    nmae: x\n  expect: allowed\n",
+            "cases[0].request.name (line 5): 'A B' has the label",
         ),
-        ("- {pod: {namespace: w}, ask: {fs-group: 5}, expect: allowed}\n", "5 is not a text; put it in quotes"),
-        ("- {pod: {namespace: w}, ask: {nmae: x}, expect: allowed}\n", "cases[0].ask.nmae (line 3): is not known; did"),
+        ("- {pod: {namespace: w}, request: {fs-group: 5}, expect: allowed}\n", "5 is not a string; put it in quotes"),
+        (
+            "- {pod: {namespace: w}, request: {nmae: x}, expect: allowed}\n",
+            "cases[0].request.nmae (line 3): is unknown; did",
+        ),
         ("- 7\n", "cases[0] (line 3): is not a mapping"),
         ("- ]", "is not valid YAML in line 3"),
     ],
 )
-def test_what_is_wrong_with_a_table_is_said_by_its_line(folder: Path, cases: str, words: str) -> None:
-    """A case that is not read is no case that passes."""
-    (folder / "cases.yaml").write_text(TABLE + cases)
+def test_invalid_table_is_rejected_with_line(directory: Path, cases: str, words: str) -> None:
+    (directory / "cases.yaml").write_text(TABLE + cases)
     result = run("policy test cases.yaml")
     assert result.exit_code == 2
     assert words in result.output
@@ -176,15 +179,14 @@ def test_what_is_wrong_with_a_table_is_said_by_its_line(folder: Path, cases: str
 @pytest.mark.parametrize(
     "case, words",
     [
-        ("{pod: {namespace: web, serviceAccount: edge}, ask: {name: a.example.com}, expect: refused}", "is allowed by policy[0] (line 3) and built-in, but is expected to be refused"),
-        ("{pod: {namespace: web, serviceAccount: edge}, ask: {name: a.example.com}, expect: allowed, rule: 'policy[1]'}", "is allowed as expected, but by policy[0] and built-in, not by policy[1]"),
-        ("{pod: {namespace: web}, ask: {name: a.example.com}, expect: refused, rule: 'deny[0]'}", "is refused as expected, but by no rule, not by deny[0]"),
+        ("{pod: {namespace: web, serviceAccount: edge}, request: {name: a.example.com}, expect: not allowed}", "expected not allowed, but is allowed: by policy[0] (line 3) and built-in"),
+        ("{pod: {namespace: web, serviceAccount: edge}, request: {name: a.example.com}, expect: allowed, rule: 'policy[1]'}", "is allowed as expected, but by policy[0] and built-in instead of policy[1]"),
+        ("{pod: {namespace: web}, request: {name: a.example.com}, expect: not allowed, rule: 'deny[0]'}", "is not allowed as expected, but by no rule instead of deny[0]"),
         ("{pod: {namespace: web, serviceAccount: old-edge}, expect: allowed}", "service account web/old-edge: is denied: its token was in a log on 3 May"),
     ],
 )  # fmt: skip
-def test_failed_case_is_explained(folder: Path, case: str, words: str) -> None:
-    """What was expected, what came, and by which rule."""
-    (folder / "cases.yaml").write_text(TABLE + f"- {case}\n")
+def test_failed_case_is_explained(directory: Path, case: str, words: str) -> None:
+    (directory / "cases.yaml").write_text(TABLE + f"- {case}\n")
     result = run("policy test cases.yaml")
     assert result.exit_code == 1
     assert words in result.output
@@ -192,18 +194,18 @@ def test_failed_case_is_explained(folder: Path, case: str, words: str) -> None:
 
 
 def test_table_sets_its_domains_and_its_policy_path_is_relative_to_it(
-    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    directory: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The working directory of the command has no effect."""
-    case = "- {pod: {namespace: w, services: [s]}, ask: {name: s.w.svc.k.example, uri-sans: 'spiffe://t.example/ns/w/sa/default'}, expect: allowed}\n"
-    (folder / "cases.yaml").write_text("trust_domain: t.example\ncluster_domain: k.example\n" + TABLE + case)
+    case = "- {pod: {namespace: w, services: [s]}, request: {name: s.w.svc.k.example, uri-sans: 'spiffe://t.example/ns/w/sa/default'}, expect: allowed}\n"
+    (directory / "cases.yaml").write_text("trust_domain: t.example\ncluster_domain: k.example\n" + TABLE + case)
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-    result = run(f"policy test {folder / 'cases.yaml'}")
+    result = run(f"policy test {directory / 'cases.yaml'}")
     assert (result.exit_code, "1 case, 0 failed" in result.output) == (0, True)
 
 
-def test_without_a_file_the_authoritys_own_is_asked() -> None:
-    """``kubectl exec deploy/certmount-authority`` needs no option: the path is that of the manifest."""
+def test_default_file_is_the_authoritys_policy() -> None:
+    """The path is that of the manifest, so ``kubectl exec deploy/certmount-authority`` needs no option."""
     manifest = (ROOT / "deploy/base/authority.yaml").read_text()
     assert "--policy=/etc/certmount/policy/policy.yaml" in manifest
     assert "/etc/certmount/policy/policy.yaml: cannot be read" in run("policy explain --namespace web").output

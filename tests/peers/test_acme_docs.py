@@ -79,7 +79,7 @@ def pod_request(name: str) -> PodRequest:
     policy = parse_policy(rule, trust_domain="cluster.local", cluster_domain="cluster.local")
     key = ec.generate_private_key(ec.SECP256R1())
     csr = parse_csr(build_csr(key, spec.names))
-    requested = RequestedCertificate(csr.names, csr.key_type, spec.usages, spec.duration, spec.issuer)
+    requested = RequestedCertificate.of(csr.names, csr.key_type, spec)
     grant = policy.decide(PolicySubject(identity), requested)
     return PodRequest(IssuerRequest(csr, grant, identity, requested), key)
 

@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
-from csi_driver.core.attributes import parse_attributes
+from csi_driver.core.attributes import CertificateSpec, parse_attributes
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.core.names import DNSName, Names
 from csi_driver.core.policy.document import parse_policy
 from csi_driver.core.policy.engine import PolicySubject, RequestedCertificate
-from csi_driver.core.spec import CertificateSpec
 from tests.peers.step_ca import RealStepCA, new_jwk
 from tests.peers.test_acme_docs import blocks, documents
 from tests.support.provisioner_key import JWE, JWK, PASSWORD
@@ -135,14 +134,14 @@ def test_policy_of_the_autocert_page_allows_only_its_pod() -> None:
     assert spec.issuer == "step"
     rules = next(one for one in page if "policy" in one)
     policy = parse_policy(rules, trust_domain="cluster.local", cluster_domain="cluster.local")
-    requested = RequestedCertificate(spec.names, spec.key_type, spec.usages, spec.duration, spec.issuer)
+    requested = RequestedCertificate.of(spec.names, spec.key_type, spec)
     enabled = {"autocert.step.sm": "enabled"}
     assert policy.decide(PolicySubject(_pod("default"), enabled), requested).names.dns == spec.names.dns
     names = Names.of([DNSName.parse("hello-mtls-client.default.pod.cluster.local")])
     client = RequestedCertificate(names, issuer="step")
     assert policy.decide(PolicySubject(_pod("default"), enabled), client).duration
-    assert not policy.judge(PolicySubject(_pod("default"), {}), requested).allowed
-    assert not policy.judge(PolicySubject(_pod("other"), enabled), requested).allowed
+    assert not policy.evaluate(PolicySubject(_pod("default"), {}), requested).allowed
+    assert not policy.evaluate(PolicySubject(_pod("other"), enabled), requested).allowed
 
 
 @pytest.mark.parametrize("name", ["issuers.md", "from-autocert.md"])
@@ -171,7 +170,7 @@ async def test_issuer_check_reports_an_invalid_file(tmp_path: Path) -> None:
     file.write_text("issuers:\n- {name: step, stepca: {}}\n- {name: internal, step_ca: {url: x}}\n")
     code, output = await certmount(check, tmp_path)
     assert code == 1
-    problem = "issuers[0].stepca (line 2): is not known; did you mean"
+    problem = "issuers[0].stepca (line 2): is unknown; did you mean"
     assert output.startswith(f"Error: issuers.yaml is not valid:\n  {problem}")
     assert "\n  issuers[1].step_ca.url (line 3): 'x' is not the address of a step-ca" in output
     file.write_text("# none\n")

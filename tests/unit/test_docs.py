@@ -5,16 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from csi_driver.core import attributes
+from csi_driver.core.attributes import ATTRIBUTES
 from csi_driver.core.errors import FailureKind, Reason
 from csi_driver.core.spec import KeyType
 
 ROOT = Path(__file__).parents[2]
-
-
-def _first_cells(document: str) -> list[str]:
-    """Return the code in the first cell of each table row."""
-    return re.findall(r"^\| `([^`]+)`", (ROOT / document).read_text(), flags=re.MULTILINE)
 
 
 def test_reasons_page_matches_errors_module() -> None:
@@ -31,9 +26,10 @@ def _words(kind: FailureKind) -> str:
 
 
 def test_volume_attributes_page_matches_code() -> None:
-    """docs/volume-attributes.md has a row for each attribute in the order of the code, and names every key type."""
-    assert _first_cells("docs/volume-attributes.md") == list(attributes.KNOWN)
+    """docs/volume-attributes.md has the same attributes and examples in the same order, and names every key type."""
     page = (ROOT / "docs/volume-attributes.md").read_text()
+    rows = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|", page, flags=re.MULTILINE)
+    assert rows == [(attribute.name, attribute.example) for attribute in ATTRIBUTES]
     assert all(f"`{key_type.value}`" in page for key_type in KeyType)
 
 

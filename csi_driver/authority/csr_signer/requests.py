@@ -49,7 +49,7 @@ def parse_content(request: ClusterCSR) -> tuple[ParsedCSR, RequestedCertificate]
     if faults := [*faults, *content_faults(csr)]:
         raise CertmountError(Reason.INVALID_CSR, *faults)
     duration = None if request.expiration_s is None else timedelta(seconds=request.expiration_s)
-    return csr, RequestedCertificate(csr.names, csr.key_type, usages, duration)
+    return csr, RequestedCertificate(csr.names, csr.key_type, usages=usages, duration=duration)
 
 
 def _decode_only_block(pem: bytes) -> bytes | None:

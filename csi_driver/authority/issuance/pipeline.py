@@ -6,7 +6,6 @@ import contextlib
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 
 from csi_driver.authority.authn.authenticator import Authenticator
 from csi_driver.authority.authn.limits import ConcurrencyLimit, RequestLimits
@@ -15,6 +14,7 @@ from csi_driver.authority.issuance.audit import AuditRecord, audited
 from csi_driver.authority.issuance.steps import InterimCertificates, IssuanceSteps
 from csi_driver.authority.issuers import IssuedCertificate, Issuer, IssuerRequest
 from csi_driver.authority.trust.bundles import TrustBundles
+from csi_driver.core.attributes import IssuanceOptions
 from csi_driver.core.certificates.csr import ParsedCSR, parse_csr
 from csi_driver.core.certificates.csr_content import content_faults
 from csi_driver.core.certificates.root_sets import RootSet
@@ -22,7 +22,7 @@ from csi_driver.core.errors import CertmountError, FailureKind, Fault, Reason
 from csi_driver.core.identity import PodIdentity
 from csi_driver.core.policy.engine import PolicySubject, RequestedCertificate
 from csi_driver.core.secret import Secret
-from csi_driver.core.spec import DEFAULT_ISSUER, Usage
+from csi_driver.core.spec import DEFAULT_ISSUER
 
 _MAX_CONCURRENT_CALLS = 512
 """More calls would wait longer than the drivers' retries take. Their requests use at most 64 MiB."""
@@ -38,19 +38,16 @@ class IssuanceRequest:
     node_token: Secret[str]
     pod_token: Secret[str]
     csr: bytes  # PKCS#10, DER
-    duration: timedelta | None = None
-    usages: tuple[Usage, ...] = ()
-    issuer: str = DEFAULT_ISSUER
-    federations: tuple[str, ...] = ()
+    options: IssuanceOptions
     conversion_faults: tuple[Fault, ...] = ()
     """What could not be converted from the wire. It is reported after authentication, together with other faults."""
 
     def faults(self) -> list[Fault]:
         """Return all faults that can be found without parsing the CSR."""
         faults = list(self.conversion_faults)
-        if len(self.federations) > _MAX_FEDERATIONS:
+        if len(self.options.federations) > _MAX_FEDERATIONS:
             faults.append(Fault("federations", f"has more than {_MAX_FEDERATIONS} entries"))
-        if any(not 0 < len(name) <= MAX_SET_NAME for name in (self.issuer, *self.federations)):
+        if any(not 0 < len(name) <= MAX_SET_NAME for name in (self.options.issuer, *self.options.federations)):
             faults.append(Fault("issuer, federations", f"has a name that is empty or longer than {MAX_SET_NAME}"))
         return faults
 
@@ -83,19 +80,19 @@ class IssuancePipeline:
 
     async def issue(self, request: IssuanceRequest) -> IssuanceResult:
         """Issue a certificate; raises CertmountError, whose text is also in the pod's event and in the audit log."""
-        calls = self._internal_calls if request.issuer == DEFAULT_ISSUER else self._external_calls
+        calls = self._internal_calls if request.options.issuer == DEFAULT_ISSUER else self._external_calls
         with audited() as record, calls:
             node = await self._authenticate_node(request, record)
             with self.limits.issue(node):
                 pod = await self._authenticate_pod(request, node, record)
                 with self._failures_as_pod_events(pod):
                     csr = self._parse(request, record)
-                    issuer = self._select_issuer(request.issuer, csr)
-                    self.trust.select(request.issuer, request.federations)  # fail before anything is signed
+                    issuer = self._select_issuer(request.options.issuer, csr)
+                    self.trust.select(
+                        request.options.issuer, request.options.federations
+                    )  # fail before anything is signed
                     subject = await self.steps.find_subject(pod, record)
-                    requested = RequestedCertificate(
-                        csr.names, csr.key_type, request.usages, request.duration, request.issuer
-                    )
+                    requested = RequestedCertificate.of(csr.names, csr.key_type, request.options)
                     grant = self.steps.apply_policy(subject, requested, record)
                     to_sign = IssuerRequest(csr, grant, pod, requested)
                     issued, pending = await self._sign(issuer, subject, requested, to_sign, record)
@@ -128,7 +125,7 @@ class IssuancePipeline:
     def _parse(self, request: IssuanceRequest, record: AuditRecord) -> ParsedCSR:
         if faults := request.faults():
             raise CertmountError(Reason.INVALID_REQUEST, *faults)
-        record.issuer = request.issuer
+        record.issuer = request.options.issuer
         csr = parse_csr(request.csr)
         record.set_request(csr)
         return csr
@@ -187,7 +184,7 @@ class IssuancePipeline:
         self, request: IssuanceRequest, issued: IssuedCertificate, pending: CertmountError | None
     ) -> IssuanceResult:
         """Add the current roots, which can have changed while the issuer worked."""
-        names = request.issuer, *request.federations
+        names = request.options.issuer, *request.options.federations
         issuer, *others = names if pending is None else (DEFAULT_ISSUER, *names)
         return IssuanceResult(issued, self.trust.select(issuer, others), pending)
 

@@ -39,7 +39,7 @@ class ConfigSection:
         path, value = (*self._path, key), self.values.get(key)
         if value == [] or (isinstance(value, list) and None in value):
             self.fault(key, "is empty or has an empty item", "set a value or omit it")
-        return self._reader.each(path, value, lambda at, item: self._reader.text(at, item, parse), most)
+        return self._reader.items(path, value, lambda at, item: self._reader.text(at, item, parse), most)
 
     def boolean(self, key: str) -> bool:
         value = self.values.get(key)

@@ -1,1 +1,1 @@
-"""certificates."""
+"""Keys, CSRs, root sets, and the verification of certificates."""

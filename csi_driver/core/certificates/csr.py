@@ -1,4 +1,4 @@
-"""Certificate signing requests (PKCS#10, RFC 2986): the node's proof that it holds the key, and the names it asks for."""
+"""Certificate signing requests (PKCS#10, RFC 2986). A CSR contains the requested names and proves possession of the key."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_CSR_BYTES = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class ParsedCSR:
-    """A request whose signature has been checked."""
+    """A CSR with a verified signature."""
 
     der: bytes
     public_key: PublicKey
@@ -29,7 +29,7 @@ class ParsedCSR:
 
 
 def build_csr(key: PrivateKey, names: Names) -> bytes:
-    """Makes the DER request for a key and names; the subject stays empty, as the names are the identity (RFC 6125 section 6.4.4)."""
+    """Return a CSR (DER) for a key and names. The subject is empty: clients ignore it (RFC 6125 section 6.4.4)."""
     builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
     if len(names):
         builder = builder.add_extension(san_extension(names), critical=True)
@@ -38,29 +38,25 @@ def build_csr(key: PrivateKey, names: Names) -> bytes:
 
 
 def parse_csr(der: bytes) -> ParsedCSR:
-    """Reads and checks a request: size, encoding, signature, key type, names.
-
-    Raises:
-        CertmountError: InvalidCSR with the first thing that makes it unusable.
-    """
+    """Parse a CSR and verify its signature, key type and names; raises CertmountError InvalidCSR."""
     if len(der) > MAX_CSR_BYTES:
-        raise _invalid(f"is {len(der)} bytes long; at most {MAX_CSR_BYTES} are read")
+        raise _invalid(f"has {len(der)} bytes; use at most {MAX_CSR_BYTES}")
     try:
         csr = x509.load_der_x509_csr(der)
         key = csr.public_key()
         signed = csr.is_signature_valid
     except PARSE_ERRORS:
-        raise _invalid("is not a PKCS#10 request in DER with a key and a signature of known algorithms") from None
+        raise _invalid("is not PKCS#10 in DER, or has a key or signature of an unknown algorithm") from None
     if not signed:
-        raise _invalid("is not signed by the key it names")
+        raise _invalid("has an invalid signature")
     key_type = key_type_of(key)
     if key_type is None:
-        raise _invalid("has a key of another type than " + ", ".join(kind.value for kind in KeyType))
-    return ParsedCSR(der, key, key_type, _requested_names(csr))  # type: ignore[arg-type]  # key_type_of admits PublicKey only
+        raise _invalid("has an unsupported key type; use one of " + ", ".join(kind.value for kind in KeyType))
+    return ParsedCSR(der, key, key_type, _requested_names(csr))  # type: ignore[arg-type]  # key_type_of accepts PublicKey only
 
 
 def san_extension(names: Names) -> x509.SubjectAlternativeName:
-    """The subject alternative name extension for names (RFC 5280 section 4.2.1.6)."""
+    """Return the subject alternative name extension (RFC 5280 section 4.2.1.6)."""
     return x509.SubjectAlternativeName(
         [
             *(x509.DNSName(name.text) for name in names.dns),
@@ -72,11 +68,7 @@ def san_extension(names: Names) -> x509.SubjectAlternativeName:
 
 
 def names_of(extensions: x509.Extensions) -> Names:
-    """The names in a subject alternative name extension; none if there is no such extension.
-
-    Raises:
-        NameProblem: for a name that is malformed or of a kind that certmount doesn't issue.
-    """
+    """Return the subject alternative names, if any; raises InvalidName for a name that certmount does not issue."""
     try:
         general_names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
@@ -91,12 +83,12 @@ def names_of(extensions: x509.Extensions) -> Names:
         elif isinstance(general_name, x509.UniformResourceIdentifier):
             uris.append(URI.parse(general_name.value))
         elif isinstance(general_name, x509.IPAddress):
-            ips.append(IPAddress.parse(str(general_name.value)))  # a network has a "/", so it is no address
+            ips.append(IPAddress.parse(str(general_name.value)))  # rejects a network, which has a "/"
         elif isinstance(general_name, x509.RFC822Name):
             emails.append(EmailAddress.parse(general_name.value))
         else:
             kind = type(general_name).__name__
-            raise InvalidName(f"is a {kind}; only DNS names, URIs, IP addresses and e-mail addresses can be asked for")
+            raise InvalidName(f"is a {kind}; use DNS names, URIs, IP addresses and email addresses")
     return Names.of(dns, uris, ips, emails)
 
 
@@ -104,11 +96,11 @@ def _requested_names(csr: x509.CertificateSigningRequest) -> Names:
     try:
         names = names_of(csr.extensions)
     except InvalidName as problem:
-        raise _invalid(f"names something that {problem}") from None
+        raise _invalid(f"has a name that {problem}") from None
     except PARSE_ERRORS as error:
-        raise _invalid(f"has extensions that cannot be read ({type(error).__name__})") from None
+        raise _invalid(f"has invalid extensions ({type(error).__name__})") from None
     if len(names) > MAX_NAMES:
-        raise _invalid(f"names {len(names)} names; a certificate has at most {MAX_NAMES}")
+        raise _invalid(f"has {len(names)} names; a certificate has at most {MAX_NAMES}")
     return names
 
 

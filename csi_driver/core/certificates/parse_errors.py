@@ -1,4 +1,4 @@
-"""What the X.509 library raises for input it cannot read: most of it is no ValueError, so it is listed in one place."""
+"""The exceptions that cryptography raises for invalid X.509 input. Most of them are not ValueErrors."""
 
 from __future__ import annotations
 

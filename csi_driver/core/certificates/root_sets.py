@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from csi_driver.core.spec import DEFAULT_ISSUER, CertificateSpec
+from csi_driver.core.attributes import CertificateSpec
+from csi_driver.core.spec import DEFAULT_ISSUER
 
 
 @dataclass(frozen=True, slots=True)

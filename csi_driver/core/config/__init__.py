@@ -1,1 +1,1 @@
-"""config."""
+"""Parsers for configuration files that administrators write."""

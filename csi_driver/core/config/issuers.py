@@ -1,7 +1,4 @@
-"""Reads the issuers' file: which issuers there are, of which kind, each with what its kind needs.
-
-Credentials are never in it, only where they are: in a file, or in a key of a Kubernetes Secret.
-"""
+"""Parse the issuers file. It refers to credentials in files or Secrets, but contains none."""
 
 from __future__ import annotations
 
@@ -14,18 +11,19 @@ from csi_driver.core.errors import Reason
 from csi_driver.core.names import parse_dns_label
 from csi_driver.core.spec import DEFAULT_ISSUER
 
-MAX_ISSUERS = 100
+_MAX_ISSUERS = 100
 _MAX_FILE_NAME = 4096
 _SECRET_NAME = re.compile(r"(?P<namespace>[a-z0-9][a-z0-9-]{0,62})/(?P<name>[a-z0-9][a-z0-9.-]{0,252})", re.ASCII)
 _SECRET_KEY = re.compile(r"[A-Za-z0-9._-]{1,253}", re.ASCII)
+_SOURCE_HINT = "use {secret: NAMESPACE/NAME, key: KEY} or {file: PATH}"
 
 ParseConfiguration = Callable[[DocumentReader, Path, object], object]
-"""Reads what stands below the kind's key into the kind's own frozen value; faults go to the reader."""
+"""Parses the section of an issuer type to that type's frozen value; records faults in the reader."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileSource:
-    """A credential in a file of the authority's."""
+    """A credential in a file on the authority."""
 
     path: str
 
@@ -35,7 +33,7 @@ class FileSource:
 
 @dataclass(frozen=True, slots=True)
 class SecretSource:
-    """A credential in one key of a Kubernetes Secret."""
+    """A credential in one key of a Secret."""
 
     namespace: str
     name: str
@@ -50,93 +48,89 @@ CredentialSource = FileSource | SecretSource
 
 @dataclass(frozen=True, slots=True)
 class IssuerDeclaration:
-    """One issuer as it is declared: two that are equal are the same issuer."""
+    """An issuer in the file. Equal declarations are the same issuer."""
 
     name: str
     kind: str
     configuration: object
-    """The frozen value that the kind's :data:`ParseConfiguration` made."""
+    """The value that the issuer type's :data:`ParseConfiguration` returned."""
 
 
 def parse_issuers(
     document: object, kinds: Mapping[str, ParseConfiguration], lines: Mapping[Path, int] | None = None
 ) -> tuple[IssuerDeclaration, ...]:
-    """Takes the file's content: None for an empty file, else ``{"issuers": [{"name": ..., KIND: {...}}, ...]}``.
+    """Parse None for an empty file, or ``{"issuers": [{"name": ..., KIND: {...}}, ...]}``.
 
     Raises:
-        CertmountError: InvalidIssuers, with one fault for everything that is wrong.
+        CertmountError: InvalidIssuers with all faults.
     """
     reader = DocumentReader(Reason.INVALID_ISSUERS, "issuers file", lines or {})
     seen: dict[str, Path] = {}
 
-    def declared(path: Path, entry: object) -> IssuerDeclaration | None:
+    def parse_issuer(path: Path, entry: object) -> IssuerDeclaration | None:
         top = reader.mapping(path, entry, allowed=("name", *kinds), required=("name",))
         name = reader.text((*path, "name"), top.get("name"), _issuer_name)
         if name is not None and name in seen:
-            reader.fault((*path, "name"), f"{name!r} is the name of {reader.label(seen[name])} already")
+            reader.fault((*path, "name"), f"{name!r} is also the name of {reader.label(seen[name])}")
         seen.setdefault(name or "", path)
         given = [kind for kind in kinds if kind in top]
         if isinstance(entry, Mapping) and len(given) != 1:
-            problem = f"is of {len(given)} kinds: {', '.join(given)}" if given else "says not of which kind it is"
-            reader.fault(path, problem, f"give exactly one of {', '.join(kinds)}")
+            problem = f"sets several issuer types: {', '.join(given)}" if given else "does not set the issuer type"
+            reader.fault(path, problem, f"set exactly one of {', '.join(kinds)}")
         values = [kinds[kind](reader, (*path, kind), top[kind]) for kind in given]
         return IssuerDeclaration(name or "", given[0], values[0]) if given else None
 
     top = reader.mapping((), {} if document is None else document, allowed=("issuers",))
-    issuers = reader.each(("issuers",), top.get("issuers"), declared, MAX_ISSUERS)
+    issuers = reader.items(("issuers",), top.get("issuers"), parse_issuer, _MAX_ISSUERS)
     reader.finish()
     return issuers
 
 
 def parse_source(reader: DocumentReader, path: Path, value: object) -> CredentialSource | None:
-    """Reads ``{file: PATH}`` or ``{secret: NAMESPACE/NAME, key: KEY}``; None where there is nothing, or a fault."""
+    """Parse ``{file: PATH}`` or ``{secret: NAMESPACE/NAME, key: KEY}``; None if it is missing or invalid."""
     if value is None:
         return None
     if not isinstance(value, Mapping):
-        # A credential written here by mistake must not reach the log: it is not quoted.
-        reader.fault(path, "says not where it is kept", "write {secret: NAMESPACE/NAME, key: KEY} or {file: PATH}")
+        # Do not quote the value: it can be a credential, which must not reach the log.
+        reader.fault(path, "does not refer to a Secret or a file", _SOURCE_HINT)
         return None
     top = reader.mapping(path, value, allowed=("file", "secret", "key"))
     if ("file" in top) == ("secret" in top) or ("key" in top and "secret" not in top):
-        reader.fault(path, "says not where it is kept", "write {secret: NAMESPACE/NAME, key: KEY} or {file: PATH}")
+        reader.fault(path, "does not refer to exactly one Secret or file", _SOURCE_HINT)
         return None
+    for key in ("file",) if "file" in top else ("secret", "key"):
+        if top.get(key) is None:
+            reader.fault((*path, key), "is missing")
     if "file" in top:
-        file = reader.text((*path, "file"), _present(reader, (*path, "file"), top), parse_file_name)
+        file = reader.text((*path, "file"), top.get("file"), parse_file_name)
         return FileSource(file) if file is not None else None
-    secret = reader.text((*path, "secret"), _present(reader, (*path, "secret"), top), parse_secret_name)
-    key = reader.text((*path, "key"), _present(reader, (*path, "key"), top), _secret_key)
-    return SecretSource(*secret, key) if secret is not None and key is not None else None
+    secret = reader.text((*path, "secret"), top.get("secret"), parse_secret_name)
+    key_name = reader.text((*path, "key"), top.get("key"), _secret_key)
+    return SecretSource(*secret, key_name) if secret is not None and key_name is not None else None
 
 
 def parse_file_name(text: str) -> str:
-    """Takes an absolute path, or raises ValueError."""
+    """Return an absolute path; raises ValueError."""
     if not text.startswith("/") or "\0" in text or len(text) > _MAX_FILE_NAME:
         raise ValueError("is not an absolute path, such as /etc/certmount/credentials/key")
     return text
 
 
-def _present(reader: DocumentReader, path: Path, top: Mapping[object, object]) -> object:
-    value = top.get(path[-1])
-    if value is None:
-        reader.fault(path, "is missing")
-    return value
-
-
-def _issuer_name(text: str) -> str:
-    if text == DEFAULT_ISSUER:
-        raise ValueError("is the authority's own CA, which needs no entry; choose another name")
-    return parse_dns_label(text)
-
-
 def parse_secret_name(text: str) -> tuple[str, str]:
-    """Takes NAMESPACE/NAME of a Secret, or raises ValueError."""
+    """Return the namespace and name of NAMESPACE/NAME; raises ValueError."""
     match = _SECRET_NAME.fullmatch(text)
     if match is None:
         raise ValueError("is not NAMESPACE/NAME of a Secret")
     return match["namespace"], match["name"]
 
 
+def _issuer_name(text: str) -> str:
+    if text == DEFAULT_ISSUER:
+        raise ValueError("is the name of the internal CA, which needs no entry; use another name")
+    return parse_dns_label(text)
+
+
 def _secret_key(text: str) -> str:
     if not _SECRET_KEY.fullmatch(text):
-        raise ValueError("is not the name of a key in a Secret")
+        raise ValueError("is not a key of a Secret")
     return text

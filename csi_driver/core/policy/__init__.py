@@ -1,1 +1,1 @@
-"""policy."""
+"""The policy: patterns, rules, evaluation, and the parsers of its files."""

@@ -1,4 +1,4 @@
-"""What a policy says of a request, name by name: enough to grant it, to refuse it in words, and to explain either."""
+"""The decision of a policy about a request, name by name."""
 
 from __future__ import annotations
 
@@ -11,88 +11,80 @@ from csi_driver.core.names import Name
 from csi_driver.core.policy.rules import DenyListEntry, PolicyRule
 from csi_driver.core.spec import Usage
 
-_MOST_OBJECTIONS = 3
-"""Rules whose limits are told in one fault: who wants to see all of them has ``certmount policy explain``."""
+_MAX_MISMATCHES = 3
+"""Rules in one fault; ``certmount policy explain`` shows all of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class RuleMismatch:
-    """Why a rule that is for the pod does not allow a name."""
+    """Why a rule that matches the pod does not allow a name."""
 
     rule: str
-    obstacles: tuple[str, ...]
-    """What it would allow instead, such as "duration 10s to 1h, not 2h"; empty where none of its patterns fits the name."""
+    violations: tuple[str, ...]
+    """What the rule requires, such as "duration 10s to 1h, not 2h"; empty if none of its patterns matches the name."""
 
 
 @dataclass(frozen=True, slots=True)
 class NameDecision:
-    """A name, and the label of a rule that allows it; or, where it is empty, what each rule for this pod has against it."""
+    """A name with the label of a rule that allows it; without one, why each rule for the pod does not."""
 
     name: Name
     rule: str = ""
-    objections: tuple[RuleMismatch, ...] = ()
+    mismatches: tuple[RuleMismatch, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyDecision:
-    """The judgement of a whole request: all of it is granted, or nothing."""
+    """The decision about a request. Either all of it is allowed, or nothing."""
 
     account: ServiceAccount
     rules: tuple[PolicyRule, ...] = ()
-    """Those that are for this pod."""
+    """The rules that match the pod."""
     names: tuple[NameDecision, ...] = ()
-    """What was asked for, and the pod's own SPIFFE ID as the last."""
+    """The requested names, then the pod's own SPIFFE ID."""
     implied: tuple[NameDecision, ...] = ()
-    """What a pod that names nothing gets beside it."""
+    """The additional names of a pod that requests none."""
     usages: tuple[Usage, ...] = ()
     duration: timedelta = timedelta()
     denied: DenyListEntry | None = None
-    together: bool = True
-    """False where each name is allowed, but not all in one certificate; each then has the rules that allow it as objections."""
+    compatible: bool = True
+    """False if each name is allowed, but not all in one certificate. The mismatches then show the rules that allow a name."""
 
     @property
     def allowed(self) -> bool:
-        """True when all is granted."""
-        return self.denied is None and self.together and all(judged.rule for judged in self.names)
+        return self.denied is None and self.compatible and all(decision.rule for decision in self.names)
 
     @property
-    def behind(self) -> tuple[str, ...]:
-        """The rules behind a grant, each once; for who is denied, the entry of the deny list; else none."""
+    def deciding_rules(self) -> tuple[str, ...]:
+        """The rules that allow the request, or the entry of the deny list; empty if no rule allows it."""
         if self.denied is not None:
             return (self.denied.label,)
-        return tuple(dict.fromkeys(judged.rule for judged in (*self.names, *self.implied))) if self.allowed else ()
+        decisions = (*self.names, *self.implied) if self.allowed else ()
+        return tuple(dict.fromkeys(decision.rule for decision in decisions))
 
     def faults(self) -> list[Fault]:
-        """What is refused and what would have to change, one fault for each name."""
+        """Return a fault for each name that is not allowed, with what would have to change."""
         if self.denied is not None:
-            hint = f"an administrator may take it off the list: {self.denied.label}"
+            hint = f"ask an administrator to remove {self.denied.label} from the deny list"
             return [Fault(f"service account {self.account}", f"is denied: {self.denied.reason}", hint)]
-        *asked, own = self.names
-        refused = [judged for judged in asked if not judged.rule]
-        # The own SPIFFE ID is told of only where nothing else tells as much.
-        return [self._fault(judged) for judged in refused or ([] if own.rule else [own])]
+        *requested, own = self.names
+        rejected = [decision for decision in requested if not decision.rule]
+        # The pod did not write its SPIFFE ID, so report it only without another fault.
+        return [self._fault(decision) for decision in rejected or ([] if own.rule else [own])]
 
-    def _fault(self, judged: NameDecision) -> Fault:
-        near = [objection for objection in judged.objections if objection.obstacles]
-        told = "; ".join(
-            f"{objection.rule} allows it only with {' and '.join(objection.obstacles)}"
-            for objection in near[:_MOST_OBJECTIONS]
+    def _fault(self, decision: NameDecision) -> Fault:
+        name, near = str(decision.name), [mismatch for mismatch in decision.mismatches if mismatch.violations]
+        rules = "; ".join(
+            f"{mismatch.rule} allows it only with {' and '.join(mismatch.violations)}"
+            for mismatch in near[:_MAX_MISMATCHES]
         )
-        told += f"; so do {len(near) - _MOST_OBJECTIONS} more rules" if len(near) > _MOST_OBJECTIONS else ""
-        if not self.together:
-            return Fault(
-                str(judged.name),
-                f"is not allowed together with the other names: {told}",
-                "ask for a duration and usages that all of them have in common, or for each in a volume of its own",
-            )
+        more = len(near) - _MAX_MISMATCHES
+        rules += f"; {more} more rules have similar limits" if more > 0 else ""
+        if not self.compatible:
+            hint = "request a duration and usages that all names allow, or use one volume for each name"
+            return Fault(name, f"is not allowed together with the other names: {rules}", hint)
         if near:
-            return Fault(
-                str(judged.name),
-                f"is refused as it is asked for: {told}",
-                "ask for that, or an administrator to widen the rule",
-            )
-        return Fault(
-            str(judged.name),
-            f"no policy rule allows this name for service account {self.account}",
-            "ask an administrator to add a rule to certmount's policy",
-        )
+            hint = "request that, or ask an administrator to change the rule"
+            return Fault(name, f"is not allowed with the requested attributes: {rules}", hint)
+        hint = "ask an administrator to add a rule to the policy"
+        return Fault(name, f"no policy rule allows this name for service account {self.account}", hint)

@@ -1,4 +1,4 @@
-"""Reads a policy from the plain data of its file. Everything wrong is said at once, by its path and line in the file."""
+"""Parse a policy file. Faults have the path and the line in the file."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from csi_driver.core.policy.patterns import IPRange, NamePattern
 from csi_driver.core.policy.rules import ALL_USAGES, DenyListEntry, PolicyRule, RuleLimits, RuleMatch
 from csi_driver.core.spec import MIN_DURATION, parse_key_type, parse_usage
 
-MOST_RULES = 1000
-MOST_ITEMS = 1000
-"""Items of one list, and labels of one match."""
+MAX_RULES = 1000
+MAX_ITEMS = 1000
+"""Items of a list, and labels of a match."""
+_LIMITS = ("key_types", "usages", "min_duration", "max_duration", "issuers")
 _GLOB = re.compile(r"[a-z0-9*.-]+", re.ASCII)
-# Kubernetes' own rules for labels: an optional DNS name and a slash before 63 characters; values of up to 63.
+# Kubernetes labels: an optional DNS name and a slash, then 63 characters; values have up to 63.
 _LABEL_KEY = re.compile(r"(?:[a-z0-9.-]{1,253}/)?[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", re.ASCII)
 _LABEL_GLOB = re.compile(r"[A-Za-z0-9._*-]{0,63}", re.ASCII)
 _REASON = re.compile(r".{1,200}")
@@ -35,17 +36,15 @@ def parse_policy(
     revision: str = "",
     lines: Mapping[Path, int] | None = None,
 ) -> Policy:
-    """Takes the file's content: None for an empty file, else ``{"policy": [...], "deny": [...]}``.
-
-    ``lines`` holds the line of each key and item; what is not in it is told by its path alone.
+    """Parse None for an empty file, or ``{"policy": [...], "deny": [...]}``. ``lines`` contains the line of each path.
 
     Raises:
-        CertmountError: InvalidPolicy, with one fault for everything that is wrong.
+        CertmountError: InvalidPolicy with all faults.
     """
     reader = _Reader({"trust_domain": trust_domain, "cluster_domain": cluster_domain}, lines or {})
     top = reader.mapping((), {} if document is None else document, allowed=("policy", "deny"))
-    rules = reader.each(("policy",), top.get("policy"), reader.rule, MOST_RULES)
-    denials = reader.each(("deny",), top.get("deny"), reader.denial, MOST_RULES)
+    rules = reader.items(("policy",), top.get("policy"), reader.rule, MAX_RULES)
+    denials = reader.items(("deny",), top.get("deny"), reader.denial, MAX_RULES)
     reader.finish()
     return Policy(trust_domain, cluster_domain, rules, denials, revision)
 
@@ -59,7 +58,7 @@ class _Reader(DocumentReader):
         top = self.mapping(path, entry, allowed=("match", "allow"), required=("match", "allow"))
         match = self._match((*path, "match"), top.get("match"), labels=True)
         at, domains = (*path, "allow"), self._domains
-        allow = self._part(at, top.get("allow"), ("dns", "uris", "ips", "emails", *_LIMITS))
+        allow = self._section(at, top.get("allow"), ("dns", "uris", "ips", "emails", *_LIMITS))
         return PolicyRule(
             match=match,
             dns=self._texts((*at, "dns"), allow.get("dns"), lambda text: NamePattern.for_dns(text, domains)),
@@ -71,19 +70,19 @@ class _Reader(DocumentReader):
         )
 
     def _limits(self, at: Path, allow: Mapping[object, object]) -> RuleLimits:
-        usual = RuleLimits()
-        least = self._duration((*at, "min_duration"), allow.get("min_duration"), usual.min_duration)
-        most = self._duration((*at, "max_duration"), allow.get("max_duration"), usual.max_duration)
-        if least > most:
-            problem = f"{format_duration(least)} is longer than max_duration, which is {format_duration(most)}"
+        default = RuleLimits()
+        shortest = self._duration((*at, "min_duration"), allow.get("min_duration"), default.min_duration)
+        longest = self._duration((*at, "max_duration"), allow.get("max_duration"), default.max_duration)
+        if shortest > longest:
+            problem = f"{format_duration(shortest)} is longer than max_duration, which is {format_duration(longest)}"
             self.fault((*at, "min_duration"), problem)
-        usages = self._choices((*at, "usages"), allow.get("usages"), parse_usage, usual.usages)
+        usages = self._choices((*at, "usages"), allow.get("usages"), parse_usage, default.usages)
         return RuleLimits(
-            key_types=self._choices((*at, "key_types"), allow.get("key_types"), parse_key_type, usual.key_types),
+            key_types=self._choices((*at, "key_types"), allow.get("key_types"), parse_key_type, default.key_types),
             usages=tuple(usage for usage in ALL_USAGES if usage in usages),
-            min_duration=least,
-            max_duration=most,
-            issuers=self._choices((*at, "issuers"), allow.get("issuers"), parse_dns_label, usual.issuers),
+            min_duration=shortest,
+            max_duration=longest,
+            issuers=self._choices((*at, "issuers"), allow.get("issuers"), parse_dns_label, default.issuers),
         )
 
     def denial(self, path: Path, entry: object) -> DenyListEntry | None:
@@ -91,12 +90,12 @@ class _Reader(DocumentReader):
         match = self._match((*path, "match"), top.get("match"), labels=False)
         reason = top.get("reason")
         if reason is not None and not (isinstance(reason, str) and _REASON.fullmatch(reason) and reason.isprintable()):
-            self.fault((*path, "reason"), "is not one line of text of up to 200 characters")
+            self.fault((*path, "reason"), "is not one line of 1 to 200 characters")
         return DenyListEntry(match, str(reason), self.label(path))
 
     def _match(self, path: Path, value: object, *, labels: bool) -> RuleMatch:
         required = ("namespaces", "serviceAccounts")
-        match = self._part(path, value, (*required, "namespaceLabels") if labels else required, required)
+        match = self._section(path, value, (*required, "namespaceLabels") if labels else required, required)
         return RuleMatch(
             namespaces=self._texts((*path, "namespaces"), match.get("namespaces"), _glob),
             service_accounts=self._texts((*path, "serviceAccounts"), match.get("serviceAccounts"), _glob),
@@ -109,29 +108,24 @@ class _Reader(DocumentReader):
         if not isinstance(value, Mapping):
             self.fault(path, "is not a mapping of labels to values or globs")
             return ()
-        if len(value) > MOST_ITEMS:
-            self.fault(path, f"has {len(value)} labels; at most {MOST_ITEMS} are read")
+        if len(value) > MAX_ITEMS:
+            self.fault(path, f"has {len(value)} labels", f"use at most {MAX_ITEMS}")
             return ()
         labels: list[tuple[str, str]] = []
         for key, glob in value.items():
             at = (*path, str(key))
             if not isinstance(key, str) or not _LABEL_KEY.fullmatch(key):
-                self.fault(at, "is not the name of a label")
-            elif not isinstance(glob, str):
-                self.fault(at, f"{shown(repr(glob))} is not a text", "put it in quotes")
-            elif not _LABEL_GLOB.fullmatch(glob):
-                self.fault(
-                    at,
-                    f"{shown(repr(glob))} is not a label's value or a glob: up to 63 letters, digits, '-', '_', '.', and * for any characters",
-                )
-            else:
-                labels.append((key, glob))
+                self.fault(at, "is not a label key")
+            elif (text := self.text(at, glob, _label_glob)) is not None:
+                labels.append((key, text))
+            elif glob is None:
+                self.fault(at, f"{shown(repr(glob))} is not a string", "put it in quotes")
         return tuple(labels)
 
-    def _part(
+    def _section(
         self, path: Path, value: object, allowed: tuple[str, ...], required: tuple[str, ...] = ()
     ) -> Mapping[object, object]:
-        # What is missing as a whole has been said; its parts go without saying.
+        # If a section is missing, that is one fault. Do not report its keys too.
         return {} if value is None else self.mapping(path, value, allowed=allowed, required=required)
 
     def _texts(self, path: Path, value: object, parse: Callable[[str], _T]) -> tuple[_T, ...]:
@@ -140,26 +134,33 @@ class _Reader(DocumentReader):
                 self.fault(at, "is empty")
             return self.text(at, item, parse)
 
-        return self.each(path, value, read, MOST_ITEMS)
+        return self.items(path, value, read, MAX_ITEMS)
 
-    def _choices(self, path: Path, value: object, parse: Callable[[str], _T], usual: tuple[_T, ...]) -> tuple[_T, ...]:
+    def _choices(
+        self, path: Path, value: object, parse: Callable[[str], _T], default: tuple[_T, ...]
+    ) -> tuple[_T, ...]:
         if value is None:
-            return usual
+            return default
         if value == []:
-            self.fault(path, "is empty, so that the rule allows nothing", "leave it away for what is usual")
+            self.fault(path, "is empty, so the rule allows nothing", "omit it to use the default")
         return tuple(dict.fromkeys(self._texts(path, value, parse)))
 
-    def _duration(self, path: Path, value: object, usual: timedelta) -> timedelta:
+    def _duration(self, path: Path, value: object, default: timedelta) -> timedelta:
         duration = self.text(path, value, _duration)
-        return usual if duration is None else duration
-
-
-_LIMITS = ("key_types", "usages", "min_duration", "max_duration", "issuers")
+        return default if duration is None else duration
 
 
 def _glob(text: str) -> str:
     if not _GLOB.fullmatch(text):
-        raise ValueError("is not a name or a glob: lower-case letters, digits, '-', '.', and * for any characters")
+        raise ValueError("is not a name or a glob; use lower-case letters, digits, '-', '.', and * for any characters")
+    return text
+
+
+def _label_glob(text: str) -> str:
+    if not _LABEL_GLOB.fullmatch(text):
+        raise ValueError(
+            "is not a label value or a glob; use up to 63 letters, digits, '-', '_', '.', and * for any characters"
+        )
     return text
 
 

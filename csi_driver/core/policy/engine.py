@@ -1,53 +1,57 @@
-"""Who may have which name. Rules add up; what no rule allows is refused; a deny list goes before all of them."""
+"""Evaluate a policy: a request is allowed if rules allow all of its names. The deny list takes precedence over all rules."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Self
 
+from csi_driver.core.attributes import IssuanceOptions
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.core.names import URI, DNSName, InvalidName, Name, Names, spiffe_id
 from csi_driver.core.policy.decision import NameDecision, PolicyDecision, RuleMismatch
 from csi_driver.core.policy.patterns import NamePattern
 from csi_driver.core.policy.rules import ALL_USAGES, DEFAULT_DURATION, DenyListEntry, PolicyRule, RuleMatch
-from csi_driver.core.spec import DEFAULT_ISSUER, MAX_NAMES, KeyType, Usage
+from csi_driver.core.spec import MAX_NAMES, KeyType, Usage
 
 _SERVICE_NAMES = ("{service}.{namespace}.svc", "{service}.{namespace}.svc.{cluster_domain}")
-_MOST_SERVICES = (MAX_NAMES - 1) // len(_SERVICE_NAMES)
-"""Services of one pod that are looked at: as many as one certificate can name beside the SPIFFE ID."""
-_MOST_REMEMBERED = 4096
-"""Kinds of pods whose rules are remembered: a few hundred bytes each, and in most clusters all there are."""
-_USAGES_BY_DEFAULT = (ALL_USAGES, (Usage.SERVER,), (Usage.CLIENT,))
+_MAX_SERVICES = (MAX_NAMES - 1) // len(_SERVICE_NAMES)
+"""The number of a pod's Services that count: as many as one certificate can name besides the SPIFFE ID."""
+_MAX_CACHED = 4096
+"""Service accounts (with namespace labels) whose rules are cached, at a few hundred bytes each."""
+_USAGES_BY_PREFERENCE = (ALL_USAGES, (Usage.SERVER,), (Usage.CLIENT,))
+_OPTIONS = tuple(field.name for field in dataclasses.fields(IssuanceOptions))
 
 
 @dataclass(frozen=True, slots=True)
-class RequestedCertificate:
-    """What a pod asks for: names and key type of its request, and what its volume says beside."""
+class RequestedCertificate(IssuanceOptions):
+    """The certificate that a pod requests: the names and the key type of its CSR, and the volume's attributes."""
 
     names: Names = Names()
     key_type: KeyType = KeyType.EC_P256
-    usages: tuple[Usage, ...] = ()
-    """Empty: as many as policy allows."""
-    duration: timedelta | None = None
-    """None: a day, or as near to it as policy allows."""
-    issuer: str = DEFAULT_ISSUER
+
+    @classmethod
+    def of(cls, names: Names, key_type: KeyType, options: IssuanceOptions) -> Self:
+        """Combine the content of a CSR with options, for example those of a CertificateSpec."""
+        return cls(names, key_type, **{name: getattr(options, name) for name in _OPTIONS})
 
 
 @dataclass(frozen=True, slots=True)
 class PolicySubject:
-    """Who asks: a proven pod, and what the cluster says of it."""
+    """An authenticated pod, with what the cluster reports about it."""
 
     identity: PodIdentity
     namespace_labels: Mapping[str, str] = field(default_factory=dict)
     services: tuple[str, ...] = ()
-    """Services of the pod's namespace whose selectors fit the pod."""
+    """The Services in the pod's namespace that select the pod."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a pod gets: its names with its SPIFFE ID among them, for how long, for which ends of a connection, and by which rules."""
+    """The allowed certificate: its names (with the pod's SPIFFE ID), lifetime and usages, and the rules that allow it."""
 
     names: Names
     duration: timedelta
@@ -57,18 +61,18 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The administrator's rules behind the built-in one: every pod may have its SPIFFE ID and the names of its Services, for a day."""
+    """The rules of the policy file, and the built-in rule: the pod's SPIFFE ID and the names of its Services, for a day."""
 
     trust_domain: str
     cluster_domain: str
     rules: tuple[PolicyRule, ...] = ()
-    """Those of the file, in its order."""
+    """The rules of the file."""
     denials: tuple[DenyListEntry, ...] = ()
     revision: str = ""
-    """Another text for another file: the first 16 hexadecimal digits of its SHA-256."""
-    _all: tuple[PolicyRule, ...] = field(init=False, repr=False, compare=False)
+    """Identifies the file's content: the first 16 hexadecimal digits of its SHA-256."""
+    _all_rules: tuple[PolicyRule, ...] = field(init=False, repr=False, compare=False)
     _labels: tuple[str, ...] = field(init=False, repr=False, compare=False)
-    _remembered: dict[tuple[str | None, ...], tuple[URI, tuple[PolicyRule, ...]]] = field(
+    _cache: dict[tuple[str | None, ...], tuple[URI, tuple[PolicyRule, ...]]] = field(
         init=False, repr=False, compare=False
     )
 
@@ -77,173 +81,162 @@ class Policy:
         services = tuple(NamePattern.for_dns(pattern, domains) for pattern in _SERVICE_NAMES)
         built_in = PolicyRule(RuleMatch(("*",), ("*",)), dns=services, label="built-in")
         labels = {key for rule in self.rules for key, _ in rule.match.namespace_labels}
-        object.__setattr__(self, "_all", (built_in, *self.rules))
+        object.__setattr__(self, "_all_rules", (built_in, *self.rules))
         object.__setattr__(self, "_labels", tuple(sorted(labels)))
-        object.__setattr__(self, "_remembered", {})
+        object.__setattr__(self, "_cache", {})
 
     def denial(self, account: ServiceAccount) -> str | None:
-        """Why the service account gets nothing at all, in the administrator's words; None where it is not denied."""
+        """Return the administrator's reason if the service account is denied, otherwise None."""
         denied = self._denied(account)
         return denied.reason if denied else None
 
-    def decide(self, subject: PolicySubject, asked: RequestedCertificate) -> Grant:
-        """Grants all that is asked for, or nothing.
+    def decide(self, subject: PolicySubject, requested: RequestedCertificate) -> Grant:
+        """Return the grant for the whole request.
 
         Raises:
-            CertmountError: ServiceAccountDenied; or NameNotAllowed with a fault for each refused name, which says what would have to change.
+            CertmountError: ServiceAccountDenied, or NameNotAllowed with a fault for each name that is not allowed.
         """
-        verdict = self.judge(subject, asked)
-        if not verdict.allowed:
-            raise CertmountError(
-                Reason.NAME_NOT_ALLOWED if verdict.denied is None else Reason.SERVICE_ACCOUNT_DENIED, *verdict.faults()
-            )
-        own, _ = self._matching(verdict.account, subject.namespace_labels)
-        implied = (judged.name for judged in verdict.implied if isinstance(judged.name, DNSName))
-        return Grant(
-            Names.of(
-                (*asked.names.dns, *implied),
-                (own, *asked.names.uris),
-                asked.names.ips,
-                asked.names.emails,
-            ),
-            verdict.duration,
-            verdict.usages,
-            verdict.behind,
-        )
+        decision = self.evaluate(subject, requested)
+        if decision.denied is not None:
+            raise CertmountError(Reason.SERVICE_ACCOUNT_DENIED, *decision.faults())
+        if not decision.allowed:
+            raise CertmountError(Reason.NAME_NOT_ALLOWED, *decision.faults())
+        own, _ = self._matching_rules(decision.account, subject.namespace_labels)
+        implied = (implied.name for implied in decision.implied if isinstance(implied.name, DNSName))
+        names = requested.names
+        all_names = Names.of((*names.dns, *implied), (own, *names.uris), names.ips, names.emails)
+        return Grant(all_names, decision.duration, decision.usages, decision.deciding_rules)
 
-    def judge(self, subject: PolicySubject, asked: RequestedCertificate) -> PolicyDecision:
-        """What the policy says of each name that is asked for, of the pod's own SPIFFE ID, and of what is implied."""
+    def evaluate(self, subject: PolicySubject, requested: RequestedCertificate) -> PolicyDecision:
+        """Return the decision about each requested name, the pod's own SPIFFE ID, and the implied names."""
         account = subject.identity.service_account
         denied = self._denied(account)
         if denied is not None:
             return PolicyDecision(account, denied=denied)
-        own, rules = self._matching(account, subject.namespace_labels)
-        return _Case(subject, asked, own, rules).verdict(self.cluster_domain)
+        own, rules = self._matching_rules(account, subject.namespace_labels)
+        return _Evaluation(subject, requested, own, rules).decision(self.cluster_domain)
 
     def _denied(self, account: ServiceAccount) -> DenyListEntry | None:
-        return next((denial for denial in self.denials if denial.match.fits(account, {})), None)
+        return next((entry for entry in self.denials if entry.match.matches(account, {})), None)
 
-    def _matching(self, account: ServiceAccount, labels: Mapping[str, str]) -> tuple[URI, tuple[PolicyRule, ...]]:
-        """A pod's own SPIFFE ID, and the rules for it, the built-in one first."""
+    def _matching_rules(self, account: ServiceAccount, labels: Mapping[str, str]) -> tuple[URI, tuple[PolicyRule, ...]]:
+        """Return the SPIFFE ID of the account and the rules that match it, the built-in rule first."""
         key = (account.namespace, account.name, *(labels.get(label) for label in self._labels))
-        known = self._remembered.get(key)
-        if known is None:
+        cached = self._cache.get(key)
+        if cached is None:
             own = spiffe_id(self.trust_domain, account.namespace, account.name)
-            known = own, tuple(rule for rule in self._all if rule.match.fits(account, labels))
-            if len(self._remembered) >= _MOST_REMEMBERED:
-                self._remembered.clear()
-            self._remembered[key] = known
-        return known
+            cached = own, tuple(rule for rule in self._all_rules if rule.match.matches(account, labels))
+            if len(self._cache) >= _MAX_CACHED:
+                self._cache.clear()
+            self._cache[key] = cached
+        return cached
 
 
-class _Case:
-    """One request before the rules for its pod."""
+class _Evaluation:
+    """The evaluation of one request by the rules that match its pod."""
 
     def __init__(
-        self, subject: PolicySubject, asked: RequestedCertificate, own: URI, rules: tuple[PolicyRule, ...]
+        self, subject: PolicySubject, requested: RequestedCertificate, own: URI, rules: tuple[PolicyRule, ...]
     ) -> None:
-        account = subject.identity.service_account
-        self._account = account
+        self._account = subject.identity.service_account
         self._values = {
-            "namespace": account.namespace,
-            "service_account": account.name,
+            "namespace": self._account.namespace,
+            "service_account": self._account.name,
             "pod": subject.identity.pod_name,
         }
-        self._services = sorted(subject.services)[:_MOST_SERVICES] if subject.services else ()
-        self._asked = asked
-        self._usages = tuple(usage for usage in ALL_USAGES if usage in asked.usages)
+        self._services = sorted(subject.services)[:_MAX_SERVICES] if subject.services else ()
+        self._requested = requested
+        self._usages = tuple(usage for usage in ALL_USAGES if usage in requested.usages)
         self._rules = rules
         self._own = own
-        self._names = (*(name for name in asked.names if name != own), own)
+        self._names = (*(name for name in requested.names if name != own), own)
 
-    def verdict(self, cluster_domain: str) -> PolicyDecision:
+    def decision(self, cluster_domain: str) -> PolicyDecision:
         usages = self._usages or ALL_USAGES
-        duration = DEFAULT_DURATION if self._asked.duration is None else self._asked.duration
-        names = self._granted(self._rules, usages, duration)
-        if names is None:  # few requests come here
-            permitting = [rule for rule in self._rules if self._permits(rule, self._usages, self._asked.duration)]
-            able = [[rule for rule in permitting if self._fits(rule, name)] for name in self._names]
-            if not all(able):
-                return PolicyDecision(self._account, self._rules, tuple(map(self._judged, self._names, able)))
-            choice = next(self._choices(able), None)
+        duration = DEFAULT_DURATION if self._requested.duration is None else self._requested.duration
+        names = self._allowed_names(self._rules, usages, duration)
+        if names is None:  # uncommon: look for other usages and another lifetime
+            within_limits = [
+                rule for rule in self._rules if self._within_limits(rule, self._usages, self._requested.duration)
+            ]
+            allowing = [[rule for rule in within_limits if self._matches(rule, name)] for name in self._names]
+            if not all(allowing):
+                decisions = tuple(map(self._separate_decision, self._names, allowing))
+                return PolicyDecision(self._account, self._rules, decisions)
+            choice = next(self._choices(allowing), None)
             if choice is None:
-                return PolicyDecision(
-                    self._account, self._rules, tuple(map(_offered, self._names, able)), together=False
-                )
+                decisions = tuple(map(_incompatible, self._names, allowing))
+                return PolicyDecision(self._account, self._rules, decisions, compatible=False)
             usages, duration = choice
-            names = self._granted(permitting, usages, duration) or ()
-        implied = () if self._asked.names else tuple(self._implied(usages, duration, cluster_domain))
+            names = self._allowed_names(within_limits, usages, duration) or ()
+        implied = () if self._requested.names else tuple(self._implied_names(usages, duration, cluster_domain))
         return PolicyDecision(self._account, self._rules, names, implied, usages, duration)
 
-    def _granted(
+    def _allowed_names(
         self, rules: Sequence[PolicyRule], usages: Sequence[Usage], duration: timedelta
     ) -> tuple[NameDecision, ...] | None:
-        """Each name with the first of the rules that allows it with these usages and this life; None where one has no such rule."""
-        permitting = [rule for rule in rules if self._permits(rule, usages, duration)]
-        granted: list[NameDecision] = []
+        """Return each name with the first rule that allows it with these usages and this lifetime; None if a name has none."""
+        within_limits = [rule for rule in rules if self._within_limits(rule, usages, duration)]
+        decisions: list[NameDecision] = []
         for name in self._names:
-            for rule in permitting:
-                if self._fits(rule, name):
-                    granted.append(NameDecision(name, rule.label))
+            for rule in within_limits:
+                if self._matches(rule, name):
+                    decisions.append(NameDecision(name, rule.label))
                     break
             else:
                 return None
-        return tuple(granted)
+        return tuple(decisions)
 
-    def _permits(self, rule: PolicyRule, usages: Sequence[Usage], duration: timedelta | None) -> bool:
-        return rule.limits.permit(self._asked.key_type, self._asked.issuer, usages, duration)
+    def _within_limits(self, rule: PolicyRule, usages: Sequence[Usage], duration: timedelta | None) -> bool:
+        return rule.limits.allow(self._requested.key_type, self._requested.issuer, usages, duration)
 
-    def _fits(self, rule: PolicyRule, name: Name) -> bool:
+    def _matches(self, rule: PolicyRule, name: Name) -> bool:
         return name == self._own or rule.allows(name, self._values, self._services)
 
-    def _judged(self, name: Name, able: Sequence[PolicyRule]) -> NameDecision:
-        """The judgement of a name where not all are allowed."""
-        if able:
-            return NameDecision(name, able[0].label)
-        asked = self._asked
-        return NameDecision(
-            name,
-            objections=tuple(
-                RuleMismatch(
-                    rule.label,
-                    rule.limits.obstacles(asked.key_type, asked.issuer, self._usages, asked.duration)
-                    if self._fits(rule, name)
-                    else (),
-                )
-                for rule in self._rules
-            ),
+    def _separate_decision(self, name: Name, allowing: Sequence[PolicyRule]) -> NameDecision:
+        """Return the decision about a name if not all names are allowed."""
+        if allowing:
+            return NameDecision(name, allowing[0].label)
+        requested = self._requested
+        limits = requested.key_type, requested.issuer, self._usages, requested.duration
+        mismatches = tuple(
+            RuleMismatch(rule.label, rule.limits.violations(*limits) if self._matches(rule, name) else ())
+            for rule in self._rules
         )
+        return NameDecision(name, mismatches=mismatches)
 
-    def _choices(self, able: Sequence[Sequence[PolicyRule]]) -> Iterator[tuple[tuple[Usage, ...], timedelta]]:
-        """Usages and lives that every name may be had with, the best first: both usages before one, a day before what is near to it."""
-        for usages in (self._usages,) if self._usages else _USAGES_BY_DEFAULT:
+    def _choices(self, allowing: Sequence[Sequence[PolicyRule]]) -> Iterator[tuple[tuple[Usage, ...], timedelta]]:
+        """Yield the usages and lifetimes that all names allow: both usages first, and lifetimes near to a day first."""
+        for usages in (self._usages,) if self._usages else _USAGES_BY_PREFERENCE:
             for duration in self._durations():
-                if all(any(self._permits(rule, usages, duration) for rule in rules) for rules in able):
+                if all(any(self._within_limits(rule, usages, duration) for rule in rules) for rules in allowing):
                     yield usages, duration
 
     def _durations(self) -> Iterator[timedelta]:
-        if self._asked.duration is not None:
-            yield self._asked.duration
+        if self._requested.duration is not None:
+            yield self._requested.duration
             return
         yield DEFAULT_DURATION
-        # Of what several spans have in common, the point nearest to any other point is an end of one of them.
+        # The lifetime in an intersection of ranges that is nearest to the default is the default or an end of a range.
         ends = {end for rule in self._rules for end in (rule.limits.min_duration, rule.limits.max_duration)}
         yield from sorted(ends, key=lambda end: (abs(end - DEFAULT_DURATION), end))
 
-    def _implied(self, usages: tuple[Usage, ...], duration: timedelta, cluster_domain: str) -> Iterator[NameDecision]:
-        """The names of the pod's Services, as far as they are allowed like the rest."""
-        rules = [rule for rule in self._rules if self._permits(rule, usages, duration)]
+    def _implied_names(
+        self, usages: tuple[Usage, ...], duration: timedelta, cluster_domain: str
+    ) -> Iterator[NameDecision]:
+        """Yield the names of the pod's Services that are allowed with these usages and this lifetime."""
+        rules = [rule for rule in self._rules if self._within_limits(rule, usages, duration)]
         for service in self._services:
             for pattern in _SERVICE_NAMES:
                 try:
                     name = DNSName.parse(pattern.format(service=service, cluster_domain=cluster_domain, **self._values))
                 except InvalidName:
-                    continue  # too long with this cluster's domain: it is nobody's name
+                    continue  # too long with this cluster domain
                 allowing = next((rule for rule in rules if rule.allows(name, self._values, self._services)), None)
                 if allowing is not None:
                     yield NameDecision(name, allowing.label)
 
 
-def _offered(name: Name, able: Sequence[PolicyRule]) -> NameDecision:
-    """The judgement of a name that may be had, but not with what the other names may be had with."""
-    return NameDecision(name, objections=tuple(RuleMismatch(rule.label, (rule.limits.offer,)) for rule in able))
+def _incompatible(name: Name, allowing: Sequence[PolicyRule]) -> NameDecision:
+    """Return the decision about a name that is allowed, but not with what the other names require."""
+    return NameDecision(name, mismatches=tuple(RuleMismatch(rule.label, (str(rule.limits),)) for rule in allowing))

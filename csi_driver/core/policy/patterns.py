@@ -1,8 +1,8 @@
-"""Patterns of names, as a policy writes them: literal parts, ``*`` and ``{placeholders}``.
+"""Name patterns of a policy, with literal text, ``*`` and ``{placeholders}``.
 
-A pattern is cut into parts at its separator before anything is put into its placeholders, so a value that holds the
-separator (a pod may be named ``www.shop``) can never spread over two labels of a name. The host of a URI takes the
-administrator's own domains only, for the same reason.
+A pattern is split at its separators before placeholders are replaced, so a value that contains a separator (a pod can be
+named ``www.shop``) never matches two labels. For the same reason, the host of a URI accepts only the placeholders for
+domains.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from csi_driver.core.names import IPAddress
 
 PLACEHOLDERS = ("namespace", "service_account", "pod", "service", "trust_domain", "cluster_domain")
 _DOMAIN_PLACEHOLDERS = ("trust_domain", "cluster_domain")
-"""The administrator's own values, known when the policy is read; they may span several labels."""
+"""Replaced when the policy is parsed. Their values can contain several labels."""
 _SERVICE = "{service}"
-"""The one placeholder of many values: a pattern fits if it does for one of them, the same one in all its places."""
+"""The only placeholder with several values. A pattern matches if it matches with one value in all places."""
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _DNS_TEXT = re.compile(r"[a-z0-9*._-]+", re.ASCII)
 _URI_TEXT = re.compile(r"[A-Za-z0-9*._~!$&'()+,;=:@/-]+", re.ASCII)
 _EMAIL_TEXT = re.compile(r"[A-Za-z0-9*.#$&'+/=?^_|~-]+@[a-z0-9*._-]+", re.ASCII)
-# A mask in other forms, such as 255.0.0.0, can be read as the network's or as the host's.
+# A mask such as 255.0.0.0 is ambiguous: it could be a network mask or a host mask.
 _RANGE = re.compile(r"[0-9A-Fa-f:.]+(?:/[0-9]{1,3})?", re.ASCII)
 _VALUE = re.compile(r"[a-z0-9.-]+", re.ASCII)
 _MAX_LENGTH = 2048
 
 
 class InvalidPattern(ValueError):
-    """Why a text is no pattern, in words for the administrator."""
+    """A text is not a pattern. The message follows the text in an error."""
 
 
 @unique
 class _Form(Enum):
-    """How the texts of one kind of name are cut into parts, and the characters a pattern of that kind may have."""
+    """The type of a pattern: its characters, and how it is split into parts."""
 
     DNS = _DNS_TEXT
     URI = _URI_TEXT
     EMAIL = _EMAIL_TEXT
 
-    def cut(self, text: str) -> list[str]:
+    def split(self, text: str) -> list[str]:
         if self is _Form.EMAIL:
             local, _, domain = text.partition("@")
             return [local, *domain.split(".")]
@@ -53,22 +53,25 @@ class _Form(Enum):
 
 @dataclass(frozen=True, slots=True)
 class NamePattern:
-    """A pattern of DNS names (parts are labels), URIs (what lies between slashes) or e-mail addresses (what is before the @, then labels)."""
+    """A pattern for DNS names, URIs or email addresses.
+
+    The parts are labels, or the segments of a URI, or the local part of an address and then labels.
+    """
 
     text: str
     parts: tuple[str, ...]
     _form: _Form = field(repr=False)
-    _end: str = field(repr=False, compare=False)
-    """What every name that fits ends with: most names are told apart by it, in a tenth of the time."""
+    _suffix: str = field(repr=False, compare=False)
+    """The end of every matching name. Comparing it first rejects most names in a tenth of the time."""
 
     @classmethod
     def for_dns(cls, text: str, domains: Mapping[str, str]) -> Self:
-        """Takes a pattern such as ``*.{namespace}.svc``; ``domains`` holds trust_domain and cluster_domain."""
+        """Parse a pattern such as ``*.{namespace}.svc``. ``domains`` contains trust_domain and cluster_domain."""
         return cls._parse(text, _Form.DNS, domains)
 
     @classmethod
     def for_uri(cls, text: str, domains: Mapping[str, str]) -> Self:
-        """Takes a pattern such as ``spiffe://{trust_domain}/ns/{namespace}/app/*``."""
+        """Parse a pattern such as ``spiffe://{trust_domain}/ns/{namespace}/app/*``."""
         pattern = cls._parse(text, _Form.URI, domains)
         if (
             len(pattern.parts) < 3
@@ -77,56 +80,56 @@ class NamePattern:
             or not pattern.parts[2]
             or set("*{") & set(pattern.parts[0] + pattern.parts[2])
         ):
-            # Dots in a value put into the host would make it another host.
-            raise InvalidPattern("is not of the form scheme://host/path with scheme and host written out")
+            # A value with a dot would change the host.
+            raise InvalidPattern("does not have the form scheme://host/path with a literal scheme and host")
         return pattern
 
     @classmethod
     def for_email(cls, text: str, domains: Mapping[str, str]) -> Self:
-        """Takes a pattern such as ``{service_account}@*.example.com``."""
+        """Parse a pattern such as ``{service_account}@*.example.com``."""
         return cls._parse(text, _Form.EMAIL, domains)
 
     @classmethod
     def _parse(cls, text: str, form: _Form, domains: Mapping[str, str]) -> Self:
         if len(text) > _MAX_LENGTH:
-            raise InvalidPattern(f"is {len(text)} characters long; a pattern has at most {_MAX_LENGTH}")
+            raise InvalidPattern(f"is {len(text)} characters long; use at most {_MAX_LENGTH}")
         for name in _PLACEHOLDER.findall(text):
             if name not in PLACEHOLDERS:
                 raise InvalidPattern(
-                    f"has the unknown placeholder {{{name}}}; known are "
+                    f"has the unknown placeholder {{{name}}}; use "
                     + ", ".join(f"{{{known}}}" for known in PLACEHOLDERS)
                 )
         bare = _PLACEHOLDER.sub("x", text)
         if not form.value.fullmatch(bare):
             if form is _Form.EMAIL and bare.count("@") != 1:
-                raise InvalidPattern("is not of the form name@domain")
-            capitals = "; write it in lower case" if form.value.fullmatch(bare.lower()) else ""
-            raise InvalidPattern("has characters that no such name has" + capitals if bare else "is empty")
+                raise InvalidPattern("does not have the form name@domain")
+            hint = "; use lower case" if form.value.fullmatch(bare.lower()) else ""
+            raise InvalidPattern("has characters that such names cannot have" + hint if bare else "is empty")
         if "**" in bare:
-            raise InvalidPattern("has **; a * stands within one label or path segment")
+            raise InvalidPattern("has **; a * matches within one label or path segment")
         for name in _DOMAIN_PLACEHOLDERS:
             text = text.replace(f"{{{name}}}", domains[name])
-        return cls(text, tuple(form.cut(text)), form, re.split(r"[*}]", text)[-1])
+        return cls(text, tuple(form.split(text)), form, re.split(r"[*}]", text)[-1])
 
     def matches(self, name: str, values: Mapping[str, str], services: Sequence[str] = ()) -> bool:
-        """True when the name has the pattern's parts.
+        """Return whether the name matches.
 
-        ``values`` (namespace, service_account, pod) stand in the placeholders, and one of ``services`` in ``{service}``.
+        ``values`` (namespace, service_account, pod) replace the placeholders, and one of ``services`` replaces ``{service}``.
         """
-        if not name.endswith(self._end):
+        if not name.endswith(self._suffix):
             return False
-        parts = self._form.cut(name)
+        parts = self._form.split(name)
         if len(parts) != len(self.parts):
             return False
-        open_parts: list[tuple[str, str]] = []
+        service_parts: list[tuple[str, str]] = []
         for pattern, part in zip(self.parts, parts, strict=True):
             if _SERVICE in pattern:
-                open_parts.append((pattern, part))
+                service_parts.append((pattern, part))
             elif not _part_matches(pattern, part, values):
                 return False
-        return not open_parts or any(
-            all(service in part for _, part in open_parts)  # costs little, and most fail here
-            and all(_part_matches(pattern, part, {**values, "service": service}) for pattern, part in open_parts)
+        return not service_parts or any(
+            all(service in part for _, part in service_parts)  # fast, and false for most
+            and all(_part_matches(pattern, part, {**values, "service": service}) for pattern, part in service_parts)
             for service in services
         )
 
@@ -136,27 +139,25 @@ class NamePattern:
 
 @dataclass(frozen=True, slots=True)
 class IPRange:
-    """A network of IP addresses, or one address."""
+    """An IP network or a single address."""
 
     network: ipaddress.IPv4Network | ipaddress.IPv6Network
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Takes ``10.0.0.0/8``, ``fd00::/8`` or an address (RFC 4632 section 3.1), or raises :class:`InvalidPattern`."""
+        """Parse ``10.0.0.0/8``, ``fd00::/8`` or an address (RFC 4632 section 3.1); raises :class:`InvalidPattern`."""
         try:
             network = ipaddress.ip_network(text if _RANGE.fullmatch(text) else "", strict=False)
         except ValueError:
             raise InvalidPattern("is not an IP address or range, such as 10.0.0.0/8 or fd00::/64") from None
         if ipaddress.ip_address(text.partition("/")[0]) != network.network_address:
-            raise InvalidPattern(f"has bits set behind its length; for that range write {network}")
+            raise InvalidPattern(f"has bits set after the prefix; use {network} for that range")
         if isinstance(network, ipaddress.IPv6Network) and network.network_address.ipv4_mapped:
-            raise InvalidPattern(
-                "is of IPv4 addresses in the dress of IPv6, which no certificate gets; write the IPv4 range"
-            )
+            raise InvalidPattern("is a range of IPv4-mapped IPv6 addresses, which no certificate contains; use IPv4")
         return cls(network)
 
     def matches(self, name: IPAddress) -> bool:
-        """True when the address lies in the range."""
+        """Return whether the address is in the range."""
         return name.address in self.network
 
     def __str__(self) -> str:
@@ -167,7 +168,7 @@ def _part_matches(pattern: str, part: str, values: Mapping[str, str]) -> bool:
     if pattern == part:
         return "{" not in pattern
     if part == "*":
-        return False  # a wildcard name is allowed by the bare * only, never by a pattern that happens to cover it
+        return False  # only the pattern * allows a wildcard name
     if "{" in pattern:
         for placeholder in _PLACEHOLDER.findall(pattern):
             value = values[placeholder]
@@ -179,8 +180,8 @@ def _part_matches(pattern: str, part: str, values: Mapping[str, str]) -> bool:
 
 @lru_cache(maxsize=4096)
 def compile_glob(pattern: str) -> re.Pattern[str]:
-    """A regular expression for a pattern with a ``*``, which stands for one or more characters; all else stands for itself."""
+    """Return a regular expression for a pattern with ``*``, which matches one or more characters."""
     first, *inner, last = (re.escape(literal) for literal in pattern.split("*"))
-    # Pods choose the texts: each literal is taken where it first comes and kept (atomic), which loses no match, so that
-    # the time grows with the text's length and not with its power of the number of stars.
+    # Pods choose the names. Each literal matches its first occurrence without backtracking (atomic group), which loses no
+    # match. The time therefore grows linearly with the length of the name, not exponentially with the number of stars.
     return re.compile(first + "".join(f"(?>.+?{literal})" for literal in inner) + ".+" + last)

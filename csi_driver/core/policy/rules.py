@@ -1,8 +1,8 @@
-"""One rule of the policy: which pods it is for, which names it allows them, and within which limits."""
+"""Policy rules: which pods a rule matches, which names it allows, and within which limits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -13,30 +13,30 @@ from csi_driver.core.policy.patterns import IPRange, NamePattern, compile_glob
 from csi_driver.core.spec import DEFAULT_ISSUER, MIN_DURATION, KeyType, Usage
 
 DEFAULT_DURATION = timedelta(hours=24)
-"""The life of a certificate whose pod asks for none, and the longest one that a rule without ``max_duration`` allows."""
+"""The lifetime of a certificate without ``duration``, and the maximum of a rule without ``max_duration``."""
 ALL_USAGES = (Usage.SERVER, Usage.CLIENT)
 
 
 @dataclass(frozen=True, slots=True)
 class RuleMatch:
-    """Which pods: one glob of each kind must fit, and the namespace must have each label with a value that its glob fits."""
+    """Globs for namespaces and service accounts, of which one each must match, and for labels, which all must match."""
 
     namespaces: tuple[str, ...]
     service_accounts: tuple[str, ...]
     namespace_labels: tuple[tuple[str, str], ...] = ()
 
-    def fits(self, account: ServiceAccount, labels: Mapping[str, str]) -> bool:
-        """True for pods of this service account, in a namespace with these labels."""
+    def matches(self, account: ServiceAccount, labels: Mapping[str, str]) -> bool:
+        """Return whether the rule is for pods of this service account in a namespace with these labels."""
         return (
-            any(_glob_fits(glob, account.namespace) for glob in self.namespaces)
-            and any(_glob_fits(glob, account.name) for glob in self.service_accounts)
-            and all(key in labels and _glob_fits(glob, labels[key]) for key, glob in self.namespace_labels)
+            any(_glob_matches(glob, account.namespace) for glob in self.namespaces)
+            and any(_glob_matches(glob, account.name) for glob in self.service_accounts)
+            and all(key in labels and _glob_matches(glob, labels[key]) for key, glob in self.namespace_labels)
         )
 
 
 @dataclass(frozen=True, slots=True)
 class RuleLimits:
-    """What a rule's names may be had with."""
+    """The limits of certificates with a rule's names."""
 
     key_types: tuple[KeyType, ...] = tuple(KeyType)
     usages: tuple[Usage, ...] = ALL_USAGES
@@ -44,8 +44,8 @@ class RuleLimits:
     max_duration: timedelta = DEFAULT_DURATION
     issuers: tuple[str, ...] = (DEFAULT_ISSUER,)
 
-    def permit(self, key_type: KeyType, issuer: str, usages: Sequence[Usage], duration: timedelta | None) -> bool:
-        """True when nothing of a request is outside; no usages and no duration are those that were not asked for."""
+    def allow(self, key_type: KeyType, issuer: str, usages: Sequence[Usage], duration: timedelta | None) -> bool:
+        """Return whether a request is within the limits. Empty usages and no duration are."""
         return (
             key_type in self.key_types
             and issuer in self.issuers
@@ -53,38 +53,37 @@ class RuleLimits:
             and (duration is None or self.min_duration <= duration <= self.max_duration)
         )
 
-    def obstacles(
+    def violations(
         self, key_type: KeyType, issuer: str, usages: Sequence[Usage], duration: timedelta | None
     ) -> tuple[str, ...]:
-        """What of a request is outside, in words; nothing where :meth:`permit` is true."""
+        """Describe each limit that a request violates; empty if :meth:`allow` returns True."""
         found: list[str] = []
         if key_type not in self.key_types:
-            found.append(f"key-type {_one_of(kind.value for kind in self.key_types)}, not {key_type.value}")
+            found.append(f"key-type {' or '.join(kind.value for kind in self.key_types)}, not {key_type.value}")
         if issuer not in self.issuers:
-            found.append(f"issuer {_one_of(self.issuers)}, not {issuer}")
-        if refused := [usage.value for usage in usages if usage not in self.usages]:
-            found.append(f"usages {self._usages}, not {', '.join(refused)}")
+            found.append(f"issuer {' or '.join(self.issuers)}, not {issuer}")
+        if excess := [usage.value for usage in usages if usage not in self.usages]:
+            found.append(f"{self._usages}, not {', '.join(excess)}")
         if duration is not None and not self.min_duration <= duration <= self.max_duration:
-            found.append(f"duration {self._span}, not {format_duration(duration)}")
+            found.append(f"{self._durations}, not {format_duration(duration)}")
         return tuple(found)
 
-    @property
-    def offer(self) -> str:
-        """Usages and lives that are allowed, in words."""
-        return f"usages {self._usages} and duration {self._span}"
+    def __str__(self) -> str:
+        """The usages and lifetimes that are allowed."""
+        return f"{self._usages} and {self._durations}"
 
     @property
     def _usages(self) -> str:
-        return ", ".join(usage.value for usage in self.usages)
+        return "usages " + ", ".join(usage.value for usage in self.usages)
 
     @property
-    def _span(self) -> str:
-        return f"{format_duration(self.min_duration)} to {format_duration(self.max_duration)}"
+    def _durations(self) -> str:
+        return f"duration {format_duration(self.min_duration)} to {format_duration(self.max_duration)}"
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyRule:
-    """What the pods that it matches may have, besides their own SPIFFE ID, which every such rule allows within its limits."""
+    """The names that matching pods can request. Every rule also allows the pod's own SPIFFE ID within its limits."""
 
     match: RuleMatch
     dns: tuple[NamePattern, ...] = ()
@@ -93,12 +92,12 @@ class PolicyRule:
     emails: tuple[NamePattern, ...] = ()
     limits: RuleLimits = RuleLimits()
     label: str = ""
-    """Where it stands, for people: ``policy[1] (line 12)``."""
+    """The place in the file, such as ``policy[1] (line 12)``."""
 
     def allows(self, name: Name, values: Mapping[str, str], services: Sequence[str]) -> bool:
-        """True when one of the rule's patterns fits the name, whatever the limits."""
+        """Return whether a pattern matches the name, regardless of the limits."""
         if isinstance(name, IPAddress):
-            return any(known.matches(name) for known in self.ips)
+            return any(ip_range.matches(name) for ip_range in self.ips)
         if isinstance(name, DNSName):
             patterns = self.dns
         else:
@@ -108,16 +107,12 @@ class PolicyRule:
 
 @dataclass(frozen=True, slots=True)
 class DenyListEntry:
-    """Service accounts that get no certificate at all, and the administrator's reason."""
+    """Service accounts that get no certificate, and the administrator's reason."""
 
     match: RuleMatch
     reason: str
     label: str = ""
 
 
-def _glob_fits(glob: str, text: str) -> bool:
+def _glob_matches(glob: str, text: str) -> bool:
     return glob == text or ("*" in glob and compile_glob(glob).fullmatch(text) is not None)
-
-
-def _one_of(words: Iterable[str]) -> str:
-    return " or ".join(words)

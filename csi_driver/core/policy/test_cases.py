@@ -1,95 +1,101 @@
-"""A table of cases that a policy must decide as its administrator says: read, and held against the policy."""
+"""Test cases for a policy: parse a table of them, and compare the policy's decisions with the expected ones."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from csi_driver.core.attributes import parse_attributes
+from csi_driver.core.attributes import CertificateSpec, parse_attributes
 from csi_driver.core.config.document_reader import DocumentReader, Path
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.core.names import DNSName, parse_dns_label, parse_object_name, parse_trust_domain
 from csi_driver.core.policy.engine import Policy, PolicySubject, RequestedCertificate
 
-MOST_CASES = 10_000
-_MOST_SERVICES = 1000
-_MOST_TEXT = 4096
+_MAX_CASES = 10_000
+_MAX_SERVICES = 1000
+_MAX_TEXT = 4096
+_RESULTS = {True: "allowed", False: "not allowed"}
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyTestCase:
-    """A pod that asks, and what the policy is to say."""
+    """A request with the expected decision."""
 
     label: str
-    """Where it stands, for people: ``cases[1] (line 12)``."""
+    """The place in the file, such as ``cases[1] (line 12)``."""
     subject: PolicySubject
-    asked: RequestedCertificate
+    requested: RequestedCertificate
     allowed: bool
     rule: str
-    """The rule or entry of the deny list that is to be behind it, such as ``policy[1]``; empty: whichever."""
+    """The rule or entry of the deny list that must decide, such as ``policy[1]``; empty for any."""
 
     def failure(self, policy: Policy) -> str | None:
-        """In words how the policy decides otherwise; None where it decides as expected."""
-        verdict = policy.judge(self.subject, self.asked)
-        if verdict.allowed is not self.allowed:
-            if verdict.allowed:
-                return f"is allowed by {' and '.join(verdict.behind)}, but is expected to be refused"
-            told = " ".join(str(fault) for fault in verdict.faults())
-            return f"is refused, but is expected to be allowed: {told}"
-        behind = [label.partition(" ")[0] for label in verdict.behind]
-        if self.rule and self.rule not in behind:
-            return f"is {'allowed' if self.allowed else 'refused'} as expected, but by {' and '.join(behind) or 'no rule'}, not by {self.rule}"
+        """Describe how the policy's decision differs from the expected one; None if it does not."""
+        decision = policy.evaluate(self.subject, self.requested)
+        rules = [label.partition(" ")[0] for label in decision.deciding_rules]
+        result, expected = _RESULTS[decision.allowed], _RESULTS[self.allowed]
+        if decision.allowed is not self.allowed:
+            cause = "by " + " and ".join(decision.deciding_rules)
+            cause = cause if decision.allowed else " ".join(str(fault) for fault in decision.faults())
+            return f"expected {expected}, but is {result}: {cause}"
+        if self.rule and self.rule not in rules:
+            return f"is {result} as expected, but by {' and '.join(rules) or 'no rule'} instead of {self.rule}"
         return None
 
     def __str__(self) -> str:
-        pod, names = self.subject.identity, str(self.asked.names)
-        return f"{self.label}: {pod.service_account} asking for {names or 'no name'}"
+        names = str(self.requested.names) or "no names"
+        return f"{self.label}: {self.subject.identity.service_account} with {names}"
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyTestTable:
-    """The cases of one file, and what they are about."""
+    """The cases of one file."""
 
     policy: str
-    """The path of the policy's file, seen from the table's."""
+    """The path of the policy file, relative to the table."""
     trust_domain: str
     cluster_domain: str
     cases: tuple[PolicyTestCase, ...]
 
 
 def parse_cases(document: object, lines: Mapping[Path, int]) -> PolicyTestTable:
-    """Takes the table's content: ``{"policy": PATH, "cases": [{"pod": ..., "ask": ..., "expect": "allowed"}, ...]}``.
+    """Parse ``{"policy": PATH, "cases": [{"pod": ..., "request": ..., "expect": "allowed"}, ...]}``.
 
     Raises:
-        CertmountError: InvalidPolicy, with one fault for everything that is wrong.
+        CertmountError: InvalidPolicy with all faults.
     """
-    reader = _Reader(Reason.INVALID_POLICY, "table of cases", lines)
+    reader = _Reader(Reason.INVALID_POLICY, "test table", lines)
     allowed = ("policy", "trust_domain", "cluster_domain", "cases")
     top = reader.mapping((), document, allowed=allowed, required=("policy", "cases"))
     table = PolicyTestTable(
         policy=reader.text(("policy",), top.get("policy"), _text) or "",
         trust_domain=reader.text(("trust_domain",), top.get("trust_domain"), parse_trust_domain) or "cluster.local",
         cluster_domain=reader.text(("cluster_domain",), top.get("cluster_domain"), parse_domain) or "cluster.local",
-        cases=reader.each(("cases",), top.get("cases"), reader.case, MOST_CASES),
+        cases=reader.items(("cases",), top.get("cases"), reader.case, _MAX_CASES),
     )
     reader.finish()
     return table
 
 
-def pod(namespace: str, service_account: str, name: str) -> PodIdentity:
-    """A pod that no token stands for: to ask a policy about, never to trust."""
+def example_pod(namespace: str, service_account: str, name: str) -> PodIdentity:
+    """Return a pod for the evaluation of a policy. No token has proved its identity."""
     return PodIdentity(ServiceAccount(namespace, service_account), "", name, "", "", "", 0)
+
+
+def parse_domain(text: str) -> str:
+    """Return a DNS domain; raises :class:`csi_driver.core.names.InvalidName`."""
+    return DNSName.parse(text).text
 
 
 class _Reader(DocumentReader):
     def case(self, path: Path, entry: object) -> PolicyTestCase | None:
-        allowed = ("pod", "ask", "expect", "rule")
+        allowed = ("pod", "request", "expect", "rule")
         top = self.mapping(path, entry, allowed=allowed, required=("pod", "expect"))
         return PolicyTestCase(
             label=self.label(path),
             subject=self._subject((*path, "pod"), top.get("pod")),
-            asked=self._asked((*path, "ask"), top.get("ask")),
+            requested=self._requested((*path, "request"), top.get("request")),
             allowed=bool(self.text((*path, "expect"), top.get("expect"), _expectation)),
             rule=self.text((*path, "rule"), top.get("rule"), _text) or "",
         )
@@ -97,54 +103,46 @@ class _Reader(DocumentReader):
     def _subject(self, path: Path, value: object) -> PolicySubject:
         known = ("namespace", "serviceAccount", "name", "services", "namespaceLabels")
         top = {} if value is None else self.mapping(path, value, allowed=known, required=("namespace",))
-        return PolicySubject(
-            pod(
-                self.text((*path, "namespace"), top.get("namespace"), parse_dns_label) or "default",
-                self.text((*path, "serviceAccount"), top.get("serviceAccount"), parse_object_name) or "default",
-                self.text((*path, "name"), top.get("name"), parse_object_name) or "pod",
-            ),
-            self._texts((*path, "namespaceLabels"), top.get("namespaceLabels")),
-            self.each(
-                (*path, "services"),
-                top.get("services"),
-                lambda at, item: self.text(at, item, parse_object_name),
-                _MOST_SERVICES,
-            ),
+        namespace = self.text((*path, "namespace"), top.get("namespace"), parse_dns_label) or "default"
+        account = self.text((*path, "serviceAccount"), top.get("serviceAccount"), parse_object_name) or "default"
+        name = self.text((*path, "name"), top.get("name"), parse_object_name) or "pod"
+        services = self.items(
+            (*path, "services"),
+            top.get("services"),
+            lambda at, item: self.text(at, item, parse_object_name),
+            _MAX_SERVICES,
         )
+        labels = self._texts((*path, "namespaceLabels"), top.get("namespaceLabels"))
+        return PolicySubject(example_pod(namespace, account, name), labels, services)
 
-    def _asked(self, path: Path, value: object) -> RequestedCertificate:
-        """The attributes of a pod's volume, as they stand in its manifest."""
+    def _requested(self, path: Path, value: object) -> RequestedCertificate:
+        """Parse the volume attributes of a pod."""
         try:
             spec = parse_attributes(self._texts(path, value))
         except CertmountError as error:
             for fault in error.faults:
                 if isinstance(fault, Fault):
                     self.fault((*path, fault.field.removeprefix("volumeAttributes.")), fault.problem, fault.hint)
-            return RequestedCertificate()
-        return RequestedCertificate(spec.names, spec.key_type, spec.usages, spec.duration, spec.issuer)
+            spec = CertificateSpec()
+        return RequestedCertificate.of(spec.names, spec.key_type, spec)
 
     def _texts(self, path: Path, value: object) -> dict[str, str]:
         if value is None:
             return {}
         if not isinstance(value, Mapping):
-            self.fault(path, "is not a mapping of texts")
+            self.fault(path, "is not a mapping of strings")
             return {}
         read = {str(key): self.text((*path, str(key)), item, _text) for key, item in value.items()}
         return {key: text for key, text in read.items() if text is not None}
 
 
 def _expectation(text: str) -> bool:
-    if text not in ("allowed", "refused"):
-        raise ValueError("is not what can be expected; write allowed or refused")
-    return text == "allowed"
-
-
-def parse_domain(text: str) -> str:
-    """Takes a DNS domain, or raises :class:`csi_driver.core.names.InvalidName`."""
-    return DNSName.parse(text).text
+    if text not in _RESULTS.values():
+        raise ValueError("is not a result; use allowed or not allowed")
+    return text == _RESULTS[True]
 
 
 def _text(text: str) -> str:
-    if len(text) > _MOST_TEXT:
-        raise ValueError(f"is longer than {_MOST_TEXT} characters")
+    if len(text) > _MAX_TEXT:
+        raise ValueError(f"is longer than {_MAX_TEXT} characters")
     return text

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+from csi_driver.core.attributes import CertificateSpec
 from csi_driver.core.certificates.keys import PrivateKey
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.certificates.verification import VerifiedCertificate
 from csi_driver.core.names import Name
-from csi_driver.core.spec import CertificateSpec, KeyType, Usage
+from csi_driver.core.spec import KeyType, Usage
 from csi_driver.node.pods import Pod, PodToken
 
 

@@ -9,10 +9,10 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import structlog
 
+from csi_driver.core.attributes import CertificateSpec
 from csi_driver.core.errors import CertmountError, Reason, Scope
 from csi_driver.core.renewal import catch_up_delay_s
 from csi_driver.core.secret import Secret
-from csi_driver.core.spec import CertificateSpec
 from csi_driver.node.authority_messages import IssuanceResponse
 from csi_driver.node.issuance.issuer_queue import IssuerQueue, QueuedRequest, RequestClass
 

@@ -16,11 +16,12 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 
+from csi_driver.core.attributes import CertificateSpec
 from csi_driver.core.certificates.keys import key_fingerprint
 from csi_driver.core.certificates.root_sets import RootSet, newest_root_sets, trusted_root_set_names
 from csi_driver.core.errors import CertmountError, FailureKind, Fault, Reason, Scope
 from csi_driver.core.renewal import plan_renewal
-from csi_driver.core.spec import DEFAULT_ISSUER, CertificateSpec
+from csi_driver.core.spec import DEFAULT_ISSUER
 from csi_driver.node.issuance.certificate_request import ObtainedCertificate, RequestKey
 
 _MAX_CERTIFICATES = 1_000

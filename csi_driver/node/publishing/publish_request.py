@@ -10,11 +10,10 @@ from typing import ParamSpec, TypeVar
 
 from csi_driver import POD_AUDIENCE
 from csi_driver._proto import csi_pb2
-from csi_driver.core.attributes import parse_attributes, parse_group_id
+from csi_driver.core.attributes import CertificateSpec, parse_attributes, parse_group_id
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import unverified_identity
 from csi_driver.core.secret import Secret
-from csi_driver.core.spec import CertificateSpec
 from csi_driver.host.target_paths import check_target
 from csi_driver.node.pods import Pod, PodToken
 

@@ -104,5 +104,5 @@ class CertificateReporter:
         except CertmountError as error:
             return error
         except Exception as error:  # noqa: BLE001  # A defect must not end the reports; its text could contain a token.
-            return CertmountError(Reason.INTERNAL, f"a defect in certmount ({type(error).__name__})")
+            return CertmountError(Reason.INTERNAL, f"an internal error ({type(error).__name__})")
         return None

@@ -141,7 +141,7 @@ class Renewals:
         except CertmountError as error:
             self._failed(volume, error)
         except Exception as error:  # noqa: BLE001  # A defect in one renewal must not end all renewals.
-            problem = f"a defect in certmount ({type(error).__name__})"
+            problem = f"an internal error ({type(error).__name__})"
             self._failed(volume, CertmountError(Reason.INTERNAL, problem))
 
     async def _replace_certificate(self, volume: Volume, obtained: ObtainedCertificate) -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
+from csi_driver.core.attributes import CertificateSpec
 from csi_driver.core.certificates.root_sets import RootSet, trusted_root_set_names
 from csi_driver.core.errors import CertmountError, FailureKind
-from csi_driver.core.spec import CertificateSpec
 from csi_driver.host.volume_record import VolumeRecord
 from csi_driver.node.pods import Pod, PodToken
 from csi_driver.node.volumes.volume_files import FileAccess

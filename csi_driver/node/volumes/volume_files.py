@@ -10,6 +10,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from csi_driver.core.attributes import CertificateSpec
 from csi_driver.core.certificates.keys import PrivateKey, load_key
 from csi_driver.core.certificates.verification import ExpectedCertificate, VerifiedCertificate, verify_certificate
 from csi_driver.core.errors import CertmountError, Fault, Reason
@@ -17,7 +18,7 @@ from csi_driver.core.formats.file_format import FileFormat, RenderedFile, Volume
 from csi_driver.core.formats.pem import CHAIN, KEY, ROOTS, decode_certificates
 from csi_driver.core.formats.registry import FORMATS, render_files
 from csi_driver.core.secret import Secret
-from csi_driver.core.spec import DEFAULT_ISSUER, CertificateSpec
+from csi_driver.core.spec import DEFAULT_ISSUER
 from csi_driver.host.generations import VolumeFile, read_generation, write_generation
 from csi_driver.node.pods import Pod
 

@@ -146,19 +146,19 @@ def request(names: list[x509.GeneralName], key: Any = None, **extensions: x509.E
 
 
 CSRS: dict[str, tuple[Callable[[World], bytes], str]] = {
-    "empty": (lambda _: b"", "is not a PKCS#10 request"),
-    "garbage": (lambda _: b"\x30\x82garbage", "is not a PKCS#10 request"),
-    "truncated": (lambda w: w.csr(NAME)[:-20], "is not a PKCS#10 request"),
-    "bad signature": (change_signature, "is not"),
-    "huge": (lambda _: b"0" * (MAX_CSR_BYTES + 1), "at most 65536 are read"),
+    "empty": (lambda _: b"", "is not PKCS#10 in DER"),
+    "garbage": (lambda _: b"\x30\x82garbage", "is not PKCS#10 in DER"),
+    "truncated": (lambda w: w.csr(NAME)[:-20], "is not PKCS#10 in DER"),
+    "bad signature": (change_signature, "has an invalid signature"),
+    "huge": (lambda _: b"0" * (MAX_CSR_BYTES + 1), "use at most 65536"),
     "too many names": (lambda _: request([x509.DNSName(f"{n}.test") for n in range(1000)]), "at most 100"),
-    "a network as IP name": (lambda _: request([x509.IPAddress(IPv4Network("10.0.0.0/8"))]), "names something that"),
+    "a network as IP name": (lambda _: request([x509.IPAddress(IPv4Network("10.0.0.0/8"))]), "has a name that"),
     "a name with a line break": (lambda _: request([x509.DNSName("a\nb.test")]), "has the label"),
     "an empty name": (lambda _: request([x509.DNSName("")]), "is empty"),
-    "RSA 1024": (lambda _: request([], rsa_key(65537, 1024)), "has a key of another type"),
-    "RSA with exponent 3": (lambda _: request([], rsa_key(3, 2048)), "has a key of another type"),
-    "P-521": (lambda _: request([], ec.generate_private_key(ec.SECP521R1())), "has a key of another type"),
-    "P-224": (lambda _: request([], ec.generate_private_key(ec.SECP224R1())), "has a key of another type"),
+    "RSA 1024": (lambda _: request([], rsa_key(65537, 1024)), "has an unsupported key type"),
+    "RSA with exponent 3": (lambda _: request([], rsa_key(3, 2048)), "has an unsupported key type"),
+    "P-521": (lambda _: request([], ec.generate_private_key(ec.SECP521R1())), "has an unsupported key type"),
+    "P-224": (lambda _: request([], ec.generate_private_key(ec.SECP224R1())), "has an unsupported key type"),
 }
 
 

@@ -12,9 +12,9 @@ from dataclasses import replace
 import pytest
 from cryptography import x509
 
+from csi_driver.core.attributes import CertificateSpec
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.names import DNSName, Names
-from csi_driver.core.spec import CertificateSpec
 from csi_driver.node.authority_client import AuthorityClient
 from tests.integration.authority.test_command import Process
 from tests.integration.authority.world import NAME, POD, World

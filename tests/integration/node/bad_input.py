@@ -24,7 +24,7 @@ FAILED, UNAVAILABLE = grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNAVA
 ATTRIBUTES: list[tuple[dict[str, str], tuple[str, ...]]] = [
     ({"dns-name": "a.example.com"}, ("volumeAttributes.dns-name: is not known", "did you mean dns-names?")),
     ({"issuer": "x y", "bogus": "y"}, ("volumeAttributes.issuer", "volumeAttributes.bogus", "known are")),
-    ({"name": ""}, ("volumeAttributes.name: is empty", "leave it away")),
+    ({"name": ""}, ("volumeAttributes.name: is empty", "omit the attribute")),
     ({"name": "a" * 64 + ".example.com"}, ("volumeAttributes.name",)),
     ({"dns-names": "x" * 40_000}, ("volumeAttributes.dns-names: is 40000 characters long",)),
     ({"dns-names": ",".join(f"n{number}.example.com" for number in range(1000))}, ("1000 names", "at most 100")),
@@ -38,10 +38,10 @@ ATTRIBUTES: list[tuple[dict[str, str], tuple[str, ...]]] = [
     ({"duration": "1 hour"}, ("volumeAttributes.duration", "such as 1h30m")),
     ({"duration": "1h", "renew-before": "2h"}, ("volumeAttributes.renew-before", "not shorter than")),
     ({"duration": "1h", "renew-before": "0s"}, ("volumeAttributes.renew-before", "is zero")),
-    ({"key-type": "RSA-1024"}, ("volumeAttributes.key-type", "choose one of", "RSA-2048")),
-    ({"fs-group": "staff"}, ("volumeAttributes.fs-group", "is not a group id")),
-    ({"fs-group": "-1"}, ("volumeAttributes.fs-group", "is not a group id")),
-    ({"fs-group": "4294967296"}, ("volumeAttributes.fs-group", "is not a group id")),
+    ({"key-type": "RSA-1024"}, ("volumeAttributes.key-type", "use one of", "RSA-2048")),
+    ({"fs-group": "staff"}, ("volumeAttributes.fs-group", "is not a group ID")),
+    ({"fs-group": "-1"}, ("volumeAttributes.fs-group", "is not a group ID")),
+    ({"fs-group": "4294967296"}, ("volumeAttributes.fs-group", "is not a group ID")),
     ({"uri-sans": "javascript:alert(1)"}, ("volumeAttributes.uri-sans",)),
     ({"duration": "-1h", "fs-group": "x", "typo": "y"}, ("(1)", "(3)", "duration", "fs-group", "typo")),
 ]

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from csi_driver.core.attributes import parse_attributes
+from csi_driver.core.attributes import CertificateSpec, parse_attributes
 from csi_driver.core.certificates.csr import build_csr, parse_csr
 from csi_driver.core.certificates.keys import key_type_of
 from csi_driver.core.durations import parse_duration
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.names import IPAddress, Names
-from csi_driver.core.spec import MAX_NAMES, MIN_DURATION, CertificateSpec, KeyType, Usage
+from csi_driver.core.spec import MAX_NAMES, MIN_DURATION, KeyType, Usage
 from tests.support.requirements import require_program
 from tests.unit.core import strategies
 from tests.unit.core.outcomes import outcome
@@ -162,59 +162,59 @@ def test_every_fault_is_told_at_once(attributes: dict[str, str], wrong: dict[str
         (
             {"zzzz": "1"},
             "zzzz",
-            "known are name, dns-names, uri-sans, ip-sans, email-sans, duration, renew-before, key-type, usages, issuer",
+            "known attributes: name, dns-names, uri-sans, ip-sans, email-sans, duration, renew-before, key-type, usages, issuer",
         ),
-        ({"": "1"}, "", "known are"),
-        ({"a\nb": "1"}, r"a\nb", "known are"),
-        ({"name": ""}, "name", "is empty; give it a value or leave it away"),
+        ({"": "1"}, "", "known attributes"),
+        ({"a\nb": "1"}, r"a\nb", "known attributes"),
+        ({"name": ""}, "name", "is empty; set a value or omit the attribute"),
         ({"name": "\t"}, "name", "is empty"),
-        ({"name": "bücher.example"}, "name", r"'b\xfccher.example' has characters outside ASCII; write"),
+        ({"name": "bücher.example"}, "name", r"'b\xfccher.example' has non-ASCII characters; use"),
         ({"name": "a\x1b[31m.example"}, "name", r"'a\x1b[31m.example' has the label"),
-        ({"name": "*.com"}, "name", "'*.com' is a wildcard over a whole top-level domain"),
+        ({"name": "*.com"}, "name", "'*.com' is a wildcard for a top-level domain"),
         ({"name": "a" * 5000}, "name", "5000 characters long"),
-        ({"name": "a" * 40_000}, "name", "40000 characters long; at most"),
+        ({"name": "a" * 40_000}, "name", "40000 characters long; use at most"),
         ({"dns-names": "a.example,"}, "dns-names", "'' is empty"),
         (
             {"dns-names": ",".join(f"n{n}.example" for n in range(1000))},
             "dns-names",
-            "1000 names; at most 100",
+            "has 1000 names; use at most 100",
         ),
         ({"uri-sans": "a.example"}, "uri-sans", "'a.example' is not a URI"),
-        ({"duration": "-5m"}, "duration", "'-5m' is negative; write how long, such as 1h30m"),
-        ({"duration": "0s"}, "duration", "is 0s; the least is 10s"),
-        ({"duration": "1d"}, "duration", "'1d' is not a duration; write numbers with units h, m or s"),
-        ({"duration": "999999999h"}, "duration", "longer than a hundred years"),
+        ({"duration": "-5m"}, "duration", "'-5m' is negative; use a positive duration, such as 1h30m"),
+        ({"duration": "0s"}, "duration", "is 0s; use at least 10s"),
+        ({"duration": "1d"}, "duration", "'1d' is not a duration; use numbers with the units h, m or s"),
+        ({"duration": "999999999h"}, "duration", "longer than 100 years"),
         ({"renew-before": "0s"}, "renew-before", "is zero"),
         ({"renew-before": "-1h"}, "renew-before", "'-1h' is negative"),
         (
             {"duration": "1h", "renew-before": "1h"},
             "renew-before",
-            "1h is not shorter than the certificate's life of 1h",
+            "1h is not shorter than the certificate's lifetime of 1h",
         ),
         (
             {"duration": "1h", "renew-before": "2h"},
             "renew-before",
-            "2h is not shorter than the certificate's life of 1h",
+            "2h is not shorter than the certificate's lifetime of 1h",
         ),
         ({"ip-sans": "10.0.0.256"}, "ip-sans", "'10.0.0.256' is not an IP address, such as 10.0.0.1 or fd00::1"),
         ({"ip-sans": "10.0.0.0/8"}, "ip-sans", "'10.0.0.0/8' is not an IP address"),
-        ({"ip-sans": "::ffff:10.0.0.1"}, "ip-sans", "in the dress of IPv6; write 10.0.0.1"),
+        ({"ip-sans": "::ffff:10.0.0.1"}, "ip-sans", "is an IPv4-mapped IPv6 address; use 10.0.0.1"),
         ({"ipSans": "10.0.0.1"}, "ipSans", "did you mean ip-sans?"),
-        ({"email-sans": "shop"}, "email-sans", "'shop' is not an e-mail address of the form name@domain"),
-        ({"email-sans": "a@b.example,*@b.example"}, "email-sans", "'*@b.example' is not an e-mail address"),
+        ({"email-sans": "shop"}, "email-sans", "'shop' is not an email address of the form name@domain"),
+        ({"email-sans": "a@b.example,*@b.example"}, "email-sans", "'*@b.example' is not an email address"),
         ({"emails": "a@b.example"}, "emails", "did you mean email-sans?"),
-        ({"usages": "both"}, "usages", "'both' is not a usage; choose server, client or both"),
+        ({"usages": "both"}, "usages", "'both' is not a usage; use server, client or both"),
         ({"usages": "server,"}, "usages", "'' is not a usage"),
         ({"usage": "server"}, "usage", "did you mean usages?"),
-        ({"issuer": "Let's Encrypt"}, "issuer", "is not a name: 1-63 lower-case letters"),
+        ({"issuer": "Let's Encrypt"}, "issuer", "is not a name; use 1 to 63 lower-case letters"),
         ({"issuer": "a,b"}, "issuer", "'a,b' is not a name"),
         ({"federations": "a,,b"}, "federations", "'' is not a name"),
-        ({"federations": ",".join("abcdefghijk")}, "federations", "11 sets of roots; at most 10"),
-        ({"key-type": "RSA-1024"}, "key-type", "choose one of EC-P256, EC-P384, RSA-2048, RSA-3072, RSA-4096, Ed25519"),
-        ({"fs-group": "staff"}, "fs-group", "write a whole number from 0 to 2147483647"),
-        ({"fs-group": "2147483648"}, "fs-group", "is not a group id"),
-        ({"fs-group": "+1"}, "fs-group", "is not a group id"),
-        ({"fs-group": "١"}, "fs-group", "is not a group id"),
+        ({"federations": ",".join("abcdefghijk")}, "federations", "has 11 root sets; use at most 10"),
+        ({"key-type": "RSA-1024"}, "key-type", "use one of EC-P256, EC-P384, RSA-2048, RSA-3072, RSA-4096, Ed25519"),
+        ({"fs-group": "staff"}, "fs-group", "use a whole number from 0 to 2147483647"),
+        ({"fs-group": "2147483648"}, "fs-group", "is not a group ID"),
+        ({"fs-group": "+1"}, "fs-group", "is not a group ID"),
+        ({"fs-group": "١"}, "fs-group", "is not a group ID"),
     ],
 )
 def test_what_is_wrong_and_what_to_do_is_said(attributes: dict[str, str], field: str, words: str) -> None:
@@ -228,13 +228,13 @@ def test_names_of_all_fields_together_have_a_limit() -> None:
     """The limit is on the certificate; the fault stands at the longer list."""
     hosts = ",".join(f"n{number}.example" for number in range(60))
     uris = ",".join(f"https://n{number}.example" for number in range(MAX_NAMES))
-    assert "160 names asked for in all" in faults_of({"dns-names": hosts, "uri-sans": uris})["uri-sans"]
+    assert "160 names in total" in faults_of({"dns-names": hosts, "uri-sans": uris})["uri-sans"]
     hosts = ",".join(f"n{number}.example" for number in range(MAX_NAMES))
-    assert "101 names asked for in all" in faults_of({"name": "a.example", "dns-names": hosts})["dns-names"]
-    assert "101 names asked for in all" in faults_of({"name": "a.example", "uri-sans": uris})["uri-sans"]
+    assert "101 names in total" in faults_of({"name": "a.example", "dns-names": hosts})["dns-names"]
+    assert "101 names in total" in faults_of({"name": "a.example", "uri-sans": uris})["uri-sans"]
     ips = ",".join(f"10.0.0.{number}" for number in range(61))
     assert (
-        "121 names asked for in all"
+        "121 names in total"
         in faults_of({"dns-names": hosts.rpartition(",n60.")[0], "ip-sans": ips})["ip-sans"]
     )
 

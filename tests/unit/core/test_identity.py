@@ -158,7 +158,7 @@ def test_a_token_of_any_length_is_read(padding: int) -> None:
 @pytest.mark.parametrize("expiry", [None, True, "1795345200", 0, -1, math.nan, math.inf, -math.inf, 10**400, []])
 def test_a_token_that_does_not_say_until_when_is_refused(expiry: object) -> None:
     """A moment after 1970 and within reach, as a number; for a token that never ends could be used for ever."""
-    with pytest.raises(CertmountError, match="is not a projected service-account token"):
+    with pytest.raises(CertmountError, match="is not a projected service account token"):
         identity_from_claims({**claims(), "exp": expiry}, token="pod token")
 
 
@@ -168,7 +168,7 @@ def test_an_old_cluster_is_refused_in_clear_words(change: dict[str, Any]) -> Non
     with pytest.raises(CertmountError) as raised:
         identity_from_claims(claims(**change), token="node token")
     assert str(raised.value) == (
-        "ClusterNotSupported: node token: does not name the pod's node; certmount needs Kubernetes 1.30 or newer"
+        "ClusterNotSupported: node token: does not contain the pod's node; use Kubernetes 1.30 or newer"
     )
 
 
@@ -177,7 +177,7 @@ def test_an_old_cluster_is_refused_in_clear_words(change: dict[str, Any]) -> Non
 )
 def test_a_token_that_is_not_bound_to_a_pod_is_refused(change: dict[str, Any]) -> None:
     """Tokens of Secrets, of `kubectl create token` and of other issuers prove no pod."""
-    with pytest.raises(CertmountError, match="TokenRejected: pod token: is not a projected service-account token"):
+    with pytest.raises(CertmountError, match="TokenRejected: pod token: is not a projected service account token"):
         identity_from_claims(claims(**change), token="pod token")
 
 
@@ -186,7 +186,7 @@ def test_a_token_that_is_not_bound_to_a_pod_is_refused(change: dict[str, Any]) -
 )
 def test_subject_and_claims_must_agree(subject: object) -> None:
     """A token with two stories about its service account is not believed."""
-    with pytest.raises(CertmountError, match="one service account as subject and another in its claims"):
+    with pytest.raises(CertmountError, match="different service accounts in its subject and its other claims"):
         identity_from_claims({**claims(), "sub": subject}, token="pod token")
 
 

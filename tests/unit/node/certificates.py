@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 
+from csi_driver.core.attributes import CertificateSpec
 from csi_driver.core.certificates.csr import build_csr
 from csi_driver.core.certificates.keys import PrivateKey, generate_key
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.certificates.verification import VerifiedCertificate
 from csi_driver.core.names import DNSName, Names
-from csi_driver.core.spec import CertificateSpec, KeyType
+from csi_driver.core.spec import KeyType
 from csi_driver.node.issuance.certificate_request import ObtainedCertificate, RequestKey
 from csi_driver.node.issuance.pending_requests import PreparedRequest
 from csi_driver.node.pods import Pod

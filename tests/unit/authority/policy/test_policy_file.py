@@ -66,13 +66,13 @@ def test_empty_file_contains_the_default_policy(text: str) -> None:
         (" " * (1024 * 1024 + 1), "is longer than 1048576 bytes"),
         ("- " * 500_000, "is nested more than 20 levels deep"),
         ("just words", "policy file: is not a mapping"),
-        ("polcy: []", "polcy (line 1): is not known; did you mean policy?"),
+        ("polcy: []", "polcy (line 1): is unknown; did you mean policy?"),
         ("# rules\npolicy:\n- match: {namespaces: [a]}\n", "policy[0].match.serviceAccounts (line 3): is missing"),
         (
             "policy:\n- match: {}\n-\n  allow:\n    dns:\n    - a.b\n    - A\n",
             "policy[1].allow.dns[1] (line 7): 'A' has",
         ),
-        ("policy:\n\n- match:\n    namespace: x\n", "policy[0].match.namespace (line 4): is not known; did you mean"),
+        ("policy:\n\n- match:\n    namespace: x\n", "policy[0].match.namespace (line 4): is unknown; did you mean"),
         ("deny:\n- match: {namespaces: [a], serviceAccounts: [b]}\n", "deny[0].reason (line 2): is missing"),
     ],
 )

@@ -107,7 +107,7 @@ def test_garbage_is_refused(der: bytes) -> None:
 
 def test_a_request_without_an_end_is_not_read() -> None:
     """Size comes before parsing."""
-    assert f"at most {MAX_CSR_BYTES} are read" in refusal(good_csr(KeyType.EC_P256) + bytes(MAX_CSR_BYTES))
+    assert f"use at most {MAX_CSR_BYTES}" in refusal(good_csr(KeyType.EC_P256) + bytes(MAX_CSR_BYTES))
 
 
 OTHER_KEYS: dict[str, Callable[[], x509.CertificateSigningRequest]] = {
@@ -127,7 +127,7 @@ def empty() -> x509.CertificateSigningRequestBuilder:
 @pytest.mark.parametrize("name", OTHER_KEYS)
 def test_a_key_of_another_type_is_refused(name: str) -> None:
     """However well it is signed; the answer lists the types that are taken."""
-    assert "has a key of another type than EC-P256, EC-P384, RSA-2048" in refusal(
+    assert "has an unsupported key type; use one of EC-P256, EC-P384, RSA-2048" in refusal(
         OTHER_KEYS[name]().public_bytes(Encoding.DER)
     )
 
@@ -138,7 +138,7 @@ def test_someone_elses_key_is_refused() -> None:
     der = build_csr(mine, Names())
     forged = der.replace(public_bytes(mine.public_key()), public_bytes(theirs.public_key()))
     assert forged != der
-    assert "is not signed by the key it names" in refusal(forged)
+    assert "has an invalid signature" in refusal(forged)
 
 
 def email(text: str) -> x509.RFC822Name:
@@ -148,12 +148,12 @@ def email(text: str) -> x509.RFC822Name:
 
 OTHER_NAMES: dict[str, tuple[x509.GeneralName, str]] = {
     "IP network": (x509.IPAddress(ip_network("10.0.0.0/8")), "is not an IP address"),
-    "IPv4 address in the dress of IPv6": (x509.IPAddress(ip_address("::ffff:10.0.0.1")), "write 10.0.0.1"),
-    "e-mail without a domain": (email("root"), "is not an e-mail address"),
+    "IPv4 address in the dress of IPv6": (x509.IPAddress(ip_address("::ffff:10.0.0.1")), "use 10.0.0.1"),
+    "e-mail without a domain": (email("root"), "is not an email address"),
     "e-mail with two": (email("root@a.example@b.example"), "has a domain that has the label"),
     "e-mail with NUL": (email("root@a.example\x00.b.example"), r"has the label 'example\x00'"),
-    "e-mail with newline": (email("root\n@a.example"), "is not an e-mail address"),
-    "e-mail with a quoted part": (email('"a b"@a.example'), "is not an e-mail address"),
+    "e-mail with newline": (email("root\n@a.example"), "is not an email address"),
+    "e-mail with a quoted part": (email('"a b"@a.example'), "is not an email address"),
     "directory": (x509.DirectoryName(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "x")])), "DirectoryName"),
     "registered id": (x509.RegisteredID(ObjectIdentifier("1.2.3")), "RegisteredID"),
     "other name": (x509.OtherName(ObjectIdentifier("1.3.6.1.4.1.311.20.2.3"), b"\x0c\x01x"), "OtherName"),
@@ -189,7 +189,7 @@ X400 = x509.UnrecognizedExtension(ObjectIdentifier("2.5.29.17"), b"\x30\x02\xa3\
 )
 def test_extensions_that_cannot_be_read_are_refused(extension: x509.ExtensionType) -> None:
     """Malformed alternative names, name constraints and basic constraints."""
-    assert "has extensions that cannot be read" in refusal(csr_with(extensions=(extension,)))
+    assert "has invalid extensions" in refusal(csr_with(extensions=(extension,)))
 
 
 def test_what_else_a_request_asks_for_is_passed_over() -> None:

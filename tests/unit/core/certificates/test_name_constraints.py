@@ -56,7 +56,7 @@ BAD = {
     "ip:10.0.0.1/8": "has host bits set",
     "ip:ten": "is not a range of IP addresses",
     "email:a@": "has a domain that is empty",
-    "email:a b@example.com": "is not an e-mail address",
+    "email:a b@example.com": "is not an email address",
     "email:*.example.com": "has a wildcard",
 }
 

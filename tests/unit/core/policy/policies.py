@@ -51,9 +51,9 @@ def asked(wish: Wish) -> RequestedCertificate:
     return RequestedCertificate(
         names(*wish.names),
         KeyType(wish.key_type),
-        tuple(Usage(usage) for usage in wish.usages),
-        None if wish.seconds is None else timedelta(seconds=wish.seconds),
-        wish.issuer,
+        usages=tuple(Usage(usage) for usage in wish.usages),
+        duration=None if wish.seconds is None else timedelta(seconds=wish.seconds),
+        issuer=wish.issuer,
     )
 
 

@@ -115,12 +115,12 @@ def test_a_change_of_labels_is_seen() -> None:
         assert isinstance(decide(rules, "x.example", pod=Pod("web", "edge", "e", (labels,))), Grant) == granted
 
 
-def test_what_is_remembered_has_a_bound() -> None:
+def test_what_is_cache_has_a_bound() -> None:
     """Who makes namespaces and service accounts without end doesn't fill the authority's memory."""
     rules = policy()
     for number in range(10_000):
         rules.decide(subject(Pod("web", f"a{number}", "p")), RequestedCertificate())
-    assert len(rules._remembered) <= 4096
+    assert len(rules._cache) <= 4096
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_key_types_and_issuers_are_kept() -> None:
     assert granted.rules == ("policy[0]", "built-in")
     assert rules.decide(subject(), RequestedCertificate(issuer="acme")).names == names(OWN)
     nothing = refusal(outcome(lambda: policy().decide(subject(), RequestedCertificate(issuer="acme")), CertmountError))
-    assert f"{OWN}: is refused as it is asked for: built-in allows it only with issuer internal, not acme" in nothing
+    assert f"{OWN}: is not allowed with the requested attributes: built-in allows it only with issuer internal, not acme" in nothing
 
 
 def test_names_that_have_no_life_in_common_are_refused_together() -> None:
@@ -229,7 +229,7 @@ def test_names_that_have_no_life_in_common_are_refused_together() -> None:
     rules = policy(everyone("x.example", hours=1), Entry(names=("y.example",), least=2 * HOUR, usages=("server",)))
     text = refusal(decide(rules, "x.example", "y.example"))
     assert "x.example: is not allowed together with the other names: policy[0] allows it only with usages server, client and duration 10s to 1h" in text  # fmt: skip
-    assert "policy[1] allows it only with usages server and duration 2h to 24h; ask for" in text
+    assert "policy[1] allows it only with usages server and duration 2h to 24h; request a duration" in text
     assert OWN not in text
 
 
@@ -249,7 +249,7 @@ def test_a_flood_of_rules_is_not_told() -> None:
     """The first few tell what to do; the number of the others is said."""
     text = refusal(decide(policy(*[everyone("x.example", hours=1)] * 9), "x.example", hours=2))
     assert text.count("allows it only") == 3
-    assert "; so do 6 more rules" in text
+    assert "; 6 more rules have similar limits" in text
 
 
 def test_the_deny_list_goes_before_everything() -> None:
@@ -260,7 +260,7 @@ def test_the_deny_list_goes_before_everything() -> None:
         assert isinstance(result, CertmountError)
         assert result.reason is Reason.SERVICE_ACCOUNT_DENIED
         assert not result.retryable
-        assert "service account web/edge: is denied: stolen; an administrator may take it off the list: deny[0]" in str(
+        assert "service account web/edge: is denied: stolen; ask an administrator to remove deny[0] from the deny list" in str(
             result
         )
     assert rules.denial(ServiceAccount("web", "edge")) == "stolen"

@@ -127,7 +127,7 @@ def test_any_text_is_a_pattern_or_a_problem_in_words(text: str) -> None:
 @pytest.mark.parametrize(
     "text, problem",
     [
-        ("{sevice}.example", r"unknown placeholder \{sevice\}; known are \{namespace\}, "),
+        ("{sevice}.example", r"unknown placeholder \{sevice\}; use \{namespace\}, "),
         ("**.example", r"\*\*"),
         ("a b.example", "characters"),
         ("Example.com", "characters"),
@@ -210,15 +210,15 @@ def test_a_uri_pattern_writes_out_scheme_and_host(text: str) -> None:
 @pytest.mark.parametrize(
     "text, problem",
     [
-        ("10.0.0.1/8", "bits set behind its length; for that range write 10.0.0.0/8"),
-        ("fd00::1/64", "write fd00::/64"),
+        ("10.0.0.1/8", "bits set after the prefix; use 10.0.0.0/8 for that range"),
+        ("fd00::1/64", "use fd00::/64 for that range"),
         ("10.0.0.0/255.0.0.0", "is not an IP address or range"),
         ("10.0.0.0/33", "is not an IP address or range"),
         ("10.0.0.0/-1", "is not an IP address or range"),
         ("10.0.*.*", "is not an IP address or range"),
         ("010.0.0.1", "is not an IP address or range"),
         ("fe80::1%eth0", "is not an IP address or range"),
-        ("::ffff:10.0.0.0/104", "write the IPv4 range"),
+        ("::ffff:10.0.0.0/104", "IPv4-mapped IPv6 addresses, which no certificate contains; use IPv4"),
         ("", "is not an IP address or range"),
     ],
 )

@@ -89,6 +89,6 @@ def test_the_schema_offers_what_the_program_knows() -> None:
     assert allow["key_types"]["items"]["enum"] == [key_type.value for key_type in KeyType]
     assert allow["usages"]["items"]["enum"] == [usage.value for usage in Usage]
     text = str(outcome(lambda: read({"policy": [{"match": MATCH, "allow": {"zzzz": 1}}]}), CertmountError))
-    assert f"known are {', '.join(allow)}" in text
+    assert f"known keys: {', '.join(allow)}" in text
     text = str(outcome(lambda: read({"policy": [{"match": {**MATCH, "zzzz": 1}, "allow": {}}]}), CertmountError))
-    assert f"known are {', '.join(SCHEMA['$defs']['rule']['properties']['match']['properties'])}" in text
+    assert f"known keys: {', '.join(SCHEMA['$defs']['rule']['properties']['match']['properties'])}" in text

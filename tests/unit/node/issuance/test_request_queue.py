@@ -7,9 +7,9 @@ from collections.abc import Awaitable
 
 import pytest
 
+from csi_driver.core.attributes import CertificateSpec
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
-from csi_driver.core.spec import CertificateSpec
 from csi_driver.node.authority_messages import IssuanceResponse
 from csi_driver.node.issuance.issuer_queue import MAX_FIRST_REQUESTS, MAX_RENEWALS
 from csi_driver.node.issuance.request_queue import MAX_WAIT_S, RequestQueue

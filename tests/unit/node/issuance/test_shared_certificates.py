@@ -9,9 +9,9 @@ from datetime import timedelta
 
 import pytest
 
+from csi_driver.core.attributes import CertificateSpec
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.core.spec import CertificateSpec
 from csi_driver.node.issuance.certificate_request import ObtainedCertificate, RequestKey
 from csi_driver.node.issuance.shared_certificates import SharedCertificates
 from tests.unit.node.certificates import KEY, POD, ROOT_SETS, SPEC, obtained_certificate

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
+from csi_driver.core.attributes import CertificateSpec
 from csi_driver.core.certificates.root_sets import RootSet, trusted_root_set_names
 from csi_driver.core.names import Names
-from csi_driver.core.spec import CertificateSpec
 from csi_driver.node.trust.known_root_sets import KnownRootSets
 
 _NAMES = ("internal", "partner", "other")

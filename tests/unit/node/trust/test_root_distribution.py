@@ -7,8 +7,8 @@ from typing import cast
 
 from prometheus_client import CollectorRegistry
 
+from csi_driver.core.attributes import CertificateSpec
 from csi_driver.core.certificates.root_sets import RootSet
-from csi_driver.core.spec import CertificateSpec
 from csi_driver.host.volume_record import VolumeRecord
 from csi_driver.host.volume_store import VolumeStore
 from csi_driver.node.trust.root_distribution import RootDistribution
