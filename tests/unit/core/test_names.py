@@ -154,7 +154,7 @@ def test_a_uri_that_could_be_read_in_two_ways_is_refused(text: str) -> None:
 def test_an_ip_address_has_one_text(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> None:
     """Whichever of its forms was written; the certificate holds the very address."""
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-        with pytest.raises(InvalidName, match=f"write {address.ipv4_mapped}"):
+        with pytest.raises(InvalidName, match=f"use {address.ipv4_mapped}"):
             IPAddress.parse(str(address))
         return
     for text in (str(address), address.exploded, address.exploded.upper()):
