@@ -34,7 +34,7 @@ _MAX_FAULTS = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IssuanceOptions:
-    """The attributes that reach the CA, besides the names and the key type, which are in the CSR."""
+    """The attributes that reach the CA, except the names and the key type, which are in the CSR."""
 
     duration: timedelta | None = None  # None: the authority's default
     usages: tuple[Usage, ...] = ()  # empty: all that the policy allows

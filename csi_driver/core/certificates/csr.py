@@ -62,9 +62,15 @@ def san_extension(names: Names) -> x509.SubjectAlternativeName:
             *(x509.DNSName(name.text) for name in names.dns),
             *(x509.UniformResourceIdentifier(uri.text) for uri in names.uris),
             *(x509.IPAddress(ip.address) for ip in names.ips),
-            *(x509.RFC822Name(email.text) for email in names.emails),
+            *(rfc822_name(email.text) for email in names.emails),
         ]
     )
+
+
+def rfc822_name(text: str) -> x509.RFC822Name:
+    """Return the general name of an email address, or of a domain in a name constraint. The caller has validated it."""
+    # The constructor calls email.utils.parseaddr, which accepts different texts in different patch releases of Python.
+    return x509.RFC822Name._init_without_validation(text)
 
 
 def names_of(extensions: x509.Extensions) -> Names:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cryptography import x509
 
-from csi_driver.core.certificates.csr import san_extension
+from csi_driver.core.certificates.csr import rfc822_name, san_extension
 from csi_driver.core.names import DNSName, EmailAddress, InvalidName, Names, parse_trust_domain
 
 _SUPPORTED = (x509.DNSName, x509.UniformResourceIdentifier, x509.IPAddress, x509.RFC822Name, x509.DirectoryName)
@@ -51,8 +51,8 @@ def _uri(base: str) -> x509.GeneralName:
 
 def _email(base: str) -> x509.GeneralName:
     if "@" in base:
-        return x509.RFC822Name(EmailAddress.parse(base).text)
-    return x509.RFC822Name(_host(base, lambda text: DNSName.parse(text).text))
+        return rfc822_name(EmailAddress.parse(base).text)
+    return rfc822_name(_host(base, lambda text: DNSName.parse(text).text))
 
 
 def _ip(base: str) -> x509.GeneralName:

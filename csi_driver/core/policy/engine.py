@@ -19,7 +19,7 @@ from csi_driver.core.spec import MAX_NAMES, KeyType, Usage
 
 _SERVICE_NAMES = ("{service}.{namespace}.svc", "{service}.{namespace}.svc.{cluster_domain}")
 _MAX_SERVICES = (MAX_NAMES - 1) // len(_SERVICE_NAMES)
-"""The number of a pod's Services that count: as many as one certificate can name besides the SPIFFE ID."""
+"""The number of a pod's Services that count: as many as one certificate can name in addition to the SPIFFE ID."""
 _MAX_CACHED = 4096
 """Service accounts (with namespace labels) whose rules are cached, at a few hundred bytes each."""
 _USAGES_BY_PREFERENCE = (ALL_USAGES, (Usage.SERVER,), (Usage.CLIENT,))

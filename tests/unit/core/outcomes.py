@@ -1,4 +1,4 @@
-"""For tests of the form "this, or that error and no other"."""
+"""The result or the expected exception of a call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ E = TypeVar("E", bound=Exception)
 
 
 def outcome(call: Callable[[], T], error: type[E]) -> T | E:
-    """What the call returns, or the error of that type that it raises; any other error passes through."""
+    """Return the result of the call, or the exception of this type that it raises."""
     try:
         return call()
     except error as raised:

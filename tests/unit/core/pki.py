@@ -1,4 +1,4 @@
-"""A certificate authority for tests that can also do everything wrong."""
+"""Certificates for tests, including invalid ones."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ CA_USAGE = x509.KeyUsage(
 
 LARGEST_DNS = [f"{number:03}.{'.'.join(['a' * 63] * 3)}.{'b' * 57}" for number in range(84)]
 LARGEST_URIS = [f"https://example.com/{number:03}{'a' * 2020}" for number in range(16)]
-"""The longest names, and as many of them, as attributes let a pod write."""
+"""The longest names and the largest number of them that the attributes allow."""
 
 
 @functools.cache
 def key_of(kind: KeyType, number: int = 0) -> PrivateKey:
-    """The same key for the same number: RSA keys are slow to make."""
+    """Return a cached key, because RSA keys are slow to generate."""
     del number
     return generate_key(kind)
 
 
 def names(*texts: str) -> Names:
-    """Names from texts, by how they look."""
+    """Return names of the types that the texts have."""
     return Names.of(
         [DNSName.parse(text) for text in texts if kind_of(text) == "dns"],
         [URI.parse(text) for text in texts if kind_of(text) == "uris"],
@@ -58,13 +58,12 @@ def names(*texts: str) -> Names:
 
 
 def der(*certificates: x509.Certificate) -> list[bytes]:
-    """The certificates as they travel."""
     return [certificate.public_bytes(Encoding.DER) for certificate in certificates]
 
 
 @dataclass(frozen=True, slots=True)
 class Validity:
-    """From when until when, seen from :data:`NOW`."""
+    """Start and end, relative to :data:`NOW`."""
 
     start: timedelta = -HOUR
     end: timedelta = HOUR
@@ -88,7 +87,7 @@ def authority(
     validity: Validity = Validity(),
     extensions: Sequence[x509.ExtensionType] = (CA_USAGE,),
 ) -> Signer:
-    """A root (without a parent) or an intermediate."""
+    """Return a root (without a parent) or an intermediate."""
     key = key or generate_key(KeyType.EC_P256)
     constraints = x509.BasicConstraints(ca=ca, path_length=path_length)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -110,7 +109,7 @@ def leaf(
     extensions: Sequence[x509.ExtensionType] = (),
     critical: bool = True,
 ) -> x509.Certificate:
-    """A pod's certificate; ``critical`` is said of ``extensions``."""
+    """Return a pod's certificate; ``critical`` applies to ``extensions``."""
     builder = _issuer(_builder(key, validity), parent).subject_name(x509.Name([]))
     if wanted:
         builder = builder.add_extension(san_extension(wanted), critical=True)
@@ -120,7 +119,6 @@ def leaf(
 
 
 def sign(builder: x509.CertificateBuilder, key: PrivateKey) -> x509.Certificate:
-    """Signs with the digest that fits the key."""
     return builder.sign(key, SHA256() if isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) else None)
 
 

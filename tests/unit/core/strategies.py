@@ -1,4 +1,4 @@
-"""What hypothesis draws: names as users write them, and texts that no one should write."""
+"""Hypothesis strategies for names and for hostile texts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ https_texts = st.builds(
 uri_texts = st.one_of(spiffe_texts, https_texts)
 
 ip_texts = st.ip_addresses().map(str).filter(lambda text: not text.startswith("::ffff:"))
-local_parts = st.from_regex(r"[A-Za-z0-9#$&'+/=?^_|~-]{1,10}(\.[A-Za-z0-9_+-]{1,10}){0,2}", fullmatch=True)
+local_parts = st.from_regex(r"[A-Za-z0-9#$&'+/=?^_|~-]{1,10}(\.[A-Za-z0-9#$&'+/=?^_|~-]{1,10}){0,3}", fullmatch=True)
 email_texts = st.builds("{}@{}".format, local_parts, host_names)
 words = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,12}[a-z0-9])?", fullmatch=True)
 
@@ -78,6 +78,6 @@ hostile_texts = st.one_of(
 
 
 def fields(*texts: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
-    """One text of any of the strategies, or several with commas between, as list attributes are written."""
+    """Draw one text, or several separated by commas, as in a list attribute."""
     one = st.one_of(*texts)
     return st.one_of(one, st.lists(one, min_size=1, max_size=5).map(",".join))

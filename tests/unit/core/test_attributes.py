@@ -1,4 +1,4 @@
-"""The attributes of a volume: one specification, or one error that tells everything that is wrong with them."""
+"""Volume attributes: parsing, and errors with all faults."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from csi_driver.core.attributes import CertificateSpec, parse_attributes
+from csi_driver.core.attributes import ATTRIBUTES, CertificateSpec, parse_attributes
 from csi_driver.core.certificates.csr import build_csr, parse_csr
 from csi_driver.core.certificates.keys import key_type_of
 from csi_driver.core.durations import parse_duration
@@ -22,20 +22,7 @@ from tests.unit.core import strategies
 from tests.unit.core.outcomes import outcome
 from tests.unit.core.pki import LARGEST_DNS, LARGEST_URIS, key_of
 
-KNOWN = (
-    "name",
-    "dns-names",
-    "uri-sans",
-    "ip-sans",
-    "email-sans",
-    "duration",
-    "renew-before",
-    "key-type",
-    "usages",
-    "issuer",
-    "federations",
-    "fs-group",
-)
+KNOWN = tuple(attribute.name for attribute in ATTRIBUTES)
 
 good = st.fixed_dictionaries(
     {},
@@ -67,7 +54,7 @@ any_attributes = st.one_of(
 
 
 def faults_of(attributes: dict[str, str]) -> dict[str, str]:
-    """The problem and hint of each faulty field."""
+    """Return the problem and hint of each invalid field."""
     with pytest.raises(CertmountError) as raised:
         parse_attributes(attributes)
     assert raised.value.reason is Reason.INVALID_ATTRIBUTES
@@ -75,39 +62,45 @@ def faults_of(attributes: dict[str, str]) -> dict[str, str]:
     return {fault.field.removeprefix("volumeAttributes."): f"{fault.problem}; {fault.hint}" for fault in faults}
 
 
-def written(attributes: dict[str, str], key: str) -> list[str]:
-    """The items of a list as they are written."""
+def items_of(attributes: dict[str, str], key: str) -> list[str]:
     return attributes[key].split(",") if key in attributes else []
 
 
-def test_no_attribute_at_all_is_a_specification() -> None:
-    """A pod that writes nothing gets its SPIFFE ID, a P-256 key, and the defaults of the authority and the pod."""
+def test_no_attributes_are_valid() -> None:
     assert parse_attributes({}) == CertificateSpec()
     assert CertificateSpec().key_type is KeyType.EC_P256
 
 
 @given(good)
-def test_good_attributes_mean_what_they_say(attributes: dict[str, str]) -> None:
-    """Each attribute lands in its field; the name comes first, the lists follow in order, each once."""
+def test_valid_attributes_set_their_fields(attributes: dict[str, str]) -> None:
+    """Names and lists keep their order without duplicates; the attribute name comes first."""
     spec = parse_attributes(attributes)
     dns = [attributes[key].split(",") for key in ("name", "dns-names") if key in attributes]
     assert [name.text for name in spec.names.dns] == list(dict.fromkeys(itertools.chain(*dns)))
     uris = attributes["uri-sans"].split(",") if "uri-sans" in attributes else []
     assert [uri.text for uri in spec.names.uris] == list(dict.fromkeys(uris))
-    assert [ip.text for ip in spec.names.ips] == list(dict.fromkeys(written(attributes, "ip-sans")))
-    assert [email.text for email in spec.names.emails] == list(dict.fromkeys(written(attributes, "email-sans")))
-    assert {usage.value for usage in spec.usages} == set(written(attributes, "usages"))
+    assert [ip.text for ip in spec.names.ips] == list(dict.fromkeys(items_of(attributes, "ip-sans")))
+    assert [email.text for email in spec.names.emails] == list(dict.fromkeys(items_of(attributes, "email-sans")))
+    assert {usage.value for usage in spec.usages} == set(items_of(attributes, "usages"))
     assert spec.usages in ((), (Usage.SERVER,), (Usage.CLIENT,), (Usage.SERVER, Usage.CLIENT))
     assert spec.issuer == attributes.get("issuer", "internal")
-    assert list(spec.federations) == list(dict.fromkeys(written(attributes, "federations")))
+    assert list(spec.federations) == list(dict.fromkeys(items_of(attributes, "federations")))
     for key, value in (("duration", spec.duration), ("renew-before", spec.renew_before)):
         assert value == (parse_duration(attributes[key]) if key in attributes else None)
     assert spec.key_type.value.lower() == attributes.get("key-type", "EC-P256").lower()
     assert spec.fs_group == (int(attributes["fs-group"]) if "fs-group" in attributes else None)
 
 
-def test_the_limits_themselves_are_allowed() -> None:
-    """The least life, a renewal just inside it, the greatest group, and a hundred names."""
+def test_examples_of_the_documentation_are_valid() -> None:
+    """docs/volume-attributes.md contains them."""
+    for attribute in ATTRIBUTES:
+        assert parse_attributes({attribute.name: attribute.example})
+    assert [attribute.name for attribute in ATTRIBUTES if attribute.reaches_ca] == [
+        "duration", "usages", "issuer", "federations",
+    ]  # fmt: skip
+
+
+def test_values_at_the_limits_are_valid() -> None:
     hosts = ",".join(f"n{number}.example" for number in range(MAX_NAMES))
     spec = parse_attributes({"duration": "10s", "renew-before": "9.999s", "fs-group": "2147483647", "dns-names": hosts})
     assert (spec.duration, spec.fs_group, len(spec.names)) == (MIN_DURATION, 2**31 - 1, MAX_NAMES)
@@ -115,8 +108,8 @@ def test_the_limits_themselves_are_allowed() -> None:
 
 @given(any_attributes)
 @example({"name": "\ud800", "\ud800": "", "fs-group": "²", "duration": "٣h"})
-def test_any_attributes_are_a_specification_or_one_clear_error(attributes: dict[str, str]) -> None:
-    """Whatever a pod writes: a specification within the limits, or InvalidAttributes in one printable line, and nothing else."""
+def test_any_attributes_are_valid_or_raise_invalid_attributes(attributes: dict[str, str]) -> None:
+    """The error is one printable line."""
     spec = outcome(lambda: parse_attributes(attributes), CertmountError)
     if isinstance(spec, CertmountError):
         assert spec.reason is Reason.INVALID_ATTRIBUTES
@@ -141,8 +134,7 @@ def test_any_attributes_are_a_specification_or_one_clear_error(attributes: dict[
         min_size=1,
     ),
 )
-def test_every_fault_is_told_at_once(attributes: dict[str, str], wrong: dict[str, str]) -> None:
-    """Each wrong field is named, as the user wrote it, and no right one is blamed."""
+def test_all_faults_are_reported_together(attributes: dict[str, str], wrong: dict[str, str]) -> None:
     assert set(faults_of({**attributes, **wrong})) == set(wrong)
 
 
@@ -174,11 +166,7 @@ def test_every_fault_is_told_at_once(attributes: dict[str, str], wrong: dict[str
         ({"name": "a" * 5000}, "name", "5000 characters long"),
         ({"name": "a" * 40_000}, "name", "40000 characters long; use at most"),
         ({"dns-names": "a.example,"}, "dns-names", "'' is empty"),
-        (
-            {"dns-names": ",".join(f"n{n}.example" for n in range(1000))},
-            "dns-names",
-            "has 1000 names; use at most 100",
-        ),
+        ({"dns-names": ",".join(f"n{n}.example" for n in range(1000))}, "dns-names", "has 1000 names; use at most 100"),
         ({"uri-sans": "a.example"}, "uri-sans", "'a.example' is not a URI"),
         ({"duration": "-5m"}, "duration", "'-5m' is negative; use a positive duration, such as 1h30m"),
         ({"duration": "0s"}, "duration", "is 0s; use at least 10s"),
@@ -186,16 +174,8 @@ def test_every_fault_is_told_at_once(attributes: dict[str, str], wrong: dict[str
         ({"duration": "999999999h"}, "duration", "longer than 100 years"),
         ({"renew-before": "0s"}, "renew-before", "is zero"),
         ({"renew-before": "-1h"}, "renew-before", "'-1h' is negative"),
-        (
-            {"duration": "1h", "renew-before": "1h"},
-            "renew-before",
-            "1h is not shorter than the certificate's lifetime of 1h",
-        ),
-        (
-            {"duration": "1h", "renew-before": "2h"},
-            "renew-before",
-            "2h is not shorter than the certificate's lifetime of 1h",
-        ),
+        ({"duration": "1h", "renew-before": "1h"}, "renew-before", "1h is not shorter than the certificate's lifetime"),
+        ({"duration": "1h", "renew-before": "2h"}, "renew-before", "lifetime of 1h; omit it to renew after two thirds"),
         ({"ip-sans": "10.0.0.256"}, "ip-sans", "'10.0.0.256' is not an IP address, such as 10.0.0.1 or fd00::1"),
         ({"ip-sans": "10.0.0.0/8"}, "ip-sans", "'10.0.0.0/8' is not an IP address"),
         ({"ip-sans": "::ffff:10.0.0.1"}, "ip-sans", "is an IPv4-mapped IPv6 address; use 10.0.0.1"),
@@ -217,15 +197,14 @@ def test_every_fault_is_told_at_once(attributes: dict[str, str], wrong: dict[str
         ({"fs-group": "١"}, "fs-group", "is not a group ID"),
     ],
 )
-def test_what_is_wrong_and_what_to_do_is_said(attributes: dict[str, str], field: str, words: str) -> None:
-    """Each slip is told in the field where it stands, with the way out."""
+def test_fault_has_problem_and_hint(attributes: dict[str, str], field: str, words: str) -> None:
     faults = faults_of(attributes)
     assert list(faults) == [field]
     assert words in faults[field]
 
 
-def test_names_of_all_fields_together_have_a_limit() -> None:
-    """The limit is on the certificate; the fault stands at the longer list."""
+def test_total_number_of_names_is_limited() -> None:
+    """The fault is in the longest list."""
     hosts = ",".join(f"n{number}.example" for number in range(60))
     uris = ",".join(f"https://n{number}.example" for number in range(MAX_NAMES))
     assert "160 names in total" in faults_of({"dns-names": hosts, "uri-sans": uris})["uri-sans"]
@@ -233,14 +212,10 @@ def test_names_of_all_fields_together_have_a_limit() -> None:
     assert "101 names in total" in faults_of({"name": "a.example", "dns-names": hosts})["dns-names"]
     assert "101 names in total" in faults_of({"name": "a.example", "uri-sans": uris})["uri-sans"]
     ips = ",".join(f"10.0.0.{number}" for number in range(61))
-    assert (
-        "121 names in total"
-        in faults_of({"dns-names": hosts.rpartition(",n60.")[0], "ip-sans": ips})["ip-sans"]
-    )
+    assert "121 names in total" in faults_of({"dns-names": hosts.rpartition(",n60.")[0], "ip-sans": ips})["ip-sans"]
 
 
-def test_a_flood_of_faults_ends_in_a_count() -> None:
-    """A thousand unknown attributes make an event that can still be read, and that says how many there were."""
+def test_number_of_reported_faults_is_limited() -> None:
     with pytest.raises(CertmountError) as raised:
         parse_attributes({f"unknown{number}": "" for number in range(1000)})
     assert str(raised.value).endswith("(21) and 980 more faults")
@@ -250,8 +225,8 @@ def test_a_flood_of_faults_ends_in_a_count() -> None:
     assert "more faults" not in twenty
 
 
-def subject_alternative_names(names: Names) -> str:
-    """How OpenSSL prints them."""
+def openssl_names(names: Names) -> str:
+    """Return names in OpenSSL's output format."""
     return ", ".join(
         [
             *(f"DNS:{name}" for name in names.dns),
@@ -263,7 +238,6 @@ def subject_alternative_names(names: Names) -> str:
 
 
 def _openssl_form(ip: IPAddress) -> str:
-    """IPv6 in eight groups of capitals."""
     address = ip.address
     return ":".join(f"{int(group, 16):X}" for group in address.exploded.split(":")) if address.version == 6 else ip.text
 
@@ -274,8 +248,7 @@ def _openssl_form(ip: IPAddress) -> str:
 @example({"uri-sans": "https://example.com/~a!$&'()*+;=:@", "key-type": "Ed25519"})
 @example({"ip-sans": "10.0.0.1, fd00::1", "email-sans": "a.b+c@example.com", "key-type": "EC-P384"})
 @example({"name": "a.example", "key-type": "RSA-3072"})
-def test_what_is_accepted_makes_a_request_that_openssl_accepts(attributes: dict[str, str]) -> None:
-    """Names and key survive the way into a request and back, and OpenSSL reads the same names and a right signature."""
+def test_openssl_reads_the_same_names_from_the_csr(attributes: dict[str, str]) -> None:
     openssl = require_program("openssl")
     spec = parse_attributes(attributes)
     der = build_csr(key_of(spec.key_type), spec.names)
@@ -287,15 +260,12 @@ def test_what_is_accepted_makes_a_request_that_openssl_accepts(attributes: dict[
     assert b"verify OK" in printed.stdout + printed.stderr
     lines = [line.strip() for line in printed.stdout.decode().splitlines()]
     if spec.names:
-        assert lines[lines.index("X509v3 Subject Alternative Name: critical") + 1] == subject_alternative_names(
-            spec.names
-        )
+        assert lines[lines.index("X509v3 Subject Alternative Name: critical") + 1] == openssl_names(spec.names)
     else:
         assert not any("Alternative" in line for line in lines)
 
 
-def test_the_largest_request_that_attributes_can_make_is_read() -> None:
-    """No limit further down the way is narrower than that of the attributes."""
+def test_csr_with_the_most_and_longest_names_is_valid() -> None:
     lists = {"dns-names": ",".join(LARGEST_DNS), "uri-sans": ",".join(LARGEST_URIS)}
     spec = parse_attributes({**lists, "key-type": "RSA-4096"})
     assert len(spec.names) == MAX_NAMES

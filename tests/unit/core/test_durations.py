@@ -1,4 +1,4 @@
-"""Durations are Go's: what is accepted means the same to every other tool that reads it."""
+"""Durations in Go's syntax."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ ROWS = [
     if not line.startswith("#")
 ]
 GO = {ast.literal_eval(text): None if value == "refused" else int(value) for text, value in ROWS}
-# What Go takes and a pod may not write: signs, bare points, units below a millisecond, more than nine digits, a century.
-NARROWER = {
+# Valid in Go but not here: signs, bare points, units below a millisecond, more than nine digits, over 100 years.
+STRICTER = {
     "0", ".5h", "1.h", "+1h", "-1h", "-0s", "1us", "1µs", "1μs", "1ns", "876001h", "1000000000s", "1.1234567891s",
     "2562047h47m16s",
 }  # fmt: skip
@@ -33,42 +33,37 @@ whole_milliseconds = st.integers(0, HUNDRED_YEARS // timedelta(milliseconds=1)).
 
 
 @pytest.mark.parametrize("text", [pytest.param(text, id=repr(text)) for text in GO])
-def test_a_duration_means_what_it_means_in_go(text: str) -> None:
-    """A text is accepted with the very value that Go's time.ParseDuration gives it, to the microsecond, or refused."""
+def test_duration_has_the_same_value_as_in_go(text: str) -> None:
+    """time.ParseDuration."""
     nanoseconds = GO[text]
-    if nanoseconds is None or text in NARROWER:
+    if nanoseconds is None or text in STRICTER:
         with pytest.raises(ValueError, match=r"^is "):
             parse_duration(text)
     else:
         assert abs(parse_duration(text) / timedelta(microseconds=1) - nanoseconds / 1000) <= 0.5
 
 
-def test_the_table_shows_every_way_in_which_we_are_stricter() -> None:
-    """What Go accepts and we refuse is a short list, kept by hand."""
-    assert {text for text in NARROWER if GO[text] is not None} == NARROWER
+def test_table_contains_all_stricter_rules() -> None:
+    assert {text for text in STRICTER if GO[text] is not None} == STRICTER
 
 
 @given(whole_milliseconds)
-def test_a_written_duration_reads_back(duration: timedelta) -> None:
-    """Whole milliseconds survive being written and read."""
+def test_formatted_duration_parses_to_the_same_value(duration: timedelta) -> None:
     assert parse_duration(format_duration(duration)) == duration
 
 
 @given(st.timedeltas(min_value=timedelta(), max_value=HUNDRED_YEARS - timedelta(milliseconds=1)))
-def test_writing_rounds_to_the_millisecond(duration: timedelta) -> None:
-    """What is written differs from the duration by half a millisecond at most."""
+def test_format_rounds_to_milliseconds(duration: timedelta) -> None:
     assert abs(parse_duration(format_duration(duration)) - duration) <= timedelta(microseconds=500)
 
 
 @given(whole_milliseconds.filter(bool))
-def test_a_negative_duration_is_written_with_its_sign(duration: timedelta) -> None:
-    """Less than zero reads as a minus and the length; an answer about it can be understood."""
+def test_format_writes_the_sign(duration: timedelta) -> None:
     assert format_duration(-duration) == "-" + format_duration(duration)
 
 
 @given(st.lists(st.tuples(st.integers(0, 9999), st.sampled_from(["h", "m", "s", "ms"])), min_size=1, max_size=5))
-def test_parts_add_up(parts: list[tuple[int, str]]) -> None:
-    """A duration is the sum of its parts, in any order and however often a unit comes."""
+def test_parts_are_added(parts: list[tuple[int, str]]) -> None:
     unit = {
         "h": timedelta(hours=1),
         "m": timedelta(minutes=1),
@@ -81,7 +76,6 @@ def test_parts_add_up(parts: list[tuple[int, str]]) -> None:
 
 @given(hostile_texts)
 def test_any_text_is_a_duration_or_a_value_error(text: str) -> None:
-    """Nothing but a duration from zero to a hundred years, or a ValueError in words."""
     result = outcome(lambda: parse_duration(text), ValueError)
     if isinstance(result, ValueError):
         assert str(result).isprintable()
@@ -90,7 +84,6 @@ def test_any_text_is_a_duration_or_a_value_error(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["-5m", "-0s", "-"])
-def test_a_negative_duration_is_called_negative(text: str) -> None:
-    """The commonest slip is named."""
+def test_negative_duration_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="negative"):
         parse_duration(text)

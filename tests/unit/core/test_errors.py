@@ -1,4 +1,4 @@
-"""Errors say one word that can be searched for, everything that is wrong, and whether to try again."""
+"""Errors: reasons, kinds and texts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from csi_driver.core.errors import REASONS, CertmountError, FailureKind, Fault, Reason, Retry
 
 
-def test_every_reason_has_its_own_camel_case_word() -> None:
-    """Kubernetes takes CamelCase reasons only; a word leads back to its reason."""
+def test_reasons_are_unique_camel_case_words() -> None:
     words = [reason.word for reason in Reason]
     assert len(set(words)) == len(words)
     assert all(re.fullmatch(r"(?:[A-Z][A-Za-z]+)+", word) and len(word) <= 128 for word in words)
@@ -20,20 +19,17 @@ def test_every_reason_has_its_own_camel_case_word() -> None:
 
 
 @pytest.mark.parametrize("kind", FailureKind)
-def test_only_a_failure_that_can_pass_by_itself_is_retryable_for_the_kubelet(kind: FailureKind) -> None:
-    """The kubelet retries on UNAVAILABLE, RESOURCE_EXHAUSTED and ABORTED; the node retries those within 30 s, or with the next token."""
+def test_retryable_kinds_have_statuses_that_the_kubelet_retries(kind: FailureKind) -> None:
     assert kind.retryable == (kind.retry in (Retry.BACKOFF, Retry.ON_TOKEN))
     assert kind.retryable == (kind.status in ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED"))
 
 
 @pytest.mark.parametrize("reason", Reason)
-def test_an_error_without_faults_still_says_something(reason: Reason) -> None:
-    """The word, and what may be done about it."""
+def test_error_without_faults_has_the_meaning_of_its_kind(reason: Reason) -> None:
     assert str(CertmountError(reason)) == f"{reason.word}: {reason.kind.meaning}"
 
 
-def test_one_fault_is_told_plainly() -> None:
-    """Field, problem and hint."""
+def test_error_with_one_fault() -> None:
     assert str(Fault("duration", "is zero", "write 1h")) == "duration: is zero; write 1h"
     assert str(Fault("duration", "is zero")) == "duration: is zero"
     error = CertmountError(Reason.INVALID_ATTRIBUTES, Fault("duration", "is zero"))
@@ -41,7 +37,6 @@ def test_one_fault_is_told_plainly() -> None:
 
 
 def test_several_faults_are_numbered() -> None:
-    """Each can be found in the one line of an event."""
     error = CertmountError(
         Reason.NAME_NOT_ALLOWED, Fault("a.example", "no rule"), Fault("b.example", "no rule", "ask"), "more"
     )
@@ -49,8 +44,7 @@ def test_several_faults_are_numbered() -> None:
 
 
 @given(st.sampled_from(Reason), st.lists(st.builds(Fault, st.text(min_size=1), st.text(min_size=1), st.text())))
-def test_no_fault_is_lost(reason: Reason, faults: list[Fault]) -> None:
-    """The error keeps every fault, in order, and its text holds all of them."""
+def test_error_contains_all_faults(reason: Reason, faults: list[Fault]) -> None:
     error = CertmountError(reason, *faults)
     assert error.faults == tuple(faults)
     assert str(error).startswith(f"{reason.word}: ")

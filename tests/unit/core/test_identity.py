@@ -1,4 +1,4 @@
-"""Who a token says it is: read from any claims without surprise, and believed only in the one shape that binds a pod to its node."""
+"""Pod identities in token claims."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ UID = "0e5f7a52-9a5e-4f1c-8a3f-3a9d1f6f2b11"
 
 
 def claims(**changes: Any) -> dict[str, Any]:
-    """The claims of a kubelet's projected token; ``changes`` go into the ``kubernetes.io`` part."""
+    """Return the claims of a projected token; ``changes`` apply to ``kubernetes.io``."""
     bound = {
         "namespace": "web",
         "node": {"name": "node-1.example", "uid": UID},
@@ -47,7 +47,7 @@ def claims(**changes: Any) -> dict[str, Any]:
 
 
 def token(content: object) -> Secret[str]:
-    """A token with that content, unsigned."""
+    """Return an unsigned token."""
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
     return Secret(".".join(["e30", base64.urlsafe_b64encode(body).decode().rstrip("="), "sig"]))
 
@@ -70,7 +70,7 @@ pairs = st.one_of(st.fixed_dictionaries({}, optional={"name": json_values, "uid"
 
 @st.composite
 def any_claims(draw: st.DrawFn) -> dict[str, Any]:
-    """Good claims with some of them replaced by anything, at both levels."""
+    """Replace some valid claims by arbitrary values."""
     bound = draw(
         st.fixed_dictionaries(
             {}, optional={"namespace": json_values, "node": pairs, "pod": pairs, "serviceaccount": pairs}
@@ -82,16 +82,15 @@ def any_claims(draw: st.DrawFn) -> dict[str, Any]:
     return {**claims(**bound), **outer}
 
 
-def is_sound(identity: PodIdentity) -> bool:
-    """True when every text of it is a plain Kubernetes name or UID, so that it can stand in a URI, a path and a log."""
+def is_valid(identity: PodIdentity) -> bool:
+    """Return whether all texts are Kubernetes names or UIDs, which are safe in URIs, paths and logs."""
     names = [identity.service_account.namespace, identity.service_account.name, identity.pod_name, identity.node_name]
     plain = all(name and set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-") for name in names)
     printable = all(uid.isascii() and uid.isprintable() for uid in (identity.pod_uid, identity.node_uid))
     return plain and printable and math.isfinite(identity.expires_at)
 
 
-def test_the_token_of_a_pod_names_it_all() -> None:
-    """Service account, pod, node, and until when."""
+def test_claims_of_a_pod_token_are_read() -> None:
     identity = identity_from_claims(claims(), token="pod token")
     assert identity == PodIdentity(
         ServiceAccount("web", "edge.v2"), UID, "edge-0", UID, "node-1.example", UID, 1795345200
@@ -108,12 +107,11 @@ def test_the_token_of_a_pod_names_it_all() -> None:
 @example({**claims(), "exp": True})
 @example({**claims(namespace="a/b"), "sub": "system:serviceaccount:a/b:edge.v2"})
 @example({**claims(namespace="a\ud800"), "sub": "system:serviceaccount:a\ud800:edge.v2"})
-def test_any_claims_are_a_sound_identity_or_a_refusal(content: dict[str, Any]) -> None:
-    """Claims of any shape: an identity whose names are Kubernetes names, or TokenRejected or ClusterNotSupported, never another error."""
+def test_any_claims_are_a_valid_identity_or_rejected(content: dict[str, Any]) -> None:
     for read in (lambda: identity_from_claims(content, token="pod token"), lambda: unverified_identity(token(content))):
         identity = outcome(read, CertmountError)
         if isinstance(identity, PodIdentity):
-            assert is_sound(identity)
+            assert is_valid(identity)
             assert content["sub"] == identity.service_account.username
             assert str(spiffe_id("td", identity.service_account.namespace, identity.service_account.name))
         else:
@@ -134,8 +132,7 @@ def test_any_claims_are_a_sound_identity_or_a_refusal(content: dict[str, Any]) -
 @example(token(b"9" * 5000).reveal())
 @example(token(b"\xff\xfe").reveal())
 @example(token([]).reveal())
-def test_garbage_is_a_refusal_that_does_not_repeat_it(text: str) -> None:
-    """Whatever comes in a token's place is refused, and its text stays out of the error."""
+def test_invalid_token_is_rejected_without_quoting_it(text: str) -> None:
     with pytest.raises(CertmountError) as raised:
         unverified_identity(Secret("canary" + text))
     assert raised.value.reason is Reason.TOKEN_REJECTED
@@ -143,28 +140,26 @@ def test_garbage_is_a_refusal_that_does_not_repeat_it(text: str) -> None:
     assert raised.value.__suppress_context__ or raised.value.__context__ is None
 
 
-def test_an_endless_token_is_refused() -> None:
-    """No token of Kubernetes is this long; it isn't decoded."""
+def test_too_long_token_is_rejected() -> None:
     with pytest.raises(CertmountError, match="is not a JSON Web Token"):
         unverified_identity(token({**claims(), "padding": "a" * MAX_TOKEN_BYTES}))
 
 
 @pytest.mark.parametrize("padding", range(4))
-def test_a_token_of_any_length_is_read(padding: int) -> None:
-    """base64url without padding (RFC 7515 section 2), whatever remains of its last group."""
+def test_token_of_any_length_is_read(padding: int) -> None:
+    """base64url without padding (RFC 7515 section 2)."""
     assert unverified_identity(token({**claims(), "more": "x" * padding})).pod_name == "edge-0"
 
 
 @pytest.mark.parametrize("expiry", [None, True, "1795345200", 0, -1, math.nan, math.inf, -math.inf, 10**400, []])
-def test_a_token_that_does_not_say_until_when_is_refused(expiry: object) -> None:
-    """A moment after 1970 and within reach, as a number; for a token that never ends could be used for ever."""
+def test_token_without_a_valid_expiry_is_rejected(expiry: object) -> None:
     with pytest.raises(CertmountError, match="is not a projected service account token"):
         identity_from_claims({**claims(), "exp": expiry}, token="pod token")
 
 
 @pytest.mark.parametrize("change", [{"node": None}, {"node": {}}, {"node": {"name": "node-1"}}])
-def test_an_old_cluster_is_refused_in_clear_words(change: dict[str, Any]) -> None:
-    """A bound token without a node comes from Kubernetes before 1.30: one sentence says so, and which token."""
+def test_token_without_a_node_is_rejected(change: dict[str, Any]) -> None:
+    """As of Kubernetes before 1.30."""
     with pytest.raises(CertmountError) as raised:
         identity_from_claims(claims(**change), token="node token")
     assert str(raised.value) == (
@@ -175,8 +170,7 @@ def test_an_old_cluster_is_refused_in_clear_words(change: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     "change", [{"pod": None}, {"serviceaccount": None}, {"namespace": None}, {"pod": {"name": "edge-0"}}]
 )
-def test_a_token_that_is_not_bound_to_a_pod_is_refused(change: dict[str, Any]) -> None:
-    """Tokens of Secrets, of `kubectl create token` and of other issuers prove no pod."""
+def test_token_that_is_not_bound_to_a_pod_is_rejected(change: dict[str, Any]) -> None:
     with pytest.raises(CertmountError, match="TokenRejected: pod token: is not a projected service account token"):
         identity_from_claims(claims(**change), token="pod token")
 
@@ -184,16 +178,14 @@ def test_a_token_that_is_not_bound_to_a_pod_is_refused(change: dict[str, Any]) -
 @pytest.mark.parametrize(
     "subject", ["system:serviceaccount:web:other", "system:serviceaccount:other:edge.v2", "web:edge.v2", None, 5]
 )
-def test_subject_and_claims_must_agree(subject: object) -> None:
-    """A token with two stories about its service account is not believed."""
+def test_subject_must_match_the_other_claims(subject: object) -> None:
     with pytest.raises(CertmountError, match="different service accounts in its subject and its other claims"):
         identity_from_claims({**claims(), "sub": subject}, token="pod token")
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "a:b", "A", "a b", "a\n", "*", "{pod}", "ü", "a" * 254, ".", "-a"])
 @pytest.mark.parametrize("field", ["pod", "node", "serviceaccount", "namespace"])
-def test_what_is_no_kubernetes_name_is_refused(field: str, name: str) -> None:
-    """Names become parts of URIs, paths and log lines; the API server lets none of these be, so neither do we."""
+def test_invalid_kubernetes_name_is_rejected(field: str, name: str) -> None:
     content = claims(**{field: name if field == "namespace" else {"name": name, "uid": UID}})
     if field == "serviceaccount":
         content["sub"] = f"system:serviceaccount:web:{name}"

@@ -1,4 +1,4 @@
-"""A secret can be used, and can't be shown by accident."""
+"""Secrets cannot be shown by accident."""
 
 from __future__ import annotations
 
@@ -21,22 +21,21 @@ CANARY = "canary-5f1c"
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A value with a secret in it, as requests and files are."""
+    """A dataclass with a secret."""
 
     name: str
     token: Secret[str]
 
 
 @pytest.mark.parametrize("secret", [Secret(CANARY), Secret(CANARY.encode())])
-def test_no_way_of_printing_shows_it(secret: Secret[str] | Secret[bytes]) -> None:
-    """repr, str, format, f-strings, %, containers, pprint and log records."""
+def test_no_text_form_contains_the_value(secret: Secret[str] | Secret[bytes]) -> None:
     record = logging.LogRecord("name", logging.INFO, "file", 1, "%s %r", (secret, secret), None)
     texts = [
         repr(secret),
         str(secret),
         format(secret),
         f"{secret} {secret!r} {secret!s} {secret!a}",
-        "%s %r" % (secret, secret),  # noqa: UP031  # the old way of printing is one of the ways
+        "%s %r" % (secret, secret),  # noqa: UP031  # one of the ways to format
         repr([secret, {"key": secret}, (secret,)]),
         pprint.pformat({"key": secret}),
         record.getMessage(),
@@ -44,8 +43,7 @@ def test_no_way_of_printing_shows_it(secret: Secret[str] | Secret[bytes]) -> Non
     assert all("<redacted>" in text and CANARY not in text for text in texts)
 
 
-def test_a_value_that_holds_it_can_be_printed() -> None:
-    """A dataclass with a secret shows its other fields."""
+def test_repr_of_a_dataclass_redacts_the_secret() -> None:
     text = repr(Holder("web", Secret(CANARY)))
     assert text == "Holder(name='web', token=<redacted>)"
 
@@ -67,8 +65,7 @@ def test_a_value_that_holds_it_can_be_printed() -> None:
         len,
     ],
 )
-def test_it_is_not_serialised_copied_or_taken_apart(call: object) -> None:
-    """Each of these is a TypeError, whose traceback doesn't show the value either."""
+def test_secret_cannot_be_serialized_or_copied(call: object) -> None:
     assert callable(call)
     with pytest.raises(TypeError) as raised:
         call(Secret(CANARY))
@@ -76,14 +73,12 @@ def test_it_is_not_serialised_copied_or_taken_apart(call: object) -> None:
 
 
 @given(st.binary(), st.binary())
-def test_it_is_a_value(one: bytes, other: bytes) -> None:
-    """Equal secrets are equal and hash alike; a secret equals nothing that is not one; ``reveal`` gives it back."""
+def test_secrets_compare_by_value(one: bytes, other: bytes) -> None:
     assert Secret(one).reveal() == one
     assert (Secret(one) == Secret(other)) == (one == other)
     assert Secret(one) != one
     assert len({Secret(one), Secret(one)}) == 1
 
 
-def test_it_takes_no_other_attributes() -> None:
-    """There is no dictionary that a debugger's dump would walk through."""
+def test_secret_has_no_dict() -> None:
     assert not hasattr(Secret(CANARY), "__dict__")

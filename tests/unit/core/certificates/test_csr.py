@@ -1,4 +1,4 @@
-"""Requests: only one that is signed by its own key, of a type that certmount signs, with names of the kinds it issues."""
+"""CSRs: signature, key type and names."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from csi_driver.core.certificates.csr import MAX_CSR_BYTES, ParsedCSR, build_csr, parse_csr
 from csi_driver.core.certificates.keys import public_bytes
+from csi_driver.core.certificates.name_constraints import parse_constraint
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.names import IPAddress, Name, Names
 from csi_driver.core.spec import MAX_NAMES, KeyType
@@ -24,7 +25,7 @@ from tests.unit.core.outcomes import outcome
 from tests.unit.core.pki import key_of, names
 from tests.unit.core.strategies import dns_texts, email_texts, ip_texts, uri_texts
 
-# The library warns of oddities that it still reads; here warnings are errors otherwise.
+# cryptography warns about unusual input that it accepts. Warnings are errors in tests.
 pytestmark = pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")
 
 SMALL_KINDS = (KeyType.EC_P256, KeyType.EC_P384, KeyType.RSA_2048, KeyType.ED25519)
@@ -36,7 +37,6 @@ def good_csr(kind: KeyType) -> bytes:
 
 
 def csr_with(*general_names: x509.GeneralName, extensions: tuple[x509.ExtensionType, ...] = ()) -> bytes:
-    """A request with these alternative names and extensions, whatever they are."""
     builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
     if general_names:
         builder = builder.add_extension(x509.SubjectAlternativeName(general_names), critical=True)
@@ -45,7 +45,7 @@ def csr_with(*general_names: x509.GeneralName, extensions: tuple[x509.ExtensionT
     return builder.sign(key_of(KeyType.EC_P256), SHA256()).public_bytes(Encoding.DER)
 
 
-def refusal(der: bytes) -> str:
+def rejection(der: bytes) -> str:
     with pytest.raises(CertmountError) as raised:
         parse_csr(der)
     assert raised.value.reason is Reason.INVALID_CSR
@@ -54,8 +54,7 @@ def refusal(der: bytes) -> str:
 
 
 @given(st.sampled_from(SMALL_KINDS), st.lists(st.one_of(dns_texts, uri_texts, ip_texts, email_texts), max_size=10))
-def test_a_request_reads_back(kind: KeyType, texts: list[str]) -> None:
-    """Names in their order, the key, and the very bytes."""
+def test_csr_parses_to_the_same_names_and_key(kind: KeyType, texts: list[str]) -> None:
     wanted = names(*texts)
     der = build_csr(key_of(kind), wanted)
     request = parse_csr(der)
@@ -63,21 +62,19 @@ def test_a_request_reads_back(kind: KeyType, texts: list[str]) -> None:
     assert public_bytes(request.public_key) == public_bytes(key_of(kind).public_key())
 
 
-def says_the_same(one: bytes, other: bytes) -> bool:
-    """True when content and signature are equal: the number of unused bits of the signature's BIT STRING is under none."""
+def is_equivalent(one: bytes, other: bytes) -> bool:
     first, second = x509.load_der_x509_csr(one), x509.load_der_x509_csr(other)
     return (first.tbs_certrequest_bytes, first.signature) == (second.tbs_certrequest_bytes, second.signature)
 
 
 @pytest.mark.parametrize("kind", SMALL_KINDS)
-def test_no_flipped_bit_goes_unnoticed(kind: KeyType) -> None:
-    """Each bit of a request is under its signature: one that differs anywhere is refused, and nothing else happens."""
+def test_flipped_bit_is_detected(kind: KeyType) -> None:
     der = good_csr(kind)
     for bit in range(len(der) * 8):
         flipped = bytearray(der)
         flipped[bit // 8] ^= 1 << bit % 8
         request = outcome(functools.partial(parse_csr, bytes(flipped)), CertmountError)
-        assert isinstance(request, CertmountError) or says_the_same(request.der, der), bit
+        assert isinstance(request, CertmountError) or is_equivalent(request.der, der), bit
 
 
 @given(
@@ -85,29 +82,26 @@ def test_no_flipped_bit_goes_unnoticed(kind: KeyType) -> None:
     st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 255)), min_size=1, max_size=8),
     st.integers(0, 3000),
 )
-def test_a_damaged_request_is_refused(kind: KeyType, damage: list[tuple[int, int]], length: int) -> None:
-    """Bytes overwritten, cut off or added: the request as it was, or InvalidCSR."""
+def test_damaged_csr_is_rejected(kind: KeyType, damage: list[tuple[int, int]], length: int) -> None:
     der = good_csr(kind)
     changed = bytearray(der[:length] if length < len(der) else der + bytes(length % 7))
     for position, byte in damage:
         if changed:
             changed[position % len(changed)] = byte
     request = outcome(lambda: parse_csr(bytes(changed)), CertmountError)
-    assert isinstance(request, CertmountError) or says_the_same(request.der, der)
+    assert isinstance(request, CertmountError) or is_equivalent(request.der, der)
 
 
 @given(st.one_of(st.binary(max_size=300), st.binary(max_size=100).map(lambda tail: b"\x30\x82\x01\x00" + tail)))
 @example(b"")
 @example(b"-----BEGIN CERTIFICATE REQUEST-----\n")
 @example(b"\x30" * 10_000)
-def test_garbage_is_refused(der: bytes) -> None:
-    """Bytes that are no request are InvalidCSR, never another error."""
-    assert "certificate signing request" in refusal(der)
+def test_arbitrary_bytes_are_rejected(der: bytes) -> None:
+    assert "certificate signing request" in rejection(der)
 
 
-def test_a_request_without_an_end_is_not_read() -> None:
-    """Size comes before parsing."""
-    assert f"use at most {MAX_CSR_BYTES}" in refusal(good_csr(KeyType.EC_P256) + bytes(MAX_CSR_BYTES))
+def test_too_large_csr_is_rejected_before_parsing() -> None:
+    assert f"use at most {MAX_CSR_BYTES}" in rejection(good_csr(KeyType.EC_P256) + bytes(MAX_CSR_BYTES))
 
 
 OTHER_KEYS: dict[str, Callable[[], x509.CertificateSigningRequest]] = {
@@ -125,35 +119,33 @@ def empty() -> x509.CertificateSigningRequestBuilder:
 
 
 @pytest.mark.parametrize("name", OTHER_KEYS)
-def test_a_key_of_another_type_is_refused(name: str) -> None:
-    """However well it is signed; the answer lists the types that are taken."""
-    assert "has an unsupported key type; use one of EC-P256, EC-P384, RSA-2048" in refusal(
+def test_unsupported_key_type_is_rejected(name: str) -> None:
+    assert "has an unsupported key type; use one of EC-P256, EC-P384, RSA-2048" in rejection(
         OTHER_KEYS[name]().public_bytes(Encoding.DER)
     )
 
 
-def test_someone_elses_key_is_refused() -> None:
-    """A request with a public key that its sender doesn't hold proves nothing."""
+def test_csr_with_a_replaced_key_is_rejected() -> None:
     mine, theirs = key_of(KeyType.EC_P256), key_of(KeyType.EC_P256, 1)
     der = build_csr(mine, Names())
     forged = der.replace(public_bytes(mine.public_key()), public_bytes(theirs.public_key()))
     assert forged != der
-    assert "has an invalid signature" in refusal(forged)
+    assert "has an invalid signature" in rejection(forged)
 
 
 def email(text: str) -> x509.RFC822Name:
-    """Unchecked, as a hostile request holds it."""
+    """Return an unvalidated address, as in a hostile CSR."""
     return x509.RFC822Name._init_without_validation(text)
 
 
 OTHER_NAMES: dict[str, tuple[x509.GeneralName, str]] = {
     "IP network": (x509.IPAddress(ip_network("10.0.0.0/8")), "is not an IP address"),
-    "IPv4 address in the dress of IPv6": (x509.IPAddress(ip_address("::ffff:10.0.0.1")), "use 10.0.0.1"),
-    "e-mail without a domain": (email("root"), "is not an email address"),
-    "e-mail with two": (email("root@a.example@b.example"), "has a domain that has the label"),
-    "e-mail with NUL": (email("root@a.example\x00.b.example"), r"has the label 'example\x00'"),
-    "e-mail with newline": (email("root\n@a.example"), "is not an email address"),
-    "e-mail with a quoted part": (email('"a b"@a.example'), "is not an email address"),
+    "IPv4-mapped IPv6 address": (x509.IPAddress(ip_address("::ffff:10.0.0.1")), "use 10.0.0.1"),
+    "email without a domain": (email("root"), "is not an email address"),
+    "email with two": (email("root@a.example@b.example"), "has a domain that has the label"),
+    "email with NUL": (email("root@a.example\x00.b.example"), r"has the label 'example\x00'"),
+    "email with newline": (email("root\n@a.example"), "is not an email address"),
+    "email with a quoted part": (email('"a b"@a.example'), "is not an email address"),
     "directory": (x509.DirectoryName(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "x")])), "DirectoryName"),
     "registered id": (x509.RegisteredID(ObjectIdentifier("1.2.3")), "RegisteredID"),
     "other name": (x509.OtherName(ObjectIdentifier("1.3.6.1.4.1.311.20.2.3"), b"\x0c\x01x"), "OtherName"),
@@ -168,13 +160,12 @@ OTHER_NAMES: dict[str, tuple[x509.GeneralName, str]] = {
 
 
 @pytest.mark.parametrize("name", OTHER_NAMES)
-def test_a_name_that_is_not_issued_is_refused(name: str) -> None:
-    """Other kinds of names, and malformed ones, are told by what is wrong with them."""
+def test_unsupported_or_invalid_name_is_rejected(name: str) -> None:
     general_name, words = OTHER_NAMES[name]
-    assert words in refusal(csr_with(x509.DNSName("good.example"), general_name))
+    assert words in rejection(csr_with(x509.DNSName("good.example"), general_name))
 
 
-# SubjectAlternativeName with an x400Address ([3]), which the library cannot read: RFC 5280 section 4.2.1.6.
+# A subject alternative name with an x400Address ([3]), which cryptography does not support (RFC 5280 section 4.2.1.6).
 X400 = x509.UnrecognizedExtension(ObjectIdentifier("2.5.29.17"), b"\x30\x02\xa3\x00")
 
 
@@ -187,13 +178,11 @@ X400 = x509.UnrecognizedExtension(ObjectIdentifier("2.5.29.17"), b"\x30\x02\xa3\
         x509.UnrecognizedExtension(ObjectIdentifier("2.5.29.19"), b""),
     ],
 )
-def test_extensions_that_cannot_be_read_are_refused(extension: x509.ExtensionType) -> None:
-    """Malformed alternative names, name constraints and basic constraints."""
-    assert "has invalid extensions" in refusal(csr_with(extensions=(extension,)))
+def test_invalid_extension_is_rejected(extension: x509.ExtensionType) -> None:
+    assert "has invalid extensions" in rejection(csr_with(extensions=(extension,)))
 
 
-def test_what_else_a_request_asks_for_is_passed_over() -> None:
-    """To be a CA, other usages, a subject: only key and names of a request count."""
+def test_subject_and_other_extensions_are_ignored() -> None:
     builder = (
         x509.CertificateSigningRequestBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "system:masters")]))
@@ -205,15 +194,14 @@ def test_what_else_a_request_asks_for_is_passed_over() -> None:
     assert request.names == names("a.example")
 
 
-def test_more_names_than_a_certificate_has_are_refused() -> None:
-    """A node that doesn't count is told to."""
+def test_number_of_names_is_limited() -> None:
     many = [x509.DNSName(f"n{number}.example") for number in range(MAX_NAMES + 1)]
-    assert f"at most {MAX_NAMES}" in refusal(csr_with(*many))
+    assert f"at most {MAX_NAMES}" in rejection(csr_with(*many))
     assert len(parse_csr(csr_with(*many[1:])).names) == MAX_NAMES
 
 
 def der_value(tag: int, *contents: bytes) -> bytes:
-    """Tag, length, content (X.690 section 8.1)."""
+    """Encode tag, length and content (X.690 section 8.1)."""
     content = b"".join(contents)
     if len(content) < 0x80:
         return bytes([tag, len(content)]) + content
@@ -225,15 +213,15 @@ ECDSA_WITH_SHA256 = bytes.fromhex("300a06082a8648ce3d040302")
 
 
 def signed(to_be_signed: bytes) -> bytes:
-    """A request of any content with a right signature over it, as whoever holds the key can make."""
+    """Return a CSR with any content and a valid signature."""
     key = key_of(KeyType.EC_P256)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     signature = key.sign(to_be_signed, ec.ECDSA(SHA256()))
     return der_value(0x30, to_be_signed, ECDSA_WITH_SHA256, der_value(0x03, b"\x00", signature))
 
 
-def holds(der: bytes, name: Name) -> bool:
-    """True when the very bytes of the name are in the request, whatever its structure is."""
+def contains(der: bytes, name: Name) -> bool:
+    """Return whether the CSR contains the bytes of the name, regardless of its structure."""
     wanted = name.address.packed if isinstance(name, IPAddress) else name.text.lower().encode()
     return wanted in (der if isinstance(name, IPAddress) else der.lower())
 
@@ -241,11 +229,10 @@ def holds(der: bytes, name: Name) -> bool:
 FUZZED = names("www.example.com", "*.example.com", "https://example.com/a", "10.0.0.1", "fd00::1", "a.b@example.com")
 TO_BE_SIGNED = x509.load_der_x509_csr(build_csr(key_of(KeyType.EC_P256), FUZZED)).tbs_certrequest_bytes
 SAN_STARTS = TO_BE_SIGNED.index(b"\x55\x1d\x11")
-"""Behind it come the alternative names, which a hostile request would change."""
+"""The start of the alternative names."""
 
 
-def test_a_request_can_be_signed_again() -> None:
-    """What the fuzzing starts from is a good request."""
+def test_signed_returns_a_valid_csr() -> None:
     assert parse_csr(signed(TO_BE_SIGNED)).names == FUZZED
 
 
@@ -267,8 +254,7 @@ edits = st.lists(
 
 @settings(max_examples=10 * settings().max_examples)
 @given(edits)
-def test_no_content_with_a_right_signature_is_read_as_other_names(changes: list[tuple[int, bytes, int]]) -> None:
-    """Bytes changed, taken out and put in, then signed: refused, or exactly names whose bytes are in the request."""
+def test_edited_csr_with_valid_signature_has_no_other_names(changes: list[tuple[int, bytes, int]]) -> None:
     content = TO_BE_SIGNED
     for position, new, taken in changes:
         content = content[:position] + new + content[position + taken :]
@@ -277,11 +263,11 @@ def test_no_content_with_a_right_signature_is_read_as_other_names(changes: list[
     if isinstance(request, CertmountError):
         assert request.reason is Reason.INVALID_CSR
         assert str(request).isprintable()
-        event("refused")
+        event("rejected")
     else:
-        assert all(holds(der, name) for name in request.names)
+        assert all(contains(der, name) for name in request.names)
         assert len(request.names) <= MAX_NAMES
-        event("read")
+        event("accepted")
 
 
 general_names = st.builds(
@@ -298,14 +284,13 @@ general_names = st.builds(
 
 @settings(max_examples=4 * settings().max_examples)
 @given(st.lists(general_names, max_size=4))
-def test_alternative_names_of_any_content_are_read_or_refused(wanted: list[bytes]) -> None:
-    """Every tag with every content: only names that are valid of their kind come out, each from bytes that are there."""
+def test_arbitrary_alternative_names_are_valid_or_rejected(wanted: list[bytes]) -> None:
     extension = x509.UnrecognizedExtension(ObjectIdentifier("2.5.29.17"), der_value(0x30, *wanted))
     der = csr_with(extensions=(extension,))
     request = outcome(lambda: parse_csr(der), CertmountError)
     if isinstance(request, ParsedCSR):
         assert len(request.names) <= len(wanted)
-        assert all(holds(der, name) for name in request.names)
+        assert all(contains(der, name) for name in request.names)
         assert parse_csr(build_csr(key_of(KeyType.EC_P256), request.names)).names == request.names
     else:
         assert request.reason is Reason.INVALID_CSR
@@ -313,8 +298,7 @@ def test_alternative_names_of_any_content_are_read_or_refused(wanted: list[bytes
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("tag", [0x30, 0x31, 0xA0, 0xA3, 0xA4], ids=lambda tag: f"{tag:#x}")
-def test_deep_and_wide_requests_are_refused_at_once(tag: int) -> None:
-    """Nested to the limit of size, or made of a very great number of very small things; also behind a right signature."""
+def test_deeply_nested_and_wide_csr_is_rejected_quickly(tag: int) -> None:
     nested = b""
     while len(nested) < MAX_CSR_BYTES - 1000:
         nested = der_value(tag, nested)
@@ -322,4 +306,4 @@ def test_deep_and_wide_requests_are_refused_at_once(tag: int) -> None:
     for hostile in (nested, wide, nested[:1000] * 60):
         extension = x509.UnrecognizedExtension(ObjectIdentifier("2.5.29.17"), hostile)
         for der in (hostile, signed(hostile), csr_with(extensions=(extension,))):
-            assert "certificate signing request" in refusal(der)
+            assert "certificate signing request" in rejection(der)

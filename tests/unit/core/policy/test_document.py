@@ -149,7 +149,11 @@ def test_the_line_of_a_rule_is_in_its_label() -> None:
         (rule(match_namespace=["x"]), "policy[0].match.namespace", "is unknown; did you mean namespaces?"),
         (rule(match_namespaceLabels=["x"]), "policy[0].match.namespaceLabels", "is not a mapping of labels to"),
         (rule(match_namespaceLabels={"a b": "x"}), "policy[0].match.namespaceLabels.a b", "is not a label key"),
-        (rule(match_namespaceLabels={"a": True}), "policy[0].match.namespaceLabels.a", "True is not a string; put it in"),
+        (
+            rule(match_namespaceLabels={"a": True}),
+            "policy[0].match.namespaceLabels.a",
+            "True is not a string; put it in",
+        ),
         (rule(match_namespaceLabels={"a": "x y"}), "policy[0].match.namespaceLabels.a", "'x y' is not a label value"),
         (
             rule(match_namespaceLabels={f"l{number}": "x" for number in range(1001)}),
@@ -180,7 +184,11 @@ def test_the_line_of_a_rule_is_in_its_label() -> None:
         (rule(match_namespaces="web"), "policy[0].match.namespaces", "is not a list"),
         (rule(match_namespaces=[7]), "policy[0].match.namespaces[0]", "7 is not a string; put it in quotes"),
         (rule(match_namespaces=["we b"]), "policy[0].match.namespaces[0]", "'we b' is not a name or a glob"),
-        (rule(match_namespaces=["Web"]), "policy[0].match.namespaces[0]", "'Web' is not a name or a glob; use lower-case"),
+        (
+            rule(match_namespaces=["Web"]),
+            "policy[0].match.namespaces[0]",
+            "'Web' is not a name or a glob; use lower-case",
+        ),
         (rule(match_namespaces=[""]), "policy[0].match.namespaces[0]", "is not a name or a glob"),
         (rule(allow_hosts=["x"]), "policy[0].allow.hosts", "is unknown; known keys: dns, uris, ips, emails"),
         (

@@ -221,7 +221,10 @@ def test_key_types_and_issuers_are_kept() -> None:
     assert granted.rules == ("policy[0]", "built-in")
     assert rules.decide(subject(), RequestedCertificate(issuer="acme")).names == names(OWN)
     nothing = refusal(outcome(lambda: policy().decide(subject(), RequestedCertificate(issuer="acme")), CertmountError))
-    assert f"{OWN}: is not allowed with the requested attributes: built-in allows it only with issuer internal, not acme" in nothing
+    assert (
+        f"{OWN}: is not allowed with the requested attributes: built-in allows it only with issuer internal, not acme"
+        in nothing
+    )
 
 
 def test_names_that_have_no_life_in_common_are_refused_together() -> None:
@@ -260,8 +263,9 @@ def test_the_deny_list_goes_before_everything() -> None:
         assert isinstance(result, CertmountError)
         assert result.reason is Reason.SERVICE_ACCOUNT_DENIED
         assert not result.retryable
-        assert "service account web/edge: is denied: stolen; ask an administrator to remove deny[0] from the deny list" in str(
-            result
+        assert (
+            "service account web/edge: is denied: stolen; ask an administrator to remove deny[0] from the deny list"
+            in str(result)
         )
     assert rules.denial(ServiceAccount("web", "edge")) == "stolen"
     assert rules.denial(ServiceAccount("web", "edg")) == "stolen"
