@@ -19,7 +19,7 @@ from csi_driver.node.authority_messages import IssuanceResponse
 from csi_driver.node.issuance.certificate_request import CertificateRequest, ObtainedCertificate, RequestKey
 from csi_driver.node.issuance.pending_requests import PendingRequests, PreparedRequest
 from csi_driver.node.issuance.request_queue import RequestQueue
-from csi_driver.node.issuance.shared_certificates import SharedCertificates
+from csi_driver.node.issuance.shared_certificates import SharedCertificates, ends_shared_request
 from csi_driver.node.issuance.stored_certificates import StoredCertificates
 from csi_driver.node.pods import PodToken
 from csi_driver.node.threads import in_thread
@@ -71,7 +71,7 @@ class CertificateClient:
             obtained = self._verify(response, prepared.key, request)
         except CertmountError as error:
             # InvalidResponse is retryable too: another key would not help, and would cause another order.
-            if not error.retryable:
+            if not error.retryable and (key.volume_id or ends_shared_request(error)):
                 self._pending.remove(key)
             raise
         if not obtained.interim:

@@ -170,6 +170,14 @@ class SharedCertificates:
             del self._certificates[key]
 
 
+def ends_shared_request(error: CertmountError) -> bool:
+    """Return True if a failure that is not retryable is final for all volumes of a shared certificate.
+
+    Otherwise, other pods continue with the same key: a new key would cause another order.
+    """
+    return error.reason.kind in _ENDS_SHARING or _affects_other_volumes(error)
+
+
 def _affects_other_volumes(error: CertmountError) -> bool:
     """Return True if the other volumes of a shared certificate would fail in the same way.
 

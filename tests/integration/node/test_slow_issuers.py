@@ -239,6 +239,19 @@ async def test_request_after_a_final_failure_uses_a_new_key(node: Node, shop: Fa
     assert len(set(node.script.csrs)) == 2
 
 
+@pytest.mark.parametrize("reason", [Reason.TOKEN_REJECTED, Reason.FEDERATION_NOT_FOUND])
+async def test_failure_of_one_pod_keeps_the_shared_order(node: Node, shop: FakePod, reason: Reason) -> None:
+    node.script.finished = False
+    await _pending(node, node.request(_again(shop, 1), EDGE))
+    node.script.failure = CertmountError(reason, "the authority rejected the request of this pod")
+    rejected = node.request(_again(shop, 2), EDGE)
+    assert (await failure_of(node.publish(rejected))).reason == reason.word
+    await node.unpublish(rejected)
+    node.script.failure, node.script.finished = None, True
+    await node.publish(node.request(_again(shop, 3), EDGE))
+    assert len(set(node.script.csrs)) == len(node.script.orders) == 1
+
+
 async def test_volumes_share_one_renewal(node: Node, shop: FakePod) -> None:
     node.script.renew_after = timedelta(seconds=3)
     requests = [node.request(_again(shop, number), EDGE) for number in range(5)]
