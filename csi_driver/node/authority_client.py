@@ -72,8 +72,7 @@ class AuthorityClient:
     async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuanceResponse:
         """Request a certificate for the names of a CSR (DER). If a replica fails, retry with another one for some seconds.
 
-        Raises:
-            CertmountError: the authority's reason, RootCertificateMissing, NodeTokenMissing or AuthorityUnavailable.
+        Raises CertmountError: the authority's reason, RootCertificateMissing, NodeTokenMissing or AuthorityUnavailable.
         """
         request = authority_pb2.IssueRequest(
             csr=csr,

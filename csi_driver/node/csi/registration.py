@@ -14,8 +14,7 @@ from csi_driver.core.errors import CertmountError, Fault, Reason
 
 log = structlog.get_logger(__name__)
 
-_MAX_SOCKET_PATH = 107
-"""The size of sun_path in unix(7) without the final NUL."""
+_MAX_SOCKET_PATH = 107  # the size of sun_path in unix(7) without the final NUL
 
 
 def listen(server: grpc.aio.Server, socket: Path) -> None:

@@ -50,9 +50,8 @@ class CertificateClient:
     async def obtain(self, request: CertificateRequest) -> ObtainedCertificate:
         """Return a certificate for the volume: its own, or the one that it shares with other volumes.
 
-        Raises:
-            CertmountError: TokenMissing, TokenExpired, InvalidResponse or the authority's reason. After a retryable
-                failure, the next request uses the same key and CSR.
+        Raises CertmountError: TokenMissing, TokenExpired, InvalidResponse or the authority's reason. After a retryable
+        failure, the next request uses the same key and CSR.
         """
         token = self._valid_token(request.token)
         if not await self._shared.is_shared(request.spec.issuer):

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from csi_driver.core.certificates.keys import PrivateKey
 from csi_driver.node.issuance.certificate_request import RequestKey
 
-_MAX_REQUESTS = 1_000
-"""Ten times the volumes of a busy node."""
+_MAX_REQUESTS = 1_000  # ten times the volumes of a busy node
 _EXPIRES_AFTER_S = 3600.0
 """The kubelet retries within minutes. A request without a retry for this long belongs to a deleted pod."""
 

@@ -23,8 +23,7 @@ from csi_driver.core.renewal import plan_renewal
 from csi_driver.core.spec import DEFAULT_ISSUER, CertificateSpec
 from csi_driver.node.issuance.certificate_request import ObtainedCertificate, RequestKey
 
-_MAX_CERTIFICATES = 1_000
-"""A node runs a few hundred pods."""
+_MAX_CERTIFICATES = 1_000  # a node runs a few hundred pods
 _BUNDLE_TIMEOUT_S = 20.0
 """How long to wait for the first trust bundle, which the authority sends about a second after the start."""
 _ENDS_SHARING = (FailureKind.NOT_ALLOWED, FailureKind.DENIED)
@@ -66,9 +65,8 @@ class SharedCertificates:
     async def is_shared(self, issuer: str) -> bool:
         """Return True if pods share the certificates of an issuer.
 
-        Raises:
-            CertmountError: AuthorityUnavailable if no trust bundle arrives. Otherwise each pod of a Deployment could
-                order its own certificate when the driver has just started.
+        Raises CertmountError: AuthorityUnavailable if no trust bundle arrives. Otherwise each pod of a Deployment could
+        order its own certificate when the driver has just started.
         """
         if issuer == DEFAULT_ISSUER:
             return False
@@ -88,8 +86,7 @@ class SharedCertificates:
         A renewal needs a certificate that is not due for renewal. For its first certificate, a volume also uses one that
         has recently become due, so that its pod can start.
 
-        Raises:
-            CertmountError: the failure of ``obtain``, or FederationNotFound.
+        Raises CertmountError: the failure of ``obtain``, or FederationNotFound.
         """
         while True:
             if (shared := self._usable(key, spec, is_renewal=is_renewal)) is not None:

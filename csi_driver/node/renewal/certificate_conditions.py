@@ -11,8 +11,7 @@ from csi_driver.node.scheduler import Scheduler
 from csi_driver.node.volumes.remover import VolumeRemover
 from csi_driver.node.volumes.volume import Volume, VolumeTable
 
-_FAILURES_TO_REPORT = 2
-"""A single failure is often temporary."""
+_FAILURES_TO_REPORT = 2  # a single failure is often temporary
 _NOT_REPORTED = (FailureKind.OVERLOADED, FailureKind.PENDING)
 """Failures that are no problem until the renewal is overdue. An overloaded authority needs fewer requests, not reports."""
 

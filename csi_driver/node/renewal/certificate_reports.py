@@ -20,8 +20,7 @@ _MAX_ATTEMPTS = 5
 _BURST = 10
 _INTERVAL_S = 30.0
 """After a burst, the interval between reports: a failure of all pods on all nodes must not overload the authority."""
-_MAX_MESSAGE_LENGTH = 1024
-"""The limit of a Kubernetes event."""
+_MAX_MESSAGE_LENGTH = 1024  # the limit of a Kubernetes event
 
 
 class CertificateReporter:

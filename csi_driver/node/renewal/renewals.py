@@ -29,8 +29,7 @@ log = structlog.get_logger(__name__)
 
 _TOKEN_TIMEOUT_S = 300.0
 """The next republish brings a token and starts the renewal. This retry is for a kubelet that does not republish."""
-_POLICY_JITTER_S = 30.0
-"""All nodes receive a new policy at the same time, so spread the renewals that it may allow."""
+_POLICY_JITTER_S = 30.0  # all nodes receive a new policy at the same time, so spread the renewals that it may allow
 _EARLY_RENEWAL_JITTER_S = 30.0
 """A CA can suggest an early renewal for all of its certificates, so spread these renewals."""
 _POLICY_PROPAGATION_S = 180.0

@@ -63,8 +63,7 @@ class RootDistribution:
     def apply_bundle(self, sets: Mapping[str, RootSet]) -> None:
         """Apply all root sets of a trust bundle, and schedule the volumes that need them.
 
-        Raises:
-            CertmountError: InvalidResponse if a root is not a certificate; then nothing is applied.
+        Raises CertmountError: InvalidResponse if a root is not a certificate; then nothing is applied.
         """
         for name, roots in sets.items():
             parse_certificates(roots.roots, f"roots of {name}")

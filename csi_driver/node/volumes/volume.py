@@ -30,17 +30,14 @@ class Volume:
     record: VolumeRecord
     spec: CertificateSpec
     token: PodToken | None = None
-    failure: CertmountError | None = None
-    """The error of the last renewal, or None if it succeeded."""
-    renewal_failures: int = 0
-    """Consecutive failures."""
+    failure: CertmountError | None = None  # the error of the last renewal, or None if it succeeded
+    renewal_failures: int = 0  # consecutive failures
     renewal_stopped: bool = False
     """True if the driver does not retry the renewal before the policy changes, because the policy denies the pod."""
     renewing: bool = False
     root_sets: Mapping[str, RootSet] = field(default_factory=dict)
     """The root sets that the files contain. Empty after a restart, until the driver has read the files."""
-    root_failures: int = 0
-    """Consecutive failures to write new roots."""
+    root_failures: int = 0  # consecutive failures to write new roots
 
     @property
     def pod(self) -> Pod:

@@ -22,10 +22,8 @@ from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-EDGE = {"issuer": "acme", "name": "shop.example.com"}
-"""An issuer whose certificates are shared."""
-ALONE = {"issuer": "slow", "name": "shop.example.com"}
-"""An issuer whose certificates are not shared."""
+EDGE = {"issuer": "acme", "name": "shop.example.com"}  # an issuer whose certificates are shared
+ALONE = {"issuer": "slow", "name": "shop.example.com"}  # an issuer whose certificates are not shared
 NEVER = timedelta(hours=1)
 NOT_ALLOWED = CertmountError(Reason.NAME_NOT_ALLOWED, "shop.example.com: no policy rule allows this name")
 
