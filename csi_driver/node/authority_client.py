@@ -119,7 +119,6 @@ class AuthorityClient:
         await self._send(self._stub().Report, request)
 
     def root_problem(self) -> str | None:
-        """Return why the root file of the authority is unusable, or None."""
         try:
             self._read_roots()
         except CertmountError as error:
@@ -127,7 +126,6 @@ class AuthorityClient:
         return None
 
     async def close(self) -> None:
-        """Close all channels and end the calls in progress."""
         for channel in (*self._retired, *([self._channel] if self._channel else [])):
             await channel.close()
         self._retired, self._channel = [], None
@@ -192,7 +190,6 @@ def _root_sets(sets: Mapping[str, authority_pb2.RootSet]) -> Mapping[str, RootSe
 
 
 def _read(path: Path) -> bytes:
-    """Return the content of a file, or nothing if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(_MAX_FILE_BYTES)

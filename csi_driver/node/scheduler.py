@@ -78,7 +78,6 @@ class Scheduler:
         self._due_times.cancel(key)
 
     async def run(self) -> None:
-        """Run actions until cancelled."""
         async with asyncio.TaskGroup() as actions:
             while True:
                 self._wake.clear()

@@ -32,7 +32,6 @@ class VerifiedCertificate:
 
     @property
     def leaf(self) -> x509.Certificate:
-        """The pod's certificate."""
         return self.chain[0]
 
 

@@ -39,7 +39,6 @@ class KubeletRegistration(registration_pb2_grpc.RegistrationServicer):
         """Why the kubelet has not registered the driver; empty if it has."""
 
     async def start(self) -> None:
-        """Create the socket, which the kubelet detects."""
         server = grpc.aio.server()
         registration_pb2_grpc.add_RegistrationServicer_to_server(self, server)
         listen(server, self._socket)
@@ -55,7 +54,6 @@ class KubeletRegistration(registration_pb2_grpc.RegistrationServicer):
     async def GetInfo(
         self, _request: registration_pb2.InfoRequest, _context: grpc.aio.ServicerContext[Any, Any]
     ) -> registration_pb2.PluginInfo:
-        """Return the driver's name and CSI socket."""
         return registration_pb2.PluginInfo(
             type="CSIPlugin", name=DRIVER_NAME, endpoint=str(self._csi_socket), supported_versions=["1.0.0"]
         )

@@ -21,7 +21,6 @@ _CAPABILITIES = (_Rpc.VOLUME_MOUNT_GROUP, _Rpc.GET_VOLUME_STATS, _Rpc.GET_VOLUME
 
 
 def describe_call(_method: str, request: object) -> Mapping[str, str]:
-    """Return the volume and the pod of a call as log fields."""
     fields: dict[str, str] = {}
     if volume_id := getattr(request, "volume_id", ""):
         fields["volume"] = volume_id[:256]
@@ -67,7 +66,6 @@ class NodeService(csi_pb2_grpc.NodeServicer):
     async def NodeUnpublishVolume(
         self, request: csi_pb2.NodeUnpublishVolumeRequest, _context: _Context
     ) -> csi_pb2.NodeUnpublishVolumeResponse:
-        """Remove the volume. An unknown volume is not an error."""
         _require(request, "volume_id", "target_path")
         await self.published.unpublish(request.volume_id, request.target_path)
         return csi_pb2.NodeUnpublishVolumeResponse()

@@ -64,7 +64,6 @@ class _ClassQueue:
         return self.controller.wait_s(now, self._heap[0][1] - wall_now) if self._heap else math.inf
 
     def start_next(self) -> QueuedRequest:
-        """Start the next request, after :meth:`wait_s` has returned 0."""
         request = heapq.heappop(self._heap)[3]
         request.waiting = False
         self.controller.begin()
@@ -80,7 +79,6 @@ class _ClassQueue:
             del self._requests_of[request.pod]
 
     def waiting(self) -> list[QueuedRequest]:
-        """Return the requests that wait, in no particular order."""
         return [request for *_, request in self._heap if request.waiting]
 
     @property

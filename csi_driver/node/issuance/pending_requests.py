@@ -44,7 +44,6 @@ class PendingRequests:
         return prepared
 
     def put(self, key: RequestKey, prepared: PreparedRequest) -> None:
-        """Store a request that is about to be sent."""
         self._requests[key] = self._clock(), prepared
         self._requests.move_to_end(key)
         self.remove_expired()
@@ -52,7 +51,6 @@ class PendingRequests:
             self._requests.popitem(last=False)
 
     def remove(self, key: RequestKey) -> None:
-        """Remove a request that has a final result."""
         self._requests.pop(key, None)
 
     def remove_expired(self) -> None:

@@ -83,7 +83,6 @@ class RequestQueue:
         return response
 
     def outage(self, issuer: str) -> CertmountError | None:
-        """Return the failure that every request to an issuer would have now, or None."""
         return self._queues[issuer].outage if issuer in self._queues else None
 
     def pause_s(self, issuer: str, not_after: float) -> float:

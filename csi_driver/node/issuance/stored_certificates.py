@@ -62,7 +62,6 @@ class StoredCertificates:
         return None
 
     async def key_fingerprint(self, volume: Volume) -> str | None:
-        """Return the fingerprint of a volume's public key, or None if the files cannot be read."""
         pair = await self._read(volume)
         return key_fingerprint(pair[0].public_key()) if pair is not None else None
 

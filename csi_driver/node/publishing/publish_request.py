@@ -144,7 +144,6 @@ def _group_faults(group: str) -> list[Fault]:
 
 
 def _pod_token(tokens: str, pod: Pod) -> PodToken | None:
-    """Return the token with our audience, or None if the kubelet sent no token."""
     if not tokens:
         return None
     try:

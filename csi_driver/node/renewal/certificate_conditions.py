@@ -36,7 +36,6 @@ class ConditionTracker:
         self.volumes.when_forgotten(self.reporter.forget)
 
     def watch(self, volume: Volume) -> None:
-        """Schedule the expiry check of a volume's current certificate."""
         if volume.record.issued_at < volume.record.not_after:  # False if the certificate could not be read.
             self.expiry_checks.schedule(volume.record.volume_id, volume.overdue_at)
 

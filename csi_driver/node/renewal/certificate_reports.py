@@ -53,14 +53,12 @@ class CertificateReporter:
         self._added.set()
 
     def forget(self, volume_id: str) -> None:
-        """Remove the reports of a volume that was removed."""
         self._waiting.pop(volume_id, None)
         self._reported.pop(volume_id, None)
         if self._sending == volume_id:
             self._sending = ""
 
     async def run(self) -> None:
-        """Send one report after another until cancelled."""
         clock = asyncio.get_running_loop().time
         refilled_at = clock()
         while True:

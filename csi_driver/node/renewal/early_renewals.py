@@ -25,7 +25,6 @@ class EarlyRenewals:
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def update(self, renew_now: Collection[str]) -> None:
-        """Store the fingerprints of the keys whose certificates must be renewed now."""
         if renew_now != self._renew_now:
             self._renew_now = renew_now
             self._changed.set()

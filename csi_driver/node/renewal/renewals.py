@@ -93,7 +93,6 @@ class Renewals:
             self._schedule(volume, min(early, volume.record.renew_at))
 
     def problem(self, volume: Volume) -> VolumeProblem | None:
-        """Return what is wrong with a volume's certificate, or None if it is healthy."""
         return volume.problem(self.clock(), self.queue.outage(volume.spec.issuer))
 
     async def _renew_in_turn(self, volume_id: str) -> None:

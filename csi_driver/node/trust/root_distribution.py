@@ -52,7 +52,6 @@ class RootDistribution:
 
     @property
     def known(self) -> Mapping[str, RootSet]:
-        """The newest version of each root set."""
         return self._known.sets
 
     def apply_bundle(self, sets: Mapping[str, RootSet]) -> None:

@@ -31,7 +31,6 @@ class FileAccess:
     group: int | None
 
     def volume_file(self, file: RenderedFile) -> VolumeFile:
-        """Return the file with its mode and group."""
         if not file.private or self.group is None:
             return VolumeFile(file.name, file.content, 0o444, None)
         return VolumeFile(file.name, file.content, 0o440, self.group)
