@@ -7,8 +7,7 @@ from csi_driver.core.errors import FailureKind, Retry
 
 RENEWAL_FRACTION = 2 / 3
 """The default renewal time, as a fraction of the lifetime. The last third remains to outlast an outage."""
-JITTER = 0.1
-"""The largest shift of a renewal time, as a fraction of the shorter time to issuance or expiry."""
+JITTER = 0.1  # the largest shift of a renewal time, as a fraction of the shorter time to issuance or expiry
 _MARGIN_S = 1.0
 """The shortest time from issuance to renewal and from renewal to expiry; a third of a lifetime below 3 s.
 
@@ -17,8 +16,7 @@ It prevents a renewal loop, and renewals that are so late that any delay is an o
 _RETRY_JITTER = 0.25
 _RETRY = Backoff(1.0, 30.0, jitter=_RETRY_JITTER)
 """The cap lets a volume recover within a minute after the authority does."""
-_SLOW_RETRY = Backoff(1.0, 300.0, jitter=_RETRY_JITTER)
-"""A person must act first, so more frequent retries do not help."""
+_SLOW_RETRY = Backoff(1.0, 300.0, jitter=_RETRY_JITTER)  # a person must act first, so more frequent retries do not help
 _LONGEST_PROBE_DELAY_S = 600.0
 
 

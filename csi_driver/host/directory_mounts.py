@@ -20,19 +20,16 @@ class DirectoryMounts:
     """
 
     def make_tmpfs(self, point: Path, size_bytes: int, inodes: int) -> None:  # noqa: ARG002 - directories have no limits
-        """Mark the directory. Neither limit is enforced."""
         with translate_os_errors("volume", "create a directory at", point):
             point.chmod(0o700)
             (point / _MARKER).touch(mode=0o600, exist_ok=False)
 
     def bind_read_only(self, source: Path, target: Path) -> None:
-        """Replace the empty directory ``target`` with a symbolic link."""
         with translate_os_errors("target_path", f"link {source} at", target):
             target.rmdir()
             target.symlink_to(source.absolute())
 
     def is_bound(self, source: Path, target: Path) -> bool:
-        """Return True if ``target`` is a link to ``source``."""
         try:
             return target.readlink() == source.absolute() and source.is_dir()
         except OSError:

@@ -47,7 +47,6 @@ def find_mount(identifier: int, path: Path = MOUNTINFO) -> MountEntry | None:
 
 
 def parse_mount(line: bytes) -> MountEntry | None:
-    """Parse a line, or return None if it is malformed."""
     own, separator, shared = line.removesuffix(b"\n").partition(b" - ")
     # Split at single spaces, because the mount source can be an empty string.
     fields, system = own.split(b" "), shared.split(b" ")

@@ -44,12 +44,10 @@ _libc.syscall.restype = ctypes.c_long
 
 
 def mount(source: str | None, target: str, fs_type: str | None, flags: int, data: str | None = None) -> None:
-    """Mount a file system, or change a mount."""
     _checked(_libc.mount(_bytes(source), _bytes(target), _bytes(fs_type), flags, _bytes(data)))
 
 
 def unmount(target: str, flags: int) -> None:
-    """Unmount the topmost mount: umount2(2)."""
     _checked(_libc.umount2(_bytes(target), flags))
 
 

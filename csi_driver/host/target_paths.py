@@ -28,10 +28,9 @@ _CREATED_BY_KUBELET: Final = ("plugins_registry", "pods")
 def check_target(kubelet_dir: Path, target: str, pod_uid: str) -> Path:
     """Return the target path, which need not exist. Costs two stat calls.
 
-    Raises:
-        CertmountError: INVALID_REQUEST if the path is not absolute and normalized or the pod UID is invalid,
-            INVALID_KUBELET_DIRECTORY if the path is outside the kubelet directory, INVALID_TARGET_PATH if it is in
-            another pod's directory, has no parent directory, or is not a directory.
+    Raises CertmountError: INVALID_REQUEST if the path is not absolute and normalized or the pod UID is invalid,
+    INVALID_KUBELET_DIRECTORY if the path is outside the kubelet directory, INVALID_TARGET_PATH if it is in another
+    pod's directory, has no parent directory, or is not a directory.
     """
     if not _POD_UID.fullmatch(pod_uid):
         raise CertmountError(

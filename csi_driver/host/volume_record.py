@@ -32,7 +32,6 @@ class VolumeRecord:
     interim: bool = False
 
     def to_json(self) -> bytes:
-        """Return the record as JSON."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["attributes"] = dict(self.attributes)
         return json.dumps(values, allow_nan=False, separators=(",", ":")).encode()

@@ -71,7 +71,6 @@ class VolumeStore:
         return volume_id if _PLAIN_KEY.fullmatch(volume_id) else hashlib.sha256(volume_id.encode()).hexdigest()
 
     def files_dir(self, volume_id: str) -> Path:
-        """Return the directory that is bound at target paths."""
         return self._directory(volume_id) / _FILES
 
     def create(self, volume_id: str) -> None:

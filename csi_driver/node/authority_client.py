@@ -72,8 +72,7 @@ class AuthorityClient:
     async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuanceResponse:
         """Request a certificate for the names of a CSR (DER). If a replica fails, retry with another one for some seconds.
 
-        Raises:
-            CertmountError: the authority's reason, RootCertificateMissing, NodeTokenMissing or AuthorityUnavailable.
+        Raises CertmountError: the authority's reason, RootCertificateMissing, NodeTokenMissing or AuthorityUnavailable.
         """
         response = await self._issue(issue_request(csr, token, spec))
         renew_after = response.renew_after.ToTimedelta() if response.HasField("renew_after") else None
@@ -111,7 +110,6 @@ class AuthorityClient:
         await self._send(self._stub().Report, request)
 
     def root_problem(self) -> str | None:
-        """Return why the root file of the authority is unusable, or None."""
         try:
             self._read_roots()
         except CertmountError as error:
@@ -119,7 +117,6 @@ class AuthorityClient:
         return None
 
     async def close(self) -> None:
-        """Close all channels and end the calls in progress."""
         for channel in (*self._retired, *([self._channel] if self._channel else [])):
             await channel.close()
         self._retired, self._channel = [], None
@@ -184,7 +181,6 @@ def _root_sets(sets: Mapping[str, authority_pb2.RootSet]) -> Mapping[str, RootSe
 
 
 def _read(path: Path) -> bytes:
-    """Return the content of a file, or nothing if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(_MAX_FILE_BYTES)

@@ -27,10 +27,8 @@ class TrustBundle:
     """All root sets of the authority by name, not yet verified, and what else the authority streams to its nodes."""
 
     sets: Mapping[str, RootSet]
-    policy_revision: str
-    """Differs for each version of the policy."""
-    shared_issuers: frozenset[str] = frozenset()
-    """Issuers whose certificates the pods of a service account share."""
+    policy_revision: str  # differs for each version of the policy
+    shared_issuers: frozenset[str] = frozenset()  # issuers whose certificates the pods of a service account share
     renew_now: frozenset[str] = frozenset()
     """Fingerprints of the keys whose certificates the CA suggests to renew now (ARI, RFC 9773)."""
 

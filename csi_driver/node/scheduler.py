@@ -7,6 +7,7 @@ import contextlib
 import heapq
 import math
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 
 MAX_CONCURRENT_ACTIONS = 8
 _LONGEST_SLEEP_S = 60.0
@@ -53,24 +54,19 @@ class DueTimes:
             heapq.heappop(self._heap)
 
 
+@dataclass(eq=False)
 class Scheduler:
     """Calls ``action(key)`` when the key's due time comes, for at most ``limit`` keys at the same time.
 
     Due times are unix seconds of ``clock``. An action must not raise.
     """
 
-    def __init__(
-        self,
-        clock: Callable[[], float],
-        action: Callable[[str], Awaitable[None]],
-        limit: float = MAX_CONCURRENT_ACTIONS,
-    ) -> None:
-        self._clock = clock
-        self._action = action
-        self._limit = limit
-        self._running = 0
-        self._due_times = DueTimes()
-        self._wake = asyncio.Event()
+    clock: Callable[[], float]
+    action: Callable[[str], Awaitable[None]]
+    limit: float = MAX_CONCURRENT_ACTIONS
+    _running: int = 0
+    _due_times: DueTimes = field(default_factory=DueTimes)
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
     def schedule(self, key: str, due: float) -> None:
         """Set the due time of a key. It replaces an earlier one."""
@@ -82,13 +78,12 @@ class Scheduler:
         self._due_times.cancel(key)
 
     async def run(self) -> None:
-        """Run actions until cancelled."""
         async with asyncio.TaskGroup() as actions:
             while True:
                 self._wake.clear()
                 wait_s = _LONGEST_SLEEP_S
-                while self._running < self._limit:
-                    now = self._clock()
+                while self._running < self.limit:
+                    now = self.clock()
                     if (key := self._due_times.take(now)) is None:
                         wait_s = min(self._due_times.wait_s(now), wait_s)
                         break
@@ -101,7 +96,7 @@ class Scheduler:
 
     async def _run(self, key: str) -> None:
         try:
-            await self._action(key)
+            await self.action(key)
         finally:
             self._running -= 1
             self._wake.set()

@@ -64,7 +64,6 @@ class NodeMetrics(Collector):
             self._failures[volume_id] = reason
 
     def roots_behind(self, volume_id: str, *, behind: bool) -> None:
-        """Set whether a volume lacks new roots because they could not be written."""
         (self._roots_behind.add if behind else self._roots_behind.discard)(volume_id)
 
     def count_waiting(self, renewals_waiting: Callable[[], int]) -> None:

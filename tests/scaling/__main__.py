@@ -21,8 +21,7 @@ _SCENARIOS = {
     "outage": "After an outage of the authority of one hour",
     "zone": "A zone (a third of the nodes) restarts",
 }
-_MAX_NODES = 1_000
-"""Nodes to simulate if each of them renews all of its certificates; larger clusters are sampled."""
+_MAX_NODES = 1_000  # nodes to simulate if each of them renews all of its certificates; larger clusters are sampled
 _MEMORY_MB, _MEMORY_PER_POD_B = 130, 200
 
 

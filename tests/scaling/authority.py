@@ -14,18 +14,14 @@ _NODE_REVIEW_CACHED_S = 5.0
 class Figures:
     """The assumptions. docs/scaling.md explains which of them are measured."""
 
-    issue_per_core_s: float = 900.0
-    """Certificates per second of one replica with one core."""
-    rejection_s: float = 0.0004
-    """CPU time of a rejected call, as for an echo over TLS."""
+    issue_per_core_s: float = 900.0  # certificates per second of one replica with one core
+    rejection_s: float = 0.0004  # CPU time of a rejected call, as for an echo over TLS
     max_in_progress: int = 512
     """Calls in progress in one replica. It rejects others with AuthorityOverloaded (csi_driver/authority/issuance/pipeline.py)."""
-    review_s: float = 0.005
-    """The latency of a TokenReview."""
+    review_s: float = 0.005  # the latency of a TokenReview
     unavailable_timeout_s: float = 6.0
     """How long a node waits for a replica that does not respond (csi_driver/node/authority_client.py)."""
-    reconnect_s: float = 5.0
-    """The longest time until a node's connection finds an available replica."""
+    reconnect_s: float = 5.0  # the longest time until a node's connection finds an available replica
 
     def scaled(self, share: float) -> Figures:
         """Return the figures for a sample of the nodes: this share of the capacity, and the same latencies."""

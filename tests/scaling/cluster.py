@@ -60,10 +60,8 @@ class Cluster:
         self._events_added = 0
         self.caught_up_at = -math.inf
         """The time of the last certificate that was due before second 0, or that a new pod waited for."""
-        self.expired = 0
-        """Certificates that expired before their renewal."""
-        self.expired_after = 0
-        """Those that were still valid at second 0."""
+        self.expired = 0  # certificates that expired before their renewal
+        self.expired_after = 0  # those that were still valid at second 0
 
     # Before the simulation.
 

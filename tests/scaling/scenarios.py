@@ -12,12 +12,9 @@ from tests.scaling.cluster import Cluster
 
 PODS = 110
 _OUTAGE_S = 3600.0
-_SIMULATED_OUTAGE_S = 60.0
-"""The end of the outage, simulated with all nodes. Before it, each node is simulated alone."""
-_BOOT_S = 60.0
-"""The time between the first and the last node of the zone that starts its pods."""
-_MOUNT_S = 2.0
-"""The time in which a kubelet starts to mount the volumes of all its pods."""
+_SIMULATED_OUTAGE_S = 60.0  # The end of the outage, simulated with all nodes. Before it, each node is simulated alone.
+_BOOT_S = 60.0  # the time between the first and the last node of the zone that starts its pods
+_MOUNT_S = 2.0  # the time in which a kubelet starts to mount the volumes of all its pods
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +25,7 @@ class Case:
     nodes: int
     lifetime_s: float
     replicas: int
-    share: float = 1.0
-    """The share of the nodes that is simulated, with an authority of the same share of the capacity."""
+    share: float = 1.0  # the share of the nodes that is simulated, with an authority of the same share of the capacity
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +35,14 @@ class Result:
     case: Case
     mean: float
     worst: float
-    usual: float
-    """The mean in normal operation."""
-    seconds: int
-    """The length of the period: until the last certificate that was due or a new pod waited for."""
+    usual: float  # the mean in normal operation
+    seconds: int  # the length of the period: until the last certificate that was due or a new pod waited for
     reviews_mean: float
     reviews_worst: float
     rejected: int
-    expired_in: int
-    """Certificates that expired in the outage."""
-    expired_after: int
-    """Certificates that were still valid at the end of the outage and expired before their renewal."""
-    later_worst: float
-    """The worst second after the period, when certificates that were issued together are renewed."""
+    expired_in: int  # certificates that expired in the outage
+    expired_after: int  # certificates that were still valid at the end of the outage and expired before their renewal
+    later_worst: float  # the worst second after the period, when certificates that were issued together are renewed
 
 
 def replicas_for(nodes: int, lifetime_s: float, figures: Figures) -> int:

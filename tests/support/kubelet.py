@@ -18,8 +18,7 @@ from csi_driver._proto import csi_pb2, csi_pb2_grpc, registration_pb2, registrat
 
 _OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 _REGISTRATION_S = 20.0
-_TOKEN_KEY = secrets.token_bytes(32)
-"""Signs tokens that only a scripted authority accepts."""
+_TOKEN_KEY = secrets.token_bytes(32)  # signs tokens that only a scripted authority accepts
 
 
 @dataclass(frozen=True)

@@ -92,26 +92,17 @@ class Script:
     """What the authority does. Tests can change it at any time."""
 
     delay_s: float = 0.0
-    gate: asyncio.Event | None = None
-    """If not None, requests wait for it."""
-    external_gate: asyncio.Event | None = None
-    """If not None, requests to external issuers wait for it."""
-    lifetime: timedelta = timedelta(hours=1)
-    """Without a requested duration."""
+    gate: asyncio.Event | None = None  # if not None, requests wait for it
+    external_gate: asyncio.Event | None = None  # if not None, requests to external issuers wait for it
+    lifetime: timedelta = timedelta(hours=1)  # without a requested duration
     failure: CertmountError | None = None
-    renew_after: timedelta | None = None
-    """A short time causes an early renewal."""
+    renew_after: timedelta | None = None  # a short time causes an early renewal
     tamper: Callable[[Response], Response] = lambda response: response
-    calls: int = 0
-    """All issuance requests."""
-    tokens: list[str] = field(default_factory=list)
-    """The pod token of each request."""
-    csrs: list[bytes] = field(default_factory=list)
-    """The CSR of each request."""
-    issued: list[Names] = field(default_factory=list)
-    """The names of each signed certificate."""
-    finished: bool = True
-    """If false, requests to external issuers stay pending."""
+    calls: int = 0  # all issuance requests
+    tokens: list[str] = field(default_factory=list)  # the pod token of each request
+    csrs: list[bytes] = field(default_factory=list)  # the CSR of each request
+    issued: list[Names] = field(default_factory=list)  # the names of each signed certificate
+    finished: bool = True  # if false, requests to external issuers stay pending
     interim_renew_after: timedelta | None = None
     """If not None, pending requests get an interim certificate to renew after this time."""
     orders: dict[bytes, Names] = field(default_factory=dict)
@@ -127,12 +118,9 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         self.root_file = directory / "root.crt"
         self.token_file = directory / "node-token"
         self.address = ""
-        self.watchers = 0
-        """The number of open trust streams."""
-        self.acknowledged: list[tuple[str, int]] = []
-        """Sets and generations."""
-        self.acknowledgement_gate: asyncio.Event | None = None
-        """If not None, acknowledgements wait for it."""
+        self.watchers = 0  # the number of open trust streams
+        self.acknowledged: list[tuple[str, int]] = []  # sets and generations
+        self.acknowledgement_gate: asyncio.Event | None = None  # if not None, acknowledgements wait for it
         self.reports: list[authority_pb2.ReportRequest] = []
         self.sets: dict[str, RootSet] = {DEFAULT_ISSUER: RootSet((self.ca.der,), 1)}
         """The current root sets. :meth:`send_bundle` sends them."""
@@ -140,8 +128,7 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         self.external_issuers: dict[str, TestCA] = {}
         """They sign only the names of the CSR and no SPIFFE ID, like public CAs."""
         self.shared_issuers: tuple[str, ...] = ()
-        self.renew_now: tuple[str, ...] = ()
-        """Fingerprints of keys whose certificates need an early renewal."""
+        self.renew_now: tuple[str, ...] = ()  # fingerprints of keys whose certificates need an early renewal
         self._version = 0
         self._changed = asyncio.Condition()
         self._server: grpc.aio.Server | None = None

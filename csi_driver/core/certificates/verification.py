@@ -19,10 +19,8 @@ from csi_driver.core.names import DNSName, Names
 
 _Extension = TypeVar("_Extension", bound=x509.ExtensionType)
 _MAX_CERTIFICATES = 10
-_MAX_ROOTS = 100
-"""The roots of an issuer during a rotation, and of ten federations."""
-_MAX_CERTIFICATE_BYTES = MAX_CSR_BYTES
-"""The names make up most of both, so a certificate for any valid CSR fits."""
+_MAX_ROOTS = 100  # the roots of an issuer during a rotation, and of ten federations
+_MAX_CERTIFICATE_BYTES = MAX_CSR_BYTES  # the names make up most of both, so a certificate for any valid CSR fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +32,6 @@ class VerifiedCertificate:
 
     @property
     def leaf(self) -> x509.Certificate:
-        """The pod's certificate."""
         return self.chain[0]
 
 
@@ -58,8 +55,7 @@ def verify_certificate(
 ) -> VerifiedCertificate:
     """Parse a chain and roots (X.509 DER) and check them against the request.
 
-    Raises:
-        CertmountError: InvalidResponse with all mismatches.
+    Raises CertmountError: InvalidResponse with all mismatches.
     """
     verified = VerifiedCertificate(parse_certificates(chain, "chain"), parse_certificates(roots, "roots", _MAX_ROOTS))
     problems = [

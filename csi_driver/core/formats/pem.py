@@ -23,7 +23,6 @@ class PEMFormat:
     """
 
     def render(self, contents: VolumeContents) -> tuple[RenderedFile, ...]:
-        """Return ``root.crt``, ``site.crt``, ``site.key`` and ``site.pem``."""
         key, chain = encode_key(contents.key).reveal(), encode_certificates(contents.chain)
         return (
             RenderedFile(ROOTS, Secret(encode_certificates(contents.roots)), private=False),
@@ -34,7 +33,6 @@ class PEMFormat:
 
 
 def encode_certificates(certificates: Sequence[x509.Certificate]) -> bytes:
-    """Return the certificates as concatenated PEM."""
     return b"".join(certificate.public_bytes(Encoding.PEM) for certificate in certificates)
 
 

@@ -14,8 +14,7 @@ from csi_driver.core.errors import CertmountError, Fault, Reason
 
 log = structlog.get_logger(__name__)
 
-_MAX_SOCKET_PATH = 107
-"""The size of sun_path in unix(7) without the final NUL."""
+_MAX_SOCKET_PATH = 107  # the size of sun_path in unix(7) without the final NUL
 
 
 def listen(server: grpc.aio.Server, socket: Path) -> None:
@@ -40,7 +39,6 @@ class KubeletRegistration(registration_pb2_grpc.RegistrationServicer):
         """Why the kubelet has not registered the driver; empty if it has."""
 
     async def start(self) -> None:
-        """Create the socket, which the kubelet detects."""
         server = grpc.aio.server()
         registration_pb2_grpc.add_RegistrationServicer_to_server(self, server)
         listen(server, self._socket)
@@ -56,7 +54,6 @@ class KubeletRegistration(registration_pb2_grpc.RegistrationServicer):
     async def GetInfo(
         self, _request: registration_pb2.InfoRequest, _context: grpc.aio.ServicerContext[Any, Any]
     ) -> registration_pb2.PluginInfo:
-        """Return the driver's name and CSI socket."""
         return registration_pb2.PluginInfo(
             type="CSIPlugin", name=DRIVER_NAME, endpoint=str(self._csi_socket), supported_versions=["1.0.0"]
         )

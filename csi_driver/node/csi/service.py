@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import grpc
@@ -20,7 +21,6 @@ _CAPABILITIES = (_Rpc.VOLUME_MOUNT_GROUP, _Rpc.GET_VOLUME_STATS, _Rpc.GET_VOLUME
 
 
 def describe_call(_method: str, request: object) -> Mapping[str, str]:
-    """Return the volume and the pod of a call as log fields."""
     fields: dict[str, str] = {}
     if volume_id := getattr(request, "volume_id", ""):
         fields["volume"] = volume_id[:256]
@@ -49,33 +49,32 @@ class IdentityService(csi_pb2_grpc.IdentityServicer):
         return csi_pb2.ProbeResponse(ready=BoolValue(value=True))
 
 
+@dataclass(eq=False)
 class NodeService(csi_pb2_grpc.NodeServicer):
     """The CSI Node service."""
 
-    def __init__(self, node_name: str, publisher: Publisher, published: PublishedVolumes) -> None:
-        self._node_name = node_name
-        self._publisher = publisher
-        self._published = published
+    node_name: str
+    publisher: Publisher
+    published: PublishedVolumes
 
     async def NodePublishVolume(
         self, request: csi_pb2.NodePublishVolumeRequest, _context: _Context
     ) -> csi_pb2.NodePublishVolumeResponse:
-        await self._publisher.publish(request)
+        await self.publisher.publish(request)
         return csi_pb2.NodePublishVolumeResponse()
 
     async def NodeUnpublishVolume(
         self, request: csi_pb2.NodeUnpublishVolumeRequest, _context: _Context
     ) -> csi_pb2.NodeUnpublishVolumeResponse:
-        """Remove the volume. An unknown volume is not an error."""
         _require(request, "volume_id", "target_path")
-        await self._published.unpublish(request.volume_id, request.target_path)
+        await self.published.unpublish(request.volume_id, request.target_path)
         return csi_pb2.NodeUnpublishVolumeResponse()
 
     async def NodeGetVolumeStats(
         self, request: csi_pb2.NodeGetVolumeStatsRequest, _context: _Context
     ) -> csi_pb2.NodeGetVolumeStatsResponse:
         _require(request, "volume_id", "volume_path")
-        usage = self._published.usage(request.volume_id, request.volume_path)
+        usage = self.published.usage(request.volume_id, request.volume_path)
         space = csi_pb2.VolumeUsage(
             unit=csi_pb2.VolumeUsage.BYTES,
             total=usage.f_blocks * usage.f_frsize,
@@ -96,7 +95,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         """Return DEGRADED with a reason if the renewal fails or the certificate has expired. The files stay readable."""
         _require(request, "volume_id")
         health = csi_pb2.VolumeHealth(volume_id=request.volume_id)
-        if problem := self._published.problem(request.volume_id, request.volume_publish_path):
+        if problem := self.published.problem(request.volume_id, request.volume_publish_path):
             health.health_statuses.add(status=csi_pb2.DEGRADED, reason=problem.reason, message=problem.message)
         return csi_pb2.NodeGetVolumeHealthResponse(volume_health=health)
 
@@ -111,7 +110,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         self, _request: csi_pb2.NodeGetInfoRequest, _context: _Context
     ) -> csi_pb2.NodeGetInfoResponse:
         """Return the node's name, without topology: a volume can be published on any node."""
-        return csi_pb2.NodeGetInfoResponse(node_id=self._node_name)
+        return csi_pb2.NodeGetInfoResponse(node_id=self.node_name)
 
 
 def _require(request: object, *fields: str) -> None:

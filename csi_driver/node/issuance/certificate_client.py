@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 
@@ -19,78 +20,68 @@ from csi_driver.node.authority_messages import IssuanceResponse
 from csi_driver.node.issuance.certificate_request import CertificateRequest, ObtainedCertificate, RequestKey
 from csi_driver.node.issuance.pending_requests import PendingRequests, PreparedRequest
 from csi_driver.node.issuance.request_queue import RequestQueue
-from csi_driver.node.issuance.shared_certificates import SharedCertificates
+from csi_driver.node.issuance.shared_certificates import SharedCertificates, ends_shared_request
 from csi_driver.node.issuance.stored_certificates import StoredCertificates
 from csi_driver.node.pods import PodToken
 from csi_driver.node.threads import in_thread
 from csi_driver.node.volumes.volume_files import expected_certificate
 
 
+@dataclass(eq=False)
 class CertificateClient:
     """Obtains certificates and does not write files. ``keys`` runs key generation, ``clock`` returns unix seconds."""
 
-    def __init__(
-        self,
-        queue: RequestQueue,
-        pending: PendingRequests,
-        shared: SharedCertificates,
-        stored: StoredCertificates,
-        keys: Executor,
-        clock: Callable[[], float],
-        rng: Callable[[], float],
-    ) -> None:
-        self._queue = queue
-        self._pending = pending
-        self._shared = shared
-        self._stored = stored
-        self._keys = keys
-        self._clock = clock
-        self._rng = rng
+    queue: RequestQueue
+    pending: PendingRequests
+    shared: SharedCertificates
+    stored: StoredCertificates
+    keys: Executor
+    clock: Callable[[], float]
+    rng: Callable[[], float]
 
     async def obtain(self, request: CertificateRequest) -> ObtainedCertificate:
         """Return a certificate for the volume: its own, or the one that it shares with other volumes.
 
-        Raises:
-            CertmountError: TokenMissing, TokenExpired, InvalidResponse or the authority's reason. After a retryable
-                failure, the next request uses the same key and CSR.
+        Raises CertmountError: TokenMissing, TokenExpired, InvalidResponse or the authority's reason. After a retryable
+        failure, the next request uses the same key and CSR.
         """
         token = self._valid_token(request.token)
-        if not await self._shared.is_shared(request.spec.issuer):
+        if not await self.shared.is_shared(request.spec.issuer):
             key = RequestKey.of(request.pod, request.spec, request.volume_id)
             return await self._request(key, request, token)
         key = RequestKey.of(request.pod, request.spec)
         obtain = partial(self._request, key, request, token)
-        return await self._shared.obtain(key, request.spec, obtain, is_renewal=request.is_renewal)
+        return await self.shared.obtain(key, request.spec, obtain, is_renewal=request.is_renewal)
 
     async def _request(self, key: RequestKey, request: CertificateRequest, token: PodToken) -> ObtainedCertificate:
         prepared = await self._prepare(key, request)
         # The kubelet can cancel the call, but the issuer continues. So store the request before it is sent.
-        self._pending.put(key, prepared)
+        self.pending.put(key, prepared)
         try:
             response = await self._send(prepared, request, token)
             obtained = self._verify(response, prepared.key, request)
         except CertmountError as error:
             # InvalidResponse is retryable too: another key would not help, and would cause another order.
-            if not error.retryable:
-                self._pending.remove(key)
+            if not error.retryable and (key.volume_id or ends_shared_request(error)):
+                self.pending.remove(key)
             raise
         if not obtained.interim:
-            self._pending.remove(key)
+            self.pending.remove(key)
         return obtained
 
     async def _prepare(self, key: RequestKey, request: CertificateRequest) -> PreparedRequest:
-        if (pending := self._pending.get(key)) is not None:
+        if (pending := self.pending.get(key)) is not None:
             return pending
-        private_key = await self._stored.find_pending_key(key)
-        return await in_thread(self._keys, _prepare_request, private_key, request.spec.key_type, request.spec.names)
+        private_key = await self.stored.find_pending_key(key)
+        return await in_thread(self.keys, _prepare_request, private_key, request.spec.key_type, request.spec.names)
 
     async def _send(self, prepared: PreparedRequest, request: CertificateRequest, token: PodToken) -> IssuanceResponse:
         if request.is_renewal:  # A renewal has waited for its turn already.
-            return await self._queue.issue(prepared.csr, token.text, request.spec)
-        return await self._queue.issue_first(prepared.csr, token.text, request.spec, request.pod.uid)
+            return await self.queue.issue(prepared.csr, token.text, request.spec)
+        return await self.queue.issue_first(prepared.csr, token.text, request.spec, request.pod.uid)
 
     def _verify(self, response: IssuanceResponse, key: PrivateKey, request: CertificateRequest) -> ObtainedCertificate:
-        spec, now = request.spec, self._clock()
+        spec, now = request.spec, self.clock()
         signer = DEFAULT_ISSUER if response.interim else spec.issuer
         root_sets = _verify_root_sets(response, trusted_root_set_names(spec, interim=response.interim))
         verified = verify_certificate(
@@ -105,7 +96,7 @@ class CertificateClient:
             not_after=not_after,
             renew_before_s=spec.renew_before.total_seconds() if spec.renew_before else None,
             renew_after_s=response.renew_after.total_seconds() if response.renew_after else None,
-            jitter=self._rng(),
+            jitter=self.rng(),
             late_s=request.late_s,
         )
         return ObtainedCertificate(key, verified, root_sets, now, renew_at, not_after, response.interim)
@@ -116,7 +107,7 @@ class CertificateClient:
                 "the kubelet sends a token when it republishes the volume; check tokenRequests in the CSIDriver object"
             )
             raise CertmountError(Reason.TOKEN_MISSING, Fault("pod token", "the kubelet has not sent it yet", hint))
-        if token.claims.expires_at <= self._clock():
+        if token.claims.expires_at <= self.clock():
             hint = "the kubelet renews the token at 80% of its lifetime; check the kubelet's log and the node's clock"
             raise CertmountError(Reason.TOKEN_EXPIRED, Fault("pod token", "has expired", hint))
         return token

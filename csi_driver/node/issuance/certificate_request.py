@@ -69,5 +69,4 @@ class ObtainedCertificate:
     issued_at: float
     renew_at: float
     not_after: float
-    interim: bool = False
-    """The certificate is an interim certificate of the internal CA."""
+    interim: bool = False  # the certificate is an interim certificate of the internal CA

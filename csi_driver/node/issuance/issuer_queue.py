@@ -17,8 +17,7 @@ MAX_RENEWALS = 8
 """Concurrent renewals: enough to use an authority fully after an outage, few enough to leave the node to its pods."""
 MAX_FIRST_REQUESTS = 16
 """Concurrent first requests to the internal CA. If it takes 20 ms, 100 pods get their certificates in 0.2 s."""
-MAX_EXTERNAL_FIRST_REQUESTS = 128
-"""Concurrent first requests to an external issuer, each of which can take a minute."""
+MAX_EXTERNAL_FIRST_REQUESTS = 128  # concurrent first requests to an external issuer, each of which can take a minute
 
 
 @unique
@@ -34,8 +33,7 @@ class QueuedRequest:
     """A request in the queue."""
 
     request_class: RequestClass
-    pod: str
-    """The UID of the pod."""
+    pod: str  # the UID of the pod
     urgency: float
     """Lower values start first: the expiry time for a renewal, the arrival time for a first request (unix seconds)."""
     volume_id: str = ""
@@ -66,7 +64,6 @@ class _ClassQueue:
         return self.controller.wait_s(now, self._heap[0][1] - wall_now) if self._heap else math.inf
 
     def start_next(self) -> QueuedRequest:
-        """Start the next request, after :meth:`wait_s` has returned 0."""
         request = heapq.heappop(self._heap)[3]
         request.waiting = False
         self.controller.begin()
@@ -82,7 +79,6 @@ class _ClassQueue:
             del self._requests_of[request.pod]
 
     def waiting(self) -> list[QueuedRequest]:
-        """Return the requests that wait, in no particular order."""
         return [request for *_, request in self._heap if request.waiting]
 
     @property

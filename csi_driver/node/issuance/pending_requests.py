@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from csi_driver.core.certificates.keys import PrivateKey
 from csi_driver.node.issuance.certificate_request import RequestKey
 
-_MAX_REQUESTS = 1_000
-"""Ten times the volumes of a busy node."""
+_MAX_REQUESTS = 1_000  # ten times the volumes of a busy node
 _EXPIRES_AFTER_S = 3600.0
 """The kubelet retries within minutes. A request without a retry for this long belongs to a deleted pod."""
 
@@ -45,7 +44,6 @@ class PendingRequests:
         return prepared
 
     def put(self, key: RequestKey, prepared: PreparedRequest) -> None:
-        """Store a request that is about to be sent."""
         self._requests[key] = self._clock(), prepared
         self._requests.move_to_end(key)
         self.remove_expired()
@@ -53,7 +51,6 @@ class PendingRequests:
             self._requests.popitem(last=False)
 
     def remove(self, key: RequestKey) -> None:
-        """Remove a request that has a final result."""
         self._requests.pop(key, None)
 
     def remove_expired(self) -> None:

@@ -31,8 +31,7 @@ class RateController:
         self._paused_at = -math.inf
         self._pause_jitter = 0.0
         self._outage_since: float | None = None
-        self.epoch = 0
-        """The number of pauses. The failure of a request from an earlier epoch is no news."""
+        self.epoch = 0  # The number of pauses. The failure of a request from an earlier epoch is no news.
         self.outage: CertmountError | None = None
         """The failure that every request to the issuer would have now, or None."""
 

@@ -22,8 +22,7 @@ MAX_WAIT_S = 60.0
 """The longest wait of a first request: half of the kubelet's timeout, so that the pod's events show the reason."""
 _MAX_ISSUERS = 100
 """Issuers with a queue. Pods can name any issuer, so the queues of unused issuers are removed beyond this number."""
-_LONGEST_SLEEP_S = 60.0
-"""The length of a pause depends on the wall clock, which can change."""
+_LONGEST_SLEEP_S = 60.0  # the length of a pause depends on the wall clock, which can change
 
 Issue = Callable[[bytes, Secret[str], CertificateSpec], Awaitable[IssuanceResponse]]
 
@@ -44,8 +43,7 @@ class RequestQueue:
     async def issue_first(self, csr: bytes, token: Secret[str], spec: CertificateSpec, pod: str) -> IssuanceResponse:
         """Send the first request of a volume when its turn comes. While the authority is overloaded, retry for 60 s.
 
-        Raises:
-            CertmountError: the authority's reason, or AuthorityOverloaded if the request waited too long.
+        Raises CertmountError: the authority's reason, or AuthorityOverloaded if the request waited too long.
         """
         deadline, arrived_at = _now() + MAX_WAIT_S, self._clock()
         while True:
@@ -85,7 +83,6 @@ class RequestQueue:
         return response
 
     def outage(self, issuer: str) -> CertmountError | None:
-        """Return the failure that every request to an issuer would have now, or None."""
         return self._queues[issuer].outage if issuer in self._queues else None
 
     def pause_s(self, issuer: str, not_after: float) -> float:

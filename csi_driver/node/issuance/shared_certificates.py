@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from csi_driver.core.attributes import CertificateSpec
 from csi_driver.core.certificates.keys import key_fingerprint
@@ -24,8 +24,7 @@ from csi_driver.core.renewal import plan_renewal
 from csi_driver.core.spec import DEFAULT_ISSUER
 from csi_driver.node.issuance.certificate_request import ObtainedCertificate, RequestKey
 
-_MAX_CERTIFICATES = 1_000
-"""A node runs a few hundred pods."""
+_MAX_CERTIFICATES = 1_000  # a node runs a few hundred pods
 _BUNDLE_TIMEOUT_S = 20.0
 """How long to wait for the first trust bundle, which the authority sends about a second after the start."""
 _ENDS_SHARING = (FailureKind.NOT_ALLOWED, FailureKind.DENIED)
@@ -33,6 +32,7 @@ _ENDS_SHARING = (FailureKind.NOT_ALLOWED, FailureKind.DENIED)
 Obtain = Callable[[], Awaitable[ObtainedCertificate]]
 
 
+@dataclass(eq=False)
 class SharedCertificates:
     """Shared certificates in memory, the least recently used first.
 
@@ -40,23 +40,18 @@ class SharedCertificates:
     seconds.
     """
 
-    def __init__(
-        self,
-        find: Callable[[RequestKey], Awaitable[ObtainedCertificate | None]],
-        known: Callable[[], Mapping[str, RootSet]],
-        clock: Callable[[], float],
-        max_certificates: int = _MAX_CERTIFICATES,
-    ) -> None:
-        self._find = find
-        self._known = known
-        self._clock = clock
-        self._max_certificates = max_certificates
-        # None if the sharing has ended. Then the volumes are not searched: they still contain the certificate.
-        self._certificates: OrderedDict[RequestKey, ObtainedCertificate | None] = OrderedDict()
-        self._requests: dict[RequestKey, asyncio.Future[ObtainedCertificate | CertmountError | None]] = {}
-        self._shared_issuers: Collection[str] = ()
-        self._renew_now: Collection[str] = ()
-        self._bundle_received = asyncio.Event()
+    find: Callable[[RequestKey], Awaitable[ObtainedCertificate | None]]
+    known: Callable[[], Mapping[str, RootSet]]
+    clock: Callable[[], float]
+    max_certificates: int = _MAX_CERTIFICATES
+    # None if the sharing has ended. Then the volumes are not searched: they still contain the certificate.
+    _certificates: OrderedDict[RequestKey, ObtainedCertificate | None] = field(default_factory=OrderedDict)
+    _requests: dict[RequestKey, asyncio.Future[ObtainedCertificate | CertmountError | None]] = field(
+        default_factory=dict
+    )
+    _shared_issuers: Collection[str] = ()
+    _renew_now: Collection[str] = ()
+    _bundle_received: asyncio.Event = field(default_factory=asyncio.Event)
 
     def update(self, shared_issuers: Collection[str], renew_now: Collection[str] = ()) -> None:
         """Store the issuers whose certificates are shared, and the fingerprints of keys that must be renewed now."""
@@ -67,9 +62,8 @@ class SharedCertificates:
     async def is_shared(self, issuer: str) -> bool:
         """Return True if pods share the certificates of an issuer.
 
-        Raises:
-            CertmountError: AuthorityUnavailable if no trust bundle arrives. Otherwise each pod of a Deployment could
-                order its own certificate when the driver has just started.
+        Raises CertmountError: AuthorityUnavailable if no trust bundle arrives. Otherwise each pod of a Deployment could
+        order its own certificate when the driver has just started.
         """
         if issuer == DEFAULT_ISSUER:
             return False
@@ -89,8 +83,7 @@ class SharedCertificates:
         A renewal needs a certificate that is not due for renewal. For its first certificate, a volume also uses one that
         has recently become due, so that its pod can start.
 
-        Raises:
-            CertmountError: the failure of ``obtain``, or FederationNotFound.
+        Raises CertmountError: the failure of ``obtain``, or FederationNotFound.
         """
         while True:
             if (shared := self._usable(key, spec, is_renewal=is_renewal)) is not None:
@@ -109,7 +102,7 @@ class SharedCertificates:
         request = self._requests[key] = asyncio.get_running_loop().create_future()
         result: ObtainedCertificate | CertmountError | None = None
         try:
-            if key not in self._certificates and (found := await self._find(key)) is not None:
+            if key not in self._certificates and (found := await self.find(key)) is not None:
                 self._put(key, found)
             obtained = self._usable(key, spec, is_renewal=is_renewal)
             if obtained is None:
@@ -134,7 +127,7 @@ class SharedCertificates:
             return None
         adapted = self._adapt(shared, spec)
         usable_until = adapted.renew_at if is_renewal else (adapted.renew_at + adapted.not_after) / 2
-        if self._clock() >= usable_until:
+        if self.clock() >= usable_until:
             return None
         self._certificates.move_to_end(key)
         return adapted
@@ -142,7 +135,7 @@ class SharedCertificates:
     def _adapt(self, obtained: ObtainedCertificate, spec: CertificateSpec) -> ObtainedCertificate:
         """Return the certificate with the root sets and the renewal time that a volume requests."""
         names = trusted_root_set_names(spec, interim=obtained.interim)
-        sets = newest_root_sets(self._known(), obtained.root_sets)
+        sets = newest_root_sets(self.known(), obtained.root_sets)
         if unknown := [name for name in names if name not in sets]:
             faults = (Fault("federations", f"the authority has no federation {name}") for name in unknown)
             raise CertmountError(Reason.FEDERATION_NOT_FOUND, *faults)
@@ -162,13 +155,21 @@ class SharedCertificates:
         self._certificates[key] = obtained
         self._certificates.move_to_end(key)
         self._remove_expired()
-        if len(self._certificates) > self._max_certificates:
+        if len(self._certificates) > self.max_certificates:
             self._certificates.popitem(last=False)
 
     def _remove_expired(self) -> None:
-        now = self._clock()
+        now = self.clock()
         for key in [key for key, shared in self._certificates.items() if shared and shared.not_after <= now]:
             del self._certificates[key]
+
+
+def ends_shared_request(error: CertmountError) -> bool:
+    """Return True if a failure that is not retryable is final for all volumes of a shared certificate.
+
+    Otherwise, other pods continue with the same key: a new key would cause another order.
+    """
+    return error.reason.kind in _ENDS_SHARING or _affects_other_volumes(error)
 
 
 def _affects_other_volumes(error: CertmountError) -> bool:

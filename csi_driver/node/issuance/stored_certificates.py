@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from csi_driver.core.certificates.keys import PrivateKey, key_fingerprint
@@ -16,31 +17,25 @@ from csi_driver.node.volumes.volume import Volume, VolumeTable
 from csi_driver.node.volumes.volume_files import expected_certificate, read_key_and_chain
 
 
+@dataclass(eq=False)
 class StoredCertificates:
     """Reads the files of the published volumes. ``known`` returns the newest root sets, ``clock`` unix seconds."""
 
-    def __init__(
-        self,
-        store: VolumeStore,
-        volumes: VolumeTable,
-        known: Callable[[], Mapping[str, RootSet]],
-        clock: Callable[[], float],
-    ) -> None:
-        self._store = store
-        self._volumes = volumes
-        self._known = known
-        self._clock = clock
+    store: VolumeStore
+    volumes: VolumeTable
+    known: Callable[[], Mapping[str, RootSet]]
+    clock: Callable[[], float]
 
     async def find(self, key: RequestKey) -> ObtainedCertificate | None:
         """Return the newest valid certificate of the volumes with this key.
 
         Ignore interim certificates, and those that are due for renewal, because the authority may have rejected it.
         """
-        roots = self._known().get(key.issuer)
+        roots = self.known().get(key.issuer)
         if roots is None:
             return None
         for volume in self._matching(key, interim=False):
-            record, now = volume.record, self._clock()
+            record, now = volume.record, self.clock()
             if record.renew_at <= now or (pair := await self._read(volume)) is None:
                 continue
             private_key, chain = pair
@@ -67,13 +62,12 @@ class StoredCertificates:
         return None
 
     async def key_fingerprint(self, volume: Volume) -> str | None:
-        """Return the fingerprint of a volume's public key, or None if the files cannot be read."""
         pair = await self._read(volume)
         return key_fingerprint(pair[0].public_key()) if pair is not None else None
 
     async def _read(self, volume: Volume) -> tuple[PrivateKey, list[bytes]] | None:
         try:
-            return await in_thread(None, read_key_and_chain, self._store.files_dir(volume.record.volume_id))
+            return await in_thread(None, read_key_and_chain, self.store.files_dir(volume.record.volume_id))
         except CertmountError:
             return None  # The volume's renewal or health check reports it.
 
@@ -81,7 +75,7 @@ class StoredCertificates:
         """Return the volumes with this key, the most recently issued certificate first."""
         matching = [
             volume
-            for volume in self._volumes
+            for volume in self.volumes
             if volume.record.interim == interim
             and RequestKey.of(volume.pod, volume.spec, volume.record.volume_id if key.volume_id else "") == key
         ]

@@ -49,8 +49,7 @@ class Publisher:
         Kubelets before 1.37 (kubernetes#121271) remove the mount of a running pod if a republish fails. Therefore this
         call never fails for a volume whose files are mounted.
 
-        Raises:
-            CertmountError: why the first publish failed. Nothing of the volume remains.
+        Raises CertmountError: why the first publish failed. Nothing of the volume remains.
         """
         try:
             request = parse_publish(call, self.kubelet_dir)

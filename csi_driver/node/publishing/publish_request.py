@@ -28,8 +28,7 @@ _TOKENS = f"{_PREFIX}serviceAccount.tokens"
 _KUBELET_KEYS = frozenset({_POD_NAME, _POD_NAMESPACE, _POD_UID, _SERVICE_ACCOUNT, _EPHEMERAL, _TOKENS})
 _MAX_TOKENS_LENGTH = 256 * 1024
 _MAX_ID_LENGTH = 256
-_MAX_PATH_LENGTH = 1024
-"""The maximum length of an event message, where the kubelet shows our errors."""
+_MAX_PATH_LENGTH = 1024  # the maximum length of an event message, where the kubelet shows our errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +49,7 @@ def parse_publish(call: csi_pb2.NodePublishVolumeRequest, kubelet_dir: Path) -> 
     Attributes and target path are parsed only if something else is invalid, to report all faults together: a republish
     does not need them, see :func:`parse_declaration`.
 
-    Raises:
-        CertmountError: InvalidRequest with all faults, or TokenRejected if the token belongs to another pod.
+    Raises CertmountError: InvalidRequest with all faults, or TokenRejected if the token belongs to another pod.
     """
     context = call.volume_context
     pod = Pod(*(context.get(key, "") for key in (_POD_NAMESPACE, _POD_NAME, _POD_UID, _SERVICE_ACCOUNT)))
@@ -77,8 +75,7 @@ def parse_publish(call: csi_pb2.NodePublishVolumeRequest, kubelet_dir: Path) -> 
 def parse_declaration(request: PublishRequest, kubelet_dir: Path) -> tuple[CertificateSpec, Path]:
     """Parse the volume attributes and check the target path.
 
-    Raises:
-        CertmountError: InvalidAttributes, or as :func:`check_target`, or InvalidRequest with the faults of both.
+    Raises CertmountError: InvalidAttributes, or as :func:`check_target`, or InvalidRequest with the faults of both.
     """
     errors: list[CertmountError] = []
     spec = _collect(errors, parse_attributes, request.attributes)
@@ -146,7 +143,6 @@ def _group_faults(group: str) -> list[Fault]:
 
 
 def _pod_token(tokens: str, pod: Pod) -> PodToken | None:
-    """Return the token with our audience, or None if the kubelet sent no token."""
     if not tokens:
         return None
     try:

@@ -28,16 +28,13 @@ class PublishedVolumes:
     renewals: Renewals
 
     def is_mounted(self, volume_id: str, target: str) -> bool:
-        """Return True if the files of the volume are mounted at the target path."""
         possible = bool(volume_id) and may_be_target(self.kubelet_dir, target)
         return possible and self.store.is_healthy(volume_id, Path(target))
 
     def problem(self, volume_id: str, path: str) -> VolumeProblem | None:
-        """Return what is wrong with the certificate. Raises CertmountError VolumeNotFound."""
         return self.renewals.problem(self._find(volume_id, path))
 
     def usage(self, volume_id: str, path: str) -> os.statvfs_result:
-        """Return the space and inodes of the volume's file system. Raises CertmountError VolumeNotFound."""
         self._find(volume_id, path)
         return self.store.usage(volume_id)
 

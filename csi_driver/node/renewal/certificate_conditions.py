@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from csi_driver.core.errors import CertmountError, FailureKind, Reason
 from csi_driver.node.authority_messages import CertificateCondition
@@ -11,37 +12,30 @@ from csi_driver.node.scheduler import Scheduler
 from csi_driver.node.volumes.remover import VolumeRemover
 from csi_driver.node.volumes.volume import Volume, VolumeTable
 
-_FAILURES_TO_REPORT = 2
-"""A single failure is often temporary."""
+_FAILURES_TO_REPORT = 2  # a single failure is often temporary
 _NOT_REPORTED = (FailureKind.OVERLOADED, FailureKind.PENDING)
 """Failures that are no problem until the renewal is overdue. An overloaded authority needs fewer requests, not reports."""
 
 
+@dataclass(eq=False)
 class ConditionTracker:
     """Tracks the certificate conditions of all volumes. ``expiry_checks`` schedules the checks for overdue and expired ones.
 
     A report needs the token of the pod. Without one, only metrics and the volume's health show the condition.
     """
 
-    def __init__(
-        self,
-        volumes: VolumeTable,
-        remover: VolumeRemover,
-        outage: Callable[[str], CertmountError | None],
-        reporter: CertificateReporter,
-        clock: Callable[[], float],
-    ) -> None:
-        self._volumes = volumes
-        self._remover = remover
-        self._outage = outage
-        self._reporter = reporter
-        self._clock = clock
-        self.expiry_checks = Scheduler(clock, self._check_expiry)
-        volumes.when_forgotten(self.expiry_checks.cancel)
-        volumes.when_forgotten(reporter.forget)
+    volumes: VolumeTable
+    remover: VolumeRemover
+    outage: Callable[[str], CertmountError | None]
+    reporter: CertificateReporter
+    clock: Callable[[], float]
+
+    def __post_init__(self) -> None:
+        self.expiry_checks = Scheduler(self.clock, self._check_expiry)
+        self.volumes.when_forgotten(self.expiry_checks.cancel)
+        self.volumes.when_forgotten(self.reporter.forget)
 
     def watch(self, volume: Volume) -> None:
-        """Schedule the expiry check of a volume's current certificate."""
         if volume.record.issued_at < volume.record.not_after:  # False if the certificate could not be read.
             self.expiry_checks.schedule(volume.record.volume_id, volume.overdue_at)
 
@@ -57,19 +51,19 @@ class ConditionTracker:
         elif (
             volume.renewal_failures >= _FAILURES_TO_REPORT
             and error.reason.kind not in _NOT_REPORTED
-            and self._clock() < volume.overdue_at
+            and self.clock() < volume.overdue_at
         ):
             message = f"the renewal of the certificate failed: {error}"
             self._report(volume, CertificateCondition.RENEWAL_FAILING, error.reason.word, message)
 
     async def _check_expiry(self, volume_id: str) -> None:
-        volume = self._volumes.get(volume_id)
-        if volume is None or await self._remover.remove_if_pod_is_gone(volume):
+        volume = self.volumes.get(volume_id)
+        if volume is None or await self.remover.remove_if_pod_is_gone(volume):
             return
-        now = self._clock()
+        now = self.clock()
         if now < volume.overdue_at:  # The certificate was renewed in the meantime.
             return
-        cause = volume.failure or self._outage(volume.spec.issuer)
+        cause = volume.failure or self.outage(volume.spec.issuer)
         reason, text = Reason.AUTHORITY_OVERLOADED.word, "the renewal waits in the driver's request queue"
         if cause is not None:
             reason, text = cause.reason.word, str(cause)
@@ -84,4 +78,4 @@ class ConditionTracker:
 
     def _report(self, volume: Volume, condition: CertificateCondition, reason: str, message: str) -> None:
         if volume.token is not None:
-            self._reporter.report(volume.record.volume_id, volume.token.text, condition, reason, message)
+            self.reporter.report(volume.record.volume_id, volume.token.text, condition, reason, message)

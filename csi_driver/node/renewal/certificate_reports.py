@@ -20,8 +20,7 @@ _MAX_ATTEMPTS = 5
 _BURST = 10
 _INTERVAL_S = 30.0
 """After a burst, the interval between reports: a failure of all pods on all nodes must not overload the authority."""
-_MAX_MESSAGE_LENGTH = 1024
-"""The limit of a Kubernetes event."""
+_MAX_MESSAGE_LENGTH = 1024  # the limit of a Kubernetes event
 
 
 class CertificateReporter:
@@ -54,14 +53,12 @@ class CertificateReporter:
         self._added.set()
 
     def forget(self, volume_id: str) -> None:
-        """Remove the reports of a volume that was removed."""
         self._waiting.pop(volume_id, None)
         self._reported.pop(volume_id, None)
         if self._sending == volume_id:
             self._sending = ""
 
     async def run(self) -> None:
-        """Send one report after another until cancelled."""
         clock = asyncio.get_running_loop().time
         refilled_at = clock()
         while True:

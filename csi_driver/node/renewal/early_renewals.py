@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -13,23 +14,17 @@ from csi_driver.node.volumes.volume import Volume, VolumeTable
 log = structlog.get_logger(__name__)
 
 
+@dataclass(eq=False)
 class EarlyRenewals:
     """Calls ``renew`` for each volume whose key fingerprint is in the trust bundle."""
 
-    def __init__(
-        self,
-        volumes: VolumeTable,
-        key_fingerprint: Callable[[Volume], Awaitable[str | None]],
-        renew: Callable[[Volume], None],
-    ) -> None:
-        self._volumes = volumes
-        self._key_fingerprint = key_fingerprint
-        self._renew = renew
-        self._renew_now: Collection[str] = frozenset()
-        self._changed = asyncio.Event()
+    volumes: VolumeTable
+    key_fingerprint: Callable[[Volume], Awaitable[str | None]]
+    renew: Callable[[Volume], None]
+    _renew_now: Collection[str] = frozenset()
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def update(self, renew_now: Collection[str]) -> None:
-        """Store the fingerprints of the keys whose certificates must be renewed now."""
         if renew_now != self._renew_now:
             self._renew_now = renew_now
             self._changed.set()
@@ -39,9 +34,9 @@ class EarlyRenewals:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            for volume in self._volumes:
+            for volume in self.volumes:
                 if not self._renew_now or volume.spec.issuer == DEFAULT_ISSUER:
                     continue
-                if await self._key_fingerprint(volume) in self._renew_now:
+                if await self.key_fingerprint(volume) in self._renew_now:
                     log.info("early renewal scheduled", volume=volume.record.volume_id, pod=str(volume.pod))
-                    self._renew(volume)
+                    self.renew(volume)

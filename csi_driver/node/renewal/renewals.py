@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -29,96 +29,84 @@ log = structlog.get_logger(__name__)
 
 _TOKEN_TIMEOUT_S = 300.0
 """The next republish brings a token and starts the renewal. This retry is for a kubelet that does not republish."""
-_POLICY_JITTER_S = 30.0
-"""All nodes receive a new policy at the same time, so spread the renewals that it may allow."""
+_POLICY_JITTER_S = 30.0  # all nodes receive a new policy at the same time, so spread the renewals that it may allow
 _EARLY_RENEWAL_JITTER_S = 30.0
 """A CA can suggest an early renewal for all of its certificates, so spread these renewals."""
 _POLICY_PROPAGATION_S = 180.0
 """The longest time between two replicas reading a new policy: kubelets update a ConfigMap at different times."""
 
 
+@dataclass(eq=False)
 class Renewals:
     """Renews volumes at their renewal times. ``scheduler`` starts the renewals, and the request queue limits them."""
 
-    def __init__(
-        self,
-        store: VolumeStore,
-        volumes: VolumeTable,
-        client: CertificateClient,
-        queue: RequestQueue,
-        roots: RootDistribution,
-        remover: VolumeRemover,
-        conditions: ConditionTracker,
-        metrics: NodeMetrics,
-        clock: Callable[[], float],
-        rng: Callable[[], float],
-    ) -> None:
-        self._store = store
-        self._volumes = volumes
-        self._client = client
-        self._queue = queue
-        self._roots = roots
-        self._remover = remover
-        self._conditions = conditions
-        self._metrics = metrics
-        self._clock = clock
-        self._rng = rng
-        self._policy_revision: str | None = None
-        self._policy_propagated_at = 0.0
-        self.scheduler = Scheduler(clock, self._renew_in_turn, limit=math.inf)
-        volumes.when_forgotten(self.scheduler.cancel)
-        volumes.when_forgotten(queue.cancel_renewal)
+    store: VolumeStore
+    volumes: VolumeTable
+    client: CertificateClient
+    queue: RequestQueue
+    roots: RootDistribution
+    remover: VolumeRemover
+    conditions: ConditionTracker
+    metrics: NodeMetrics
+    clock: Callable[[], float]
+    rng: Callable[[], float]
+    _policy_revision: str | None = None
+    _policy_propagated_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(self.clock, self._renew_in_turn, limit=math.inf)
+        self.volumes.when_forgotten(self.scheduler.cancel)
+        self.volumes.when_forgotten(self.queue.cancel_renewal)
 
     def keep(self, volume: Volume) -> None:
         """Schedule the renewal of a volume that has a certificate."""
         self._schedule(volume, volume.record.renew_at)
-        self._conditions.watch(volume)
-        self._metrics.keep(volume.record.volume_id, volume.record.not_after)
-        self._metrics.unhealthy(volume.record.volume_id, None)
+        self.conditions.watch(volume)
+        self.metrics.keep(volume.record.volume_id, volume.record.not_after)
+        self.metrics.unhealthy(volume.record.volume_id, None)
 
     def token_received(self, volume: Volume) -> None:
         """Renew the volume now if it waits for a new token."""
         if volume.failure is not None and volume.failure.reason.kind.retry is Retry.ON_TOKEN:
             volume.failure, volume.renewal_failures = None, 0
-            self._metrics.unhealthy(volume.record.volume_id, None)
-            self._schedule(volume, self._clock())
+            self.metrics.unhealthy(volume.record.volume_id, None)
+            self._schedule(volume, self.clock())
 
     def policy_received(self, revision: str) -> None:
         """Retry renewals that a new policy may allow."""
         previous, self._policy_revision = self._policy_revision, revision
         if previous is None or previous == revision:
             return
-        now = self._clock()
+        now = self.clock()
         self._policy_propagated_at = now + _POLICY_PROPAGATION_S
-        for volume in self._volumes:
+        for volume in self.volumes:
             if volume.failure is None or volume.renewing:
                 continue
             if volume.failure.reason.kind.retry in (Retry.SLOW, Retry.ON_POLICY_CHANGE):
                 volume.renewal_failures = 0
-                self._schedule(volume, now + self._rng() * _POLICY_JITTER_S)
+                self._schedule(volume, now + self.rng() * _POLICY_JITTER_S)
 
     def renew_early(self, volume: Volume) -> None:
         """Renew a volume within 30 s. A renewal that has failed is retried anyway."""
         if volume.failure is None and not volume.renewing:
-            early = self._clock() + self._rng() * _EARLY_RENEWAL_JITTER_S
+            early = self.clock() + self.rng() * _EARLY_RENEWAL_JITTER_S
             self._schedule(volume, min(early, volume.record.renew_at))
 
     def problem(self, volume: Volume) -> VolumeProblem | None:
-        """Return what is wrong with a volume's certificate, or None if it is healthy."""
-        return volume.problem(self._clock(), self._queue.outage(volume.spec.issuer))
+        return volume.problem(self.clock(), self.queue.outage(volume.spec.issuer))
 
     async def _renew_in_turn(self, volume_id: str) -> None:
-        volume = self._volumes.get(volume_id)
+        volume = self.volumes.get(volume_id)
         if volume is None or volume.renewing:  # A renewal that is waiting or in progress schedules the next one.
             return
         volume.renewing = True
         issuer, pod, not_after = volume.spec.issuer, volume.pod, volume.record.not_after
         try:
             with structlog.contextvars.bound_contextvars(volume=volume_id, pod=str(pod)):
-                async with self._queue.renewal_turn(issuer, pod.uid, volume_id, not_after) as postponed_s:
-                    if postponed_s and self._volumes.has(volume):
-                        self._schedule(volume, self._clock() + postponed_s)
-                    elif self._volumes.has(volume):
+                async with self.queue.renewal_turn(issuer, pod.uid, volume_id, not_after) as postponed_s:
+                    if postponed_s and self.volumes.has(volume):
+                        self._schedule(volume, self.clock() + postponed_s)
+                    elif self.volumes.has(volume):
                         await self._renew(volume)
         finally:
             volume.renewing = False
@@ -126,15 +114,15 @@ class Renewals:
     async def _renew(self, volume: Volume) -> None:
         """Renew one volume, and retry after a failure. The volume is not locked during the request to the authority."""
         try:
-            if await self._remover.remove_if_pod_is_gone(volume):
+            if await self.remover.remove_if_pod_is_gone(volume):
                 return
-            late_s = max(self._clock() - volume.record.renew_at, 0.0)
+            late_s = max(self.clock() - volume.record.renew_at, 0.0)
             request = CertificateRequest(volume.record.volume_id, volume.pod, volume.spec, volume.token, late_s)
-            obtained = await self._client.obtain(request)
-            async with self._volumes.lock(volume.record.volume_id):
-                if not self._volumes.has(volume):
+            obtained = await self.client.obtain(request)
+            async with self.volumes.lock(volume.record.volume_id):
+                if not self.volumes.has(volume):
                     return
-                if obtained.interim and volume.keeps_interim_certificate(self._clock()):
+                if obtained.interim and volume.keeps_interim_certificate(self.clock()):
                     await self._keep_interim_certificate(volume, obtained.renew_at)
                 else:
                     await self._replace_certificate(volume, obtained)
@@ -153,11 +141,11 @@ class Renewals:
             interim=obtained.interim,
         )
         names = trusted_root_set_names(volume.spec, interim=obtained.interim)
-        root_sets = self._roots.accept_response(names, obtained.root_sets)
+        root_sets = self.roots.accept_response(names, obtained.root_sets)
         await in_thread(
             None,
             write_certificate,
-            self._store.files_dir(record.volume_id),
+            self.store.files_dir(record.volume_id),
             obtained.key,
             obtained.verified.chain,
             merge_roots(root_sets, names),
@@ -166,17 +154,17 @@ class Renewals:
         )
         volume.root_sets = root_sets
         self._succeeded(volume, record)
-        self._conditions.renewal_succeeded(volume)
-        self._metrics.renewed()
-        await self._roots.catch_up(volume)
-        await in_thread(None, self._store.write_record, record)
+        self.conditions.renewal_succeeded(volume)
+        self.metrics.renewed()
+        await self.roots.catch_up(volume)
+        await in_thread(None, self.store.write_record, record)
         times = {"not_after": record.not_after, "renew_at": record.renew_at}
         log.info("certificate renewed", **times, interim=record.interim)
 
     async def _keep_interim_certificate(self, volume: Volume, renew_at: float) -> None:
         """Keep it while the external issuer is working: a new interim certificate has no advantage."""
         self._succeeded(volume, replace(volume.record, renew_at=renew_at))
-        await in_thread(None, self._store.write_record, volume.record)
+        await in_thread(None, self.store.write_record, volume.record)
 
     def _succeeded(self, volume: Volume, record: VolumeRecord) -> None:
         volume.record = record
@@ -184,26 +172,26 @@ class Renewals:
         self.keep(volume)
 
     def _failed(self, volume: Volume, error: CertmountError) -> None:
-        if not self._volumes.has(volume):
+        if not self.volumes.has(volume):
             return
         volume.failure, volume.renewal_failures = error, volume.renewal_failures + 1
-        self._metrics.renewal_failed(error.reason)
-        self._metrics.unhealthy(volume.record.volume_id, error.reason)
+        self.metrics.renewal_failed(error.reason)
+        self.metrics.unhealthy(volume.record.volume_id, error.reason)
         delay_s = self._retry_delay_s(volume, error.reason.kind)
         volume.renewal_stopped = delay_s is None
         not_after = volume.record.not_after
         if delay_s is None:
             log.error("renewal stopped", reason=error.reason.word, error=str(error), not_after=not_after)
         else:
-            self._schedule(volume, self._clock() + delay_s)
+            self._schedule(volume, self.clock() + delay_s)
             log.warning(
                 "renewal failed",
                 reason=error.reason.word,
                 error=str(error),
                 attempt=volume.renewal_failures,
-                retry_in_s=round(max(delay_s, self._queue.pause_s(volume.spec.issuer, not_after)), 1),
+                retry_in_s=round(max(delay_s, self.queue.pause_s(volume.spec.issuer, not_after)), 1),
             )
-        self._conditions.renewal_failed(volume, error)
+        self.conditions.renewal_failed(volume, error)
 
     def _retry_delay_s(self, volume: Volume, kind: FailureKind) -> float | None:
         """Return the seconds until the next retry, or None if the driver does not retry before the policy changes."""
@@ -211,9 +199,9 @@ class Renewals:
             return _TOKEN_TIMEOUT_S
         if kind.retry is Retry.ON_POLICY_CHANGE:
             # Replicas that have not read the new policy yet can still deny the request.
-            propagates_in_s = self._policy_propagated_at - self._clock()
-            return propagates_in_s + self._rng() * _POLICY_JITTER_S if propagates_in_s > 0 else None
-        return retry_delay_s(attempt=volume.renewal_failures, kind=kind, jitter=self._rng())
+            propagates_in_s = self._policy_propagated_at - self.clock()
+            return propagates_in_s + self.rng() * _POLICY_JITTER_S if propagates_in_s > 0 else None
+        return retry_delay_s(attempt=volume.renewal_failures, kind=kind, jitter=self.rng())
 
     def _schedule(self, volume: Volume, due: float) -> None:
         self.scheduler.schedule(volume.record.volume_id, due)

@@ -23,11 +23,9 @@ class KnownRootSets:
 
     @property
     def sets(self) -> Mapping[str, RootSet]:
-        """All known sets by name."""
         return self._sets
 
     def add_response(self, sets: Mapping[str, RootSet]) -> None:
-        """Add the sets of an issuance response."""
         new = {name: roots for name, roots in sets.items() if roots.generation > self._removed.get(name, -1)}
         self._ahead |= new.keys() - self._sets.keys()
         self._sets = newest_root_sets(self._sets, new)

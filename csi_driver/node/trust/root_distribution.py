@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -26,6 +27,7 @@ _ADOPTION_TIMEOUT_S = 180.0
 """Twice the longest time between two republishes of a pod. A volume without one belongs to no running pod."""
 
 
+@dataclass(eq=False)
 class RootDistribution:
     """Distributes roots to all volumes. ``scheduler`` writes them, and retries volumes that failed.
 
@@ -34,37 +36,28 @@ class RootDistribution:
     removes them), volumes without files (the driver publishes them again), and, after 180 s, quarantined volumes.
     """
 
-    def __init__(
-        self,
-        store: VolumeStore,
-        volumes: VolumeTable,
-        remover: VolumeRemover,
-        metrics: NodeMetrics,
-        clock: Callable[[], float],
-        rng: Callable[[], float],
-    ) -> None:
-        self._store = store
-        self._volumes = volumes
-        self._remover = remover
-        self._metrics = metrics
-        self._clock = clock
-        self._rng = rng
-        self._known = KnownRootSets()
-        self._awaiting_adoption: set[str] = set()
-        self._changed = asyncio.Event()
-        self.scheduler = Scheduler(clock, self._update_volume)
-        volumes.when_forgotten(self._forget)
+    store: VolumeStore
+    volumes: VolumeTable
+    remover: VolumeRemover
+    metrics: NodeMetrics
+    clock: Callable[[], float]
+    rng: Callable[[], float]
+    _known: KnownRootSets = field(default_factory=KnownRootSets)
+    _awaiting_adoption: set[str] = field(default_factory=set)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(self.clock, self._update_volume)
+        self.volumes.when_forgotten(self._forget)
 
     @property
     def known(self) -> Mapping[str, RootSet]:
-        """The newest version of each root set."""
         return self._known.sets
 
     def apply_bundle(self, sets: Mapping[str, RootSet]) -> None:
         """Apply all root sets of a trust bundle, and schedule the volumes that need them.
 
-        Raises:
-            CertmountError: InvalidResponse if a root is not a certificate; then nothing is applied.
+        Raises CertmountError: InvalidResponse if a root is not a certificate; then nothing is applied.
         """
         for name, roots in sets.items():
             parse_certificates(roots.roots, f"roots of {name}")
@@ -83,15 +76,15 @@ class RootDistribution:
 
     def check_restored(self, volume: Volume) -> None:
         """Schedule a volume of an earlier process: its files may contain old roots."""
-        self._stop_awaiting(self._store.key(volume.record.volume_id))
+        self._stop_awaiting(self.store.key(volume.record.volume_id))
         if self._is_outdated(volume):
-            self.scheduler.schedule(volume.record.volume_id, self._clock())
+            self.scheduler.schedule(volume.record.volume_id, self.clock())
 
     async def catch_up(self, volume: Volume) -> None:
         """Write roots that arrived while the driver wrote the certificate. The caller holds the volume's lock."""
         if self._is_outdated(volume):
             await self._write(volume)
-        self._stop_awaiting(self._store.key(volume.record.volume_id))
+        self._stop_awaiting(self.store.key(volume.record.volume_id))
 
     def await_adoption(self, keys: Collection[str]) -> None:
         """Acknowledge nothing until these quarantined volumes are adopted, for at most 180 s."""
@@ -104,7 +97,7 @@ class RootDistribution:
         if self._awaiting_adoption:
             return {}
         known, missing = self._known.sets, set()
-        for volume in self._volumes:
+        for volume in self.volumes:
             for name in volume.trusted_names:
                 held = volume.root_sets.get(name)
                 if name in known and (held is None or held.generation < known[name].generation):
@@ -117,8 +110,8 @@ class RootDistribution:
         self._changed.clear()
 
     def _schedule_outdated(self) -> None:
-        now = self._clock()
-        for volume in self._volumes:
+        now = self.clock()
+        for volume in self.volumes:
             if self._is_outdated(volume):
                 self.scheduler.schedule(volume.record.volume_id, now)
         self._changed.set()
@@ -138,15 +131,15 @@ class RootDistribution:
         return {issuer: volume.root_sets[issuer], **found} if found and issuer in volume.root_sets else {}
 
     async def _update_volume(self, volume_id: str) -> None:
-        volume = self._volumes.get(volume_id)
+        volume = self.volumes.get(volume_id)
         if volume is None:
             return
         with structlog.contextvars.bound_contextvars(volume=volume_id, pod=str(volume.pod)):
             try:
-                if await self._remover.remove_if_pod_is_gone(volume):
+                if await self.remover.remove_if_pod_is_gone(volume):
                     return
-                async with self._volumes.lock(volume_id):
-                    if self._volumes.has(volume) and self._is_outdated(volume):
+                async with self.volumes.lock(volume_id):
+                    if self.volumes.has(volume) and self._is_outdated(volume):
                         await self._write(volume)
             except Exception as error:  # noqa: BLE001  # an unexpected error of one volume must not stop the others
                 self._retry(volume, CertmountError(Reason.INTERNAL, f"unexpected {type(error).__name__}"))
@@ -154,33 +147,33 @@ class RootDistribution:
     async def _write(self, volume: Volume) -> None:
         volume_id, sets = volume.record.volume_id, self._required_sets(volume)
         try:
-            if self._store.has_files(volume_id):
-                files_dir, roots = self._store.files_dir(volume_id), merge_roots(sets, volume.trusted_names)
-                if await in_thread(None, replace_roots, files_dir, roots, volume.file_access, self._clock()):
+            if self.store.has_files(volume_id):
+                files_dir, roots = self.store.files_dir(volume_id), merge_roots(sets, volume.trusted_names)
+                if await in_thread(None, replace_roots, files_dir, roots, volume.file_access, self.clock()):
                     generations = {name: each.generation for name, each in sets.items()}
                     log.info("root certificates updated", generations=generations)
         except CertmountError as error:
             self._retry(volume, error)
             return
         volume.root_sets, volume.root_failures = sets, 0
-        self._metrics.roots_behind(volume_id, behind=False)
+        self.metrics.roots_behind(volume_id, behind=False)
         self._changed.set()
         if self._is_outdated(volume):
-            self.scheduler.schedule(volume_id, self._clock())
+            self.scheduler.schedule(volume_id, self.clock())
 
     def _retry(self, volume: Volume, error: CertmountError) -> None:
         volume.root_failures += 1
-        delay = retry_delay_s(attempt=volume.root_failures, kind=error.reason.kind, jitter=self._rng())
-        if self._volumes.has(volume):
-            self.scheduler.schedule(volume.record.volume_id, self._clock() + delay)
-            self._metrics.roots_behind(volume.record.volume_id, behind=True)
+        delay = retry_delay_s(attempt=volume.root_failures, kind=error.reason.kind, jitter=self.rng())
+        if self.volumes.has(volume):
+            self.scheduler.schedule(volume.record.volume_id, self.clock() + delay)
+            self.metrics.roots_behind(volume.record.volume_id, behind=True)
         log.warning(
             "root certificate update failed", reason=error.reason.word, error=str(error), retry_in_s=round(delay, 1)
         )
 
     def _forget(self, volume_id: str) -> None:
         self.scheduler.cancel(volume_id)
-        self._stop_awaiting(self._store.key(volume_id))
+        self._stop_awaiting(self.store.key(volume_id))
         self._changed.set()
 
     def _stop_awaiting(self, key: str) -> None:

@@ -30,27 +30,22 @@ class Volume:
     record: VolumeRecord
     spec: CertificateSpec
     token: PodToken | None = None
-    failure: CertmountError | None = None
-    """The error of the last renewal, or None if it succeeded."""
-    renewal_failures: int = 0
-    """Consecutive failures."""
+    failure: CertmountError | None = None  # the error of the last renewal, or None if it succeeded
+    renewal_failures: int = 0  # consecutive failures
     renewal_stopped: bool = False
     """True if the driver does not retry the renewal before the policy changes, because the policy denies the pod."""
     renewing: bool = False
     root_sets: Mapping[str, RootSet] = field(default_factory=dict)
     """The root sets that the files contain. Empty after a restart, until the driver has read the files."""
-    root_failures: int = 0
-    """Consecutive failures to write new roots."""
+    root_failures: int = 0  # consecutive failures to write new roots
 
     @property
     def pod(self) -> Pod:
-        """The pod that owns the volume."""
         record = self.record
         return Pod(record.pod_namespace, record.pod_name, record.pod_uid, record.service_account)
 
     @property
     def trusted_names(self) -> tuple[str, ...]:
-        """The names of the root sets that the volume trusts, its issuer's first."""
         return trusted_root_set_names(self.spec, interim=self.record.interim)
 
     @property
@@ -60,7 +55,6 @@ class Volume:
 
     @property
     def overdue_at(self) -> float:
-        """The time (unix seconds) half way between the renewal time and the expiry."""
         return (self.record.renew_at + self.record.not_after) / 2
 
     def keeps_interim_certificate(self, now: float) -> bool:
@@ -107,7 +101,6 @@ class VolumeTable:
         return self._locks.setdefault(volume_id, asyncio.Lock())
 
     def get(self, volume_id: str) -> Volume | None:
-        """Return the volume, or None if it is not published."""
         return self._volumes.get(volume_id)
 
     def has(self, volume: Volume) -> bool:
@@ -115,7 +108,6 @@ class VolumeTable:
         return self._volumes.get(volume.record.volume_id) is volume
 
     def keep(self, volume: Volume) -> None:
-        """Add the volume, or replace the one with the same ID."""
         self._volumes[volume.record.volume_id] = volume
 
     def forget(self, volume_id: str) -> None:
@@ -125,5 +117,4 @@ class VolumeTable:
             callback(volume_id)
 
     def when_forgotten(self, callback: Callable[[str], None]) -> None:
-        """Register a callback for the ID of each volume that is removed."""
         self._on_forget.append(callback)

@@ -32,7 +32,6 @@ class FileAccess:
     group: int | None
 
     def volume_file(self, file: RenderedFile) -> VolumeFile:
-        """Return the file with its mode and group."""
         if not file.private or self.group is None:
             return VolumeFile(file.name, file.content, 0o444, None)
         return VolumeFile(file.name, file.content, 0o440, self.group)
@@ -75,8 +74,7 @@ def replace_roots(
 def read_contents(files_dir: Path) -> VolumeContents:
     """Read the current key, chain and roots, without verification.
 
-    Raises:
-        CertmountError: InvalidResponse if the files do not parse, or the error of the host if they cannot be read.
+    Raises CertmountError: InvalidResponse if the files do not parse, or the error of the host if they cannot be read.
     """
     files = read_generation(files_dir)
     try:
@@ -90,8 +88,7 @@ def read_contents(files_dir: Path) -> VolumeContents:
 def read_certificate(files_dir: Path, spec: CertificateSpec, pod: Pod, now: float) -> VerifiedCertificate:
     """Read the current certificate and verify it like a response of the authority.
 
-    Raises:
-        CertmountError: InvalidResponse if it does not match ``spec``, or as :func:`read_contents`.
+    Raises CertmountError: InvalidResponse if it does not match ``spec``, or as :func:`read_contents`.
     """
     contents = read_contents(files_dir)
     # The issuer's roots precede those of the federations.

@@ -19,8 +19,7 @@ from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-_STEP_S = 0.0003
-"""A publish takes some milliseconds. Timeouts that differ by this step end it in all of its parts."""
+_STEP_S = 0.0003  # A publish takes some milliseconds. Timeouts that differ by this step end it in all of its parts.
 _TOKENS = "csi.storage.k8s.io/serviceAccount.tokens"
 
 

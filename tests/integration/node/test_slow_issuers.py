@@ -22,10 +22,8 @@ from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-EDGE = {"issuer": "acme", "name": "shop.example.com"}
-"""An issuer whose certificates are shared."""
-ALONE = {"issuer": "slow", "name": "shop.example.com"}
-"""An issuer whose certificates are not shared."""
+EDGE = {"issuer": "acme", "name": "shop.example.com"}  # an issuer whose certificates are shared
+ALONE = {"issuer": "slow", "name": "shop.example.com"}  # an issuer whose certificates are not shared
 NEVER = timedelta(hours=1)
 NOT_ALLOWED = CertmountError(Reason.NAME_NOT_ALLOWED, "shop.example.com: no policy rule allows this name")
 
@@ -237,6 +235,19 @@ async def test_request_after_a_final_failure_uses_a_new_key(node: Node, shop: Fa
     node.script.failure = None
     await node.publish(request)
     assert len(set(node.script.csrs)) == 2
+
+
+@pytest.mark.parametrize("reason", [Reason.TOKEN_REJECTED, Reason.FEDERATION_NOT_FOUND])
+async def test_failure_of_one_pod_keeps_the_shared_order(node: Node, shop: FakePod, reason: Reason) -> None:
+    node.script.finished = False
+    await _pending(node, node.request(_again(shop, 1), EDGE))
+    node.script.failure = CertmountError(reason, "the authority rejected the request of this pod")
+    rejected = node.request(_again(shop, 2), EDGE)
+    assert (await failure_of(node.publish(rejected))).reason == reason.word
+    await node.unpublish(rejected)
+    node.script.failure, node.script.finished = None, True
+    await node.publish(node.request(_again(shop, 3), EDGE))
+    assert len(set(node.script.csrs)) == len(node.script.orders) == 1
 
 
 async def test_volumes_share_one_renewal(node: Node, shop: FakePod) -> None:

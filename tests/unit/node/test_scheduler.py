@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from csi_driver.node.scheduler import MAX_CONCURRENT_ACTIONS, Scheduler
 from tests.unit.node.virtual_time import in_virtual_time, run_virtually
 
-_LOOP_ITERATIONS = 10
-"""Let the event loop start the actions that are due before the next step."""
+_LOOP_ITERATIONS = 10  # let the event loop start the actions that are due before the next step
 _KEYS = st.sampled_from(["a", "b", "c", "d"])
 _SECONDS = st.one_of(st.just(0.0), st.floats(0, 5), st.floats(0, 2000))
 
@@ -44,8 +43,7 @@ class World:
     """The scheduler under test, the model, and the actions that have started."""
 
     action_s: float = 0.0
-    due: dict[str, float] = field(default_factory=dict)
-    """The model: keys that are scheduled and have not started."""
+    due: dict[str, float] = field(default_factory=dict)  # the model: keys that are scheduled and have not started
     started: list[tuple[str, float]] = field(default_factory=list)
     running: int = 0
     most_running: int = 0

@@ -27,11 +27,9 @@ class _Source:
     """The bundles and the error of each stream; after the last one, a stream stays open."""
 
     streams: list[tuple[list[TrustBundle], Exception | None]]
-    errors: list[Exception] = field(default_factory=list)
-    """The errors of the first acknowledgements."""
+    errors: list[Exception] = field(default_factory=list)  # the errors of the first acknowledgements
     connected_at: list[float] = field(default_factory=list)
-    acknowledged: list[tuple[str, int, int]] = field(default_factory=list)
-    """Set, generation and time."""
+    acknowledged: list[tuple[str, int, int]] = field(default_factory=list)  # set, generation and time
 
     async def watch_trust(self) -> AsyncIterator[TrustBundle]:
         self.connected_at.append(asyncio.get_running_loop().time())
