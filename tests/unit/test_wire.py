@@ -1,4 +1,4 @@
-"""What goes over the wire to the kubelet is held by a table, so that an accidental renumbering fails here."""
+"""A table contains the wire format, so that an accidental change of a number fails a test."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def service_facts(scope: str, service: descriptor_pb2.ServiceDescriptorProto) ->
 
 
 def facts(file: FileDescriptor) -> list[str]:
-    """Every fact of a proto file that another program depends on, one a line."""
+    """Return all names, numbers and types of a proto file."""
     proto = descriptor_pb2.FileDescriptorProto()
     file.CopyToProto(proto)
     lines: list[str] = []
@@ -74,21 +74,19 @@ def table() -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_wire_is_what_the_table_says(name: str) -> None:
-    """Names, numbers and types of every method, field and enum value stay what the other side expects."""
+def test_wire_format_matches_the_table(name: str) -> None:
     module: Any = MODULES[name]
     assert facts(module.DESCRIPTOR) == table()[name]
 
 
 @pytest.mark.parametrize("field", ["secrets", "volume_context"])
-def test_fields_that_carry_tokens_are_marked(field: str) -> None:
-    """What may hold a pod's token says so in the descriptor, so that a generic log interceptor can tell."""
+def test_fields_with_tokens_are_marked_as_secrets(field: str) -> None:
+    """A generic log interceptor can then redact them."""
     options = csi_pb2.NodePublishVolumeRequest.DESCRIPTOR.fields_by_name[field].GetOptions()
     assert options.Extensions[csi_pb2.csi_secret]
 
 
-def test_a_message_of_another_implementation_reads_back() -> None:
-    """Bytes as a kubelet writes them, field by field, mean what they should."""
+def test_message_of_a_kubelet_is_parsed() -> None:
     wire = bytes.fromhex("0a03637369 220774617267657430 2a021200 3001 42060a0161120162")
     request = csi_pb2.NodePublishVolumeRequest.FromString(wire)
     assert request.volume_id == "csi"

@@ -22,8 +22,8 @@ FAILED, UNAVAILABLE = grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNAVA
 
 
 ATTRIBUTES: list[tuple[dict[str, str], tuple[str, ...]]] = [
-    ({"dns-name": "a.example.com"}, ("volumeAttributes.dns-name: is not known", "did you mean dns-names?")),
-    ({"issuer": "x y", "bogus": "y"}, ("volumeAttributes.issuer", "volumeAttributes.bogus", "known are")),
+    ({"dns-name": "a.example.com"}, ("volumeAttributes.dns-name: is unknown", "did you mean dns-names?")),
+    ({"issuer": "x y", "bogus": "y"}, ("volumeAttributes.issuer", "volumeAttributes.bogus", "known attributes: name")),
     ({"name": ""}, ("volumeAttributes.name: is empty", "omit the attribute")),
     ({"name": "a" * 64 + ".example.com"}, ("volumeAttributes.name",)),
     ({"dns-names": "x" * 40_000}, ("volumeAttributes.dns-names: is 40000 characters long",)),
@@ -34,7 +34,7 @@ ATTRIBUTES: list[tuple[dict[str, str], tuple[str, ...]]] = [
     ({"name": "a\nb\x1b[31m\0.example.com"}, ("volumeAttributes.name", "\\n", "\\x1b", "\\x00")),
     ({"na\nme": "x"}, ("volumeAttributes.na\\nme",)),
     ({"duration": "-5m"}, ("volumeAttributes.duration", "is negative")),
-    ({"duration": "0s"}, ("volumeAttributes.duration", "the least is 10s")),
+    ({"duration": "0s"}, ("volumeAttributes.duration", "use at least 10s")),
     ({"duration": "1 hour"}, ("volumeAttributes.duration", "such as 1h30m")),
     ({"duration": "1h", "renew-before": "2h"}, ("volumeAttributes.renew-before", "not shorter than")),
     ({"duration": "1h", "renew-before": "0s"}, ("volumeAttributes.renew-before", "is zero")),
@@ -78,7 +78,7 @@ BAD_TOKENS = {
     "deep": BadToken(lambda _: "[" * 100_000, _NO_AUDIENCE),
     "other-audience": BadToken(lambda pod: json.dumps({"vault": {"token": pod.token()}}), _NO_AUDIENCE),
     "garbage": BadToken(lambda _: tokens_of("garbage"), "is not a JSON Web Token"),
-    "no-base64": BadToken(lambda _: tokens_of("a.%%%.c"), "cannot be read"),
+    "no-base64": BadToken(lambda _: tokens_of("a.%%%.c"), "has invalid claims"),
     "huge": BadToken(lambda pod: tokens_of(pod.token(x="y" * 20_000))),
     "surrogates": BadToken(lambda pod: tokens_of("\ud800" + pod.token())),
     "expired": BadToken(
@@ -92,11 +92,15 @@ BAD_TOKENS = {
         lambda pod: tokens_of(FakePod(namespace="prod", uid=pod.uid).token()), "not pod web/shop"
     ),
     "two-subjects": BadToken(
-        lambda pod: tokens_of(pod.token(sub="system:serviceaccount:web:root")), "another in its claims"
+        lambda pod: tokens_of(pod.token(sub="system:serviceaccount:web:root")),
+        "different service accounts in its subject and its other claims",
     ),
     "hostile-name": BadToken(lambda pod: tokens_of(FakePod(name="a\n\x1b[2J\ud800" * 50, uid=pod.uid).token())),
     "no-node": BadToken(
-        lambda pod: tokens_of(_unsigned(_without_node(pod))), "needs Kubernetes 1.30", "ClusterNotSupported", FAILED
+        lambda pod: tokens_of(_unsigned(_without_node(pod))),
+        "use Kubernetes 1.30 or newer",
+        "ClusterNotSupported",
+        FAILED,
     ),
 }
 
@@ -157,7 +161,7 @@ async def rejects(node: Node, request: Request, code: grpc.StatusCode, reason: s
     assert (failure.code, failure.reason) == (code, reason), failure.text
     assert failure.text.startswith(f"{reason}: ")
     for word in words:
-        assert word in failure.text
+        assert word in failure.text, failure.text
     assert failure.text.isprintable()
     node.assert_nothing_of(request)
     return failure

@@ -77,7 +77,7 @@ def test_another_message_reason_pod_or_window_is_another_event() -> None:
     for now in (START, START + aggregator.WINDOW_S):
         world.now = now
         for change in ({}, {"message": "another"}, {"reason": "RenewalFailing"}, {"pod": another(1)}):
-            world.add(**change)  # type: ignore[arg-type]  # one keyword each
+            world.add(**change)
             names.add(world.next().event.name)
     assert len(names) == 8
     assert world.aggregator.wait(world.now) is None

@@ -1,4 +1,4 @@
-"""What the tests of the policy share: pods, policies from entries, and what hypothesis draws of both."""
+"""Pods, policies and requests for tests, and hypothesis strategies for them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from csi_driver.core.policy.engine import Grant, Policy, PolicySubject, Requeste
 from csi_driver.core.spec import KeyType, Usage
 from tests.unit.core.outcomes import outcome
 from tests.unit.core.pki import names
-from tests.unit.core.policy.reference import HOUR, Entry, Pod, Wish, kind_of
+from tests.unit.core.policy.reference import HOUR, Entry, Pod, Request, kind_of
 
 DOMAINS = {"trust_domain": "td.example", "cluster_domain": "cluster.local"}
 POD = Pod("web", "edge", "edge-0")
 
 
 def policy(*entries: Entry, deny: tuple[tuple[str, str], ...] = ()) -> Policy:
-    """A policy of these rules; ``deny`` has globs of namespaces and of service accounts."""
+    """Return a policy with these rules; ``deny`` has globs for namespaces and service accounts."""
     document = {
         "policy": [entry.document() for entry in entries],
         "deny": [
@@ -34,41 +34,38 @@ def policy(*entries: Entry, deny: tuple[tuple[str, str], ...] = ()) -> Policy:
     return parse_policy(document, trust_domain=DOMAINS["trust_domain"], cluster_domain=DOMAINS["cluster_domain"])
 
 
-def everyone(*patterns: str, hours: int | None = None) -> Entry:
-    """A rule for all pods."""
-    return Entry(names=patterns, most=None if hours is None else hours * HOUR)
+def rule_for_all(*patterns: str, hours: int | None = None) -> Entry:
+    """Return a rule for all pods."""
+    return Entry(names=patterns, longest=None if hours is None else hours * HOUR)
 
 
 def subject(pod: Pod = POD) -> PolicySubject:
-    """The pod as the authority has proven it."""
     account = ServiceAccount(pod.namespace, pod.account)
     identity = PodIdentity(account, "sa-uid", pod.name, "pod-uid", "node-1", "node-uid", 2e9)
     return PolicySubject(identity, dict(pod.labels), pod.services)
 
 
-def asked(wish: Wish) -> RequestedCertificate:
-    """The wish as the authority has read it."""
+def requested(request: Request) -> RequestedCertificate:
     return RequestedCertificate(
-        names(*wish.names),
-        KeyType(wish.key_type),
-        usages=tuple(Usage(usage) for usage in wish.usages),
-        duration=None if wish.seconds is None else timedelta(seconds=wish.seconds),
-        issuer=wish.issuer,
+        names(*request.names),
+        KeyType(request.key_type),
+        usages=tuple(Usage(usage) for usage in request.usages),
+        duration=None if request.seconds is None else timedelta(seconds=request.seconds),
+        issuer=request.issuer,
     )
 
 
 def decide(rules: Policy, *texts: str, hours: int | None = None, pod: Pod = POD) -> Grant | CertmountError:
-    """What becomes of a pod's request."""
-    wish = Wish(texts, seconds=None if hours is None else hours * HOUR)
-    return outcome(lambda: rules.decide(subject(pod), asked(wish)), CertmountError)
+    """Return the grant, or the error."""
+    request = Request(texts, seconds=None if hours is None else hours * HOUR)
+    return outcome(lambda: rules.decide(subject(pod), requested(request)), CertmountError)
 
 
 def is_name(text: str) -> bool:
-    """True for what may stand in a certificate."""
     return isinstance(outcome(lambda: names(text), InvalidName), Names)
 
 
-# Few letters, so that patterns and names meet often.
+# Few letters, so that patterns often match names.
 NAMESPACES = ["a", "ab", "b-a"]
 ACCOUNTS = ["a", "b", "a.b", "ab-a"]
 PODS = ["a", "b", "ab", "b-0", "a.b"]
@@ -113,8 +110,7 @@ text_patterns = st.one_of(dns_patterns, uri_patterns, email_patterns)
 patterns = st.one_of(text_patterns, st.sampled_from(RANGES))
 
 
-def filled(pattern: str, values: Mapping[str, str], fillings: list[str]) -> str:
-    """A name that a pattern allows, or nearly so: values for placeholders, and a filling for each star in turn."""
+def fill(pattern: str, values: Mapping[str, str], fillings: list[str]) -> str:
     for placeholder, value in {**DOMAINS, **values}.items():
         pattern = pattern.replace("{" + placeholder + "}", value)
     literals = pattern.split("*")
@@ -124,12 +120,12 @@ def filled(pattern: str, values: Mapping[str, str], fillings: list[str]) -> str:
 
 
 def near_names(pattern: st.SearchStrategy[str], values: st.SearchStrategy[dict[str, str]]) -> st.SearchStrategy[str]:
-    """Names near to patterns, most of them with the values that the pod really has."""
+    """Return names that match patterns, or nearly; most contain the pod's values."""
     fillings = st.sampled_from(["a", "b", "ab", "a-b"] * 4 + ["*", "", "a.b", "/", "@"])
-    return st.builds(filled, pattern, values, st.lists(fillings, min_size=1, max_size=4))
+    return st.builds(fill, pattern, values, st.lists(fillings, min_size=1, max_size=4))
 
 
-lives = st.sampled_from([None, None, None, 10, HOUR, 2 * HOUR, 12 * HOUR, 24 * HOUR, 25 * HOUR, 48 * HOUR])
+durations = st.sampled_from([None, None, None, 10, HOUR, 2 * HOUR, 12 * HOUR, 24 * HOUR, 25 * HOUR, 48 * HOUR])
 usages: st.SearchStrategy[tuple[str, ...] | None] = st.sampled_from(
     [None, None, None, ("server",), ("client",), ("server", "client")]
 )
@@ -139,7 +135,7 @@ issuers: st.SearchStrategy[tuple[str, ...] | None] = st.sampled_from(
 key_types: st.SearchStrategy[tuple[str, ...] | None] = st.sampled_from(
     [None, None, None, ("EC-P256", "RSA-2048"), ("RSA-2048",)]
 )
-ordered = st.tuples(lives, lives).map(
+ordered = st.tuples(durations, durations).map(
     lambda ends: (ends[1], ends[0]) if ends[0] and ends[1] and ends[0] > ends[1] else ends
 )
 
@@ -153,25 +149,25 @@ MATCHES: list[_Match] = [
     (("*",), ("*",), (("stage", ""),)),
 ]
 """Namespaces, service accounts and labels."""
-EVERYONE: _Match = (("*",), ("*",), ())
+ALL_PODS: _Match = (("*",), ("*",), ())
 
 
 @st.composite
 def entries(draw: st.DrawFn) -> Entry:
-    """A rule: most are for every pod and many without limits, so that much is allowed."""
-    match = draw(st.sampled_from([*[EVERYONE] * 8, *MATCHES]))
+    """Draw a rule. Most match every pod and many have no limits, so that many requests are allowed."""
+    match = draw(st.sampled_from([*[ALL_PODS] * 8, *MATCHES]))
     allowed = tuple(draw(st.lists(patterns, max_size=3)))
     if draw(st.booleans()):
         return Entry(*match, allowed)
-    least, most = draw(ordered)
-    if least is not None and most is None and least > 24 * HOUR:
-        most = 72 * HOUR
-    return Entry(*match, allowed, draw(key_types), draw(usages), least, most, draw(issuers))
+    shortest, longest = draw(ordered)
+    if shortest is not None and longest is None and shortest > 24 * HOUR:
+        longest = 72 * HOUR
+    return Entry(*match, allowed, draw(key_types), draw(usages), shortest, longest, draw(issuers))
 
 
 @st.composite
-def requests(draw: st.DrawFn) -> tuple[list[Entry], Pod, Wish]:
-    """A policy, a pod, and what it asks for, near to what the policy allows."""
+def requests(draw: st.DrawFn) -> tuple[list[Entry], Pod, Request]:
+    """Draw a policy, a pod, and a request that is near to what the policy allows."""
     rules = draw(st.lists(entries(), min_size=draw(st.sampled_from([0, 1, 1, 2])), max_size=4))
     pod = draw(pods)
     allowed = [pattern for entry in rules for pattern in entry.names if kind_of(pattern) != "ips"]
@@ -183,11 +179,13 @@ def requests(draw: st.DrawFn) -> tuple[list[Entry], Pod, Wish]:
     texts = draw(st.lists(st.one_of(*sources), min_size=draw(st.sampled_from([0, 1, 1])), max_size=2))
     written = tuple(dict.fromkeys(str(name) for text in texts if is_name(text) for name in names(text)))
     if draw(st.booleans()):
-        return rules, pod, Wish(written)
-    wanted = draw(usages)
+        return rules, pod, Request(written)
+    requested_usages = draw(usages)
     key_type = draw(st.sampled_from(["EC-P256"] * 3 + ["RSA-2048", "Ed25519"]))
     return (
         rules,
         pod,
-        Wish(written, key_type, wanted or (), draw(lives), draw(st.sampled_from(["internal", "acme"]))),
+        Request(
+            written, key_type, requested_usages or (), draw(durations), draw(st.sampled_from(["internal", "acme"]))
+        ),
     )

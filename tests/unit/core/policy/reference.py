@@ -1,4 +1,4 @@
-"""The policy once more, written apart from the one in use: slow, plain, and by other means (no regular expressions, no cleverness)."""
+"""A second implementation of the policy for comparison: slow and simple, without regular expressions."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 STAR = None
-"""What a ``*`` becomes among the characters of a part."""
+"""The token of a ``*``."""
 HOUR = 3600
 DAY = 24 * HOUR
 PLAIN = set("abcdefghijklmnopqrstuvwxyz0123456789-.")
 USAGES = ("server", "client")
-LIVES = [10, *range(HOUR // 2, 73 * HOUR, HOUR // 2)]
-"""Seconds: all lives that are looked at. Policies of which every limit is one of these have their best life among them."""
+DURATIONS = [10, *range(HOUR // 2, 73 * HOUR, HOUR // 2)]
+"""The lifetimes to try, in seconds. They include every limit of the generated rules."""
 
 Tokens = Sequence[str | None]
 
 
-def fits(tokens: Tokens, text: str) -> bool:
-    """True when the text is the tokens' characters with one or more characters for each star."""
+def matches(tokens: Tokens, text: str) -> bool:
+    """Return whether the text consists of the tokens' characters, with one or more characters for each star."""
     reachable = {0}
     for token in tokens:
         if token is STAR:
@@ -30,13 +30,12 @@ def fits(tokens: Tokens, text: str) -> bool:
     return len(text) in reachable
 
 
-def glob_fits(glob: str, text: str) -> bool:
-    """A glob of namespaces, service accounts or label values."""
-    return fits([STAR if character == "*" else character for character in glob], text)
+def glob_matches(glob: str, text: str) -> bool:
+    return matches([STAR if character == "*" else character for character in glob], text)
 
 
 def tokens_of(part: str, values: Mapping[str, str]) -> list[str | None] | None:
-    """The characters of a pattern's part with the values put in; None when a value is not a plain Kubernetes name."""
+    """Return the characters of a part of a pattern; None if a placeholder's value is not a plain Kubernetes name."""
     tokens: list[str | None] = []
     rest = part
     while rest:
@@ -52,7 +51,7 @@ def tokens_of(part: str, values: Mapping[str, str]) -> list[str | None] | None:
 
 
 def parts_of(text: str) -> list[str]:
-    """What is compared with what: labels, segments, or what is before the @ and then labels."""
+    """Split a name into the parts that are compared: labels, path segments, or a local part and labels."""
     if "://" in text:
         return text.split("/")
     local, at, domain = text.rpartition("@")
@@ -60,7 +59,7 @@ def parts_of(text: str) -> list[str]:
 
 
 def kind_of(text: str) -> str:
-    """The list that a name or pattern stands in."""
+    """Return the key of the list that contains the name or pattern."""
     if "://" in text:
         return "uris"
     if "@" in text:
@@ -68,38 +67,36 @@ def kind_of(text: str) -> str:
     return "ips" if ":" in text or text.partition("/")[0].replace(".", "").isdigit() else "dns"
 
 
-def range_fits(known: str, address: str) -> bool:
-    """True when the address begins with the bits of the range."""
+def range_matches(known: str, address: str) -> bool:
     network, _, length = known.partition("/")
-    first, given = ipaddress.ip_address(network), ipaddress.ip_address(address)
+    first, actual = ipaddress.ip_address(network), ipaddress.ip_address(address)
     bits = first.max_prefixlen
     kept = int(length) if length else bits
-    return first.version == given.version and f"{int(first):0{bits}b}"[:kept] == f"{int(given):0{bits}b}"[:kept]
+    return first.version == actual.version and f"{int(first):0{bits}b}"[:kept] == f"{int(actual):0{bits}b}"[:kept]
 
 
-def name_fits(pattern: str, name: str, domains: Mapping[str, str], values: Mapping[str, str]) -> bool:
-    """True when the pattern allows the name."""
+def name_matches(pattern: str, name: str, domains: Mapping[str, str], values: Mapping[str, str]) -> bool:
     if kind_of(name) == "ips":
-        return range_fits(pattern, name)
+        return range_matches(pattern, name)
     for domain, text in domains.items():
         pattern = pattern.replace("{" + domain + "}", text)
-    wanted, given = parts_of(pattern), parts_of(name)
-    if len(wanted) != len(given):
+    expected, actual = parts_of(pattern), parts_of(name)
+    if len(expected) != len(actual):
         return False
-    for part, text in zip(wanted, given, strict=True):
+    for part, text in zip(expected, actual, strict=True):
         if text == "*" and part != "*":
             return False
         if text == part == "*":
             continue
         tokens = tokens_of(part, values)
-        if tokens is None or not fits(tokens, text):
+        if tokens is None or not matches(tokens, text):
             return False
     return True
 
 
 @dataclass(frozen=True)
 class Pod:
-    """Who asks."""
+    """The pod that requests a certificate."""
 
     namespace: str
     account: str
@@ -108,7 +105,7 @@ class Pod:
     services: tuple[str, ...] = ()
 
     def values(self) -> Iterator[dict[str, str]]:
-        """What may stand in placeholders: once for each Service, and once without any."""
+        """Return the values of the placeholders: one set for each Service, and one without a Service."""
         plain = {"namespace": self.namespace, "service_account": self.account, "pod": self.name, "service": ""}
         yield plain
         for service in self.services:
@@ -116,8 +113,8 @@ class Pod:
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What is asked for; None and empty where nothing is said."""
+class Request:
+    """A request; None and empty values mean that the volume does not set the attribute."""
 
     names: tuple[str, ...] = ()
     key_type: str = "EC-P256"
@@ -128,7 +125,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Entry:
-    """One rule of a policy file; None is what the file leaves away."""
+    """A rule of a policy file; None for a missing key."""
 
     namespaces: tuple[str, ...] = ("*",)
     service_accounts: tuple[str, ...] = ("*",)
@@ -136,12 +133,12 @@ class Entry:
     names: tuple[str, ...] = ()
     key_types: tuple[str, ...] | None = None
     usages: tuple[str, ...] | None = None
-    least: int | None = None
-    most: int | None = None
+    shortest: int | None = None
+    longest: int | None = None
     issuers: tuple[str, ...] | None = None
 
     def document(self) -> dict[str, object]:
-        """The rule as its file's YAML reads."""
+        """Return the rule as data of the YAML file."""
         match: dict[str, object] = {
             "namespaces": list(self.namespaces),
             "serviceAccounts": list(self.service_accounts),
@@ -154,33 +151,32 @@ class Entry:
         for key, items in (("key_types", self.key_types), ("usages", self.usages), ("issuers", self.issuers)):
             if items is not None:
                 allow[key] = list(items)
-        for key, seconds in (("min_duration", self.least), ("max_duration", self.most)):
+        for key, seconds in (("min_duration", self.shortest), ("max_duration", self.longest)):
             if seconds is not None:
                 allow[key] = f"{seconds}s"
         return {"match": match, "allow": allow}
 
-    def is_for(self, pod: Pod) -> bool:
-        """True when the rule is for the pod."""
+    def matches_pod(self, pod: Pod) -> bool:
         labels = dict(pod.labels)
         return (
-            any(glob_fits(glob, pod.namespace) for glob in self.namespaces)
-            and any(glob_fits(glob, pod.account) for glob in self.service_accounts)
-            and all(key in labels and glob_fits(glob, labels[key]) for key, glob in self.labels)
+            any(glob_matches(glob, pod.namespace) for glob in self.namespaces)
+            and any(glob_matches(glob, pod.account) for glob in self.service_accounts)
+            and all(key in labels and glob_matches(glob, labels[key]) for key, glob in self.labels)
         )
 
-    def permits(self, wish: Wish, usages: Sequence[str], seconds: int) -> bool:
-        """True when the rule's limits are kept."""
+    def permits(self, request: Request, usages: Sequence[str], seconds: int) -> bool:
+        """Return whether the request is within the limits of the rule."""
         return (
-            (self.key_types is None or wish.key_type in self.key_types)
-            and wish.issuer in (self.issuers or ("internal",))
+            (self.key_types is None or request.key_type in self.key_types)
+            and request.issuer in (self.issuers or ("internal",))
             and set(usages) <= set(self.usages or USAGES)
-            and (self.least or 10) <= seconds <= (self.most or DAY)
+            and (self.shortest or 10) <= seconds <= (self.longest or DAY)
         )
 
     def allows(self, name: str, own: str, pod: Pod, domains: Mapping[str, str]) -> bool:
-        """True when one of the rule's patterns fits the name, with any Service; the own SPIFFE ID needs no pattern."""
+        """Return whether a pattern matches the name with any Service. The own SPIFFE ID needs no pattern."""
         return name == own or any(
-            name_fits(pattern, name, domains, values)
+            name_matches(pattern, name, domains, values)
             for pattern in self.names
             if kind_of(pattern) == kind_of(name)
             for values in pod.values()
@@ -191,8 +187,8 @@ BUILT_IN = Entry(names=("{service}.{namespace}.svc", "{service}.{namespace}.svc.
 
 
 @dataclass(frozen=True)
-class Granted:
-    """All names of the certificate, and what else was decided."""
+class Allowed:
+    """The content of the certificate."""
 
     names: frozenset[str]
     usages: tuple[str, ...]
@@ -200,19 +196,19 @@ class Granted:
 
 
 @dataclass(frozen=True)
-class Refused:
-    """The names that no rule allows, whatever else is chosen; none where it is their being together that is refused."""
+class NotAllowed:
+    """The names that no rule allows; empty if the names are only not allowed together."""
 
     names: frozenset[str]
 
 
-def judge(entries: Sequence[Entry], wish: Wish, pod: Pod, domains: Mapping[str, str]) -> Granted | Refused:
-    """What a policy says, found by trying everything."""
+def evaluate(entries: Sequence[Entry], request: Request, pod: Pod, domains: Mapping[str, str]) -> Allowed | NotAllowed:
+    """Find the decision: try all combinations of usages and lifetimes."""
     own = f"spiffe://{domains['trust_domain']}/ns/{pod.namespace}/sa/{pod.account}"
-    rules = [entry for entry in (BUILT_IN, *entries) if entry.is_for(pod)]
-    names = {*wish.names, own}
+    rules = [entry for entry in (BUILT_IN, *entries) if entry.matches_pod(pod)]
+    names = {*request.names, own}
     implied = set()
-    if not wish.names:
+    if not request.names:
         for service in pod.services:
             implied |= {
                 f"{service}.{pod.namespace}.svc",
@@ -222,18 +218,22 @@ def judge(entries: Sequence[Entry], wish: Wish, pod: Pod, domains: Mapping[str, 
     fitting = {name: [rule for rule in rules if rule.allows(name, own, pod, domains)] for name in names | implied}
 
     def allowed(name: str, usages: Sequence[str], seconds: int) -> bool:
-        return any(rule.permits(wish, usages, seconds) for rule in fitting[name])
+        return any(rule.permits(request, usages, seconds) for rule in fitting[name])
 
-    every_usages = [wish.usages] if wish.usages else [USAGES, ("server",), ("client",)]
-    every_life = [wish.seconds] if wish.seconds is not None else sorted(LIVES, key=lambda life: (abs(life - DAY), life))
-    for usages in every_usages:
-        for seconds in every_life:
+    all_usages = [request.usages] if request.usages else [USAGES, ("server",), ("client",)]
+    all_durations = (
+        [request.seconds]
+        if request.seconds is not None
+        else sorted(DURATIONS, key=lambda duration: (abs(duration - DAY), duration))
+    )
+    for usages in all_usages:
+        for seconds in all_durations:
             if all(allowed(name, usages, seconds) for name in names):
                 more = {name for name in implied if allowed(name, usages, seconds)}
-                return Granted(frozenset(names | more), tuple(usages), seconds)
-    hopeless = {
+                return Allowed(frozenset(names | more), tuple(usages), seconds)
+    not_allowed = {
         name
         for name in names
-        if not any(allowed(name, usages, seconds) for usages in every_usages for seconds in every_life)
+        if not any(allowed(name, usages, seconds) for usages in all_usages for seconds in all_durations)
     }
-    return Refused(frozenset(hopeless - {own} or hopeless))
+    return NotAllowed(frozenset(not_allowed - {own} or not_allowed))

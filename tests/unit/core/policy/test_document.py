@@ -1,4 +1,4 @@
-"""The policy file: read whole, or refused with everything that is wrong with it, by its path."""
+"""Parsing of the policy file, and errors with all faults."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def read(document: object) -> Policy:
 
 
 def rule(**changes: object) -> dict[str, list[Any]]:
-    """A file of one rule, with ``match_x`` or ``allow_x`` changed, or ``match`` or ``allow`` as a whole."""
+    """Return a file with one rule; ``match_x`` and ``allow_x`` replace a key, ``match`` and ``allow`` a section."""
     parts: dict[str, Any] = {"match": dict(GOOD["match"]), "allow": dict(GOOD["allow"])}
     for key, value in changes.items():
         part, _, field = key.partition("_")
@@ -62,13 +62,11 @@ def faults_of(document: object) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("document", [None, {}, {"policy": None}, {"policy": []}])
-def test_an_empty_file_is_the_default_policy(document: object) -> None:
-    """No rules: every pod gets its SPIFFE ID and nothing else."""
+def test_empty_file_is_the_default_policy(document: object) -> None:
     assert read(document) == Policy("td.example", "cluster.local")
 
 
-def test_a_rule_is_read_with_the_domains_put_in() -> None:
-    """The administrator's own values are known when the file is read; those of pods stay open."""
+def test_rule_is_parsed_with_domains() -> None:
     (made,) = read({"policy": [GOOD]}).rules
     assert made.match == RuleMatch(("web", "team-*"), ("*",), (("team", "pay*"), ("a.example/b", "")))
     assert [str(pattern) for pattern in made.dns] == ["*.{namespace}.svc.cluster.local"]
@@ -84,30 +82,22 @@ def test_a_rule_is_read_with_the_domains_put_in() -> None:
     )
     assert made.label == "policy[0]"
     (made,) = read(rule(allow={"dns": ["a.example"]}, match={"namespaces": ["*"], "serviceAccounts": ["*"]})).rules
-    assert (made.uris, made.ips, made.emails, made.match.namespace_labels, made.limits) == (
-        (),
-        (),
-        (),
-        (),
-        RuleLimits(),
-    )
+    assert (made.uris, made.ips, made.emails, made.match.namespace_labels) == ((),) * 4
+    assert made.limits == RuleLimits()
 
 
-def test_a_deny_list_is_read() -> None:
-    """Whom, and why."""
+def test_deny_list_is_parsed() -> None:
     match = {"namespaces": ["web"], "serviceAccounts": ["*"]}
     assert read({"deny": [{"match": match, "reason": "key stolen on 3 May"}]}).denials == (
         DenyListEntry(RuleMatch(("web",), ("*",)), "key stolen on 3 May", "deny[0]"),
     )
 
 
-def test_usages_have_one_order() -> None:
-    """However they are written."""
+def test_usages_are_ordered() -> None:
     assert read(rule(allow_usages=["client", "server"])).rules[0].limits.usages == (Usage.SERVER, Usage.CLIENT)
 
 
-def test_the_line_of_a_rule_is_in_its_label() -> None:
-    """What the audit log and every refusal say leads to the place in the file."""
+def test_rule_label_contains_the_line() -> None:
     made = parse_policy(
         {"policy": [GOOD, GOOD]},
         trust_domain="td.example",
@@ -203,15 +193,13 @@ def test_the_line_of_a_rule_is_in_its_label() -> None:
         (rule(allow_max_duration=3600), "policy[0].allow.max_duration", "3600 is not a string; put it in quotes"),
     ],
 )
-def test_what_is_wrong_is_said_by_its_path(document: object, field: str, words: str) -> None:
-    """An administrator finds the place without a line number."""
+def test_fault_has_path_problem_and_hint(document: object, field: str, words: str) -> None:
     faults = faults_of(document)
     assert list(faults) == [field]
     assert words in faults[field]
 
 
-def test_everything_that_is_wrong_is_said_at_once() -> None:
-    """One round of corrections is enough, whatever rule the slips are in."""
+def test_all_faults_are_reported_together() -> None:
     (first,) = rule(allow_dns=["**"], match_namespaces=["A"])["policy"]
     faults = faults_of({"policy": [first, GOOD, {"allow": {"uris": ["x"]}}, 7]})
     assert list(faults) == [
@@ -223,8 +211,7 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
     ]
 
 
-def test_a_flood_of_faults_ends_in_a_count() -> None:
-    """A file that is wrong everywhere makes a text that can still be read."""
+def test_number_of_reported_faults_is_limited() -> None:
     with pytest.raises(CertmountError) as raised:
         read({"policy": [7] * 1000})
     assert str(raised.value).endswith("(51) and 950 more faults")
@@ -267,8 +254,7 @@ plain = st.recursive(
         plain.map(lambda inner: rule(match=inner)),
     )
 )
-def test_any_data_is_a_policy_or_one_error(document: object) -> None:
-    """Whatever a YAML file can hold: a policy, or InvalidPolicy with a place for every fault."""
+def test_any_data_is_a_policy_or_invalid_policy(document: object) -> None:
     result = outcome(lambda: read(document), CertmountError)
     if isinstance(result, CertmountError):
         assert result.reason is Reason.INVALID_POLICY
@@ -278,7 +264,6 @@ def test_any_data_is_a_policy_or_one_error(document: object) -> None:
 
 
 @given(hostile_texts)
-def test_any_glob_is_one_or_a_fault(text: str) -> None:
-    """What is accepted can match a Kubernetes name; what can't is told."""
+def test_glob_matches_only_kubernetes_names(text: str) -> None:
     result = outcome(lambda: read(rule(match_namespaces=[text])), CertmountError)
     assert isinstance(result, Policy) == (bool(text) and not set(text) - set("abcdefghijklmnopqrstuvwxyz0123456789.-*"))

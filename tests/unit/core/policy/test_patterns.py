@@ -1,4 +1,4 @@
-"""Patterns of names: what they mean, whatever stands in their placeholders, and why a text is none."""
+"""Name patterns and IP ranges."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tests.unit.core.policy.policies import (
     DOMAINS,
     decide,
     dns_patterns,
-    everyone,
     pods,
     policy,
+    rule_for_all,
     subject,
     text_patterns,
 )
@@ -35,8 +35,7 @@ VALUES = {"namespace": "web", "service_account": "edge", "pod": "edge-0"}
 
 @given(st.sampled_from(HOSTILE_VALUES), st.sampled_from(["pod", "service_account", "namespace"]), strategies.dns_texts)
 @example("a.b.example", "pod", "a.b.example")
-def test_a_hostile_value_matches_nothing(value: str, placeholder: str, name: str) -> None:
-    """A value that is no single label, put alone into a DNS pattern's label, allows no name whatever."""
+def test_value_that_is_not_a_label_matches_nothing(value: str, placeholder: str, name: str) -> None:
     pattern = NamePattern.for_dns(f"{{{placeholder}}}.svc.example", DOMAINS)
     values = {**VALUES, placeholder: value}
     for text in (name, f"{value}.svc.example", "x.svc.example", "*.svc.example", "a.svc.example"):
@@ -44,8 +43,7 @@ def test_a_hostile_value_matches_nothing(value: str, placeholder: str, name: str
 
 
 @given(st.sampled_from(HOSTILE_VALUES), strategies.dns_texts)
-def test_a_hostile_service_matches_nothing(value: str, name: str) -> None:
-    """The same for a Service's name, should an API server ever let such a one pass."""
+def test_service_that_is_not_a_label_matches_nothing(value: str, name: str) -> None:
     pattern = NamePattern.for_dns("{service}.web.svc", DOMAINS)
     for text in (name, f"{value}.web.svc", "x.web.svc", "*.web.svc", "a.b.example.web.svc"):
         assert not pattern.matches(text, VALUES, (value,))
@@ -57,10 +55,9 @@ def test_a_hostile_service_matches_nothing(value: str, name: str) -> None:
     st.lists(st.sampled_from(["a", "b", "ab", "example"]), min_size=2, max_size=4),
     strategies.labels,
 )
-def test_a_wildcard_is_granted_only_where_all_it_covers_is(
+def test_wildcard_is_allowed_only_if_all_covered_names_are(
     pattern: str, pod: Pod, labels: list[str], label: str
 ) -> None:
-    """A certificate for ``*.x`` serves every name one label below ``x``; so each of these is allowed by itself."""
     made = NamePattern.for_dns(pattern, DOMAINS)
     values = next(pod.values())
     wildcard, covered = (".".join([first, *labels]) for first in ("*", label))
@@ -81,9 +78,8 @@ def test_a_wildcard_is_granted_only_where_all_it_covers_is(
         ("*.*.example.com", False),
     ],
 )
-def test_a_wildcard_name_needs_a_bare_star(pattern: str, granted: bool) -> None:
-    """``*.example.com`` is granted by a pattern whose first label is ``*`` and nothing else."""
-    assert isinstance(decide(policy(everyone(pattern)), "*.example.com"), Grant) == granted
+def test_only_a_star_label_allows_a_wildcard(pattern: str, granted: bool) -> None:
+    assert isinstance(decide(policy(rule_for_all(pattern)), "*.example.com"), Grant) == granted
 
 
 SHOP = Pod("web", "edge", "edge-0", services=("shop", "api"))
@@ -106,15 +102,14 @@ SHOP = Pod("web", "edge", "edge-0", services=("shop", "api"))
         ("{service}@example.com", "Shop@example.com", False),
     ],
 )
-def test_a_service_stands_for_each_service_of_the_pod(pattern: str, name: str, granted: bool) -> None:
-    """One Service at a time, in all its places; no name of a Service that does not select the pod."""
-    assert isinstance(decide(policy(everyone(pattern)), name, pod=SHOP), Grant) == granted
-    assert not isinstance(decide(policy(everyone(pattern)), name), Grant)
+def test_service_placeholder_matches_each_service_of_the_pod(pattern: str, name: str, granted: bool) -> None:
+    """The same Service in all places."""
+    assert isinstance(decide(policy(rule_for_all(pattern)), name, pod=SHOP), Grant) == granted
+    assert not isinstance(decide(policy(rule_for_all(pattern)), name), Grant)
 
 
 @given(st.one_of(text_patterns, strategies.hostile_texts, st.text(alphabet=string.printable, max_size=30)))
-def test_any_text_is_a_pattern_or_a_problem_in_words(text: str) -> None:
-    """Whatever an administrator writes in a pattern's place."""
+def test_any_text_is_a_pattern_or_an_invalid_pattern(text: str) -> None:
     for make in (NamePattern.for_dns, NamePattern.for_uri, NamePattern.for_email):
         pattern = outcome(functools.partial(make, text, DOMAINS), InvalidPattern)
         if isinstance(pattern, NamePattern):
@@ -136,8 +131,7 @@ def test_any_text_is_a_pattern_or_a_problem_in_words(text: str) -> None:
         ("a" * 2049, "at most 2048"),
     ],
 )
-def test_why_a_text_is_no_pattern_is_said(text: str, problem: str) -> None:
-    """Slips in a policy are found when it is read, not when a pod waits."""
+def test_invalid_dns_pattern_is_rejected_with_a_reason(text: str, problem: str) -> None:
     with pytest.raises(InvalidPattern, match=problem):
         NamePattern.for_dns(text, DOMAINS)
 
@@ -154,8 +148,7 @@ def test_why_a_text_is_no_pattern_is_said(text: str, problem: str) -> None:
         ("", "form name@domain"),
     ],
 )
-def test_why_a_text_is_no_pattern_of_addresses_is_said(text: str, problem: str) -> None:
-    """The same for e-mail addresses."""
+def test_invalid_email_pattern_is_rejected_with_a_reason(text: str, problem: str) -> None:
     with pytest.raises(InvalidPattern, match=problem):
         NamePattern.for_email(text, DOMAINS)
 
@@ -188,9 +181,8 @@ def test_why_a_text_is_no_pattern_of_addresses_is_said(text: str, problem: str) 
         ("0.0.0.0/0", "::1", False),
     ],
 )
-def test_a_pattern_allows_what_it_says(pattern: str, name: str, granted: bool) -> None:
-    """Each kind allows names of its own kind only, one part for one part."""
-    result = decide(policy(everyone(pattern)), name)
+def test_pattern_allows_names_of_its_type(pattern: str, name: str, granted: bool) -> None:
+    result = decide(policy(rule_for_all(pattern)), name)
     assert isinstance(result, Grant) == granted
     if isinstance(result, Grant):
         assert set(names(name)) <= set(result.names)
@@ -201,8 +193,8 @@ def test_a_pattern_allows_what_it_says(pattern: str, name: str, granted: bool) -
     ["example.com", "https:/example.com", "*://example.com/", "https://*/", "https://*.example.com/", "https://{pod}/",
      "https://{pod}.example.com/a", "https://{service}/a", "{namespace}://example.com/", "spiffe:///a", "https//example.com/a", "https:/x/example.com/a", "https://example.com/%41"],
 )  # fmt: skip
-def test_a_uri_pattern_writes_out_scheme_and_host(text: str) -> None:
-    """No pod's name and no star decides on a host: there a dot in a pod's name would be another host."""
+def test_uri_pattern_requires_a_literal_scheme_and_host(text: str) -> None:
+    """A dot in a pod's name would be another host."""
     with pytest.raises(InvalidPattern):
         NamePattern.for_uri(text, DOMAINS)
 
@@ -222,14 +214,12 @@ def test_a_uri_pattern_writes_out_scheme_and_host(text: str) -> None:
         ("", "is not an IP address or range"),
     ],
 )
-def test_why_a_text_is_no_range_is_said(text: str, problem: str) -> None:
-    """What could be read as another range than was meant is refused."""
+def test_invalid_ip_range_is_rejected_with_a_reason(text: str, problem: str) -> None:
     with pytest.raises(InvalidPattern, match=problem):
         IPRange.parse(text)
 
 
-def test_a_range_is_shown_as_it_is_written() -> None:
-    """An address as an address, a network with its length."""
+def test_ip_range_text() -> None:
     assert [str(IPRange.parse(text)) for text in ("10.0.0.0/8", "10.0.0.1", "fd00::1/128")] == [
         "10.0.0.0/8",
         "10.0.0.1",
@@ -240,19 +230,19 @@ def test_a_range_is_shown_as_it_is_written() -> None:
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("stars", [2, 4, 8, 50])
-def test_no_name_makes_a_pattern_slow(stars: int) -> None:
-    """A pod chooses the names it asks for; the longest and worst of them is judged at once, however many stars a rule has."""
-    rules = policy(everyone("https://example.com/" + "-".join("*" * stars) + "x"))
-    refusal = decide(rules, "https://example.com/" + "-" * 2000)
-    assert isinstance(refusal, CertmountError)
-    assert "no policy rule" in str(refusal)
+def test_matching_time_is_linear(stars: int) -> None:
+    """A pod chooses the names."""
+    rules = policy(rule_for_all("https://example.com/" + "-".join("*" * stars) + "x"))
+    result = decide(rules, "https://example.com/" + "-" * 2000)
+    assert isinstance(result, CertmountError)
+    assert "no policy rule" in str(result)
 
 
 @pytest.mark.timeout(20)
-def test_no_number_of_services_makes_a_decision_slow() -> None:
-    """Who may make Services may make thousands that select one pod: a fixed number of them is looked at."""
+def test_number_of_services_is_limited() -> None:
+    """A tenant can create thousands of Services that select one pod."""
     pod = Pod("web", "edge", "edge-0", services=tuple(f"s{number:05}" for number in range(10_000)))
     patterns = [f"*{{service}}*.{{service}}.x{number}.example" for number in range(100)]
     wanted = [f"{'s0' * 30}.s.x{number}.example" for number in range(100)]
-    assert isinstance(decide(policy(everyone(*patterns)), *wanted, pod=pod), CertmountError)
+    assert isinstance(decide(policy(rule_for_all(*patterns)), *wanted, pod=pod), CertmountError)
     assert len(policy().decide(subject(pod), RequestedCertificate()).names) == MAX_NAMES - 1

@@ -1,4 +1,4 @@
-"""The policy's JSON Schema, by which editors help, says what the program does."""
+"""The policy's JSON Schema accepts the same files as the parser."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tests.unit.core.policy.reference import Entry
 from tests.unit.core.policy.test_document import GOOD, MATCH, read
 
 SCHEMA = json.loads((Path(__file__).parents[4] / "docs" / "policy.schema.json").read_text())
-# An editor offers one spelling of a key type.
+# The schema has only one spelling of each key type.
 FILE: dict[str, Any] = {
     "policy": [{**GOOD, "allow": {**GOOD["allow"], "key_types": ["EC-P256"]}}],
     "deny": [{"match": MATCH, "reason": "stolen"}],
 }
 Place = tuple[str | int, ...]
-AWAY = object()
-CHANGES: list[Any] = [AWAY, None, "", "x", "*", "**", "A b", "a@b", "{pod}", "{sevice}", "1h", "10.0.0.1", "a://b/{pod}", 5, True, 1.5, [], [1], [None], ["x"], {}, {"x": "y"}, {"x": 1}, {"-": "x"}, "x" * 3000]  # fmt: skip
+REMOVED = object()
+CHANGES: list[Any] = [REMOVED, None, "", "x", "*", "**", "A b", "a@b", "{pod}", "{sevice}", "1h", "10.0.0.1", "a://b/{pod}", 5, True, 1.5, [], [1], [None], ["x"], {}, {"x": "y"}, {"x": 1}, {"-": "x"}, "x" * 3000]  # fmt: skip
 
 
 def places(part: object, at: Place = ()) -> Iterator[Place]:
@@ -40,51 +40,47 @@ def places(part: object, at: Place = ()) -> Iterator[Place]:
 
 
 def changed(place: Place, change: object) -> dict[str, Any]:
-    """The good file with one part replaced, or taken away."""
+    """Return the valid file with one part replaced or removed."""
     document = copy.deepcopy(FILE)
     part: Any = document
     for step in place[:-1]:
         part = part[step]
-    if change is AWAY:
+    if change is REMOVED:
         del part[place[-1]]
     else:
         part[place[-1]] = change
     return document
 
 
-def is_read(document: object) -> bool:
+def is_parsed(document: object) -> bool:
     return isinstance(outcome(lambda: read(document), CertmountError), Policy)
 
 
 @pytest.mark.parametrize("place", [place for place in places(FILE) if place], ids=str)
-def test_the_schema_and_the_program_agree_on_each_part(place: Place) -> None:
-    """Each part of a good file replaced by something else, taken away, or with a stranger beside it."""
+def test_schema_and_parser_agree_on_each_part(place: Place) -> None:
     assert valid(SCHEMA, FILE)
     documents = [changed(place, change) for change in CHANGES]
-    documents += [changed((*place[:-1], "stranger"), "x")] if isinstance(place[-1], str) else []
+    documents += [changed((*place[:-1], "unknown"), "x")] if isinstance(place[-1], str) else []
     for document in documents:
-        if "namespaceLabels" in place and "stranger" in str(document):
-            continue  # there a stranger is a label
-        assert is_read(document) == valid(SCHEMA, document), document
+        if "namespaceLabels" in place and "unknown" in str(document):
+            continue  # any key is a label there
+        assert is_parsed(document) == valid(SCHEMA, document), document
 
 
 @given(st.lists(entries(), max_size=3))
-def test_what_the_program_reads_the_schema_takes(rules: list[Entry]) -> None:
-    """No editor marks as wrong what works."""
+def test_schema_accepts_valid_policies(rules: list[Entry]) -> None:
     document = {"policy": [rule.document() for rule in rules]}
-    assert is_read(document)
+    assert is_parsed(document)
     assert valid(SCHEMA, document)
 
 
 @pytest.mark.parametrize("document", [None, {}, {"policy": None}, {"deny": []}])
-def test_an_empty_file_fits_the_schema(document: object) -> None:
-    """It is the default policy."""
+def test_schema_accepts_an_empty_file(document: object) -> None:
     assert valid(SCHEMA, document)
-    assert is_read(document)
+    assert is_parsed(document)
 
 
-def test_the_schema_offers_what_the_program_knows() -> None:
-    """Every key type and usage, and every key of a rule, so that none is forgotten when one is added."""
+def test_schema_lists_all_keys_key_types_and_usages() -> None:
     allow = SCHEMA["$defs"]["rule"]["properties"]["allow"]["properties"]
     assert allow["key_types"]["items"]["enum"] == [key_type.value for key_type in KeyType]
     assert allow["usages"]["items"]["enum"] == [usage.value for usage in Usage]
