@@ -79,8 +79,14 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "purpose": (item(crafted(ANY_PURPOSE)), "server auth and client"),
     "extension": (item(crafted(x509.OCSPNoCheck())), "is not supported in certificates for pods"),
     "system user": (item(crafted(subject=(NameOID.COMMON_NAME, "system:admin"))), "is reserved for Kubernetes"),
-    "system group": (item(crafted(subject=(NameOID.ORGANIZATION_NAME, "System:masters"))), "is reserved for Kubernetes"),
-    "organisation": (item(crafted(subject=(NameOID.ORGANIZATION_NAME, "Example"))), "is not supported in certificates for pods"),
+    "system group": (
+        item(crafted(subject=(NameOID.ORGANIZATION_NAME, "System:masters"))),
+        "is reserved for Kubernetes",
+    ),
+    "organisation": (
+        item(crafted(subject=(NameOID.ORGANIZATION_NAME, "Example"))),
+        "is not supported in certificates for pods",
+    ),
     "common name": (
         item(crafted(subject=(NameOID.COMMON_NAME, "b.web.svc"))),
         "not among the subject alternative names",
