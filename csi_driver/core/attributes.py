@@ -38,10 +38,8 @@ class IssuanceOptions:
 
     duration: timedelta | None = None  # None: the authority's default
     usages: tuple[Usage, ...] = ()  # empty: all that the policy allows
-    issuer: str = DEFAULT_ISSUER
-    """The issuer that signs, and whose roots the pod trusts."""
-    federations: tuple[str, ...] = ()
-    """The names of additional root sets that the pod trusts."""
+    issuer: str = DEFAULT_ISSUER  # the issuer that signs, and whose roots the pod trusts
+    federations: tuple[str, ...] = ()  # the names of additional root sets that the pod trusts
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +50,7 @@ class CertificateSpec(IssuanceOptions):
     renew_before: timedelta | None = None
     """The time before the expiry when the certificate is renewed; None: a third of the lifetime."""
     key_type: KeyType = KeyType.EC_P256
-    fs_group: int | None = None
-    """The group that can read the key; None: the pod's fsGroup."""
+    fs_group: int | None = None  # the group that can read the key; None: the pod's fsGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +58,10 @@ class Attribute:
     """A row of the table. Its texts, and those of docs/volume-attributes.md, are tested against each other."""
 
     name: str
-    field: str
-    """The field of :class:`CertificateSpec`, or a field of :class:`Names`."""
-    parse: Callable[[str], Any]
-    """Parses the value or, if ``max_items`` is set, an item; raises ValueError."""
+    field: str  # the field of :class:`CertificateSpec`, or a field of :class:`Names`
+    parse: Callable[[str], Any]  # parses the value or, if ``max_items`` is set, an item; raises ValueError
     example: str
-    max_items: int = 0
-    """The largest number of items of a list, separated by commas; 0 for a single value."""
+    max_items: int = 0  # the largest number of items of a list, separated by commas; 0 for a single value
     items: str = "names"
 
     @property

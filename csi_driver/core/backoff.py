@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_MAX_EXPONENT = 32
-"""Prevents an overflow after many failures; every cap is reached earlier."""
+_MAX_EXPONENT = 32  # prevents an overflow after many failures; every cap is reached earlier
 
 
 @dataclass(frozen=True, slots=True)

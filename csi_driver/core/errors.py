@@ -83,8 +83,7 @@ class FailureKind(Enum):
 
     def __init__(self, meaning: str, status: str, retry: Retry, scope: Scope) -> None:
         self.meaning = meaning
-        self.status = status
-        """The name of the gRPC status code."""
+        self.status = status  # the name of the gRPC status code
         self.retry = retry
         self.scope = scope
 

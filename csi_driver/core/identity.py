@@ -18,8 +18,7 @@ MAX_TOKEN_BYTES = 16 * 1024
 _NAMESPACE = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
 _NAME = re.compile(r"(?!.{254})[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*", re.ASCII)
 _UID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
-_MAX_TIME = 1e12
-"""Unix seconds, about 30,000 years from now."""
+_MAX_TIME = 1e12  # Unix seconds, about 30,000 years from now
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +47,7 @@ class PodIdentity:
     pod_uid: str
     node_name: str
     node_uid: str
-    expires_at: float
-    """The expiry of the token in Unix seconds."""
+    expires_at: float  # the expiry of the token in Unix seconds
 
     def __str__(self) -> str:
         return f"pod {self.service_account.namespace}/{self.pod_name}"

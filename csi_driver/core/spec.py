@@ -5,14 +5,10 @@ from __future__ import annotations
 from datetime import timedelta
 from enum import Enum, unique
 
-MIN_DURATION = timedelta(seconds=10)
-"""A shorter lifetime leaves no time for a renewal: one failure would be an outage."""
-DEFAULT_ISSUER = "internal"
-"""The internal CA."""
-MAX_NAMES = 100
-"""Names in one certificate, as many as public CAs allow. Every TLS handshake transmits them."""
-MAX_FEDERATIONS = 10
-"""Additional root sets in one volume."""
+MIN_DURATION = timedelta(seconds=10)  # a shorter lifetime leaves no time for a renewal: one failure would be an outage
+DEFAULT_ISSUER = "internal"  # the internal CA
+MAX_NAMES = 100  # Names in one certificate, as many as public CAs allow. Every TLS handshake transmits them.
+MAX_FEDERATIONS = 10  # additional root sets in one volume
 
 
 @unique

@@ -37,7 +37,6 @@ class ClusterCache:
 
     @property
     def synced(self) -> bool:
-        """True after a complete list of each resource."""
         return all(reflector.synced for reflector in self._reflectors)
 
     def outdated(self) -> Sequence[str]:
@@ -61,7 +60,6 @@ class ClusterCache:
         }
 
     async def run(self) -> None:
-        """Update the caches until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             for reflector in self._reflectors:
                 tasks.create_task(reflector.run(), name=f"watch of {reflector.resource.name}")

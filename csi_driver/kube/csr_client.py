@@ -36,7 +36,6 @@ class KubernetesCSRClient:
         self._timings = timings
 
     async def own_username(self) -> str:
-        """Return the authority's user name, which the API server records in the requests that it creates."""
         body = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
         review = await self._request("POST", _SELF, _SELF_TARGET, body)
         try:
@@ -48,7 +47,6 @@ class KubernetesCSRClient:
         return username
 
     async def create(self, draft: CSRDraft) -> ClusterCSR:
-        """Create a request; the API server generates the name."""
         metadata = {
             "generateName": draft.name_prefix,
             "labels": dict(draft.labels),
@@ -64,8 +62,6 @@ class KubernetesCSRClient:
         return _read(await self._request("POST", _PATH, "CertificateSigningRequest", body))
 
     async def decide(self, csr: ClusterCSR, condition: CSRCondition) -> ClusterCSR:
-        """Approve or deny a request that is neither yet; return the current request."""
-
         def change(status: Json, current: ClusterCSR) -> bool:
             if current.conditions:
                 return False
@@ -75,8 +71,6 @@ class KubernetesCSRClient:
         return await self._update(csr, "approval", change)
 
     async def set_certificate(self, csr: ClusterCSR, certificate: bytes) -> ClusterCSR:
-        """Write the certificate (PEM, leaf first) unless the request is finished; return the current request."""
-
         def change(status: Json, current: ClusterCSR) -> bool:
             status["certificate"] = base64.b64encode(certificate).decode("ascii")
             return not current.finished
@@ -84,8 +78,6 @@ class KubernetesCSRClient:
         return await self._update(csr, "status", change)
 
     async def fail(self, csr: ClusterCSR, condition: CSRCondition) -> ClusterCSR:
-        """Mark an approved request as failed unless it is finished; return the current request."""
-
         def change(status: Json, current: ClusterCSR) -> bool:
             status["conditions"] = [*(status.get("conditions") or ()), _condition(condition)]
             return not current.finished
@@ -93,7 +85,6 @@ class KubernetesCSRClient:
         return await self._update(csr, "status", change)
 
     async def delete(self, csr: ClusterCSR) -> None:
-        """Delete exactly this request, if it still exists."""
         body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": csr.uid}}
         with contextlib.suppress(Conflict):  # another request has the name now
             try:
@@ -103,7 +94,6 @@ class KubernetesCSRClient:
                     raise
 
     async def is_permitted(self, verb: str, resource: str, name: str = "") -> bool:
-        """Return whether the authority has a permission in the group certificates.k8s.io."""
         return await has_permission(self._api, Permission(verb, "certificates.k8s.io", resource, name=name))
 
     def watch(self, sink: CSRCache, *, signer: str = "", labels: str = "") -> Reflector:

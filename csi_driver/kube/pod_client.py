@@ -13,13 +13,12 @@ _FINISHED = ("Succeeded", "Failed")
 
 
 class PodClient:
-    """Needs the verb get on pods."""
+    """Needs the verb get on pods. Failures have the reason TokenReviewUnavailable."""
 
     def __init__(self, api: client.ApiClient) -> None:
         self._api = api
 
     async def find(self, namespace: str, name: str) -> LivePod | None:
-        """Return the pod, or None if it does not exist; raises CertmountError TokenReviewUnavailable."""
         target, path = f"pod {namespace}/{name}", f"/api/v1/namespaces/{namespace}/pods/{name}"
         try:
             item = await call_api(request_json(self._api, "GET", path), Reason.TOKEN_REVIEW_UNAVAILABLE, target)

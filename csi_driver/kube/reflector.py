@@ -99,7 +99,6 @@ class Reflector:
         )
 
     async def run(self) -> None:
-        """List and watch until cancelled."""
         while True:
             try:
                 if not self._version:
@@ -179,7 +178,6 @@ class Reflector:
             received = True
 
     def _apply(self, line: bytes) -> None:
-        """Apply one watch event, a JSON object on one line."""
         try:
             event = json.loads(line)
             kind, item = event["type"], event["object"]
@@ -235,7 +233,6 @@ class Reflector:
 
 
 def _list_content(page: Json) -> tuple[list[object], Json]:
-    """Return the objects and the metadata of a list (meta.k8s.io/v1 ListMeta); raises InvalidObject."""
     items, metadata = page.get("items"), page.get("metadata")
     if items is None:
         items = []  # the API server sends null for an empty list of PartialObjectMetadata

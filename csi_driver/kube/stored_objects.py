@@ -33,7 +33,6 @@ class StoredObject:
         self.name = str(name)
 
     async def read(self) -> Json:
-        """Return the object; raises CertmountError with the object's reason."""
         return await self._request("GET")
 
     async def update(self, change: Callable[[Json], bool]) -> bool:
@@ -63,7 +62,6 @@ class StoredObject:
             return False
 
     def version(self, item: Json) -> str:
-        """Return the resourceVersion."""
         metadata = item.get("metadata")
         if not isinstance(metadata, dict) or not metadata.get("resourceVersion"):
             raise self.invalid()
@@ -139,7 +137,6 @@ class LeaseClient:
         self.name = str(lease)
 
     async def load(self) -> Lease:
-        """Return the lease; raises CertmountError IssuerUnavailable."""
         item = await self._object.read()
         try:
             spec = item.get("spec") or {}
@@ -149,8 +146,6 @@ class LeaseClient:
         return Lease(holder, seconds, self._object.version(item))
 
     async def save(self, lease: Lease) -> bool:
-        """Write the holder and the renewal time; return False if another replica changed the lease since it was read."""
-
         def change(item: Json) -> None:
             now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
             spec = item.get("spec") or {}

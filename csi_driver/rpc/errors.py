@@ -8,8 +8,7 @@ import grpc
 
 from csi_driver.core.errors import REASONS, CertmountError, Reason
 
-REASON_KEY = "certmount-reason"
-"""The key of the reason in the trailing metadata."""
+REASON_KEY = "certmount-reason"  # the key of the reason in the trailing metadata
 
 _MAX_MESSAGE = 2000
 """Characters. HTTP/2 headers carry the message, and peers truncate or reject headers above a few kilobytes."""

@@ -18,8 +18,7 @@ _SECRET = re.compile(
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)"
 )
 
-_MARKERS = ("eyJ", "PRIVATE KEY")
-"""Every match of the pattern contains one of them."""
+_MARKERS = ("eyJ", "PRIVATE KEY")  # every match of the pattern contains one of them
 
 
 def configure_logging(level: str) -> None:

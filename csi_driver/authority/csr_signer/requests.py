@@ -8,8 +8,7 @@ import re
 from datetime import timedelta
 
 from csi_driver.authority.authn.token_verifier import token_rejected
-from csi_driver.core.certificates.csr import MAX_CSR_BYTES, ParsedCSR, parse_csr
-from csi_driver.core.certificates.csr_content import content_faults
+from csi_driver.core.certificates.csr import MAX_CSR_BYTES, ParsedCSR, content_faults, parse_csr
 from csi_driver.core.cluster.csr import DIGITAL_SIGNATURE, KEY_ENCIPHERMENT, PURPOSES, ClusterCSR
 from csi_driver.core.cluster.objects import LivePod
 from csi_driver.core.errors import CertmountError, Fault, Reason

@@ -15,8 +15,7 @@ from csi_driver.authority.issuance.steps import InterimCertificates, IssuanceSte
 from csi_driver.authority.issuers import IssuedCertificate, Issuer, IssuerRequest
 from csi_driver.authority.trust.bundles import TrustBundles
 from csi_driver.core.attributes import IssuanceOptions
-from csi_driver.core.certificates.csr import ParsedCSR, parse_csr
-from csi_driver.core.certificates.csr_content import content_faults
+from csi_driver.core.certificates.csr import ParsedCSR, content_faults, parse_csr
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, FailureKind, Fault, Reason
 from csi_driver.core.identity import PodIdentity

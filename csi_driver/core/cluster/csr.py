@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 
 from csi_driver.core.spec import Usage
 
-CERTMOUNT_SIGNER = "certmount.dev/pod"
-"""The signer name that the authority implements."""
-MIN_EXPIRATION_S = 600
-"""The shortest lifetime that the API accepts (KEP-2784)."""
+CERTMOUNT_SIGNER = "certmount.dev/pod"  # the signer name that the authority implements
+MIN_EXPIRATION_S = 600  # the shortest lifetime that the API accepts (KEP-2784)
 APPROVED, DENIED, FAILED = "Approved", "Denied", "Failed"
 
 DIGITAL_SIGNATURE, KEY_ENCIPHERMENT = "digital signature", "key encipherment"
@@ -40,8 +38,7 @@ class CSRDraft:
 
     name_prefix: str
     signer: str
-    request: bytes
-    """PEM."""
+    request: bytes  # PEM
     usages: tuple[str, ...]
     expiration_s: int
     labels: Mapping[str, str]
@@ -54,19 +51,16 @@ class ClusterCSR:
 
     name: str
     uid: str
-    created_at: float
-    """Unix seconds."""
+    created_at: float  # Unix seconds
     signer: str
-    request: bytes
-    """The requester's bytes; they should be PEM."""
+    request: bytes  # the requester's bytes; they should be PEM
     usages: tuple[str, ...]
     expiration_s: int | None
     username: str
     extra: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     conditions: tuple[CSRCondition, ...] = ()
-    certificate: bytes = b""
-    """PEM: the leaf, then the intermediates; empty until the request is signed."""
+    certificate: bytes = b""  # PEM: the leaf, then the intermediates; empty until the request is signed
 
     def condition(self, kind: str) -> CSRCondition | None:
         return next((condition for condition in self.conditions if condition.kind == kind), None)

@@ -11,31 +11,25 @@ class LivePod:
 
     uid: str
     service_account: str
-    node_name: str
-    """Empty before the pod is scheduled."""
-    terminating: bool
-    """True if the pod is being deleted or has finished."""
+    node_name: str  # empty before the pod is scheduled
+    terminating: bool  # true if the pod is being deleted or has finished
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterNodes:
     """The names of the cluster's nodes."""
 
-    with_driver: frozenset[str]
-    """Nodes on which the driver is registered now."""
-    without_driver: frozenset[str] | None
-    """All other nodes; None if they are unknown."""
+    with_driver: frozenset[str]  # nodes on which the driver is registered now
+    without_driver: frozenset[str] | None  # all other nodes; None if they are unknown
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
     """A Lease (coordination.k8s.io/v1). It expires ``seconds`` after its last change, measured by the reader's clock."""
 
-    holder: str
-    """Empty if no replica holds it."""
+    holder: str  # empty if no replica holds it
     seconds: int
-    version: str
-    """The resourceVersion."""
+    version: str  # the resourceVersion
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +37,7 @@ class ReviewedToken:
     """The owner of a valid token according to a TokenReview (authentication.k8s.io/v1). Missing fields are empty."""
 
     username: str
-    uid: str
-    """The UID of the service account."""
+    uid: str  # the UID of the service account
     pod_name: str
     pod_uid: str
     node_name: str
@@ -63,28 +56,22 @@ class PublishedKeys:
 class PodEvent:
     """An Event (events.k8s.io/v1) on a pod. Repeated events with the same name increase a count."""
 
-    name: str
-    """The name of the Event object, unique in the namespace."""
+    name: str  # the name of the Event object, unique in the namespace
     namespace: str
     pod_name: str
     pod_uid: str
     warning: bool
-    reason: str
-    """A CamelCase word."""
-    message: str
-    """At most 1024 bytes of UTF-8 without control characters."""
-    first_at: float
-    """Unix seconds."""
+    reason: str  # a CamelCase word
+    message: str  # at most 1024 bytes of UTF-8 without control characters
+    first_at: float  # Unix seconds
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedEvent:
     """The Event's state on the API server."""
 
-    version: str
-    """The resourceVersion."""
-    count: int
-    """The number of occurrences, over all replicas of the authority."""
+    version: str  # the resourceVersion
+    count: int  # the number of occurrences, over all replicas of the authority
 
 
 class EventRejected(Exception):

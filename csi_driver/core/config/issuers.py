@@ -52,8 +52,7 @@ class IssuerDeclaration:
 
     name: str
     kind: str
-    configuration: object
-    """The value that the issuer type's :data:`ParseConfiguration` returned."""
+    configuration: object  # the value that the issuer type's :data:`ParseConfiguration` returned
 
 
 def parse_issuers(

@@ -11,8 +11,7 @@ from csi_driver.core.names import Name
 from csi_driver.core.policy.rules import DenyListEntry, PolicyRule
 from csi_driver.core.spec import Usage
 
-_MAX_MISMATCHES = 3
-"""Rules in one fault; ``certmount policy explain`` shows all of them."""
+_MAX_MISMATCHES = 3  # rules in one fault; ``certmount policy explain`` shows all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +37,9 @@ class PolicyDecision:
     """The decision about a request. Either all of it is allowed, or nothing."""
 
     account: ServiceAccount
-    rules: tuple[PolicyRule, ...] = ()
-    """The rules that match the pod."""
-    names: tuple[NameDecision, ...] = ()
-    """The requested names, then the pod's own SPIFFE ID."""
-    implied: tuple[NameDecision, ...] = ()
-    """The additional names of a pod that requests none."""
+    rules: tuple[PolicyRule, ...] = ()  # the rules that match the pod
+    names: tuple[NameDecision, ...] = ()  # the requested names, then the pod's own SPIFFE ID
+    implied: tuple[NameDecision, ...] = ()  # the additional names of a pod that requests none
     usages: tuple[Usage, ...] = ()
     duration: timedelta = timedelta()
     denied: DenyListEntry | None = None

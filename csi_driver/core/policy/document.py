@@ -17,8 +17,7 @@ from csi_driver.core.policy.rules import ALL_USAGES, DenyListEntry, PolicyRule, 
 from csi_driver.core.spec import MIN_DURATION, parse_key_type, parse_usage
 
 MAX_RULES = 1000
-MAX_ITEMS = 1000
-"""Items of a list, and labels of a match."""
+MAX_ITEMS = 1000  # items of a list, and labels of a match
 _LIMITS = ("key_types", "usages", "min_duration", "max_duration", "issuers")
 _GLOB = re.compile(r"[a-z0-9*.-]+", re.ASCII)
 # Kubernetes labels: an optional DNS name and a slash, then 63 characters; values have up to 63.

@@ -20,8 +20,7 @@ from csi_driver.core.spec import MAX_NAMES, KeyType, Usage
 _SERVICE_NAMES = ("{service}.{namespace}.svc", "{service}.{namespace}.svc.{cluster_domain}")
 _MAX_SERVICES = (MAX_NAMES - 1) // len(_SERVICE_NAMES)
 """The number of a pod's Services that count: as many as one certificate can name in addition to the SPIFFE ID."""
-_MAX_CACHED = 4096
-"""Service accounts (with namespace labels) whose rules are cached, at a few hundred bytes each."""
+_MAX_CACHED = 4096  # service accounts (with namespace labels) whose rules are cached, at a few hundred bytes each
 _USAGES_BY_PREFERENCE = (ALL_USAGES, (Usage.SERVER,), (Usage.CLIENT,))
 _OPTIONS = tuple(field.name for field in dataclasses.fields(IssuanceOptions))
 
@@ -45,8 +44,7 @@ class PolicySubject:
 
     identity: PodIdentity
     namespace_labels: Mapping[str, str] = field(default_factory=dict)
-    services: tuple[str, ...] = ()
-    """The Services in the pod's namespace that select the pod."""
+    services: tuple[str, ...] = ()  # the Services in the pod's namespace that select the pod
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +63,9 @@ class Policy:
 
     trust_domain: str
     cluster_domain: str
-    rules: tuple[PolicyRule, ...] = ()
-    """The rules of the file."""
+    rules: tuple[PolicyRule, ...] = ()  # the rules of the file
     denials: tuple[DenyListEntry, ...] = ()
-    revision: str = ""
-    """Identifies the file's content: the first 16 hexadecimal digits of its SHA-256."""
+    revision: str = ""  # identifies the file's content: the first 16 hexadecimal digits of its SHA-256
     _all_rules: tuple[PolicyRule, ...] = field(init=False, repr=False, compare=False)
     _labels: tuple[str, ...] = field(init=False, repr=False, compare=False)
     _cache: dict[tuple[str | None, ...], tuple[URI, tuple[PolicyRule, ...]]] = field(

@@ -91,8 +91,7 @@ class PolicyRule:
     ips: tuple[IPRange, ...] = ()
     emails: tuple[NamePattern, ...] = ()
     limits: RuleLimits = RuleLimits()
-    label: str = ""
-    """The place in the file, such as ``policy[1] (line 12)``."""
+    label: str = ""  # the place in the file, such as ``policy[1] (line 12)``
 
     def allows(self, name: Name, values: Mapping[str, str], services: Sequence[str]) -> bool:
         """Return whether a pattern matches the name, regardless of the limits."""

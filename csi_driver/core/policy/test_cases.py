@@ -22,13 +22,11 @@ _RESULTS = {True: "allowed", False: "not allowed"}
 class PolicyTestCase:
     """A request with the expected decision."""
 
-    label: str
-    """The place in the file, such as ``cases[1] (line 12)``."""
+    label: str  # the place in the file, such as ``cases[1] (line 12)``
     subject: PolicySubject
     requested: RequestedCertificate
     allowed: bool
-    rule: str
-    """The rule or entry of the deny list that must decide, such as ``policy[1]``; empty for any."""
+    rule: str  # the rule or entry of the deny list that must decide, such as ``policy[1]``; empty for any
 
     def failure(self, policy: Policy) -> str | None:
         """Describe how the policy's decision differs from the expected one; None if it does not."""
@@ -52,8 +50,7 @@ class PolicyTestCase:
 class PolicyTestTable:
     """The cases of one file."""
 
-    policy: str
-    """The path of the policy file, relative to the table."""
+    policy: str  # the path of the policy file, relative to the table
     trust_domain: str
     cluster_domain: str
     cases: tuple[PolicyTestCase, ...]
