@@ -59,7 +59,7 @@ class LeaderElection:
             await asyncio.shield(asyncio.ensure_future(self._release()))
         if not task.cancelled() and (defect := task.exception()) is not None:
             # The other work of the authority continues.
-            log.error("the leader's work failed", exc_info=defect)
+            log.error("CSR signer failed on the leader", exc_info=defect)
 
     async def _renew_while_running(self, task: asyncio.Task[None]) -> None:
         while not task.done() and self.clock() - self._renewed_at < _RENEW_DEADLINE_S:

@@ -98,7 +98,7 @@ class FederationDirectory:
         set_name = _set_name(name)
         if error := self._name_error(name, set_name) or file.error:
             self._metrics.federation_failures.inc()
-            log.error("federation rejected; the previous roots stay", reason=error.reason.word, error=str(error))
+            log.error("federation rejected; the previous roots stay in use", reason=error.reason.word, error=str(error))
             return
         roots = tuple(dict.fromkeys(certificate.public_bytes(Encoding.DER) for certificate in file.certificates))
         if set_name in self._sets and self._sets[set_name].roots == roots:

@@ -65,7 +65,7 @@ class VolumeRestorer:
             files_dir = self.store.files_dir(request.volume_id)
             leaf = (await in_thread(None, read_certificate, files_dir, spec, request.pod, now)).leaf
         except CertmountError as error:
-            log.warning("adopted volume needs a renewal now", reason=error.reason.word, error=str(error))
+            log.warning("adopted volume will be renewed now", reason=error.reason.word, error=str(error))
             record = new_record(request, now, now, now)
         else:
             issued_at, not_after = leaf.not_valid_before_utc.timestamp(), leaf.not_valid_after_utc.timestamp()

@@ -45,7 +45,7 @@ class CertificateReporter:
     ) -> None:
         """Add a report to the queue. A full queue drops the report."""
         if volume_id not in self._waiting and len(self._waiting) >= _MAX_WAITING:
-            log.warning("report dropped", volume=volume_id, condition=condition.name, error="too many reports wait")
+            log.warning("report dropped", volume=volume_id, condition=condition.name, error="the report queue is full")
             return
         if len(message) > _MAX_MESSAGE_LENGTH:
             message = message[: _MAX_MESSAGE_LENGTH - 3] + "..."
