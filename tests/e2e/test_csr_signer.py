@@ -143,37 +143,42 @@ _FORGED_REQUESTER = {
 }
 _FOREIGN_ID = "spiffe://cluster.local/ns/kube-system/sa/admin"
 _CSR, _NAME = "InvalidCSR", "NameNotAllowed"
+_RESERVED = "is reserved for Kubernetes"
 DENIED: dict[str, tuple[Callable[[], Request], str, str]] = {
     "two blocks": (lambda: Request(csr_pem(NAME) * 2), _CSR, "not exactly one PEM block"),
     "text before the block": (lambda: Request(b"hello\n" + csr_pem(NAME)), _CSR, "not exactly one PEM block"),
-    "a wrong signature": (lambda: Request(_wrong_signature()), _CSR, "signed"),
-    "another curve": (lambda: Request(changed_csr(curve=ec.SECP521R1())), _CSR, "key"),
-    "code signing": (lambda: Request(csr_pem(NAME), (*USAGES, "code signing")), _CSR, "code signing"),
-    "cert sign": (lambda: Request(csr_pem(NAME), (*USAGES, "cert sign")), _CSR, "cert sign"),
+    "a wrong signature": (lambda: Request(_wrong_signature()), _CSR, "has an invalid signature"),
+    "another curve": (lambda: Request(changed_csr(curve=ec.SECP521R1())), _CSR, "has an unsupported key type"),
+    "code signing": (
+        lambda: Request(csr_pem(NAME), (*USAGES, "code signing")),
+        _CSR,
+        "code signing is not allowed for pods",
+    ),
+    "cert sign": (lambda: Request(csr_pem(NAME), (*USAGES, "cert sign")), _CSR, "cert sign is not allowed for pods"),
     "no TLS usage": (lambda: Request(csr_pem(NAME), ("digital signature",)), _CSR, "neither server auth nor client"),
-    "a CA flag": (lambda: _with_extension(_CA, critical=True), _CSR, "BasicConstraints"),
+    "a CA flag": (lambda: _with_extension(_CA, critical=True), _CSR, "BasicConstraints: requests a CA certificate"),
     "an unknown extension": (lambda: _with_extension(_UNKNOWN), _CSR, "extension 1.3.6.1.4.1.99999.1"),
     "a usage in the CSR": (lambda: _with_extension(_CODE_SIGNING), _CSR, "extension ExtendedKeyUsage"),
     "a user of Kubernetes": (
         lambda: _with_subject(NameOID.COMMON_NAME, "system:kube-controller-manager"),
         _CSR,
-        "system:kube-controller-manager",
+        f"'system:kube-controller-manager' {_RESERVED}",
     ),
     "a group of Kubernetes": (
         lambda: _with_subject(NameOID.ORGANIZATION_NAME, "system:masters"),
         _CSR,
-        "system:masters",
+        f"'system:masters' {_RESERVED}",
     ),
     "a common name without a SAN": (
         lambda: _with_subject(NameOID.COMMON_NAME, "other.example.com"),
         _CSR,
-        "other.example.com",
+        "'other.example.com' is not among the subject alternative names",
     ),
     "a name that no rule allows": (lambda: Request(csr_pem(FOREIGN_NAME)), _NAME, FOREIGN_NAME),
     "the SPIFFE ID of another account": (lambda: Request(csr_pem(_FOREIGN_ID)), _NAME, _FOREIGN_ID),
     "forged labels and annotations": (lambda: Request(csr_pem(FOREIGN_NAME), **_FORGED_NOTES), _NAME, FOREIGN_NAME),
     "a forged requester": (lambda: Request(csr_pem(FOREIGN_NAME), spec=_FORGED_REQUESTER), _NAME, FOREIGN_NAME),
-    "too long a lifetime": (lambda: Request(csr_pem(NAME), seconds=48 * 3600), _NAME, "48h"),
+    "too long a lifetime": (lambda: Request(csr_pem(NAME), seconds=48 * 3600), _NAME, "not 48h"),
 }
 REJECTED_BY_THE_API_SERVER = {"a wrong signature"}
 
