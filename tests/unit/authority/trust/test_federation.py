@@ -126,7 +126,7 @@ async def test_invalid_content_keeps_the_previous_roots(
     assert rejections(registry) == 1
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.mknod(path, stat.S_IFSOCK)])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.mknod(path, stat.S_IFSOCK | 0o600)])
 async def test_file_that_is_not_regular_is_rejected_alone(
     make: Callable[[Path], None],
     federations: FederationDirectory,

@@ -88,6 +88,7 @@ def test_only_private_files_belong_to_the_group(tmp_path: Path, group: int | Non
 def test_unusable_files_raise_invalid_response(tmp_path: Path) -> None:
     """The next renewal replaces them."""
     write_files(tmp_path, CONTENTS, OPEN, 1.0)
+    (tmp_path / "site.key").chmod(0o600)  # the test need not run as root
     (tmp_path / "site.key").write_bytes(b"garbage")
     with pytest.raises(CertmountError) as caught:
         read_contents(tmp_path)
