@@ -26,7 +26,7 @@ from tests.bench.authority_input import Provisioner
 from tests.bench.process import cpu_s
 from tests.bench.world import WrongResultError
 from tests.integration.authority.world import SERVING_NAME
-from tests.support.driver import free_port
+from tests.support.ports import free_port
 from tests.support.tokens import TokenIssuer
 
 SERVER_CORE, LOAD_CORE = (sorted(os.sched_getaffinity(0)) * 2)[:2]

@@ -21,8 +21,8 @@ import grpc
 from csi_driver._proto import csi_pb2, csi_pb2_grpc
 from csi_driver.host.mountinfo import read_mounts
 from csi_driver.host.syscalls import MNT_DETACH, unmount
-from tests.support.driver import free_port
 from tests.support.kubelet import FakePod, Kubelet, node_stub
+from tests.support.ports import free_port
 from tests.support.requirements import may_mount
 
 ISSUER_DELAY_MS = 20

@@ -18,7 +18,8 @@ import dns.rdatatype
 from csi_driver.authority.issuers.acme.nameserver import TsigKey
 from csi_driver.core.config.issuers import FileSource
 from csi_driver.core.secret import Secret
-from tests.peers.processes import LOOPBACK, free_port, running
+from tests.peers.processes import LOOPBACK, running
+from tests.support.ports import free_port
 from tests.support.requirements import require_program
 from tests.support.waiting import until
 

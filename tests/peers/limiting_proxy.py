@@ -12,7 +12,8 @@ import aiohttp
 from aiohttp import web
 
 from tests.peers.pebble import Pebble
-from tests.peers.processes import LOOPBACK, free_port
+from tests.peers.processes import LOOPBACK
+from tests.support.ports import free_port
 
 
 @dataclass

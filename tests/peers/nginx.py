@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.peers.processes import LOOPBACK, free_port, running
+from tests.peers.processes import LOOPBACK, running
+from tests.support.ports import free_port
 from tests.support.requirements import require_program
 
 _CONFIGURATION = """\

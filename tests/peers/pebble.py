@@ -15,7 +15,8 @@ import aiohttp
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from tests.peers.processes import LOOPBACK, free_port, listening, running
+from tests.peers.processes import LOOPBACK, listening, running
+from tests.support.ports import free_port
 from tests.support.requirements import require_program
 from tests.support.waiting import until
 

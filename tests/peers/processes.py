@@ -16,16 +16,6 @@ _START_TIMEOUT_S = 30.0
 _LOG_BYTES = 3000
 
 
-def free_port() -> int:
-    while True:
-        with socket.socket() as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp:
-            tcp.bind((LOOPBACK, 0))
-            port = int(tcp.getsockname()[1])
-            with contextlib.suppress(OSError):
-                udp.bind((LOOPBACK, port))
-                return port
-
-
 def listening(port: int) -> bool:
     with socket.socket() as connection:
         connection.settimeout(1)

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.provisioner_key import thumbprint
 from csi_driver.core.config.issuers import FileSource
-from tests.peers.processes import free_port
+from tests.support.ports import free_port
 from tests.support.requirements import require_program
 from tests.unit.core import pki
 

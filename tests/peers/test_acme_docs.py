@@ -34,7 +34,8 @@ from csi_driver.core.secret import Secret
 from tests.peers.acme import acme_environment, dns_configuration, dns_names, running_issuers
 from tests.peers.bind9 import Bind9, bind9, key_source
 from tests.peers.nginx import Nginx
-from tests.peers.processes import LOOPBACK, free_port
+from tests.peers.processes import LOOPBACK
+from tests.support.ports import free_port
 from tests.support.requirements import require_program
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -26,7 +26,8 @@ from tests.peers.acme import (
     running_issuers,
 )
 from tests.peers.nginx import ROUTE, Nginx
-from tests.peers.processes import LOOPBACK, free_port
+from tests.peers.processes import LOOPBACK
+from tests.support.ports import free_port
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.peers("pebble", "named", "nginx", "openssl")

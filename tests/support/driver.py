@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import socket
 import sys
 import time
 import urllib.error
@@ -17,6 +16,7 @@ from typing import Any, Self
 import grpc
 
 from tests.support.kubelet import Kubelet
+from tests.support.ports import free_port
 from tests.support.requirements import may_mount
 
 _START_S = 30.0
@@ -123,11 +123,3 @@ class Driver:
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, error.read().decode()
-
-
-def free_port() -> int:
-    """Return a loopback port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

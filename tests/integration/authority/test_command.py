@@ -23,17 +23,11 @@ from csi_driver.cli.authority import command
 from csi_driver.core.secret import Secret
 from tests.integration.authority.test_attacks import CSRS, NODE_TOKENS, POD_TOKENS
 from tests.integration.authority.world import POD, SERVING_NAME, Caller, World
+from tests.support.ports import free_port
 from tests.support.tokens import TokenIssuer
 from tests.support.waiting import until
 
 MAIN = [sys.executable, "-m", "csi_driver.cli.main", "authority"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Process:

@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from csi_driver.host import syscalls
 from tests.integration.node.world import Node, running_node
-from tests.support.driver import free_port
+from tests.support.ports import free_port
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
