@@ -28,7 +28,7 @@ from csi_driver.node.authority_client import AuthorityClient
 from csi_driver.node.csi.registration import KubeletRegistration, listen
 from csi_driver.node.csi.service import IdentityService, NodeService, describe_call
 from csi_driver.node.driver import Driver
-from csi_driver.rpc.server import CompletedCall, Interceptor
+from csi_driver.rpc.server import Interceptor
 from csi_driver.telemetry.logging import configure_logging
 from csi_driver.telemetry.node_metrics import NodeMetrics
 
@@ -53,7 +53,6 @@ class NodeSettings:
 
     @property
     def plugin_dir(self) -> Path:
-        """The directory of the driver's CSI socket and volumes."""
         return self.kubelet_dir / "plugins" / DRIVER_NAME
 
 
@@ -112,7 +111,9 @@ async def run(settings: NodeSettings) -> None:
     metrics = NodeMetrics(registry)
     client = AuthorityClient(settings.authority, settings.authority_root, settings.token)
     with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="keys") as keys:
-        driver = _driver(settings, client, keys, metrics)
+        mounts = KernelMounts() if settings.mounts == "kernel" else DirectoryMounts()
+        store = VolumeStore(settings.plugin_dir / "volumes", settings.kubelet_dir, mounts)
+        driver = Driver(settings.kubelet_dir, store, client, keys, metrics, time.time, random.random)
         registration = KubeletRegistration(settings.kubelet_dir, settings.plugin_dir / "csi.sock")
         health = health_server(settings.http, registry, _readiness(settings, client, registration))
         health.start()
@@ -174,10 +175,8 @@ async def _register(settings: NodeSettings, registration: KubeletRegistration) -
 
 
 async def _serve_csi(settings: NodeSettings, driver: Driver, metrics: NodeMetrics) -> grpc.aio.Server:
-    def observe(call: CompletedCall) -> None:
-        metrics.called(call.method, call.reason, call.seconds)
-
-    server = grpc.aio.server(interceptors=[Interceptor(observe, describe_call)])
+    interceptor = Interceptor(lambda call: metrics.called(call.method, call.reason, call.seconds), describe_call)
+    server = grpc.aio.server(interceptors=[interceptor])
     csi_pb2_grpc.add_IdentityServicer_to_server(IdentityService(), server)
     csi_pb2_grpc.add_NodeServicer_to_server(NodeService(settings.node_name, driver.publisher, driver.published), server)
     listen(server, settings.plugin_dir / "csi.sock")
@@ -185,25 +184,15 @@ async def _serve_csi(settings: NodeSettings, driver: Driver, metrics: NodeMetric
     return server
 
 
-def _driver(settings: NodeSettings, client: AuthorityClient, keys: ThreadPoolExecutor, metrics: NodeMetrics) -> Driver:
-    mounts = KernelMounts() if settings.mounts == "kernel" else DirectoryMounts()
-    store = VolumeStore(settings.plugin_dir / "volumes", settings.kubelet_dir, mounts)
-    return Driver(settings.kubelet_dir, store, client, keys, metrics, time.time, random.random)
-
-
-def _kubelet_dir_problem(settings: NodeSettings) -> str | None:
-    try:
-        check_kubelet_dir(settings.kubelet_dir, shared=settings.mounts == "kernel")
-    except CertmountError as error:
-        return str(error)
-    return None
-
-
 def _readiness(
     settings: NodeSettings, client: AuthorityClient, registration: KubeletRegistration
 ) -> Callable[[], Sequence[str]]:
     def problems() -> Sequence[str]:
-        found = (_kubelet_dir_problem(settings), client.root_problem(), registration.problem)
+        found = [client.root_problem(), registration.problem]
+        try:
+            check_kubelet_dir(settings.kubelet_dir, shared=settings.mounts == "kernel")
+        except CertmountError as error:
+            found.insert(0, str(error))
         return [problem for problem in found if problem]
 
     return problems

@@ -27,8 +27,7 @@ from csi_driver.authority.ca.certificates import Leaf, sign_leaf
 from csi_driver.authority.ca.keyring import Keyring, make_keyring
 from csi_driver.cli.demo import steps
 from csi_driver.cli.demo.connections import ConnectionLoop, connect, serve
-from csi_driver.cli.demo.errors import DemoError
-from csi_driver.cli.demo.output import Output
+from csi_driver.cli.demo.output import DemoError, Output
 from csi_driver.cli.demo.programs import private_directory
 from csi_driver.core.certificates.keys import generate_key, load_key
 from csi_driver.core.formats.file_format import VolumeContents
@@ -259,7 +258,7 @@ async def test_failed_connection_fails_the_demo(tmp_path: Path, capsys: pytest.C
     put_files(shop, own, steps.SHOP_NAME)
     put_files(cart, own)
     async with serve(shop) as port:
-        first = await connect(cart, port, steps.SHOP_NAME)
+        first = await asyncio.to_thread(connect, cart, port, steps.SHOP_NAME)
         loop = ConnectionLoop(cart, port, steps.SHOP_NAME)
         rotating = asyncio.create_task(steps.rotate(Output(), loop, first, 1))
         await until(lambda: loop.connections > 1)
@@ -282,9 +281,9 @@ async def test_server_rejects_a_client_of_another_ca(tmp_path: Path) -> None:
     (cart / "root.crt").write_bytes(own.roots_pem)
     async with serve(shop) as port:
         with pytest.raises((OSError, ValueError)):
-            await connect(cart, port, steps.SHOP_NAME)
+            await asyncio.to_thread(connect, cart, port, steps.SHOP_NAME)
         put_files(cart, own)
-        assert (await connect(cart, port, steps.SHOP_NAME)).client.uris == [CART]
+        assert (await asyncio.to_thread(connect, cart, port, steps.SHOP_NAME)).client.uris == [CART]
 
 
 def test_directory_without_shared_memory_is_temporary(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """``certmount demo``: runs the real authority and node driver on this machine and simulates the rest of Kubernetes.
 
-``runner`` runs the ``steps``; ``programs`` starts and stops the two programs; ``kubelet`` and ``tokens`` simulate the
-cluster; ``connections`` are the pods' TLS connections. No other package imports this one.
+``steps`` shows the demo; ``programs`` runs the two programs; ``cluster`` simulates the API server's token issuer and the
+kubelet; ``connections`` are the pods' TLS connections. No other package imports this one.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ from pathlib import Path
 
 import click
 
-from csi_driver.cli.demo.errors import DemoError
-from csi_driver.cli.demo.output import Output
-from csi_driver.cli.demo.runner import run
+from csi_driver.cli.demo.output import DemoError, Output
+from csi_driver.cli.demo.steps import run
 
-_MAX_ROTATIONS = 1000
-"""About 50 minutes: the pods' tokens are valid for an hour, and the demo does not renew them."""
+_MAX_ROTATIONS = 1000  # about 50 minutes: the pods' tokens are valid for an hour, and the demo does not renew them
 
 
 @click.command(name="demo")
@@ -51,25 +49,17 @@ def command(context: click.Context, keep: Path | None, rotations: int) -> None:
             raise click.BadParameter(f"{keep}: {error.strerror}", param_hint="--keep") from None
     output = Output()
     try:
-        asyncio.run(_until_signalled(run(output, keep, rotations)))
+        number = asyncio.run(_run_until_signal(run(output, keep, rotations)))
     except DemoError as error:
         output.failed(error)
         context.exit(1)
-    except _Stopped as stopped:
+    if number:
         output.stopped()
-        context.exit(128 + stopped.number)
+        context.exit(128 + number)
 
 
-class _Stopped(Exception):
-    """A signal stopped the demo, and the cleanup has finished."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-async def _until_signalled(demo: Coroutine[object, object, None]) -> None:
-    """Run the demo. The first signal cancels it; later signals do not interrupt the cleanup."""
+async def _run_until_signal(demo: Coroutine[object, object, None]) -> int:
+    """Run the demo. The first signal cancels it; later signals do not interrupt the cleanup. Return the first one, or 0."""
     running = asyncio.create_task(demo, name="demo")
     received: list[int] = []
 
@@ -82,5 +72,6 @@ async def _until_signalled(demo: Coroutine[object, object, None]) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop, number)
     await asyncio.wait([running])
     if running.cancelled():
-        raise _Stopped(received[0])
+        return received[0]
     running.result()
+    return 0

@@ -8,14 +8,24 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
-from csi_driver.cli.demo.errors import DemoError
+from csi_driver import NODE_AUDIENCE
+from csi_driver.cli.demo.cluster import ISSUER, NODE, DemoKubelet, DemoPod, DemoTokenIssuer
+from csi_driver.cli.demo.output import DemoError
+from csi_driver.core.identity import ServiceAccount
 
 MEMORY = Path("/dev/shm")  # noqa: S108  # tempfile creates a directory in it that only its owner can read
+ALLOWED = "{service_account}.{namespace}.svc.{cluster_domain}"
+_POLICY = f"""\
+policy:
+- match: {{namespaces: ["*"], serviceAccounts: ["*"]}}
+  allow: {{dns: ["{ALLOWED}"]}}
+"""
 _READY_TIMEOUT_S = 30.0
 _READY_INTERVAL_S = 0.05
 _GRACE_PERIOD_S = 5.0
@@ -28,27 +38,26 @@ def private_directory(memory: Path = MEMORY) -> tempfile.TemporaryDirectory[str]
     return tempfile.TemporaryDirectory(prefix="certmount-demo-", dir=memory if usable else None)
 
 
+@dataclass(frozen=True, slots=True)
 class Program:
     """A certmount command with its options. It serves /readyz on ``http_port`` of 127.0.0.1."""
 
-    def __init__(self, name: str, options: Sequence[str], directory: Path, http_port: int) -> None:
-        self.name = name
-        self._options = options
-        self._directory = directory
-        self._http_port = http_port
-        self._log = directory / f"{name}.log"
-        self._log.touch()
+    name: str
+    directory: Path
+    http_port: int
+    options: Sequence[str]
 
     async def run(self) -> None:
         """Run the program until this task is cancelled. Raises DemoError if the program ends early or fails to stop."""
         # Its own process group: Ctrl-C reaches the demo only, which then stops its programs in order.
+        command = (sys.executable, "-m", "csi_driver.cli.main", self.name, f"--http=127.0.0.1:{self.http_port}")
         with self._log.open("wb") as log:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "csi_driver.cli.main", self.name, *self._options),
+                *(*command, *self.options),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                cwd=self._directory,
+                cwd=self.directory,
                 process_group=0,
             )
         try:
@@ -74,14 +83,16 @@ class Program:
 
     def log_tail(self) -> str:
         """Return the last log lines with a heading."""
-        lines = self._log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
-        heading = (
-            f"Last lines of the log of certmount {self.name}:" if lines else f"certmount {self.name} logged nothing."
-        )
-        return "\n   ".join([heading, *lines])
+        log, name = self._log, f"certmount {self.name}"
+        lines = log.read_text(errors="replace").splitlines()[-_TAIL_LINES:] if log.exists() else []
+        return "\n   ".join([f"Last lines of the log of {name}:" if lines else f"{name} logged nothing.", *lines])
+
+    @property
+    def _log(self) -> Path:
+        return self.directory / f"{self.name}.log"
 
     def _readiness(self) -> str:
-        connection = HTTPConnection("127.0.0.1", self._http_port, timeout=1)
+        connection = HTTPConnection("127.0.0.1", self.http_port, timeout=1)
         try:
             connection.request("GET", "/readyz")
             return connection.getresponse().read().decode(errors="replace").strip()
@@ -91,7 +102,66 @@ class Program:
             connection.close()
 
 
-def free_ports(count: int) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class DemoSetup:
+    """The simulated kubelet, and the two programs. The authority listens on ``address``."""
+
+    kubelet: DemoKubelet
+    authority: Program
+    node: Program
+    address: str
+
+
+@asynccontextmanager
+async def running(directory: Path) -> AsyncIterator[DemoSetup]:
+    """Start both programs, and stop them at the end. Adds their last log lines to a failure."""
+    setup = _prepare(directory)
+    try:
+        async with asyncio.TaskGroup() as tasks, aclosing(setup.kubelet):
+            programs = [tasks.create_task(one.run(), name=one.name) for one in (setup.node, setup.authority)]
+            yield setup
+            for program in programs:
+                program.cancel()
+    except BaseExceptionGroup as group:
+        cause: BaseException = group
+        while isinstance(cause, BaseExceptionGroup):
+            cause = cause.exceptions[0]
+        if isinstance(cause, DemoError) and not cause.logs:
+            raise DemoError(str(cause), setup.authority.log_tail(), setup.node.log_tail()) from None
+        raise cause from None
+
+
+def _prepare(directory: Path) -> DemoSetup:
+    """Write the files that the programs read into the empty ``directory``, which only its owner can enter."""
+    tokens = DemoTokenIssuer()
+    kubelet = DemoKubelet(directory / "kubelet", tokens)
+    port, authority_http, node_http = _free_ports(3)
+    policy, key_set, node_token, ca = (directory / name for name in ("policy.yaml", "jwks.json", "node-token", "ca"))
+    driver = DemoPod(ServiceAccount("certmount", "certmount-node"), "certmount-node-demo")
+    policy.write_text(_POLICY)
+    key_set.write_text(tokens.key_set())
+    node_token.write_text(tokens.issue(driver, NODE_AUDIENCE).reveal())
+    authority = [
+        f"--listen=127.0.0.1:{port}",
+        "--serving-name=localhost",
+        f"--policy={policy}",
+        f"--ca-dir={ca}",
+        f"--jwks={key_set}",
+        f"--token-issuer={ISSUER}",
+    ]
+    node = [
+        f"--kubelet-dir={kubelet.root}",
+        f"--node-name={NODE}",
+        f"--authority=localhost:{port}",
+        f"--authority-root={ca / 'authority.crt'}",
+        f"--token={node_token}",
+        "--mounts=directory",
+    ]
+    programs = Program("authority", directory, authority_http, authority), Program("node", directory, node_http, node)
+    return DemoSetup(kubelet, *programs, f"localhost:{port}")
+
+
+def _free_ports(count: int) -> list[int]:
     """Return different loopback ports that are free at present."""
     with ExitStack() as open_sockets:
         sockets = [open_sockets.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
