@@ -20,21 +20,18 @@ from tests.bench.publishing import measure_burst, measure_publish, measure_repub
 from tests.bench.table import Figure, print_table
 from tests.bench.world import MOUNTS, WrongResultError, driving, issuing, unmount_leftovers
 
-SECTIONS = ("publish", "burst", "republish", "memory", "idle", "restart", "blocks", "authority")
+_CALLS = {"publish": measure_publish, "burst": measure_burst, "republish": measure_republish}
+SECTIONS = (*_CALLS, "memory", "idle", "restart", "blocks", "authority")
 
 
 async def run(directory: Path, sections: set[str]) -> list[Figure]:
     """Measure the sections. Sections that influence each other get new processes."""
     figures: list[Figure] = []
     async with issuing(directory) as issuer:
-        if sections & {"publish", "burst", "republish"}:
+        if sections & _CALLS.keys():
             async with driving(directory / "calls", issuer) as world:
-                if "publish" in sections:
-                    figures += await measure_publish(world)
-                if "burst" in sections:
-                    figures += await measure_burst(world)
-                if "republish" in sections:
-                    figures += await measure_republish(world)
+                for name, measure in _CALLS.items():
+                    figures += await measure(world) if name in sections else []
         if sections & {"memory", "idle", "restart"}:
             async with driving(directory / "full", issuer) as world:
                 if "memory" in sections:
@@ -61,9 +58,7 @@ def main() -> None:
         parser.error(f"unknown section: {', '.join(sorted(unknown))}")
     print(f"Machine: {describe()}")
     if MOUNTS == "directory":
-        print(
-            "Not root: directories in /dev/shm replace mounts, so figures that include mounts differ from those of a node."
-        )
+        print("Not root: directories in /dev/shm replace mounts, so figures that include mounts differ from a node's.")
     started = time.monotonic()
     parent = "/dev/shm" if MOUNTS == "directory" else None
     with tempfile.TemporaryDirectory(prefix="certmount-bench-", dir=parent) as name:

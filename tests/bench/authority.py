@@ -9,7 +9,7 @@ from statistics import median
 
 from tests.bench.authority_input import NODES, make_pods, write_certmount, write_step_ca
 from tests.bench.authority_peers import LoadResult, Peer, build_load_generator, certmount, find_step_ca, step_ca
-from tests.bench.process import rss_mb
+from tests.bench.machine import rss_mb
 from tests.bench.table import Figure, spread
 from tests.support.tokens import TokenIssuer
 
@@ -43,9 +43,8 @@ async def measure_authority(directory: Path) -> list[Figure]:
         theirs, fresh = _Side(peer), list[LoadResult]()
         for turn in range(_ROUNDS):
             for workers in _CONCURRENCIES:
-                file = (
-                    directory / f"requests-{turn}-{workers}"
-                )  # step-ca accepts each token once; token IDs contain this name
+                # step-ca accepts each token once; token IDs contain this name.
+                file = directory / f"requests-{turn}-{workers}"
                 write_certmount(file, pods, issuer)
                 ours.loads[workers].append(await ours.peer.load(program, file, workers, _WARM_UP))
                 write_step_ca(file, pods, provisioner)
@@ -69,25 +68,25 @@ def _figures(ours: _Side, theirs: _Side, fresh: list[LoadResult], pods: int) -> 
     )
     method = (
         f"each side's best of {', '.join(map(str, _CONCURRENCIES))} concurrent connections, {_ROUNDS} alternating rounds "
-        f"of {pods - _WARM_UP} requests. {table}. CPU time: {_us(mine)} against {_us(peers)} us per "
-        f"certificate, which is valid on a busy machine too. With a new connection for each request to step-ca, as "
-        f"its command line does: {_rate(fresh)}/s and {_us(fresh)} us, {_NEW_CONNECTIONS} at once. The generator used at most {busiest:.0%} of its own core. "
+        f"of {pods - _WARM_UP} requests. {table}. CPU time: {_us(mine)} against {_us(peers)} us per certificate, which is valid "
+        f"on a busy machine too. With a new connection for each request to step-ca, as its command line does: {_rate(fresh)}/s "
+        f"and {_us(fresh)} us, {_NEW_CONNECTIONS} at once. The generator used at most {busiest:.0%} of its own core. "
         f"Tokens of {pods} pods on {NODES} nodes, each pod once per round; in-process TokenReviews take 5 ms"
     )
-    step_ca_here = f"step-ca 0.30.2: {_rate(peers)} a second"
+    first = _CONCURRENCIES[0]
     return [
         Figure(
             "authority: certificates a second on one core",
             f"{_rate(mine)}: {ratio:.2f} x step-ca, {processor:.2f} x by processor time",
             f"{_BUDGET} x step-ca",
             min(ratio, processor) >= _BUDGET,
-            step_ca_here,
+            f"step-ca 0.30.2: {_rate(peers)} a second",
             method,
         ),
         Figure(
-            f"authority: time of a call, {_CONCURRENCIES[0]} at once",
-            _times(ours.loads[_CONCURRENCIES[0]]),
-            reference=f"step-ca {_times(theirs.loads[_CONCURRENCIES[0]])}",
+            f"authority: time of a call, {first} at once",
+            _times(ours.loads[first]),
+            reference=f"step-ca {_times(theirs.loads[first])}",
             method="measured by the load generator, including the 5 ms of the TokenReview, which step-ca does not need",
         ),
         Figure(

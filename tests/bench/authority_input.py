@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -68,28 +68,25 @@ def _pod(number: int) -> PodRequest:
     return PodRequest(pod, node, name, build_csr(generate_key(KeyType.EC_P256), Names.of([DNSName.parse(name)])))
 
 
+def _driver(node: int) -> Pod:
+    name, uid, node_uid = (
+        f"node-{node:03}",
+        f"44444444-4444-4444-8444-{node:012}",
+        f"22222222-2222-4222-8222-{node:012}",
+    )
+    return replace(DRIVER, name=f"certmount-{name}", node=name, uid=uid, node_uid=node_uid)
+
+
 def write_certmount(file: Path, pods: Iterable[PodRequest], issuer: TokenIssuer) -> None:
     """Write Issue calls with the pod's token and its driver's token as bearer; RS256, like API servers."""
-    drivers = [
-        issuer.node_token(
-            Pod(
-                f"certmount-node-{node:03}",
-                DRIVER.namespace,
-                DRIVER.service_account,
-                node=f"node-{node:03}",
-                uid=f"44444444-4444-4444-8444-{node:012}",
-                node_uid=f"22222222-2222-4222-8222-{node:012}",
-            )
-        ).reveal()
-        for node in range(NODES)
-    ]
+    tokens = [issuer.node_token(_driver(node)).reveal() for node in range(NODES)]
 
     def records() -> Iterator[tuple[str, str, bytes]]:
         for each in pods:
             token = issuer.pod_token(each.pod).reveal()
             request = authority_pb2.IssueRequest(csr=each.csr, pod_token=token)
             request.duration.FromTimedelta(LIFETIME)
-            yield each.name, drivers[each.node], request.SerializeToString()
+            yield each.name, tokens[each.node], request.SerializeToString()
 
     _write(file, records())
 
@@ -109,7 +106,7 @@ def write_step_ca(file: Path, pods: Iterable[PodRequest], provisioner: Provision
                 "iat": now,
                 "nbf": now,
                 "exp": now + 3600,
-                "cnf": {"x5rt#S256": _url(hashlib.sha256(each.csr).digest())},
+                "cnf": {"x5rt#S256": _base64url(hashlib.sha256(each.csr).digest())},
             }
             token = jwt.encode(claims, provisioner.key, algorithm="ES256", headers={"kid": provisioner.key_id})
             pem = x509.load_der_x509_csr(each.csr).public_bytes(Encoding.PEM).decode()
@@ -126,5 +123,5 @@ def _write(file: Path, records: Iterable[tuple[str, str, bytes]]) -> None:
                 out.write(len(field).to_bytes(4, "big") + field)
 
 
-def _url(data: bytes) -> str:
+def _base64url(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()

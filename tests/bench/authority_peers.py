@@ -20,12 +20,12 @@ from jwt.algorithms import ECAlgorithm
 
 from csi_driver.authority.ca.authority import utc_now
 from csi_driver.authority.ca.keyring import make_keyring
-from csi_driver.core.certificates.keys import encode_key, generate_key
-from csi_driver.core.spec import KeyType
+from csi_driver.core.certificates.keys import encode_key
 from tests.bench.authority_input import Provisioner
-from tests.bench.process import cpu_s
+from tests.bench.machine import cpu_s
 from tests.bench.world import WrongResultError
 from tests.integration.authority.world import SERVING_NAME
+from tests.peers.processes import running
 from tests.support.ports import free_port
 from tests.support.tokens import TokenIssuer
 
@@ -38,8 +38,7 @@ _LOADGEN = Path(__file__).parent / "loadgen"
 class Peer:
     """A running authority."""
 
-    kind: str
-    """The load generator's name for it."""
+    kind: str  # the load generator's name for it
     pid: int
     address: str
     name: str
@@ -47,12 +46,11 @@ class Peer:
 
     async def load(self, program: Path, requests: Path, workers: int, warm: int, *options: str) -> LoadResult:
         """Send all requests of a file over concurrent connections; ``options`` are passed to the load generator."""
-        arguments = [f"-kind={self.kind}", f"-address={self.address}", f"-name={self.name}", f"-roots={self.roots}"]
-        command = _pinned(LOAD_CORE, str(program), *arguments, f"-requests={requests}", f"-workers={workers}")
+        peer = (f"-kind={self.kind}", f"-address={self.address}", f"-name={self.name}", f"-roots={self.roots}")
+        load = (f"-requests={requests}", f"-workers={workers}", f"-warm={warm}", *options)
         before = cpu_s(self.pid)
-        process = await asyncio.create_subprocess_exec(
-            *command, f"-warm={warm}", *options, stdout=asyncio.subprocess.PIPE
-        )
+        command, pipe = _pinned(LOAD_CORE, str(program), *peer, *load), asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(*command, stdout=pipe)
         out, _ = await process.communicate()
         used = cpu_s(self.pid) - before
         if process.returncode:
@@ -76,10 +74,8 @@ class LoadResult:
     a_second: float
     p50_ms: float
     p99_ms: float
-    server_us: float
-    """CPU time of the server per request, including connections."""
-    generator_share: float
-    """Share of the load generator's core that it used."""
+    server_us: float  # CPU time of the server per request, including connections
+    generator_share: float  # share of the load generator's core that it used
 
 
 async def build_load_generator() -> Path | None:
@@ -90,9 +86,8 @@ async def build_load_generator() -> Path | None:
         go = shutil.which("go") or shutil.which("go", path="/usr/local/go/bin")
         if go is None:
             return None
-        build = await asyncio.create_subprocess_exec(
-            go, "build", "-o", str(program), ".", cwd=_LOADGEN, env={**os.environ, "CGO_ENABLED": "0"}
-        )
+        command, environment = (go, "build", "-o", str(program), "."), {**os.environ, "CGO_ENABLED": "0"}
+        build = await asyncio.create_subprocess_exec(*command, cwd=_LOADGEN, env=environment)
         if await build.wait():
             raise WrongResultError("the load generator cannot be built")
     return program
@@ -117,9 +112,8 @@ async def certmount(directory: Path, issuer: TokenIssuer) -> AsyncIterator[Peer]
     try:
         port = (await process.stdout.readline()).decode().strip()
         if not port:
-            raise _not_serving("the authority", directory)
-        address = f"127.0.0.1:{port}"
-        yield Peer("certmount", process.pid, address, SERVING_NAME, directory / "ca" / "authority.crt")
+            raise WrongResultError(f"the authority is not serving:\n{(directory / 'log').read_text()}")
+        yield Peer("certmount", process.pid, f"127.0.0.1:{port}", SERVING_NAME, directory / "ca" / "authority.crt")
     finally:
         process.stdin.close()
         await process.wait()
@@ -128,46 +122,27 @@ async def certmount(directory: Path, issuer: TokenIssuer) -> AsyncIterator[Peer]
 @asynccontextmanager
 async def step_ca(program: str, directory: Path) -> AsyncIterator[tuple[Peer, Provisioner]]:
     """Run step-ca on one core without a database, with a JWK provisioner and an EC-P256 chain."""
-    address = f"127.0.0.1:{free_port()}"
-    key = generate_key(KeyType.EC_P256)
-    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    port, key = free_port(), ec.generate_private_key(ec.SECP256R1())
     provisioner = Provisioner("csi", key, "bench", "https://localhost/1.0/sign")
-    _write_step_ca(directory, address, provisioner)
-    environment = {**os.environ, "STEPPATH": str(directory), "GOMAXPROCS": "1"}
-    with (directory / "log").open("wb") as log:
-        process = await asyncio.create_subprocess_exec(
-            *_pinned(SERVER_CORE, program, str(directory / "ca.json")), env=environment, stdout=log, stderr=log
-        )
-    try:
-        await _wait_until_listening(address, process)
-        if process.returncode is not None:
-            raise _not_serving("step-ca", directory)
-        yield Peer("step-ca", process.pid, address, "localhost", directory / "root.crt"), provisioner
-    finally:
-        if process.returncode is None:
-            process.terminate()
-        await process.wait()
+    _write_step_ca(directory, port, provisioner)
+    environment = {"STEPPATH": str(directory), "GOMAXPROCS": "1"}
+    command = _pinned(SERVER_CORE, program, str(directory / "ca.json"))
+    async with running(command, directory / "log", port, environment) as process:
+        yield Peer("step-ca", process.pid, f"127.0.0.1:{port}", "localhost", directory / "root.crt"), provisioner
 
 
-def _write_step_ca(directory: Path, address: str, provisioner: Provisioner) -> None:
+def _write_step_ca(directory: Path, port: int, provisioner: Provisioner) -> None:
     keyring = make_keyring(utc_now())
     jwk: dict[str, Any] = ECAlgorithm.to_jwk(provisioner.key.public_key(), as_dict=True)
+    key = {**jwk, "kid": provisioner.key_id, "use": "sig", "alg": "ES256"}
     configuration = {
         "root": str(directory / "root.crt"),
         "crt": str(directory / "ca.crt"),
         "key": str(directory / "ca.key"),
-        "address": address,
+        "address": f"127.0.0.1:{port}",
         "dnsNames": ["localhost"],
         "logger": {"format": "json"},
-        "authority": {
-            "provisioners": [
-                {
-                    "type": "JWK",
-                    "name": provisioner.name,
-                    "key": {**jwk, "kid": provisioner.key_id, "use": "sig", "alg": "ES256"},
-                }
-            ]
-        },
+        "authority": {"provisioners": [{"type": "JWK", "name": provisioner.name, "key": key}]},
     }
     files = {
         "root.crt": keyring.roots_pem,
@@ -182,23 +157,6 @@ def _write(directory: Path, files: Mapping[str, bytes]) -> None:
     directory.mkdir()
     for name, content in files.items():
         (directory / name).write_bytes(content)
-
-
-async def _wait_until_listening(address: str, process: asyncio.subprocess.Process) -> None:
-    host, _, port = address.rpartition(":")
-    async with asyncio.timeout(30):
-        while process.returncode is None:
-            try:
-                _, writer = await asyncio.open_connection(host, int(port))
-            except OSError:
-                await asyncio.sleep(0.02)  # step-ca does not report that it listens
-            else:
-                writer.close()
-                return
-
-
-def _not_serving(what: str, directory: Path) -> WrongResultError:
-    return WrongResultError(f"{what} is not serving:\n{(directory / 'log').read_text()}")
 
 
 def _pinned(core: int, *command: str) -> list[str]:

@@ -37,15 +37,9 @@ class InProcessReviewer:
 
     async def review(self, token: Secret[str], _audience: str) -> ReviewedToken:
         await asyncio.sleep(REVIEW_S)
-        claimed = unverified_identity(token)
-        return ReviewedToken(
-            claimed.service_account.username,
-            claimed.service_account_uid,
-            claimed.pod_name,
-            claimed.pod_uid,
-            claimed.node_name,
-            claimed.node_uid,
-        )
+        pod = unverified_identity(token)
+        owner = pod.service_account.username, pod.service_account_uid
+        return ReviewedToken(*owner, pod.pod_name, pod.pod_uid, pod.node_name, pod.node_uid)
 
 
 class FileCluster(Cluster):

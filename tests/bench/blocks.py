@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from pathlib import Path
 from statistics import median
 
@@ -12,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.core.certificates.csr import build_csr
 from csi_driver.core.certificates.keys import generate_key
-from csi_driver.core.certificates.verification import ExpectedCertificate, verify_certificate
+from csi_driver.core.certificates.verification import ExpectedCertificate, VerifiedCertificate, verify_certificate
 from csi_driver.core.formats.file_format import VolumeContents
 from csi_driver.core.formats.registry import render_files
 from csi_driver.core.names import DNSName, Names, spiffe_id
@@ -34,34 +35,29 @@ def measure_blocks(directory: Path) -> list[Figure]:
     leaf = ca.sign(key.public_key(), signed, timedelta(hours=1)).public_bytes(Encoding.DER)
     expected = ExpectedCertificate(key.public_key(), names, "web", "shop")
 
-    def check() -> None:
-        verify_certificate([leaf], [ca.der], expected, datetime.now(UTC))
+    def check() -> VerifiedCertificate:
+        return verify_certificate([leaf], [ca.der], expected, datetime.now(UTC))
 
-    bundle = verify_certificate([leaf], [ca.der], expected, datetime.now(UTC))
-    files = [
-        VolumeFile(file.name, file.content, 0o440, 1000 if MOUNTS == "kernel" else None)
-        for file in render_files(VolumeContents(key, bundle.chain, bundle.roots))
-    ]
-    stamps = iter(range(10**9))
-
-    def write(where: Path) -> Callable[[], None]:
-        return lambda: write_generation(where, files, f"2026_{next(stamps)}")
-
+    verified = check()
+    contents = VolumeContents(key, verified.chain, verified.roots)
     blocks = [
         ("key EC-P256", _us(lambda: generate_key(KeyType.EC_P256), 100), "13 us"),
         ("key RSA-2048", _us(lambda: generate_key(KeyType.RSA_2048), 3), "49 ms"),
         ("key RSA-3072", _us(lambda: generate_key(KeyType.RSA_3072), 1), "-"),
         ("request (CSR)", _us(lambda: build_csr(key, names), 50), "-"),
         ("check of the answer", _us(check, 50), "-"),
-        ("files rendered", _us(lambda: render_files(VolumeContents(key, bundle.chain, bundle.roots)), 50), "-"),
+        ("files rendered", _us(lambda: render_files(contents), 50), "-"),
     ]
     if MOUNTS == "kernel":
         mounts, tmpfs, target = KernelMounts(), directory / "tmpfs", directory / "target"
+        files = [VolumeFile(file.name, file.content, 0o440, 1000) for file in render_files(contents)]
+        stamps = count()
         tmpfs.mkdir()
         target.mkdir()
         mounts.make_tmpfs(tmpfs, 1 << 20, 128)
         try:
-            blocks.append(("generation written (tmpfs)", _us(write(tmpfs), 50), "-"))
+            written = _us(lambda: write_generation(tmpfs, files, f"2026_{next(stamps)}"), 50)
+            blocks.append(("generation written (tmpfs)", written, "-"))
         finally:
             mounts.unmount(tmpfs)
 
@@ -72,21 +68,13 @@ def measure_blocks(directory: Path) -> list[Figure]:
             mounts.unmount(tmpfs)
 
         blocks.append(("tmpfs + bind + unmount", _us(cycle, 50), "247 us"))
-    return [
-        Figure(f"building block: {name}", _text(time_us), reference=reference) for name, time_us, reference in blocks
-    ]
+    return [Figure(f"building block: {name}", _text(us), reference=reference) for name, us, reference in blocks]
 
 
-def _us(call: Callable[[], object], count: int) -> float:
+def _us(call: Callable[[], object], calls: int) -> float:
     """Return the median over rounds of the mean duration of a call."""
     call()
-    means = []
-    for _ in range(_ROUNDS):
-        started = time.perf_counter()
-        for _ in range(count):
-            call()
-        means.append((time.perf_counter() - started) / count * 1e6)
-    return median(means)
+    return median(timeit.repeat(call, number=calls, repeat=_ROUNDS)) / calls * 1e6
 
 
 def _text(microseconds: float) -> str:

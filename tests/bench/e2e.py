@@ -10,12 +10,10 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tests.bench.machine import describe
-from tests.bench.process import cpu_s, rss_mb
+from tests.bench.machine import cpu_s, describe, rss_mb
 from tests.bench.table import Figure, print_table, spread
 from tests.e2e import host
 from tests.e2e.kubectl import KubectlError, Manifest, create_namespace, kubectl, wait_for, wait_until
@@ -26,7 +24,6 @@ _NAMESPACE = "e2e-bench"
 _AT_ONCE, _ROUNDS = 30, 3
 _RESTARTED = 11
 _READY_S = 180.0
-
 _KINDS: Mapping[str, Mapping[str, str] | None] = {
     "empty": None,  # a tmpfs emptyDir shows the kubelet's own time for a volume
     "EC-P256": {},
@@ -56,7 +53,7 @@ def main() -> None:
 def _measure_starts(rounds: int) -> list[Figure]:
     """Start pods with each kind of volume in alternation, so that other load on the machine affects all kinds."""
     seconds: dict[str, list[float]] = {kind: [] for kind in _KINDS}
-    pid = _driver_pid()
+    pid = host.process_of(host.driver())
     empty_mb, spent = rss_mb(pid), {}
     _start("warm-up", None)
     for number in range(rounds):
@@ -103,7 +100,7 @@ def _start(name: str, attributes: Mapping[str, str] | None) -> float:
     wait_for("Ready", "pod", "-l", f"group={name}", namespace=_NAMESPACE, seconds=_READY_S)
     seconds = time.perf_counter() - started
     kubectl("-n", _NAMESPACE, "delete", "pod", "-l", f"group={name}", "--grace-period=1", seconds=_READY_S)
-    wait_until(lambda: not _volumes(), seconds=60, what="the volumes of deleted pods are removed")
+    wait_until(lambda: not any(host.VOLUMES.glob("*")), seconds=60, what="the volumes of deleted pods are removed")
     return seconds
 
 
@@ -145,24 +142,8 @@ def _create(*pods: Manifest) -> None:
     kubectl("create", "-f", "-", text=json.dumps({"apiVersion": "v1", "kind": "List", "items": pods}))
 
 
-def _volumes() -> list[Path]:
-    return list(host.VOLUMES.iterdir()) if host.VOLUMES.is_dir() else []
-
-
 def _files(uid: str) -> bytes:
     return (host.target_path(uid) / "site.pem").read_bytes()
-
-
-def _driver_pid() -> int:
-    """Return the process ID of the driver."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            arguments = (process / "cmdline").read_bytes().split(b"\0")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if b"node" in arguments and b"--kubelet-dir=/var/lib/kubelet" in arguments:
-            return int(process.name)
-    raise AssertionError("the node driver is not running")
 
 
 if __name__ == "__main__":

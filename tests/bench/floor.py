@@ -1,6 +1,4 @@
-"""Measures the memory of the driver's libraries without the driver: the lower bound for the driver's memory.
-
-    python -m tests.bench.floor ADDRESS ROOT_FILE SOCKET
+"""Measures the memory of the driver's libraries without the driver: ``python -m tests.bench.floor ADDRESS ROOT_FILE SOCKET``.
 
 Serves gRPC on SOCKET, makes one call over TLS to ADDRESS, and prints its resident memory in MB.
 """
@@ -22,7 +20,7 @@ import grpc  # noqa: E402
 import prometheus_client  # noqa: E402
 import structlog  # noqa: E402
 
-from tests.bench.process import rss_mb  # noqa: E402
+from tests.bench.machine import rss_mb  # noqa: E402
 
 LIBRARIES = (click, cryptography.x509, google.protobuf.descriptor_pool, prometheus_client, structlog)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
-from tests.bench.process import cpu_s, pss_mb, rss_mb, wait_until_idle
+from tests.bench.machine import cpu_s, pss_mb, rss_mb, wait_until_idle
 from tests.bench.table import Figure, spread
 from tests.bench.world import World, WrongResultError
 
@@ -17,8 +17,8 @@ VOLUMES = 110
 _CONCURRENCY = 10
 _IDLE_S = 30.0
 _LOAD_S = 60.0
+# The intervals of the kubelet's calls per volume: republish (60-90 s by the default syncFrequency) and volume stats.
 _REPUBLISH_S, _STATS_S = 75.0, 60.0
-"""The intervals of the kubelet's calls per volume: republish (60-90 s by the default syncFrequency) and volume stats."""
 _RESTARTS = 9
 
 
@@ -65,9 +65,8 @@ async def measure_memory(world: World) -> list[Figure]:
 async def _libraries(world: World) -> float:
     """Return the resident memory of :mod:`tests.bench.floor` in MB, at its second start."""
     arguments = [world.issuer.address, str(world.issuer.directory / "root.crt"), str(world.directory / "floor.sock")]
-    command, output = [sys.executable, "-m", "tests.bench.floor", *arguments], b""
+    command, pipe, output = [sys.executable, "-m", "tests.bench.floor", *arguments], asyncio.subprocess.PIPE, b""
     for _ in range(2):
-        pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(*command, stdout=pipe, env=world.issuer.environment)
         output, _ = await process.communicate()
     return float(output)
@@ -75,12 +74,12 @@ async def _libraries(world: World) -> float:
 
 async def measure_idle(world: World) -> list[Figure]:
     """Measure the idle CPU time with all volumes published."""
-    rounds = []
-    await wait_until_idle(world.node.pid)
+    rounds, pid = [], world.node.pid
+    await wait_until_idle(pid)
     for _ in range(2):
-        before = cpu_s(world.node.pid)
+        before = cpu_s(pid)
         await asyncio.sleep(_IDLE_S)  # this time is measured
-        rounds.append((cpu_s(world.node.pid) - before) / _IDLE_S * 100)
+        rounds.append((cpu_s(pid) - before) / _IDLE_S * 100)
     loaded, calls = await _kubelet_load(world)
     idle = min(rounds)
     each = (loaded - idle) / 100 * _LOAD_S / calls * 1e6
@@ -130,8 +129,7 @@ async def measure_restart(world: World, empty: World) -> list[Figure]:
     """Kill and restart two drivers in alternation, one with all volumes and one without."""
     held = _certificates(world)
     await world.issuer.handled()
-    clock: dict[World, list[float]] = {empty: [], world: []}
-    work: dict[World, list[float]] = {empty: [], world: []}
+    clock, work = ({empty: list[float](), world: list[float]()} for _ in range(2))
     for _ in range(_RESTARTS):
         for one in (empty, world):
             clock[one].append(await one.restart() * 1000)

@@ -1,6 +1,4 @@
-"""Runs the scripted authority as a program that also measures its calls.
-
-    python -m tests.bench.issuer DIR --delay-ms 20
+"""Runs the scripted authority as a program that also measures its calls: ``python -m tests.bench.issuer DIR --delay-ms 20``.
 
 Writes DIR/root.crt, DIR/node-token and DIR/address, and prints ``ready``. For each line on standard input it prints a JSON list:
 the seconds that each Issue call since the last line took in the authority, in the order of completion.

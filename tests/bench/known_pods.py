@@ -7,48 +7,44 @@ import json
 import os
 import sys
 import time
+import timeit
 import uuid
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from csi_driver.kube.object_caches import PodCache, ServiceCache
-from tests.bench.process import rss_mb
+from tests.bench.machine import rss_mb
 from tests.bench.table import Figure, print_table
 
 _PODS = 500_000
 _PAGE = 500
 _REPLICAS = 10
 _SERVICES = 1000
+_CALLS = 20_000
 
 
 def _pod(number: int, *, stateful: bool) -> dict[str, Any]:
     """Return a pod's metadata as the API server sends them, with managed fields: about 2.4 kB."""
-    workload = number // _REPLICAS
-    labels = {"app.kubernetes.io/name": f"app-{workload}", "app.kubernetes.io/part-of": "shop"}
-    if stateful:
-        labels["statefulset.kubernetes.io/pod-name"] = f"app-{workload}-{number}"
-    else:
-        labels["pod-template-hash"] = f"{workload:010x}"
+    workload = f"app-{number // _REPLICAS}"
+    name = f"{workload}-{number}"
+    own = {"statefulset.kubernetes.io/pod-name": name} if stateful else {"pod-template-hash": f"{workload:0>10}"}
     fields: dict[str, Any] = {f"f:metadata{field}": {"f:labels": {".": {}, "f:app": {}}} for field in range(30)}
     metadata = {
-        "name": f"app-{workload}-{number}",
-        "namespace": f"ns-{workload % 500}",
+        "name": name,
+        "namespace": f"ns-{number // _REPLICAS % 500}",
         "uid": str(uuid.uuid4()),
         "resourceVersion": str(number),
-        "labels": labels,
-        "ownerReferences": [
-            {"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": f"app-{workload}", "uid": "x" * 36}
-        ],
+        "labels": {"app.kubernetes.io/name": workload, "app.kubernetes.io/part-of": "shop", **own},
+        "ownerReferences": [{"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": workload, "uid": "x" * 36}],
         "managedFields": [{"manager": "kubelet", "operation": "Update", "fieldsV1": fields}],
     }
     return {"kind": "PartialObjectMetadata", "metadata": metadata}
 
 
-def _fill(pods: PodCache, count: int, *, stateful: bool) -> tuple[float, float, float]:
-    """Return the MB that the cache keeps, the MB at the end of a list, and the CPU seconds."""
+def _measure_pods(name: str, count: int, *, stateful: bool) -> Figure:
+    pods, keys = PodCache(), set[Hashable]()
     gc.collect()
     before, seconds = rss_mb(os.getpid()), 0.0
-    keys: set[Hashable] = set()
     for start in range(0, count, _PAGE):
         text = json.dumps({"items": [_pod(number, stateful=stateful) for number in range(start, start + _PAGE)]})
         begin = time.process_time()
@@ -58,12 +54,7 @@ def _fill(pods: PodCache, count: int, *, stateful: bool) -> tuple[float, float, 
     peak = rss_mb(os.getpid()) - before
     keys.clear()
     gc.collect()
-    return rss_mb(os.getpid()) - before, peak, seconds
-
-
-def _measure_pods(name: str, count: int, *, stateful: bool) -> Figure:
-    pods = PodCache()
-    kept, peak, seconds = _fill(pods, count, stateful=stateful)
+    kept = rss_mb(os.getpid()) - before
     return Figure(
         f"{count} pods {name}",
         f"{kept * 1e6 / count:.0f} bytes a pod: {kept:.0f} MB, {peak:.0f} MB while they are listed; "
@@ -73,24 +64,23 @@ def _measure_pods(name: str, count: int, *, stateful: bool) -> Figure:
 
 
 def _measure_event() -> Figure:
-    pods, line, rounds = PodCache(), json.dumps({"type": "MODIFIED", "object": _pod(1, stateful=False)}), 20_000
-    begin = time.process_time()
-    for _ in range(rounds):
-        pods.put(json.loads(line)["object"])
-    return Figure("an event of a watch", f"{(time.process_time() - begin) * 1e6 / rounds:.0f} us")
+    pods, line = PodCache(), json.dumps({"type": "MODIFIED", "object": _pod(1, stateful=False)})
+    return Figure("an event of a watch", f"{_us(lambda: pods.put(json.loads(line)['object'])):.0f} us")
 
 
 def _measure_selection() -> Figure:
-    services, rounds = ServiceCache(), 20_000
+    services = ServiceCache()
     for number in range(_SERVICES):
         metadata = {"name": f"s-{number}", "namespace": "web", "uid": f"uid-{number}"}
         services.put({"metadata": metadata, "spec": {"selector": {"part-of": "shop", "app": f"a-{number}"}}})
     labels = (("app", "a-7"), ("hash", "x"), ("part-of", "shop"), ("version", "1"))
-    begin = time.process_time()
-    for _ in range(rounds):
-        services.select("web", labels)
-    seconds = (time.process_time() - begin) / rounds
-    return Figure(f"Services of a pod, of {_SERVICES} in its namespace", f"{seconds * 1e6:.1f} us")
+    selection_us = _us(lambda: services.select("web", labels))
+    return Figure(f"Services of a pod, of {_SERVICES} in its namespace", f"{selection_us:.1f} us")
+
+
+def _us(call: Callable[[], object]) -> float:
+    """Return the CPU time of a call in microseconds."""
+    return timeit.timeit(call, timer=time.process_time, number=_CALLS) / _CALLS * 1e6
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import median
 
-from tests.bench.process import cpu_s
+from tests.bench.machine import cpu_s
 from tests.bench.table import Figure, percentile, spread
 from tests.bench.world import ISSUER_DELAY_MS, MOUNTS, PublishRequest, World, WrongResultError
 
@@ -16,11 +16,8 @@ _BATCHES, _BATCH = 60, 20
 
 async def measure_publish(world: World) -> list[Figure]:
     """Publish new volumes one after another; subtract the authority's own time of each call."""
-    beyond: list[float] = []
-    seen: list[float] = []
-    idle: list[float] = []
-    work = 0.0
-    before = world.node.call_seconds("NodePublishVolume")
+    beyond, seen, idle = (list[float]() for _ in range(3))
+    before, work = world.node.call_seconds("NodePublishVolume"), 0.0
     for _ in range(_ROUNDS):
         await world.issuer.handled()
         work -= cpu_s(world.node.pid)
@@ -87,8 +84,7 @@ async def measure_republish(world: World) -> list[Figure]:
     await world.publish(request)
     await world.issuer.handled()
     before, log_before = _state_of(world, request), world.node.log.stat().st_size
-    own: list[float] = []
-    seen: list[float] = []
+    own, seen = list[float](), list[float]()
     calls, total = world.node.call_seconds("NodePublishVolume")
     for _ in range(_BATCHES):
         seen += [await world.publish(request) * 1000 for _ in range(_BATCH)]

@@ -6,12 +6,9 @@ import asyncio
 import json
 import os
 import re
-import signal
 import socket
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -21,8 +18,8 @@ import grpc
 from csi_driver._proto import csi_pb2, csi_pb2_grpc
 from csi_driver.host.mountinfo import read_mounts
 from csi_driver.host.syscalls import MNT_DETACH, unmount
+from tests.support.driver import Driver
 from tests.support.kubelet import FakePod, Kubelet, node_stub
-from tests.support.ports import free_port
 from tests.support.requirements import may_mount
 
 ISSUER_DELAY_MS = 20
@@ -50,16 +47,6 @@ class Issuer:
         self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
         self._process = process
 
-    @classmethod
-    async def start(cls, directory: Path, delay_ms: float) -> Issuer:
-        command = [sys.executable, "-m", "tests.bench.issuer", str(directory), f"--delay-ms={delay_ms}"]
-        pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
-        assert process.stdout is not None
-        if await process.stdout.readline() != b"ready\n":
-            raise WrongResultError("the scripted authority did not start")
-        return cls(directory, process)
-
     async def handled(self) -> list[float]:
         """Return the seconds that each Issue call since the last query took in the authority."""
         assert self._process.stdin is not None
@@ -68,47 +55,26 @@ class Issuer:
         seconds: list[float] = json.loads(await self._process.stdout.readline())
         return seconds
 
-    async def stop(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        await self._process.wait()
 
-
-class Node:
+class Node(Driver):
     """The driver's process with default settings and its own kubelet directory."""
 
     def __init__(self, directory: Path, issuer: Issuer) -> None:
-        self.kubelet = Kubelet(directory / "kubelet")
-        self.log = directory / "log"
-        self._http = f"127.0.0.1:{free_port()}"
-        self._arguments = [
-            f"--kubelet-dir={self.kubelet.root}",
-            "--node-name=node1",
-            f"--authority={issuer.address}",
-            f"--authority-root={issuer.directory / 'root.crt'}",
-            f"--token={issuer.directory / 'node-token'}",
-            f"--http={self._http}",
-            f"--mounts={MOUNTS}",
-        ]
+        self.kubelet, self.log = Kubelet(directory / "kubelet"), directory / "log"
+        root, token = issuer.directory / "root.crt", issuer.directory / "node-token"
+        super().__init__(self.kubelet, issuer.address, root, token, self.log)
+        self._arguments.remove("--log-level=debug")
         self._environment = issuer.environment
-        self._process: asyncio.subprocess.Process | None = None
 
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    async def start(self) -> float:
+    async def timed_start(self) -> float:
         """Start the driver; return the seconds until its first response on the CSI socket."""
         started = time.perf_counter()
         with self.log.open("ab") as log:
-            command = [sys.executable, "-c", _COMMAND, "node", *self._arguments]
-            self._process = await asyncio.create_subprocess_exec(
-                *command, stdout=log, stderr=log, env=self._environment
-            )
+            command, env = [sys.executable, "-c", _COMMAND, "node", *self._arguments], self._environment
+            self._process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log, env=env)
         while not self._listens():
-            if self._process.returncode is not None or time.perf_counter() - started > _START_S:
-                raise WrongResultError(f"the driver is not serving:\n{self.log.read_text()}")
+            if not self.running or time.perf_counter() - started > _START_S:
+                raise WrongResultError(f"the driver is not serving:\n{self.log_text()}")
             await asyncio.sleep(_POLL_S)
         async with self.kubelet.channel() as channel:
             await csi_pb2_grpc.IdentityStub(channel).Probe(csi_pb2.ProbeRequest())
@@ -116,45 +82,20 @@ class Node:
 
     def _listens(self) -> bool:
         with socket.socket(socket.AF_UNIX) as probe:
-            try:
-                probe.connect(str(self.kubelet.socket))
-            except OSError:
-                return False
-            return True
-
-    async def end(self, number: signal.Signals = signal.SIGTERM) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        with suppress(ProcessLookupError):
-            process.send_signal(number)
-        await process.wait()
+            return probe.connect_ex(str(self.kubelet.socket)) == 0
 
     def call_seconds(self, method: str) -> tuple[int, float]:
         """Return the number of successful calls of a CSI method so far, and the seconds that the driver measured for them."""
-        text = self.get("/metrics")
         pattern = rf'^certmount_node_call_seconds_(count|sum){{method="{method}",reason=""}} (\S+)$'
-        found = {kind: float(value) for kind, value in re.findall(pattern, text, re.MULTILINE)}
+        found = {kind: float(value) for kind, value in re.findall(pattern, self.get("/metrics")[1], re.MULTILINE)}
         return int(found.get("count", 0)), found.get("sum", 0.0)
-
-    def get(self, path: str) -> str:
-        """Return the body of a path of the driver's HTTP server, for any status."""
-        try:
-            with urllib.request.urlopen(f"http://{self._http}{path}", timeout=10) as response:
-                body: bytes = response.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                body = error.read()
-        return body.decode()
 
 
 class World:
     """The authority, the driver, and one connection to the driver's CSI socket."""
 
     def __init__(self, directory: Path, issuer: Issuer, node: Node) -> None:
-        self.directory = directory
-        self.issuer = issuer
-        self.node = node
+        self.directory, self.issuer, self.node = directory, issuer, node
         self.published: dict[str, PublishRequest] = {}
         self._channel = node.kubelet.channel()
         self._stub = node_stub(self._channel)
@@ -186,43 +127,38 @@ class World:
     async def unpublish_all(self) -> None:
         for request in self.published.values():
             await self._stub.NodeUnpublishVolume(self.node.kubelet.unpublish_request(request))
-            self._check_removed(request)
+        self._check_removed()
         self.published.clear()
+
+    def _check_removed(self) -> None:
+        for request in self.published.values():
+            if os.path.lexists(request.target_path):
+                raise WrongResultError(f"{request.target_path} still exists after unpublish")
 
     async def restart(self) -> float:
         """Kill and restart the driver; return the seconds until it serves."""
-        await self.node.end(signal.SIGKILL)
-        seconds = await self.node.start()
-        await self._reconnect()
-        return seconds
-
-    async def _reconnect(self) -> None:
+        await self.node.kill()
+        seconds = await self.node.timed_start()
         await self._channel.close()
         self._channel = self.node.kubelet.channel()
         self._stub = node_stub(self._channel)
+        return seconds
 
     async def kubelet_call(self, request: PublishRequest, *, stats: bool) -> None:
         """Make one republish or volume stats call on a new connection, like the kubelet."""
+        volume, path = request.volume_id, request.target_path
         async with self.node.kubelet.channel() as channel:
-            stub = node_stub(channel)
             if stats:
-                path = request.target_path
-                await stub.NodeGetVolumeStats(
-                    csi_pb2.NodeGetVolumeStatsRequest(volume_id=request.volume_id, volume_path=path)
-                )
+                query = csi_pb2.NodeGetVolumeStatsRequest(volume_id=volume, volume_path=path)
+                await node_stub(channel).NodeGetVolumeStats(query)
             else:
-                await stub.NodePublishVolume(request)
+                await node_stub(channel).NodePublishVolume(request)
 
     def check_files(self, request: PublishRequest) -> None:
         """Raise WrongResultError unless the pod sees its three files."""
         for name in ("root.crt", "site.crt", "site.key"):
             if not (Path(request.target_path) / name).read_bytes():
                 raise WrongResultError(f"{request.target_path}/{name} is empty")
-
-    @staticmethod
-    def _check_removed(request: PublishRequest) -> None:
-        if Path(request.target_path).exists():
-            raise WrongResultError(f"{request.target_path} still exists after unpublish")
 
     async def close(self) -> None:
         with suppress(grpc.aio.AioRpcError):
@@ -231,29 +167,36 @@ class World:
 
 
 @asynccontextmanager
-async def issuing(directory: Path, delay_ms: float = ISSUER_DELAY_MS) -> AsyncIterator[Issuer]:
+async def issuing(directory: Path) -> AsyncIterator[Issuer]:
     """Run an authority."""
     (directory / "issuer").mkdir()
-    issuer = await Issuer.start(directory / "issuer", delay_ms)
+    options, pipe = (str(directory / "issuer"), f"--delay-ms={ISSUER_DELAY_MS}"), asyncio.subprocess.PIPE
+    command = [sys.executable, "-m", "tests.bench.issuer", *options]
+    process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    if await process.stdout.readline() != b"ready\n":
+        raise WrongResultError("the scripted authority did not start")
     try:
-        yield issuer
+        yield Issuer(directory / "issuer", process)
     finally:
-        await issuer.stop()
+        process.stdin.close()
+        await process.wait()
 
 
 @asynccontextmanager
 async def driving(directory: Path, issuer: Issuer) -> AsyncIterator[World]:
     """Run a driver without volumes; unpublish its volumes at the end."""
     node = Node(directory, issuer)
-    await node.start()  # the first start writes bytecode
-    await node.end()
-    await node.start()
+    await node.timed_start()  # the first start writes bytecode
+    await node.stop()
+    await node.timed_start()
     world = World(directory, issuer, node)
     try:
         yield world
     finally:
         await world.close()
-        await node.end()
+        await node.stop()
 
 
 def unmount_leftovers(directory: Path) -> None:
