@@ -171,11 +171,16 @@ def _free_ports(count: int) -> list[int]:
 async def _stop(process: asyncio.subprocess.Process) -> None:
     """Terminate the process, and kill it after a grace period or when this task is cancelled."""
     try:
-        with suppress(ProcessLookupError):
-            process.terminate()
+        _send(process, signal.SIGTERM)
         with suppress(TimeoutError):
             await asyncio.wait_for(process.wait(), _GRACE_PERIOD_S)
     finally:
-        if process.returncode is None:
-            process.kill()
+        _send(process, signal.SIGKILL)
     await process.wait()
+
+
+def _send(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    # Before Python 3.13 Process.send_signal polls first; that can reap the process before asyncio reads its status.
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, number)
