@@ -15,9 +15,7 @@ from cryptography import x509
 TLS = "/var/run/tls"
 PERIOD_S = 0.1
 server = sys.argv[1]
-own: list[str] = []
-servers: list[str] = []
-errors: list[str] = []
+own, servers, errors = list[str](), list[str](), list[str]()
 connections = 0
 
 
@@ -42,17 +40,15 @@ def connect() -> str:
     return serial(x509.load_der_x509_certificate(presented or b""))
 
 
-def wait_for_server() -> None:
-    while True:
-        try:
-            connect()
-        except OSError:
-            time.sleep(0.5)
-        else:
-            return
+def answers() -> bool:
+    try:
+        return bool(connect())
+    except OSError:
+        return False
 
 
-wait_for_server()
+while not answers():
+    time.sleep(0.5)
 begin = time.monotonic()
 while True:
     time.sleep(max(0.0, begin + connections * PERIOD_S - time.monotonic()))
