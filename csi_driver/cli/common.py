@@ -76,21 +76,16 @@ def stop_on_signals() -> asyncio.Event:
 
 def health_server(http: str, registry: CollectorRegistry, ready: Callable[[], Sequence[str]]) -> HealthServer:
     """Return the server for ``--http``; it is live while the running event loop responds. Raises ClickException."""
-    try:
-        return HealthServer(http, registry, ready, _liveness_check())
-    except OSError as error:
-        raise click.ClickException(f"--http {http}: {error.strerror}") from None
-
-
-def _liveness_check() -> Callable[[], Sequence[str]]:
-    """Return a function for another thread that returns why the event loop is not live; nothing if it is."""
     loop = asyncio.get_running_loop()
 
-    def problems() -> Sequence[str]:
+    def live() -> Sequence[str]:  # runs in another thread
         try:
             asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(_LIVENESS_TIMEOUT_S)
         except (TimeoutError, RuntimeError):
             return [f"the event loop has not responded for {_LIVENESS_TIMEOUT_S:.0f} s"]
         return []
 
-    return problems
+    try:
+        return HealthServer(http, registry, ready, live)
+    except OSError as error:
+        raise click.ClickException(f"--http {http}: {error.strerror}") from None

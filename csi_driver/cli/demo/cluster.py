@@ -37,11 +37,12 @@ _OPTIONS = tuple((f"grpc.{which}_reconnect_backoff_ms", 100) for which in ("init
 
 @dataclass(frozen=True, slots=True)
 class DemoPod:
-    """A pod with a new UID."""
+    """A pod with a new UID, and the ID of its volume."""
 
     account: ServiceAccount
     name: str
     uid: str = field(default_factory=lambda: str(uuid.uuid4()))
+    volume_id: str = field(default_factory=lambda: f"csi-{secrets.token_hex(32)}")
 
     def __str__(self) -> str:
         return f"{self.account.namespace}/{self.name}"
@@ -85,15 +86,6 @@ def _uid(name: str) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{ISSUER}/{name}"))
 
 
-@dataclass(frozen=True, slots=True)
-class DemoVolume:
-    """A pod's volume. Its files are in ``target``."""
-
-    pod: DemoPod
-    target: Path
-    volume_id: str = field(default_factory=lambda: f"csi-{secrets.token_hex(32)}")
-
-
 class PublishError(Exception):
     """The driver did not publish a volume. The message is the text of the pod event."""
 
@@ -125,25 +117,28 @@ class DemoKubelet:
             await stub.NotifyRegistrationStatus(status, timeout=_CALL_TIMEOUT_S)
         return node.node_id
 
-    async def publish(self, name: str, attributes: Mapping[str, str]) -> DemoVolume:
-        """Publish a volume for a new pod in namespace web, whose fsGroup is this process's group. Raises PublishError."""
+    def target(self, pod: DemoPod) -> Path:
+        """Return the directory of the pod's volume."""
+        return self.root / "pods" / pod.uid / "volumes" / "kubernetes.io~csi" / "tls" / "mount"
+
+    async def publish(self, name: str, attributes: Mapping[str, str]) -> DemoPod:
+        """Publish the volume of a new pod in namespace web, whose fsGroup is this process's group. Raises PublishError."""
         pod = DemoPod(ServiceAccount("web", name), name)
-        volume = DemoVolume(pod, self.root / "pods" / pod.uid / "volumes" / "kubernetes.io~csi" / "tls" / "mount")
-        volume.target.parent.mkdir(parents=True)
+        self.target(pod).parent.mkdir(parents=True)
         try:
-            await self._node.NodePublishVolume(self._request(volume, attributes), timeout=_CALL_TIMEOUT_S)
+            await self._node.NodePublishVolume(self._request(pod, attributes), timeout=_CALL_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             # Like the kubelet: a failed call may have left a partly published volume.
-            await self.unpublish(volume)
+            await self.unpublish(pod)
             raise PublishError(error.details() or error.code().name) from None
-        return volume
+        return pod
 
-    async def unpublish(self, volume: DemoVolume) -> None:
+    async def unpublish(self, pod: DemoPod) -> None:
         """Unpublish the volume and delete the pod's directory."""
-        request = csi_pb2.NodeUnpublishVolumeRequest(volume_id=volume.volume_id, target_path=str(volume.target))
-        with _failures_of(f"unpublishing the volume of pod {volume.pod}"):
+        request = csi_pb2.NodeUnpublishVolumeRequest(volume_id=pod.volume_id, target_path=str(self.target(pod)))
+        with _failures_of(f"unpublishing the volume of pod {pod}"):
             await self._node.NodeUnpublishVolume(request, timeout=_CALL_TIMEOUT_S)
-        shutil.rmtree(self.root / "pods" / volume.pod.uid)
+        shutil.rmtree(self.root / "pods" / pod.uid)
 
     def leftovers(self) -> list[Path]:
         """Return what the driver still stores for any volume."""
@@ -153,14 +148,14 @@ class DemoKubelet:
         for channel in self._channels:
             await channel.close()
 
-    def _request(self, volume: DemoVolume, attributes: Mapping[str, str]) -> csi_pb2.NodePublishVolumeRequest:
-        pod, prefix = volume.pod, "csi.storage.k8s.io/"
+    def _request(self, pod: DemoPod, attributes: Mapping[str, str]) -> csi_pb2.NodePublishVolumeRequest:
+        prefix = "csi.storage.k8s.io/"
         token = {"token": self._tokens.issue(pod, POD_AUDIENCE).reveal()}
         access = csi_pb2.VolumeCapability.AccessMode(mode=csi_pb2.VolumeCapability.AccessMode.SINGLE_NODE_WRITER)
         mount = csi_pb2.VolumeCapability.MountVolume(volume_mount_group=str(os.getegid()))
         return csi_pb2.NodePublishVolumeRequest(
-            volume_id=volume.volume_id,
-            target_path=str(volume.target),
+            volume_id=pod.volume_id,
+            target_path=str(self.target(pod)),
             volume_capability=csi_pb2.VolumeCapability(mount=mount, access_mode=access),
             readonly=True,
             secrets={f"{prefix}serviceAccount.tokens": json.dumps({POD_AUDIENCE: token})},

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from csi_driver import DRIVER_NAME
-from csi_driver.cli.demo.cluster import DemoKubelet, DemoVolume, PublishError
+from csi_driver.cli.demo.cluster import DemoKubelet, DemoPod, PublishError
 from csi_driver.cli.demo.connections import ConnectionLoop, MutualConnection, connect, serve
 from csi_driver.cli.demo.output import DemoError, Output
 from csi_driver.cli.demo.programs import ALLOWED, MEMORY, DemoSetup, private_directory, running
@@ -43,15 +43,17 @@ async def run(output: Output, keep: Path | None, rotations: int) -> None:
             await _wait_until_ready(output, setup)
             shop = await _publish_shop(output, setup.kubelet)
             output.step("The certificate of web/shop")
-            output.certificate(decode_certificates(read_generation(shop.target)[CHAIN]))
+            shop_files = setup.kubelet.target(shop)
+            output.certificate(decode_certificates(read_generation(shop_files)[CHAIN]))
             output.step("Pod web/cart connects to web/shop: mutual TLS over loopback")
             cart = await _publish(setup.kubelet, "cart", _RENEW_SOON)  # requests no name but its SPIFFE ID
-            async with serve(shop.target) as port:
-                connection = await _connect_once(output, cart, port)
-                await rotate(output, ConnectionLoop(cart.target, port, SHOP_NAME), connection, rotations)
+            cart_files = setup.kubelet.target(cart)
+            async with serve(shop_files) as port:
+                connection = await _connect_once(output, cart_files, port)
+                await rotate(output, ConnectionLoop(cart_files, port, SHOP_NAME), connection, rotations)
             await _request_foreign_name(output, setup.kubelet)
             if keep is not None:
-                _keep_files(shop, keep)
+                _keep_files(shop_files, keep)
             await _unpublish(output, setup.kubelet, shop, cart)
         output.success("the authority and the node driver have stopped")
     output.success(f"{directory} is deleted")
@@ -75,7 +77,7 @@ async def _wait_until_ready(output: Output, setup: DemoSetup) -> None:
     output.success(f"ready after {time.perf_counter() - started:.1f} s")
 
 
-async def _publish_shop(output: Output, kubelet: DemoKubelet) -> DemoVolume:
+async def _publish_shop(output: Output, kubelet: DemoKubelet) -> DemoPod:
     output.step("Pod web/shop declares a volume")
     attributes = {"name": SHOP_NAME, **_RENEW_SOON}
     output.code(
@@ -92,14 +94,14 @@ async def _publish_shop(output: Output, kubelet: DemoKubelet) -> DemoVolume:
     started = time.perf_counter()
     shop = await _publish(kubelet, "shop", attributes)
     output.success(f"published after {(time.perf_counter() - started) * 1000:.0f} ms; the pod sees these files:")
-    output.files(shop.target)
+    output.files(kubelet.target(shop))
     return shop
 
 
-async def _connect_once(output: Output, cart: DemoVolume, port: int) -> MutualConnection:
+async def _connect_once(output: Output, files: Path, port: int) -> MutualConnection:
     """Connect, and show the names that each side verified."""
     try:
-        connection = await asyncio.to_thread(connect, cart.target, port, SHOP_NAME)
+        connection = await asyncio.to_thread(connect, files, port, SHOP_NAME)
     except (OSError, ValueError) as error:
         raise DemoError(f"the handshake failed: {error}") from None
     output.fields(
@@ -144,9 +146,9 @@ async def _request_foreign_name(output: Output, kubelet: DemoKubelet) -> None:
     raise DemoError("the authority issued a name that the policy does not allow")
 
 
-def _keep_files(shop: DemoVolume, directory: Path) -> None:
+def _keep_files(source: Path, directory: Path) -> None:
     """Copy the current generation into the user's directory."""
-    files = read_generation(shop.target)
+    files = read_generation(source)
     try:
         for name, mode in ((ROOTS, 0o644), (CHAIN, 0o644), (KEY, 0o600)):
             replace_file(directory / name, files[name], mode=mode)
@@ -154,11 +156,11 @@ def _keep_files(shop: DemoVolume, directory: Path) -> None:
         raise DemoError(f"cannot copy the files to {directory}: {error.strerror}") from None
 
 
-async def _unpublish(output: Output, kubelet: DemoKubelet, *volumes: DemoVolume) -> None:
+async def _unpublish(output: Output, kubelet: DemoKubelet, *pods: DemoPod) -> None:
     """Unpublish all volumes, and verify that the driver leaves nothing behind."""
     output.step("The pods are deleted")
-    for volume in volumes:
-        await kubelet.unpublish(volume)
+    for pod in pods:
+        await kubelet.unpublish(pod)
     if leftovers := kubelet.leftovers():
         raise DemoError("the driver left " + ", ".join(map(str, leftovers)))
     output.success("unpublished: no volume, record or key remains on the node")
@@ -182,7 +184,7 @@ def _print_next_steps(output: Output, keep: Path | None) -> None:
     )
 
 
-async def _publish(kubelet: DemoKubelet, name: str, attributes: Mapping[str, str]) -> DemoVolume:
+async def _publish(kubelet: DemoKubelet, name: str, attributes: Mapping[str, str]) -> DemoPod:
     try:
         return await kubelet.publish(name, attributes)
     except PublishError as error:
