@@ -15,7 +15,8 @@ from typing import Any
 
 from tests.bench.machine import cpu_s, describe, rss_mb
 from tests.bench.table import Figure, print_table, spread
-from tests.e2e import cluster, host
+from tests.e2e import host
+from tests.e2e.kubectl import KubectlError, Manifest, create_namespace, kubectl, wait_for, wait_until
 from tests.e2e.logs import LogCollector
 from tests.e2e.pods import Pod, manifest
 
@@ -34,14 +35,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=_ROUNDS, help="rounds of each kind of pod")
     rounds = parser.parse_args().rounds
-    version = json.loads(cluster.kubectl("version", "-o", "json"))["serverVersion"]["gitVersion"]
+    version = json.loads(kubectl("version", "-o", "json"))["serverVersion"]["gitVersion"]
     print(f"Machine: {describe()}; Kubernetes {version}")
     logs = LogCollector()
     try:
-        cluster.create_namespace(_NAMESPACE)
+        create_namespace(_NAMESPACE)
         figures = [*_measure_starts(rounds), *_measure_kubelet_restart(logs)]
-        cluster.kubectl("delete", "namespace", _NAMESPACE, seconds=120)
-    except (cluster.KubectlError, AssertionError) as error:
+        kubectl("delete", "namespace", _NAMESPACE, seconds=120)
+    except (KubectlError, AssertionError) as error:
         sys.exit(f"wrong result: {error}")
     finally:
         logs.close()
@@ -96,12 +97,10 @@ def _start(name: str, attributes: Mapping[str, str] | None) -> float:
     pods = [_pod(f"{name}-{number}", name, attributes) for number in range(_AT_ONCE)]
     started = time.perf_counter()
     _create(*pods)
-    cluster.wait_for("Ready", "pod", "-l", f"group={name}", namespace=_NAMESPACE, seconds=_READY_S)
+    wait_for("Ready", "pod", "-l", f"group={name}", namespace=_NAMESPACE, seconds=_READY_S)
     seconds = time.perf_counter() - started
-    cluster.kubectl("-n", _NAMESPACE, "delete", "pod", "-l", f"group={name}", "--grace-period=1", seconds=_READY_S)
-    cluster.wait_until(
-        lambda: not any(host.VOLUMES.glob("*")), seconds=60, what="the volumes of deleted pods are removed"
-    )
+    kubectl("-n", _NAMESPACE, "delete", "pod", "-l", f"group={name}", "--grace-period=1", seconds=_READY_S)
+    wait_until(lambda: not any(host.VOLUMES.glob("*")), seconds=60, what="the volumes of deleted pods are removed")
     return seconds
 
 
@@ -109,15 +108,13 @@ def _measure_kubelet_restart(logs: LogCollector) -> list[Figure]:
     """Restart the kubelet, which republishes all volumes at once."""
     pods = [Pod(_NAMESPACE, f"restart-{number}") for number in range(_RESTARTED)]
     _create(*(_pod(pod.name, "restart", {}) for pod in pods))
-    cluster.wait_for("Ready", "pod", "-l", "group=restart", namespace=_NAMESPACE, seconds=_READY_S)
+    wait_for("Ready", "pod", "-l", "group=restart", namespace=_NAMESPACE, seconds=_READY_S)
     uids = [pod.uid for pod in pods]
     before = {uid: _files(uid) for uid in uids}
     driver = host.driver()
     calls = host.publish_calls(driver)
     host.restart_kubelet()
-    cluster.wait_until(
-        lambda: host.publish_calls(driver) >= calls + _RESTARTED, seconds=150, what="a republish of all volumes"
-    )
+    wait_until(lambda: host.publish_calls(driver) >= calls + _RESTARTED, seconds=150, what="a republish of all volumes")
     other = sum(_files(uid) != before[uid] for uid in uids)
     issued = sum(len(logs.issued(uid)) for uid in uids) - _RESTARTED
     mounts = [len(host.mounts_at(host.target_path(uid))) for uid in uids]
@@ -134,15 +131,15 @@ def _measure_kubelet_restart(logs: LogCollector) -> list[Figure]:
     ]
 
 
-def _pod(name: str, group: str, attributes: Mapping[str, str] | None) -> cluster.Manifest:
+def _pod(name: str, group: str, attributes: Mapping[str, str] | None) -> Manifest:
     pod: dict[str, Any] = dict(manifest(Pod(_NAMESPACE, name), attributes or {}, labels={"group": group}))
     if attributes is None:
         pod["spec"] = {**pod["spec"], "volumes": [{"name": "tls", "emptyDir": {"medium": "Memory"}}]}
     return pod
 
 
-def _create(*pods: cluster.Manifest) -> None:
-    cluster.kubectl("create", "-f", "-", text=json.dumps({"apiVersion": "v1", "kind": "List", "items": pods}))
+def _create(*pods: Manifest) -> None:
+    kubectl("create", "-f", "-", text=json.dumps({"apiVersion": "v1", "kind": "List", "items": pods}))
 
 
 def _files(uid: str) -> bytes:

@@ -17,7 +17,8 @@ from csi_driver.core.certificates.keys import generate_key
 from csi_driver.core.names import Names
 from csi_driver.core.spec import DEFAULT_ISSUER, KeyType
 from csi_driver.rpc.errors import REASON_KEY
-from tests.e2e import cluster, host
+from tests.e2e import host
+from tests.e2e.kubectl import CERTMOUNT, get, kubectl
 
 NAME = "certmount-authority.certmount.svc"
 
@@ -26,7 +27,8 @@ NAME = "certmount-authority.certmount.svc"
 class IssueResult:
     """The result of a call: a reason and a message if it failed."""
 
-    reason: str  # empty if the call succeeded
+    reason: str
+    """Empty if the call succeeded."""
     message: str = ""
     leaf: x509.Certificate | None = None
     roots: tuple[bytes, ...] = ()
@@ -34,29 +36,31 @@ class IssueResult:
 
 def root() -> bytes:
     """Return the published roots (PEM) that pods trust."""
-    return str(cluster.get("configmap", "certmount-root")["data"]["root.crt"]).encode()
+    pem: str = get("configmap", "certmount-root")["data"]["root.crt"]
+    return pem.encode()
 
 
-def serving_root(namespace: str = cluster.CERTMOUNT) -> bytes:
+def serving_root(namespace: str = CERTMOUNT) -> bytes:
     """Return the published root (PEM) of the authority's TLS certificate."""
-    return str(cluster.get("configmap", "certmount-root", namespace)["data"]["authority.crt"]).encode()
+    pem: str = get("configmap", "certmount-root", namespace)["data"]["authority.crt"]
+    return pem.encode()
 
 
-def secret_root(namespace: str = cluster.CERTMOUNT) -> bytes:
+def secret_root(namespace: str = CERTMOUNT) -> bytes:
     """Return the root (PEM) in the authority's Secret; empty if there is none yet."""
-    data = cluster.get("secret", "certmount-ca", namespace).get("data") or {}
+    data = get("secret", "certmount-ca", namespace).get("data") or {}
     return base64.b64decode(data.get("root.crt", ""))
 
 
 def service_address() -> str:
-    return f"{cluster.get('service', 'certmount-authority')['spec']['clusterIP']}:443"
+    return f"{get('service', 'certmount-authority')['spec']['clusterIP']}:443"
 
 
 def token(account: str, namespace: str, pod: str = "", audience: str = "") -> str:
     """Return a token of a service account, bound to a pod if one is given."""
     bound = ("--bound-object-kind=Pod", f"--bound-object-name={pod}") if pod else ()
     flags = (*bound, f"--audience={audience}") if audience else bound
-    return cluster.kubectl("-n", namespace, "create", "token", account, *flags).strip()
+    return kubectl("-n", namespace, "create", "token", account, *flags).strip()
 
 
 def pod_token(namespace: str, pod: str) -> str:
@@ -65,7 +69,8 @@ def pod_token(namespace: str, pod: str) -> str:
 
 
 def node_token() -> str:
-    return token("certmount-node", cluster.CERTMOUNT, host.driver()["metadata"]["name"], "certmount-node")
+    """Return the token of this node's driver."""
+    return token("certmount-node", CERTMOUNT, host.driver()["metadata"]["name"], "certmount-node")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from csi_driver import DRIVER_NAME
-from tests.e2e import cluster
+from tests.e2e.kubectl import find, wait_until
 
 KUBELET = Path("/var/lib/kubelet")
 VOLUMES = KUBELET / "plugins" / DRIVER_NAME / "volumes"
@@ -26,7 +26,8 @@ class Mount(NamedTuple):
     """An entry of the host's mount table."""
 
     point: str
-    options: frozenset[str]  # of this mount, not of the file system
+    options: frozenset[str]
+    """The options of this mount, not of the file system."""
     source: str
 
 
@@ -40,6 +41,7 @@ def read_mounts() -> list[Mount]:
 
 
 def target_path(uid: str) -> Path:
+    """Return the target path of the pod's certificate volume."""
     return KUBELET / "pods" / uid / "volumes" / "kubernetes.io~csi" / "tls" / "mount"
 
 
@@ -49,6 +51,7 @@ def mounts_at(path: Path) -> Sequence[Mount]:
 
 
 def volume_directory(uid: str) -> Path:
+    """Return the driver's directory of the pod's volume."""
     for directory in VOLUMES.iterdir():
         if json.loads((directory / "record.json").read_text())["pod_uid"] == uid:
             return directory
@@ -65,22 +68,24 @@ def leftovers_of(uid: str, directory: Path) -> Sequence[str]:
 
 def pods_of(component: str) -> list[Any]:
     """Return the pods of certmount-node or certmount-authority on this node that have an IP and are not being deleted."""
-    pods = cluster.find(
-        "pods", "-l", f"app.kubernetes.io/name={component}", "--field-selector", f"spec.nodeName={NODE}"
-    )
+    pods = find("pods", "-l", f"app.kubernetes.io/name={component}", "--field-selector", f"spec.nodeName={NODE}")
     return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"] and pod["status"].get("podIP")]
 
 
 def authorities() -> list[Any]:
+    """Return the pods of the authority."""
     return pods_of("certmount-authority")
 
 
 def driver() -> Any:
-    return cluster.wait_until(lambda: pods_of("certmount-node"), seconds=60, what="a pod of the node driver")[0]
+    """Return the pod of the node driver."""
+    return wait_until(lambda: pods_of("certmount-node"), seconds=60, what="a pod of the node driver")[0]
 
 
 def restarts(pod: Any) -> int:
-    return int(pod["status"]["containerStatuses"][0]["restartCount"])
+    """Return the number of restarts of the pod's first container."""
+    count: int = pod["status"]["containerStatuses"][0]["restartCount"]
+    return count
 
 
 def process_of(pod: Any) -> int:
@@ -99,12 +104,13 @@ def stop_component(name: str, seconds: float = 30) -> None:
     """Stop a Kubernetes component, such as ``kubelet``, with SIGTERM."""
     pid = int((Path(os.environ["LOCALKUBE_RUN"]) / f"{name}.pid").read_text())
     os.kill(pid, signal.SIGTERM)
-    cluster.wait_until(lambda: not _exists(pid), seconds=seconds, what=f"{name} stops")
+    wait_until(lambda: not _exists(pid), seconds=seconds, what=f"{name} stops")
 
 
 def start_components(seconds: float = 90) -> bool:
     """Start all components that do not run; return True when the cluster is up."""
-    return subprocess.run([_LOCALKUBE / "up.sh"], check=False, capture_output=True, timeout=seconds).returncode == 0
+    up = subprocess.run([_LOCALKUBE / "up.sh"], check=False, capture_output=True, timeout=seconds)
+    return up.returncode == 0
 
 
 def restart_kubelet() -> None:
@@ -140,4 +146,5 @@ def metric(pod: Any, name: str) -> float:
 
 
 def publish_calls(pod: Any) -> float:
+    """Return the number of NodePublishVolume calls of this driver."""
     return metric(pod, 'certmount_node_call_seconds_count{method="NodePublishVolume"')

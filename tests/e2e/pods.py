@@ -10,7 +10,8 @@ from typing import Any
 from cryptography import x509
 
 from csi_driver import DRIVER_NAME
-from tests.e2e import cluster, host
+from tests.e2e import host
+from tests.e2e.kubectl import Manifest, get, kubectl, wait_for
 
 BUSYBOX = "docker.io/local/busybox:1"
 CERTMOUNT_IMAGE = "docker.io/local/certmount:e2e"
@@ -30,20 +31,22 @@ class Pod:
         return f"{self.namespace}/{self.name}"
 
     def get(self) -> Any:
-        return cluster.get("pod", self.name, self.namespace)
+        return get("pod", self.name, self.namespace)
 
     @property
     def uid(self) -> str:
-        return str(self.get()["metadata"]["uid"])
+        uid: str = self.get()["metadata"]["uid"]
+        return uid
 
     def wait_until_ready(self, seconds: float = 60) -> None:
-        cluster.wait_for("Ready", f"pod/{self.name}", namespace=self.namespace, seconds=seconds)
+        wait_for("Ready", f"pod/{self.name}", namespace=self.namespace, seconds=seconds)
 
     def run(self, *command: str) -> str:
         """Run a command in the pod's first container, and return its output. Raises KubectlError."""
-        return cluster.kubectl("-n", self.namespace, "exec", self.name, "--", *command)
+        return kubectl("-n", self.namespace, "exec", self.name, "--", *command)
 
     def read(self, name: str) -> str:
+        """Return a file of the certificate volume."""
         return self.run("cat", f"{TLS}/{name}")
 
     def certificate(self) -> x509.Certificate:
@@ -53,10 +56,10 @@ class Pod:
         return host.restarts(self.get())
 
     def logs(self, *flags: str) -> str:
-        return cluster.kubectl("-n", self.namespace, "logs", self.name, *flags)
+        return kubectl("-n", self.namespace, "logs", self.name, *flags)
 
     def delete(self, *flags: str) -> None:
-        cluster.kubectl("-n", self.namespace, "delete", "pod", self.name, *flags)
+        kubectl("-n", self.namespace, "delete", "pod", self.name, *flags)
 
 
 def manifest(
@@ -64,17 +67,19 @@ def manifest(
     attributes: Mapping[str, str],
     *,
     command: Sequence[str] = (),
+    image: str = BUSYBOX,
     security: Mapping[str, Any] | None = None,
     labels: Mapping[str, str] | None = None,
 ) -> Any:
     """Return the manifest of a pod with one certificate volume at ``TLS``. Without a command the pod waits."""
     container: dict[str, Any] = {
         "name": "app",
-        "image": BUSYBOX,
+        "image": image,
         "imagePullPolicy": "Never",
         "volumeMounts": [{"name": "tls", "mountPath": TLS, "readOnly": True}],
-        **({"command": list(command)} if command else {}),
     }
+    if command:
+        container["command"] = list(command)
     volume = {"name": "tls", "csi": {"driver": DRIVER_NAME, "readOnly": True, "volumeAttributes": dict(attributes)}}
     return {
         "apiVersion": "v1",
@@ -96,14 +101,22 @@ def with_script(pod: Mapping[str, Any], script: str, *arguments: str) -> tuple[A
     command = [PYTHON, "-u", f"/scripts/{script}", *arguments]
     container = spec["containers"][0] | {"image": CERTMOUNT_IMAGE, "command": command}
     container["volumeMounts"] = [*container["volumeMounts"], {"name": "scripts", "mountPath": "/scripts"}]
-    metadata = {"name": f"{pod['metadata']['name']}-script", "namespace": pod["metadata"]["namespace"]}
-    volumes = [*spec["volumes"], {"name": "scripts", "configMap": {"name": metadata["name"]}}]
-    data = {script: (SCRIPTS / script).read_text(encoding="utf-8")}
-    config_map = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
+    name = f"{pod['metadata']['name']}-script"
+    volumes = [*spec["volumes"], {"name": "scripts", "configMap": {"name": name}}]
+    config_map = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": name, "namespace": pod["metadata"]["namespace"]},
+        "data": {script: (SCRIPTS / script).read_text(encoding="utf-8")},
+    }
     return config_map, {**pod, "spec": {**spec, "containers": [container], "volumes": volumes}}
 
 
-def service(name: str, namespace: str, app: str = "", port: int = 8443) -> cluster.Manifest:
+def service(name: str, namespace: str, app: str = "", port: int = 8443) -> Manifest:
     """Return the manifest of a Service that selects the pods with the label ``app``, by default its own name."""
-    spec = {"selector": {"app": app or name}, "ports": [{"port": port}]}
-    return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": namespace}, "spec": spec}
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {"selector": {"app": app or name}, "ports": [{"port": port}]},
+    }

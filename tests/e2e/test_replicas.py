@@ -22,7 +22,8 @@ from csi_driver.core.secret import Secret
 from csi_driver.core.spec import KeyType
 from csi_driver.node import authority_client
 from csi_driver.node.authority_client import AuthorityClient
-from tests.e2e import authority, cluster, host
+from tests.e2e import authority, host
+from tests.e2e.kubectl import CERTMOUNT, apply, create_namespace, kubectl, wait_for, wait_for_rollout, wait_until
 from tests.e2e.pods import Pod, manifest
 
 NAMESPACE = "e2e-replicas"
@@ -35,9 +36,9 @@ SPEC = CertificateSpec(duration=timedelta(minutes=5))
 @pytest.fixture(scope="module")
 def tokens() -> list[Secret[str]]:
     """The tokens of twenty pods."""
-    cluster.create_namespace(NAMESPACE)
-    cluster.apply(*(manifest(pod, {}) for pod in PODS))
-    cluster.wait_for("Ready", "pod", "--all", namespace=NAMESPACE, seconds=90)
+    create_namespace(NAMESPACE)
+    apply(*(manifest(pod, {}) for pod in PODS))
+    wait_for("Ready", "pod", "--all", namespace=NAMESPACE, seconds=90)
     with ThreadPoolExecutor(4) as threads:
         return [Secret(token) for token in threads.map(lambda pod: authority.pod_token(NAMESPACE, pod.name), PODS)]
 
@@ -81,6 +82,7 @@ async def _issue(
 
 @pytest.mark.timeout(240)
 def test_no_request_fails_when_a_replica_is_killed(address: str, tmp_path: Path, tokens: list[Secret[str]]) -> None:
+    """One of two replicas is killed after a hundred certificates, and none of five hundred requests fails."""
     victim = host.process_of(host.authorities()[0])
     killed = ExitStack()
     killed.callback(os.kill, victim, signal.SIGKILL)
@@ -90,22 +92,23 @@ def test_no_request_fails_when_a_replica_is_killed(address: str, tmp_path: Path,
             killed.close()
 
     assert len(asyncio.run(_issue(address, tmp_path, tokens, kill_once))) == REQUESTS
-    cluster.wait_for_rollout()
+    wait_for_rollout()
 
 
 @pytest.mark.timeout(300)
 def test_no_request_fails_during_a_rolling_update(address: str, tmp_path: Path, tokens: list[Secret[str]]) -> None:
+    """All replicas are replaced, one after the other, while certificates are issued, and no request fails."""
     before = {pod["metadata"]["uid"] for pod in host.authorities()}
-    cluster.kubectl("-n", cluster.CERTMOUNT, "rollout", "restart", "deployment/certmount-authority")
+    kubectl("-n", CERTMOUNT, "rollout", "restart", "deployment/certmount-authority")
 
     async def pause(_count: int) -> None:
         # Spread the requests over the whole rollout, so that some are in flight when a replica stops.
         await asyncio.sleep(0.5)
 
     assert len(asyncio.run(_issue(address, tmp_path, tokens, pause))) == REQUESTS
-    cluster.wait_until(
+    wait_until(
         lambda: not before & {pod["metadata"]["uid"] for pod in host.authorities()},
         seconds=60,
         what="every replica is new",
     )
-    cluster.wait_for_rollout()
+    wait_for_rollout()

@@ -11,14 +11,27 @@ import pytest
 from cryptography import x509
 
 from csi_driver import DRIVER_NAME
-from tests.e2e import authority, cluster, host
+from tests.e2e import authority, host
+from tests.e2e.kubectl import (
+    CERTMOUNT,
+    KubectlError,
+    apply,
+    create_namespace,
+    delete_namespace,
+    find,
+    kubectl,
+    stopped_authority,
+    wait_for,
+    wait_for_rollout,
+    wait_until,
+)
 from tests.e2e.pods import Pod, manifest, service, with_script
 
 NAMESPACE = "e2e-rotation"
 CLIENT, SERVER = Pod(NAMESPACE, "client"), Pod(NAMESPACE, "server")
 SERVER_NAME = f"server.{NAMESPACE}.svc.cluster.local"
-# Pods trust the old root until certificates of this lifetime have expired, so it determines the duration of the test.
 ATTRIBUTES = {"duration": "30s"}
+"""Pods trust the old root until certificates of this lifetime have expired, so it determines the duration of the test."""
 UNREACHABLE = "unreachable-node"
 CA_KEYS = ("root.crt", "root.key", "intermediate.crt", "intermediate.key", "state.json")
 
@@ -26,45 +39,47 @@ CA_KEYS = ("root.crt", "root.key", "intermediate.crt", "intermediate.key", "stat
 @pytest.fixture(scope="module", autouse=True)
 def scene() -> Iterator[None]:
     """A new CA, which has issued no certificate with a longer lifetime, and two pods with connections."""
-    cluster.create_namespace(NAMESPACE)
-    with cluster.stopped_authority():
+    create_namespace(NAMESPACE)
+    with stopped_authority():
         patch = json.dumps({"data": dict.fromkeys(CA_KEYS)})
-        cluster.kubectl("-n", cluster.CERTMOUNT, "patch", "secret", "certmount-ca", "--type=merge", "-p", patch)
+        kubectl("-n", CERTMOUNT, "patch", "secret", "certmount-ca", "--type=merge", "-p", patch)
     server = manifest(SERVER, ATTRIBUTES | {"name": SERVER_NAME}, labels={"app": SERVER.name})
-    cluster.apply(service(SERVER.name, NAMESPACE), *with_script(server, "server.py"))
-    cluster.apply(*with_script(manifest(CLIENT, ATTRIBUTES), "client.py", SERVER_NAME))
-    cluster.wait_for("Ready", "pod", "--all", namespace=NAMESPACE)
+    apply(service(SERVER.name, NAMESPACE), *with_script(server, "server.py"))
+    apply(*with_script(manifest(CLIENT, ATTRIBUTES), "client.py", SERVER_NAME))
+    wait_for("Ready", "pod", "--all", namespace=NAMESPACE)
     yield
-    cluster.kubectl("delete", "csinode", UNREACHABLE, "--ignore-not-found")
-    cluster.delete_namespace(NAMESPACE)
+    kubectl("delete", "csinode", UNREACHABLE, "--ignore-not-found")
+    delete_namespace(NAMESPACE)
 
 
 def _ca(*arguments: str) -> str:
+    """Run ``certmount ca`` in a replica."""
     command = ("exec", "deploy/certmount-authority", "--", "/opt/certmount/bin/certmount", "ca", *arguments)
-    return cluster.kubectl("-n", cluster.CERTMOUNT, *command)
+    return kubectl("-n", CERTMOUNT, *command)
 
 
 def _status() -> dict[str, Any]:
+    """Return the output of ``certmount ca status`` from any running replica."""
 
     def status() -> dict[str, Any] | None:
         try:
             found: dict[str, Any] = json.loads(_ca("status", "-o", "json"))
-        except cluster.KubectlError:
+        except KubectlError:
             return None
         return found
 
-    return cluster.wait_until(status, seconds=30, what="an answer of certmount ca status")
+    return wait_until(status, seconds=30, what="an answer of certmount ca status")
 
 
 def _wait_for_phase(phase: str, seconds: float) -> None:
-    cluster.wait_until(lambda: _status()["phase"] == phase, seconds=seconds, what=f"the rotation is {phase}")
+    wait_until(lambda: _status()["phase"] == phase, seconds=seconds, what=f"the rotation is {phase}")
 
 
 def _kill_replicas() -> None:
     """Kill one replica after the other. The successor must serve before the next one dies, because pods renew every 20 s."""
     for replica in [pod["metadata"]["name"] for pod in host.authorities()]:
-        cluster.kubectl("-n", cluster.CERTMOUNT, "delete", "pod", replica, "--force", "--grace-period=0")
-        cluster.wait_for_rollout()
+        kubectl("-n", CERTMOUNT, "delete", "pod", replica, "--force", "--grace-period=0")
+        wait_for_rollout()
 
 
 def _roots(pod: Pod) -> list[str]:
@@ -79,7 +94,7 @@ def _wait_for_roots(count: int, seconds: float) -> list[str]:
         client, server = _roots(CLIENT), _roots(SERVER)
         return client if client == server and len(client) == count else None
 
-    return cluster.wait_until(roots, seconds=seconds, what=f"both pods trust {count} roots")
+    return wait_until(roots, seconds=seconds, what=f"both pods trust {count} roots")
 
 
 def _client_status() -> dict[str, Any]:
@@ -97,15 +112,15 @@ def _unreachable_node() -> dict[str, Any]:
 @pytest.mark.timeout(420)
 def test_root_rotates_without_a_failed_connection() -> None:
     """No connection fails. Each phase is shown, survives the death of both replicas, and can be stopped."""
-    cluster.wait_until(lambda: _client_status()["connections"] > 20, seconds=60, what="connections between the pods")
+    wait_until(lambda: _client_status()["connections"] > 20, seconds=60, what="connections between the pods")
     begin = time.monotonic()
     (old,) = _wait_for_roots(1, seconds=10)
     assert _status()["phase"] == "steady"
-    cluster.apply(_unreachable_node())
+    apply(_unreachable_node())
 
     # A new root reaches the pods without a new key and certificate. Start after a renewal, so that the next one is far.
     certificate = CLIENT.read("site.crt")
-    cluster.wait_until(lambda: CLIENT.read("site.crt") != certificate, seconds=30, what="a renewal")
+    wait_until(lambda: CLIENT.read("site.crt") != certificate, seconds=30, what="a renewal")
     certificate = CLIENT.read("site.pem")
     assert "Rotation started." in _ca("rotate")
     _, new = _wait_for_roots(2, seconds=12)
@@ -115,34 +130,32 @@ def test_root_rotates_without_a_failed_connection() -> None:
 
     _wait_for_phase("distributing", seconds=60)
     _kill_replicas()
-    cluster.wait_until(
-        lambda: _status()["nodes"]["missing"] == [UNREACHABLE], seconds=40, what="this node's acknowledgement"
-    )
+    wait_until(lambda: _status()["nodes"]["missing"] == [UNREACHABLE], seconds=40, what="this node's acknowledgement")
     assert _status()["nextStep"] == "the next CA signs when 1 node more has acknowledged"
     assert f"not yet: {UNREACHABLE}" in _ca("status")
     assert "The rotation is stopped." in _ca("stop")
-    cluster.kubectl("delete", "csinode", UNREACHABLE)
+    kubectl("delete", "csinode", UNREACHABLE)
     assert _status()["stopped"] is True
     assert "Rotation resumed." in _ca("rotate")
 
     _wait_for_phase("retiring", seconds=20)
-    with pytest.raises(cluster.KubectlError, match="pods have certificates that only its root verifies"):
+    with pytest.raises(KubectlError, match="pods have certificates that only its root verifies"):
         _ca("stop", "--discard")
     _kill_replicas()
     assert _wait_for_roots(2, seconds=10) == [old, new]
     _wait_for_phase("steady", seconds=150)
     assert _wait_for_roots(1, seconds=20) == [new]
-    cluster.wait_until(
+    wait_until(
         lambda: len(x509.load_pem_x509_certificates(authority.root())) == 1,
         seconds=10,
         what="one root in the ConfigMap",
     )
 
     count = _client_status()["connections"]
-    cluster.wait_until(lambda: _client_status()["connections"] > count + 100, seconds=60, what="more connections")
+    wait_until(lambda: _client_status()["connections"] > count + 100, seconds=60, what="more connections")
     status = _client_status()
     assert status["errors"] == []
     assert "error" not in SERVER.logs()
     assert [CLIENT.restarts(), SERVER.restarts()] == [0, 0]
-    assert UNREACHABLE not in {node["metadata"]["name"] for node in cluster.find("csinode")}
+    assert UNREACHABLE not in {node["metadata"]["name"] for node in find("csinode")}
     print(f"{status['connections']} connections without an error; the rotation took {time.monotonic() - begin:.0f} s")

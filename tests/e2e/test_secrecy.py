@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import re
 
-from tests.e2e import cluster, host
+from tests.e2e import host
+from tests.e2e.kubectl import CERTMOUNT, find, get, kubectl
 from tests.e2e.logs import AUTHORITY, DRIVER, LogCollector
 
 _TOKEN = re.compile(r"eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
@@ -15,7 +16,7 @@ _KEY = "PRIVATE KEY"
 def _secrets_in_use() -> list[str]:
     """Return the Base64 lines of the keys of volumes and of the CA, and the signature of the driver's token."""
     keys = [path.read_text() for path in host.VOLUMES.glob("*/files/site.key")]
-    stored = cluster.get("secret", "certmount-ca")["data"]
+    stored = get("secret", "certmount-ca")["data"]
     keys += [base64.b64decode(stored[name]).decode() for name in ("root.key", "intermediate.key")]
     uid = host.driver()["metadata"]["uid"]
     token = (host.KUBELET / "pods" / uid / "volumes" / "kubernetes.io~projected" / "token" / "token").read_text()
@@ -23,6 +24,7 @@ def _secrets_in_use() -> list[str]:
 
 
 def test_logs_records_and_events_contain_no_secret(logs: LogCollector) -> None:
+    """After all failures of these tests, logs at debug level, events and records contain no token and no key."""
     running = [host.driver(), *host.authorities()]
     assert all("--log-level=debug" in pod["spec"]["containers"][0]["args"] for pod in running)
     secrets = _secrets_in_use()
@@ -30,9 +32,9 @@ def test_logs_records_and_events_contain_no_secret(logs: LogCollector) -> None:
     texts = {
         "the driver's log": logs.text(DRIVER),
         "the authority's log": logs.text(AUTHORITY),
-        "events": str(cluster.find("events", "--all-namespaces")),
+        "events": str(find("events", "--all-namespaces")),
         "records": "".join(path.read_text() for path in host.VOLUMES.glob("*/record.json*")),
-        "the description of pods": cluster.kubectl("-n", cluster.CERTMOUNT, "describe", "pods"),
+        "the description of pods": kubectl("-n", CERTMOUNT, "describe", "pods"),
     }
     for where, text in texts.items():
         assert text, where

@@ -15,7 +15,9 @@ from cryptography import x509
 TLS = "/var/run/tls"
 PERIOD_S = 0.1
 server = sys.argv[1]
-own, servers, errors = list[str](), list[str](), list[str]()
+own: list[str] = []
+servers: list[str] = []
+errors: list[str] = []
 connections = 0
 
 
@@ -40,15 +42,17 @@ def connect() -> str:
     return serial(x509.load_der_x509_certificate(presented or b""))
 
 
-def answers() -> bool:
-    try:
-        return bool(connect())
-    except OSError:
-        return False
+def wait_for_server() -> None:
+    while True:
+        try:
+            connect()
+        except OSError:
+            time.sleep(0.5)
+        else:
+            return
 
 
-while not answers():
-    time.sleep(0.5)
+wait_for_server()
 begin = time.monotonic()
 while True:
     time.sleep(max(0.0, begin + connections * PERIOD_S - time.monotonic()))

@@ -16,7 +16,8 @@ import yaml
 T = TypeVar("T")
 Manifest = Mapping[str, Any]
 
-CERTMOUNT = "certmount"  # the namespace of deploy/
+CERTMOUNT = "certmount"
+"""The namespace of deploy/."""
 
 
 class KubectlError(AssertionError):
@@ -32,14 +33,14 @@ def kubectl(*arguments: str, text: str | None = None, seconds: float = 60) -> st
     return done.stdout
 
 
-def ca_file() -> Path:
+def cluster_ca() -> Path:
     """Return the file with the root certificate of the API server."""
     return Path(os.environ["LOCALKUBE_RUN"]) / "pki" / "ca.crt"
 
 
 def kubectl_with_token(token: str, *arguments: str) -> str:
     """Run kubectl with a token as its only credential."""
-    server = ("--kubeconfig=/dev/null", "--server=https://127.0.0.1:6443", f"--certificate-authority={ca_file()}")
+    server = ("--kubeconfig=/dev/null", "--server=https://127.0.0.1:6443", f"--certificate-authority={cluster_ca()}")
     return kubectl(*server, f"--token={token}", *arguments)
 
 
@@ -49,7 +50,8 @@ def get(kind: str, name: str, namespace: str = CERTMOUNT) -> Any:
 
 def find(kind: str, *selection: str, namespace: str = CERTMOUNT) -> list[Any]:
     """Return the objects that kubectl's flags in ``selection`` select."""
-    return list(json.loads(kubectl("-n", namespace, "get", kind, *selection, "-o", "json"))["items"])
+    items: list[Any] = json.loads(kubectl("-n", namespace, "get", kind, *selection, "-o", "json"))["items"]
+    return items
 
 
 def apply(*manifests: Manifest) -> None:
@@ -57,6 +59,7 @@ def apply(*manifests: Manifest) -> None:
 
 
 def patch_config_map(name: str, data: Mapping[str, str]) -> None:
+    """Set keys of a ConfigMap of certmount."""
     kubectl("-n", CERTMOUNT, "patch", "configmap", name, "--type=merge", "-p", json.dumps({"data": data}))
 
 
@@ -69,6 +72,7 @@ def change_policy(change: Callable[[dict[str, Any]], object]) -> None:
 
 @contextmanager
 def restored_configuration() -> Iterator[None]:
+    """Restore issuers and policy at the end."""
     before = {name: get("configmap", name)["data"] for name in ("certmount-issuers", "certmount-policy")}
     yield
     for name, data in before.items():
@@ -85,6 +89,7 @@ def create_namespace(name: str) -> str:
 
 
 def delete_namespace(*names: str) -> None:
+    """Start to delete namespaces."""
     kubectl("delete", "namespace", *names, "--ignore-not-found", "--wait=false")
 
 
@@ -92,7 +97,8 @@ def wait_until(condition: Callable[[], T | None], *, seconds: float, what: str, 
     """Poll ``condition`` and return its first true result. Raises AssertionError with the last result after the deadline."""
     deadline = time.monotonic() + seconds
     while True:
-        if result := condition():
+        result = condition()
+        if result:
             return result
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds:g} s: {what}; the last result was {result!r}")
@@ -138,6 +144,8 @@ def events_of(pod: str, namespace: str, **fields: str) -> list[Any]:
 
 def wait_for_mount_failure(pod: str, namespace: str, seconds: float = 30) -> str:
     """Return the message of the pod's first FailedMount event."""
-    what = f"a FailedMount event of {pod}"
-    events = wait_until(lambda: events_of(pod, namespace, reason="FailedMount"), seconds=seconds, what=what)
-    return str(events[0]["message"])
+    events = wait_until(
+        lambda: events_of(pod, namespace, reason="FailedMount"), seconds=seconds, what=f"a FailedMount event of {pod}"
+    )
+    message: str = events[0]["message"]
+    return message
