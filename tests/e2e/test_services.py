@@ -135,7 +135,7 @@ def test_api_server_is_unavailable_for_a_minute(logs: LogCollector) -> None:
         # A token review from just before counts for some seconds. The volume's files need no API server.
         time.sleep(10)
         issued, files = len(logs.issued()), (volume / "site.pem").read_bytes()
-        time.sleep(OUTAGE_S)
+        time.sleep(OUTAGE_S)  # the promise is about an outage of this length
         assert len(logs.issued()) == issued, "a certificate was issued without a token review"
         assert (volume / "site.pem").read_bytes() == files, "the volume changed or was lost"
         assert any(event["event"] == "watch failed" for event in logs.events(AUTHORITY)), "no replica logged the outage"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -16,7 +15,7 @@ from csi_driver.authority.issuers import IssuedCertificate, Issuer, IssuerReques
 from csi_driver.authority.policy.subjects import PolicySubjectLookup
 from csi_driver.authority.retry import retry_while_unavailable
 from csi_driver.core.certificates.csr import ParsedCSR
-from csi_driver.core.certificates.keys import public_bytes
+from csi_driver.core.certificates.keys import key_fingerprint
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.identity import PodIdentity
 from csi_driver.core.policy.engine import Grant, Policy, PolicySubject, RequestedCertificate
@@ -77,7 +76,7 @@ class InterimCertificates:
         self._clock = clock
         self._timeout_s = timeout_s
         # The times of the first and the last request, by public key.
-        self._requests: OrderedDict[bytes, tuple[float, float]] = OrderedDict()
+        self._requests: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     async def issue(self, issuer: Issuer, request: IssuerRequest) -> IssuedCertificate:
         """Do what :meth:`Issuer.issue` does, but raise IssuancePending after 5 s if an interim certificate is allowed."""
@@ -91,7 +90,7 @@ class InterimCertificates:
             raise CertmountError(Reason.ISSUANCE_PENDING, fault) from None
 
     def retry_after(self, csr: ParsedCSR) -> timedelta:
-        now, key = self._clock(), _key(csr)
+        now, key = self._clock(), key_fingerprint(csr.public_key)
         first, last = self._requests.pop(key, (now, now))
         if now - last > _FORGET_AFTER_S:
             first = now
@@ -102,8 +101,4 @@ class InterimCertificates:
 
     def forget(self, csr: ParsedCSR) -> None:
         if self._requests:
-            self._requests.pop(_key(csr), None)
-
-
-def _key(csr: ParsedCSR) -> bytes:
-    return hashlib.sha256(public_bytes(csr.public_key)).digest()
+            self._requests.pop(key_fingerprint(csr.public_key), None)

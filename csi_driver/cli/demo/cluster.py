@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -22,7 +21,7 @@ from jwt.algorithms import ECAlgorithm
 from csi_driver import DRIVER_NAME, POD_AUDIENCE
 from csi_driver._proto import csi_pb2, csi_pb2_grpc, registration_pb2, registration_pb2_grpc
 from csi_driver.cli.demo.output import DemoError
-from csi_driver.core.certificates.keys import public_bytes
+from csi_driver.core.certificates.keys import key_fingerprint
 from csi_driver.core.identity import ServiceAccount
 from csi_driver.core.secret import Secret
 
@@ -53,7 +52,7 @@ class DemoTokenIssuer:
 
     def __init__(self) -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
-        self._key_id = hashlib.sha256(public_bytes(self._key.public_key())).hexdigest()[:16]
+        self._key_id = key_fingerprint(self._key.public_key())[:16]
 
     def key_set(self) -> str:
         """Return the public key as a JSON Web Key Set (RFC 7517)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +29,7 @@ from csi_driver.authority.issuers.acme.certificates import (
 from csi_driver.authority.issuers.acme.client import AcmeClient, AcmeProblem, retry_after_s
 from csi_driver.authority.issuers.acme.context import AcmeContext, held_order
 from csi_driver.authority.issuers.acme.state import AcmeState, OrderRecord, TrackedCertificate, names_id
-from csi_driver.core.certificates.keys import public_bytes
+from csi_driver.core.certificates.keys import key_fingerprint
 from csi_driver.core.errors import CertmountError
 
 log = structlog.get_logger(__name__)
@@ -188,7 +187,7 @@ class OrderProcessor:
     async def _track(
         self, client: AcmeClient, leaf: x509.Certificate, order: OrderRecord, now: float
     ) -> TrackedCertificate:
-        key_sha256 = hashlib.sha256(public_bytes(leaf.public_key())).hexdigest()  # type: ignore[arg-type]  # all keys have this method
+        key_sha256 = key_fingerprint(leaf.public_key())  # type: ignore[arg-type]  # all keys have this method
         identifier, renew_at, check_at = certificate_id(leaf), default_renewal_time(leaf), now + CHECK_S
         try:
             window = await self._context.in_thread(fetch_window, client, identifier, now)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +11,23 @@ import yaml
 from csi_driver.authority.issuers.kinds import read_issuers
 from csi_driver.core.config.document_reader import Path as DocumentPath
 from csi_driver.core.errors import CertmountError
-from tests.support.json_schema import valid
+from tests.support.json_schema import REMOVED, changed, valid
 
 DOCS = Path(__file__).parents[4] / "docs"
 SCHEMA = json.loads((DOCS / "issuers.schema.json").read_text(encoding="utf-8"))
-_REMOVED = object()
 _REPLACEMENTS: list[Any] = [
-    _REMOVED, None, "", "x", "/", "A b", "5m", 5, [], [1], [None], ["a b"], {}, {"unknown": "x"}, {"file": "/x"},
+    REMOVED, None, "", "x", "/", "A b", "5m", 5, [], [1], [None], ["a b"], {}, {"unknown": "x"}, {"file": "/x"},
     {"file": "x"}, {"secret": "a/b"}, {"directory": "/x"}, {"directory": "/x", "secret": "a/b"}, True,
 ]  # fmt: skip
 
 
-def paths(value: object, path: DocumentPath = ()) -> Iterator[DocumentPath]:
-    if path:
-        yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, part in items:
-        yield from paths(part, (*path, key))
-
-
 def assert_schema_agrees(document: dict[str, Any], path: DocumentPath) -> None:
     """Replace or remove the value at the path, or add an unknown key next to it: parser and schema must agree."""
-    documents = [document, *(_changed(document, path, replacement) for replacement in _REPLACEMENTS)]
+    documents = [document, *(changed(document, path, replacement) for replacement in _REPLACEMENTS)]
     if isinstance(path[-1], str):
-        documents.append(_changed(document, (*path[:-1], "unknown"), "x"))
-    for changed in documents:
-        assert _accepted(changed) == valid(SCHEMA, changed), changed
+        documents.append(changed(document, (*path[:-1], "unknown"), "x"))
+    for each in documents:
+        assert _accepted(each) == valid(SCHEMA, each), each
 
 
 def _accepted(document: dict[str, Any]) -> bool:
@@ -47,15 +36,3 @@ def _accepted(document: dict[str, Any]) -> bool:
     except CertmountError:
         return False
     return True
-
-
-def _changed(document: dict[str, Any], path: DocumentPath, replacement: Any) -> dict[str, Any]:
-    changed = copy.deepcopy(document)
-    part: Any = changed
-    for step in path[:-1]:
-        part = part[step]
-    if replacement is _REMOVED:
-        del part[path[-1]]
-    else:
-        part[path[-1]] = replacement
-    return changed

@@ -24,8 +24,9 @@ from csi_driver.core.config.document_reader import Path as DocumentPath
 from csi_driver.core.config.issuers import FileSource, SecretSource
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.secret import Secret
+from tests.support.json_schema import places
 from tests.support.waiting import until
-from tests.unit.authority.issuers.schema import DOCS, SCHEMA, assert_schema_agrees, paths
+from tests.unit.authority.issuers.schema import DOCS, SCHEMA, assert_schema_agrees
 
 VALID: dict[str, Any] = {
     "issuers": [
@@ -111,7 +112,7 @@ issuers:
     assert "hunter2" not in errors, "the log must not contain secrets"
 
 
-@pytest.mark.parametrize("path", list(paths(VALID)), ids=str)
+@pytest.mark.parametrize("path", list(places(VALID)), ids=str)
 def test_schema_agrees_with_the_parser(path: DocumentPath) -> None:
     assert_schema_agrees(VALID, path)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from csi_driver.core.config.document_reader import Path as DocumentPath
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.policy.engine import Policy
 from csi_driver.core.spec import KeyType, Usage
-from tests.support.json_schema import valid
+from tests.support.json_schema import REMOVED, changed, places, valid
 from tests.unit.core.outcomes import outcome
 from tests.unit.core.policy.policies import entries
 from tests.unit.core.policy.reference import Entry
@@ -27,40 +26,18 @@ FILE: dict[str, Any] = {
     "policy": [{**GOOD, "allow": {**GOOD["allow"], "key_types": ["EC-P256"]}}],
     "deny": [{"match": MATCH, "reason": "stolen"}],
 }
-Place = tuple[str | int, ...]
-REMOVED = object()
 CHANGES: list[Any] = [REMOVED, None, "", "x", "*", "**", "A b", "a@b", "{pod}", "{sevice}", "1h", "10.0.0.1", "a://b/{pod}", 5, True, 1.5, [], [1], [None], ["x"], {}, {"x": "y"}, {"x": 1}, {"-": "x"}, "x" * 3000]  # fmt: skip
-
-
-def places(part: object, at: Place = ()) -> Iterator[Place]:
-    yield at
-    items = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
-    for step, inner in items:
-        yield from places(inner, (*at, step))
-
-
-def changed(place: Place, change: object) -> dict[str, Any]:
-    """Return the valid file with one part replaced or removed."""
-    document = copy.deepcopy(FILE)
-    part: Any = document
-    for step in place[:-1]:
-        part = part[step]
-    if change is REMOVED:
-        del part[place[-1]]
-    else:
-        part[place[-1]] = change
-    return document
 
 
 def is_parsed(document: object) -> bool:
     return isinstance(outcome(lambda: read(document), CertmountError), Policy)
 
 
-@pytest.mark.parametrize("place", [place for place in places(FILE) if place], ids=str)
-def test_schema_and_parser_agree_on_each_part(place: Place) -> None:
+@pytest.mark.parametrize("place", list(places(FILE)), ids=str)
+def test_schema_and_parser_agree_on_each_part(place: DocumentPath) -> None:
     assert valid(SCHEMA, FILE)
-    documents = [changed(place, change) for change in CHANGES]
-    documents += [changed((*place[:-1], "unknown"), "x")] if isinstance(place[-1], str) else []
+    documents = [changed(FILE, place, change) for change in CHANGES]
+    documents += [changed(FILE, (*place[:-1], "unknown"), "x")] if isinstance(place[-1], str) else []
     for document in documents:
         if "namespaceLabels" in place and "unknown" in str(document):
             continue  # any key is a label there

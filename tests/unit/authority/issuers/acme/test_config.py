@@ -28,7 +28,8 @@ from csi_driver.authority.storage import DirectoryStore
 from csi_driver.core.config.document_reader import Path as DocumentPath
 from csi_driver.core.config.issuers import FileSource, SecretSource
 from csi_driver.core.errors import CertmountError
-from tests.unit.authority.issuers.schema import assert_schema_agrees, paths
+from tests.support.json_schema import places
+from tests.unit.authority.issuers.schema import assert_schema_agrees
 
 FULL: dict[str, Any] = {
     "account": {"secret": "certmount/letsencrypt"},
@@ -126,13 +127,13 @@ def test_all_faults_are_reported_together_without_secrets() -> None:
     assert "hunter2" not in text
 
 
-@pytest.mark.parametrize("path", list(paths(_document(FULL))), ids=str)
+@pytest.mark.parametrize("path", list(places(_document(FULL))), ids=str)
 def test_schema_agrees_with_the_parser(path: DocumentPath) -> None:
     assert_schema_agrees(_document(FULL), path)
 
 
 def test_minimal_entry_agrees_with_the_schema() -> None:
-    for path in paths(_document(MINIMAL)):
+    for path in places(_document(MINIMAL)):
         assert_schema_agrees(_document(MINIMAL), path)
 
 
