@@ -80,18 +80,22 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     @contextlib.asynccontextmanager
     async def _handled(self, method: str, request: object, context: Any) -> AsyncIterator[None]:
-        """Bind the log fields, abort the call if it raises, and observe it."""
-        reason: Reason | None = None
+        """Bind the log fields, observe the call, and abort it if it raised.
+
+        The call is observed before the caller receives the status, so metrics that the caller reads then include it.
+        """
+        failure: CertmountError | None = None
         start = time.perf_counter()
         with self._log_fields(method, request):
             try:
                 yield
             except Exception as error:  # noqa: BLE001  # every exception must become a status
                 failure = _logged_failure(method, error)
-                reason = failure.reason
-                await abort(context, failure)
             finally:
+                reason = failure.reason if failure else None
                 self._observe(CompletedCall(method, time.perf_counter() - start, reason))
+            if failure is not None:
+                await abort(context, failure)
 
     def _log_fields(self, method: str, request: object) -> AbstractContextManager[None]:
         if self._describe is None:
