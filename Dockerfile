@@ -3,6 +3,8 @@
 ARG BASE=docker.io/library/python:3.13-slim-trixie
 
 FROM ${BASE} AS build
+# A mirror of the Python package index. The lock files have the hashes of the packages.
+ARG PIP_INDEX_URL
 WORKDIR /src
 # pip runs in a separate environment and installs into the one that the image contains, so the image contains no pip.
 RUN python3 -m venv /tmp/pip && python3 -m venv --without-pip /opt/certmount
@@ -10,7 +12,7 @@ COPY requirements.lock requirements-build.lock ./
 RUN /tmp/pip/bin/pip install --no-cache-dir --quiet --require-hashes -r requirements-build.lock \
  && /tmp/pip/bin/pip --python /opt/certmount/bin/python install --no-cache-dir --no-compile --quiet \
       --require-hashes --only-binary :all: -r requirements.lock \
- # Delete the synchronous half of the kubernetes client (23 MB): the authority uses kubernetes.aio.
+ # Delete the synchronous half of the kubernetes client (23 MB): only kubernetes.aio is used, to read a kubeconfig.
  && rm -rf /opt/certmount/lib/python3*/site-packages/kubernetes/client/api \
  && find /opt/certmount/lib -type d -name tests -prune -exec rm -rf {} +
 COPY pyproject.toml README.md LICENSE ./
@@ -18,11 +20,10 @@ COPY csi_driver csi_driver
 RUN /tmp/pip/bin/pip wheel --no-cache-dir --quiet --no-deps --no-build-isolation --wheel-dir /tmp/wheel . \
  && /tmp/pip/bin/pip --python /opt/certmount/bin/python install --no-cache-dir --no-compile --quiet --no-deps --no-index /tmp/wheel/*.whl \
  # Compile here, because the root file system is read-only at run time. Python never compares this bytecode with its source.
- # Of the 1,700 generated modules of kubernetes, compile only the two large ones that the authority loads.
+ # The generated modules of kubernetes are not loaded.
  && cd /opt/certmount/lib/python3*/site-packages \
  && python3 -m compileall -q --invalidation-mode unchecked-hash -x 'kubernetes/(aio/)?client/(api|models)/' . \
- && python3 -m compileall -q --invalidation-mode unchecked-hash kubernetes/aio/client/api/core_v1_api.py kubernetes/aio/client/api/authentication_v1_api.py \
- && /opt/certmount/bin/python -I -c 'import csi_driver.kube; from kubernetes.aio import client; client.CoreV1Api, client.AuthenticationV1Api'
+ && /opt/certmount/bin/python -I -c 'import csi_driver.kube.admin.kubeconfig'
 
 FROM ${BASE}
 # Containers install nothing, so delete the pip of the base image too.

@@ -1,10 +1,13 @@
-"""Hypothesis profiles, and markers for what a test needs from the machine."""
+"""Hypothesis profiles, markers for what a test needs from the machine, and loggers that no test changes for later ones."""
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Iterator
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 from tests.support.requirements import require_program, require_root
@@ -24,3 +27,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker in item.iter_markers("peers"):
         for program in marker.args:
             require_program(program)
+
+
+@pytest.fixture(autouse=True)
+def default_loggers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A command that a test runs in its own process configures the loggers, and would cache them for all later tests."""
+    original = structlog.configure
+
+    @functools.wraps(original)
+    def configure(**options: object) -> None:
+        original(**{**options, "cache_logger_on_first_use": False})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(structlog, "configure", configure)
+    yield
+    structlog.reset_defaults()

@@ -60,6 +60,8 @@ class _ConditionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Condition.V
     """The certificate was renewed after one of the conditions above."""
     CONDITION_RENEWAL_STOPPED: _Condition.ValueType  # 5
     """The pod's service account is on the deny list; the node does not renew its certificate."""
+    CONDITION_RELOAD_FAILED: _Condition.ValueType  # 6
+    """The files were replaced, but the process that the volume names could not be signalled."""
 
 class Condition(_Condition, metaclass=_ConditionEnumTypeWrapper): ...
 
@@ -73,6 +75,8 @@ CONDITION_RECOVERED: Condition.ValueType  # 4
 """The certificate was renewed after one of the conditions above."""
 CONDITION_RENEWAL_STOPPED: Condition.ValueType  # 5
 """The pod's service account is on the deny list; the node does not renew its certificate."""
+CONDITION_RELOAD_FAILED: Condition.ValueType  # 6
+"""The files were replaced, but the process that the volume names could not be signalled."""
 Global___Condition: _TypeAlias = Condition  # noqa: Y015
 
 @_typing.final
@@ -85,6 +89,8 @@ class IssueRequest(_message.Message):
     USAGES_FIELD_NUMBER: _builtins.int
     ISSUER_FIELD_NUMBER: _builtins.int
     FEDERATIONS_FIELD_NUMBER: _builtins.int
+    WITHOUT_SPIFFE_ID_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
     csr: _builtins.bytes
     """PKCS#10, DER. Its subject alternative names are the requested names. Its signature proves that the node has the
     private key. The authority ignores the subject and all other extensions.
@@ -93,6 +99,10 @@ class IssueRequest(_message.Message):
     """The pod's projected service account token, audience "certmount". Never logged or stored."""
     issuer: _builtins.str
     """The name of the issuer in the issuers file. Empty: "internal"."""
+    without_spiffe_id: _builtins.bool
+    """True: the certificate must not contain the SPIFFE ID of the pod's service account."""
+    subject: _builtins.str
+    """The requested subject (RFC 4514), under the policy. Empty: the authority chooses."""
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
         """The requested lifetime. Unset: the authority chooses."""
@@ -114,14 +124,203 @@ class IssueRequest(_message.Message):
         usages: _abc.Iterable[Global___Usage.ValueType] | None = ...,
         issuer: _builtins.str = ...,
         federations: _abc.Iterable[_builtins.str] | None = ...,
+        without_spiffe_id: _builtins.bool = ...,
+        subject: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["csr", b"csr", "duration", b"duration", "federations", b"federations", "issuer", b"issuer", "pod_token", b"pod_token", "usages", b"usages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["csr", b"csr", "duration", b"duration", "federations", b"federations", "issuer", b"issuer", "pod_token", b"pod_token", "subject", b"subject", "usages", b"usages", "without_spiffe_id", b"without_spiffe_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___IssueRequest: _TypeAlias = IssueRequest  # noqa: Y015
+
+@_typing.final
+class IssueStreamRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    ISSUE_FIELD_NUMBER: _builtins.int
+    CANCEL_FIELD_NUMBER: _builtins.int
+    TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Chosen by the node, not 0, and different from those of the requests in progress on the stream."""
+    cancel: _builtins.bool
+    """Cancels the request with this ID, to which the authority then does not respond. Always true."""
+    timeout_ms: _builtins.int
+    """For issue: how long the node waits. The authority then cancels the request. 0: as long as the authority allows."""
+    @_builtins.property
+    def issue(self) -> Global___IssueRequest: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        issue: Global___IssueRequest | None = ...,
+        cancel: _builtins.bool = ...,
+        timeout_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "cancel", b"cancel", "issue", b"issue"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "cancel", b"cancel", "id", b"id", "issue", b"issue", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_action: _TypeAlias = _typing.Literal["issue", "cancel"]  # noqa: Y015
+    _WhichOneofArgType_action: _TypeAlias = _typing.Literal["action", b"action"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_action) -> _WhichOneofReturnType_action | None: ...
+
+Global___IssueStreamRequest: _TypeAlias = IssueStreamRequest  # noqa: Y015
+
+@_typing.final
+class IssueStreamResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    ISSUED_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """The ID of the request; 0 for draining."""
+    draining: _builtins.bool
+    """The node must send further requests on a new stream, and close its side of this one. The authority still processes
+    all requests that it receives on this stream. Always true.
+    """
+    time: _builtins.float
+    """The authority's time in Unix seconds, so that the node can compare the clocks."""
+    @_builtins.property
+    def issued(self) -> Global___IssueResponse: ...
+    @_builtins.property
+    def failure(self) -> Global___Failure: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        issued: Global___IssueResponse | None = ...,
+        failure: Global___Failure | None = ...,
+        draining: _builtins.bool = ...,
+        time: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "failure", b"failure", "issued", b"issued", "outcome", b"outcome"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "failure", b"failure", "id", b"id", "issued", b"issued", "outcome", b"outcome", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["issued", "failure", "draining"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___IssueStreamResponse: _TypeAlias = IssueStreamResponse  # noqa: Y015
+
+@_typing.final
+class Failure(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """As the trailing metadata certmount-reason."""
+    message: _builtins.str
+    """For people."""
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Failure: _TypeAlias = Failure  # noqa: Y015
+
+@_typing.final
+class CheckRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    KEY_TYPE_FIELD_NUMBER: _builtins.int
+    key_type: _builtins.str
+    """The type of the key that Issue will be called with, as in the attribute key-type."""
+    @_builtins.property
+    def request(self) -> Global___IssueRequest:
+        """The CSR can have any key."""
+
+    def __init__(
+        self,
+        *,
+        request: Global___IssueRequest | None = ...,
+        key_type: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_type", b"key_type", "request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckRequest: _TypeAlias = CheckRequest  # noqa: Y015
+
+@_typing.final
+class CheckResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckResponse: _TypeAlias = CheckResponse  # noqa: Y015
+
+@_typing.final
+class IssueForSecretRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CSR_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
+    USAGES_FIELD_NUMBER: _builtins.int
+    ISSUER_FIELD_NUMBER: _builtins.int
+    EMAIL_FIELD_NUMBER: _builtins.int
+    TSIG_SECRET_FIELD_NUMBER: _builtins.int
+    csr: _builtins.bytes
+    """PKCS#10, DER, as in IssueRequest. The certificate never contains a SPIFFE ID."""
+    namespace: _builtins.str
+    """The Secret that will contain the certificate."""
+    secret: _builtins.str
+    issuer: _builtins.str
+    email: _builtins.str
+    """The contact address of the ACME account that orders the certificate. Empty: the issuer's own account."""
+    tsig_secret: _builtins.str
+    """The Secret with the TSIG key for DNS updates, NAMESPACE/NAME; the issuer must allow it. Empty: the issuer's own key."""
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """As in IssueRequest."""
+
+    @_builtins.property
+    def usages(self) -> _containers.RepeatedScalarFieldContainer[Global___Usage.ValueType]: ...
+    def __init__(
+        self,
+        *,
+        csr: _builtins.bytes = ...,
+        namespace: _builtins.str = ...,
+        secret: _builtins.str = ...,
+        duration: _duration_pb2.Duration | None = ...,
+        usages: _abc.Iterable[Global___Usage.ValueType] | None = ...,
+        issuer: _builtins.str = ...,
+        email: _builtins.str = ...,
+        tsig_secret: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["csr", b"csr", "duration", b"duration", "email", b"email", "issuer", b"issuer", "namespace", b"namespace", "secret", b"secret", "tsig_secret", b"tsig_secret", "usages", b"usages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IssueForSecretRequest: _TypeAlias = IssueForSecretRequest  # noqa: Y015
 
 @_typing.final
 class IssueResponse(_message.Message):
@@ -250,10 +449,32 @@ class TrustBundle(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class EnvironmentsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     SETS_FIELD_NUMBER: _builtins.int
     POLICY_REVISION_FIELD_NUMBER: _builtins.int
     SHARED_ISSUERS_FIELD_NUMBER: _builtins.int
     RENEW_NOW_FIELD_NUMBER: _builtins.int
+    REPLACE_KEYS_FIELD_NUMBER: _builtins.int
+    ENVIRONMENTS_FIELD_NUMBER: _builtins.int
     policy_revision: _builtins.str
     """Identifies the policy in force. When it changes, the node retries requests that the previous policy did not allow."""
     @_builtins.property
@@ -270,6 +491,18 @@ class TrustBundle(_message.Message):
         SHA-256 of the SubjectPublicKeyInfo, hexadecimal.
         """
 
+    @_builtins.property
+    def replace_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Those of renew_now that the CA wants replaced earlier than it said when it issued them, for example because it revoked
+        them. The node requests no other certificate for these keys.
+        """
+
+    @_builtins.property
+    def environments(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Where each issuer gets its certificates, such as the URL of an ACME directory. When it changes, certificates from the
+        previous one must be replaced. By the name of the issuer.
+        """
+
     def __init__(
         self,
         *,
@@ -277,10 +510,12 @@ class TrustBundle(_message.Message):
         policy_revision: _builtins.str = ...,
         shared_issuers: _abc.Iterable[_builtins.str] | None = ...,
         renew_now: _abc.Iterable[_builtins.str] | None = ...,
+        replace_keys: _abc.Iterable[_builtins.str] | None = ...,
+        environments: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy_revision", b"policy_revision", "renew_now", b"renew_now", "sets", b"sets", "shared_issuers", b"shared_issuers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["environments", b"environments", "policy_revision", b"policy_revision", "renew_now", b"renew_now", "replace_keys", b"replace_keys", "sets", b"sets", "shared_issuers", b"shared_issuers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -39,6 +39,16 @@ class AuthorityStub:
                 request_serializer=csi__driver_dot___proto_dot_authority__pb2.IssueRequest.SerializeToString,
                 response_deserializer=csi__driver_dot___proto_dot_authority__pb2.IssueResponse.FromString,
                 _registered_method=True)
+        self.IssueStream = channel.stream_stream(
+                '/certmount.authority.v1.Authority/IssueStream',
+                request_serializer=csi__driver_dot___proto_dot_authority__pb2.IssueStreamRequest.SerializeToString,
+                response_deserializer=csi__driver_dot___proto_dot_authority__pb2.IssueStreamResponse.FromString,
+                _registered_method=True)
+        self.Check = channel.unary_unary(
+                '/certmount.authority.v1.Authority/Check',
+                request_serializer=csi__driver_dot___proto_dot_authority__pb2.CheckRequest.SerializeToString,
+                response_deserializer=csi__driver_dot___proto_dot_authority__pb2.CheckResponse.FromString,
+                _registered_method=True)
         self.WatchTrust = channel.unary_stream(
                 '/certmount.authority.v1.Authority/WatchTrust',
                 request_serializer=csi__driver_dot___proto_dot_authority__pb2.WatchTrustRequest.SerializeToString,
@@ -61,6 +71,23 @@ class AuthorityServicer:
 
     def Issue(self, request, context):
         """Authenticates the pod, checks the policy, and returns a certificate for the CSR.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def IssueStream(self, request_iterator, context):
+        """As Issue, for any number of requests on one stream, which costs both sides less than a call for each request. The
+        authority processes the requests concurrently and responds to each when it is done. The node authenticates once for
+        the stream, and again for each request, with the token of the stream: with a new token, the node opens a new stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Check(self, request, context):
+        """Returns whether Issue would sign the request: authenticates the pod and checks the policy, but signs nothing. The
+        node calls it before it generates an expensive key, and before a pod uses a certificate of another pod.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,6 +123,16 @@ def add_AuthorityServicer_to_server(servicer, server):
                     servicer.Issue,
                     request_deserializer=csi__driver_dot___proto_dot_authority__pb2.IssueRequest.FromString,
                     response_serializer=csi__driver_dot___proto_dot_authority__pb2.IssueResponse.SerializeToString,
+            ),
+            'IssueStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.IssueStream,
+                    request_deserializer=csi__driver_dot___proto_dot_authority__pb2.IssueStreamRequest.FromString,
+                    response_serializer=csi__driver_dot___proto_dot_authority__pb2.IssueStreamResponse.SerializeToString,
+            ),
+            'Check': grpc.unary_unary_rpc_method_handler(
+                    servicer.Check,
+                    request_deserializer=csi__driver_dot___proto_dot_authority__pb2.CheckRequest.FromString,
+                    response_serializer=csi__driver_dot___proto_dot_authority__pb2.CheckResponse.SerializeToString,
             ),
             'WatchTrust': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchTrust,
@@ -140,6 +177,60 @@ class Authority:
             '/certmount.authority.v1.Authority/Issue',
             csi__driver_dot___proto_dot_authority__pb2.IssueRequest.SerializeToString,
             csi__driver_dot___proto_dot_authority__pb2.IssueResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def IssueStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/certmount.authority.v1.Authority/IssueStream',
+            csi__driver_dot___proto_dot_authority__pb2.IssueStreamRequest.SerializeToString,
+            csi__driver_dot___proto_dot_authority__pb2.IssueStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Check(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/certmount.authority.v1.Authority/Check',
+            csi__driver_dot___proto_dot_authority__pb2.CheckRequest.SerializeToString,
+            csi__driver_dot___proto_dot_authority__pb2.CheckResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -221,6 +312,126 @@ class Authority:
             '/certmount.authority.v1.Authority/Report',
             csi__driver_dot___proto_dot_authority__pb2.ReportRequest.SerializeToString,
             csi__driver_dot___proto_dot_authority__pb2.ReportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class SecretsStub:
+    """The service for the Secrets controller. It sends its own projected service account token (audience "certmount-secrets").
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Issue = channel.unary_unary(
+                '/certmount.authority.v1.Secrets/Issue',
+                request_serializer=csi__driver_dot___proto_dot_authority__pb2.IssueForSecretRequest.SerializeToString,
+                response_deserializer=csi__driver_dot___proto_dot_authority__pb2.IssueResponse.FromString,
+                _registered_method=True)
+        self.WatchTrust = channel.unary_stream(
+                '/certmount.authority.v1.Secrets/WatchTrust',
+                request_serializer=csi__driver_dot___proto_dot_authority__pb2.WatchTrustRequest.SerializeToString,
+                response_deserializer=csi__driver_dot___proto_dot_authority__pb2.TrustBundle.FromString,
+                _registered_method=True)
+
+
+class SecretsServicer:
+    """The service for the Secrets controller. It sends its own projected service account token (audience "certmount-secrets").
+    """
+
+    def Issue(self, request, context):
+        """Checks the policy for the Secret, and returns a certificate for the CSR.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchTrust(self, request, context):
+        """As Authority.WatchTrust.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_SecretsServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Issue': grpc.unary_unary_rpc_method_handler(
+                    servicer.Issue,
+                    request_deserializer=csi__driver_dot___proto_dot_authority__pb2.IssueForSecretRequest.FromString,
+                    response_serializer=csi__driver_dot___proto_dot_authority__pb2.IssueResponse.SerializeToString,
+            ),
+            'WatchTrust': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchTrust,
+                    request_deserializer=csi__driver_dot___proto_dot_authority__pb2.WatchTrustRequest.FromString,
+                    response_serializer=csi__driver_dot___proto_dot_authority__pb2.TrustBundle.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'certmount.authority.v1.Secrets', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('certmount.authority.v1.Secrets', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Secrets:
+    """The service for the Secrets controller. It sends its own projected service account token (audience "certmount-secrets").
+    """
+
+    @staticmethod
+    def Issue(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/certmount.authority.v1.Secrets/Issue',
+            csi__driver_dot___proto_dot_authority__pb2.IssueForSecretRequest.SerializeToString,
+            csi__driver_dot___proto_dot_authority__pb2.IssueResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchTrust(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/certmount.authority.v1.Secrets/WatchTrust',
+            csi__driver_dot___proto_dot_authority__pb2.WatchTrustRequest.SerializeToString,
+            csi__driver_dot___proto_dot_authority__pb2.TrustBundle.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,15 @@ class AuthorityStub:
     def __new__(cls, channel: _aio.Channel) -> AuthorityAsyncStub: ...
     Issue: _grpc.UnaryUnaryMultiCallable[_authority_pb2.IssueRequest, _authority_pb2.IssueResponse]
     """Authenticates the pod, checks the policy, and returns a certificate for the CSR."""
+    IssueStream: _grpc.StreamStreamMultiCallable[_authority_pb2.IssueStreamRequest, _authority_pb2.IssueStreamResponse]
+    """As Issue, for any number of requests on one stream, which costs both sides less than a call for each request. The
+    authority processes the requests concurrently and responds to each when it is done. The node authenticates once for
+    the stream, and again for each request, with the token of the stream: with a new token, the node opens a new stream.
+    """
+    Check: _grpc.UnaryUnaryMultiCallable[_authority_pb2.CheckRequest, _authority_pb2.CheckResponse]
+    """Returns whether Issue would sign the request: authenticates the pod and checks the policy, but signs nothing. The
+    node calls it before it generates an expensive key, and before a pod uses a certificate of another pod.
+    """
     WatchTrust: _grpc.UnaryStreamMultiCallable[_authority_pb2.WatchTrustRequest, _authority_pb2.TrustBundle]
     """Sends the current trust bundle, and a new one after each change. The authority ends the stream periodically so that
     the node authenticates again; the node then opens a new stream.
@@ -56,6 +65,15 @@ class AuthorityAsyncStub(AuthorityStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Issue: _aio.UnaryUnaryMultiCallable[_authority_pb2.IssueRequest, _authority_pb2.IssueResponse]  # type: ignore[assignment]
     """Authenticates the pod, checks the policy, and returns a certificate for the CSR."""
+    IssueStream: _aio.StreamStreamMultiCallable[_authority_pb2.IssueStreamRequest, _authority_pb2.IssueStreamResponse]  # type: ignore[assignment]
+    """As Issue, for any number of requests on one stream, which costs both sides less than a call for each request. The
+    authority processes the requests concurrently and responds to each when it is done. The node authenticates once for
+    the stream, and again for each request, with the token of the stream: with a new token, the node opens a new stream.
+    """
+    Check: _aio.UnaryUnaryMultiCallable[_authority_pb2.CheckRequest, _authority_pb2.CheckResponse]  # type: ignore[assignment]
+    """Returns whether Issue would sign the request: authenticates the pod and checks the policy, but signs nothing. The
+    node calls it before it generates an expensive key, and before a pod uses a certificate of another pod.
+    """
     WatchTrust: _aio.UnaryStreamMultiCallable[_authority_pb2.WatchTrustRequest, _authority_pb2.TrustBundle]  # type: ignore[assignment]
     """Sends the current trust bundle, and a new one after each change. The authority ends the stream periodically so that
     the node authenticates again; the node then opens a new stream.
@@ -75,6 +93,27 @@ class AuthorityServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_authority_pb2.IssueResponse, _abc.Awaitable[_authority_pb2.IssueResponse]]:
         """Authenticates the pod, checks the policy, and returns a certificate for the CSR."""
+
+    @_abc_1.abstractmethod
+    def IssueStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_authority_pb2.IssueStreamRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_authority_pb2.IssueStreamResponse], _abc.AsyncIterator[_authority_pb2.IssueStreamResponse]]:
+        """As Issue, for any number of requests on one stream, which costs both sides less than a call for each request. The
+        authority processes the requests concurrently and responds to each when it is done. The node authenticates once for
+        the stream, and again for each request, with the token of the stream: with a new token, the node opens a new stream.
+        """
+
+    @_abc_1.abstractmethod
+    def Check(
+        self,
+        request: _authority_pb2.CheckRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_authority_pb2.CheckResponse, _abc.Awaitable[_authority_pb2.CheckResponse]]:
+        """Returns whether Issue would sign the request: authenticates the pod and checks the policy, but signs nothing. The
+        node calls it before it generates an expensive key, and before a pod uses a certificate of another pod.
+        """
 
     @_abc_1.abstractmethod
     def WatchTrust(
@@ -105,3 +144,46 @@ class AuthorityServicer(metaclass=_abc_1.ABCMeta):
         """Reports the condition of a pod's certificate. The authority writes it as an event on the pod."""
 
 def add_AuthorityServicer_to_server(servicer: AuthorityServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class SecretsStub:
+    """The service for the Secrets controller. It sends its own projected service account token (audience "certmount-secrets")."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> SecretsAsyncStub: ...
+    Issue: _grpc.UnaryUnaryMultiCallable[_authority_pb2.IssueForSecretRequest, _authority_pb2.IssueResponse]
+    """Checks the policy for the Secret, and returns a certificate for the CSR."""
+    WatchTrust: _grpc.UnaryStreamMultiCallable[_authority_pb2.WatchTrustRequest, _authority_pb2.TrustBundle]
+    """As Authority.WatchTrust."""
+
+@_typing.type_check_only
+class SecretsAsyncStub(SecretsStub):
+    """The service for the Secrets controller. It sends its own projected service account token (audience "certmount-secrets")."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Issue: _aio.UnaryUnaryMultiCallable[_authority_pb2.IssueForSecretRequest, _authority_pb2.IssueResponse]  # type: ignore[assignment]
+    """Checks the policy for the Secret, and returns a certificate for the CSR."""
+    WatchTrust: _aio.UnaryStreamMultiCallable[_authority_pb2.WatchTrustRequest, _authority_pb2.TrustBundle]  # type: ignore[assignment]
+    """As Authority.WatchTrust."""
+
+class SecretsServicer(metaclass=_abc_1.ABCMeta):
+    """The service for the Secrets controller. It sends its own projected service account token (audience "certmount-secrets")."""
+
+    @_abc_1.abstractmethod
+    def Issue(
+        self,
+        request: _authority_pb2.IssueForSecretRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_authority_pb2.IssueResponse, _abc.Awaitable[_authority_pb2.IssueResponse]]:
+        """Checks the policy for the Secret, and returns a certificate for the CSR."""
+
+    @_abc_1.abstractmethod
+    def WatchTrust(
+        self,
+        request: _authority_pb2.WatchTrustRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_authority_pb2.TrustBundle], _abc.AsyncIterator[_authority_pb2.TrustBundle]]:
+        """As Authority.WatchTrust."""
+
+def add_SecretsServicer_to_server(servicer: SecretsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

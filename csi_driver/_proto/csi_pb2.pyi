@@ -47,6 +47,23 @@ INACCESSIBLE: VolumeHealthErrorType.ValueType  # 2
 DATA_LOSS: VolumeHealthErrorType.ValueType  # 3
 Global___VolumeHealthErrorType: _TypeAlias = VolumeHealthErrorType  # noqa: Y015
 
+class _StorageHealthErrorType:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StorageHealthErrorTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StorageHealthErrorType.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    UNKNOWN_STORAGE_HEALTH_ERROR_TYPE: _StorageHealthErrorType.ValueType  # 0
+    STORAGE_DEGRADED: _StorageHealthErrorType.ValueType  # 1
+    STORAGE_UNREACHABLE: _StorageHealthErrorType.ValueType  # 2
+
+class StorageHealthErrorType(_StorageHealthErrorType, metaclass=_StorageHealthErrorTypeEnumTypeWrapper): ...
+
+UNKNOWN_STORAGE_HEALTH_ERROR_TYPE: StorageHealthErrorType.ValueType  # 0
+STORAGE_DEGRADED: StorageHealthErrorType.ValueType  # 1
+STORAGE_UNREACHABLE: StorageHealthErrorType.ValueType  # 2
+Global___StorageHealthErrorType: _TypeAlias = StorageHealthErrorType  # noqa: Y015
+
 @_typing.final
 class GetPluginInfoRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -788,6 +805,97 @@ class VolumeHealth(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___VolumeHealth: _TypeAlias = VolumeHealth  # noqa: Y015
+
+@_typing.final
+class NodeGetStorageHealthRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SecretsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SECRETS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def secrets(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        secrets: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["secrets", b"secrets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeGetStorageHealthRequest: _TypeAlias = NodeGetStorageHealthRequest  # noqa: Y015
+
+@_typing.final
+class NodeGetStorageHealthResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class StorageBackendHealth(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        STATUS_FIELD_NUMBER: _builtins.int
+        REASON_FIELD_NUMBER: _builtins.int
+        MESSAGE_FIELD_NUMBER: _builtins.int
+        VOLUME_CAPABILITY_FIELD_NUMBER: _builtins.int
+        status: Global___StorageHealthErrorType.ValueType
+        reason: _builtins.str
+        """A CamelCase word for programs. Each one occurs once."""
+        message: _builtins.str
+        """For people."""
+        @_builtins.property
+        def volume_capability(self) -> Global___VolumeCapability: ...
+        def __init__(
+            self,
+            *,
+            status: Global___StorageHealthErrorType.ValueType = ...,
+            reason: _builtins.str = ...,
+            message: _builtins.str = ...,
+            volume_capability: Global___VolumeCapability | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["volume_capability", b"volume_capability"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason", "status", b"status", "volume_capability", b"volume_capability"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    BACKEND_HEALTH_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def backend_health(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeGetStorageHealthResponse.StorageBackendHealth]:
+        """Empty if all is well; the kubelet accepts 16."""
+
+    def __init__(
+        self,
+        *,
+        backend_health: _abc.Iterable[Global___NodeGetStorageHealthResponse.StorageBackendHealth] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend_health", b"backend_health"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeGetStorageHealthResponse: _TypeAlias = NodeGetStorageHealthResponse  # noqa: Y015
 
 @_typing.final
 class NodeGetCapabilitiesRequest(_message.Message):

@@ -213,6 +213,11 @@ class NodeStub:
                 request_serializer=csi__driver_dot___proto_dot_csi__pb2.NodeGetVolumeHealthRequest.SerializeToString,
                 response_deserializer=csi__driver_dot___proto_dot_csi__pb2.NodeGetVolumeHealthResponse.FromString,
                 _registered_method=True)
+        self.NodeGetStorageHealth = channel.unary_unary(
+                '/csi.v1.Node/NodeGetStorageHealth',
+                request_serializer=csi__driver_dot___proto_dot_csi__pb2.NodeGetStorageHealthRequest.SerializeToString,
+                response_deserializer=csi__driver_dot___proto_dot_csi__pb2.NodeGetStorageHealthResponse.FromString,
+                _registered_method=True)
         self.NodeGetCapabilities = channel.unary_unary(
                 '/csi.v1.Node/NodeGetCapabilities',
                 request_serializer=csi__driver_dot___proto_dot_csi__pb2.NodeGetCapabilitiesRequest.SerializeToString,
@@ -255,6 +260,13 @@ class NodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def NodeGetStorageHealth(self, request, context):
+        """Alpha in CSI 1.13. What the volumes of this node have in common.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def NodeGetCapabilities(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -289,6 +301,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.NodeGetVolumeHealth,
                     request_deserializer=csi__driver_dot___proto_dot_csi__pb2.NodeGetVolumeHealthRequest.FromString,
                     response_serializer=csi__driver_dot___proto_dot_csi__pb2.NodeGetVolumeHealthResponse.SerializeToString,
+            ),
+            'NodeGetStorageHealth': grpc.unary_unary_rpc_method_handler(
+                    servicer.NodeGetStorageHealth,
+                    request_deserializer=csi__driver_dot___proto_dot_csi__pb2.NodeGetStorageHealthRequest.FromString,
+                    response_serializer=csi__driver_dot___proto_dot_csi__pb2.NodeGetStorageHealthResponse.SerializeToString,
             ),
             'NodeGetCapabilities': grpc.unary_unary_rpc_method_handler(
                     servicer.NodeGetCapabilities,
@@ -409,6 +426,33 @@ class Node:
             '/csi.v1.Node/NodeGetVolumeHealth',
             csi__driver_dot___proto_dot_csi__pb2.NodeGetVolumeHealthRequest.SerializeToString,
             csi__driver_dot___proto_dot_csi__pb2.NodeGetVolumeHealthResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def NodeGetStorageHealth(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/csi.v1.Node/NodeGetStorageHealth',
+            csi__driver_dot___proto_dot_csi__pb2.NodeGetStorageHealthRequest.SerializeToString,
+            csi__driver_dot___proto_dot_csi__pb2.NodeGetStorageHealthResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -87,6 +87,8 @@ class NodeStub:
     NodeGetVolumeStats: _grpc.UnaryUnaryMultiCallable[_csi_pb2.NodeGetVolumeStatsRequest, _csi_pb2.NodeGetVolumeStatsResponse]
     NodeGetVolumeHealth: _grpc.UnaryUnaryMultiCallable[_csi_pb2.NodeGetVolumeHealthRequest, _csi_pb2.NodeGetVolumeHealthResponse]
     """Alpha in CSI 1.13."""
+    NodeGetStorageHealth: _grpc.UnaryUnaryMultiCallable[_csi_pb2.NodeGetStorageHealthRequest, _csi_pb2.NodeGetStorageHealthResponse]
+    """Alpha in CSI 1.13. What the volumes of this node have in common."""
     NodeGetCapabilities: _grpc.UnaryUnaryMultiCallable[_csi_pb2.NodeGetCapabilitiesRequest, _csi_pb2.NodeGetCapabilitiesResponse]
     NodeGetInfo: _grpc.UnaryUnaryMultiCallable[_csi_pb2.NodeGetInfoRequest, _csi_pb2.NodeGetInfoResponse]
 
@@ -100,6 +102,8 @@ class NodeAsyncStub(NodeStub):
     NodeGetVolumeStats: _aio.UnaryUnaryMultiCallable[_csi_pb2.NodeGetVolumeStatsRequest, _csi_pb2.NodeGetVolumeStatsResponse]  # type: ignore[assignment]
     NodeGetVolumeHealth: _aio.UnaryUnaryMultiCallable[_csi_pb2.NodeGetVolumeHealthRequest, _csi_pb2.NodeGetVolumeHealthResponse]  # type: ignore[assignment]
     """Alpha in CSI 1.13."""
+    NodeGetStorageHealth: _aio.UnaryUnaryMultiCallable[_csi_pb2.NodeGetStorageHealthRequest, _csi_pb2.NodeGetStorageHealthResponse]  # type: ignore[assignment]
+    """Alpha in CSI 1.13. What the volumes of this node have in common."""
     NodeGetCapabilities: _aio.UnaryUnaryMultiCallable[_csi_pb2.NodeGetCapabilitiesRequest, _csi_pb2.NodeGetCapabilitiesResponse]  # type: ignore[assignment]
     NodeGetInfo: _aio.UnaryUnaryMultiCallable[_csi_pb2.NodeGetInfoRequest, _csi_pb2.NodeGetInfoResponse]  # type: ignore[assignment]
 
@@ -134,6 +138,14 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_csi_pb2.NodeGetVolumeHealthResponse, _abc.Awaitable[_csi_pb2.NodeGetVolumeHealthResponse]]:
         """Alpha in CSI 1.13."""
+
+    @_abc_1.abstractmethod
+    def NodeGetStorageHealth(
+        self,
+        request: _csi_pb2.NodeGetStorageHealthRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_csi_pb2.NodeGetStorageHealthResponse, _abc.Awaitable[_csi_pb2.NodeGetStorageHealthResponse]]:
+        """Alpha in CSI 1.13. What the volumes of this node have in common."""
 
     @_abc_1.abstractmethod
     def NodeGetCapabilities(

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from csi_driver.core.cluster.csr import ClusterCSR, CSRCondition, CSRDraft
-from csi_driver.core.cluster.objects import Lease, LivePod
-from csi_driver.kube.csr_cache import CSRCache
+from csi_driver.core.cluster.objects import LivePod
+from csi_driver.kube.csr.cache import CSRCache
+from csi_driver.kube.leader_election import LeaseStore
 
 
 class WatchTask(Protocol):
@@ -46,15 +47,6 @@ class CSRClient(Protocol):
 
 FindPod = Callable[[str, str], Awaitable[LivePod | None]]
 """Takes namespace and name; the result is None if the pod does not exist. Raises CertmountError TokenReviewUnavailable."""
-
-
-class LeaseStore(Protocol):
-    """One lease that all replicas share. Both methods raise CertmountError."""
-
-    async def load(self) -> Lease: ...
-
-    async def save(self, lease: Lease) -> bool:
-        """Replace the lease; return False if it has changed since it was loaded."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from csi_driver.authority.policy.policy_file import PolicyFile
 from csi_driver.core.cluster.objects import PublishedKeys
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import fingerprint
+from csi_driver.core.texts import count
 
 _T = TypeVar("_T")
 _MAX_BYTES = 1024 * 1024
@@ -47,8 +48,8 @@ async def run_checks(checks: Sequence[DiagnosticCheck]) -> list[Finding]:
 def policy_check(policy: PolicyFile) -> DiagnosticCheck:
     async def run() -> str:
         await policy.load()
-        count = len(policy.current.rules)
-        return f"{count} rule{'' if count == 1 else 's'} and the built-in rule, revision {policy.current.revision}"
+        rules = count(len(policy.current.rules), "rule")
+        return f"{rules} and the built-in rule, revision {policy.current.revision}"
 
     return DiagnosticCheck("policy", run)
 
@@ -84,13 +85,14 @@ def issuers_check(file: Path) -> DiagnosticCheck:
 
 
 def permission_checks(
-    permissions: Iterable[_T], has_permission: Callable[[_T], Awaitable[bool]]
+    permissions: Iterable[_T],
+    has_permission: Callable[[_T], Awaitable[bool]],
+    hint: str = "apply the roles certmount-authority of deploy/base/authority.yaml",
 ) -> list[DiagnosticCheck]:
     """Return a check for each permission, whose text describes it."""
 
     async def run(permission: _T) -> str:
         if not await has_permission(permission):
-            hint = "apply the roles certmount-authority of deploy/base/authority.yaml"
             raise CertmountError(Reason.INVALID_REQUEST, Fault(str(permission), "is not permitted", hint))
         return "permitted"
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from csi_driver.authority.authn.authenticator import OfflineReviewer, TokenReviewer
+from csi_driver.authority.authn.token_review_cache import OfflineReviewer, TokenReviewer
 from csi_driver.authority.config.watched_file import read_file
 from csi_driver.authority.csr_api import CSRApi
 from csi_driver.authority.diagnostics import DiagnosticCheck
 from csi_driver.authority.events.recorder import EventRecorder, NullEventRecorder
 from csi_driver.authority.issuers.dependencies import CredentialReader, IssuerDependencies
+from csi_driver.authority.pod_certificates.api import PodCertificateApi
 from csi_driver.authority.policy.subjects import OfflineSubjectLookup, PolicySubjectLookup
 from csi_driver.authority.storage import DirectoryStore, Store
 from csi_driver.authority.trust.acknowledgements import ACKNOWLEDGEMENTS_FILE, ConnectedNodes, NodeList
@@ -46,6 +47,7 @@ class Environment:
     outdated: Callable[[], Sequence[str]] = tuple
     """Returns why the caches of the watches must not be used now, or nothing."""
     csr_api: CSRApi | None = None
+    pod_certificate_api: PodCertificateApi | None = None
 
 
 def directory_environment(ca_dir: Path, jwks: Path, token_issuer: str) -> Environment:

@@ -20,7 +20,10 @@ CLUSTER_BACKOFF = Backoff(0.25, 4.0, jitter=0.5)
 async def retry(
     operation: Callable[[], Awaitable[_T]], backoff: Backoff, on_failure: Callable[[CertmountError, float], None]
 ) -> _T:
-    """Return the result of the operation; repeat it after each retryable failure, which ``on_failure`` gets with the delay."""
+    """Return the result of the operation; repeat it after each retryable failure.
+
+    ``on_failure`` gets each of them with the delay before the next attempt, and raises it to stop.
+    """
     failures = 0
     while True:
         try:
@@ -29,7 +32,8 @@ async def retry(
             if not error.retryable:
                 raise
             failures += 1
-            delay_s = backoff.delay_s(failures)
+            # Many callers start to wait when a server becomes unavailable, so jitter spreads their retries.
+            delay_s = backoff.delay_s(failures, random.random())  # noqa: S311  # not a secret
             on_failure(error, delay_s)
         await asyncio.sleep(delay_s)
 
@@ -37,17 +41,12 @@ async def retry(
 async def retry_while_unavailable(query: Callable[[], Awaitable[_T]]) -> _T:
     """Return the result of a query to the API server; repeat it for 20 s while the API server is unavailable."""
     deadline = time.monotonic() + CLUSTER_RETRY_S
-    failures = 0
-    while True:
-        try:
-            return await query()
-        except CertmountError as error:
-            failures += 1
-            delay_s = CLUSTER_BACKOFF.delay_s(failures)
-            if error.reason.kind is not FailureKind.UNAVAILABLE or time.monotonic() + delay_s >= deadline:
-                raise
-        # All callers start to wait when the API server becomes unavailable, so jitter spreads their retries.
-        await asyncio.sleep(CLUSTER_BACKOFF.delay_s(failures, random.random()))  # noqa: S311  # not a secret
+
+    def stop_at_deadline(error: CertmountError, delay_s: float) -> None:
+        if error.reason.kind is not FailureKind.UNAVAILABLE or time.monotonic() + delay_s >= deadline:
+            raise error
+
+    return await retry(query, CLUSTER_BACKOFF, stop_at_deadline)
 
 
 async def run_periodically(

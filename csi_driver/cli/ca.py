@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import json
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -28,6 +27,7 @@ from csi_driver.authority.ca.keyring import (
     profile_of,
 )
 from csi_driver.authority.ca.keyring_loader import load_keyring
+from csi_driver.authority.ca.report import CAStatusReport
 from csi_driver.authority.ca.rotation import RotationPhase
 from csi_driver.authority.ca.sources import StoredCA, missing_ca
 from csi_driver.authority.ca.state import CAState
@@ -39,11 +39,9 @@ from csi_driver.authority.trust.acknowledgements import (
     NodeList,
     acknowledgements,
 )
-from csi_driver.cli.ca_report import CAStatusReport
-from csi_driver.cli.common import parse_namespaced_name, parsed
+from csi_driver.cli.common import echo_report, errors_for_users, option, parse_namespaced_name
 from csi_driver.core.certificates.name_constraints import parse_constraint
 from csi_driver.core.cluster.objects import ClusterNodes
-from csi_driver.core.errors import CertmountError
 from csi_driver.core.secret import Secret
 from csi_driver.telemetry.logging import configure_logging
 
@@ -91,7 +89,7 @@ def _with_ca(command: Callable[..., None]) -> Callable[..., None]:
     directory = click.Path(path_type=Path, exists=True, file_okay=False)
     secret_help = "The Secret with the CA, as NAMESPACE/NAME. Default in a cluster: certmount/certmount-ca."
 
-    @click.option("--ca-secret", callback=parsed(parse_namespaced_name), help=secret_help)
+    @option("--ca-secret", secret_help, parse_namespaced_name)
     @click.option("--ca-dir", type=directory, help="The directory with the CA, outside a cluster.")
     @functools.wraps(command)
     def wrapped(ca_secret: tuple[str, str] | None, ca_dir: Path | None, **options: Any) -> None:
@@ -125,11 +123,11 @@ def status(run: _Run, output: str) -> None:
 @click.option("--intermediate-key", type=_FILE, help="The key of its signing certificate.")
 @click.option("--password-file", type=_FILE, help="The password of its encrypted keys.")
 @click.option("--key-type", type=click.Choice(list(_KEY_TYPES)), help="The key type of a new CA.")
-@click.option(
+@option(
     "--permit",
+    "Names that a new CA can sign, for example dns:example.com or ip:10.0.0.0/8. Repeatable. Default: all names.",
+    parse_constraint,
     multiple=True,
-    callback=parsed(parse_constraint),
-    help="Names that a new CA can sign, for example dns:example.com or ip:10.0.0.0/8. Repeatable. Default: all names.",
 )
 @click.option("--path-length", type=click.IntRange(1, 8), help="The path length of a new CA's root.")
 def rotate(run: _Run, **options: Any) -> None:
@@ -210,10 +208,7 @@ def _change(run: _Run, step: Callable[[CAState, int], CAState], message: str) ->
 
 
 def _print(report: CAStatusReport, output: str = "text") -> None:
-    if output == "json":
-        click.echo(json.dumps(report.document(), indent=2))
-    else:
-        click.echo("\n".join(report.lines()))
+    echo_report(output, report.document(), report.lines())
 
 
 def _profile_changes(options: dict[str, Any]) -> dict[str, Any]:
@@ -241,10 +236,8 @@ def _own_ca(options: dict[str, Any]) -> Keyring | None:
         raise click.UsageError(f"your own CA also requires {flags}")
     values = {name: Secret(file.read_bytes()) for name, file in files.items()}
     password = Secret(password_file.read_bytes().rstrip(b"\r\n")) if password_file else None
-    try:
+    with errors_for_users():
         keyring = load_keyring(values, utc_now(), where="next", password=password, hint="check the file of this option")
-    except CertmountError as error:
-        raise click.ClickException(str(error)) from None
     # The authority has no password for its store, which must be as well protected as a password.
     return replace(keyring, source={}, encrypted=False)
 
@@ -256,10 +249,8 @@ def _run(ca_secret: tuple[str, str] | None, ca_dir: Path | None, action: _Action
         async with _open(ca_secret, ca_dir) as stored:
             return await action(stored)
 
-    try:
+    with errors_for_users():
         return asyncio.run(run())
-    except CertmountError as error:
-        raise click.ClickException(str(error)) from None
 
 
 @contextlib.asynccontextmanager
@@ -272,12 +263,13 @@ async def _open(ca_secret: tuple[str, str] | None, ca_dir: Path | None) -> Async
         return
     if not ca_secret and "KUBERNETES_SERVICE_HOST" not in os.environ:
         raise click.UsageError("--ca-dir: required outside a cluster")
-    from csi_driver.kube.client import ObjectName, connect, in_cluster_configuration
-    from csi_driver.kube.csi_nodes import CSINodeClient
+    from csi_driver.kube.client import ObjectName
+    from csi_driver.kube.connection import Api, in_cluster_configuration
     from csi_driver.kube.stored_objects import SecretStore
+    from csi_driver.kube.uncached_reads import CSINodeClient
 
     namespace, name = ca_secret or _DEFAULT_SECRET
-    async with connect(in_cluster_configuration()) as api:
+    async with Api(in_cluster_configuration()) as api:
         ca = SecretStore(api, ObjectName("Secret", namespace, name))
         stored = SecretStore(api, ObjectName("Secret", namespace, ACKNOWLEDGEMENTS_SECRET))
         yield _StoredState(StoredCA(ca), AcknowledgementStore(stored, lambda: 0), CSINodeClient(api))

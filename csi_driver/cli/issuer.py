@@ -11,11 +11,11 @@ from pathlib import Path
 
 import click
 
-from csi_driver.authority.config.located_yaml import MAX_BYTES
 from csi_driver.authority.issuers import Findings, Issuer, IssuerRequest
 from csi_driver.authority.issuers.dependencies import CredentialReader, CSRAccess, IssuerDependencies
 from csi_driver.authority.issuers.kinds import make_issuer, read_issuers
-from csi_driver.cli.common import parsed
+from csi_driver.cli.common import PATH, option
+from csi_driver.config.located_yaml import MAX_BYTES
 from csi_driver.core.certificates.csr import build_csr, parse_csr
 from csi_driver.core.certificates.keys import generate_key
 from csi_driver.core.config.issuers import IssuerDeclaration
@@ -40,27 +40,9 @@ def command() -> None:
 
 @command.command(name="check")
 @click.argument("names", metavar="[NAME]...", nargs=-1)
-@click.option(
-    "--issuers",
-    "file",
-    default=_FILE,
-    show_default=True,
-    type=click.Path(path_type=Path),
-    help="The authority's issuers file.",
-)
-@click.option(
-    "--issue",
-    metavar="DNSNAME",
-    callback=parsed(DNSName.parse),
-    help="Also issue a certificate for this name and discard it.",
-)
-@click.option(
-    "--duration",
-    default="5m",
-    show_default=True,
-    callback=parsed(parse_duration),
-    help="The lifetime of the certificate that --issue requests.",
-)
+@option("--issuers", "The authority's issuers file.", None, "file", default=_FILE, type=PATH)
+@option("--issue", "Also issue a certificate for this name and discard it.", DNSName.parse, metavar="DNSNAME")
+@option("--duration", "The lifetime of the certificate that --issue requests.", parse_duration, default="5m")
 def check(names: tuple[str, ...], file: Path, issue: DNSName | None, duration: timedelta) -> None:
     """Check the named issuers, or all issuers in the file, without issuing certificates.
 
@@ -113,12 +95,13 @@ async def _dependencies(*, in_cluster: bool) -> AsyncIterator[IssuerDependencies
         yield IssuerDependencies(CredentialReader())
         return
     from csi_driver.authority.cluster_environment import cluster_secrets
-    from csi_driver.kube.client import ObjectName, connect, in_cluster_configuration
-    from csi_driver.kube.csr_client import KubernetesCSRClient
+    from csi_driver.kube.client import ObjectName
+    from csi_driver.kube.connection import Api, in_cluster_configuration
+    from csi_driver.kube.csr.client import KubernetesCSRClient
     from csi_driver.kube.ingress import IngressRoutes
     from csi_driver.kube.stored_objects import SecretStore
 
-    async with cluster_secrets() as read_secret, connect(in_cluster_configuration()) as api:
+    async with cluster_secrets() as read_secret, Api(in_cluster_configuration()) as api:
         yield IssuerDependencies(
             CredentialReader(read_secret),
             lambda namespace, name: SecretStore(api, ObjectName("Secret", namespace, name)),
@@ -135,7 +118,7 @@ async def _check(
     try:
         issuer = make_issuer(declared, dependencies)
     except CertmountError as error:
-        findings.add("issuer", False, str(error.args[0]))
+        findings.add("issuer", False, error.text)
         return findings
     findings = await issuer.diagnose()
     if issue is not None and findings.problem is None:

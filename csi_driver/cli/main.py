@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 
 import click
 
 from csi_driver import __version__
+
+# Otherwise gRPC writes its own lines between the lines of the log: at INFO, one whenever a server closes a connection.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 _COMMANDS = {
     "node": "csi_driver.cli.node",
@@ -14,6 +18,10 @@ _COMMANDS = {
     "ca": "csi_driver.cli.ca",
     "issuer": "csi_driver.cli.issuer",
     "policy": "csi_driver.cli.policy",
+    "secrets": "csi_driver.cli.secrets",
+    "status": "csi_driver.cli.status",
+    "doctor": "csi_driver.cli.doctor",
+    "inspect": "csi_driver.cli.inspect",
     "demo": "csi_driver.cli.demo",
 }
 

@@ -7,6 +7,7 @@ when the node retries, and what the failure means for other requests to the same
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, unique
 
@@ -27,7 +28,7 @@ class Scope(Enum):
 
     REQUEST = "only this request"
     POD = "all requests of this pod"
-    CALLER = "all requests of this pod or node until its rate limit allows more; the issuer is available"
+    CALLER = "requests of this pod, its service account, namespace or node until its limit allows more; others are not affected"
     LOAD = "requests beyond what the issuer can handle now: the node slows down"
     ISSUER = "all requests to the issuer: the node sends one probe at a time until one succeeds"
 
@@ -42,7 +43,7 @@ class FailureKind(Enum):
     INVALID = ("the author of the request must change it", "INVALID_ARGUMENT", Retry.SLOW, Scope.REQUEST)
     NOT_ALLOWED = ("an administrator must allow it", "PERMISSION_DENIED", Retry.SLOW, Scope.POD)
     DENIED = (
-        "an administrator must remove the service account from the deny list",
+        "an administrator must remove the service account or Secret from the deny list",
         "PERMISSION_DENIED",
         Retry.ON_POLICY_CHANGE,
         Scope.POD,
@@ -77,7 +78,12 @@ class FailureKind(Enum):
     PENDING = ("the issuer is still working on the certificate", "UNAVAILABLE", Retry.BACKOFF, Scope.REQUEST)
     UNAVAILABLE = ("a component that every request needs is unavailable", "UNAVAILABLE", Retry.BACKOFF, Scope.ISSUER)
     OVERLOADED = ("a component has reached its capacity", "RESOURCE_EXHAUSTED", Retry.BACKOFF, Scope.LOAD)
-    RATE_LIMITED = ("the caller has reached its rate limit", "RESOURCE_EXHAUSTED", Retry.BACKOFF, Scope.CALLER)
+    RATE_LIMITED = (
+        "the caller has reached its rate limit or its share of a resource",
+        "RESOURCE_EXHAUSTED",
+        Retry.BACKOFF,
+        Scope.CALLER,
+    )
     NO_SPACE = ("a file system on the node is full", "RESOURCE_EXHAUSTED", Retry.BACKOFF, Scope.REQUEST)
     ABORTED = ("the volume changed during the request", "ABORTED", Retry.BACKOFF, Scope.REQUEST)
 
@@ -102,11 +108,17 @@ class Reason(Enum):
     INVALID_CSR = ("InvalidCSR", FailureKind.INVALID)
     INVALID_POLICY = ("InvalidPolicy", FailureKind.INVALID)
     INVALID_ISSUERS = ("InvalidIssuers", FailureKind.INVALID)
+    INVALID_SOURCE = ("InvalidSource", FailureKind.INVALID)
     NAME_NOT_ALLOWED = ("NameNotAllowed", FailureKind.NOT_ALLOWED)
     TOKEN_REJECTED = ("TokenRejected", FailureKind.NOT_AUTHENTICATED)
+    RELOAD_NOT_ALLOWED = ("ReloadNotAllowed", FailureKind.NOT_ALLOWED)
     SERVICE_ACCOUNT_DENIED = ("ServiceAccountDenied", FailureKind.DENIED)
+    SECRET_DENIED = ("SecretDenied", FailureKind.DENIED)
     ISSUER_NOT_FOUND = ("IssuerNotFound", FailureKind.NOT_CONFIGURED)
     FEDERATION_NOT_FOUND = ("FederationNotFound", FailureKind.NOT_CONFIGURED)
+    SECRET_NOT_MANAGED = ("SecretNotManaged", FailureKind.NOT_CONFIGURED)
+    INVALID_SECRET_TYPE = ("InvalidSecretType", FailureKind.NOT_CONFIGURED)
+    SECRET_ACCESS_DENIED = ("SecretAccessDenied", FailureKind.MISCONFIGURED)
     INVALID_KUBELET_DIRECTORY = ("InvalidKubeletDirectory", FailureKind.MISCONFIGURED)
     INVALID_TARGET_PATH = ("InvalidTargetPath", FailureKind.MISCONFIGURED)
     CLUSTER_NOT_SUPPORTED = ("ClusterNotSupported", FailureKind.MISCONFIGURED)
@@ -115,17 +127,22 @@ class Reason(Enum):
     TOKEN_MISSING = ("TokenMissing", FailureKind.TOKEN_NEEDED)
     TOKEN_EXPIRED = ("TokenExpired", FailureKind.TOKEN_NEEDED)
     NODE_TOKEN_MISSING = ("NodeTokenMissing", FailureKind.UNAVAILABLE)
+    SECRETS_TOKEN_MISSING = ("SecretsTokenMissing", FailureKind.UNAVAILABLE)
     ROOT_CERTIFICATE_MISSING = ("RootCertificateMissing", FailureKind.UNAVAILABLE)
     AUTHORITY_UNAVAILABLE = ("AuthorityUnavailable", FailureKind.UNAVAILABLE)
+    CLOCK_SKEW = ("ClockSkew", FailureKind.UNAVAILABLE)
+    API_SERVER_UNAVAILABLE = ("APIServerUnavailable", FailureKind.UNAVAILABLE)
     TOKEN_REVIEW_UNAVAILABLE = ("TokenReviewUnavailable", FailureKind.UNAVAILABLE)
     POD_NOT_FOUND = ("PodNotFound", FailureKind.POD_UNKNOWN)
     ISSUER_UNAVAILABLE = ("IssuerUnavailable", FailureKind.UNAVAILABLE)
     ISSUANCE_PENDING = ("IssuancePending", FailureKind.PENDING)
     INVALID_RESPONSE = ("InvalidResponse", FailureKind.TRANSIENT)
+    RELOAD_FAILED = ("ReloadFailed", FailureKind.TRANSIENT)
     MOUNT_FAILED = ("MountFailed", FailureKind.TRANSIENT)
     NO_SPACE = ("NoSpace", FailureKind.NO_SPACE)
     AUTHORITY_OVERLOADED = ("AuthorityOverloaded", FailureKind.OVERLOADED)
     TOO_MANY_REQUESTS = ("TooManyRequests", FailureKind.RATE_LIMITED)
+    SHARE_EXCEEDED = ("ShareExceeded", FailureKind.RATE_LIMITED)
     VOLUME_REMOVED = ("VolumeRemoved", FailureKind.ABORTED)
     INTERNAL = ("InternalError", FailureKind.TRANSIENT)
 
@@ -140,6 +157,16 @@ class Reason(Enum):
 REASONS = {reason.word: reason for reason in Reason}
 
 
+def printable(text: str) -> str:
+    """Escape the characters that would break a line, control a terminal or change the direction of text."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
 @dataclass(frozen=True)
 class Fault:
     """A field with a problem, as the user wrote it, and a hint what to do."""
@@ -150,7 +177,7 @@ class Fault:
 
     def __str__(self) -> str:
         text = f"{self.field}: {self.problem}"
-        return f"{text}; {self.hint}" if self.hint else text
+        return printable(f"{text}; {self.hint}" if self.hint else text)
 
 
 class CertmountError(Exception):
@@ -159,16 +186,27 @@ class CertmountError(Exception):
     def __init__(self, reason: Reason, *faults: Fault | str) -> None:
         self.reason = reason
         self.faults = faults
-        super().__init__(_joined([str(fault) for fault in faults]) or reason.kind.meaning)
+        super().__init__(printable(_joined([str(fault) for fault in faults])) or reason.kind.meaning)
 
     @property
     def retryable(self) -> bool:
         return self.reason.kind.retryable
 
+    @property
+    def text(self) -> str:
+        """The text without the reason."""
+        return super().__str__()
+
     def __str__(self) -> str:
-        return f"{self.reason}: {super().__str__()}"
+        return f"{self.reason}: {self.text}"
 
 
 def _joined(texts: list[str]) -> str:
     """Return one text unchanged, or several texts in one line with numbers."""
     return texts[0] if len(texts) == 1 else " ".join(f"({number}) {text}" for number, text in enumerate(texts, start=1))
+
+
+def first_faults(faults: Sequence[Fault], maximum: int) -> list[Fault | str]:
+    """Return the first faults, and how many more there are."""
+    more = len(faults) - maximum
+    return [*faults[:maximum], *([f"and {more} more faults"] if more > 0 else [])]

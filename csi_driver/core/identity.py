@@ -1,23 +1,25 @@
-"""Pod identities, and the claims of service account tokens."""
+"""The identities for which certificates are issued, pods and Secrets, and the claims of service account tokens."""
 
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self, TypeAlias
 
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret
 
 MAX_TOKEN_BYTES = 16 * 1024
+SERVICE_ACCOUNT_USER = "system:serviceaccount:"  # the start of a user name in Kubernetes, before NAMESPACE:NAME
+TOKEN_FIELD = "authentication.kubernetes.io/"  # the start of the fields of a user that come from its token
 # The names that the API server allows (RFC 1123). They become parts of URIs, paths and logs.
 _NAMESPACE = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
 _NAME = re.compile(r"(?!.{254})[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*", re.ASCII)
 _UID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
+_BASE64URL = re.compile(r"[A-Za-z0-9_-]*", re.ASCII)
 _MAX_TIME = 1e12  # Unix seconds, about 30,000 years from now
 
 
@@ -31,10 +33,56 @@ class ServiceAccount:
     @property
     def username(self) -> str:
         """The user name in Kubernetes."""
-        return f"system:serviceaccount:{self.namespace}:{self.name}"
+        return f"{SERVICE_ACCOUNT_USER}{self.namespace}:{self.name}"
+
+    @property
+    def label(self) -> str:
+        """What errors and shares call it."""
+        return f"service account {self}"
 
     def __str__(self) -> str:
         return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class SecretIdentity:
+    """A Secret that the Secrets controller keeps valid. The controller's token authenticates it."""
+
+    namespace: str
+    name: str
+
+    @classmethod
+    def parse(cls, namespace: str, name: str) -> Self:
+        """Return the identity; raises ValueError, in words that follow the names."""
+        if not (_NAMESPACE.fullmatch(namespace) and _NAME.fullmatch(name)):
+            raise ValueError("is not the namespace and name of a Secret")
+        return cls(namespace, name)
+
+    @property
+    def principal(self) -> SecretIdentity:
+        return self
+
+    @property
+    def tenants(self) -> tuple[str, str]:
+        """As :attr:`PodIdentity.tenants`."""
+        return f"namespace {self.namespace}", self.label
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """As :attr:`PodIdentity.owners`. The controller has a share too, so that Secrets do not crowd out volumes."""
+        return "the Secrets controller", *self.tenants
+
+    @property
+    def label(self) -> str:
+        """As :attr:`ServiceAccount.label`."""
+        return f"secret {self.namespace}/{self.name}"
+
+    def __str__(self) -> str:
+        return self.label
+
+
+Principal: TypeAlias = "ServiceAccount | SecretIdentity"
+"""Whom policy rules match, and who owns what is requested."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +97,26 @@ class PodIdentity:
     node_uid: str
     expires_at: float  # the expiry of the token in Unix seconds
 
+    @property
+    def principal(self) -> ServiceAccount:
+        return self.service_account
+
+    @property
+    def tenants(self) -> tuple[str, str]:
+        """The owners of what it requests, the largest first, without the node: its pods can be those of any tenant."""
+        return f"namespace {self.service_account.namespace}", self.service_account.label
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """The owners of what it requests, the largest first."""
+        return f"node {self.node_name}", *self.tenants
+
     def __str__(self) -> str:
         return f"pod {self.service_account.namespace}/{self.pod_name}"
+
+
+Requester: TypeAlias = "PodIdentity | SecretIdentity"
+"""For what a certificate is issued."""
 
 
 def identity_from_claims(claims: Mapping[str, Any], *, token: str) -> PodIdentity:
@@ -84,16 +150,24 @@ def unverified_identity(token: Secret[str]) -> PodIdentity:
     Raises:
         CertmountError: as :func:`identity_from_claims`.
     """
-    parts = token.reveal().split(".")
-    if len(parts) != 3 or len(token.reveal()) > MAX_TOKEN_BYTES:
+    text = token.reveal()
+    parts = text.split(".", 3) if len(text) <= MAX_TOKEN_BYTES else ()
+    if len(parts) != 3:
         raise _rejected("is not a JSON Web Token")
     try:
-        claims = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
-    except (ValueError, binascii.Error, RecursionError):
+        claims = json.loads(decode_base64url(parts[1]))
+    except (ValueError, RecursionError):
         raise _rejected("has invalid claims") from None
     if not isinstance(claims, dict):
         raise _rejected("has claims that are not an object")
     return identity_from_claims(claims, token="pod token")
+
+
+def decode_base64url(text: str) -> bytes:
+    """Decode a part of a token (RFC 7515 section 2); raises ValueError. Python versions differ in what else they accept."""
+    if not _BASE64URL.fullmatch(text):
+        raise ValueError("is not base64url")
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
 
 
 def _rejected(problem: str, token: str = "pod token") -> CertmountError:

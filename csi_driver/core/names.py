@@ -5,13 +5,23 @@ from __future__ import annotations
 import ipaddress
 import itertools
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Self
+
+from csi_driver.core.texts import shortened
 
 # RFC 1123 section 2.1 and RFC 1035 section 2.3.4: letters, digits and hyphens; 63 octets per label, 253 per name.
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
+_LABELS = re.compile(rf"{_LABEL.pattern}(?:\.{_LABEL.pattern})*", re.ASCII)
 _MAX_DNS_LENGTH = 253
+_MAX_SHOWN = 70  # characters of an invalid label in an error
+_ACE_PREFIX = "xn--"  # of internationalized labels (RFC 5890 section 2.3.2.1)
+_ACE_LABEL = re.compile(r"xn--[a-z0-9-]+", re.ASCII)
+MAX_INTERNATIONALIZED = 4096  # characters, each of which takes about 1 µs to decode
+_JOINERS = "\u200c\u200d"  # the only invisible characters of labels (RFC 5892 appendix A)
 # RFC 3986 section 2, without fragments, user information, brackets and "%", which would allow two forms of one path.
 _URI = re.compile(
     r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[a-z0-9._-]+)(?P<path>(?:/[A-Za-z0-9._~!$&'()*+,;=:@-]*)*)", re.ASCII
@@ -58,13 +68,15 @@ class DNSName:
             labels = labels[1:]
             if len(labels) < 2:
                 raise InvalidName("is a wildcard for a top-level domain; use at least *.example.com")
-        for label in labels:
-            if "*" in label:
+        if not _LABELS.fullmatch(".".join(labels)):
+            wrong = next(label for label in labels if not _LABEL.fullmatch(label))
+            if "*" in wrong:
                 raise InvalidName("has a * that is not the complete first label")
-            if not _LABEL.fullmatch(label):
-                raise InvalidName(
-                    f"has the label {_shown(label)}; labels have 1 to 63 letters, digits or inner hyphens"
-                )
+            shown = shortened(wrong, _MAX_SHOWN)
+            raise InvalidName(f"has the label {shown!r}; labels have 1 to 63 letters, digits or inner hyphens")
+        for label in labels:
+            if label.startswith(_ACE_PREFIX) and not _is_internationalized(label):
+                raise InvalidName(f"has the label {label!r}, which is not the xn-- form of a label (RFC 5891)")
         if labels[-1].isdigit():
             raise InvalidName("is a number or an IP address, not a DNS name")
         return cls(lowered)
@@ -107,6 +119,10 @@ class URI:
                     "is not a SPIFFE ID: path segments consist of letters, digits, '.', '-' and '_', and are not empty"
                 )
         return cls(text)
+
+    @property
+    def is_spiffe_id(self) -> bool:
+        return self.text.startswith("spiffe:")
 
     def __str__(self) -> str:
         return self.text
@@ -232,5 +248,27 @@ def spiffe_id(trust_domain: str, namespace: str, service_account: str) -> URI:
     return URI.parse(f"spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}")
 
 
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 70 else text[:67] + "...")
+def internationalized_problem(names: Iterable[str]) -> str:
+    """Return a text if the names of a certificate have so many different xn-- labels that they must not be decoded; else ``""``."""
+    labels = {label for name in names for label in _ACE_LABEL.findall(name.lower())}
+    if sum(map(len, labels)) <= MAX_INTERNATIONALIZED:
+        return ""
+    return f"has more than {MAX_INTERNATIONALIZED} characters of different xn-- labels"
+
+
+@lru_cache(1024)
+def _is_internationalized(label: str) -> bool:
+    """Return whether a label that starts with ``xn--`` represents one with other letters (RFC 5891 section 4.2, RFC 5892).
+
+    As for public CAs, it must be encoded correctly, and normalized. Which scripts can be mixed is up to registries.
+    """
+    encoded = label.removeprefix(_ACE_PREFIX)
+    try:
+        text = encoded.encode("ascii").decode("punycode")
+    except UnicodeError:
+        return False
+    # A delimiter after no basic characters is the only part that can be omitted (RFC 3492 section 6.3).
+    is_unique = encoded.rfind("-") != 0
+    if not is_unique or text.isascii() or text != text.lower() or text != unicodedata.normalize("NFC", text):
+        return False
+    return all(character in _JOINERS or unicodedata.category(character)[0] not in "CZ" for character in text)

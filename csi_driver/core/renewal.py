@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from csi_driver.core.backoff import Backoff
+from csi_driver.core.durations import Percentage
 from csi_driver.core.errors import FailureKind, Retry
 
 RENEWAL_FRACTION = 2 / 3
@@ -20,18 +23,23 @@ _SLOW_RETRY = Backoff(1.0, 300.0, jitter=_RETRY_JITTER)  # a person must act fir
 _LONGEST_PROBE_DELAY_S = 600.0
 
 
+def overdue_time(renew_at: float, not_after: float) -> float:
+    """Return when a renewal is late: in the middle between the renewal time and the expiry."""
+    return (renew_at + not_after) / 2
+
+
 def plan_renewal(
     *,
     issued_at: float,
     not_after: float,
-    renew_before_s: float | None,
+    renew_before: timedelta | Percentage | None,
     renew_after_s: float | None,
     jitter: float,
     late_s: float = 0.0,
 ) -> float:
     """Return the time when a certificate should be renewed.
 
-    The earlier of ``renew_after_s`` (from the issuer, counted from issuance) and ``renew_before_s`` (from the user, counted
+    The earlier of ``renew_after_s`` (from the issuer, counted from issuance) and ``renew_before`` (from the user, counted
     from expiry) applies, with jitter. Values outside the lifetime are ignored. The default is 2/3 of the lifetime.
 
     ``late_s`` is the delay of this certificate relative to its planned time, infinity for the first one of a volume. After
@@ -42,14 +50,22 @@ def plan_renewal(
     margin = min(_MARGIN_S, lifetime * (1 - RENEWAL_FRACTION))
     planned, requested = lifetime * RENEWAL_FRACTION, False
     # The issuer can grant a shorter lifetime than requested. A renew-before of the whole lifetime would cause a loop.
-    if renew_before_s is not None and 0 < renew_before_s < lifetime:
-        planned, requested = lifetime - renew_before_s, True
+    before_s = _seconds_before(renew_before, lifetime)
+    if 0 < before_s < lifetime:
+        planned, requested = lifetime - before_s, True
     if renew_after_s is not None and 0 < renew_after_s < planned:
         planned, requested = renew_after_s, True
     planned = min(max(planned, margin), lifetime - margin)
     half_width = JITTER * min(planned, lifetime - planned)
     forward = 0.0 if requested else min(late_s, planned / 2)
     return issued_at + planned + half_width - (1 - jitter) * (2 * half_width + forward)
+
+
+def _seconds_before(renew_before: timedelta | Percentage | None, lifetime_s: float) -> float:
+    """Return how many seconds before the expiry the user wants the renewal; 0 for the default."""
+    if isinstance(renew_before, Percentage):
+        return lifetime_s * renew_before.value / 100
+    return renew_before.total_seconds() if renew_before else 0.0
 
 
 def retry_delay_s(*, attempt: int, kind: FailureKind, jitter: float) -> float:

@@ -17,6 +17,7 @@ class KeyType(Enum):
 
     EC_P256 = "EC-P256"
     EC_P384 = "EC-P384"
+    EC_P521 = "EC-P521"
     RSA_2048 = "RSA-2048"
     RSA_3072 = "RSA-3072"
     RSA_4096 = "RSA-4096"
@@ -24,6 +25,9 @@ class KeyType(Enum):
     ML_DSA_44 = "ML-DSA-44"
     ML_DSA_65 = "ML-DSA-65"
     ML_DSA_87 = "ML-DSA-87"
+
+
+DEFAULT_KEY_TYPE = KeyType.EC_P256  # the fastest to generate and to sign that all TLS libraries support
 
 
 @unique
@@ -45,5 +49,5 @@ def parse_key_type(text: str) -> KeyType:
 def parse_usage(text: str) -> Usage:
     """Return the usage; raises ValueError."""
     if text not in [usage.value for usage in Usage]:
-        raise ValueError("is not a usage; use server, client or both")
+        raise ValueError("is not a usage; use server, client, or both separated by a comma")
     return Usage(text)

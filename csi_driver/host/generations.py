@@ -6,6 +6,9 @@ The layout is that of Kubernetes Secret and ConfigMap volumes, so programs that 
     ..2026_11_22_10_00_00.123456/site.crt
     ..data -> ..2026_11_22_10_00_00.123456
     site.crt -> ..data/site.crt
+
+Next to the files directory, a private directory has what the driver itself needs of the current generation. Pods do not
+see it, and it changes together with the files, because ``..data`` also names its file.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from csi_driver.host.directories import open_descriptor
 from csi_driver.host.os_errors import translate_os_errors
 
 DATA: Final = "..data"
+PRIVATE: Final = "private"
 MAX_READ_BYTES: Final = 1 << 20
 
 _DATA_TMP: Final = "..data_tmp"
@@ -38,7 +42,7 @@ _FULL_HINT: Final = "the volume must have space for the old and the new files; u
 
 @dataclass(frozen=True, slots=True)
 class VolumeFile:
-    """A file with its exact mode, and its group (None: the driver's own). The driver's user always owns it.
+    """A file with its exact mode, and the IDs of its group and its owner (None: the driver's own).
 
     Raises ValueError if the name is not a plain file name or starts with "..", or if the mode exceeds 0777.
     """
@@ -47,6 +51,7 @@ class VolumeFile:
     content: Secret[bytes]
     mode: int
     gid: int | None
+    uid: int | None = None
 
     def __post_init__(self) -> None:
         plain = self.name not in ("", ".") and not self.name.startswith("..") and not set("/\0") & set(self.name)
@@ -56,8 +61,12 @@ class VolumeFile:
             raise ValueError(f"{self.name}: {self.mode:o} is not a file mode")
 
 
-def write_generation(files_dir: Path, files: Sequence[VolumeFile], stamp: str) -> None:
+def write_generation(
+    files_dir: Path, files: Sequence[VolumeFile], stamp: str, private: Secret[bytes] | None = None
+) -> None:
     """Replace all files of a volume with ``files``; ``stamp`` names the generation. Supports one caller per volume.
+
+    :func:`read_private` returns ``private``, which is stored outside the files directory.
 
     On failure the old files stay, and the call raises CertmountError NO_SPACE or MOUNT_FAILED. Each call removes what a
     crash left behind.
@@ -72,11 +81,14 @@ def write_generation(files_dir: Path, files: Sequence[VolumeFile], stamp: str) -
         raise ValueError(f"{stamp!r} is not a valid name for a generation")
     writing = translate_os_errors("volume", "write the files in", files_dir, _FULL_HINT)
     with writing, open_descriptor(files_dir, _DIRECTORY) as root:
-        _remove_generations(root, keep=_current(root))
+        current = _current(root)
+        _remove_generations(root, keep=current)
         # The clock can stand still, or go back to the time of the current generation.
-        generation = f"..{stamp}-again" if _current(root) == f"..{stamp}" else f"..{stamp}"
+        generation = f"..{stamp}-again" if current == f"..{stamp}" else f"..{stamp}"
         links: list[str] = []
         try:
+            if private is not None:
+                _write_private(files_dir, generation, private, keep=current)
             _write_files(root, generation, files)
             # Create links before the swap: if they came after it, a full volume would leave files without links.
             links.extend(name for name in sorted(names) if _link(root, name))
@@ -85,9 +97,13 @@ def write_generation(files_dir: Path, files: Sequence[VolumeFile], stamp: str) -
         except BaseException:
             with suppress(OSError):  # report the first failure; the next call removes the rest
                 _undo(root, generation, links)
+                if private is not None:
+                    _remove_private(files_dir, keep={_current(root)})
             raise
         with suppress(OSError):  # the new files are in place; failing to remove old links is not a failure
             _remove_links(root, keep=names)
+            if private is not None:
+                _remove_private(files_dir, keep={generation})
 
 
 def read_generation(files_dir: Path) -> dict[str, bytes]:
@@ -108,27 +124,65 @@ def read_generation(files_dir: Path) -> dict[str, bytes]:
     raise CertmountError(Reason.VOLUME_REMOVED, Fault("volume", f"the files in {files_dir} change constantly"))
 
 
-def erase_files(root: int) -> None:
-    """Remove all files from the open files directory ``root``, so that no other mount of it keeps a key."""
-    _remove_generations(root, keep=None)
-    _remove_links(root, keep=set())
+def read_private(files_dir: Path) -> Secret[bytes]:
+    """Return what :func:`write_generation` stored with the current generation; raises CertmountError VOLUME_NOT_FOUND."""
+    reading, private = translate_os_errors("volume", "read the files in", files_dir), files_dir.with_name(PRIVATE)
+    with reading, suppress(FileNotFoundError), open_descriptor(files_dir, _DIRECTORY) as root:
+        for _ in range(_READ_ATTEMPTS):
+            current = _current(root)
+            if current is None:
+                break
+            with suppress(FileNotFoundError), (private / current).open("rb") as file:
+                return Secret(file.read(MAX_READ_BYTES + 1))
+            if current == _current(root):  # no new generation has replaced it meanwhile
+                break
+    raise CertmountError(Reason.VOLUME_NOT_FOUND, Fault("volume", f"{files_dir} has no files of the driver"))
+
+
+def replaced_at(files_dir: Path) -> float | None:
+    """Return the unix time of the last replacement of the files, or None if they are the first, or cannot be read."""
+    with suppress(OSError), open_descriptor(files_dir, _DIRECTORY) as root:
+        others = {name for name in _names(root) if name.startswith("..")} - {DATA, _DATA_TMP, _LINK_TMP, _current(root)}
+        return os.lstat(DATA, dir_fd=root).st_mtime if others else None
+    return None
+
+
+def erase_files(directory: int) -> None:
+    """Remove all files from the open files directory or private directory, so that no other mount of it keeps a key."""
+    _remove_generations(directory, keep=None)
+    _remove_links(directory, keep=set())
+
+
+def _write_private(files_dir: Path, generation: str, content: Secret[bytes], keep: str | None) -> None:
+    _remove_private(files_dir, keep={keep})
+    with open_descriptor(files_dir.with_name(PRIVATE), _DIRECTORY) as directory:
+        _write_file(directory, generation, content, 0o600)
+
+
+def _remove_private(files_dir: Path, keep: set[str | None]) -> None:
+    with open_descriptor(files_dir.with_name(PRIVATE), _DIRECTORY) as directory:
+        for name in _names(directory):
+            if name not in keep:
+                os.unlink(name, dir_fd=directory)
 
 
 def _write_files(root: int, generation: str, files: Sequence[VolumeFile]) -> None:
     os.mkdir(generation, 0o700, dir_fd=root)
     with open_descriptor(generation, _DIRECTORY | os.O_NOFOLLOW, root) as directory:
         for file in files:
-            _write_file(directory, file)
+            _write_file(directory, file.name, file.content, file.mode, file.uid, file.gid)
         os.fchmod(directory, 0o755)
 
 
-def _write_file(directory: int, file: VolumeFile) -> None:
-    descriptor = os.open(file.name, _NEW_FILE, 0, dir_fd=directory)
+def _write_file(
+    directory: int, name: str, content: Secret[bytes], mode: int, uid: int | None = None, gid: int | None = None
+) -> None:
+    descriptor = os.open(name, _NEW_FILE, 0, dir_fd=directory)
     try:
-        if file.gid is not None:
-            os.fchown(descriptor, -1, file.gid)
-        os.fchmod(descriptor, file.mode)
-        remaining = memoryview(file.content.reveal())
+        os.fchmod(descriptor, mode)  # before the owner changes: the driver has no capability to change others' files
+        if uid is not None or gid is not None:
+            os.fchown(descriptor, -1 if uid is None else uid, -1 if gid is None else gid)
+        remaining = memoryview(content.reveal())
         while remaining:
             remaining = remaining[os.write(descriptor, remaining) :]
     finally:

@@ -8,14 +8,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final, TypeVar
 
+from csi_driver.core.bounded_json import loads_bounded
+
 VERSION: Final = 1
+MAX_RECORD_BYTES: Final = 256 * 1024  # the attributes of a publish call need at most 192 KiB
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VolumeRecord:
-    """A published volume. Times are unix seconds. ``attributes`` are the volume attributes of the pod spec."""
+    """A published volume. Times are unix seconds. ``attributes`` are the volume attributes of the pod spec.
+
+    A volume without a certificate is never renewed and never expires: these times are infinite, and null in JSON.
+    """
 
     version: int = VERSION
     volume_id: str
@@ -30,19 +36,21 @@ class VolumeRecord:
     renew_at: float
     not_after: float
     interim: bool = False
+    replace_key: bool = False  # the key gets no other certificate, because its last renewal was denied
 
     def to_json(self) -> bytes:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["attributes"] = dict(self.attributes)
+        values |= {name: None for name in _ENDS if values[name] == math.inf}
         return json.dumps(values, allow_nan=False, separators=(",", ":")).encode()
 
     @classmethod
     def from_json(cls, text: bytes) -> VolumeRecord:
         """Parse a record. Raises ValueError with the field that is missing, unknown or of the wrong type."""
         try:
-            values = json.loads(text.decode())
-        except RecursionError as error:
-            raise ValueError("record: nested too deeply") from error
+            values = loads_bounded(text, max_bytes=MAX_RECORD_BYTES)
+        except ValueError as error:
+            raise ValueError(f"record: {error}") from None
         if not isinstance(values, dict):
             raise ValueError("record: is not a JSON object")
         version = _required(values, "version", _integer)
@@ -50,7 +58,7 @@ class VolumeRecord:
             raise ValueError(f"version: {version} is not supported; expected {VERSION}")
         unknown = values.keys() - {field.name for field in fields(cls)}
         if unknown:
-            raise ValueError(f"{min(unknown)}: is not a field of a record")
+            raise ValueError(f"{ascii(min(unknown)[:80])[1:-1]}: is not a field of a record")
         return cls(version=version, **{name: _required(values, name, parse) for name, parse in _PARSERS.items()})
 
 
@@ -97,6 +105,10 @@ def _seconds(value: Any) -> float:
     return seconds
 
 
+def _seconds_or_never(value: Any) -> float:
+    return math.inf if value is None else _seconds(value)
+
+
 def _strings(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise ValueError("is not a list of strings")
@@ -110,12 +122,14 @@ def _string_map(value: Any) -> dict[str, str]:
 
 
 _TEXTS = ("volume_id", "pod_namespace", "pod_name", "pod_uid", "service_account")
-_TIMES = ("issued_at", "renew_at", "not_after")
+_ENDS = ("renew_at", "not_after")
 _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys(_TEXTS, _string),
     "attributes": _string_map,
     "mount_group": _optional_integer,
     "targets": _strings,
-    **dict.fromkeys(_TIMES, _seconds),
+    "issued_at": _seconds,
+    **dict.fromkeys(_ENDS, _seconds_or_never),
     "interim": _boolean,
+    "replace_key": _boolean,
 }

@@ -4,6 +4,7 @@
 
     <root>/<key>/             the volume's own tmpfs, 0700
         record.json           what the driver needs after a restart
+        private/              0700, the current key, certificates and roots, for the driver
         files/                0755, what pods see; see :mod:`csi_driver.host.generations`
 
 The record is in the tmpfs too: a reboot removes both, and nothing is written to a disk.
@@ -15,6 +16,7 @@ import errno
 import hashlib
 import os
 import re
+import stat
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +25,10 @@ from typing import Final
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.host.atomic_write import replace_file
 from csi_driver.host.directories import open_descriptor, remove_directory
-from csi_driver.host.generations import DATA, erase_files
+from csi_driver.host.generations import DATA, PRIVATE, erase_files
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.os_errors import translate_os_errors
-from csi_driver.host.volume_record import VolumeRecord
+from csi_driver.host.volume_record import MAX_RECORD_BYTES, VolumeRecord
 
 # Two generations of an RSA-4096 chain use about 60 KiB in pages of 4 KiB, and 12 inodes.
 VOLUME_BYTES: Final = 1 << 20
@@ -37,6 +39,8 @@ _CORRUPT: Final = "record.json.corrupt"
 _FILES: Final = "files"
 # The errors of rmdir(2) for a missing directory, a file, a directory with content, and a foreign mount.
 _NOT_OURS: Final = {errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.EBUSY}
+# The errors of stat(2) and open(2) that mean that a path does not exist. All others leave it open.
+_ABSENT: Final = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 _PLAIN_KEY: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}")
 
 
@@ -73,23 +77,24 @@ class VolumeStore:
     def files_dir(self, volume_id: str) -> Path:
         return self._directory(volume_id) / _FILES
 
-    def create(self, volume_id: str) -> None:
-        """Create the volume directory with its tmpfs and an empty files directory, or reuse an existing one.
+    def create(self, volume_id: str) -> bool:
+        """Create the volume directory with its tmpfs and an empty files directory. Return False if it exists.
 
         Raises CertmountError: MOUNT_FAILED, NO_SPACE, INVALID_TARGET_PATH.
         """
         directory = self._directory(volume_id)
         with translate_os_errors("volume", "create the volume directory", directory):
-            created = self._make_directory(directory)
-            if created or directory not in self._mounts.survey([directory]):
-                if not created:  # left behind before a reboot
-                    remove_directory(directory)
-                    self._make_directory(directory)
+            new = self._make_directory(directory)
+            if not new and directory not in self._mounts.survey([directory]):
+                remove_directory(directory)  # left behind before a reboot
+                new = self._make_directory(directory)
+            if new:
                 self._mount(directory)
-            files = directory / _FILES
-            with suppress(FileExistsError):
-                files.mkdir()
-            files.chmod(0o755)
+            for name, mode in ((_FILES, 0o755), (PRIVATE, 0o700)):
+                with suppress(FileExistsError):
+                    (directory / name).mkdir()
+                (directory / name).chmod(mode)
+        return new
 
     def write_record(self, record: VolumeRecord) -> None:
         """Replace the record atomically (mode 0600). Raises CertmountError: NO_SPACE, MOUNT_FAILED."""
@@ -121,8 +126,8 @@ class VolumeStore:
         return self._mounts.is_bound(self.files_dir(volume_id), target) and self.has_files(volume_id)
 
     def has_files(self, volume_id: str) -> bool:
-        """Return True if the volume has a generation of files, bound or not."""
-        return (self.files_dir(volume_id) / DATA).is_dir()
+        """Return True if the volume has a generation of files, bound or not. If in doubt, it has."""
+        return _may_be_directory(self.files_dir(volume_id) / DATA)
 
     def unbind(self, target: Path) -> None:
         """Unmount ``target`` and remove its directory. Ignore a missing target, and do not touch foreign mounts and files.
@@ -144,14 +149,15 @@ class VolumeStore:
         """
         directory = self._directory(volume_id)
         with ExitStack() as stack, translate_os_errors("volume", "remove", directory):
-            files = None
-            with suppress(FileNotFoundError, NotADirectoryError):
-                # The open directory stays accessible after its file system is unmounted.
-                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-                files = stack.enter_context(open_descriptor(directory / _FILES, flags))
+            erased = []
+            for name in (_FILES, PRIVATE):
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    # The open directory stays accessible after its file system is unmounted.
+                    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+                    erased.append(stack.enter_context(open_descriptor(directory / name, flags)))
             self._drop(directory)
-            if files is not None:
-                erase_files(files)
+            for opened in erased:
+                erase_files(opened)
 
     def scan(self) -> VolumeScan:
         """Find and classify all volumes at start. Raises CertmountError only if the root cannot be read."""
@@ -184,10 +190,27 @@ class VolumeStore:
             fault = Fault("volume_id", f"there is no volume {volume_id!r} on this node")
             raise CertmountError(Reason.VOLUME_NOT_FOUND, fault) from error
 
+    def file_sizes(self, volume_id: str) -> tuple[int, list[int]]:
+        """Return the sizes of the record and of the files of the current generation in bytes, with the private one; 0 and none if they are missing."""
+        directory, sizes, record = self._directory(volume_id), list[int](), 0
+        with suppress(OSError):
+            record = (directory / _RECORD).stat().st_size
+        for name in (_FILES + "/" + DATA, PRIVATE):
+            with suppress(OSError), os.scandir(directory / name) as entries:
+                sizes.extend(entry.stat().st_size for entry in entries)
+        return record, sizes
+
     def pod_exists(self, pod_uid: str) -> bool:
         """Return False if the kubelet's pods directory exists but the pod's does not. If in doubt, the pod exists."""
         pods = self._kubelet_dir / "pods"
-        return os.path.lexists(pods / pod_uid) or not pods.is_dir()
+        try:
+            os.lstat(pods / pod_uid)
+        except FileNotFoundError:
+            with suppress(OSError):
+                return not stat.S_ISDIR(pods.stat().st_mode)
+        except (OSError, ValueError):  # not os.path.lexists, which returns False for these
+            return True
+        return True
 
     def _directory(self, volume_id: str) -> Path:
         return self._root / self.key(volume_id)
@@ -214,12 +237,10 @@ class VolumeStore:
     def _make_target(self, target: Path) -> bool:
         """Create the target directory with the kubelet's mode 0750. Return False if it exists."""
         with translate_os_errors("target_path", "create the directory", target):
-            created = not os.path.lexists(target)
+            created = _make_target_directory(target)
             if not created:
                 self._mounts.unmount(target)
-            with suppress(FileExistsError):
-                target.mkdir()
-                target.chmod(0o750)
+                _make_target_directory(target)  # the link of DirectoryMounts was removed
         if target.is_symlink() or not target.is_dir():
             problem = f"{target} is not a directory"
             raise CertmountError(Reason.INVALID_TARGET_PATH, Fault("target_path", problem, "remove it from the node"))
@@ -235,6 +256,8 @@ class VolumeStore:
         try:
             return self._read_record(directory)
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno not in _ABSENT:
+                raise  # the record can be intact
             if not bound:
                 return None
             with suppress(FileNotFoundError):
@@ -244,7 +267,25 @@ class VolumeStore:
 
     def _read_record(self, directory: Path) -> VolumeRecord:
         with (directory / _RECORD).open("rb") as file:
-            record = VolumeRecord.from_json(file.read(VOLUME_BYTES))
+            record = VolumeRecord.from_json(file.read(MAX_RECORD_BYTES + 1))
         if self.key(record.volume_id) != directory.name:
             raise ValueError(f"volume_id: {record.volume_id!r} belongs to another volume")
         return record
+
+
+def _may_be_directory(path: Path) -> bool:
+    """Return False only if the path is certainly no directory. What Path.is_dir does depends on the Python version."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except OSError as error:
+        return error.errno not in _ABSENT
+
+
+def _make_target_directory(target: Path) -> bool:
+    """Create the directory. Return False if the path exists."""
+    try:
+        target.mkdir()
+    except FileExistsError:
+        return False
+    target.chmod(0o750)
+    return True

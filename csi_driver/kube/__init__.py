@@ -1,1 +1,1 @@
-"""Access to the Kubernetes API. This is the only package that imports kubernetes; it returns values of the core."""
+"""Access to the Kubernetes API over HTTP; it returns values of the core. Only ``admin.kubeconfig`` imports kubernetes."""

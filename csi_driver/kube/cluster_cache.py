@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from kubernetes.aio import client
-
+from csi_driver.kube.connection import Api
 from csi_driver.kube.object_caches import NamespaceCache, PodCache, ServiceCache
+from csi_driver.kube.objects import read_metadata, read_service
 from csi_driver.kube.reflector import Reflector, WatchedResource, WatchTimings
 
 STALE_S = 60.0
@@ -16,24 +17,28 @@ STALE_S = 60.0
 _PODS = WatchedResource(
     "pods",
     "/api/v1/pods",
+    read_metadata,
     metadata_only=True,
     # A pod that has finished needs no certificate.
     field_selector="status.phase!=Succeeded,status.phase!=Failed",
 )
-_NAMESPACES = WatchedResource("namespaces", "/api/v1/namespaces", metadata_only=True)
-_SERVICES = WatchedResource("services", "/api/v1/services")
+_NAMESPACES = WatchedResource("namespaces", "/api/v1/namespaces", read_metadata, metadata_only=True)
+_SERVICES = WatchedResource("services", "/api/v1/services", read_service)
 
 
 class ClusterCache:
     """Three caches, each updated by its own reflector."""
 
     def __init__(
-        self, api: client.ApiClient, *, timings: WatchTimings | None = None, clock: Callable[[], float] = time.monotonic
+        self, api: Api, *, timings: WatchTimings | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._clock = clock
         self.pods, self.services, self.namespaces = PodCache(), ServiceCache(), NamespaceCache()
-        caches = ((_PODS, self.pods), (_NAMESPACES, self.namespaces), (_SERVICES, self.services))
-        self._reflectors = [Reflector(api, resource, cache, timings=timings, clock=clock) for resource, cache in caches]
+        self._reflectors: Sequence[Reflector[Any]] = (
+            Reflector(api, _PODS, self.pods, timings=timings, clock=clock),
+            Reflector(api, _NAMESPACES, self.namespaces, timings=timings, clock=clock),
+            Reflector(api, _SERVICES, self.services, timings=timings, clock=clock),
+        )
 
     @property
     def synced(self) -> bool:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 
-from kubernetes.aio import client
-
 from csi_driver.core.errors import Reason
-from csi_driver.kube.client import ApiError, Conflict, call_api
+from csi_driver.kube.client import Conflict, NotFound, call_api
+from csi_driver.kube.connection import Api
 from csi_driver.kube.json_requests import request_json
-from csi_driver.kube.metadata import Json
+from csi_driver.kube.metadata import MANAGED, Json
 
 _PATH = "/.well-known/acme-challenge/"
-LABELS = {"app.kubernetes.io/managed-by": "certmount", "app.kubernetes.io/component": "acme-challenge"}
+LABELS = {**MANAGED, "app.kubernetes.io/component": "acme-challenge"}
 """To list them: ``kubectl get ingress -l app.kubernetes.io/component=acme-challenge``."""
 
 
@@ -23,7 +22,7 @@ class IngressRoutes:
     Needs the verbs create and delete on ingresses in that namespace.
     """
 
-    def __init__(self, api: client.ApiClient, namespace: str, service: str, port: int, ingress_class: str) -> None:
+    def __init__(self, api: Api, namespace: str, service: str, port: int, ingress_class: str) -> None:
         self._api = api
         self._namespace = namespace
         self._service = service
@@ -39,11 +38,8 @@ class IngressRoutes:
     async def close(self, name: str, token: str) -> None:
         """Delete the Ingress, if it exists; raises CertmountError."""
         call = request_json(self._api, "DELETE", f"{self._collection}/{_object_name(name, token)}")
-        try:
+        with contextlib.suppress(NotFound):
             await call_api(call, Reason.ISSUER_UNAVAILABLE, f"Ingress for {name}")
-        except ApiError as error:
-            if error.status != 404:
-                raise
 
     @property
     def _collection(self) -> str:

@@ -1,13 +1,19 @@
-"""Object metadata (meta.k8s.io/v1 ObjectMeta), validated while it is read."""
+"""What certmount reads of objects of the API server, as values without API types."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 Json = dict[str, Any]  # an object as the API server sends it
 Pairs = tuple[tuple[str, str], ...]  # labels or a label selector, sorted by key
+
+MANAGER = "certmount"  # the field manager of certmount's writes, and the label of the objects that it creates
+MANAGED_BY = "app.kubernetes.io/managed-by"
+MANAGED = {MANAGED_BY: MANAGER}
+MAX_TEXT = 1024  # bytes
+MAX_PAIRS = 128
+"""The maximum number of labels of an object and of pairs of a selector. Kubernetes only limits the size of an object."""
 
 
 class InvalidObject(Exception):
@@ -16,31 +22,24 @@ class InvalidObject(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """The metadata that certmount uses."""
+    """The metadata that certmount uses (meta.k8s.io/v1 ObjectMeta)."""
 
     name: str
     namespace: str  # empty for a cluster-scoped object
     uid: str
-    labels: Pairs
+    labels: Pairs | None = ()  # None if there are more than MAX_PAIRS
 
 
-def read_metadata(item: Json) -> Metadata:
-    """Return an object's metadata; raises InvalidObject."""
-    metadata = item.get("metadata")
-    if not isinstance(metadata, dict):
-        raise InvalidObject("an object has no metadata")
-    name, namespace, uid = metadata.get("name"), metadata.get("namespace", ""), metadata.get("uid")
-    if not isinstance(name, str) or not isinstance(namespace, str) or not isinstance(uid, str) or not (name and uid):
-        raise InvalidObject("an object has no name or no uid")
-    return Metadata(name, namespace, uid, read_pairs(metadata.get("labels")))
+@dataclass(frozen=True, slots=True)
+class ServiceSelector:
+    """The labels of the pods that a Service selects. DNS has records of the single pods of a ``headless`` one."""
+
+    namespace: str
+    name: str
+    pairs: Pairs | None  # empty if it selects no pods; None if there are more than MAX_PAIRS
+    headless: bool = False
 
 
-def read_pairs(value: object) -> Pairs:
-    """Return labels or a selector; empty for None. Raises InvalidObject."""
-    if value is None:
-        return ()
-    if not isinstance(value, Mapping):
-        raise InvalidObject("labels or a selector are not a map")
-    if not all(isinstance(key, str) and isinstance(text, str) for key, text in value.items()):
-        raise InvalidObject("labels or a selector contain a value that is not a string")
-    return tuple(sorted(value.items()))
+def text(value: bytes, max_bytes: int = MAX_TEXT) -> str:
+    """Return a text that a user can have written, truncated if it is long."""
+    return value[:max_bytes].decode(errors="replace")

@@ -3,39 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import time
 from collections.abc import Awaitable, Callable, Hashable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import aiohttp
 import structlog
-from aiohttp.http_exceptions import BadHttpMessage
-from kubernetes.aio import client
 
+from csi_driver._proto.kubernetes_pb2 import PartialObjectMetadata, Status, WatchEvent
 from csi_driver.core.backoff import Backoff
 from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.kube.cache_shares import CacheShares
 from csi_driver.kube.client import ApiError, call_api
-from csi_driver.kube.json_requests import open_response, request_json
-from csi_driver.kube.metadata import InvalidObject, Json
+from csi_driver.kube.connection import Api
+from csi_driver.kube.json_requests import open_response
+from csi_driver.kube.lists import list_pages
+from csi_driver.kube.metadata import InvalidObject
+from csi_driver.kube.response_stream import PROTOBUF, decode, open_envelope, read_frames
 
 log = structlog.get_logger(__name__)
 
-_PAGE_SIZE = 500
-_METADATA = "application/json;as=PartialObjectMetadata{};g=meta.k8s.io;v=v1"
+_METADATA = f"{PROTOBUF};as=PartialObjectMetadata{{}};g=meta.k8s.io;v=v1"
 _GONE = 410
+_REFUSING_WATCH_S = 30.0  # a list restores the objects of an owner that uses less than its share again
 _T = TypeVar("_T")
+_Value = TypeVar("_Value")
+_Stored_contra = TypeVar("_Stored_contra", contravariant=True)
 
 
 @dataclass(frozen=True, slots=True)
-class WatchedResource:
+class WatchedResource(Generic[_Value]):
     """A resource to watch in all namespaces."""
 
     name: str  # the plural, for logs and errors
     path: str
+    read: Callable[[bytes], _Value]  # returns what the cache needs of an object in protobuf; raises InvalidObject
     metadata_only: bool = False  # True to receive no spec and status (meta.k8s.io/v1 PartialObjectMetadata)
     field_selector: str = ""
     label_selector: str = ""
@@ -52,13 +57,16 @@ class WatchTimings:
     longest_retry: float = 15.0
 
 
-class ObjectCache(Protocol):
-    """Receives the objects. Its methods raise InvalidObject."""
+class ObjectCache(Protocol[_Stored_contra]):
+    """Receives the objects."""
 
-    def put(self, item: Json) -> Hashable:
-        """Add or replace an object; return its key."""
+    @property
+    def shares(self) -> CacheShares: ...
 
-    def remove(self, item: Json) -> None:
+    def put(self, item: _Stored_contra) -> Hashable | None:
+        """Add or replace an object; return its key, or None if it exceeds its owner's share."""
+
+    def remove(self, item: _Stored_contra) -> None:
         """Remove a deleted object."""
 
     def retain(self, keys: AbstractSet[Hashable]) -> None:
@@ -69,14 +77,14 @@ class _Expired(Exception):
     """The API server no longer has the changes since the known resourceVersion (HTTP 410)."""
 
 
-class Reflector:
+class Reflector(Generic[_Value]):
     """Keeps a cache current. It retries after every failure; ``failing_since`` shows an ongoing one."""
 
     def __init__(
         self,
-        api: client.ApiClient,
-        resource: WatchedResource,
-        cache: ObjectCache,
+        api: Api,
+        resource: WatchedResource[_Value],
+        cache: ObjectCache[_Value],
         *,
         timings: WatchTimings | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -111,33 +119,43 @@ class Reflector:
             except InvalidObject as error:
                 # A watch from the same version would receive the same object again.
                 self._version = ""
-                self._record_failure(str(error), None)
+                self._record_failure(f"{self.resource.name}: {error}", None)
             except CertmountError as error:
                 if isinstance(error, ApiError) and error.status == _GONE:
                     self._version = ""
-                self._record_failure(str(error), error.retry_after_s if isinstance(error, ApiError) else None)
+                # Without the reason: a watch that is forbidden is not an unavailable API server.
+                text = "; ".join(map(str, error.faults))
+                self._record_failure(text, error.retry_after_s if isinstance(error, ApiError) else None)
             await self._sleep(self._delay_s())
 
     async def _list(self) -> None:
         """Read all objects, page by page, and remove all others from the cache."""
-        keys: set[Hashable] = set()
-        query = {"limit": str(_PAGE_SIZE), **self._selectors()}
-        path, headers, timeout_s = self.resource.path, self._accept("List"), self._timings.page
-        while True:
-            call = request_json(self._api, "GET", path, query=query, headers=headers, timeout_s=timeout_s)
-            items, metadata = _list_content(await self._call(call))
-            keys.update(self._put(item) for item in items)
-            if not metadata.get("continue"):
-                break
-            query["continue"] = str(metadata["continue"])
+        keys: set[Hashable | None] = set()
+        self._cache.shares.start_list()
+
+        def put(data: bytes) -> None:
+            keys.add(self._cache.put(self.resource.read(data)))
+
+        pages = list_pages(
+            self._api,
+            self.resource.path,
+            put,
+            query=self._selectors(),
+            accept=self._accept("List"),
+            timeout_s=self._timings.page,
+        )
+        version = await self._call(pages)
         self._cache.retain(keys)
-        self._version = str(metadata.get("resourceVersion") or "")
+        self._version = version
         self.synced = True
         self._record_success()
+        if self._cache.shares.refusing:
+            log.warning("objects ignored", resource=self.resource.name, errors=self._cache.shares.texts())
 
     async def _watch(self) -> None:
         """Apply the changes since the known version until the API server ends the watch."""
-        seconds = self._timings.watch * random.uniform(0.8, 1.2)  # noqa: S311  # not a secret
+        longest = min(self._timings.watch, _REFUSING_WATCH_S) if self._cache.shares.refusing else self._timings.watch
+        seconds = longest * random.uniform(0.8, 1.2)  # noqa: S311  # not a secret
         query = {
             "watch": "true",
             "resourceVersion": self._version,
@@ -146,7 +164,7 @@ class Reflector:
             **self._selectors(),
         }
         limits = aiohttp.ClientTimeout(total=None, sock_connect=self._timings.page, sock_read=self._timings.silence)
-        path, headers = self.resource.path, self._accept("")
+        path, headers = self.resource.path, {"Accept": self._accept("")}
         start = self._clock()
 
         async def read_events() -> bool:
@@ -158,58 +176,44 @@ class Reflector:
         # Back off if a proxy between the authority and the API server cuts watches off early.
         long_enough = self._clock() - start >= min(seconds, self._timings.silence) / 2
         self._failures = 0 if received or long_enough else self._failures + 1
+        if self._cache.shares.has_room:
+            self._version = ""
 
     async def _read_events(self, content: aiohttp.StreamReader) -> bool:
         """Apply events until the stream ends; return whether there was one."""
         received = False
-        while True:
-            try:
-                line = await content.readline()
-            except TimeoutError:
-                log.debug("watch timed out without data", resource=self.resource.name)
-                return received
-            except (ValueError, BadHttpMessage):
-                # The line exceeds aiohttp's buffer of several MiB; etcd stores no object that large.
-                raise InvalidObject(f"{self.resource.name}: the API server sent a line that is too long") from None
-            if not line:
-                return received
-            self._apply(line)
-            self._failures = 0
-            received = True
-
-    def _apply(self, line: bytes) -> None:
         try:
-            event = json.loads(line)
-            kind, item = event["type"], event["object"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise InvalidObject(f"{self.resource.name}: the API server sent an invalid watch event") from None
-        if kind == "ERROR":
-            code = item.get("code") if isinstance(item, dict) else None
+            async for frame in read_frames(content):
+                self._apply(decode(WatchEvent, frame))
+                self._failures = 0
+                received = True
+        except TimeoutError:
+            log.debug("watch timed out without data", resource=self.resource.name)
+        return received
+
+    def _apply(self, event: WatchEvent) -> None:
+        item = open_envelope(event.object.raw)
+        if event.type == "ERROR":
+            code = decode(Status, item.raw).code
             if code == _GONE:
                 raise _Expired
-            raise InvalidObject(f"{self.resource.name}: the API server ended the watch with status {code}")
-        if kind in ("ADDED", "MODIFIED"):
-            self._put(item)
-        elif kind == "DELETED" and isinstance(item, dict):
-            self._cache.remove(item)
-        metadata = item.get("metadata") if isinstance(item, dict) else None
-        if isinstance(metadata, dict) and isinstance(metadata.get("resourceVersion"), str):
-            self._version = metadata["resourceVersion"]
-
-    def _put(self, item: object) -> Hashable:
-        if not isinstance(item, dict):
-            raise InvalidObject(f"{self.resource.name}: the API server sent a value that is not an object")
-        return self._cache.put(item)
+            raise InvalidObject(f"the API server ended the watch with status {code}")
+        if event.type in ("ADDED", "MODIFIED"):
+            self._cache.put(self.resource.read(item.raw))
+        elif event.type == "DELETED":
+            self._cache.remove(self.resource.read(item.raw))
+        version = decode(PartialObjectMetadata, item.raw).metadata.resource_version
+        self._version = version or self._version
 
     def _selectors(self) -> dict[str, str]:
         selectors = {"fieldSelector": self.resource.field_selector, "labelSelector": self.resource.label_selector}
         return {name: selector for name, selector in selectors.items() if selector}
 
-    def _accept(self, suffix: str) -> dict[str, str]:
-        return {"Accept": _METADATA.format(suffix)} if self.resource.metadata_only else {}
+    def _accept(self, suffix: str) -> str:
+        return _METADATA.format(suffix) if self.resource.metadata_only else PROTOBUF
 
     async def _call(self, call: Awaitable[_T]) -> _T:
-        return await call_api(call, Reason.TOKEN_REVIEW_UNAVAILABLE, self.resource.name)
+        return await call_api(call, Reason.API_SERVER_UNAVAILABLE, self.resource.name)
 
     def _record_success(self) -> None:
         if self.failing_since is not None:
@@ -230,12 +234,3 @@ class Reflector:
         delay = max(longest * random.uniform(0.5, 1.0), self._retry_after_s)  # noqa: S311  # not a secret
         self._retry_after_s = 0.0
         return delay
-
-
-def _list_content(page: Json) -> tuple[list[object], Json]:
-    items, metadata = page.get("items"), page.get("metadata")
-    if items is None:
-        items = []  # the API server sends null for an empty list of PartialObjectMetadata
-    if not str(page.get("kind")).endswith("List") or not isinstance(items, list) or not isinstance(metadata, dict):
-        raise InvalidObject("the API server sent a response that is not a list")
-    return items, metadata

@@ -10,15 +10,16 @@ import binascii
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
-from kubernetes.aio import client
-
 from csi_driver.core.cluster.objects import Lease
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret, StoredSecrets
 from csi_driver.kube.client import Conflict, ObjectName, call_api, invalid_response
+from csi_driver.kube.connection import Api
 from csi_driver.kube.json_requests import request_json
 from csi_driver.kube.metadata import Json
 
+MAX_STORED_BYTES = 3 * 2**20
+"""Kubernetes limits the data of a Secret and of a ConfigMap to 1 MiB. Only administrators can write these objects."""
 _ROOTS, _AUTHORITY = "root.crt", "authority.crt"
 _GROUPS = {"Lease": "/apis/coordination.k8s.io/v1"}
 
@@ -26,7 +27,7 @@ _GROUPS = {"Lease": "/apis/coordination.k8s.io/v1"}
 class StoredObject:
     """One object, with compare-and-swap updates."""
 
-    def __init__(self, api: client.ApiClient, name: ObjectName, reason: Reason) -> None:
+    def __init__(self, api: Api, name: ObjectName, reason: Reason) -> None:
         self._api = api
         self._path = object_path(name)
         self._reason = reason
@@ -71,13 +72,14 @@ class StoredObject:
         return invalid_response(self._reason, self.name)
 
     async def _request(self, method: str, body: Json | None = None) -> Json:
-        return await call_api(request_json(self._api, method, self._path, body=body), self._reason, self.name)
+        call = request_json(self._api, method, self._path, body=body, max_bytes=MAX_STORED_BYTES)
+        return await call_api(call, self._reason, self.name)
 
 
 class SecretStore:
     """The values of a Secret; implements :class:`csi_driver.core.secret.StoredSecrets`."""
 
-    def __init__(self, api: client.ApiClient, secret: ObjectName) -> None:
+    def __init__(self, api: Api, secret: ObjectName) -> None:
         self._object = StoredObject(api, secret, Reason.ISSUER_UNAVAILABLE)
         self.name = str(secret)
 
@@ -107,7 +109,7 @@ class SecretStore:
 class ConfigMapPublisher:
     """The keys ``root.crt`` and ``authority.crt`` of the ConfigMap that node drivers mount."""
 
-    def __init__(self, api: client.ApiClient, config_map: ObjectName) -> None:
+    def __init__(self, api: Api, config_map: ObjectName) -> None:
         self._object = StoredObject(api, config_map, Reason.ROOT_CERTIFICATE_MISSING)
 
     async def publish(self, roots: bytes, authority: bytes) -> None:
@@ -132,7 +134,7 @@ class ConfigMapPublisher:
 class LeaseClient:
     """A Lease, which selects one of several replicas."""
 
-    def __init__(self, api: client.ApiClient, lease: ObjectName) -> None:
+    def __init__(self, api: Api, lease: ObjectName) -> None:
         self._object = StoredObject(api, lease, Reason.ISSUER_UNAVAILABLE)
         self.name = str(lease)
 

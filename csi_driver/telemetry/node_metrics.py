@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable
 
@@ -10,6 +11,8 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from csi_driver.core.errors import Reason
+from csi_driver.telemetry.expiry_metrics import CertificateTimes, expiry_gauges
+from csi_driver.telemetry.outcomes import outcome
 
 _BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60, 120)
 
@@ -18,13 +21,14 @@ class NodeMetrics(Collector):
     """Counters, and gauges that are computed from the state of the volumes at each scrape."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._not_after: dict[str, float] = {}
+        self._certificates: dict[str, CertificateTimes] = {}
         self._failures: dict[str, Reason] = {}
         self._roots_behind: set[str] = set()
+        self._trust_connected = False
         self._renewals_waiting: Callable[[], int] = lambda: 0
         self._calls = Histogram(
-            "certmount_node_call_seconds",
-            "Duration of the kubelet's calls by method and reason of failure (empty if the call succeeded).",
+            "certmount_node_call_duration_seconds",
+            "Duration of the kubelet's calls in seconds by method and reason, which is Ok if the call succeeded, and Cancelled if the kubelet did not wait for the response.",
             ("method", "reason"),
             buckets=_BUCKETS_S,
             registry=registry,
@@ -33,6 +37,12 @@ class NodeMetrics(Collector):
         self._renewals_failed = Counter(
             "certmount_node_renewal_failures", "Number of failed renewals by reason.", ("reason",), registry=registry
         )
+        self._reloads = Counter(
+            "certmount_node_reload_signals",
+            "Number of reloads that volumes requested, by result (sent or failed).",
+            ("result",),
+            registry=registry,
+        )
         self._quarantined = Counter(
             "certmount_node_records_quarantined",
             "Number of volume records that the driver could not read after a restart.",
@@ -40,8 +50,8 @@ class NodeMetrics(Collector):
         )
         registry.register(self)
 
-    def called(self, method: str, reason: Reason | None, seconds: float) -> None:
-        self._calls.labels(method, reason.word if reason else "").observe(seconds)
+    def called(self, method: str, reason: Reason | None, seconds: float, *, cancelled: bool = False) -> None:
+        self._calls.labels(method, outcome(reason, cancelled=cancelled)).observe(seconds)
 
     def renewed(self) -> None:
         self._renewed.inc()
@@ -49,12 +59,15 @@ class NodeMetrics(Collector):
     def renewal_failed(self, reason: Reason) -> None:
         self._renewals_failed.labels(reason.word).inc()
 
+    def reloaded(self, *, failed: bool) -> None:
+        self._reloads.labels("failed" if failed else "sent").inc()
+
     def record_quarantined(self) -> None:
         self._quarantined.inc()
 
-    def keep(self, volume_id: str, not_after: float) -> None:
-        """Set the expiry time (unix seconds) of a volume's certificate."""
-        self._not_after[volume_id] = not_after
+    def keep(self, volume_id: str, times: CertificateTimes) -> None:
+        """Set the times of a volume's certificate."""
+        self._certificates[volume_id] = times
 
     def unhealthy(self, volume_id: str, reason: Reason | None) -> None:
         """Set the reason why a volume's last renewal failed, or None if it succeeded."""
@@ -66,22 +79,25 @@ class NodeMetrics(Collector):
     def roots_behind(self, volume_id: str, *, behind: bool) -> None:
         (self._roots_behind.add if behind else self._roots_behind.discard)(volume_id)
 
+    def trust_reported(self, connected: bool) -> None:
+        self._trust_connected = connected
+
     def count_waiting(self, renewals_waiting: Callable[[], int]) -> None:
         """Set the function that returns the number of waiting renewals. The scraper's thread calls it."""
         self._renewals_waiting = renewals_waiting
 
     def forget(self, volume_id: str) -> None:
         self._roots_behind.discard(volume_id)
-        self._not_after.pop(volume_id, None)
+        self._certificates.pop(volume_id, None)
         self._failures.pop(volume_id, None)
 
     def collect(self) -> Iterable[Metric]:
         """Return the gauges. The scraper's thread calls this method, so copy the state first."""
-        not_after, failures = list(self._not_after.values()), Tally(list(self._failures.values()))
-        yield GaugeMetricFamily("certmount_node_volumes", "Number of published volumes.", value=len(not_after))
-        if not_after:
-            text = "Time when the first certificate on this node expires, in unix seconds."
-            yield GaugeMetricFamily("certmount_node_first_expiry_timestamp_seconds", text, value=min(not_after))
+        certificates, failures = list(self._certificates.values()), Tally(list(self._failures.values()))
+        yield GaugeMetricFamily("certmount_node_volumes", "Number of published volumes.", value=len(certificates))
+        yield from expiry_gauges("certmount_node", "volumes", certificates, time.time())
+        text = "1 while the node receives roots and policy changes from the authority, otherwise 0."
+        yield GaugeMetricFamily("certmount_node_trust_stream_connected", text, value=self._trust_connected)
         text = "Number of renewals that are due and wait in the request queue."
         yield GaugeMetricFamily("certmount_node_renewals_waiting", text, value=self._renewals_waiting())
         text = "Number of volumes to which new roots could not be written. They delay the next step of a CA rotation."

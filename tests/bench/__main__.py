@@ -12,16 +12,20 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.bench.attacks import measure_attacks
 from tests.bench.authority import measure_authority
 from tests.bench.blocks import measure_blocks
 from tests.bench.footprint import fill, measure_idle, measure_memory, measure_restart
-from tests.bench.machine import describe, load
+from tests.bench.growth.issuing import measure_issuing
+from tests.bench.growth.streams import measure_streams
+from tests.bench.growth.structures import measure_structures
 from tests.bench.publishing import measure_burst, measure_publish, measure_republish
 from tests.bench.table import Figure, print_table
 from tests.bench.world import MOUNTS, WrongResultError, driving, issuing, unmount_leftovers
+from tests.support.machine import describe, load
 
 _CALLS = {"publish": measure_publish, "burst": measure_burst, "republish": measure_republish}
-SECTIONS = (*_CALLS, "memory", "idle", "restart", "blocks", "authority")
+SECTIONS = (*_CALLS, "memory", "idle", "restart", "attacks", "blocks", "authority", "growth")
 
 
 async def run(directory: Path, sections: set[str]) -> list[Figure]:
@@ -43,10 +47,15 @@ async def run(directory: Path, sections: set[str]) -> list[Figure]:
                 if "restart" in sections:
                     async with driving(directory / "empty", issuer) as empty:
                         figures += await measure_restart(world, empty)
+    if "attacks" in sections:
+        async with issuing(directory / "attacks", delay_ms=0) as issuer:
+            figures += await measure_attacks(directory, issuer)
     if "blocks" in sections:
         figures += measure_blocks(directory)
     if "authority" in sections:
         figures += await measure_authority(directory)
+    if "growth" in sections:
+        figures += [*await measure_structures(), *await measure_issuing(directory), *await measure_streams(directory)]
     return figures
 
 

@@ -24,16 +24,14 @@ from csi_driver.core.spec import KeyType
 from tests.support.tokens import DRIVER, Pod, TokenIssuer
 
 LIFETIME = timedelta(hours=1)
-NODES = 100
-PODS_PER_NODE = 40
+PODS = 4000
 
 
 @dataclass(frozen=True, slots=True)
 class PodRequest:
-    """A pod and its certificate request."""
+    """A pod and its certificate request. Its node is set when the request is written."""
 
     pod: Pod
-    node: int
     name: str
     csr: bytes
 
@@ -49,44 +47,42 @@ class Provisioner:
 
 
 def make_pods() -> list[PodRequest]:
-    """Return 40 pods on each of 100 nodes, of 400 service accounts in 40 namespaces, with EC-P256 requests; nodes alternate."""
-    return [_pod(number) for number in range(NODES * PODS_PER_NODE)]
+    """Return pods of 400 service accounts in 40 namespaces, with EC-P256 requests."""
+    return [_pod(number) for number in range(PODS)]
 
 
 def _pod(number: int) -> PodRequest:
-    node, account, namespace = number % NODES, f"app-{number % 10}", f"team-{number % 40}"
+    account, namespace = f"app-{number % 10}", f"team-{number % 40}"
     pod = Pod(
         f"{account}-{number:05}",
         namespace,
         account,
-        node=f"node-{node:03}",
         uid=f"11111111-1111-4111-8111-{number:012}",
-        node_uid=f"22222222-2222-4222-8222-{node:012}",
         service_account_uid=f"33333333-3333-4333-8333-{number % 400:012}",
     )
     name = f"{account}.{namespace}.svc.cluster.local"
-    return PodRequest(pod, node, name, build_csr(generate_key(KeyType.EC_P256), Names.of([DNSName.parse(name)])))
+    return PodRequest(pod, name, build_csr(generate_key(KeyType.EC_P256), Names.of([DNSName.parse(name)])))
 
 
-def _driver(node: int) -> Pod:
-    name, uid, node_uid = (
-        f"node-{node:03}",
-        f"44444444-4444-4444-8444-{node:012}",
-        f"22222222-2222-4222-8222-{node:012}",
-    )
-    return replace(DRIVER, name=f"certmount-{name}", node=name, uid=uid, node_uid=node_uid)
+def _on_node(pod: Pod, node: int) -> Pod:
+    return replace(pod, node=f"node-{node:03}", node_uid=f"22222222-2222-4222-8222-{node:012}")
 
 
-def write_certmount(file: Path, pods: Iterable[PodRequest], issuer: TokenIssuer) -> None:
-    """Write Issue calls with the pod's token and its driver's token as bearer; RS256, like API servers."""
-    tokens = [issuer.node_token(_driver(node)).reveal() for node in range(NODES)]
+def driver_on(node: int) -> Pod:
+    return _on_node(replace(DRIVER, name=f"certmount-{node:03}", uid=f"44444444-4444-4444-8444-{node:012}"), node)
+
+
+def write_certmount(file: Path, pods: Iterable[PodRequest], issuer: TokenIssuer, nodes: range) -> None:
+    """Write Issue calls with the pod's token and its driver's token as bearer; RS256, like API servers. Nodes alternate."""
+    tokens = {node: issuer.node_token(driver_on(node)).reveal() for node in nodes}
 
     def records() -> Iterator[tuple[str, str, bytes]]:
-        for each in pods:
-            token = issuer.pod_token(each.pod).reveal()
+        for number, each in enumerate(pods):
+            node = nodes[number % len(nodes)]
+            token = issuer.pod_token(_on_node(each.pod, node)).reveal()
             request = authority_pb2.IssueRequest(csr=each.csr, pod_token=token)
             request.duration.FromTimedelta(LIFETIME)
-            yield each.name, tokens[each.node], request.SerializeToString()
+            yield each.name, tokens[node], request.SerializeToString()
 
     _write(file, records())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 import shutil
@@ -22,42 +21,51 @@ from csi_driver.authority.ca.authority import utc_now
 from csi_driver.authority.ca.keyring import make_keyring
 from csi_driver.core.certificates.keys import encode_key
 from tests.bench.authority_input import Provisioner
-from tests.bench.machine import cpu_s
+from tests.bench.go_programs import CACHE
 from tests.bench.world import WrongResultError
 from tests.integration.authority.world import SERVING_NAME
 from tests.peers.processes import running
+from tests.support.machine import cpu_s
 from tests.support.ports import free_port
 from tests.support.tokens import TokenIssuer
 
 SERVER_CORE, LOAD_CORE = (sorted(os.sched_getaffinity(0)) * 2)[:2]
-_CACHE = Path(os.environ.get("CERTMOUNT_CACHE") or Path.home() / ".cache" / "certmount")
-_LOADGEN = Path(__file__).parent / "loadgen"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How many connections there are, and how many requests each has in progress."""
+
+    connections: int
+    in_flight: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
     """A running authority."""
 
-    kind: str  # the load generator's name for it
     pid: int
     address: str
     name: str
     roots: Path
 
-    async def load(self, program: Path, requests: Path, workers: int, warm: int, *options: str) -> LoadResult:
-        """Send all requests of a file over concurrent connections; ``options`` are passed to the load generator."""
-        peer = (f"-kind={self.kind}", f"-address={self.address}", f"-name={self.name}", f"-roots={self.roots}")
-        load = (f"-requests={requests}", f"-workers={workers}", f"-warm={warm}", *options)
+    async def load(self, program: Path, kind: str, requests: Path, load: Load, warm: int, *options: str) -> LoadResult:
+        """Send all requests of a file; ``kind`` is the load generator's name for the caller, to which ``options`` are passed."""
+        peer = (f"-kind={kind}", f"-address={self.address}", f"-name={self.name}", f"-roots={self.roots}")
+        load_options = (f"-connections={load.connections}", f"-in-flight={load.in_flight}", f"-warm={warm}")
         before = cpu_s(self.pid)
-        command, pipe = _pinned(LOAD_CORE, str(program), *peer, *load), asyncio.subprocess.PIPE
+        command, pipe = (
+            _pinned(LOAD_CORE, str(program), *peer, *load_options, f"-requests={requests}", *options),
+            asyncio.subprocess.PIPE,
+        )
         process = await asyncio.create_subprocess_exec(*command, stdout=pipe)
         out, _ = await process.communicate()
         used = cpu_s(self.pid) - before
         if process.returncode:
-            raise WrongResultError(f"the load generator failed against {self.kind}")
+            raise WrongResultError(f"the load generator failed: {kind}")
         result = json.loads(out)
         if result["problems"]:
-            raise WrongResultError(f"{self.kind}: {'; '.join(result['problems'])}")
+            raise WrongResultError(f"{kind}: {'; '.join(result['problems'])}")
         return LoadResult(
             result["answers"] / result["seconds"],
             result["p50_s"] * 1000,
@@ -78,30 +86,14 @@ class LoadResult:
     generator_share: float  # share of the load generator's core that it used
 
 
-async def build_load_generator() -> Path | None:
-    """Build the load generator in the cache; return None without Go."""
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(_LOADGEN.iterdir()))).hexdigest()[:12]
-    program = _CACHE / f"loadgen-{digest}" / "loadgen"
-    if not program.exists():
-        go = shutil.which("go") or shutil.which("go", path="/usr/local/go/bin")
-        if go is None:
-            return None
-        command, environment = (go, "build", "-o", str(program), "."), {**os.environ, "CGO_ENABLED": "0"}
-        build = await asyncio.create_subprocess_exec(*command, cwd=_LOADGEN, env=environment)
-        if await build.wait():
-            raise WrongResultError("the load generator cannot be built")
-    return program
-
-
 def find_step_ca() -> str | None:
     """Return the program from scripts/install-peers or PATH."""
-    directories = os.pathsep.join(map(str, sorted(_CACHE.glob("step-ca-*"), reverse=True)))
+    directories = os.pathsep.join(map(str, sorted(CACHE.glob("step-ca-*"), reverse=True)))
     return shutil.which("step-ca", path=directories) or shutil.which("step-ca")
 
 
 @asynccontextmanager
 async def certmount(directory: Path, issuer: TokenIssuer) -> AsyncIterator[Peer]:
-    """Run the authority of certmount."""
     _write(directory, {"jwks.json": issuer.published.jwks})
     command = _pinned(SERVER_CORE, sys.executable, "-m", "tests.bench.authority_server", str(directory))
     pipe = asyncio.subprocess.PIPE
@@ -113,7 +105,7 @@ async def certmount(directory: Path, issuer: TokenIssuer) -> AsyncIterator[Peer]
         port = (await process.stdout.readline()).decode().strip()
         if not port:
             raise WrongResultError(f"the authority is not serving:\n{(directory / 'log').read_text()}")
-        yield Peer("certmount", process.pid, f"127.0.0.1:{port}", SERVING_NAME, directory / "ca" / "authority.crt")
+        yield Peer(process.pid, f"127.0.0.1:{port}", SERVING_NAME, directory / "ca" / "authority.crt")
     finally:
         process.stdin.close()
         await process.wait()
@@ -128,7 +120,7 @@ async def step_ca(program: str, directory: Path) -> AsyncIterator[tuple[Peer, Pr
     environment = {"STEPPATH": str(directory), "GOMAXPROCS": "1"}
     command = _pinned(SERVER_CORE, program, str(directory / "ca.json"))
     async with running(command, directory / "log", port, environment) as process:
-        yield Peer("step-ca", process.pid, f"127.0.0.1:{port}", "localhost", directory / "root.crt"), provisioner
+        yield Peer(process.pid, f"127.0.0.1:{port}", "localhost", directory / "root.crt"), provisioner
 
 
 def _write_step_ca(directory: Path, port: int, provisioner: Provisioner) -> None:

@@ -53,10 +53,10 @@ class FileCluster(Cluster):
         return PublishedKeys(ISSUER, self._file.read_bytes())
 
 
-async def serve(directory: Path) -> None:
-    """Serve until the end of standard input."""
+async def serve(directory: Path, port: int) -> None:
     reviewer: Any = InProcessReviewer()
-    world = World(directory, TokenIssuer(), FileCluster(directory / "jwks.json"), reviewer=reviewer)
+    settings = {"listen": f"127.0.0.1:{port}"}
+    world = World(directory, TokenIssuer(), FileCluster(directory / "jwks.json"), reviewer=reviewer, settings=settings)
     world.policy.write_text(POLICY)
     async with world.running() as server:
         print(server.port, flush=True)
@@ -66,5 +66,7 @@ async def serve(directory: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
+    parser.add_argument("--port", type=int, default=0)
+    arguments = parser.parse_args()
     configure_logging("info")
-    asyncio.run(serve(parser.parse_args().directory))
+    asyncio.run(serve(arguments.directory, arguments.port))

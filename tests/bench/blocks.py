@@ -15,7 +15,7 @@ from csi_driver.core.certificates.csr import build_csr
 from csi_driver.core.certificates.keys import generate_key
 from csi_driver.core.certificates.verification import ExpectedCertificate, VerifiedCertificate, verify_certificate
 from csi_driver.core.formats.file_format import VolumeContents
-from csi_driver.core.formats.registry import render_files
+from csi_driver.core.formats.layout import FileLayout
 from csi_driver.core.names import DNSName, Names, spiffe_id
 from csi_driver.core.spec import KeyType
 from csi_driver.host.generations import VolumeFile, write_generation
@@ -46,11 +46,11 @@ def measure_blocks(directory: Path) -> list[Figure]:
         ("key RSA-3072", _us(lambda: generate_key(KeyType.RSA_3072), 1), "-"),
         ("request (CSR)", _us(lambda: build_csr(key, names), 50), "-"),
         ("check of the answer", _us(check, 50), "-"),
-        ("files rendered", _us(lambda: render_files(contents), 50), "-"),
+        ("files rendered", _us(lambda: FileLayout().render(contents), 50), "-"),
     ]
     if MOUNTS == "kernel":
         mounts, tmpfs, target = KernelMounts(), directory / "tmpfs", directory / "target"
-        files = [VolumeFile(file.name, file.content, 0o440, 1000) for file in render_files(contents)]
+        files = [VolumeFile(file.name, file.content, 0o440, 1000) for file in FileLayout().render(contents)]
         stamps = count()
         tmpfs.mkdir()
         target.mkdir()

@@ -13,12 +13,11 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
-from tests.bench.machine import cpu_s, describe, rss_mb
 from tests.bench.table import Figure, print_table, spread
-from tests.e2e import host
-from tests.e2e.kubectl import KubectlError, Manifest, create_namespace, kubectl, wait_for, wait_until
+from tests.e2e import cluster, host
 from tests.e2e.logs import LogCollector
 from tests.e2e.pods import Pod, manifest
+from tests.support.machine import cpu_s, describe, rss_mb
 
 _NAMESPACE = "e2e-bench"
 _AT_ONCE, _ROUNDS = 30, 3
@@ -35,14 +34,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=_ROUNDS, help="rounds of each kind of pod")
     rounds = parser.parse_args().rounds
-    version = json.loads(kubectl("version", "-o", "json"))["serverVersion"]["gitVersion"]
+    version = json.loads(cluster.kubectl("version", "-o", "json"))["serverVersion"]["gitVersion"]
     print(f"Machine: {describe()}; Kubernetes {version}")
     logs = LogCollector()
     try:
-        create_namespace(_NAMESPACE)
+        cluster.create_namespace(_NAMESPACE)
         figures = [*_measure_starts(rounds), *_measure_kubelet_restart(logs)]
-        kubectl("delete", "namespace", _NAMESPACE, seconds=120)
-    except (KubectlError, AssertionError) as error:
+        cluster.kubectl("delete", "namespace", _NAMESPACE, seconds=120)
+    except (cluster.KubectlError, AssertionError) as error:
         sys.exit(f"wrong result: {error}")
     finally:
         logs.close()
@@ -97,10 +96,10 @@ def _start(name: str, attributes: Mapping[str, str] | None) -> float:
     pods = [_pod(f"{name}-{number}", name, attributes) for number in range(_AT_ONCE)]
     started = time.perf_counter()
     _create(*pods)
-    wait_for("Ready", "pod", "-l", f"group={name}", namespace=_NAMESPACE, seconds=_READY_S)
+    cluster.wait_for("Ready", "pod", "-l", f"group={name}", namespace=_NAMESPACE, seconds=_READY_S)
     seconds = time.perf_counter() - started
-    kubectl("-n", _NAMESPACE, "delete", "pod", "-l", f"group={name}", "--grace-period=1", seconds=_READY_S)
-    wait_until(lambda: not any(host.VOLUMES.glob("*")), seconds=60, what="the volumes of deleted pods are removed")
+    cluster.kubectl("-n", _NAMESPACE, "delete", "pod", "-l", f"group={name}", "--grace-period=1", seconds=_READY_S)
+    cluster.wait_until(lambda: not any(host.VOLUMES.glob("*")), seconds=60, what="the removal of their volumes")
     return seconds
 
 
@@ -108,13 +107,13 @@ def _measure_kubelet_restart(logs: LogCollector) -> list[Figure]:
     """Restart the kubelet, which republishes all volumes at once."""
     pods = [Pod(_NAMESPACE, f"restart-{number}") for number in range(_RESTARTED)]
     _create(*(_pod(pod.name, "restart", {}) for pod in pods))
-    wait_for("Ready", "pod", "-l", "group=restart", namespace=_NAMESPACE, seconds=_READY_S)
+    cluster.wait_for("Ready", "pod", "-l", "group=restart", namespace=_NAMESPACE, seconds=_READY_S)
     uids = [pod.uid for pod in pods]
     before = {uid: _files(uid) for uid in uids}
     driver = host.driver()
     calls = host.publish_calls(driver)
     host.restart_kubelet()
-    wait_until(lambda: host.publish_calls(driver) >= calls + _RESTARTED, seconds=150, what="a republish of all volumes")
+    cluster.wait_until(lambda: host.publish_calls(driver) >= calls + _RESTARTED, seconds=150, what="all republishes")
     other = sum(_files(uid) != before[uid] for uid in uids)
     issued = sum(len(logs.issued(uid)) for uid in uids) - _RESTARTED
     mounts = [len(host.mounts_at(host.target_path(uid))) for uid in uids]
@@ -131,15 +130,15 @@ def _measure_kubelet_restart(logs: LogCollector) -> list[Figure]:
     ]
 
 
-def _pod(name: str, group: str, attributes: Mapping[str, str] | None) -> Manifest:
+def _pod(name: str, group: str, attributes: Mapping[str, str] | None) -> cluster.Manifest:
     pod: dict[str, Any] = dict(manifest(Pod(_NAMESPACE, name), attributes or {}, labels={"group": group}))
     if attributes is None:
         pod["spec"] = {**pod["spec"], "volumes": [{"name": "tls", "emptyDir": {"medium": "Memory"}}]}
     return pod
 
 
-def _create(*pods: Manifest) -> None:
-    kubectl("create", "-f", "-", text=json.dumps({"apiVersion": "v1", "kind": "List", "items": pods}))
+def _create(*pods: cluster.Manifest) -> None:
+    cluster.kubectl("create", "-f", "-", text=json.dumps({"apiVersion": "v1", "kind": "List", "items": pods}))
 
 
 def _files(uid: str) -> bytes:

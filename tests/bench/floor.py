@@ -20,7 +20,7 @@ import grpc  # noqa: E402
 import prometheus_client  # noqa: E402
 import structlog  # noqa: E402
 
-from tests.bench.machine import rss_mb  # noqa: E402
+from tests.support.machine import rss_mb  # noqa: E402
 
 LIBRARIES = (click, cryptography.x509, google.protobuf.descriptor_pool, prometheus_client, structlog)
 

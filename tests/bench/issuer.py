@@ -34,7 +34,6 @@ class TimedAuthority(ScriptedAuthority):
 
 
 async def serve(directory: Path, delay_s: float) -> None:
-    """Serve until the end of standard input."""
     async with TimedAuthority(directory, Script(delay_s=delay_s)) as authority:
         (directory / "address").write_text(authority.address)
         print("ready", flush=True)

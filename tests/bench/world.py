@@ -86,7 +86,7 @@ class Node(Driver):
 
     def call_seconds(self, method: str) -> tuple[int, float]:
         """Return the number of successful calls of a CSI method so far, and the seconds that the driver measured for them."""
-        pattern = rf'^certmount_node_call_seconds_(count|sum){{method="{method}",reason=""}} (\S+)$'
+        pattern = rf'^certmount_node_call_duration_seconds_(count|sum){{method="{method}",reason="Ok"}} (\S+)$'
         found = {kind: float(value) for kind, value in re.findall(pattern, self.get("/metrics")[1], re.MULTILINE)}
         return int(found.get("count", 0)), found.get("sum", 0.0)
 
@@ -101,7 +101,6 @@ class World:
         self._stub = node_stub(self._channel)
 
     def request(self, **attributes: str) -> PublishRequest:
-        """Return the kubelet's request for a volume of a new pod."""
         return self.node.kubelet.publish_request(FakePod(), attributes)
 
     async def publish(self, request: PublishRequest) -> float:
@@ -124,9 +123,12 @@ class World:
         await asyncio.gather(*map(self.publish, requests))
         return time.perf_counter() - started
 
-    async def unpublish_all(self) -> None:
-        for request in self.published.values():
+    async def unpublish(self, requests: Iterable[PublishRequest]) -> None:
+        for request in requests:
             await self._stub.NodeUnpublishVolume(self.node.kubelet.unpublish_request(request))
+
+    async def unpublish_all(self) -> None:
+        await self.unpublish(self.published.values())
         self._check_removed()
         self.published.clear()
 
@@ -167,10 +169,10 @@ class World:
 
 
 @asynccontextmanager
-async def issuing(directory: Path) -> AsyncIterator[Issuer]:
-    """Run an authority."""
-    (directory / "issuer").mkdir()
-    options, pipe = (str(directory / "issuer"), f"--delay-ms={ISSUER_DELAY_MS}"), asyncio.subprocess.PIPE
+async def issuing(directory: Path, delay_ms: float = ISSUER_DELAY_MS) -> AsyncIterator[Issuer]:
+    """Run the scripted authority in its own directory."""
+    (directory / "issuer").mkdir(parents=True)
+    options, pipe = (str(directory / "issuer"), f"--delay-ms={delay_ms}"), asyncio.subprocess.PIPE
     command = [sys.executable, "-m", "tests.bench.issuer", *options]
     process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
     assert process.stdin is not None

@@ -17,8 +17,7 @@ from csi_driver.core.certificates.keys import generate_key
 from csi_driver.core.names import Names
 from csi_driver.core.spec import DEFAULT_ISSUER, KeyType
 from csi_driver.rpc.errors import REASON_KEY
-from tests.e2e import host
-from tests.e2e.kubectl import CERTMOUNT, get, kubectl
+from tests.e2e import cluster, host
 
 NAME = "certmount-authority.certmount.svc"
 
@@ -27,8 +26,7 @@ NAME = "certmount-authority.certmount.svc"
 class IssueResult:
     """The result of a call: a reason and a message if it failed."""
 
-    reason: str
-    """Empty if the call succeeded."""
+    reason: str  # empty if the call succeeded
     message: str = ""
     leaf: x509.Certificate | None = None
     roots: tuple[bytes, ...] = ()
@@ -36,31 +34,29 @@ class IssueResult:
 
 def root() -> bytes:
     """Return the published roots (PEM) that pods trust."""
-    pem: str = get("configmap", "certmount-root")["data"]["root.crt"]
-    return pem.encode()
+    return str(cluster.get("configmap", "certmount-root")["data"]["root.crt"]).encode()
 
 
-def serving_root(namespace: str = CERTMOUNT) -> bytes:
+def serving_root(namespace: str = cluster.CERTMOUNT) -> bytes:
     """Return the published root (PEM) of the authority's TLS certificate."""
-    pem: str = get("configmap", "certmount-root", namespace)["data"]["authority.crt"]
-    return pem.encode()
+    return str(cluster.get("configmap", "certmount-root", namespace)["data"]["authority.crt"]).encode()
 
 
-def secret_root(namespace: str = CERTMOUNT) -> bytes:
+def secret_root(namespace: str = cluster.CERTMOUNT) -> bytes:
     """Return the root (PEM) in the authority's Secret; empty if there is none yet."""
-    data = get("secret", "certmount-ca", namespace).get("data") or {}
+    data = cluster.get("secret", "certmount-ca", namespace).get("data") or {}
     return base64.b64decode(data.get("root.crt", ""))
 
 
 def service_address() -> str:
-    return f"{get('service', 'certmount-authority')['spec']['clusterIP']}:443"
+    return f"{cluster.get('service', 'certmount-authority')['spec']['clusterIP']}:443"
 
 
 def token(account: str, namespace: str, pod: str = "", audience: str = "") -> str:
     """Return a token of a service account, bound to a pod if one is given."""
     bound = ("--bound-object-kind=Pod", f"--bound-object-name={pod}") if pod else ()
     flags = (*bound, f"--audience={audience}") if audience else bound
-    return kubectl("-n", namespace, "create", "token", account, *flags).strip()
+    return cluster.kubectl("-n", namespace, "create", "token", account, *flags).strip()
 
 
 def pod_token(namespace: str, pod: str) -> str:
@@ -69,8 +65,7 @@ def pod_token(namespace: str, pod: str) -> str:
 
 
 def node_token() -> str:
-    """Return the token of this node's driver."""
-    return token("certmount-node", CERTMOUNT, host.driver()["metadata"]["name"], "certmount-node")
+    return token("certmount-node", cluster.CERTMOUNT, host.driver()["metadata"]["name"], "certmount-node")
 
 
 @contextmanager

@@ -21,8 +21,7 @@ from csi_driver.core.certificates.csr import build_csr
 from csi_driver.core.certificates.keys import PrivateKey, generate_key
 from csi_driver.core.names import URI, DNSName, Names
 from csi_driver.core.spec import KeyType
-from tests.e2e import authority
-from tests.e2e.kubectl import cluster_ca, get, wait_until
+from tests.e2e import authority, cluster
 from tests.e2e.pods import Pod
 
 NAMESPACE = "e2e-csr"
@@ -64,16 +63,14 @@ class Request:
 
 def _create(request: Request, headers: Mapping[str, str], *, as_admin: bool) -> str:
     """Create the request at the API server, and return its name. Raises HTTPError."""
-    context = ssl.create_default_context(cafile=str(cluster_ca()))
+    context = ssl.create_default_context(cafile=str(cluster.ca_file()))
     if as_admin:
-        context.load_cert_chain(cluster_ca().with_name("admin.crt"), cluster_ca().with_name("admin.key"))
+        context.load_cert_chain(cluster.ca_file().with_name("admin.crt"), cluster.ca_file().with_name("admin.key"))
     body = json.dumps(request.document()).encode()
-    call = urllib.request.Request(
-        f"https://127.0.0.1:6443{PATH}", body, {"Content-Type": "application/json", **headers}
-    )
+    headers = {"Content-Type": "application/json", **headers}
+    call = urllib.request.Request(f"https://127.0.0.1:6443{PATH}", body, headers)
     with urllib.request.urlopen(call, context=context, timeout=10) as response:
-        name: str = json.load(response)["metadata"]["name"]
-    return name
+        return str(json.load(response)["metadata"]["name"])
 
 
 def create_with_token(request: Request, token: str) -> str:
@@ -81,7 +78,6 @@ def create_with_token(request: Request, token: str) -> str:
 
 
 def create_as_pod(request: Request) -> str:
-    """Create the request with a token that is bound to the pod."""
     return create_with_token(request, authority.token("default", NAMESPACE, POD.name))
 
 
@@ -102,12 +98,12 @@ def wait_until_processed(name: str) -> Any:
     """Return the object once it is denied, failed or issued."""
 
     def processed() -> Any:
-        csr = get("csr", name)
+        csr = cluster.get("csr", name)
         status = csr.get("status", {})
         types = {condition["type"] for condition in status.get("conditions", ())}
         return csr if types & {"Denied", "Failed"} or "certificate" in status else None
 
-    return wait_until(processed, seconds=45, what=f"{name} is processed")
+    return cluster.wait_until(processed, seconds=45, what=f"{name} is processed")
 
 
 def condition_of(csr: Any) -> tuple[str, str, str]:
@@ -123,9 +119,8 @@ def names(*texts: str) -> Names:
 
 
 def csr_pem(*texts: str, key: PrivateKey | None = None) -> bytes:
-    """Return a CSR (PEM) for these names."""
-    key = key or generate_key(KeyType.EC_P256)
-    return x509.load_der_x509_csr(build_csr(key, names(*texts))).public_bytes(Encoding.PEM)
+    der = build_csr(key or generate_key(KeyType.EC_P256), names(*texts))
+    return x509.load_der_x509_csr(der).public_bytes(Encoding.PEM)
 
 
 def changed_csr(

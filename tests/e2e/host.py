@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from csi_driver import DRIVER_NAME
-from tests.e2e.kubectl import find, wait_until
+from tests.e2e import cluster
 
 KUBELET = Path("/var/lib/kubelet")
 VOLUMES = KUBELET / "plugins" / DRIVER_NAME / "volumes"
 NODE = "node1"
-_LOCALKUBE = Path(__file__).parent / "localkube"
+LOCALKUBE = Path(__file__).parent / "localkube"
 _CONTAINERD = "/run/localkube-containerd/containerd.sock"
 
 
@@ -26,8 +26,7 @@ class Mount(NamedTuple):
     """An entry of the host's mount table."""
 
     point: str
-    options: frozenset[str]
-    """The options of this mount, not of the file system."""
+    options: frozenset[str]  # of this mount, not of the file system
     source: str
 
 
@@ -41,7 +40,6 @@ def read_mounts() -> list[Mount]:
 
 
 def target_path(uid: str) -> Path:
-    """Return the target path of the pod's certificate volume."""
     return KUBELET / "pods" / uid / "volumes" / "kubernetes.io~csi" / "tls" / "mount"
 
 
@@ -51,7 +49,6 @@ def mounts_at(path: Path) -> Sequence[Mount]:
 
 
 def volume_directory(uid: str) -> Path:
-    """Return the driver's directory of the pod's volume."""
     for directory in VOLUMES.iterdir():
         if json.loads((directory / "record.json").read_text())["pod_uid"] == uid:
             return directory
@@ -68,24 +65,22 @@ def leftovers_of(uid: str, directory: Path) -> Sequence[str]:
 
 def pods_of(component: str) -> list[Any]:
     """Return the pods of certmount-node or certmount-authority on this node that have an IP and are not being deleted."""
-    pods = find("pods", "-l", f"app.kubernetes.io/name={component}", "--field-selector", f"spec.nodeName={NODE}")
+    pods = cluster.find(
+        "pods", "-l", f"app.kubernetes.io/name={component}", "--field-selector", f"spec.nodeName={NODE}"
+    )
     return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"] and pod["status"].get("podIP")]
 
 
 def authorities() -> list[Any]:
-    """Return the pods of the authority."""
     return pods_of("certmount-authority")
 
 
 def driver() -> Any:
-    """Return the pod of the node driver."""
-    return wait_until(lambda: pods_of("certmount-node"), seconds=60, what="a pod of the node driver")[0]
+    return cluster.wait_until(lambda: pods_of("certmount-node"), seconds=60, what="a pod of the node driver")[0]
 
 
 def restarts(pod: Any) -> int:
-    """Return the number of restarts of the pod's first container."""
-    count: int = pod["status"]["containerStatuses"][0]["restartCount"]
-    return count
+    return int(pod["status"]["containerStatuses"][0]["restartCount"])
 
 
 def process_of(pod: Any) -> int:
@@ -93,24 +88,42 @@ def process_of(pod: Any) -> int:
     return _processes()[pod["status"]["containerStatuses"][0]["containerID"].removeprefix("containerd://")]
 
 
+def runs(pod: Any) -> bool:
+    """Return False if the pod's first container has ended, which the kubelet notices only after a moment."""
+    return pod["status"]["containerStatuses"][0].get("containerID", "").removeprefix("containerd://") in _processes()
+
+
+def tag_image(image: str, other: str) -> None:
+    """Give an image of the container runtime another name."""
+    _containerd("images", "tag", "--force", image, other)
+
+
+def _containerd(*arguments: str) -> str:
+    command = ["ctr", "-a", _CONTAINERD, "-n", "k8s.io", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def _processes() -> dict[str, int]:
     """Return the first process of each running container, by container ID."""
-    command = ["ctr", "-a", _CONTAINERD, "-n", "k8s.io", "tasks", "ls"]
-    tasks = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    tasks = _containerd("tasks", "ls")
     return {container: int(pid) for container, pid in re.findall(r"^(\S+)\s+(\d+)\s+RUNNING", tasks, re.MULTILINE)}
 
 
-def stop_component(name: str, seconds: float = 30) -> None:
-    """Stop a Kubernetes component, such as ``kubelet``, with SIGTERM."""
+def stop_component(name: str, seconds: float = 30, *, how: signal.Signals = signal.SIGTERM) -> None:
+    """Stop a Kubernetes component, such as ``kubelet``, with a signal."""
     pid = int((Path(os.environ["LOCALKUBE_RUN"]) / f"{name}.pid").read_text())
-    os.kill(pid, signal.SIGTERM)
-    wait_until(lambda: not _exists(pid), seconds=seconds, what=f"{name} stops")
+    os.kill(pid, how)
+    cluster.wait_until(lambda: not _exists(pid), seconds=seconds, what=f"{name} stops")
 
 
 def start_components(seconds: float = 90) -> bool:
     """Start all components that do not run; return True when the cluster is up."""
-    up = subprocess.run([_LOCALKUBE / "up.sh"], check=False, capture_output=True, timeout=seconds)
-    return up.returncode == 0
+    return subprocess.run([LOCALKUBE / "up.sh"], check=False, capture_output=True, timeout=seconds).returncode == 0
+
+
+def exists() -> bool:
+    """Return True if the cluster's state exists, also while its components do not run."""
+    return (Path(os.environ["LOCALKUBE_RUN"]) / "pki").exists()
 
 
 def restart_kubelet() -> None:
@@ -138,13 +151,16 @@ def _exists(pid: int) -> bool:
 
 def metric(pod: Any, name: str) -> float:
     """Return the sum of a metric over all labels that ``name`` does not contain: ``calls{method="x"``."""
+    return sum(float(line.rpartition(" ")[2]) for line in metrics_page(pod).splitlines() if line.startswith(name))
+
+
+def metrics_page(pod: Any) -> str:
     port = pod["spec"]["containers"][0]["ports"][-1]["containerPort"]
     address = f"http://{pod['status']['podIP']}:{port}/metrics"
     with urllib.request.urlopen(address, timeout=10) as response:
-        lines = response.read().decode().splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+        page: str = response.read().decode()
+        return page
 
 
 def publish_calls(pod: Any) -> float:
-    """Return the number of NodePublishVolume calls of this driver."""
-    return metric(pod, 'certmount_node_call_seconds_count{method="NodePublishVolume"')
+    return metric(pod, 'certmount_node_call_duration_seconds_count{method="NodePublishVolume"')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -10,7 +11,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-AUTHORITY, DRIVER = "certmount-authority", "certmount-node"
+AUTHORITY, DRIVER, SECRETS = "certmount-authority", "certmount-node", "certmount-secrets"
 _POLL_INTERVAL_S = 0.1
 
 
@@ -32,7 +33,7 @@ class LogCollector:
             file.close()
 
     def text(self, component: str = "") -> str:
-        """Return the text that the container runtime wrote, of one component or of both."""
+        """Return the text that the container runtime wrote, of one component or of all."""
         return "".join(text for _, text in self._texts(component))
 
     def events(self, component: str = "") -> list[dict[str, Any]]:
@@ -60,8 +61,13 @@ class LogCollector:
         while not self._stop.wait(_POLL_INTERVAL_S):
             self._open_new_files()
 
+    def _paths(self) -> list[Path]:
+        while True:
+            with contextlib.suppress(FileNotFoundError):  # the kubelet deleted a directory meanwhile
+                return list(self._directory.glob("certmount_*/*/*.log"))
+
     def _open_new_files(self) -> None:
-        for path in self._directory.glob("certmount_*/*/*.log"):
+        for path in self._paths():
             try:
                 status = path.stat()
                 key = (status.st_dev, status.st_ino)

@@ -10,18 +10,7 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from tests.e2e import authority, host
-from tests.e2e.kubectl import (
-    CERTMOUNT,
-    KubectlError,
-    apply,
-    create_namespace,
-    find,
-    kubectl,
-    kubectl_with_token,
-    wait_for,
-    wait_until,
-)
+from tests.e2e import authority, cluster, host
 from tests.e2e.pods import Pod, manifest, with_script
 
 NAMESPACE = "e2e-access"
@@ -61,17 +50,17 @@ def _attacker() -> tuple[Any, Any]:
 @pytest.fixture(scope="module", autouse=True)
 def scene() -> Iterator[None]:
     """A pod on this node, an attacker, and a pod on a second node that is an API object only and also has a driver pod."""
-    create_namespace(NAMESPACE)
-    kubectl("create", "serviceaccount", "fresh", "-n", NAMESPACE)
-    apply(_other_node(), manifest(LOCAL, {}), *_attacker(), _remote())
+    cluster.create_namespace(NAMESPACE)
+    cluster.kubectl("create", "serviceaccount", "fresh", "-n", NAMESPACE)
+    cluster.apply(_other_node(), manifest(LOCAL, {}), *_attacker(), _remote())
     capacity = json.dumps({"status": {"capacity": {"cpu": "1", "memory": "1Gi", "pods": "10"}}})
-    kubectl("patch", "node", OTHER_NODE, "--subresource=status", "-p", capacity)
+    cluster.kubectl("patch", "node", OTHER_NODE, "--subresource=status", "-p", capacity)
     LOCAL.wait_until_ready()
     yield
-    kubectl("delete", "node", OTHER_NODE)
+    cluster.kubectl("delete", "node", OTHER_NODE)
     REMOTE.delete("--force", "--grace-period=0")
     selector = ("--field-selector", f"spec.nodeName={OTHER_NODE}")
-    kubectl("-n", CERTMOUNT, "delete", "pods", *selector, "--force", "--grace-period=0")
+    cluster.kubectl("-n", cluster.CERTMOUNT, "delete", "pods", *selector, "--force", "--grace-period=0")
 
 
 @pytest.fixture(scope="module")
@@ -87,28 +76,27 @@ def pod_token() -> str:
 def _rules(account: str, account_namespace: str, namespace: str) -> set[str]:
     """Return the rules that a SelfSubjectRulesReview lists for an account in a namespace."""
     token = authority.token(account, account_namespace)
-    output = kubectl_with_token(token, "auth", "can-i", "--list", "--no-headers", "-n", namespace)
+    output = cluster.kubectl_with_token(token, "auth", "can-i", "--list", "--no-headers", "-n", namespace)
     return {" ".join(line.split()) for line in output.splitlines()}
 
 
-@pytest.mark.parametrize("namespace", [CERTMOUNT, NAMESPACE, "kube-system"])
+@pytest.mark.parametrize("namespace", [cluster.CERTMOUNT, NAMESPACE, "kube-system"])
 def test_node_account_has_only_the_rights_of_every_account(namespace: str) -> None:
-    """The driver's account has exactly the rights of a new account without bindings."""
-    assert _rules("certmount-node", CERTMOUNT, namespace) == _rules("fresh", NAMESPACE, namespace)
+    assert _rules("certmount-node", cluster.CERTMOUNT, namespace) == _rules("fresh", NAMESPACE, namespace)
 
 
 def test_api_server_rejects_the_token_of_the_driver() -> None:
     """The token in the driver's container does not authenticate at the API server, and is the pod's only token."""
     uid = host.driver()["metadata"]["uid"]
     projected = host.KUBELET / "pods" / uid / "volumes" / "kubernetes.io~projected"
-    with pytest.raises(KubectlError, match="Unauthorized"):
-        kubectl_with_token((projected / "token" / "token").read_text(), "auth", "whoami")
+    with pytest.raises(cluster.KubectlError, match="Unauthorized"):
+        cluster.kubectl_with_token((projected / "token" / "token").read_text(), "auth", "whoami")
     assert [volume.name for volume in projected.iterdir()] == ["token"]
 
 
 def test_authority_account_has_only_the_documented_rights() -> None:
     """In addition to the rights of every account: the listed ones, and get and update of its own objects."""
-    common = _rules("fresh", NAMESPACE, CERTMOUNT)
+    common = _rules("fresh", NAMESPACE, cluster.CERTMOUNT)
     everywhere = {
         "tokenreviews.authentication.k8s.io [] [] [create]",
         "services [] [] [list watch]",
@@ -121,13 +109,13 @@ def test_authority_account_has_only_the_documented_rights() -> None:
         "certificatesigningrequests.certificates.k8s.io/status [] [] [update]",
         "signers.certificates.k8s.io [] [certmount.dev/pod] [approve sign]",
     }
-    assert _rules("certmount-authority", CERTMOUNT, CERTMOUNT) - common == everywhere | {
+    assert _rules("certmount-authority", cluster.CERTMOUNT, cluster.CERTMOUNT) - common == everywhere | {
         "secrets [] [certmount-ca] [get update]",
         "secrets [] [certmount-acknowledgements] [get update]",
         "configmaps [] [certmount-root] [get update]",
         "leases.coordination.k8s.io [] [certmount-csr-signer] [get update]",
     }
-    assert _rules("certmount-authority", CERTMOUNT, NAMESPACE) - common == everywhere
+    assert _rules("certmount-authority", cluster.CERTMOUNT, NAMESPACE) - common == everywhere
 
 
 def test_call_with_both_tokens_succeeds(pod_token: str, node_token: str) -> None:
@@ -136,15 +124,13 @@ def test_call_with_both_tokens_succeeds(pod_token: str, node_token: str) -> None
 
 
 def test_pod_with_its_own_tokens_is_rejected() -> None:
-    """The authority rejects all calls of a pod that has tokens for both audiences and can reach the authority."""
-    wait_for("jsonpath={.status.phase}=Succeeded", f"pod/{ATTACKER.name}", namespace=NAMESPACE)
+    cluster.wait_for("jsonpath={.status.phase}=Succeeded", f"pod/{ATTACKER.name}", namespace=NAMESPACE)
     reasons = json.loads(ATTACKER.logs())
     assert len(reasons) == 6
     assert set(reasons.values()) == {"TokenRejected"}, reasons
 
 
 def test_token_of_a_pod_on_another_node_is_rejected(node_token: str) -> None:
-    """A compromised node cannot get certificates for pods on other nodes."""
     result = authority.issue(authority.pod_token(NAMESPACE, REMOTE.name), node_token)
     assert result.reason == "TokenRejected"
     assert f"belongs to a pod on node {OTHER_NODE}, but the driver on node {host.NODE} sent it" in result.message
@@ -155,17 +141,16 @@ def test_token_of_another_nodes_driver_is_rejected(pod_token: str) -> None:
 
     def drivers() -> list[Any]:
         label = "app.kubernetes.io/name=certmount-node"
-        return find("pods", "-l", label, "--field-selector", f"spec.nodeName={OTHER_NODE}")
+        return cluster.find("pods", "-l", label, "--field-selector", f"spec.nodeName={OTHER_NODE}")
 
-    (driver, *_) = wait_until(drivers, seconds=30, what=f"a pod of the DaemonSet on {OTHER_NODE}")
-    other = authority.token("certmount-node", CERTMOUNT, driver["metadata"]["name"], "certmount-node")
+    (driver, *_) = cluster.wait_until(drivers, seconds=30, what=f"a pod of the DaemonSet on {OTHER_NODE}")
+    other = authority.token("certmount-node", cluster.CERTMOUNT, driver["metadata"]["name"], "certmount-node")
     result = authority.issue(pod_token, other)
     assert result.reason == "TokenRejected"
     assert f"belongs to a pod on node {host.NODE}, but the driver on node {OTHER_NODE} sent it" in result.message
 
 
 def test_forged_and_misused_tokens_are_rejected(pod_token: str, node_token: str) -> None:
-    """The authority rejects a wrong signature, no signature, another audience, another account and an unbound token."""
     claims = jwt.decode(pod_token, options={"verify_signature": False})
     key_id = {"kid": jwt.get_unverified_header(pod_token)["kid"]}
     wrong_key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
@@ -184,7 +169,7 @@ def test_forged_and_misused_tokens_are_rejected(pod_token: str, node_token: str)
     wrong_node_tokens = {
         "of another account": authority.token("default", NAMESPACE, LOCAL.name, "certmount-node"),
         "of the pod": pod_token,
-        "bound to no pod": authority.token("certmount-node", CERTMOUNT, audience="certmount-node"),
+        "bound to no pod": authority.token("certmount-node", cluster.CERTMOUNT, audience="certmount-node"),
         "missing": None,
     }
     for what, wrong in wrong_node_tokens.items():
@@ -192,7 +177,6 @@ def test_forged_and_misused_tokens_are_rejected(pod_token: str, node_token: str)
 
 
 def test_token_is_rejected_seconds_after_its_pod_is_deleted(pod_token: str, node_token: str) -> None:
-    """The authority rejects the token of a deleted pod although the token has not expired."""
     LOCAL.delete()
 
     def rejection(*reasons: str) -> authority.IssueResult | None:
@@ -200,6 +184,10 @@ def test_token_is_rejected_seconds_after_its_pod_is_deleted(pod_token: str, node
         return result if result.reason in reasons else None
 
     # The authority's pod watch reports the deletion first; an earlier token review counts for some more seconds.
-    wait_until(lambda: rejection("PodNotFound", "TokenRejected"), seconds=10, what="a rejection for the deleted pod")
-    rejected = wait_until(lambda: rejection("TokenRejected"), seconds=15, what="a rejection of the token itself")
+    cluster.wait_until(
+        lambda: rejection("PodNotFound", "TokenRejected"), seconds=10, what="a rejection for the deleted pod"
+    )
+    rejected = cluster.wait_until(
+        lambda: rejection("TokenRejected"), seconds=15, what="a rejection of the token itself"
+    )
     assert "the API server rejects the token" in rejected.message

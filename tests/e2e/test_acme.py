@@ -9,13 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from kubernetes.aio import client
 
 from csi_driver.authority.issuers.acme.config import Http01
 from csi_driver.authority.issuers.acme.http01 import ChallengeServer
-from csi_driver.kube.client import connect
+from csi_driver.kube.connection import Api, ApiConfiguration, bearer, client_context
 from csi_driver.kube.ingress import LABELS, IngressRoutes
-from tests.e2e.kubectl import CERTMOUNT, apply, find, kubectl
+from tests.e2e import cluster
 from tests.peers.acme import acme_environment, dns_names, request_for, running_issuers
 from tests.peers.nginx import Nginx
 from tests.peers.processes import LOOPBACK
@@ -29,30 +28,29 @@ NAMES = ("shop.example.test", "www.example.test")
 SELECTION = ("-l", ",".join(f"{key}={value}" for key, value in LABELS.items()))
 
 
-async def _api_server(directory: Path) -> client.Configuration:
-    view = json.loads(await asyncio.to_thread(kubectl, "config", "view", "--raw", "--minify", "-o", "json"))
-    cluster = view["clusters"][0]["cluster"]
-    configuration = client.Configuration(host=cluster["server"])
+async def _api_server(directory: Path) -> ApiConfiguration:
+    view = json.loads(await asyncio.to_thread(cluster.kubectl, "config", "view", "--raw", "--minify", "-o", "json"))
+    server = view["clusters"][0]["cluster"]
     ca = directory / "api.crt"
-    if "certificate-authority-data" in cluster:
-        ca.write_bytes(base64.b64decode(cluster["certificate-authority-data"]))
-        configuration.ssl_ca_cert = str(ca)
+    if "certificate-authority-data" in server:
+        ca.write_bytes(base64.b64decode(server["certificate-authority-data"]))
     else:
-        configuration.ssl_ca_cert = cluster["certificate-authority"]
-    token = (await asyncio.to_thread(kubectl, "-n", CERTMOUNT, "create", "token", "certmount-authority")).strip()
-    configuration.api_key = {"BearerToken": f"Bearer {token}"}
-    return configuration
+        ca = Path(server["certificate-authority"])
+    token = (
+        await asyncio.to_thread(cluster.kubectl, "-n", cluster.CERTMOUNT, "create", "token", "certmount-authority")
+    ).strip()
+    return ApiConfiguration(url=server["server"], tls=client_context(str(ca)), authorization=bearer(token))
 
 
 async def test_each_challenge_gets_an_ingress_that_is_deleted_afterwards(tmp_path: Path) -> None:
     wanted = ("certmount-acme", "certmount-acme-ingress")
     objects = [one for one in documents("acme.md") if one.get("metadata", {}).get("name") in wanted]
     await asyncio.to_thread(
-        apply, *(one for one in objects if one["kind"] == "Service" or "ingress" in one["metadata"]["name"])
+        cluster.apply, *(one for one in objects if one["kind"] == "Service" or "ingress" in one["metadata"]["name"])
     )
     nginx = Nginx(tmp_path / "nginx", "")
-    async with connect(await _api_server(tmp_path)) as api, acme_environment(tmp_path, http_port=nginx.port) as env:
-        routes = IngressRoutes(api, CERTMOUNT, "certmount-acme", 80, "nginx")
+    async with Api(await _api_server(tmp_path)) as api, acme_environment(tmp_path, http_port=nginx.port) as env:
+        routes = IngressRoutes(api, cluster.CERTMOUNT, "certmount-acme", 80, "nginx")
         http01 = Http01(self_test=nginx.address, ingress_class="nginx")
         configuration = replace(env.configuration, dns01=None, http01=http01)
         issuer = env.issuer(configuration, routes=routes)
@@ -61,11 +59,11 @@ async def test_each_challenge_gets_an_ingress_that_is_deleted_afterwards(tmp_pat
         try:
             async with running_issuers(issuer):
                 issuing = asyncio.ensure_future(issuer.issue(request_for(*NAMES)))
-                await until(lambda: len(find("ingress", *SELECTION)) == len(NAMES), "an Ingress for each name")
-                made = await asyncio.to_thread(find, "ingress", *SELECTION)
+                await until(lambda: len(cluster.find("ingress", *SELECTION)) == len(NAMES), "an Ingress for each name")
+                made = await asyncio.to_thread(cluster.find, "ingress", *SELECTION)
                 nginx_locations = locations(made, {("certmount-acme", 80): f"{LOOPBACK}:{port}"})
                 async with replace(nginx, locations=nginx_locations).running():
                     assert dns_names((await issuing).chain) == set(NAMES)
-                assert await asyncio.to_thread(find, "ingress", *SELECTION) == []
+                assert await asyncio.to_thread(cluster.find, "ingress", *SELECTION) == []
         finally:
             await server.stop()

@@ -12,31 +12,18 @@ import pytest
 import yaml
 
 from csi_driver.core.formats.pem import decode_certificates
-from tests.e2e.kubectl import (
-    apply,
-    change_policy,
-    create_namespace,
-    delete_namespace,
-    kubectl,
-    patch_config_map,
-    restart_authority,
-    restored_configuration,
-    wait_for,
-    wait_until,
-)
+from tests.e2e import cluster
 from tests.e2e.pods import BUSYBOX
 from tests.peers.step_ca import RealStepCA
 from tests.support.provisioner_key import JWE, JWK, PASSWORD
 
 PAGE = (Path(__file__).parents[2] / "docs" / "from-autocert.md").read_text(encoding="utf-8")
-BRIDGE = "10.244.0.1"
-"""The address of this machine in the pod network."""
+BRIDGE = "10.244.0.1"  # the address of this machine in the pod network
 NAMESPACE = "e2e-autocert"
 TIMEOUT_S = 60
 
 
 def _documents() -> list[Any]:
-    """Return the YAML documents of the page."""
     blocks = re.findall(r"^```yaml\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
     return [document for block in blocks for document in yaml.safe_load_all(block)]
 
@@ -64,13 +51,13 @@ async def ca(tmp_path: Path) -> AsyncIterator[RealStepCA]:
     ca = RealStepCA(
         tmp_path / "ca", "Autocert", jwk=JWK, encrypted_key=JWE, provisioner="autocert", listen=BRIDGE, names=names
     )
-    create_namespace("step")
+    cluster.create_namespace("step")
 
     def item(kind: str, name: str, version: str = "v1", labels: dict[str, str] | None = None, **fields: Any) -> Any:
         metadata = {"name": name, "namespace": "step", "labels": labels or {}}
         return {"apiVersion": version, "kind": kind, "metadata": metadata, **fields}
 
-    apply(
+    cluster.apply(
         item("Secret", "autocert-password", stringData={"password": PASSWORD}),
         item("ConfigMap", "certs", data={"root_ca.crt": ca.root_file.read_text()}),
         item("Service", "ca", spec={"ports": [{"port": 443, "targetPort": ca.port}]}),
@@ -84,10 +71,10 @@ async def ca(tmp_path: Path) -> AsyncIterator[RealStepCA]:
             endpoints=[{"addresses": [BRIDGE]}],
         ),
     )
-    with restored_configuration():
+    with cluster.restored_configuration():
         async with ca:
             yield ca
-    delete_namespace("step", NAMESPACE)
+    cluster.delete_namespace("step", NAMESPACE)
 
 
 @pytest.mark.timeout(300)
@@ -95,27 +82,29 @@ async def test_migration_from_autocert(ca: RealStepCA, tmp_path: Path) -> None:
     """The page's steps end with a pod that has a certificate of the same step-ca in autocert's directory."""
     _shell(_command("get configmap certs"), tmp_path)
     fingerprint = _shell(_command("openssl x509"), tmp_path).strip().partition("=")[2]
-    apply(*(each for each in _documents() if each.get("kind") in ("Role", "RoleBinding", "NetworkPolicy")))
+    cluster.apply(*(each for each in _documents() if each.get("kind") in ("Role", "RoleBinding", "NetworkPolicy")))
     issuers = _document("issuers")
     step_ca = issuers["issuers"][0]["step_ca"]
     step_ca["root_sha256"] = fingerprint
-    patch_config_map("certmount-issuers", {"issuers.yaml": yaml.safe_dump(issuers)})
+    cluster.patch_config_map("certmount-issuers", {"issuers.yaml": yaml.safe_dump(issuers)})
     # Keep the rules of the other tests.
-    change_policy(lambda policy: policy["policy"].extend(_document("policy")["policy"]))
-    restart_authority()
+    cluster.change_policy(lambda policy: policy["policy"].extend(_document("policy")["policy"]))
+    cluster.restart_authority()
     check = _command("certmount issuer check step")
-    output = wait_until(lambda: _usable(_shell(check, tmp_path)), seconds=TIMEOUT_S, what="the issuer is usable")
+    output = cluster.wait_until(
+        lambda: _usable(_shell(check, tmp_path)), seconds=TIMEOUT_S, what="the issuer is usable"
+    )
     assert "autocert is a JWK provisioner" in output
     assert f"step-ca at {step_ca['url']} answers" in output
 
-    create_namespace(NAMESPACE)
-    kubectl("label", "namespace", NAMESPACE, "autocert.step.sm=enabled")
+    cluster.create_namespace(NAMESPACE)
+    cluster.kubectl("label", "namespace", NAMESPACE, "autocert.step.sm=enabled")
     name = f"hello-mtls.{NAMESPACE}.svc.cluster.local"
-    apply(_migrated_deployment(name))
-    wait_for("Available", "deployment/hello-mtls", namespace=NAMESPACE, seconds=TIMEOUT_S)
+    cluster.apply(_migrated_deployment(name))
+    cluster.wait_for("Available", "deployment/hello-mtls", namespace=NAMESPACE, seconds=TIMEOUT_S)
 
     def run(*command: str) -> str:
-        return kubectl("-n", NAMESPACE, "exec", "deploy/hello-mtls", "--", *command)
+        return cluster.kubectl("-n", NAMESPACE, "exec", "deploy/hello-mtls", "--", *command)
 
     directory = "/var/run/autocert.step.sm"
     assert decode_certificates(run("cat", f"{directory}/root.crt").encode()) == [ca.root]

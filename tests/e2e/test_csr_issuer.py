@@ -20,23 +20,8 @@ from csi_driver.core.certificates.csr import build_csr, names_of
 from csi_driver.core.certificates.keys import generate_key
 from csi_driver.core.formats.pem import encode_certificates
 from csi_driver.core.spec import KeyType
-from tests.e2e import authority
+from tests.e2e import authority, cluster
 from tests.e2e.csr import PATH, documented, names
-from tests.e2e.kubectl import (
-    CERTMOUNT,
-    apply,
-    change_policy,
-    create_namespace,
-    delete_namespace,
-    events_of,
-    find,
-    kubectl,
-    patch_config_map,
-    restart_authority,
-    restored_configuration,
-    wait_for,
-    wait_until,
-)
 from tests.e2e.logs import AUTHORITY, LogCollector
 from tests.e2e.pods import Pod, manifest
 from tests.unit.core import pki
@@ -77,8 +62,7 @@ class CorporateSigner:
         self.signed: list[str] = []
 
     def sign_approved(self) -> None:
-        """Sign all approved requests without a certificate."""
-        for csr in find("csr", "--field-selector", "spec.signerName=example.com/pods"):
+        for csr in cluster.find("csr", "--field-selector", "spec.signerName=example.com/pods"):
             status, name = csr["status"], csr["metadata"]["name"]
             approved = any(condition["type"] == "Approved" for condition in status.get("conditions", ()))
             if not approved or "certificate" in status:
@@ -86,7 +70,7 @@ class CorporateSigner:
             request = x509.load_pem_x509_csr(base64.b64decode(csr["spec"]["request"]))
             pem = encode_certificates([self._leaf(request, csr["spec"]["expirationSeconds"]), self.root.certificate])
             csr["status"] = {**status, "certificate": base64.b64encode(pem).decode()}
-            kubectl("replace", "--raw", f"{PATH}/{name}/status", "-f", "-", text=json.dumps(csr))
+            cluster.kubectl("replace", "--raw", f"{PATH}/{name}/status", "-f", "-", text=json.dumps(csr))
             self.signed.append(name)
 
     def _leaf(self, request: x509.CertificateSigningRequest, seconds: int) -> x509.Certificate:
@@ -107,39 +91,44 @@ class CorporateSigner:
 
 @pytest.fixture(scope="module")
 def corporate() -> Iterator[CorporateSigner]:
-    """A signer whose root is in a Secret that the authority can read."""
     signer = CorporateSigner()
     root = signer.root.certificate.public_bytes(Encoding.PEM).decode()
     rules = ("--resource=secrets", "--resource-name=corporate-roots", "--verb=get")
     account = ("--serviceaccount=certmount:certmount-authority",)
-    kubectl("-n", CERTMOUNT, "create", "secret", "generic", "corporate-roots", f"--from-literal=ca.crt={root}")
-    kubectl("-n", CERTMOUNT, "create", "role", "corporate-roots", *rules)
-    kubectl("-n", CERTMOUNT, "create", "rolebinding", "corporate-roots", "--role=corporate-roots", *account)
+    cluster.kubectl(
+        "-n", cluster.CERTMOUNT, "create", "secret", "generic", "corporate-roots", f"--from-literal=ca.crt={root}"
+    )
+    cluster.kubectl("-n", cluster.CERTMOUNT, "create", "role", "corporate-roots", *rules)
+    cluster.kubectl(
+        "-n", cluster.CERTMOUNT, "create", "rolebinding", "corporate-roots", "--role=corporate-roots", *account
+    )
     yield signer
-    kubectl("-n", CERTMOUNT, "delete", "secret,role,rolebinding", "corporate-roots")
+    cluster.kubectl("-n", cluster.CERTMOUNT, "delete", "secret,role,rolebinding", "corporate-roots")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def issuers(corporate: CorporateSigner) -> Iterator[None]:  # noqa: ARG001  # creates the Secret with the roots
     """The issuers, with the documented roles."""
-    create_namespace(NAMESPACE)
-    apply(*documented("ClusterRole"), *documented("ClusterRoleBinding"))
-    with restored_configuration():
-        patch_config_map("certmount-issuers", {"issuers.yaml": ISSUERS})
-        change_policy(lambda policy: policy["policy"].append(RULE))
-        restart_authority()
+    cluster.create_namespace(NAMESPACE)
+    cluster.apply(*documented("ClusterRole"), *documented("ClusterRoleBinding"))
+    with cluster.restored_configuration():
+        cluster.patch_config_map("certmount-issuers", {"issuers.yaml": ISSUERS})
+        cluster.change_policy(lambda policy: policy["policy"].append(RULE))
+        cluster.restart_authority()
         yield
-    delete_namespace(NAMESPACE)
+    cluster.delete_namespace(NAMESPACE)
 
 
 def _remaining_requests() -> list[str]:
     """Return the requests of issuers that still exist."""
-    return [csr["metadata"]["name"] for csr in find("csr", "-l", "app.kubernetes.io/managed-by=certmount")]
+    return [csr["metadata"]["name"] for csr in cluster.find("csr", "-l", "app.kubernetes.io/managed-by=certmount")]
 
 
 def test_issuer_check_finds_no_problem() -> None:
     """The documented roles contain all permissions that the check verifies."""
-    output = kubectl("-n", CERTMOUNT, "exec", "deploy/certmount-authority", "--", "certmount", "issuer", "check")
+    output = cluster.kubectl(
+        "-n", cluster.CERTMOUNT, "exec", "deploy/certmount-authority", "--", "certmount", "issuer", "check"
+    )
     assert "FAIL" not in output, output
     assert "the authority can approve requests for certmount.dev/pod" in output
 
@@ -149,47 +138,48 @@ def test_issuer_check_finds_no_problem() -> None:
 def test_volume_with_the_authoritys_own_signer(issuer: str, uri: str) -> None:
     """The authority creates the request, and its signer accepts it because the API server recorded the authority as requester."""
     pod = Pod(NAMESPACE, f"volume-{issuer}")
-    apply(manifest(pod, {"name": NAME, "issuer": issuer, "duration": "1h", **({"uri-sans": uri} if uri else {})}))
+    cluster.apply(
+        manifest(pod, {"name": NAME, "issuer": issuer, "duration": "1h", **({"uri-sans": uri} if uri else {})})
+    )
     pod.wait_until_ready(120)
     assert names_of(pod.certificate().extensions) == names(NAME, *([uri] if uri else []))
     assert pod.read("root.crt").encode() == authority.root()
-    assert wait_until(lambda: not _remaining_requests(), seconds=10, what="no remaining requests")
+    assert cluster.wait_until(lambda: not _remaining_requests(), seconds=10, what="no remaining requests")
 
 
 @pytest.mark.timeout(240)
 def test_volume_with_any_signer_of_the_cluster(corporate: CorporateSigner) -> None:
     """The authority approves the request, or a person does so after the publish call has ended; one request is enough."""
     approved, by_hand = Pod(NAMESPACE, "corporate"), Pod(NAMESPACE, "by-hand")
-    apply(*(manifest(pod, {"name": NAME, "issuer": pod.name, "duration": "1h"}) for pod in (approved, by_hand)))
+    cluster.apply(*(manifest(pod, {"name": NAME, "issuer": pod.name, "duration": "1h"}) for pod in (approved, by_hand)))
 
     def ready_after_signing(pod: Pod) -> bool:
         corporate.sign_approved()
         conditions = pod.get()["status"]["conditions"]
         return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
 
-    wait_until(lambda: ready_after_signing(approved), seconds=60, what="a certificate of the corporate signer")
+    cluster.wait_until(lambda: ready_after_signing(approved), seconds=60, what="a certificate of the corporate signer")
     assert approved.read("root.crt").encode() == encode_certificates([corporate.root.certificate])
     assert names_of(approved.certificate().extensions) == names(NAME)
 
-    (event, *_) = wait_until(
-        lambda: events_of(by_hand.name, NAMESPACE, reason="IssuancePending"),
+    (event, *_) = cluster.wait_until(
+        lambda: cluster.events_of(by_hand.name, NAMESPACE, reason="IssuancePending"),
         seconds=60,
         what="an IssuancePending event",
     )
     (name,) = _remaining_requests()
     assert f"kubectl certificate approve {name}" in event["message"]
-    kubectl("certificate", "approve", name)
-    wait_until(lambda: ready_after_signing(by_hand), seconds=120, what="the certificate that a person approved")
+    cluster.kubectl("certificate", "approve", name)
+    cluster.wait_until(lambda: ready_after_signing(by_hand), seconds=120, what="the certificate that a person approved")
     assert corporate.signed[-1] == name
     assert not _remaining_requests()
 
 
 @pytest.mark.timeout(300)
 def test_two_hundred_requests_are_deleted_once_issued(logs: LogCollector) -> None:
-    """The authority deletes each request as soon as it has read the certificate."""
     pods = [Pod(NAMESPACE, f"many-{number}") for number in range(4)]
-    apply(*(manifest(pod, {}) for pod in pods))
-    wait_for("Ready", *(f"pod/{pod.name}" for pod in pods), namespace=NAMESPACE)
+    cluster.apply(*(manifest(pod, {}) for pod in pods))
+    cluster.wait_for("Ready", *(f"pod/{pod.name}" for pod in pods), namespace=NAMESPACE)
     metadata = (("authorization", f"Bearer {authority.node_token()}"),)
     tokens = [authority.pod_token(NAMESPACE, pod.name) for pod in pods]
     with authority.connected() as stub:
@@ -205,7 +195,7 @@ def test_two_hundred_requests_are_deleted_once_issued(logs: LogCollector) -> Non
         with ThreadPoolExecutor(10) as threads:
             leaves = list(threads.map(issue, range(REQUESTS)))
     assert len({x509.load_der_x509_certificate(leaf).serial_number for leaf in leaves}) == REQUESTS
-    assert wait_until(lambda: not _remaining_requests(), seconds=10, what="no remaining requests")
+    assert cluster.wait_until(lambda: not _remaining_requests(), seconds=10, what="no remaining requests")
     rules = ["the authority's earlier decision"]
     issued: set[Any] = {event["csr"] for event in logs.events(AUTHORITY) if event.get("rules") == rules}
     assert len(issued) >= REQUESTS

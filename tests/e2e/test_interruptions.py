@@ -10,36 +10,23 @@ from typing import Any
 
 import pytest
 
-from tests.e2e import host
+from tests.e2e import cluster, host
 from tests.e2e.host import leftovers_of, metric, mounts_at, restart_kubelet, target_path, volume_directory
-from tests.e2e.kubectl import (
-    CERTMOUNT,
-    apply,
-    create_namespace,
-    find,
-    kubectl,
-    stopped_authority,
-    wait_for,
-    wait_for_rollout,
-    wait_until,
-)
 from tests.e2e.logs import DRIVER, LogCollector
 from tests.e2e.pods import TLS, Pod, manifest
 
 NAMESPACE = "e2e-interruptions"
+# Their certificates have a lifetime of a day, so each second certificate is an error.
 LONG_LIVED = [Pod(NAMESPACE, f"long-lived-{number}") for number in range(4)]
-"""Their certificates have a lifetime of a day, so each second certificate is an error."""
-SHORT_LIVED = Pod(NAMESPACE, "short-lived")
-"""The driver renews its certificate about every 26 seconds."""
+SHORT_LIVED = Pod(NAMESPACE, "short-lived")  # the driver renews its certificate about every 26 seconds
 MANY = 40
 
 
 @pytest.fixture(scope="module", autouse=True)
 def scene() -> None:
-    """The pods that run through all interruptions."""
-    create_namespace(NAMESPACE)
-    apply(manifest(SHORT_LIVED, {"duration": "40s"}), *(manifest(pod, {}) for pod in LONG_LIVED))
-    wait_for("Ready", "pod", "--all", namespace=NAMESPACE)
+    cluster.create_namespace(NAMESPACE)
+    cluster.apply(manifest(SHORT_LIVED, {"duration": "40s"}), *(manifest(pod, {}) for pod in LONG_LIVED))
+    cluster.wait_for("Ready", "pod", "--all", namespace=NAMESPACE)
 
 
 def _state() -> dict[str, tuple[str, str, int]]:
@@ -49,7 +36,7 @@ def _state() -> dict[str, tuple[str, str, int]]:
 
 def _wait_for_rotation() -> None:
     before = SHORT_LIVED.read("site.crt")
-    wait_until(lambda: SHORT_LIVED.read("site.crt") != before, seconds=60, what="a renewal in the running pod")
+    cluster.wait_until(lambda: SHORT_LIVED.read("site.crt") != before, seconds=60, what="a renewal in the running pod")
     assert SHORT_LIVED.restarts() == 0
 
 
@@ -58,15 +45,14 @@ def _registrations(logs: LogCollector) -> int:
 
 
 def _wait_for_republish() -> None:
-    """Wait until the kubelet has published all volumes once more."""
     driver = host.driver()
     calls = host.publish_calls(driver) + len(LONG_LIVED) + 1
-    wait_until(lambda: host.publish_calls(driver) >= calls, seconds=60, what="a republish of all volumes")
+    cluster.wait_until(lambda: host.publish_calls(driver) >= calls, seconds=60, what="a republish of all volumes")
 
 
 def _wait_for_recovery(logs: LogCollector, registrations: int) -> None:
     """Wait until the driver has registered again and all volumes are republished."""
-    wait_until(lambda: _registrations(logs) > registrations, seconds=60, what="the driver registers again")
+    cluster.wait_until(lambda: _registrations(logs) > registrations, seconds=60, what="the driver registers again")
     _wait_for_republish()
 
 
@@ -89,7 +75,7 @@ def test_driver_restart_issues_no_certificate_again(how: str, logs: LogCollector
     if how == "SIGKILL":
         os.kill(host.process_of(pod), signal.SIGKILL)
     else:
-        kubectl("-n", CERTMOUNT, "delete", "pod", pod["metadata"]["name"])
+        cluster.kubectl("-n", cluster.CERTMOUNT, "delete", "pod", pod["metadata"]["name"])
     _wait_for_recovery(logs, registrations)
     _wait_for_rotation()
     assert _state() == before
@@ -121,15 +107,18 @@ def test_renewal_waits_for_an_unavailable_authority(logs: LogCollector) -> None:
         return sum(event["event"] == "renewal failed" and event.get("pod") == pod for event in logs.events(DRIVER))
 
     failed = failures()
-    with stopped_authority():
+    with cluster.stopped_authority():
         files = SHORT_LIVED.read("site.pem")
-        wait_until(lambda: failures() > failed, seconds=60, what="a failed renewal")
+        # A renewal that is sent just before the outage waits 90 s for its response.
+        cluster.wait_until(lambda: failures() > failed, seconds=120, what="a failed renewal")
         _wait_for_republish()
         assert metric(driver, "certmount_node_volumes_unhealthy") >= 1
         assert SHORT_LIVED.read("site.pem") == files
         assert len(mounts_at(target_path(SHORT_LIVED.uid))) == 1
-    wait_until(lambda: SHORT_LIVED.read("site.pem") != files, seconds=60, what="a renewal after the outage")
-    wait_until(lambda: not metric(driver, "certmount_node_volumes_unhealthy"), seconds=60, what="healthy volumes")
+    cluster.wait_until(lambda: SHORT_LIVED.read("site.pem") != files, seconds=60, what="a renewal after the outage")
+    cluster.wait_until(
+        lambda: not metric(driver, "certmount_node_volumes_unhealthy"), seconds=60, what="healthy volumes"
+    )
     assert SHORT_LIVED.restarts() == 0
     assert _state() == before
 
@@ -146,24 +135,26 @@ def test_forty_pods_start_although_a_replica_dies_and_leave_nothing(logs: LogCol
     processes = {pod["metadata"]["name"]: host.process_of(pod) for pod in host.authorities()}
     with ThreadPoolExecutor(1) as thread:
         # In another thread, because the authority issues the first certificates before kubectl has created the last pod.
-        applied = thread.submit(apply, *(manifest(Pod(NAMESPACE, name), {}, labels={"app": "many"}) for name in names))
-        first = wait_until(lambda: issued()[earlier:], seconds=60, pause=0.02, what="the first certificates")
+        applied = thread.submit(
+            cluster.apply, *(manifest(Pod(NAMESPACE, name), {}, labels={"app": "many"}) for name in names)
+        )
+        first = cluster.wait_until(lambda: issued()[earlier:], seconds=60, pause=0.02, what="the first certificates")
         (victim,) = [process for name, process in processes.items() if name in first[-1]["file"]]
         os.kill(victim, signal.SIGKILL)
         issued_before = len(issued()) - earlier
         applied.result()
-    wait_for("Ready", "pod", "-l", "app=many", namespace=NAMESPACE, seconds=120)
+    cluster.wait_for("Ready", "pod", "-l", "app=many", namespace=NAMESPACE, seconds=120)
     assert issued_before < MANY / 2, "the replica died too late to matter"
-    failures = find("events", "--field-selector", "reason=FailedMount", namespace=NAMESPACE)
+    failures = cluster.find("events", "--field-selector", "reason=FailedMount", namespace=NAMESPACE)
     assert [event["message"] for event in failures if event["involvedObject"]["name"] in names] == []
 
-    pods = find("pods", "-l", "app=many", namespace=NAMESPACE)
+    pods = cluster.find("pods", "-l", "app=many", namespace=NAMESPACE)
     directories = {uid: volume_directory(uid) for uid in (pod["metadata"]["uid"] for pod in pods)}
     assert len(directories) == MANY
     begin = time.monotonic()
-    kubectl("-n", NAMESPACE, "delete", "pods", "-l", "app=many", "--wait=false")
-    wait_for("delete", "pod", "-l", "app=many", namespace=NAMESPACE, seconds=90)
-    wait_until(
+    cluster.kubectl("-n", NAMESPACE, "delete", "pods", "-l", "app=many", "--wait=false")
+    cluster.wait_for("delete", "pod", "-l", "app=many", namespace=NAMESPACE, seconds=90)
+    cluster.wait_until(
         lambda: not any(leftovers_of(uid, directory) for uid, directory in directories.items()),
         seconds=60,
         what="no leftovers of forty pods",
@@ -179,13 +170,13 @@ def test_pod_gets_a_new_certificate_after_a_reboot() -> None:
     command = ["/bin/sh", "-c", f"{check}; trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done"]
     rebooted = manifest(pod, {}, command=command)
     rebooted["spec"]["restartPolicy"] = "Always"
-    apply(rebooted)
+    cluster.apply(rebooted)
     pod.wait_until_ready()
     before, uid = pod.read("site.crt"), pod.uid
     host.reboot()
-    wait_until(lambda: pod.restarts() > 0, seconds=90, what="the pod runs again")
+    cluster.wait_until(lambda: pod.restarts() > 0, seconds=90, what="the pod runs again")
     pod.wait_until_ready()
     assert (pod.uid, pod.restarts()) == (uid, 1)
     assert pod.read("site.crt") != before
     assert len(mounts_at(target_path(uid))) == len(mounts_at(volume_directory(uid))) == 1
-    wait_for_rollout("deployment/certmount-authority", "daemonset/certmount-node")
+    cluster.wait_for_rollout("deployment/certmount-authority", "daemonset/certmount-node")

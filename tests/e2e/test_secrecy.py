@@ -5,18 +5,23 @@ from __future__ import annotations
 import base64
 import re
 
-from tests.e2e import host
-from tests.e2e.kubectl import CERTMOUNT, find, get, kubectl
-from tests.e2e.logs import AUTHORITY, DRIVER, LogCollector
+import pytest
+
+from tests.e2e import cluster, host, secrets
+from tests.e2e.logs import AUTHORITY, DRIVER, SECRETS, LogCollector
+
+pytestmark = pytest.mark.usefixtures("secrets_controller")
 
 _TOKEN = re.compile(r"eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
 _KEY = "PRIVATE KEY"
 
 
 def _secrets_in_use() -> list[str]:
-    """Return the Base64 lines of the keys of volumes and of the CA, and the signature of the driver's token."""
+    """Return the Base64 lines of the keys of volumes, of Secrets and of the CA, and the signature of the driver's token."""
     keys = [path.read_text() for path in host.VOLUMES.glob("*/files/site.key")]
-    stored = get("secret", "certmount-ca")["data"]
+    managed = cluster.find("secrets", "-A", "-l", "app.kubernetes.io/managed-by=certmount")
+    keys += [secrets.decoded(secret, "tls.key").decode() for secret in managed]
+    stored = cluster.get("secret", "certmount-ca")["data"]
     keys += [base64.b64decode(stored[name]).decode() for name in ("root.key", "intermediate.key")]
     uid = host.driver()["metadata"]["uid"]
     token = (host.KUBELET / "pods" / uid / "volumes" / "kubernetes.io~projected" / "token" / "token").read_text()
@@ -24,23 +29,23 @@ def _secrets_in_use() -> list[str]:
 
 
 def test_logs_records_and_events_contain_no_secret(logs: LogCollector) -> None:
-    """After all failures of these tests, logs at debug level, events and records contain no token and no key."""
-    running = [host.driver(), *host.authorities()]
+    running = [host.driver(), *host.authorities(), *secrets.replicas()]
     assert all("--log-level=debug" in pod["spec"]["containers"][0]["args"] for pod in running)
-    secrets = _secrets_in_use()
-    assert len(secrets) > 5
+    in_use = _secrets_in_use()
+    assert len(in_use) > 5
     texts = {
         "the driver's log": logs.text(DRIVER),
         "the authority's log": logs.text(AUTHORITY),
-        "events": str(find("events", "--all-namespaces")),
+        "the Secrets controller's log": logs.text(SECRETS),
+        "events": str(cluster.find("events", "--all-namespaces")),
         "records": "".join(path.read_text() for path in host.VOLUMES.glob("*/record.json*")),
-        "the description of pods": kubectl("-n", CERTMOUNT, "describe", "pods"),
+        "the description of pods": cluster.kubectl("-n", cluster.CERTMOUNT, "describe", "pods"),
     }
     for where, text in texts.items():
         assert text, where
         assert not _TOKEN.search(text), f"a token in {where}"
         assert _KEY not in text, f"a key in {where}"
-        assert not [secret for secret in secrets if secret in text], f"a secret in {where}"
+        assert not [secret for secret in in_use if secret in text], f"a secret in {where}"
 
 
 def test_log_filter_redacted_nothing(logs: LogCollector) -> None:

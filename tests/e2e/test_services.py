@@ -10,53 +10,74 @@ from typing import Any
 import pytest
 from cryptography import x509
 
-from tests.e2e import authority, host
-from tests.e2e.kubectl import apply, create_namespace, delete_namespace, events_of, kubectl, wait_until
+from tests.e2e import authority, cluster, host
 from tests.e2e.logs import AUTHORITY, LogCollector
 from tests.e2e.pods import Pod, manifest, service
 
-NAMESPACE = "services"
-"""No rule of the tests' policy matches this namespace: every name comes from a Service."""
+NAMESPACE = "services"  # No rule of the tests' policy matches this namespace: every name comes from a Service
 SELECTED = Pod(NAMESPACE, "selected")
 UNSELECTED = Pod(NAMESPACE, "unselected")
 NAMELESS = Pod(NAMESPACE, "nameless")
-SHORT_LIVED = Pod(NAMESPACE, "short-lived")
-"""The driver renews its certificate about every 40 seconds."""
+SHORT_LIVED = Pod(NAMESPACE, "short-lived")  # the driver renews its certificate about every 40 seconds
 OUTAGE_S = 60.0
+SERVICE = f"shop.{NAMESPACE}.svc"
+MEMBER = Pod(NAMESPACE, "db-0")  # of a StatefulSet
+IMPOSTOR = Pod(NAMESPACE, "db-9")  # with the labels of the StatefulSet's pods
+MEMBER_NAME = {"dns-names": "${POD_NAME}.db." + f"{NAMESPACE}.svc"}
 SPIFFE_ID = f"spiffe://cluster.local/ns/{NAMESPACE}/sa/default"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def scene() -> Iterator[None]:
-    """Services and pods, created together."""
-    create_namespace(NAMESPACE)
-    apply(
+    cluster.create_namespace(NAMESPACE)
+    cluster.apply(
         service("shop", NAMESPACE),
-        service("shop-headless", NAMESPACE, "shop"),
-        manifest(SELECTED, {"name": f"shop.{NAMESPACE}.svc"}, labels={"app": "shop", "version": "1"}),
+        service("shop-headless", NAMESPACE, "shop", headless=True),
+        service("db", NAMESPACE, headless=True),
+        _stateful_set(),
+        manifest(IMPOSTOR, MEMBER_NAME, labels={"app": "db"}),
+        manifest(SELECTED, {"name": SERVICE}, labels={"app": "shop", "version": "1"}),
         manifest(NAMELESS, {}, labels={"app": "shop"}),
-        manifest(UNSELECTED, {"name": f"shop.{NAMESPACE}.svc"}, labels={"app": "other"}),
+        manifest(UNSELECTED, {"name": SERVICE}, labels={"app": "other"}),
         manifest(SHORT_LIVED, {"duration": "60s"}, labels={"app": "shop"}),
     )
     yield
-    delete_namespace(NAMESPACE)
+    cluster.delete_namespace(NAMESPACE)
+
+
+def _stateful_set() -> cluster.Manifest:
+    pod = manifest(MEMBER, MEMBER_NAME, labels={"app": "db"})
+    template = {"metadata": {"labels": {"app": "db"}}, "spec": {**pod["spec"], "restartPolicy": "Always"}}
+    spec = {"serviceName": "db", "selector": {"matchLabels": {"app": "db"}}, "template": template}
+    metadata = {"name": "db", "namespace": NAMESPACE}
+    return {"apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": metadata, "spec": spec}
 
 
 def _names(certificate: x509.Certificate) -> tuple[set[str], set[str]]:
-    """Return the DNS names and URIs."""
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     uris = set(names.get_values_for_type(x509.UniformResourceIdentifier))
     return set(names.get_values_for_type(x509.DNSName)), uris
 
 
 def _authority_events(pod: Pod) -> list[Any]:
-    return events_of(pod.name, NAMESPACE, reportingComponent="certmount.dev/authority")
+    return cluster.events_of(pod.name, NAMESPACE, reportingComponent="certmount.dev/authority")
 
 
 def test_selected_pod_gets_the_requested_service_name() -> None:
-    """A pod can request the name of a Service that selects it, without a policy rule."""
     SELECTED.wait_until_ready()
-    assert _names(SELECTED.certificate()) == ({f"shop.{NAMESPACE}.svc"}, {SPIFFE_ID})
+    assert _names(SELECTED.certificate()) == ({SERVICE}, {SPIFFE_ID})
+
+
+def test_pod_of_a_stateful_set_gets_its_own_name() -> None:
+    MEMBER.wait_until_ready()
+    assert _names(MEMBER.certificate()) == ({f"db-0.db.{NAMESPACE}.svc"}, {SPIFFE_ID})
+
+
+def test_pod_with_the_labels_of_a_stateful_set_gets_no_name_of_its_pods() -> None:
+    """DNS has no record for it: it has neither the hostname nor the subdomain."""
+    (event, *_) = cluster.wait_until(lambda: _authority_events(IMPOSTOR), seconds=60, what="an event of the authority")
+    assert (event["type"], event["reason"]) == ("Warning", "NameNotAllowed")
+    assert f"db-9.db.{NAMESPACE}.svc" in event["message"]
 
 
 def test_pod_without_names_gets_all_its_service_names() -> None:
@@ -70,7 +91,9 @@ def test_pod_without_names_gets_all_its_service_names() -> None:
 @pytest.mark.timeout(240)
 def test_unselected_pod_gets_a_pod_event() -> None:
     """The event is on the pod with its UID. Another rejection increases the count of the same event."""
-    (event, *others) = wait_until(lambda: _authority_events(UNSELECTED), seconds=60, what="an event of the authority")
+    (event, *others) = cluster.wait_until(
+        lambda: _authority_events(UNSELECTED), seconds=60, what="an event of the authority"
+    )
     assert others == []
     assert (event["type"], event["reason"]) == ("Warning", "NameNotAllowed")
     assert f"shop.{NAMESPACE}.svc" in event["message"]
@@ -82,18 +105,17 @@ def test_unselected_pod_gets_a_pod_event() -> None:
         assert len(events) <= 2
         return sum(int((event.get("series") or {}).get("count", 1)) for event in events)
 
-    wait_until(lambda: count() >= 2, seconds=120, what="a second rejection, counted in the same event")
+    cluster.wait_until(lambda: count() >= 2, seconds=120, what="a second rejection, counted in the same event")
 
 
 @pytest.mark.timeout(240)
 def test_pod_starts_after_a_service_selects_it() -> None:
-    """The kubelet retries, and the same pod starts without any restart."""
     uid = UNSELECTED.uid
-    apply(service("shop", NAMESPACE, "other"))
+    cluster.apply(service("shop", NAMESPACE, "other"))
     UNSELECTED.wait_until_ready(150)
     assert (UNSELECTED.uid, UNSELECTED.restarts()) == (uid, 0)
     assert _names(UNSELECTED.certificate())[0] == {f"shop.{NAMESPACE}.svc"}
-    apply(service("shop", NAMESPACE))
+    cluster.apply(service("shop", NAMESPACE))
 
 
 def test_removed_label_removes_the_name() -> None:
@@ -106,8 +128,8 @@ def test_removed_label_removes_the_name() -> None:
         return _names(result.leaf)[0]
 
     assert f"shop.{NAMESPACE}.svc" in names()
-    kubectl("-n", NAMESPACE, "label", "pod", SELECTED.name, "app-")
-    wait_until(lambda: not names(), seconds=20, what="certificates without Service names")
+    cluster.kubectl("-n", NAMESPACE, "label", "pod", SELECTED.name, "app-")
+    cluster.wait_until(lambda: not names(), seconds=20, what="certificates without Service names")
 
 
 @contextlib.contextmanager
@@ -117,7 +139,7 @@ def _unavailable_api_server() -> Iterator[None]:
         yield
     finally:
         # Each component gets a minute; on a busy machine one that restarts after an outage may need more.
-        wait_until(lambda: host.start_components(300), seconds=150, what="the cluster is up again")
+        cluster.wait_until(lambda: host.start_components(300), seconds=150, what="the cluster is up again")
 
 
 def _restarts() -> dict[str, int]:
@@ -139,9 +161,11 @@ def test_api_server_is_unavailable_for_a_minute(logs: LogCollector) -> None:
         assert len(logs.issued()) == issued, "a certificate was issued without a token review"
         assert (volume / "site.pem").read_bytes() == files, "the volume changed or was lost"
         assert any(event["event"] == "watch failed" for event in logs.events(AUTHORITY)), "no replica logged the outage"
-    wait_until(lambda: (volume / "site.pem").read_bytes() != files, seconds=120, what="the running pod is renewed")
+    cluster.wait_until(
+        lambda: (volume / "site.pem").read_bytes() != files, seconds=120, what="the running pod is renewed"
+    )
     late = Pod(NAMESPACE, "late")
-    apply(manifest(late, {"name": f"shop.{NAMESPACE}.svc"}, labels={"app": "shop"}))
+    cluster.apply(manifest(late, {"name": f"shop.{NAMESPACE}.svc"}, labels={"app": "shop"}))
     late.wait_until_ready(120)
     assert (SHORT_LIVED.uid, SHORT_LIVED.restarts()) == (uid, 0)
     assert _restarts() == before

@@ -12,17 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.e2e import cluster
 from tests.e2e.host import leftovers_of, mounts_at, target_path, volume_directory
-from tests.e2e.kubectl import (
-    KubectlError,
-    apply,
-    change_policy,
-    create_namespace,
-    kubectl,
-    wait_for,
-    wait_for_mount_failure,
-    wait_until,
-)
 from tests.e2e.pods import BUSYBOX, TLS, Pod, manifest, service, with_script
 
 NAMESPACE = "e2e-volumes"
@@ -50,12 +41,11 @@ def _example() -> dict[str, Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def scene() -> Iterator[None]:
-    """All pods of this module."""
-    create_namespace(NAMESPACE)
+    cluster.create_namespace(NAMESPACE)
     short = {"duration": "20s"}
     writable = manifest(pod("writable"), {"nmae": "x"})
     writable["spec"]["volumes"][0]["csi"]["readOnly"] = False
-    apply(
+    cluster.apply(
         manifest(pod("first"), {}, command=["/bin/sh", "-c", FIRST_COMMAND]),
         manifest(pod("root"), {"name": f"root.{NAMESPACE}.svc"}),
         manifest(pod("member"), {}, security={"runAsUser": 1000, "runAsNonRoot": True, "fsGroup": 2000}),
@@ -66,20 +56,18 @@ def scene() -> Iterator[None]:
         _example(),
         service("server", NAMESPACE),
         *with_script(manifest(pod("server"), short | {"name": SERVER_NAME}, labels={"app": "server"}), "server.py"),
-        *with_script(manifest(pod("client"), short), "client.py", SERVER_NAME),
+        *with_script(manifest(pod("client"), short), "client.py", SERVER_NAME, "10"),
     )
     yield
     # These two renew every few seconds, and later modules do not need them.
-    kubectl("-n", NAMESPACE, "delete", "pods", "server", "client", "--wait=false")
+    cluster.kubectl("-n", NAMESPACE, "delete", "pods", "server", "client", "--wait=false")
 
 
 def test_files_exist_before_the_first_command() -> None:
-    """The first command of the pod's first container finds all four files, complete."""
-    wait_for("jsonpath={.status.phase}=Succeeded", "pod/first", namespace=NAMESPACE, seconds=30)
+    cluster.wait_for("jsonpath={.status.phase}=Succeeded", "pod/first", namespace=NAMESPACE, seconds=30)
 
 
 def test_openssl_verifies_chain_and_key(tmp_path: Path) -> None:
-    """OpenSSL builds the chain to the root for the requested name, and the key matches the certificate."""
     openssl = shutil.which("openssl")
     assert openssl, "needs openssl"
     pod("root").wait_until_ready()
@@ -103,10 +91,9 @@ def test_openssl_verifies_chain_and_key(tmp_path: Path) -> None:
 
 
 def test_volume_is_read_only_for_root_and_on_the_host() -> None:
-    """Root in the pod cannot write to the volume, and the host's mount is read-only too."""
     pod("root").wait_until_ready()
     for path in ("new", "site.key", "..data/site.key", "..data/new"):
-        with pytest.raises(KubectlError, match="Read-only file system"):
+        with pytest.raises(cluster.KubectlError, match="Read-only file system"):
             pod("root").run("touch", f"{TLS}/{path}")
     (mount,) = mounts_at(target_path(pod("root").uid))
     assert {"ro", "nosuid", "nodev", "noexec"} <= mount.options
@@ -121,43 +108,43 @@ def test_key_is_readable_only_for_the_pods_group() -> None:
     assert owners.splitlines() == ["440 0 2000", "440 0 2000", "444 0 0"]
     assert "PRIVATE KEY" in member.read("site.key")
     assert "END CERTIFICATE" in outsider.read("site.crt")
-    with pytest.raises(KubectlError, match="Permission denied"):
+    with pytest.raises(cluster.KubectlError, match="Permission denied"):
         outsider.read("site.key")
 
 
 def test_example_pod_prints_its_certificate() -> None:
-    """The pod of deploy/example/ starts and prints its certificate."""
     example = pod("certmount-example")
     example.wait_until_ready()
-    assert "BEGIN CERTIFICATE" in wait_until(example.logs, seconds=10, what="the example prints its certificate")
+    assert "BEGIN CERTIFICATE" in cluster.wait_until(
+        example.logs, seconds=10, what="the example prints its certificate"
+    )
 
 
 def test_invalid_attributes_are_reported_as_pod_events() -> None:
     """The FailedMount event names all invalid fields that the driver can read, with what to write instead."""
-    invalid = wait_for_mount_failure("invalid", NAMESPACE)
+    invalid = cluster.wait_for_mount_failure("invalid", NAMESPACE)
     assert "volumeAttributes.nmae: is unknown; did you mean name?" in invalid
     assert "volumeAttributes.duration" in invalid
-    assert "pod.spec.volumes[].csi.readOnly: must be true" in wait_for_mount_failure("writable", NAMESPACE)
-    kubectl("-n", NAMESPACE, "delete", "pod", "invalid", "writable", "--wait=false")
+    assert "pod.spec.volumes[].csi.readOnly: must be true" in cluster.wait_for_mount_failure("writable", NAMESPACE)
+    cluster.kubectl("-n", NAMESPACE, "delete", "pod", "invalid", "writable", "--wait=false")
 
 
 def test_pod_starts_once_the_policy_allows_its_name() -> None:
     """The event contains the name and the reason. After the policy changes, the same pod starts."""
     waiting = pod("foreign-name")
-    message = wait_for_mount_failure(waiting.name, NAMESPACE)
+    message = cluster.wait_for_mount_failure(waiting.name, NAMESPACE)
     assert "NameNotAllowed" in message
     assert f"{FOREIGN_NAME}: no policy rule allows this name for service account {NAMESPACE}/default" in message
     uid = waiting.uid
     match = {"namespaces": [NAMESPACE], "serviceAccounts": ["default"]}
     rule = {"match": match, "allow": {"dns": [FOREIGN_NAME]}}
-    change_policy(lambda policy: policy["policy"].append(rule))
+    cluster.change_policy(lambda policy: policy["policy"].append(rule))
     waiting.wait_until_ready(100)
     assert (waiting.uid, waiting.restarts()) == (uid, 0)
     assert FOREIGN_NAME in waiting.certificate().subject.rfc4514_string()
 
 
 def test_three_rotations_under_mutual_tls_without_an_error() -> None:
-    """A client that connects ten times a second sees three rotations of both certificates, without an error."""
 
     def status() -> dict[str, Any] | None:
         lines = pod("client").logs("--tail=1").splitlines()
@@ -165,7 +152,7 @@ def test_three_rotations_under_mutual_tls_without_an_error() -> None:
         enough = min(len(found["own"]), len(found["servers"])) > 3
         return found if enough or found["errors"] else None
 
-    seen = wait_until(status, seconds=90, what="three rotations of both certificates")
+    seen = cluster.wait_until(status, seconds=90, what="three rotations of both certificates")
     assert seen["errors"] == []
     assert seen["connections"] >= 100
     assert "error" not in pod("server").logs()
@@ -173,10 +160,9 @@ def test_three_rotations_under_mutual_tls_without_an_error() -> None:
 
 
 def test_deleted_pod_leaves_nothing_on_the_node() -> None:
-    """After the pod's deletion the node has no mount, directory or record of its volume."""
     deleted = pod("root")
     uid = deleted.uid
     directory = volume_directory(uid)
     assert len(leftovers_of(uid, directory)) >= 5
     deleted.delete()
-    wait_until(lambda: not leftovers_of(uid, directory), seconds=30, what=f"no leftovers of pod {uid}")
+    cluster.wait_until(lambda: not leftovers_of(uid, directory), seconds=30, what=f"no leftovers of pod {uid}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import time
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import pytest
 from click.testing import CliRunner, Result
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
-from kubernetes.aio import client
 from prometheus_client import CollectorRegistry
 
 from csi_driver import DRIVER_NAME
@@ -25,6 +25,7 @@ from csi_driver.authority.storage import DirectoryStore
 from csi_driver.authority.trust.acknowledgements import ACKNOWLEDGEMENTS_FILE, node_hash
 from csi_driver.cli.ca import command
 from csi_driver.core.formats.pem import fingerprint
+from csi_driver.kube.connection import ApiConfiguration
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 from tests.unit.kube.api_server import FakeApiServer
 from tests.unit.kube.collection import Collection
@@ -45,7 +46,12 @@ class Setting:
         self.folder = folder
         self.ahead = timedelta()
         metrics = AuthorityMetrics(CollectorRegistry())
-        self.ca = CertificateAuthority(StoredCA(DirectoryStore(folder), nodes), metrics, self._clock)
+        self.ca = CertificateAuthority(
+            StoredCA(DirectoryStore(folder), nodes),
+            metrics,
+            self._clock,
+            elapsed=lambda: time.monotonic() + self.ahead.total_seconds(),
+        )
 
     def _clock(self) -> datetime:
         return utc_now() + self.ahead
@@ -139,7 +145,6 @@ def test_next_ca_can_be_discarded_until_it_signs(setting: Setting) -> None:
 
 
 def test_former_root_can_be_dropped_when_every_replica_knows_the_new_ca(setting: Setting) -> None:
-    """Only after a confirmation."""
     old = setting.refresh_after()
     assert "no root is retired" in setting.error("drop", "--yes")
     asyncio.run(setting.ca.record_lifetime(timedelta(days=1)))
@@ -174,7 +179,6 @@ def test_next_ca_inherits_what_no_option_changes(setting: Setting) -> None:
 
 
 def own_ca(folder: Path, *, encrypted: bool) -> tuple[Keyring, list[str]]:
-    """Return a CA with an offline root key, as files and options."""
     keyring = make_keyring(utc_now())
     for name, value in encode_keyring(keyring).items():
         (folder / name).write_bytes(value.reveal())
@@ -193,7 +197,6 @@ def own_ca(folder: Path, *, encrypted: bool) -> tuple[Keyring, list[str]]:
 
 @pytest.mark.parametrize("encrypted", [False, True])
 def test_rotation_to_an_own_ca(encrypted: bool, setting: Setting, tmp_path_factory: Any) -> None:
-    """Its root key stays offline. Encrypted keys are stored so that the authority needs no password."""
     keyring, options = own_ca(tmp_path_factory.mktemp("own"), encrypted=encrypted)
     assert "you must renew it" in setting.output("rotate", *options)
     setting.refresh_after()
@@ -229,7 +232,6 @@ def test_exactly_one_option_selects_the_ca(tmp_path: Path, monkeypatch: pytest.M
 
 
 async def test_status_in_a_cluster_names_missing_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The output lists the first ten. A rotation waits for a node with an unavailable driver until ``forget`` removes it."""
     setting = Setting(tmp_path)
     await asyncio.to_thread(setting.refresh_after)
     await asyncio.to_thread(setting.output, "rotate")
@@ -243,14 +245,14 @@ async def test_status_in_a_cluster_names_missing_nodes(monkeypatch: pytest.Monke
     known = server._object("Secret", "certmount-acknowledgements")
     known["data"] = {ACKNOWLEDGEMENTS_FILE: base64.b64encode(document.encode()).decode()}
     server.objects["secrets/certmount-acknowledgements"] = known
-    nodes = server.collections["/apis/storage.k8s.io/v1/csinodes"] = Collection()
+    nodes = server.collections["/apis/storage.k8s.io/v1/csinodes"] = Collection("CSINode")
     for number in range(12):
         nodes.put({"metadata": {"name": f"node-{number:02}"}, "spec": {"drivers": [{"name": DRIVER_NAME}]}})
     nodes.put({"metadata": {"name": "updating"}, "spec": {"drivers": None}})
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     async with server.running():
-        configuration = client.Configuration(host=server.url)
-        monkeypatch.setattr("csi_driver.kube.client.in_cluster_configuration", lambda: configuration)
+        configuration = ApiConfiguration(url=server.url)
+        monkeypatch.setattr("csi_driver.kube.connection.in_cluster_configuration", lambda: configuration)
 
         async def output(*arguments: str) -> str:
             result = await asyncio.to_thread(CliRunner().invoke, command, list(arguments))

@@ -30,8 +30,8 @@ from csi_driver.cli.demo.output import DemoError, Output
 from csi_driver.cli.demo.programs import private_directory
 from csi_driver.core.certificates.keys import generate_key, load_key
 from csi_driver.core.formats.file_format import VolumeContents
+from csi_driver.core.formats.layout import FileLayout
 from csi_driver.core.formats.pem import decode_certificates
-from csi_driver.core.formats.registry import render_files
 from csi_driver.core.names import URI, DNSName, Names
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import KeyType, Usage
@@ -125,7 +125,6 @@ def test_output_shows_files_certificate_peers_and_rejection(default_run: Complet
 
 
 def test_certificate_rotates_twice_without_a_failed_connection(default_run: CompletedProcess[str]) -> None:
-    """The default is two rotations. Each starts with the serial of the one before, and no connection fails."""
     first, second = rotations_in(default_run.stdout)
     assert first[0] != first[1] == second[0] != second[1]
     assert 0 < first[2] < second[2]
@@ -138,7 +137,6 @@ def test_output_without_terminal_is_plain(default_run: CompletedProcess[str]) ->
 
 
 def test_keep_copies_the_last_generation(kept_run: tuple[CompletedProcess[str], Path]) -> None:
-    """A new directory contains only root.crt, site.crt and site.key of one generation; only the owner can read the key."""
     done, directory = kept_run
     assert (done.returncode, done.stderr) == (0, "")
     assert_cleaned_up(demo_directory(done.stdout))
@@ -150,23 +148,19 @@ def test_keep_copies_the_last_generation(kept_run: tuple[CompletedProcess[str], 
     intermediate.verify_directly_issued_by(root)
     assert load_key(Secret((directory / "site.key").read_bytes())).public_key() == leaf.public_key()
     ((_, after, _, _),) = rotations_in(done.stdout)
-    assert f"{leaf.serial_number:040x}".startswith(after)
+    assert f"{leaf.serial_number:x}".startswith(after)
 
 
 @pytest.mark.peers("openssl")
 def test_printed_openssl_commands_succeed(kept_run: tuple[CompletedProcess[str], Path]) -> None:
-    """The printed openssl commands work when copied, even if the directory's name contains spaces."""
     lines = [line.strip() for line in kept_run[0].stdout.splitlines()]
     commands = [shlex.split(line) for line in lines if line.startswith("openssl ")]
-    verified, described, _ = (
-        subprocess.run(one, capture_output=True, text=True, check=True).stdout for one in commands
-    )
+    verified, shown, _ = (subprocess.run(one, capture_output=True, text=True, check=True).stdout for one in commands)
     assert verified.endswith("site.crt: OK\n")
-    assert "DNS:shop.web.svc.cluster.local" in described
+    assert "DNS:shop.web.svc.cluster.local" in shown
 
 
 def test_demo_runs_without_root() -> None:
-    """The demo works for an unprivileged user. It replaces existing files, and sets the right modes."""
     prefix = as_unprivileged()
     with tempfile.TemporaryDirectory() as name:
         directory, key = Path(name), Path(name, "site.key")
@@ -194,7 +188,6 @@ def test_keep_rejects_a_path_that_is_not_a_directory(tmp_path: Path, keep: str, 
 
 @pytest.mark.parametrize("no_color", ["", "1"])
 def test_ctrl_c_on_a_terminal_cleans_up(no_color: str) -> None:
-    """An interrupted demo stops its programs, deletes its directory and fails. It uses colors unless NO_COLOR is set."""
     ours, theirs = pty.openpty()
     output = ""
 
@@ -237,7 +230,6 @@ def test_killed_program_fails_the_demo(program: str) -> None:
 
 @pytest.fixture
 def directories(tmp_path: Path) -> tuple[Path, Path]:
-    """The files of web/shop and web/cart."""
     put_files(tmp_path / "shop", OWN, steps.SHOP_NAME)
     put_files(tmp_path / "cart", OWN)
     return tmp_path / "shop", tmp_path / "cart"
@@ -246,7 +238,6 @@ def directories(tmp_path: Path) -> tuple[Path, Path]:
 async def test_failed_connection_fails_the_demo(
     directories: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """If the server presents a certificate of another CA for a while, the demo counts and shows the errors, and fails."""
     shop, cart = directories
     async with serve(shop) as port:
         first = await asyncio.to_thread(connect, cart, port, steps.SHOP_NAME)
@@ -264,7 +255,6 @@ async def test_failed_connection_fails_the_demo(
 
 
 async def test_server_rejects_a_client_of_another_ca(directories: tuple[Path, Path]) -> None:
-    """TLS is mutual: the server rejects such a client, and still serves others."""
     shop, cart = directories
     put_files(cart, FOREIGN)
     (cart / "root.crt").write_bytes(OWN.roots_pem)
@@ -276,7 +266,6 @@ async def test_server_rejects_a_client_of_another_ca(directories: tuple[Path, Pa
 
 
 def test_directory_without_shared_memory_is_temporary(tmp_path: Path) -> None:
-    """Without /dev/shm the demo's directory is in the temporary directory, and only its owner can enter it."""
     with private_directory(tmp_path / "missing") as name:
         assert Path(name).parent == Path(tempfile.gettempdir())
         assert stat.S_IMODE(Path(name).stat().st_mode) == 0o700
@@ -306,7 +295,7 @@ def put_files(directory: Path, keyring: Keyring, *dns: str) -> None:
     content = Leaf(key.public_key(), names, timedelta(hours=1), (Usage.SERVER, Usage.CLIENT))
     leaf = sign_leaf(content, keyring.intermediate, NOW)
     directory.mkdir(exist_ok=True)
-    for file in render_files(VolumeContents(key, (leaf, keyring.intermediate.certificate), (keyring.root,))):
+    for file in FileLayout().render(VolumeContents(key, (leaf, keyring.intermediate.certificate), (keyring.root,))):
         temporary = directory / f"{file.name}.new"
         temporary.write_bytes(file.content.reveal())
         temporary.replace(directory / file.name)

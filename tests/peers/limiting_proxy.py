@@ -14,6 +14,7 @@ from aiohttp import web
 from tests.peers.pebble import Pebble
 from tests.peers.processes import LOOPBACK
 from tests.support.ports import free_port
+from tests.support.stream_servers import web_server
 
 
 @dataclass
@@ -33,17 +34,10 @@ class LimitingProxy:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        application = web.Application()
-        application.router.add_route("*", "/{path:.*}", self._handle)
-        runner = web.AppRunner(application, access_log=None)
-        await runner.setup()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.ca.ca_file, self.ca.ca_file.replace("tls.crt", "tls.key"))
-        await web.TCPSite(runner, LOOPBACK, self.port, ssl_context=context).start()
-        try:
+        async with web_server(self._handle, context, self.port):
             yield
-        finally:
-            await runner.cleanup()
 
     async def _handle(self, request: web.Request) -> web.Response:
         if request.path == "/order-plz":

@@ -39,12 +39,13 @@ class Pebble:
     external_accounts: Mapping[str, str] = field(default_factory=dict)
     """MAC keys by key id; if there are any, accounts must be bound."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    host: str = LOOPBACK  # Where it listens: the address of a bridge if the authority is in a pod
     port: int = field(default_factory=free_port)
     management_port: int = field(default_factory=free_port)
 
     @property
     def directory_url(self) -> str:
-        return f"https://localhost:{self.port}/dir"
+        return f"https://{'localhost' if self.host == LOOPBACK else self.host}:{self.port}/dir"
 
     @property
     def ca_file(self) -> str:
@@ -56,13 +57,11 @@ class Pebble:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._write()
         environment = {
-            "PEBBLE_VA_NOSLEEP": "1",
-            "PEBBLE_WFE_NONCEREJECT": str(self.nonce_reject),
-            "PEBBLE_AUTHZREUSE": "0",
+            "PEBBLE_VA_NOSLEEP": "1", "PEBBLE_WFE_NONCEREJECT": str(self.nonce_reject), "PEBBLE_AUTHZREUSE": "0",
             **self.environment,
-        }
+        }  # fmt: skip
         arguments = [pebble, "-config", str(self.directory / "config.json"), "-dnsserver", self.dns, "-strict"]
-        async with running(arguments, self._log, self.port, environment):
+        async with running(arguments, self._log, self.port, environment, host=self.host):
             await until(lambda: listening(self.management_port), "the management port")
             yield
 
@@ -111,23 +110,18 @@ class Pebble:
 
     def _write(self) -> None:
         configuration = {
-            "listenAddress": f"{LOOPBACK}:{self.port}",
-            "managementListenAddress": f"{LOOPBACK}:{self.management_port}",
-            "certificate": self.ca_file,
-            "privateKey": str(self.directory / "tls.key"),
-            "httpPort": self.http_port,
-            "tlsPort": free_port(),
-            "externalAccountBindingRequired": bool(self.external_accounts),
+            "listenAddress": f"{self.host}:{self.port}", "managementListenAddress": f"{LOOPBACK}:{self.management_port}",
+            "certificate": self.ca_file, "privateKey": str(self.directory / "tls.key"), "httpPort": self.http_port,
+            "tlsPort": free_port(), "externalAccountBindingRequired": bool(self.external_accounts),
             "externalAccountMACKeys": dict(self.external_accounts),
-            "retryAfter": {"authz": self.retry_after_s, "order": self.retry_after_s},
-            "keyAlgorithm": "ecdsa",
+            "retryAfter": {"authz": self.retry_after_s, "order": self.retry_after_s}, "keyAlgorithm": "ecdsa",
             "profiles": dict(self.profiles),
-        }
+        }  # fmt: skip
         (self.directory / "config.json").write_text(json.dumps({"pebble": configuration}), encoding="ascii")
         if not Path(self.ca_file).exists():
             subprocess.run(
                 ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
-                 "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
+                 "-subj", "/CN=localhost", "-addext", f"subjectAltName=DNS:localhost,IP:{self.host}",
                  "-keyout", str(self.directory / "tls.key"), "-out", self.ca_file],
                 check=True, capture_output=True,
             )  # fmt: skip

@@ -16,15 +16,20 @@ _START_TIMEOUT_S = 30.0
 _LOG_BYTES = 3000
 
 
-def listening(port: int) -> bool:
+def listening(port: int, host: str = LOOPBACK) -> bool:
     with socket.socket() as connection:
         connection.settimeout(1)
-        return connection.connect_ex((LOOPBACK, port)) == 0
+        return connection.connect_ex((host, port)) == 0
 
 
 @contextlib.asynccontextmanager
 async def running(
-    arguments: Sequence[str], log: Path, port: int, environment: Mapping[str, str] | None = None
+    arguments: Sequence[str],
+    log: Path,
+    port: int,
+    environment: Mapping[str, str] | None = None,
+    *,
+    host: str = LOOPBACK,
 ) -> AsyncIterator[subprocess.Popen[bytes]]:
     with log.open("ab") as output:
         process = subprocess.Popen(  # noqa: ASYNC220  # it runs as long as the test
@@ -34,7 +39,7 @@ async def running(
 
         def ready() -> bool:
             assert process.poll() is None, f"{arguments[0]} ended: {log.read_bytes()[-_LOG_BYTES:].decode()}"
-            return listening(port)
+            return listening(port, host)
 
         await until(ready, f"{arguments[0]} on port {port}", _START_TIMEOUT_S)
         yield process

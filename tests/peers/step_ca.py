@@ -9,7 +9,7 @@ import json
 import ssl
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
@@ -80,25 +80,18 @@ class RealStepCA:
         return self.root.public_bytes(Encoding.DER)
 
     def configuration(self, **changes: Any) -> StepCAConfiguration:
-        defaults: dict[str, Any] = {
-            "url": self.url,
-            "provisioner": self.provisioner,
-            "root_sha256": self.root_sha256,
-            "key": FileSource(str(self.key_file)),
-        }
-        return StepCAConfiguration(**{**defaults, **changes})
+        key = FileSource(str(self.key_file))
+        configuration = StepCAConfiguration(self.url, self.provisioner, root_sha256=self.root_sha256, key=key)
+        return replace(configuration, **changes)
 
     async def start(self) -> None:
         self._configure()
-        program = require_program("step-ca")
+        command = [require_program("step-ca"), str(self.directory / "ca.json")]
+        environment = {"STEPPATH": str(self.directory), "PATH": "/usr/bin:/bin", "HOME": str(self.directory)}
+        nothing = asyncio.subprocess.DEVNULL
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                program,
-                str(self.directory / "ca.json"),
-                env={"STEPPATH": str(self.directory), "PATH": "/usr/bin:/bin", "HOME": str(self.directory)},
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                *command, env=environment, stdin=nothing, stdout=log, stderr=log
             )
         async with asyncio.timeout(_START_TIMEOUT_S):
             while not await asyncio.to_thread(self._healthy):
@@ -132,23 +125,18 @@ class RealStepCA:
             return False
 
     def _configure(self) -> None:
-        provisioner: dict[str, Any] = {"type": "JWK", "name": self.provisioner, "key": public_jwk(self.jwk)}
-        if self.encrypted_key:
-            provisioner["encryptedKey"] = self.encrypted_key
-        if self.claims:
-            provisioner["claims"] = self.claims
-        if self.options:
-            provisioner["options"] = self.options
+        provisioner = {
+            "type": "JWK", "name": self.provisioner, "key": public_jwk(self.jwk), "encryptedKey": self.encrypted_key,
+            "claims": self.claims, "options": self.options,
+        }  # fmt: skip
+        given = {name: value for name, value in provisioner.items() if value}
         document = {
-            "root": str(self.root_file),
-            "federatedRoots": [str(path) for path in self.federated],
-            "crt": str(self.directory / "intermediate_ca.crt"),
-            "key": str(self.directory / "intermediate_ca.key"),
-            "address": f"{self.listen}:{self.port}",
-            "dnsNames": list(self.names),
-            "authority": {"provisioners": [provisioner, {"type": "ACME", "name": "acme"}]},
+            "root": str(self.root_file), "federatedRoots": [str(path) for path in self.federated],
+            "crt": str(self.directory / "intermediate_ca.crt"), "key": str(self.directory / "intermediate_ca.key"),
+            "address": f"{self.listen}:{self.port}", "dnsNames": list(self.names),
+            "authority": {"provisioners": [given, {"type": "ACME", "name": "acme"}]},
             "db": {"type": "badgerv2", "dataSource": str(self.directory / "db")},
-        }
+        }  # fmt: skip
         (self.directory / "ca.json").write_text(json.dumps(document))
 
     def _make_ca(self) -> x509.Certificate:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,28 +13,29 @@ from typing import Any
 import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from csi_driver.authority.issuers import IssuerRequest
 from csi_driver.authority.issuers.acme.config import PRODUCTION, STAGING, AcmeConfiguration, Dns01, Http01
-from csi_driver.authority.issuers.acme.http01 import ChallengeServer
-from csi_driver.authority.issuers.acme.nameserver import TsigKey
 from csi_driver.authority.issuers.acme.order_rules import order_names
+from csi_driver.authority.issuers.acme.tsig_key import TsigKey
 from csi_driver.authority.issuers.kinds import read_issuers
 from csi_driver.core.attributes import parse_attributes
 from csi_driver.core.certificates.csr import build_csr, parse_csr
-from csi_driver.core.certificates.verification import parse_certificates
-from csi_driver.core.formats.pem import encode_certificates
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.core.policy.document import parse_policy
 from csi_driver.core.policy.engine import PolicySubject, RequestedCertificate
 from csi_driver.core.secret import Secret
-from tests.peers.acme import acme_environment, dns_configuration, dns_names, running_issuers
-from tests.peers.bind9 import Bind9, bind9, key_source
+from tests.peers.acme import (
+    acme_environment,
+    challenge_server,
+    dns_configuration,
+    dns_names,
+    request_for,
+    running_issuers,
+)
+from tests.peers.bind9 import Bind9, key_source
 from tests.peers.nginx import Nginx
 from tests.peers.processes import LOOPBACK
-from tests.support.ports import free_port
-from tests.support.requirements import require_program
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = ("acme.md", "from-kube-lego.md", "from-notariat.md")
@@ -59,39 +58,36 @@ def configurations(name: str) -> list[AcmeConfiguration]:
     return [declared.configuration for (declared,) in found if isinstance(declared.configuration, AcmeConfiguration)]
 
 
-@dataclass(frozen=True)
-class PodRequest:
-    """The request of a page's pod, and its key."""
-
-    request: IssuerRequest
-    key: ec.EllipticCurvePrivateKey
-
-
-def pod_request(name: str) -> PodRequest:
-    """Apply a page's policy to the request of its pod; raise if they do not match."""
-    rule = document_with(name, "policy")
-    pod = next(one.get("spec", one) for one in documents(name) if "volumes" in one.get("spec", one))
+def pod_request() -> IssuerRequest:
+    """Apply the policy of acme.md to the request of its pod; raise if they do not match."""
+    rule = document_with("acme.md", "policy")
+    pod = next(one for one in documents("acme.md") if "volumes" in one)
     (volume,) = pod["volumes"]
-    attributes = volume["csi"]["volumeAttributes"]
-    spec = parse_attributes(attributes)
+    spec = parse_attributes(volume["csi"]["volumeAttributes"])
     match = rule["policy"][0]["match"]
     account = ServiceAccount(match["namespaces"][0], match["serviceAccounts"][0])
     identity = PodIdentity(account, "", "edge-0", "", "node-a", "", 2e9)
     policy = parse_policy(rule, trust_domain="cluster.local", cluster_domain="cluster.local")
-    key = ec.generate_private_key(ec.SECP256R1())
-    csr = parse_csr(build_csr(key, spec.names))
+    csr = parse_csr(build_csr(ec.generate_private_key(ec.SECP256R1()), spec.names))
     requested = RequestedCertificate.of(csr.names, csr.key_type, spec)
-    grant = policy.decide(PolicySubject(identity), requested)
-    return PodRequest(IssuerRequest(csr, grant, identity, requested), key)
+    return IssuerRequest(csr, policy.decide(PolicySubject(identity), requested), identity, requested)
+
+
+def request_of(name: str) -> IssuerRequest:
+    """Return the request for the certificate of a page: of its pod, its Ingress, or its list."""
+    if name == "acme.md":
+        return pod_request()
+    if name == "from-kube-lego.md":
+        return request_for(*document_with(name, "spec")["spec"]["tls"][0]["hosts"])
+    return request_for(*yaml.safe_load(document_with(name, "data")["data"]["certificates"])[0]["domains"])
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_issuer_policy_and_volume_of_a_page_match(name: str) -> None:
-    """The first issuer uses the staging environment, and the page names the production environment."""
+def test_issuer_of_a_page_signs_the_names_of_the_page(name: str) -> None:
     first = configurations(name)[0]
     assert first.directory == STAGING
     assert first.terms_agreed
-    assert order_names(pod_request(name).request, replace(first, dns01=first.dns01 or Dns01("x"), http01=None))
+    assert order_names(request_of(name), replace(first, dns01=first.dns01 or Dns01("x"), http01=None))
     assert PRODUCTION in (DOCS / name).read_text()
 
 
@@ -125,27 +121,21 @@ class Documented(Bind9):
         return options + block
 
 
-@contextlib.asynccontextmanager
-async def documented(directory: Path) -> AsyncIterator[Documented]:
-    ordinary = bind9(directory, {"example.com": ""}, key=_tsig())
-    yield Documented(ordinary.directory, ordinary.port, ordinary.zones, ordinary.granted, ordinary.key)
+def documented(directory: Path) -> Documented:
+    return Documented(directory, {"example.com": ""}, key=_tsig())
 
 
 @pytest.mark.peers("pebble", "named", "openssl", "tsig-keygen")
 @pytest.mark.parametrize("name", ["acme.md", "from-notariat.md"])
-async def test_pod_of_the_page_gets_a_certificate_with_the_bind9_configuration(tmp_path: Path, name: str) -> None:
-    async with documented(tmp_path / "dns") as server, acme_environment(tmp_path, server) as env:
+async def test_page_gets_its_certificate_with_the_bind9_configuration(tmp_path: Path, name: str) -> None:
+    server = documented(tmp_path / "dns")
+    async with acme_environment(tmp_path, server) as env:
         declared = configurations(name)[0]
-        own = replace(
-            declared,
-            account=env.configuration.account,
-            directory=env.configuration.directory,
-            ca_file=env.configuration.ca_file,
-            roots_file=env.configuration.roots_file,
-            dns01=replace(dns_configuration(server), key=key_source(tmp_path, _tsig())),
-        )
+        real = ("account", "directory", "ca_file", "roots_file")
+        dns01 = replace(dns_configuration(server), key=key_source(tmp_path, _tsig()))
+        own = replace(declared, dns01=dns01, **{name: getattr(env.configuration, name) for name in real})
         issuer = env.issuer(own)
-        request = pod_request(name).request
+        request = request_of(name)
         async with running_issuers(issuer):
             assert dns_names((await issuer.issue(request)).chain) == {str(dns) for dns in request.csr.names.dns}
 
@@ -164,71 +154,38 @@ def test_output_of_tsig_keygen_is_that_of_the_page() -> None:
 async def test_delegation_of_the_page_works(tmp_path: Path) -> None:
     (record,) = blocks("acme.md", "zone")
     zones = {"example.com": record, "acme.example.com": ""}
-    server = bind9(tmp_path / "dns", zones, granted=frozenset({"acme.example.com"}), recursive=True)
+    server = Bind9(tmp_path / "dns", zones, granted=frozenset({"acme.example.com"}), recursive=True)
     async with acme_environment(tmp_path, server) as env:
         issuer = env.issuer()
         async with running_issuers(issuer):
-            assert dns_names((await issuer.issue(pod_request("acme.md").request)).chain) == {"shop.example.com"}
+            assert dns_names((await issuer.issue(pod_request())).chain) == {"shop.example.com"}
 
 
 @pytest.mark.peers("pebble", "named", "nginx", "openssl")
-async def test_migration_from_kube_lego_works(tmp_path: Path) -> None:
-    """The route of acme.md works with nginx, and nginx accepts the files in the page's configuration."""
+async def test_migration_from_kube_lego_works_with_the_route_of_the_page(tmp_path: Path) -> None:
+    """Instead of an Ingress for each challenge, the fixed route of acme.md can lead to the authority."""
     route = blocks("acme.md", "nginx")[0]
-    zone = bind9(tmp_path / "dns", {"example.com": ""})
+    zone = Bind9(tmp_path / "dns", {"example.com": ""})
     nginx = Nginx(tmp_path / "nginx", "")
+    declared = configurations("from-kube-lego.md")[0]
+    assert declared.http01 is not None
     async with acme_environment(tmp_path, zone, http_port=nginx.port) as env:
-        declared = configurations("from-kube-lego.md")[0]
-        assert declared.http01 is not None
-        assert declared.while_pending == "internal"
         issuer = env.issuer(replace(env.configuration, dns01=None, http01=Http01(self_test=nginx.address)))
-        server = ChallengeServer(f"{LOOPBACK}:0", lambda: (issuer,))
-        port = await server.start()
-        locations = route.replace("certmount-acme.certmount.svc.cluster.local", f"{LOOPBACK}:{port}")
-        assert locations != route
-        try:
-            pod = pod_request("from-kube-lego.md")
+        async with challenge_server(issuer) as port:
+            locations = route.replace("certmount-acme.certmount.svc.cluster.local", f"{LOOPBACK}:{port}")
+            assert locations != route
             async with replace(nginx, locations=locations).running(), running_issuers(issuer):
-                issued = await issuer.issue(pod.request)
-        finally:
-            await server.stop()
-    assert dns_names(issued.chain) == {"shop.example.com", "www.shop.example.com"}
-    await asyncio.to_thread(_check_nginx, tmp_path, pod.key, issued.chain)
-
-
-def _check_nginx(directory: Path, key: ec.EllipticCurvePrivateKey, chain: tuple[bytes, ...]) -> None:
-    files = directory / "tls"
-    files.mkdir()
-    (files / "site.crt").write_bytes(encode_certificates(parse_certificates(chain, "chain")))
-    (files / "site.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    (block,) = blocks("from-kube-lego.md", "nginx")
-    text = block.replace("/etc/tls", str(files)).replace("listen 443 ssl", f"listen {LOOPBACK}:{free_port()} ssl")
-    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    paths = " ".join(f"{kind}_temp_path {directory}/{kind};" for kind in kinds)
-    configuration = directory / "tls.conf"
-    content = f"pid {directory}/tls.pid; events {{}} http {{ access_log off; {paths} {text} }}"
-    configuration.write_text(content, encoding="ascii")
-    command = [require_program("nginx"), "-t", "-e", str(directory / "tls.log"), "-c", str(configuration)]
-    subprocess.run(command, check=True)
+                issued = await issuer.issue(request_of("from-kube-lego.md"))
+    assert dns_names(issued.chain) == {"echo.example.com"}
 
 
 @pytest.mark.peers("pebble", "named", "openssl")
 async def test_issuer_check_works_with_the_file_of_from_notariat(tmp_path: Path) -> None:
-    async with documented(tmp_path / "dns") as server, acme_environment(tmp_path, server) as env:
-        entry = document_with("from-notariat.md", "issuers")["issuers"][0]["acme"]
-        entry |= {
-            "account": {"directory": str(tmp_path / "account")},
-            "directory": env.configuration.directory,
-            "ca": {"file": env.configuration.ca_file},
-            "roots": {"file": env.configuration.roots_file},
-        }
-        entry["dns01"] = {
-            "server": server.address,
-            "tsig": {"file": key_source(tmp_path, _tsig()).path},
-            "zone": "example.com",
-            "resolvers": [server.address],
-            "nameservers": [server.address],
-        }
+    server = documented(tmp_path / "dns")
+    async with acme_environment(tmp_path, server) as env:
+        declared = document_with("from-notariat.md", "issuers")["issuers"][0]["acme"]
+        real = env.declaration()
+        entry = declared | real | {"dns01": real["dns01"] | {"zone": "example.com"}}
         file = tmp_path / "issuers.yaml"
         file.write_text(yaml.safe_dump({"issuers": [{"name": "letsencrypt", "acme": entry}]}), encoding="utf-8")
         command = ["issuer", "check", "letsencrypt", "--issuers", str(file)]

@@ -11,19 +11,17 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from kubernetes.aio import client
 
 from csi_driver.authority.issuers.acme.config import Http01
-from csi_driver.authority.issuers.acme.http01 import ChallengeServer
 from csi_driver.core.errors import CertmountError
-from csi_driver.kube.client import connect
+from csi_driver.kube.connection import Api, ApiConfiguration
 from csi_driver.kube.ingress import IngressRoutes
-from tests.peers.acme import acme_environment, dns_names, request_for, running_issuers
+from tests.peers.acme import acme_environment, challenge_server, dns_names, request_for, running_issuers
 from tests.peers.nginx import Nginx
 from tests.peers.processes import LOOPBACK
+from tests.support.stream_servers import web_server
 from tests.support.waiting import until
 
-_COLLECTION = "/apis/networking.k8s.io/v1/namespaces/certmount/ingresses"
 _NAMES = ("shop.example.test", "www.example.test")
 
 
@@ -33,35 +31,30 @@ class Cluster:
 
     ingresses: dict[str, Any] = field(default_factory=dict)
     made: int = 0
-    url: str = ""
 
     @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        application = web.Application()
-        application.router.add_post(_COLLECTION, self._create)
-        application.router.add_delete(_COLLECTION + "/{name}", self._delete)
-        runner = web.AppRunner(application, access_log=None)
-        await runner.setup()
-        await web.TCPSite(runner, LOOPBACK, 0).start()
-        self.url = f"http://{LOOPBACK}:{runner.addresses[0][1]}"
-        try:
-            yield
-        finally:
-            await runner.cleanup()
+    async def running(self) -> AsyncIterator[Api]:
+        async with (
+            web_server(self._handle) as port,
+            Api(ApiConfiguration(url=f"http://{LOOPBACK}:{port}")) as api,
+        ):
+            yield api
 
-    async def _create(self, request: web.Request) -> web.Response:
+    async def _handle(self, request: web.Request) -> web.Response:
+        collection, _, name = request.path.partition("/ingresses")
+        if collection != "/apis/networking.k8s.io/v1/namespaces/certmount":
+            return web.json_response({"message": "not found"}, status=404)
+        if request.method == "DELETE":
+            found = self.ingresses.pop(name.removeprefix("/"), None)
+            return web.json_response(
+                {"message": "not found"} if found is None else {}, status=404 if found is None else 200
+            )
         body = await request.json()
-        name = body["metadata"]["name"]
-        if name in self.ingresses:
+        if body["metadata"]["name"] in self.ingresses:
             return web.json_response({"message": "already exists"}, status=409)
-        self.ingresses[name] = body
+        self.ingresses[body["metadata"]["name"]] = body
         self.made += 1
         return web.json_response(body, status=201)
-
-    async def _delete(self, request: web.Request) -> web.Response:
-        if self.ingresses.pop(request.match_info["name"], None) is None:
-            return web.json_response({"message": "not found"}, status=404)
-        return web.json_response({"status": "Success"})
 
 
 def locations(ingresses: Iterable[Any], backends: Mapping[tuple[str, int], str]) -> str:
@@ -81,32 +74,25 @@ def locations(ingresses: Iterable[Any], backends: Mapping[tuple[str, int], str])
 async def test_each_challenge_gets_an_ingress_that_is_deleted_afterwards(tmp_path: Path) -> None:
     cluster, nginx = Cluster(), Nginx(tmp_path / "nginx", "")
     async with (
-        cluster.running(),
-        connect(client.Configuration(host=cluster.url)) as api,
+        cluster.running() as api,
         acme_environment(tmp_path, http_port=nginx.port) as env,
     ):
         routes = IngressRoutes(api, "certmount", "certmount-authority", 8089, "nginx")
         http01 = Http01(self_test=nginx.address, ingress_class="nginx")
-        configuration = replace(env.configuration, dns01=None, http01=http01)
-        issuer = env.issuer(configuration, routes=routes)
-        server = ChallengeServer(f"{LOOPBACK}:0", lambda: (issuer,))
-        port = await server.start()
-        try:
-            async with running_issuers(issuer):
-                issuing = asyncio.ensure_future(issuer.issue(request_for(*_NAMES)))
-                await until(lambda: len(cluster.ingresses) == len(_NAMES), "an Ingress for each name")
-                backends = {("certmount-authority", 8089): f"{LOOPBACK}:{port}"}
-                async with replace(nginx, locations=locations(cluster.ingresses.values(), backends)).running():
-                    assert dns_names((await issuing).chain) == set(_NAMES)
-        finally:
-            await server.stop()
+        issuer = env.issuer(replace(env.configuration, dns01=None, http01=http01), routes=routes)
+        async with challenge_server(issuer) as port, running_issuers(issuer):
+            issuing = asyncio.ensure_future(issuer.issue(request_for(*_NAMES)))
+            await until(lambda: len(cluster.ingresses) == len(_NAMES), "an Ingress for each name")
+            backends = {("certmount-authority", 8089): f"{LOOPBACK}:{port}"}
+            async with replace(nginx, locations=locations(cluster.ingresses.values(), backends)).running():
+                assert dns_names((await issuing).chain) == set(_NAMES)
     assert cluster.ingresses == {}
     assert cluster.made == len(_NAMES)
 
 
 async def test_routes_are_idempotent_and_report_api_errors() -> None:
     cluster = Cluster()
-    async with cluster.running(), connect(client.Configuration(host=cluster.url)) as api:
+    async with cluster.running() as api:
         routes = IngressRoutes(api, "certmount", "certmount-authority", 8089, "nginx")
         for _ in range(2):
             await routes.open("shop.example.test", "token")

@@ -55,17 +55,16 @@ def _pod_of(claims: Mapping[str, Mapping[str, str]]) -> Pod:
 
 @dataclass
 class Node:
-    """A node with its kubelet; all pods belong to one Deployment."""
+    """A node with its kubelet and driver."""
 
     kubelet: Kubelet
     driver: Driver
     channel: grpc.aio.Channel
     issuer: TokenIssuer
 
-    def request(self, number: int = 0) -> Request:
-        pod = FakePod("web", f"shop-{number}", "shop")
+    def request(self, pod: FakePod, attributes: Mapping[str, str]) -> Request:
         token = self.issuer.pod_token(Pod(pod.name, pod.namespace, pod.service_account, uid=pod.uid))
-        return self.kubelet.publish_request(pod, ATTRIBUTES, token=token.reveal())
+        return self.kubelet.publish_request(pod, attributes, token=token.reveal())
 
     async def publish(self, request: Request, timeout_s: float = 60.0) -> None:
         await node_stub(self.channel).NodePublishVolume(request, timeout=timeout_s, wait_for_ready=True)
@@ -79,52 +78,44 @@ class Node:
         return Shown.at(Path(request.target_path))
 
 
-def _issuers(env: AcmeEnvironment, **options: str) -> str:
-    dns, configuration = env.dns, env.configuration
-    acme = {
-        "account": {"directory": configuration.account.directory},
-        "directory": configuration.directory,
-        "terms_agreed": True,
-        "ca": {"file": configuration.ca_file},
-        "roots": {"file": configuration.roots_file},
-        "dns01": {
-            "server": dns.address,
-            "tsig": {"file": dns.key_source.path},
-            "resolvers": [dns.address],
-            "nameservers": [dns.address],
-        },
-        **options,
-    }
-    return json.dumps({"issuers": [{"name": "letsencrypt", "acme": acme}]})
+@contextlib.asynccontextmanager
+async def running_node(world: World) -> AsyncIterator[Node]:
+    with kubelet_root() as root:
+        token = root.parent / "node-token"
+        token.write_text(world.issuer.node_token().reveal())
+        kubelet, log = Kubelet(root), root.parent / "driver.log"
+        driver = Driver(kubelet, f"localhost:{world.server.port}", world.ca / "authority.crt", token, log)
+        async with driver, kubelet.channel() as channel:
+            yield Node(kubelet, driver, channel, world.issuer)
+
+
+def _request(node: Node, number: int = 0) -> Request:
+    """All pods belong to one Deployment."""
+    return node.request(FakePod("web", f"shop-{number}", "shop"), ATTRIBUTES)
 
 
 @contextlib.asynccontextmanager
 async def _node(env: AcmeEnvironment, **options: str) -> AsyncIterator[Node]:
     issuer = TokenIssuer()
     file = env.directory / "issuers.json"
-    file.write_text(_issuers(env, **options))
+    file.write_text(json.dumps({"issuers": [{"name": "letsencrypt", "acme": env.declaration() | options}]}))
     reviewer: Any = AllPods()
     world = World(env.directory, issuer, Cluster(issuer), issuers=file, serving_names=("localhost",), reviewer=reviewer)
     world.policy.write_text(POLICY)
-    token = env.directory / "node-token"
-    token.write_text(issuer.node_token().reveal())
     async with world.running() as server:
         await until(lambda: "letsencrypt" in server._trust.snapshot.sets, "the issuer's roots")
-        with kubelet_root() as root:
-            kubelet, log = Kubelet(root), root.parent / "driver.log"
-            driver = Driver(kubelet, f"localhost:{server.port}", world.ca / "authority.crt", token, log)
-            async with driver, kubelet.channel() as channel:
-                yield Node(kubelet, driver, channel, issuer)
+        async with running_node(world) as node:
+            yield node
 
 
 async def test_pods_of_a_deployment_on_one_node_share_one_certificate(tmp_path: Path) -> None:
     """20 pods start at once, then 10 crash: the CA counts one order."""
     async with acme_environment(tmp_path) as env, _node(env) as node:
-        requests = [node.request(number) for number in range(20)]
+        requests = [_request(node, number) for number in range(20)]
         await asyncio.gather(*(node.publish(request) for request in requests))
         serials = {node.shown(request).serial for request in requests}
         for number in range(10):
-            crashing = node.request(20 + number)
+            crashing = _request(node, 20 + number)
             await node.publish(crashing)
             serials.add(node.shown(crashing).serial)
             await node.unpublish(crashing)
@@ -138,7 +129,7 @@ async def test_pods_of_a_deployment_on_one_node_share_one_certificate(tmp_path: 
 async def test_order_continues_after_the_kubelet_cancels_calls(tmp_path: Path) -> None:
     """The kubelet removes the volume after each canceled call; a later call gets the certificate of the first order."""
     async with acme_environment(tmp_path, retry_after_s=5) as env, _node(env) as node:
-        request, canceled = node.request(), 0
+        request, canceled = _request(node), 0
         async with asyncio.timeout(60):
             while True:
                 try:
@@ -155,9 +146,8 @@ async def test_order_continues_after_the_kubelet_cancels_calls(tmp_path: Path) -
 
 
 async def test_pod_starts_with_an_interim_certificate(tmp_path: Path) -> None:
-    """The public certificate replaces it in the running pod; there is one order."""
     async with acme_environment(tmp_path, retry_after_s=10) as env, _node(env, while_pending="internal") as node:
-        request = node.request()
+        request = _request(node)
         await node.publish(request)
         before = node.shown(request)
         assert {name.text for name in names_of(before.leaf.extensions)} == {NAME, SPIFFE_ID}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,17 +25,17 @@ from csi_driver.core.certificates.csr import build_csr, names_of, parse_csr
 from csi_driver.core.certificates.keys import PrivateKey, generate_key
 from csi_driver.core.certificates.verification import ExpectedCertificate, verify_certificate
 from csi_driver.core.config.issuers import FileSource
-from csi_driver.core.durations import format_duration
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.identity import PodIdentity, ServiceAccount
-from csi_driver.core.names import URI, DNSName, EmailAddress, IPAddress, Names, spiffe_id
+from csi_driver.core.names import DNSName, Names, spiffe_id
 from csi_driver.core.policy.engine import Grant
 from csi_driver.core.policy.rules import ALL_USAGES
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import KeyType, Usage
 from tests.peers.step_ca import RealStepCA, new_jwk
 from tests.support.provisioner_key import JWE, JWK, PASSWORD
-from tests.support.waiting import until
+from tests.support.waiting import in_background, until
+from tests.unit.core import pki
 
 pytestmark = pytest.mark.peers("step-ca")
 
@@ -70,20 +69,18 @@ class Pair:
             await self.issue(**changes)
         return failure.value
 
-    def verified_leaf(self, issued: IssuedCertificate) -> x509.Certificate:
+    def verified_leaf(self, issued: IssuedCertificate, roots: Sequence[bytes] | None = None) -> x509.Certificate:
         expected = ExpectedCertificate(self.key.public_key(), Names.of([DNSName.parse(NAME)]), "default", "hello")
-        return verify_certificate(issued.chain, issued.roots, expected, datetime.now(UTC)).leaf
+        return verify_certificate(issued.chain, roots or issued.roots, expected, datetime.now(UTC)).leaf
 
 
 @contextlib.asynccontextmanager
-async def using(configuration: StepCAConfiguration, key_type: KeyType = KeyType.EC_P256) -> AsyncIterator[Pair]:
-    issuer = StepCAIssuer("step", configuration, CredentialReader())
-    running = asyncio.create_task(issuer.run())
-    try:
+async def using(
+    configuration: StepCAConfiguration, key_type: KeyType = KeyType.EC_P256, **options: Any
+) -> AsyncIterator[Pair]:
+    issuer = StepCAIssuer("step", configuration, CredentialReader(), **options)
+    async with in_background(issuer.run()):
         yield Pair(issuer, generate_key(key_type))
-    finally:
-        running.cancel()
-        await asyncio.wait([running])
 
 
 @pytest.fixture
@@ -105,11 +102,8 @@ async def test_certificate_passes_the_nodes_verification(key_type: KeyType, ca: 
 
 
 async def test_all_kinds_of_names_are_signed(ca: RealStepCA) -> None:
-    names = Names.of(
-        [DNSName.parse(NAME), DNSName.parse("*.example.com")],
-        [OWN, URI.parse("https://example.com/a")],
-        [IPAddress.parse("10.0.0.1"), IPAddress.parse("fd00::1")],
-        [EmailAddress.parse("ops@example.com")],
+    names = pki.names(
+        NAME, "*.example.com", OWN.text, "https://example.com/a", "10.0.0.1", "fd00::1", "ops@example.com"
     )
     async with using(ca.configuration()) as pair:
         issued = await pair.issue(names=names)
@@ -120,9 +114,22 @@ async def test_all_kinds_of_names_are_signed(ca: RealStepCA) -> None:
         assert leaf.subject.rfc4514_string() == "CN=default/hello"
 
 
+async def test_csr_without_names_gets_the_granted_names(ca: RealStepCA) -> None:
+    """A pod certificate: the kubelet's CSR contains only a key, and the authority's token contains the names."""
+    stub = parse_csr(build_csr(generate_key(KeyType.EC_P256), Names()))
+    granted = Names.of([DNSName.parse(NAME)], (OWN,))
+    grant = Grant(granted, timedelta(hours=1), ALL_USAGES, ("built-in",))
+    async with using(ca.configuration()) as pair:
+        issued = await pair.issuer.issue(IssuerRequest(replace(stub, names=granted), grant, POD))
+    leaf = x509.load_der_x509_certificate(issued.chain[0])
+    assert {*names_of(leaf.extensions)} == {*granted}
+    # The API server requires an hour in all, and notBefore within five minutes.
+    assert timedelta(hours=1) <= leaf.not_valid_after_utc - leaf.not_valid_before_utc <= timedelta(minutes=62)
+
+
 async def test_request_must_contain_all_uris_or_none(ca: RealStepCA) -> None:
     async with using(ca.configuration()) as pair:
-        error = await pair.failure(names=Names.of(uris=[URI.parse("https://example.com/a")]))
+        error = await pair.failure(names=pki.names("https://example.com/a"))
     assert error.reason is Reason.NAME_NOT_ALLOWED
     assert f"add {OWN} to the volume's uri-sans" in str(error)
 
@@ -153,11 +160,6 @@ async def test_unavailable_step_ca_is_a_problem_until_it_is_back(ca: RealStepCA)
         await until(lambda: pair.issuer.problem is None, "the end of the problem")
 
 
-async def test_root_can_be_a_file(ca: RealStepCA) -> None:
-    async with using(ca.configuration(root_sha256=None, root_file=str(ca.root_file))) as pair:
-        pair.verified_leaf(await pair.issue())
-
-
 async def test_no_token_is_sent_to_a_server_with_another_root(ca: RealStepCA, tmp_path: Path) -> None:
     async with using(ca.configuration(root_sha256="ab" * 32)) as pair:
         error = await pair.failure()
@@ -167,6 +169,8 @@ async def test_no_token_is_sent_to_a_server_with_another_root(ca: RealStepCA, tm
         error = await pair.failure()
         assert "TLS: the server's certificate is not issued by the configured root" in str(error)
     assert "ott" not in ca.log.read_text()
+    async with using(ca.configuration(root_sha256=None, root_file=str(ca.root_file))) as pair:
+        pair.verified_leaf(await pair.issue())
 
 
 async def test_certificate_for_another_host_name_is_rejected(ca: RealStepCA) -> None:
@@ -178,8 +182,7 @@ async def test_certificate_for_another_host_name_is_rejected(ca: RealStepCA) -> 
 async def test_wrong_provisioner_or_key_is_explained(ca: RealStepCA, tmp_path: Path) -> None:
     """step-ca itself would return 401 without a reason."""
     async with using(ca.configuration(provisioner="cis")) as pair:
-        error = str(await pair.failure())
-        assert "step-ca has no provisioner cis; it has csi (JWK), acme (ACME)" in error
+        assert "step-ca has no provisioner cis; it has csi (JWK), acme (ACME)" in str(await pair.failure())
     async with using(ca.configuration(provisioner="acme")) as pair:
         assert "acme has type ACME; expected JWK" in str(await pair.failure())
     other = tmp_path / "other.jwk"
@@ -208,28 +211,19 @@ async def test_401_after_the_provisioner_got_another_key_is_explained(ca: RealSt
 
 
 async def test_clock_skew_is_detected(ca: RealStepCA) -> None:
-    def slow() -> datetime:
-        return datetime.now(UTC) - timedelta(minutes=10)
-
-    issuer = StepCAIssuer("step", ca.configuration(), CredentialReader(), clock=slow)
-    running = asyncio.create_task(issuer.run())
-    try:
-        with pytest.raises(CertmountError, match=r"clock: step-ca's clock is (599|600|601) s ahead"):
-            await issuer.issue(request(generate_key(KeyType.EC_P256)))
-    finally:
-        running.cancel()
-        await asyncio.wait([running])
+    async with using(ca.configuration(), clock=lambda: datetime.now(UTC) - timedelta(minutes=10)) as pair:
+        problem = "clock: the clocks of the authority and step-ca differ by about 10 min; synchronize"
+        assert problem in str(await pair.failure())
 
 
 async def test_lifetime_outside_the_limits_is_rejected(tmp_path: Path) -> None:
     """By the authority if the provisioner has limits, or else by step-ca."""
     limits = {"minTLSCertDuration": "10m", "maxTLSCertDuration": "2h", "defaultTLSCertDuration": "1h"}
     async with RealStepCA(tmp_path / "limited", claims=limits) as ca, using(ca.configuration()) as pair:
-        for lifetime in (timedelta(minutes=9), timedelta(hours=3)):
+        for text, lifetime in (("9m", timedelta(minutes=9)), ("3h", timedelta(hours=3))):
             error = await pair.failure(lifetime=lifetime)
             assert error.reason is Reason.NAME_NOT_ALLOWED
-            text = f"duration: {format_duration(lifetime)} is outside the limits of the provisioner, 10m to 2h"
-            assert text in str(error)
+            assert f"duration: {text} is outside the limits of the provisioner, 10m to 2h" in str(error)
         assert '"path":"/1.0/sign"' not in ca.log.read_text().replace(" ", "")
         pair.verified_leaf(await pair.issue(lifetime=timedelta(hours=2)))
     async with RealStepCA(tmp_path / "usual") as ca, using(ca.configuration()) as pair:
@@ -264,38 +258,23 @@ def documented_template() -> str:
     return text.split("<!-- template -->")[1].split("```")[1].removeprefix("json\n")
 
 
-@pytest.fixture
-async def client(ca: RealStepCA) -> AsyncIterator[StepCAClient]:
-    attacker = StepCAClient(ca.url, (ca.root,))
-    try:
-        yield attacker
-    finally:
-        await attacker.aclose()
+async def test_token_is_valid_for_one_csr_and_one_use(ca: RealStepCA) -> None:
+    def captured() -> tuple[str, str]:
+        to_sign = request(generate_key(KeyType.EC_P256))
+        claims = token_claims(to_sign, ca.configuration(), f"nonce-{to_sign.csr.der.hex()[-9:]}")
+        csr = x509.load_der_x509_csr(to_sign.csr.der).public_bytes(Encoding.PEM).decode()
+        return csr, key.token(claims, to_sign.csr.der, datetime.now(UTC)).reveal()
 
-
-def captured(ca: RealStepCA, to_sign: IssuerRequest) -> tuple[str, str, str]:
     key = load_provisioner_key(Secret(ca.key_file.read_bytes()), None)
-    token = key.token(token_claims(to_sign, ca.configuration(), "nonce-1"), to_sign.csr.der, datetime.now(UTC)).reveal()
-    csr = x509.load_der_x509_csr(to_sign.csr.der).public_bytes(Encoding.PEM).decode()
-    return csr, token, "1h"
-
-
-async def test_token_is_valid_for_one_use(ca: RealStepCA, client: StepCAClient) -> None:
-    arguments = captured(ca, request(generate_key(KeyType.EC_P256)))
-    assert (await client.sign(*arguments)).status == 201
-    assert (await client.sign(*arguments)).status == 401
-
-
-async def test_token_is_valid_for_one_csr(ca: RealStepCA, client: StepCAClient) -> None:
-    _, token, lifetime = captured(ca, request(generate_key(KeyType.EC_P256)))
-    other_csr, *_ = captured(ca, request(generate_key(KeyType.EC_P256)))
-    response = await client.sign(other_csr, token, lifetime)
-    assert response.status == 403
-    assert "fingerprint does not match" in response.message
+    (csr, token), (_, other_token) = captured(), captured()
+    async with contextlib.aclosing(StepCAClient(ca.url, (ca.root,))) as attacker:
+        assert [(await attacker.sign(csr, token, "1h")).status for _ in range(2)] == [201, 401]
+        response = await attacker.sign(csr, other_token, "1h")
+        assert response.status == 403
+        assert "fingerprint does not match" in response.message
 
 
 async def test_pods_trust_the_roots_of_federated_cas(tmp_path: Path) -> None:
-    """Also if the federation is configured later."""
     east, west = (RealStepCA(tmp_path / name, name=name.title()) for name in ("east", "west"))
     async with east, west, using(east.configuration()) as one, using(west.configuration()) as other:
         await one.issuer.diagnose()
@@ -306,9 +285,7 @@ async def test_pods_trust_the_roots_of_federated_cas(tmp_path: Path) -> None:
         assert set(one.issuer.roots) == {east.root_der, west.root_der}
         assert set((await one.issue()).roots) == {east.root_der, west.root_der}
         # A pod of the east verifies the certificate of a pod of the west.
-        theirs = await other.issue()
-        expected = ExpectedCertificate(other.key.public_key(), Names.of([DNSName.parse(NAME)]), "default", "hello")
-        verify_certificate(theirs.chain, one.issuer.roots, expected, datetime.now(UTC))
+        other.verified_leaf(await other.issue(), one.issuer.roots)
 
 
 async def test_encrypted_key_is_read_from_a_file_or_from_step_ca(tmp_path: Path) -> None:
@@ -327,9 +304,8 @@ async def test_encrypted_key_is_read_from_a_file_or_from_step_ca(tmp_path: Path)
 
 async def test_diagnosis_checks_everything_and_signs_nothing(ca: RealStepCA) -> None:
     findings = await StepCAIssuer("step", ca.configuration(), CredentialReader()).diagnose()
-    assert all(finding.ok for finding in findings)
-    subjects = ["reachable", "roots", "provisioner", "key", "lifetime", "clock"]
-    assert [finding.subject for finding in findings] == subjects
+    subjects = ("reachable", "roots", "provisioner", "key", "lifetime", "clock")
+    assert [(finding.subject, finding.ok) for finding in findings] == [(subject, True) for subject in subjects]
     assert ca.log.read_text().count('path="/1.0/sign"') == 0
 
 

@@ -80,40 +80,31 @@ def example(name: str, command: str) -> tuple[str, str]:
 
 
 async def test_output_of_issuer_check_is_that_of_the_page(tmp_path: Path) -> None:
-    """Without and with a certificate, and with the key of another provisioner."""
     files = {"key": tmp_path / "provisioner.jwe", "password": tmp_path / "password"}
     files["key"].write_text(JWE)
     files["password"].write_text(PASSWORD)
     entry = declared("issuers.md")
-    async with RealStepCA(
-        tmp_path / "ca", name="Example", jwk=JWK, provisioner=entry["provisioner"], claims=LIMITS
-    ) as ca:
+    name = entry["provisioner"]
+    async with RealStepCA(tmp_path / "ca", name="Example", jwk=JWK, provisioner=name, claims=LIMITS) as ca:
         write(tmp_path, real(entry, ca, files))
         for ending in ("check step --issuers issuers.yaml", "--issue shop.web.svc"):
             command, output = example("issuers.md", ending)
-            assert normalize(output) == normalize((await certmount(command, tmp_path))[1])
-            assert (await certmount(command, tmp_path))[0] == 0
+            code, actual = await certmount(command, tmp_path)
+            assert (code, normalize(actual)) == (0, normalize(output))
         files["key"].write_text(json.dumps(new_jwk()))
-        code, output = await certmount("certmount issuer check step --issuers issuers.yaml", tmp_path)
-        assert code == 1
-        failed = [block for block in blocks("issuers.md", "console") if "FAIL" in block]
-        assert normalize(failed[0].partition("\n")[2]) == normalize(output)
+        code, actual = await certmount("certmount issuer check step --issuers issuers.yaml", tmp_path)
+        failed = next(block for block in blocks("issuers.md", "console") if "FAIL" in block)
+        assert (code, normalize(actual)) == (1, normalize(failed.partition("\n")[2]))
 
 
 async def test_issuer_of_the_autocert_page_needs_only_its_password(tmp_path: Path) -> None:
     password = tmp_path / "password"
     password.write_text(PASSWORD)
     entry = declared("from-autocert.md")
-    ca = RealStepCA(
-        tmp_path / "ca", name="Autocert", jwk=JWK, encrypted_key=JWE, provisioner=entry["provisioner"], claims={}
-    )
+    ca = RealStepCA(tmp_path / "ca", name="Autocert", jwk=JWK, encrypted_key=JWE, provisioner=entry["provisioner"])
     (tmp_path / "root_ca.crt").write_bytes(ca.root_file.read_bytes())
-    openssl = next(
-        line.removeprefix("$ ")
-        for block in blocks("from-autocert.md", "console")
-        for line in block.splitlines()
-        if line.startswith("$ openssl")
-    )
+    lines = "".join(blocks("from-autocert.md", "console")).splitlines()
+    openssl = next(line.removeprefix("$ ") for line in lines if line.startswith("$ openssl"))
     code, fingerprint = await run(*shlex.split(openssl), cwd=tmp_path)
     assert code == 0
     async with ca:
@@ -134,35 +125,37 @@ def test_policy_of_the_autocert_page_allows_only_its_pod() -> None:
     assert spec.issuer == "step"
     rules = next(one for one in page if "policy" in one)
     policy = parse_policy(rules, trust_domain="cluster.local", cluster_domain="cluster.local")
-    requested = RequestedCertificate.of(spec.names, spec.key_type, spec)
-    enabled = {"autocert.step.sm": "enabled"}
-    assert policy.decide(PolicySubject(_pod("default"), enabled), requested).names.dns == spec.names.dns
     names = Names.of([DNSName.parse("hello-mtls-client.default.pod.cluster.local")])
-    client = RequestedCertificate(names, issuer="step")
-    assert policy.decide(PolicySubject(_pod("default"), enabled), client).duration
-    assert not policy.evaluate(PolicySubject(_pod("default"), {}), requested).allowed
-    assert not policy.evaluate(PolicySubject(_pod("other"), enabled), requested).allowed
+    requested = RequestedCertificate.of(spec.names, spec.key_type, spec)
+
+    def subject(namespace: str, labels: Mapping[str, str]) -> PolicySubject:
+        account = ServiceAccount(namespace, "default")
+        return PolicySubject(PodIdentity(account, "sa", "pod", "uid", "node", "node-uid", 9e9), labels)
+
+    enabled = {"autocert.step.sm": "enabled"}
+    assert policy.decide(subject("default", enabled), requested).names.dns == spec.names.dns
+    assert policy.decide(subject("default", enabled), RequestedCertificate(names, issuer="step")).duration
+    assert not policy.evaluate(subject("default", {}), requested).allowed
+    assert not policy.evaluate(subject("other", enabled), requested).allowed
 
 
 @pytest.mark.parametrize("name", ["issuers.md", "from-autocert.md"])
 def test_roles_allow_exactly_the_secrets_of_the_issuers(name: str) -> None:
     sources = [declared(name)[word] for word in ("key", "password") if word in declared(name)]
-    secrets = {tuple(source["secret"].split("/")) for source in sources}
     roles = [one for one in documents(name) if one.get("kind") == "Role"]
     bindings = [one for one in documents(name) if one.get("kind") == "RoleBinding"]
     rules = [(role["metadata"]["namespace"], rule) for role in roles for rule in role["rules"]]
-    allowed = {(namespace, secret) for namespace, rule in rules for secret in rule["resourceNames"]}
-    assert allowed == secrets
+    allowed = {f"{namespace}/{secret}" for namespace, rule in rules for secret in rule["resourceNames"]}
+    assert allowed == {source["secret"] for source in sources}
     assert all(rule["verbs"] == ["get"] and rule["resources"] == ["secrets"] for _, rule in rules)
+    account = {"kind": "ServiceAccount", "name": "certmount-authority", "namespace": "certmount"}
     for role, binding in zip(roles, bindings, strict=True):
         assert binding["roleRef"]["name"] == role["metadata"]["name"]
         assert binding["metadata"]["namespace"] == role["metadata"]["namespace"]
-        account = {"kind": "ServiceAccount", "name": "certmount-authority", "namespace": "certmount"}
         assert binding["subjects"] == [account]
 
 
 async def test_issuer_check_reports_an_invalid_file(tmp_path: Path) -> None:
-    """Also unknown names, and Secrets outside a cluster."""
     file = tmp_path / "issuers.yaml"
     check = "certmount issuer check --issuers issuers.yaml"
     code, output = await certmount(check, tmp_path)
@@ -183,7 +176,3 @@ async def test_issuer_check_reports_an_invalid_file(tmp_path: Path) -> None:
         code, output = await certmount(check, tmp_path)
     assert code == 1
     assert "FAIL key: key jwk of Secret certmount/step: cannot be read outside a cluster" in output
-
-
-def _pod(namespace: str) -> PodIdentity:
-    return PodIdentity(ServiceAccount(namespace, "default"), "sa", "pod", "uid", "node", "node-uid", 9e9)

@@ -15,11 +15,10 @@ from structlog.testing import capture_logs
 from csi_driver._proto import authority_pb2
 from csi_driver.core.certificates.verification import ExpectedCertificate, verify_certificate
 from csi_driver.core.names import DNSName, Names
-from tests.integration.authority.world import NAME, POD, SERVING_NAME, Caller, CallFailure, Cluster, World
-from tests.integration.node.world import Shown, kubelet_root
+from tests.integration.authority.world import NAME, POD, SERVING_NAME, Caller, Cluster, World, failure_of
 from tests.peers.step_ca import PROVISIONER, RealStepCA
-from tests.support.driver import Driver
-from tests.support.kubelet import FakePod, Kubelet, node_stub
+from tests.peers.test_acme_node import running_node
+from tests.support.kubelet import FakePod
 from tests.support.tokens import TokenIssuer
 from tests.support.waiting import until
 
@@ -40,13 +39,8 @@ async def ca(tmp_path: Path) -> AsyncIterator[RealStepCA]:
 
 @pytest.fixture
 async def world(tmp_path: Path, ca: RealStepCA) -> AsyncIterator[World]:
-    file = tmp_path / "issuers.yaml"
-    declared = {
-        "url": ca.url,
-        "root_sha256": ca.root_sha256,
-        "provisioner": PROVISIONER,
-        "key": {"file": str(ca.key_file)},
-    }
+    file, key = tmp_path / "issuers.yaml", {"file": str(ca.key_file)}
+    declared = {"url": ca.url, "root_sha256": ca.root_sha256, "provisioner": PROVISIONER, "key": key}
     file.write_text(yaml.safe_dump({"issuers": [{"name": "step", "step_ca": declared}]}))
     issuer = TokenIssuer()
     world = World(tmp_path, issuer, Cluster(issuer), issuers=file, serving_names=(SERVING_NAME, "localhost"))
@@ -62,36 +56,21 @@ async def caller(world: World) -> AsyncIterator[Caller]:
 
 
 def request(world: World, **changes: Any) -> authority_pb2.IssueRequest:
-    defaults: dict[str, Any] = {
-        "csr": world.csr(NAME),
-        "pod_token": world.issuer.pod_token(POD).reveal(),
-        "issuer": "step",
-    }
+    defaults = {"csr": world.csr(NAME), "pod_token": world.issuer.pod_token(POD).reveal(), "issuer": "step"}
     return authority_pb2.IssueRequest(**{**defaults, **changes})
 
 
-async def known_roots(caller: Caller) -> authority_pb2.TrustBundle:
-    """Return the first trust bundle with step-ca's roots."""
+async def known_roots(caller: Caller) -> Any:
     call = caller.watch()
     try:
-        async for bundle in call:
-            if "step" in bundle.sets:
-                found: authority_pb2.TrustBundle = bundle
-                return found
+        while "step" not in (bundle := await call.read()).sets:
+            pass
+        return bundle
     finally:
         call.cancel()
-    raise AssertionError("the stream has ended")
 
 
-async def failure_of(caller: Caller, wire_request: authority_pb2.IssueRequest) -> CallFailure:
-    with pytest.raises(grpc.aio.AioRpcError) as raised:
-        await caller.send(wire_request)
-    return CallFailure.of(raised.value)
-
-
-async def test_certificate_from_step_ca_passes_the_nodes_verification(
-    world: World, caller: Caller, ca: RealStepCA
-) -> None:
+async def test_certificate_of_step_ca_passes_the_nodes_checks(world: World, caller: Caller, ca: RealStepCA) -> None:
     bundle = await known_roots(caller)
     assert list(bundle.sets["step"].roots) == [ca.root_der]
     with capture_logs() as logs:
@@ -119,18 +98,16 @@ async def test_error_of_step_ca_reaches_the_pod(world: World, caller: Caller) ->
     await known_roots(caller)
     wire_request = request(world)
     wire_request.duration.FromTimedelta(timedelta(hours=30))
-    failure = await failure_of(caller, wire_request)
+    failure = await failure_of(caller.send(wire_request))
     assert (failure.code, failure.reason) == (grpc.StatusCode.PERMISSION_DENIED, "NameNotAllowed")
     text = "issuer step: step-ca rejected the request: requested duration of 30h1m0s is more than the authorized"
     assert text in failure.text
 
 
-async def test_outage_of_step_ca_is_retryable_and_does_not_affect_the_internal_ca(
-    world: World, caller: Caller, ca: RealStepCA
-) -> None:
+async def test_outage_of_step_ca_is_retryable_and_affects_only_it(world: World, caller: Caller, ca: RealStepCA) -> None:
     await known_roots(caller)
     await ca.stop()
-    failure = await failure_of(caller, request(world))
+    failure = await failure_of(caller.send(request(world)))
     assert (failure.code, failure.reason) == (grpc.StatusCode.UNAVAILABLE, "IssuerUnavailable")
     assert "cannot connect: Connection refused" in failure.text
     assert (await caller.issue()).chain
@@ -144,28 +121,17 @@ async def test_volume_gets_a_federated_root_without_a_new_certificate(
     monkeypatch.setattr("csi_driver.authority.issuers.external_issuer.DIAGNOSE_S", 0.2)
     await known_roots(caller)
     other = RealStepCA(tmp_path / "other", name="Other")
-    with kubelet_root() as root:
-        kubelet = Kubelet(root)
-        token = root.parent / "token"
-        token.write_text(world.issuer.node_token().reveal())
-        authority = f"localhost:{world.server.port}"
-        async with (
-            Driver(kubelet, authority, world.ca / "authority.crt", token, root.parent / "driver.log"),
-            kubelet.channel() as channel,
-        ):
-            pod = FakePod(POD.namespace, POD.name, POD.service_account, POD.uid)
-            pod_token = world.issuer.pod_token(POD).reveal()
-            published = kubelet.publish_request(pod, {"issuer": "step", "name": NAME}, token=pod_token)
-            await node_stub(channel).NodePublishVolume(published, timeout=30, wait_for_ready=True)
-            target = Path(published.target_path)
-            before = Shown.at(target)
-            assert before.roots == (ca.root,)
-            assert NAME in before.names
-            ca.federated = [other.root_file]
-            await ca.restart()
-            await until(lambda: len(Shown.at(target).roots) == 2, "the second root", timeout_s=60)
-            after = Shown.at(target)
-            assert set(after.roots) == {ca.root, other.root}
-            assert (after.key, after.serial) == (before.key, before.serial)
-            unpublish = kubelet.unpublish_request(published)
-            await node_stub(channel).NodeUnpublishVolume(unpublish, timeout=30)
+    async with running_node(world) as node:
+        pod = FakePod(POD.namespace, POD.name, POD.service_account, POD.uid)
+        request = node.request(pod, {"issuer": "step", "name": NAME})
+        await node.publish(request)
+        before = node.shown(request)
+        assert before.roots == (ca.root,)
+        assert NAME in before.names
+        ca.federated = [other.root_file]
+        await ca.restart()
+        await until(lambda: len(node.shown(request).roots) == 2, "the second root", timeout_s=60)
+        after = node.shown(request)
+        assert set(after.roots) == {ca.root, other.root}
+        assert (after.key, after.serial) == (before.key, before.serial)
+        await node.unpublish(request)

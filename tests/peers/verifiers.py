@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,8 +19,7 @@ from OpenSSL import crypto
 from csi_driver.authority.ca.keyring import Keyring
 from csi_driver.core.formats.pem import encode_certificates
 from csi_driver.core.spec import KeyType, Usage
-from tests.support.openssl import openssl_for
-from tests.support.requirements import require_program
+from tests.support.requirements import openssl_for, require_program
 
 _SOURCE = Path(__file__).parent / "x509check" / "main.go"
 _PURPOSES = {Usage.SERVER: "sslserver", Usage.CLIENT: "sslclient"}
@@ -55,10 +54,7 @@ class Presented:
         return "" if done.returncode == 0 else done.stdout + done.stderr
 
     def newest_openssl(self) -> str:
-        """Return the error of the OpenSSL in the cryptography package in strict mode; empty if it accepts the chain.
-
-        It is newer than distributions have, and its path validation is not cryptography's own.
-        """
+        """Return the error of the OpenSSL in the cryptography package, which is newer than those of distributions."""
         store = crypto.X509Store()
         store.set_flags(crypto.X509StoreFlags.X509_STRICT)
         store.set_time(self.now)
@@ -139,8 +135,3 @@ def _children(der: bytes) -> Iterator[tuple[int, bytes]]:
             length = int.from_bytes(der[2:start], "big")
         content, der = der[start : start + length], der[start + length :]
         yield tag, content
-
-
-def agree(answers: Sequence[str]) -> bool:
-    """Return True if all verifiers reject it or all accept it."""
-    return len({bool(answer) for answer in answers}) == 1

@@ -43,13 +43,12 @@ def _share(scenario: str, nodes: int, lifetime_s: float) -> float:
 
 
 def main() -> None:
-    """Simulate all cases on all CPU cores and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser, usual = argparse.ArgumentParser(description=__doc__), Figures()
     parser.add_argument(
-        "--per-core", type=float, default=Figures().issue_per_core_s, help="certificates per second of a replica"
+        "--per-core", type=float, default=usual.issue_per_core_s, help="certificates a second of a replica"
     )
     parser.add_argument(
-        "--rejection-ms", type=float, default=Figures().rejection_s * 1000, help="CPU time of a rejected call"
+        "--rejection-ms", type=float, default=usual.rejection_s * 1000, help="CPU time of a rejected call"
     )
     arguments = parser.parse_args()
     figures = Figures(issue_per_core_s=arguments.per_core, rejection_s=arguments.rejection_ms / 1000)

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from csi_driver.core.backoff import Backoff
+from csi_driver.core.due_times import DueTimes
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.renewal import catch_up_delay_s, plan_renewal, retry_delay_s
 from csi_driver.core.spec import DEFAULT_ISSUER
 from csi_driver.node.issuance.issuer_queue import IssuerQueue, QueuedRequest, RequestClass
 from csi_driver.node.issuance.request_queue import MAX_WAIT_S
-from csi_driver.node.scheduler import DueTimes
+from csi_driver.node.pods import Pod
 from tests.scaling.authority import Authority
 
 _UNAVAILABLE = CertmountError(Reason.AUTHORITY_UNAVAILABLE)
@@ -66,7 +67,6 @@ class Cluster:
     # Before the simulation.
 
     def add(self, node: Node, name: str, issued_at: float, renew_at: float) -> None:
-        """Add a volume that has a certificate."""
         node.volumes[name] = Volume(name, renew_at, issued_at + self.lifetime_s)
         node.due.schedule(name, renew_at)
 
@@ -84,11 +84,10 @@ class Cluster:
         self._at(now, self._mount, node, node.volumes[name])
 
     def plan(self, issued_at: float, late_s: float) -> float:
-        """Return the renewal time of a certificate."""
         return plan_renewal(
             issued_at=issued_at,
             not_after=issued_at + self.lifetime_s,
-            renew_before_s=None,
+            renew_before=None,
             renew_after_s=None,
             jitter=self._rng(),
             late_s=late_s,
@@ -97,7 +96,6 @@ class Cluster:
     # The simulation.
 
     def run(self, start: float, end: float) -> None:
-        """Process all events until ``end``."""
         for node in self.nodes:
             self._update(start, node)
         while self._events and self._events[0][0] < end:
@@ -126,7 +124,7 @@ class Cluster:
 
     @staticmethod
     def _enqueue(node: Node, request_class: RequestClass, name: str, urgency: float) -> QueuedRequest:
-        request = QueuedRequest(request_class, name, urgency, name)
+        request = QueuedRequest(request_class, Pod(name, name, name, name), urgency, name)
         node.queue.add(request)
         return request
 

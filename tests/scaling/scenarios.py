@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 
+from csi_driver.authority.server import MAX_CONNECTIONS
 from tests.scaling.authority import Authority, Figures
 from tests.scaling.cluster import Cluster
 
@@ -46,8 +47,10 @@ class Result:
 
 
 def replicas_for(nodes: int, lifetime_s: float, figures: Figures) -> int:
-    """Return the replicas for twice the usual load with one replica unavailable, at least two."""
-    return max(2, math.ceil(2 * usual_mean(nodes, lifetime_s) / figures.issue_per_core_s) + 1)
+    """Return the replicas for twice the usual load and the connections of all nodes with one replica unavailable."""
+    for_load = math.ceil(2 * usual_mean(nodes, lifetime_s) / figures.issue_per_core_s)
+    for_connections = nodes // MAX_CONNECTIONS + 1  # not all of them: the Secrets controller has one too
+    return max(for_load, for_connections) + 1
 
 
 def usual_mean(nodes: int, lifetime_s: float) -> float:
@@ -56,7 +59,6 @@ def usual_mean(nodes: int, lifetime_s: float) -> float:
 
 
 def simulate(case: Case, figures: Figures, seed: int = 1) -> Result:
-    """Simulate every node and every call of a case."""
     return {"normal": _normal, "outage": _outage, "zone": _zone}[case.scenario](case, figures, seed)
 
 

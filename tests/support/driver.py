@@ -1,15 +1,17 @@
-"""Runs ``certmount node`` as a process."""
+"""Runs certmount's programs as processes, ``certmount node`` with a kubelet directory."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
+import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +23,34 @@ from tests.support.requirements import may_mount
 
 _START_S = 30.0
 _END_S = 30.0
+
+
+def start(*arguments: str, log: Path, within: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    """Start ``certmount`` with a log of its output; ``within`` is a command that runs it."""
+    with log.open("ab") as out:
+        command = [*within, sys.executable, "-m", "csi_driver.cli.main", *arguments]
+        return subprocess.Popen(command, stdout=out, stderr=out)
+
+
+@contextlib.contextmanager
+def started(*arguments: str, log: Path, within: Sequence[str] = ()) -> Iterator[subprocess.Popen[bytes]]:
+    with start(*arguments, log=log, within=within) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def http_get(url: str) -> tuple[int, str]:
+    """Return the status and body; status 0 if nothing answers."""
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+    except OSError:
+        return 0, ""
 
 
 class Driver:
@@ -35,12 +65,14 @@ class Driver:
         log: Path,
         *,
         within: Sequence[str] = (),
+        options: Sequence[str] = (),
     ) -> None:
         """``within`` is a command that runs the driver, for example ``unshare --mount``."""
         self._kubelet = kubelet
         self._log = log
         self._within = within
         self.http = f"127.0.0.1:{free_port()}"
+        self.options = options
         self._arguments = [
             f"--kubelet-dir={kubelet.root}",
             "--node-name=node1",
@@ -70,9 +102,16 @@ class Driver:
         return self._process is not None and self._process.returncode is None
 
     async def start(self) -> None:
-        """Start the driver and wait until it serves CSI."""
         with self._log.open("ab") as log:
-            command = [*self._within, sys.executable, "-m", "csi_driver.cli.main", "node", *self._arguments]
+            command = [
+                *self._within,
+                sys.executable,
+                "-m",
+                "csi_driver.cli.main",
+                "node",
+                *self._arguments,
+                *self.options,
+            ]
             self._process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
         deadline = time.monotonic() + _START_S
         while time.monotonic() < deadline:
@@ -87,11 +126,9 @@ class Driver:
         raise AssertionError(f"the driver does not serve:\n{self._log.read_text()}")
 
     async def stop(self) -> int:
-        """Send SIGTERM and return the exit status."""
         return await self._end(signal.SIGTERM)
 
     async def kill(self) -> None:
-        """Send SIGKILL."""
         await self._end(signal.SIGKILL)
 
     async def _end(self, number: signal.Signals) -> int:
@@ -111,15 +148,8 @@ class Driver:
         return self._log.read_text()
 
     def events(self, event: str) -> list[dict[str, Any]]:
-        """Return the log lines of an event."""
         lines = (json.loads(line) for line in self.log_text().splitlines() if line.startswith("{"))
         return [line for line in lines if line.get("event") == event]
 
     def get(self, path: str) -> tuple[int, str]:
-        """Return the status and body of a path of the driver's HTTP server."""
-        try:
-            with urllib.request.urlopen(f"http://{self.http}{path}", timeout=10) as response:
-                return response.status, response.read().decode()
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.read().decode()
+        return http_get(f"http://{self.http}{path}")

@@ -25,7 +25,6 @@ _Validator = extend(Draft202012Validator, {"pattern": _pattern})  # type: ignore
 
 
 def valid(schema: Mapping[str, Any], value: object) -> bool:
-    """Return whether the value fits the schema."""
     return bool(_Validator(schema).is_valid(value))
 
 

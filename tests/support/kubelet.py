@@ -122,3 +122,7 @@ class Kubelet:
 
 def node_stub(channel: grpc.aio.Channel) -> csi_pb2_grpc.NodeAsyncStub:
     return csi_pb2_grpc.NodeStub(channel)
+
+
+def identity_stub(channel: grpc.aio.Channel) -> csi_pb2_grpc.IdentityAsyncStub:
+    return csi_pb2_grpc.IdentityStub(channel)

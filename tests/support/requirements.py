@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
+from csi_driver.core.spec import KeyType
+
 REQUIRE_VARIABLE = "CERTMOUNT_REQUIRE_PEERS"
-_CAP_SYS_ADMIN = 21
-"""The bit of the capability to mount, capabilities(7)."""
+OPENSSL_VARIABLE = "CERTMOUNT_OPENSSL"
+_CAP_SYS_ADMIN = 21  # the bit of the capability to mount, capabilities(7)
 
 
 def missing(reason: str) -> NoReturn:
@@ -63,3 +66,27 @@ def _go_directories() -> list[Path]:
 def _effective_capabilities() -> int:
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff:"))
+
+
+def openssl_for(*kinds: KeyType) -> str:
+    """Return the program in CERTMOUNT_OPENSSL or on PATH. Skip the test if it does not support these keys.
+
+    Skip it even if CERTMOUNT_REQUIRE_PEERS is set: many distributions still have OpenSSL 3.0.
+    """
+    program = os.environ.get(OPENSSL_VARIABLE) or require_program("openssl")
+    if any(kind.value.startswith("ML-DSA") for kind in kinds) and not _supports_ml_dsa(program):
+        pytest.skip(f"needs OpenSSL 3.5 or newer for ML-DSA, on PATH or in {OPENSSL_VARIABLE}")
+    return program
+
+
+def _supports_ml_dsa(program: str) -> bool:
+    listed = subprocess.run([program, "list", "-signature-algorithms"], capture_output=True, check=True)
+    return b"ML-DSA-65" in listed.stdout
+
+
+def require_kubernetes(version: str) -> Path:
+    """Return the directory of the binaries of a Kubernetes version that the end-to-end tests built. Skip the test without them."""
+    directory = Path(os.environ.get("LOCALKUBE_CACHE") or Path.home() / ".cache" / "localkube") / version
+    if not (directory / "kube-apiserver").is_file():
+        missing(f"needs kube-apiserver {version} in {directory}; tests/e2e/localkube/install.sh builds it")
+    return directory

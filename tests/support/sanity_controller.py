@@ -15,6 +15,7 @@ from typing import Any, Self
 import grpc
 
 from csi_driver._proto import csi_pb2
+from tests.support.api_objects import field
 
 _Handler = Callable[[bytes, Any], Awaitable[bytes]]
 _Service = csi_pb2.PluginCapability.Service
@@ -46,7 +47,6 @@ class SanityController(grpc.GenericRpcHandler):
         await self._server.stop(None)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        """Return the handler of a method, for gRPC."""
         method = handler_call_details.method
         return grpc.unary_unary_rpc_method_handler(self._handlers.get(method) or self._forwarder(method))
 
@@ -66,8 +66,8 @@ class SanityController(grpc.GenericRpcHandler):
 
     async def _create_volume(self, _request: bytes, _context: Any) -> bytes:
         """CreateVolumeResponse {Volume volume = 1}; Volume {string volume_id = 2; map<string, string> volume_context = 3}."""
-        entries = [_field(3, _text(1, key) + _text(2, value)) for key, value in self._context().items()]
-        return _field(1, _text(2, f"csi-{uuid.uuid4().hex}") + b"".join(entries))
+        entries = [field(3, _text(1, key) + _text(2, value)) for key, value in self._context().items()]
+        return field(1, _text(2, f"csi-{uuid.uuid4().hex}") + b"".join(entries))
 
     async def _capabilities(self, request: bytes, context: Any) -> bytes:
         response = await self._forwarder("/csi.v1.Identity/GetPluginCapabilities")(request, context)
@@ -82,13 +82,4 @@ class SanityController(grpc.GenericRpcHandler):
 
 
 def _text(number: int, text: str) -> bytes:
-    return _field(number, text.encode())
-
-
-def _field(number: int, content: bytes) -> bytes:
-    """Return a length-delimited protobuf field: tag, length as base-128 varint, content."""
-    length, size = bytearray(), len(content)
-    while size > 0x7F:
-        length.append(size & 0x7F | 0x80)
-        size >>= 7
-    return bytes((number << 3 | 2, *length, size)) + content
+    return field(number, text.encode())

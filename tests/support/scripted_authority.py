@@ -1,17 +1,8 @@
-"""An authority for tests of the node: a TLS gRPC server and a CA, controlled by a script.
-
-It accepts every token. For benchmarks, run it in its own process:
-
-    python -m tests.support.scripted_authority DIR [--delay-ms 20]
-
-It writes DIR/root.crt and DIR/address, and serves until standard input closes.
-"""
+"""An authority for tests of the node: a TLS gRPC server and a CA, controlled by a script. It accepts every token."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -32,7 +23,8 @@ from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.names import DNSName, Names, spiffe_id
 from csi_driver.core.spec import DEFAULT_ISSUER
-from csi_driver.rpc.server import Interceptor
+from csi_driver.rpc.issue_stream_server import IssueStreamServer
+from csi_driver.rpc.server import CallRecorder, Interceptor
 
 TRUST_DOMAIN = "cluster.local"
 
@@ -45,10 +37,11 @@ class TestCA:
     def __init__(self, name: str = "test root", lifetime: timedelta = timedelta(days=1)) -> None:
         self.key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+        self.ahead = timedelta()  # of the CA's clock
         now = datetime.now(UTC)
         self.certificate = (
             x509.CertificateBuilder(subject, subject, self.key.public_key(), x509.random_serial_number())
-            .not_valid_before(now - timedelta(minutes=1))
+            .not_valid_before(now - timedelta(days=2))
             .not_valid_after(now + lifetime)
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
             .sign(self.key, SHA256())
@@ -63,7 +56,7 @@ class TestCA:
         return self.certificate.public_bytes(Encoding.DER)
 
     def sign(self, key: PublicKey, names: Names, lifetime: timedelta, *, ca: bool = False) -> x509.Certificate:
-        now = datetime.now(UTC)
+        now = datetime.now(UTC) + self.ahead
         return (
             x509.CertificateBuilder(self.certificate.subject, x509.Name([]), key, x509.random_serial_number())
             .not_valid_before(now - timedelta(minutes=1))
@@ -78,12 +71,10 @@ Response = authority_pb2.IssueResponse
 
 
 def response_of(chain: Sequence[bytes], roots: Sequence[bytes], generation: int = 0) -> Response:
-    """Return a response with a chain and the roots of the internal CA (X.509 DER)."""
     return Response(chain=chain, trust={DEFAULT_ISSUER: authority_pb2.RootSet(roots=roots, generation=generation)})
 
 
 def roots_of(response: Response) -> Sequence[bytes]:
-    """Return the roots of the internal CA in a response."""
     return response.trust[DEFAULT_ISSUER].roots
 
 
@@ -98,6 +89,8 @@ class Script:
     failure: CertmountError | None = None
     renew_after: timedelta | None = None  # a short time causes an early renewal
     tamper: Callable[[Response], Response] = lambda response: response
+    check_failure: CertmountError | None = None
+    checks: list[tuple[str, str]] = field(default_factory=list)  # the pod token and the key type of each check
     calls: int = 0  # all issuance requests
     tokens: list[str] = field(default_factory=list)  # the pod token of each request
     csrs: list[bytes] = field(default_factory=list)  # the CSR of each request
@@ -107,6 +100,21 @@ class Script:
     """If not None, pending requests get an interim certificate to renew after this time."""
     orders: dict[bytes, Names] = field(default_factory=dict)
     """The names of each request to an external issuer, by public key."""
+
+
+class _Versions(grpc.aio.ServerInterceptor):
+    """Hides IssueStream from callers if the authority has an older version."""
+
+    def __init__(self, authority: ScriptedAuthority) -> None:
+        self._authority = authority
+
+    async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        method = handler_call_details.method.rpartition("/")[2]
+        if method.startswith("Issue"):
+            self._authority.methods.append(method)
+        if method == "IssueStream" and not self._authority.knows_streams:
+            return None
+        return await continuation(handler_call_details)
 
 
 class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
@@ -125,13 +133,17 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         self.sets: dict[str, RootSet] = {DEFAULT_ISSUER: RootSet((self.ca.der,), 1)}
         """The current root sets. :meth:`send_bundle` sends them."""
         self.policy = "first"
+        self.knows_streams = True  # False: as an authority of a version before IssueStream
+        self.methods: list[str] = []  # the issuance methods that were called
         self.external_issuers: dict[str, TestCA] = {}
         """They sign only the names of the CSR and no SPIFFE ID, like public CAs."""
         self.shared_issuers: tuple[str, ...] = ()
         self.renew_now: tuple[str, ...] = ()  # fingerprints of keys whose certificates need an early renewal
+        self.replace_keys: tuple[str, ...] = ()  # those of them that get no other certificate
         self._version = 0
         self._changed = asyncio.Condition()
         self._server: grpc.aio.Server | None = None
+        self._streams: IssueStreamServer
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -147,7 +159,9 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         certificate = self.ca.sign(key.public_key(), Names.of([DNSName.parse("localhost")]), timedelta(hours=12))
         pem_key = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         credentials = grpc.ssl_server_credentials([(pem_key, certificate.public_bytes(Encoding.PEM))])
-        self._server = grpc.aio.server(interceptors=[Interceptor(lambda _: None)])
+        recorder = CallRecorder(lambda _: None)
+        self._streams = IssueStreamServer(recorder)
+        self._server = grpc.aio.server(interceptors=[_Versions(self), Interceptor(recorder)])
         authority_pb2_grpc.add_AuthorityServicer_to_server(self, self._server)
         port = int(self.address.rpartition(":")[2] or 0)
         bound = self._server.add_secure_port(f"127.0.0.1:{port}", credentials)
@@ -164,14 +178,17 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
     def serving(self) -> bool:
         return self._server is not None
 
+    def drain(self) -> None:
+        """Ask nodes to open new streams, once."""
+        self._streams.close()
+        self._streams = IssueStreamServer(CallRecorder(lambda _: None))
+
     async def trust(self, *roots: bytes, name: str = DEFAULT_ISSUER) -> None:
-        """Replace the roots (DER) of a set and send a bundle."""
         before = self.sets.get(name)
         self.sets[name] = RootSet(roots, before.generation + 1 if before else 1)
         await self.send_bundle()
 
     async def add_external_issuer(self, name: str, *, shared: bool) -> TestCA:
-        """Add an external issuer and send a bundle."""
         self.external_issuers[name] = TestCA(f"root of {name}")
         if shared:
             self.shared_issuers = (*self.shared_issuers, name)
@@ -179,7 +196,6 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         return self.external_issuers[name]
 
     async def send_bundle(self) -> None:
-        """Send the current state on all trust streams."""
         async with self._changed:
             self._version += 1
             self._changed.notify_all()
@@ -205,24 +221,30 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
             return script.tamper(self._sign_external(request))
         return script.tamper(self._sign_internal(request, request.issuer))
 
+    async def IssueStream(self, _requests: Any, context: Any) -> None:  # type: ignore[override]  # noqa: N802
+        await self._streams.serve(context, lambda request: self.Issue(request, context))
+
+    async def Check(self, request: authority_pb2.CheckRequest, _context: Any) -> authority_pb2.CheckResponse:  # noqa: N802
+        self.script.checks.append((request.request.pod_token, request.key_type))
+        if self.script.check_failure is not None:
+            raise self.script.check_failure
+        return authority_pb2.CheckResponse()
+
     def _sign_internal(self, request: authority_pb2.IssueRequest, *names_of_sets: str) -> Response:
-        """Sign with the internal CA."""
         script, csr = self.script, parse_csr(request.csr)
         claims = jwt.decode(request.pod_token, options={"verify_signature": False})["kubernetes.io"]
         own = spiffe_id(TRUST_DOMAIN, claims["namespace"], claims["serviceaccount"]["name"])
-        names = Names.of(csr.names.dns, (own, *csr.names.uris))
+        uris = csr.names.uris if request.without_spiffe_id else (own, *csr.names.uris)
+        names = Names.of(csr.names.dns, uris, csr.names.ips, csr.names.emails)
         lifetime = request.duration.ToTimedelta() if request.HasField("duration") else script.lifetime
         return self._response(self.ca, csr.public_key, names, lifetime, [*names_of_sets, *request.federations])
 
     def _sign_external(self, request: authority_pb2.IssueRequest) -> Response:
-        """Sign with an external issuer, or return its pending state."""
         script, csr = self.script, parse_csr(request.csr)
         script.orders[public_bytes(csr.public_key)] = csr.names
         if script.finished:
-            sets = [request.issuer, *request.federations]
-            return self._response(
-                self.external_issuers[request.issuer], csr.public_key, csr.names, script.lifetime, sets
-            )
+            ca, sets = self.external_issuers[request.issuer], [request.issuer, *request.federations]
+            return self._response(ca, csr.public_key, csr.names, script.lifetime, sets)
         if script.interim_renew_after is None:
             raise CertmountError(Reason.ISSUANCE_PENDING, "the CA has not issued the certificate yet")
         response = self._sign_internal(request, DEFAULT_ISSUER, request.issuer)
@@ -233,10 +255,8 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
     def _response(self, ca: TestCA, key: PublicKey, names: Names, lifetime: timedelta, sets: Sequence[str]) -> Response:
         leaf = ca.sign(key, names, lifetime)
         self.script.issued.append(names)
-        trust = self._wire(
-            {name: self.sets[name] for name in (each or DEFAULT_ISSUER for each in sets) if name in self.sets}
-        )
-        response = Response(chain=[leaf.public_bytes(Encoding.DER)], trust=trust)
+        known = {name: self.sets[name] for name in (each or DEFAULT_ISSUER for each in sets) if name in self.sets}
+        response = Response(chain=[leaf.public_bytes(Encoding.DER)], trust=self._wire(known))
         if self.script.renew_after is not None:
             response.renew_after.FromTimedelta(self.script.renew_after)
         return response
@@ -261,6 +281,8 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
                     policy_revision=self.policy,
                     shared_issuers=self.shared_issuers,
                     renew_now=self.renew_now,
+                    replace_keys=self.replace_keys,
+                    environments=dict.fromkeys((DEFAULT_ISSUER, *self.external_issuers), "test"),
                 )
                 async with self._changed:
                     await self._changed.wait_for(lambda version=version: self._version != version)  # type: ignore[misc]
@@ -269,25 +291,8 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
 
     @staticmethod
     def _wire(sets: Mapping[str, RootSet]) -> dict[str, authority_pb2.RootSet]:
-        return {
-            name: authority_pb2.RootSet(roots=each.roots, generation=each.generation) for name, each in sets.items()
-        }
+        return {name: authority_pb2.RootSet(roots=one.roots, generation=one.generation) for name, one in sets.items()}
 
 
 def name_not_allowed(name: str) -> CertmountError:
-    """Return the error of the authority for a name that no rule allows."""
     return CertmountError(Reason.NAME_NOT_ALLOWED, f"{name}: no policy rule allows this name")
-
-
-async def _serve(directory: Path, delay_ms: float) -> None:
-    async with ScriptedAuthority(directory, Script(delay_s=delay_ms / 1000)) as authority:
-        (directory / "address").write_text(authority.address)
-        await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--delay-ms", type=float, default=0.0)
-    arguments = parser.parse_args()
-    asyncio.run(_serve(arguments.directory, arguments.delay_ms))

@@ -10,7 +10,7 @@ from typing import Any
 import jwt
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from csi_driver import NODE_AUDIENCE, POD_AUDIENCE
+from csi_driver import NODE_AUDIENCE, POD_AUDIENCE, SECRETS_AUDIENCE
 from csi_driver.core.cluster.objects import PublishedKeys, ReviewedToken
 from csi_driver.core.secret import Secret
 
@@ -40,6 +40,7 @@ class Pod:
 
 
 DRIVER = Pod("certmount-node-x7k2p", "certmount", "certmount-node", uid="44444444-4444-4444-8444-444444444444")
+CONTROLLER = Pod("certmount-secrets-6d4f", "certmount", "certmount-secrets", uid="66666666-6666-4666-8666-666666666666")
 
 
 @dataclass
@@ -65,7 +66,6 @@ class TokenIssuer:
         return PublishedKeys(self.name, json.dumps({"keys": [self.jwk]}).encode())
 
     def rotated(self, key_id: str) -> TokenIssuer:
-        """Return the same issuer with a new key."""
         return replace(self, key=ec.generate_private_key(ec.SECP256R1()), key_id=key_id)
 
     def claims(self, pod: Pod, audience: str, **changes: Any) -> dict[str, Any]:
@@ -97,3 +97,6 @@ class TokenIssuer:
 
     def node_token(self, pod: Pod = DRIVER, **changes: Any) -> Secret[str]:
         return self.sign(self.claims(pod, NODE_AUDIENCE, **changes))
+
+    def controller_token(self, pod: Pod = CONTROLLER, **changes: Any) -> Secret[str]:
+        return self.sign(self.claims(pod, SECRETS_AUDIENCE, **changes))

@@ -1,10 +1,12 @@
-"""Wait for a condition."""
+"""Wait for a condition, and run background work meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
 
 _STEP_S = 0.01
 
@@ -15,3 +17,17 @@ async def until(condition: Callable[[], object], what: str, timeout_s: float = 2
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s:g} s for {what}"
         await asyncio.sleep(_STEP_S)
+
+
+@contextlib.asynccontextmanager
+async def in_background(*work: Coroutine[Any, Any, object]) -> AsyncIterator[None]:
+    """Run endless work until the block ends; work that ends earlier fails the test."""
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        yield
+        for task in tasks:
+            assert not task.done(), f"background work ended: {task.exception()!r}"
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

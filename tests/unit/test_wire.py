@@ -43,13 +43,13 @@ def enum_facts(scope: str, enum: descriptor_pb2.EnumDescriptorProto) -> Iterator
 
 def service_facts(scope: str, service: descriptor_pb2.ServiceDescriptorProto) -> Iterator[str]:
     for method in service.method:
-        stream = "stream " if method.server_streaming else ""
-        assert not method.client_streaming
-        yield f"/{scope}.{service.name}/{method.name} {method.input_type[1:]} -> {stream}{method.output_type[1:]}"
+        requests = "stream " if method.client_streaming else ""
+        responses = "stream " if method.server_streaming else ""
+        types = f"{requests}{method.input_type[1:]} -> {responses}{method.output_type[1:]}"
+        yield f"/{scope}.{service.name}/{method.name} {types}"
 
 
 def facts(file: FileDescriptor) -> list[str]:
-    """Return all names, numbers and types of a proto file."""
     proto = descriptor_pb2.FileDescriptorProto()
     file.CopyToProto(proto)
     lines: list[str] = []

@@ -13,7 +13,6 @@ import jwt
 import structlog
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from csi_driver.authority.authn.limits import ConcurrencyLimit
 from csi_driver.core.cluster.objects import PublishedKeys
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
@@ -24,8 +23,6 @@ ALGORITHMS = ("RS256", "RS384", "RS512", "ES256", "ES384", "ES512")
 """The algorithms of Kubernetes API servers. None of them uses a shared secret or no key (RFC 8725 section 3.1)."""
 _MIN_REFRESH_INTERVAL_S = 10.0  # limits the requests to the API server that tokens with unknown key IDs cause
 _REFRESH_INTERVAL_S = 300.0  # until a key that the cluster withdraws is rejected
-_MAX_WAITING = 64
-"""Calls that wait for a refresh. Callers with made-up key IDs must not block callers with valid tokens."""
 _MAX_KEYS = 100
 _MIN_RSA_BITS = 2048
 
@@ -82,7 +79,6 @@ class TokenKeys:
         self._refreshed_at = -_MIN_REFRESH_INTERVAL_S
         self._failure: CertmountError | None = None
         self._lock = asyncio.Lock()
-        self._waiting = ConcurrencyLimit(_MAX_WAITING)
 
     @property
     def loaded(self) -> bool:
@@ -94,13 +90,12 @@ class TokenKeys:
         return self._loaded().issuer
 
     async def find(self, key_id: str) -> jwt.PyJWK | None:
-        """Return None if the cluster publishes no such key; raises CertmountError if a refresh failed or too many calls wait."""
+        """Return None if the cluster publishes no such key; raises CertmountError if a refresh failed."""
         if key := self._loaded().keys.get(key_id):
             return key
-        with self._waiting:
-            async with self._lock:
-                if self.clock() - self._refreshed_at >= _MIN_REFRESH_INTERVAL_S:
-                    await self._refresh()
+        async with self._lock:
+            if self.clock() - self._refreshed_at >= _MIN_REFRESH_INTERVAL_S:
+                await self._refresh()
         key = self._loaded().keys.get(key_id)
         if key is None and self._failure is not None:
             raise CertmountError(Reason.TOKEN_REVIEW_UNAVAILABLE, *self._failure.faults)

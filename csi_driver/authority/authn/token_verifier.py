@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import time
 from collections.abc import Callable
@@ -13,9 +11,11 @@ from typing import Any
 
 import jwt
 
+from csi_driver.authority.authn.common_tokens import common_claims
 from csi_driver.authority.authn.token_keys import ALGORITHMS, TokenKeys
+from csi_driver.core.clocks import describe_skew
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.identity import MAX_TOKEN_BYTES, PodIdentity, identity_from_claims
+from csi_driver.core.identity import MAX_TOKEN_BYTES, PodIdentity, decode_base64url, identity_from_claims
 from csi_driver.core.secret import Secret
 
 _CLOCK_SKEW_S = 30.0  # allowed for not-before and issued-at only; an expired token is rejected immediately
@@ -36,19 +36,13 @@ class TokenVerifier:
             raise token_rejected(token_name, "is missing")
         if len(text) > MAX_TOKEN_BYTES or not text.isascii():
             raise token_rejected(token_name, f"is not a JSON Web Token of at most {MAX_TOKEN_BYTES} bytes")
-        key = await self._find_key(text, token_name)
-        try:
-            claims = jwt.decode(
-                text,
-                key,
-                algorithms=[key.algorithm_name],
-                audience=audience,
-                issuer=self.keys.issuer,
-                # _check_times verifies not-before and issued-at, with clock skew.
-                options={"require": ["exp", "iss", "aud", "sub"], "verify_nbf": False, "verify_iat": False},
-            )
-        except jwt.PyJWTError as error:
-            raise _translate(error, token_name, audience, self.keys.issuer) from None
+        key, issuer = await self._find_key(text, token_name), self.keys.issuer
+        claims = common_claims(text, key, audience, issuer)
+        if claims is None:
+            try:
+                claims = decode(text, key, audience, issuer)
+            except jwt.PyJWTError as error:
+                raise _translate(error, token_name, audience, issuer) from None
         self._check_times(claims, token_name)
         if claims["aud"] not in (audience, [audience]):
             hint = "another recipient of this token could use it; request a token for one audience"
@@ -65,13 +59,20 @@ class TokenVerifier:
         return key
 
     def _check_times(self, claims: dict[str, Any], token_name: str) -> None:
-        latest = self.clock() + _CLOCK_SKEW_S
+        now = self.clock()
         for claim in ("nbf", "iat"):
             value = claims.get(claim, 0)
-            if not isinstance(value, int | float) or value > latest:
-                raise token_rejected(
-                    token_name, "is not valid yet", "compare the clocks of the API server and the authority"
-                )
+            if not isinstance(value, int | float):
+                raise token_rejected(token_name, f"has an invalid claim {claim}")
+            if value > now + _CLOCK_SKEW_S:
+                clocks = describe_skew("the authority", "the API server", value - now, at_least=True)
+                raise token_rejected(token_name, "is not valid yet", clocks)
+
+
+def decode(text: str, key: jwt.PyJWK, audience: str, issuer: str) -> dict[str, Any]:
+    """Return the claims of a valid token; raises PyJWTError. :meth:`TokenVerifier.verify` checks not-before and issued-at."""
+    options: jwt.types.Options = {"require": ["exp", "iss", "aud", "sub"], "verify_nbf": False, "verify_iat": False}
+    return jwt.decode(text, key, algorithms=[key.algorithm_name], audience=audience, issuer=issuer, options=options)
 
 
 @lru_cache(maxsize=64)  # all tokens of a signing key have the same header
@@ -80,8 +81,8 @@ def _key_id(segment: str) -> str | None:
     if not segment or len(segment) > _MAX_HEADER:
         return None
     try:
-        header = json.loads(base64.urlsafe_b64decode(segment + "=" * (-len(segment) % 4)))
-    except (ValueError, binascii.Error, RecursionError):
+        header = json.loads(decode_base64url(segment))
+    except (ValueError, RecursionError):
         return None
     key_id = header.get("kid") if isinstance(header, dict) and header.get("alg") in ALGORITHMS else None
     return key_id if isinstance(key_id, str) else None
@@ -91,7 +92,10 @@ def _translate(error: jwt.PyJWTError, token_name: str, audience: str, issuer: st
     """Return our error for PyJWT's; its text is not used because it can quote the token's claims."""
     match error:
         case jwt.ExpiredSignatureError():
-            hint = "the kubelet renews tokens before they expire; check the node's connection to the API server"
+            hint = (
+                "the kubelet renews tokens before they expire; check the node's connection to the API server, and "
+                "compare the clocks of the authority and the API server"
+            )
             return CertmountError(Reason.TOKEN_EXPIRED, Fault(token_name, "has expired", hint))
         case jwt.InvalidAudienceError():
             return token_rejected(token_name, f"has another audience; expected {audience}")

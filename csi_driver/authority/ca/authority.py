@@ -17,6 +17,7 @@ from csi_driver.authority.retry import run_periodically
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, FailureKind, Reason
 from csi_driver.core.formats.pem import fingerprint
+from csi_driver.core.texts import timestamp
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
 log = structlog.get_logger(__name__)
@@ -54,6 +55,7 @@ class CertificateAuthority:
         self._clock = clock
         self._on_roots_changed = on_roots_changed
         self._elapsed = elapsed
+        self._started = clock(), elapsed()
         self._state: CAState | None = None
         self._read_at = 0.0
         self._logged_error = ""
@@ -64,6 +66,11 @@ class CertificateAuthority:
     def current(self) -> Keyring:
         """The keyring to sign with; raises CertmountError IssuerUnavailable if another CA may be current."""
         return self._fresh().keyring
+
+    @property
+    def state(self) -> CAState | None:
+        """What this replica read last; None before the CA is loaded."""
+        return self._state
 
     @property
     def root_set(self) -> RootSet:
@@ -97,7 +104,7 @@ class CertificateAuthority:
         Raises CertmountError InvalidCA for invalid content, or what the source raises.
         """
         async with self._lock:
-            return await self._use(self._source.refresh)
+            return await self._use(lambda now: self._source.refresh(now, self._steady_time()))
 
     async def run(self, on_refresh: Callable[[Keyring], Awaitable[None]]) -> None:
         """Refresh until cancelled; call ``on_refresh`` after each change and every minute. Log each failure once."""
@@ -113,6 +120,11 @@ class CertificateAuthority:
 
         await run_periodically(REFRESH_S, refresh, self._log_failure)
 
+    def _steady_time(self) -> datetime:
+        """Return the time of a clock that has not been stepped since the start."""
+        started, began = self._started
+        return started + timedelta(seconds=self._elapsed() - began)
+
     def _log_failure(self, error: CertmountError) -> None:
         self._metrics.ca_refresh_failures.inc()
         if str(error) != self._logged_error:
@@ -125,9 +137,10 @@ class CertificateAuthority:
             state = await read(self._clock())
         except CertmountError as error:
             # No replica can act on invalid content, so the current CA stays current unless a switch is possible.
-            invalid = error.reason.kind is FailureKind.MISCONFIGURED
-            if invalid and self._state and not self._state.rotation.phase.before_switch:
-                self._read_at = began
+            if error.reason.kind is FailureKind.MISCONFIGURED:
+                self._metrics.ca_valid.set(0)
+                if self._state and not self._state.rotation.phase.before_switch:
+                    self._read_at = began
             raise
         self._state, self._read_at = state, began
         self._on_roots_changed(state.root_set)
@@ -145,18 +158,18 @@ class CertificateAuthority:
 
     def _report(self, state: CAState) -> None:
         keyring = state.keyring
+        self._metrics.ca_valid.set(self._source.valid)
         for role, certificate in (("root", keyring.root), ("intermediate", keyring.intermediate.certificate)):
             self._metrics.ca_expiry.labels(role).set(certificate.not_valid_after_utc.timestamp())
         for phase in RotationPhase:
             self._metrics.ca_rotation.labels(phase.value).set(phase is state.rotation.phase)
-        if state.rotation.phase is not RotationPhase.DISTRIBUTING:
-            self._metrics.unacknowledged_nodes.set(0)
+        self._metrics.unacknowledged_nodes.set(self._source.unacknowledged)
         for expiring in keyring.expiring(self._clock()):
             if self._elapsed() - self._warned.get(expiring.name, -_WARNING_INTERVAL_S) >= _WARNING_INTERVAL_S:
                 self._warned[expiring.name] = self._elapsed()
                 log.warning(
                     "CA certificate expires soon; only its owner can renew it",
                     certificate=expiring.name,
-                    not_after=f"{expiring.not_after:%Y-%m-%dT%H:%M:%SZ}",
+                    not_after=timestamp(expiring.not_after),
                     root=fingerprint(keyring.root),
                 )

@@ -38,6 +38,8 @@ class CAFiles:
     invalid, the previous CA stays in use.
     """
 
+    unacknowledged = 0  # there is no rotation
+
     def __init__(self, directory: Path, metrics: AuthorityMetrics, password_file: Path | None = None) -> None:
         self.name = str(directory)
         self._directory = directory
@@ -52,7 +54,11 @@ class CAFiles:
             valid_later=True,
         )
 
-    async def refresh(self, now: datetime) -> CAState:
+    @property
+    def valid(self) -> bool:
+        return self._watched.valid
+
+    async def refresh(self, now: datetime, steady: datetime | None = None) -> CAState:  # noqa: ARG002  # for rotations
         """Return the CA of the newest valid files.
 
         Raises CertmountError InvalidCA, with all faults, if no files have been valid yet.

@@ -9,7 +9,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, PublicKeyAlgorithmOID
 
 from csi_driver.core.certificates.keys import authority_key_problem
 from csi_driver.core.certificates.name_constraints import unsupported_kinds
-from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
+from csi_driver.core.certificates.parsing import PARSE_ERRORS
 
 _SUPPORTED_EXTENSIONS = (
     x509.AuthorityKeyIdentifier,

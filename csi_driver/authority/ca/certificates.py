@@ -158,17 +158,12 @@ class Leaf:
     names: Names
     lifetime: timedelta
     usages: Sequence[Usage]
-    subject: bool = True  # if False, the subject is empty whatever the names are
+    subject: x509.Name | None = None  # None: the first DNS name is the common name, if it fits
 
 
 def sign_leaf(leaf: Leaf, signer: CAKeyPair, now: datetime) -> x509.Certificate:
     """Sign a certificate that does not outlive its signer; raise CertmountError IssuerUnavailable if the signer expired."""
-    not_after = min(now + leaf.lifetime, signer.certificate.not_valid_after_utc)
-    if not_after <= now:
-        raise CertmountError(Reason.ISSUER_UNAVAILABLE, "the intermediate of the internal CA has expired")
-    text = leaf.names.dns[0].text if leaf.subject and leaf.names.dns else ""
-    fits = 0 < len(text) <= _MAX_COMMON_NAME
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)] if fits else [])
+    not_after, subject = expiry_of(leaf, signer, now), subject_of(leaf)
     builder = (
         _common(signer.certificate, tuple(leaf.usages), isinstance(leaf.key, rsa.RSAPublicKey))
         .subject_name(subject)
@@ -181,6 +176,24 @@ def sign_leaf(leaf: Leaf, signer: CAKeyPair, now: datetime) -> x509.Certificate:
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(leaf.key), critical=False)
     )
     return builder.sign(signer.key, signing_hash(signer.key))
+
+
+def expiry_of(leaf: Leaf, signer: CAKeyPair, now: datetime) -> datetime:
+    """Return the end of its lifetime or of the signer's; raises CertmountError IssuerUnavailable if that has passed."""
+    not_after = min(now + leaf.lifetime, signer.certificate.not_valid_after_utc)
+    if not_after <= now:
+        raise CertmountError(Reason.ISSUER_UNAVAILABLE, "the intermediate of the internal CA has expired")
+    return not_after
+
+
+def subject_of(leaf: Leaf) -> x509.Name:
+    return _default_subject(leaf.names) if leaf.subject is None else leaf.subject
+
+
+def _default_subject(names: Names) -> x509.Name:
+    text = names.dns[0].text if names.dns else ""
+    fits = 0 < len(text) <= _MAX_COMMON_NAME
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)] if fits else [])
 
 
 @lru_cache(maxsize=32)  # a signer has one entry for each combination of usages and RSA or not

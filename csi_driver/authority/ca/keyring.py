@@ -73,6 +73,11 @@ class Keyring:
         return self.roots[0]
 
     @property
+    def valid_from(self) -> datetime:
+        """When all certificates between a leaf certificate and its root are valid."""
+        return max(each.not_valid_before_utc for each in (self.root, *self.intermediates))
+
+    @property
     def renewable(self) -> bool:
         """True if certmount can sign a new intermediate and store it.
 

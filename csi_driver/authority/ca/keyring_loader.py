@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 
 from csi_driver.authority.ca.certificate_check import ca_certificate_problems
 from csi_driver.authority.ca.certificates import CAKeyPair
 from csi_driver.authority.ca.keyring import INTERMEDIATE, INTERMEDIATE_KEY, KEYRING_FILES, ROOT, ROOT_KEY, Keyring
+from csi_driver.core.certificates.der_bounds import OutOfBounds
 from csi_driver.core.certificates.keys import AuthorityKey, load_authority_key
+from csi_driver.core.certificates.parsing import is_signed_by
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import decode_certificates
 from csi_driver.core.secret import Secret
+from csi_driver.core.texts import timestamp
 
 _MAX_CERTIFICATES = 8  # In one value. Nodes accept at most ten certificates in a response.
 _HINT = "restore the correct value, or delete all values to create a new CA"
@@ -29,11 +31,12 @@ def load_keyring(
     prefix: str = "",
     password: Secret[bytes] | None = None,
     hint: str = _HINT,
+    allow_future: bool = False,
 ) -> Keyring:
     """Return the keyring in the values of a store. ``where`` is the name of the store in errors.
 
     The intermediate can be expired if the root key is present, because certmount then renews it. Additional roots, at
-    which no chain ends, can have any validity period.
+    which no chain ends, can have any validity period. With ``allow_future``, the certificates can start to be valid later.
     Raises CertmountError InvalidCA, with all faults and ``hint``.
     """
     source = {name: values[prefix + name] for name in KEYRING_FILES if prefix + name in values}
@@ -56,9 +59,10 @@ def load_keyring(
         encrypted=key.encrypted or (root_key is not None and root_key.encrypted),
         source=source,
     )
-    reader.check_validity(ROOT, keyring.root, now)
+    reader.check_validity(ROOT, keyring.root, now, allow_future=allow_future)
     for certificate in keyring.intermediates:
-        reader.check_validity(INTERMEDIATE, certificate, now, allow_expired=keyring.renewable)
+        allowed = {"allow_expired": keyring.renewable, "allow_future": allow_future}
+        reader.check_validity(INTERMEDIATE, certificate, now, **allowed)
     if reader.faults:
         raise CertmountError(Reason.INVALID_CA, *reader.faults)
     return keyring
@@ -87,8 +91,10 @@ class CertificateReader:
             return []
         try:
             certificates = decode_certificates(self._values[name].reveal())
-        except ValueError:
-            self.fault(name, "is not an X.509 certificate in PEM format")
+        except ValueError as error:
+            cause = error.__cause__
+            words = str(cause) if isinstance(cause, OutOfBounds) else "is not an X.509 certificate in PEM format"
+            self.fault(name, words)
             return []
         if len(certificates) > _MAX_CERTIFICATES:
             self.fault(name, f"contains {len(certificates)} certificates; the maximum is {_MAX_CERTIFICATES}")
@@ -119,25 +125,23 @@ class CertificateReader:
     def check_self_signed(self, name: str, certificates: Sequence[x509.Certificate]) -> None:
         """Check that roots are self-signed: by default, OpenSSL accepts no other trust anchor."""
         for number, certificate in enumerate(certificates, 1):
-            if not is_issued_by(certificate, certificate):
+            if not is_signed_by(certificate, certificate):
                 which = "" if len(certificates) == 1 else f"certificate {number} "
                 self.fault(name, f"{which}is not self-signed; use the root certificate")
 
     def check_validity(
-        self, name: str, certificate: x509.Certificate, now: datetime, *, allow_expired: bool = False
+        self,
+        name: str,
+        certificate: x509.Certificate,
+        now: datetime,
+        *,
+        allow_expired: bool = False,
+        allow_future: bool = False,
     ) -> None:
-        if now < certificate.not_valid_before_utc:
-            self.fault(name, f"is not valid before {certificate.not_valid_before_utc:%Y-%m-%dT%H:%M:%SZ}")
+        if now < certificate.not_valid_before_utc and not allow_future:
+            self.fault(name, f"is not valid before {timestamp(certificate.not_valid_before_utc)}")
         if now >= certificate.not_valid_after_utc and not allow_expired:
-            self.fault(name, f"expired at {certificate.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}")
-
-
-def is_issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
-    try:
-        certificate.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
-        return False
-    return True
+            self.fault(name, f"expired at {timestamp(certificate.not_valid_after_utc)}")
 
 
 def _arrange(
@@ -146,9 +150,9 @@ def _arrange(
     """Return the roots, the one at the end of the chain first, and the intermediates without roots; check the chain."""
     intermediates = [certificate for certificate in intermediates if certificate not in roots] or intermediates
     for number, (certificate, issuer) in enumerate(itertools.pairwise(intermediates), 1):
-        if not is_issued_by(certificate, issuer):
+        if not is_signed_by(certificate, issuer):
             reader.fault(INTERMEDIATE, f"certificate {number} is not issued by certificate {number + 1}")
-    anchors = [root for root in roots if is_issued_by(intermediates[-1], root)]
+    anchors = [root for root in roots if is_signed_by(intermediates[-1], root)]
     if not anchors:
         reader.fault(INTERMEDIATE, "is not issued by " + (ROOT if len(roots) == 1 else f"any certificate of {ROOT}"))
         return roots, intermediates

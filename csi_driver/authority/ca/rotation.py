@@ -4,7 +4,7 @@
 | --- | --- | --- | --- |
 | steady | the current CA | its roots | an administrator calls :func:`begin` |
 | announcing | the current CA | also the next CA's roots | every replica that signs has read the phase |
-| distributing | the current CA | also the next CA's roots | every node has acknowledged that its volumes contain all roots |
+| distributing | the current CA | also the next CA's roots | every node has acknowledged that its volumes contain all roots, and the next CA is valid |
 | retiring | the next CA | both CAs' roots | the last certificate of the former CA has expired |
 
 A replica signs nothing if it last read the state more than :data:`MAX_STATE_AGE_S` ago. Therefore every replica that
@@ -13,7 +13,8 @@ counts only when no replica sends an older generation any more: a volume that is
 contains only the roots of the response. Hence there are two phases before the switch: ``announcing`` ends with a new
 generation, and nodes acknowledge that one.
 
-The time of a phase starts when a replica has read it, not when it was decided, because saving can be slow.
+The time of a phase starts when a replica has read it, not when it was decided, because saving can be slow. If the clock
+of a replica was stepped, its time is uncertain: phases begin at the latest possible time, and end at the earliest.
 """
 
 from __future__ import annotations
@@ -77,6 +78,11 @@ class RotationState:
     max_lifetime: int = 0  # seconds: no certificate of the signing CA has a longer lifetime
     retired: tuple[RetiredRoot, ...] = ()
 
+    @property
+    def waits_for_nodes(self) -> bool:
+        """True if the phase ends when every node has acknowledged the roots."""
+        return self.phase is RotationPhase.DISTRIBUTING and not self.stopped
+
     def trusted_until(self, retired: RetiredRoot) -> int:
         # A replica that missed the switch signs for MAX_STATE_AGE_S at most, and with no lifetime that isn't recorded.
         return self.known_everywhere_at + retired.max_lifetime
@@ -137,20 +143,28 @@ def drop_retired(state: RotationState, now: int) -> RotationState:
 
 
 def advance(
-    state: RotationState, now: int, nodes: Acknowledgements, retiring_roots: Collection[bytes]
+    state: RotationState,
+    now: int,
+    nodes: Acknowledgements,
+    retiring_roots: Collection[bytes],
+    *,
+    latest: int | None = None,
+    next_valid_from: int = 0,
 ) -> RotationState:
     """Return the state after the next transition, if it is due.
 
-    ``nodes`` was read after ``now``, for the generation of the state. ``retiring_roots`` are the roots (DER) of the
-    signing CA that the next CA doesn't have.
+    ``now`` is the earliest possible time, and ``latest`` the latest, by default the same. ``nodes`` was read after
+    ``now``, for the generation of the state. ``retiring_roots`` are the roots (DER) of the signing CA that the next CA
+    doesn't have. The next CA does not sign before ``next_valid_from``, which is late if a clock that was ahead created it.
     """
-    if not state.since:
-        return replace(state, since=now)
+    latest = now if latest is None else latest
+    if not state.since or state.since > latest + CLOCK_SKEW_S:  # of a replica whose clock was fast
+        return replace(state, since=latest)
     if state.stopped:
         return state
     if state.phase is RotationPhase.ANNOUNCING and now >= state.known_everywhere_at:
         return _in_phase(state, RotationPhase.DISTRIBUTING, now)
-    if state.phase is RotationPhase.DISTRIBUTING and not nodes.missing:
+    if state.phase is RotationPhase.DISTRIBUTING and not nodes.missing and now >= next_valid_from:
         retired = tuple(RetiredRoot(root, state.max_lifetime) for root in retiring_roots)
         return replace(state, phase=RotationPhase.RETIRING, since=0, max_lifetime=0, retired=retired)
     if state.phase is RotationPhase.RETIRING and all(now >= state.trusted_until(each) for each in state.retired):

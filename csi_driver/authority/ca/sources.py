@@ -12,13 +12,14 @@ import structlog
 
 from csi_driver.authority.ca import rotation
 from csi_driver.authority.ca.keyring import DEFAULT_PROFILE, CAProfile, make_keyring
-from csi_driver.authority.ca.rotation import Acknowledgements, RotationPhase
+from csi_driver.authority.ca.rotation import Acknowledgements
 from csi_driver.authority.ca.state import CAState, new_ca_state, parse_ca_state
 from csi_driver.authority.storage import Store, Values, ca_part, update
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import fingerprint
 from csi_driver.core.secret import StoredSecrets
+from csi_driver.core.texts import timestamp
 
 log = structlog.get_logger(__name__)
 
@@ -42,8 +43,19 @@ class CASource(Protocol):
 
     name: str  # the name of the source in errors
 
-    async def refresh(self, now: datetime) -> CAState:
-        """Return the current CA; first create it, renew it and advance its rotation if that is due."""
+    @property
+    def valid(self) -> bool:
+        """False while the newest content is not valid, and an earlier CA is returned instead of an error."""
+
+    @property
+    def unacknowledged(self) -> int:
+        """The number of nodes whose acknowledgement the rotation waited for at the last refresh."""
+
+    async def refresh(self, now: datetime, steady: datetime | None = None) -> CAState:
+        """Return the current CA; first create it, renew it and advance its rotation if that is due.
+
+        ``steady`` is the time of a clock that is never stepped. What is due must be due by both clocks.
+        """
 
     async def read(self, now: datetime) -> CAState | None:
         """Return the current CA without changing anything; None if there is none yet."""
@@ -55,11 +67,14 @@ class CASource(Protocol):
 class StoredCA:
     """A CA in a store. Invalid content of the store is never overwritten."""
 
+    valid = True  # invalid content is an error
+
     def __init__(
         self, store: Store, nodes: NodeAcknowledgements | None = None, profile: CAProfile = DEFAULT_PROFILE
     ) -> None:
         """Without ``nodes``, a rotation never switches to the next CA. A new CA is created with ``profile``."""
         self.name = store.name
+        self.unacknowledged = 0
         self._store = ca_part(store)
         self._nodes = nodes
         self._profile = profile
@@ -68,9 +83,13 @@ class StoredCA:
         """The version that ``_current`` was read from; None if it was just saved."""
         self._published: RootSet | None = None
 
-    async def refresh(self, now: datetime) -> CAState:
+    async def refresh(self, now: datetime, steady: datetime | None = None) -> CAState:
+        earliest, latest = sorted((now, steady or now))
+
         async def step(ca: CAState) -> CAState:
-            return await self._advance(ca.renew_intermediates(now), now)
+            # A clock that was stepped ahead must not replace an intermediate by one that is valid in the future only.
+            ca = ca.renew_intermediates(earliest)
+            return await self._advance(ca, int(earliest.timestamp()), int(latest.timestamp()))
 
         return await self._update(now, step, create=True)
 
@@ -117,9 +136,9 @@ class StoredCA:
             raise missing_ca(self.name)
         return new_ca_state(make_keyring(now, self._profile), int(now.timestamp()), self._published)
 
-    async def _advance(self, ca: CAState, now: datetime) -> CAState:
+    async def _advance(self, ca: CAState, earliest: int, latest: int) -> CAState:
         nodes = _UNKNOWN_NODES
-        if ca.rotation.phase is RotationPhase.DISTRIBUTING and not ca.rotation.stopped and self._nodes is not None:
+        if ca.rotation.waits_for_nodes and self._nodes is not None:
             try:
                 async with asyncio.timeout(_NODES_TIMEOUT_S):
                     nodes = await self._nodes.read(ca.rotation.generation)
@@ -127,7 +146,8 @@ class StoredCA:
                 log.warning("node acknowledgements not read", reason=error.reason.word, error=str(error))
             except TimeoutError:
                 log.warning("node acknowledgements not read", error=f"no response within {_NODES_TIMEOUT_S:g} s")
-        return ca.advance(int(now.timestamp()), nodes)
+        self.unacknowledged = len(nodes.missing) if ca.rotation.waits_for_nodes else 0
+        return ca.advance(earliest, nodes, latest=latest)
 
 
 def missing_ca(store: str) -> CertmountError:
@@ -146,7 +166,7 @@ def _log_change(store: str, before: CAState, after: CAState) -> None:
             "CA saved",
             store=store,
             root=fingerprint(after.keyring.root),
-            intermediate_not_after=f"{after.keyring.intermediate.certificate.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}",
+            intermediate_not_after=timestamp(after.keyring.intermediate.certificate.not_valid_after_utc),
         )
     if after.rotation.phase is not before.rotation.phase:
         log.info("CA rotation phase changed", phase=after.rotation.phase.value, generation=after.rotation.generation)

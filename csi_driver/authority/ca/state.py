@@ -16,10 +16,9 @@ from csi_driver.authority.ca import rotation
 from csi_driver.authority.ca.keyring import KEYRING_FILES, Keyring, encode_keyring
 from csi_driver.authority.ca.keyring_loader import load_keyring
 from csi_driver.authority.ca.rotation import Acknowledgements, RetiredRoot, RotationPhase, RotationState
-from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
+from csi_driver.core.certificates.parsing import PARSE_ERRORS
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.formats.pem import encode_certificates
 from csi_driver.core.secret import Secret
 
 STATE = "state.json"
@@ -64,11 +63,12 @@ class CAState:
         """Abandon the next CA; raise CertmountError InvalidRequest if there is none or it already signs."""
         return replace(self, next_keyring=None, rotation=rotation.discard(self.rotation, now))
 
-    def advance(self, now: int, nodes: Acknowledgements) -> CAState:
+    def advance(self, now: int, nodes: Acknowledgements, *, latest: int | None = None) -> CAState:
         """Make the next transition if it is due, see :func:`csi_driver.authority.ca.rotation.advance`."""
         next_roots = self.next_keyring.roots_der if self.next_keyring else self.keyring.roots_der
         retiring = [root for root in self.keyring.roots_der if root not in next_roots]
-        after = rotation.advance(self.rotation, now, nodes, retiring)
+        valid_from = int(self.next_keyring.valid_from.timestamp()) if self.next_keyring else 0
+        after = rotation.advance(self.rotation, now, nodes, retiring, latest=latest, next_valid_from=valid_from)
         if after == self.rotation:
             return self
         if self.rotation.phase.before_switch and after.phase is RotationPhase.RETIRING and self.next_keyring:
@@ -109,7 +109,8 @@ def parse_ca_state(
     following = None
     if state is not None and state.phase.before_switch:
         if any(name in values for name in _NEXT_FILES):
-            following = load_keyring(values, now, where=where, prefix=NEXT, hint=_NEXT_HINT)
+            # If a clock that was ahead created the next CA, the current one signs until the next one is valid.
+            following = load_keyring(values, now, where=where, prefix=NEXT, hint=_NEXT_HINT, allow_future=True)
         else:
             state, root_digest = replace(state, phase=RotationPhase.STEADY, stopped=False), ""
     others = {name: value for name, value in values.items() if name not in (*KEYRING_FILES, *_NEXT_FILES, STATE)}
@@ -196,7 +197,3 @@ def _typed(value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise TypeError(f"not {kind.__name__}")
     return value
-
-
-def roots_pem(roots: RootSet) -> bytes:
-    return encode_certificates([x509.load_der_x509_certificate(root) for root in roots.roots])

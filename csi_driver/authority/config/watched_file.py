@@ -56,6 +56,11 @@ class WatchedFile(Generic[_T]):
         self._rejected: tuple[str, str] | None = None
         """Digest and error of the newest content if it is invalid."""
 
+    @property
+    def valid(self) -> bool:
+        """True if the value is that of the newest content."""
+        return self.value is not None and self._rejected is None
+
     async def load(self) -> _T:
         """Read the files, parse them if their content changed, and return the value.
 
@@ -105,12 +110,18 @@ def read_file(file: Path, max_bytes: int, reason: Reason, hint: str) -> bytes:
     Raises CertmountError with this reason and hint if the file can't be read.
     """
     try:
-        content = _content(str(file), None, max_bytes)
+        return read_regular_file(file, max_bytes)
     except OSError as error:
         raise _unreadable(error, file, reason, hint) from None
+
+
+def read_regular_file(file: Path, max_bytes: int) -> bytes:
+    """Do what :func:`read_file` does, but raise OSError. A named pipe is an error, and does not block."""
+    if file.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+    content = _content(str(file), None, max_bytes)
     if content is None:
-        problem = "cannot be read: No such file or directory"
-        raise CertmountError(reason, Fault(str(file), problem, hint))
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
     return content
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 
-from cryptography import x509
-
 from csi_driver.authority.authn.limits import Rate, RateLimiter
 from csi_driver.authority.csr_api import FindPod
 from csi_driver.authority.csr_signer.requests import parse_content, parse_requester, verify_running
@@ -17,7 +15,7 @@ from csi_driver.authority.retry import retry_while_unavailable
 from csi_driver.core.cluster.csr import ClusterCSR
 from csi_driver.core.durations import format_duration
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.formats.pem import encode_certificates
+from csi_driver.core.formats.pem import encode_der_certificates
 from csi_driver.core.identity import PodIdentity, ServiceAccount
 from csi_driver.core.policy.engine import Grant, RequestedCertificate
 from csi_driver.core.policy.rules import DEFAULT_DURATION
@@ -63,13 +61,13 @@ class CSRPipeline:
         grant = _own_grant(requested, record) if own else await self._apply_policy(pod, requested, record)
         to_sign = IssuerRequest(csr, grant, pod, requested)
         issued = await self.steps.sign(DEFAULT_ISSUER, self.internal.issue, to_sign, record)
-        pem = encode_certificates([x509.load_der_x509_certificate(der) for der in issued.chain])
+        pem = encode_der_certificates(issued.chain)
         return SignedCSR(pem, f"{grant.names} for {format_duration(grant.duration)}, by {', '.join(grant.rules)}")
 
     async def _apply_policy(self, pod: PodIdentity, requested: RequestedCertificate, record: AuditRecord) -> Grant:
         find = functools.partial(self.find_pod, pod.service_account.namespace, pod.pod_name)
         verify_running(pod, await retry_while_unavailable(find))
-        subject = await self.steps.find_subject(pod, record)
+        subject = await self.steps.find_subject(pod, requested.names, record)
         return self.steps.apply_policy(subject, requested, record)
 
 

@@ -12,8 +12,9 @@ from csi_driver.core.certificates.csr import MAX_CSR_BYTES, ParsedCSR, content_f
 from csi_driver.core.cluster.csr import DIGITAL_SIGNATURE, KEY_ENCIPHERMENT, PURPOSES, ClusterCSR
 from csi_driver.core.cluster.objects import LivePod
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.identity import PodIdentity, ServiceAccount
+from csi_driver.core.identity import SERVICE_ACCOUNT_USER, TOKEN_FIELD, PodIdentity, ServiceAccount
 from csi_driver.core.names import InvalidName, parse_object_name
+from csi_driver.core.policy.decision import RequestFields
 from csi_driver.core.policy.engine import RequestedCertificate
 
 _PEM = re.compile(
@@ -23,8 +24,11 @@ _PEM = re.compile(
 _MAX_PEM_BYTES = 2 * MAX_CSR_BYTES
 _USAGES = {word: usage for usage, word in PURPOSES.items()}
 _ALLOWED_USAGES = {*_USAGES, DIGITAL_SIGNATURE, KEY_ENCIPHERMENT}
-_ACCOUNT = "system:serviceaccount:"
-_EXTRA = "authentication.kubernetes.io/"
+_FIELDS = RequestFields(
+    Reason.INVALID_CSR,
+    "spec.request, ",
+    (("duration", "spec.expirationSeconds"), ("usages", "spec.usages"), ("issuer", "spec.signerName")),
+)
 _HINT = "use a token that is bound to the pod, such as the one that Kubernetes mounts into it"
 
 
@@ -48,7 +52,7 @@ def parse_content(request: ClusterCSR) -> tuple[ParsedCSR, RequestedCertificate]
     if faults := [*faults, *content_faults(csr)]:
         raise CertmountError(Reason.INVALID_CSR, *faults)
     duration = None if request.expiration_s is None else timedelta(seconds=request.expiration_s)
-    return csr, RequestedCertificate(csr.names, csr.key_type, usages=usages, duration=duration)
+    return csr, RequestedCertificate(csr.names, csr.key_type, _FIELDS, usages=usages, duration=duration)
 
 
 def _decode_only_block(pem: bytes) -> bytes | None:
@@ -62,18 +66,18 @@ def _decode_only_block(pem: bytes) -> bytes | None:
 
 def parse_requester(csr: ClusterCSR) -> PodIdentity:
     """Return the pod whose token created the request, which Kubernetes records (KEP-4193); raises CertmountError TokenRejected."""
-    namespace, _, name = csr.username.removeprefix(_ACCOUNT).partition(":")
+    namespace, _, name = csr.username.removeprefix(SERVICE_ACCOUNT_USER).partition(":")
     try:
         account = ServiceAccount(parse_object_name(namespace), parse_object_name(name))
     except InvalidName:
         account = None
     if account is None or account.username != csr.username:
         raise token_rejected("requester", f"{csr.username!r} is not a service account", _HINT)
-    recorded = {key: csr.extra.get(_EXTRA + key, ()) for key in ("pod-name", "pod-uid", "node-name")}
+    recorded = {key: csr.extra.get(TOKEN_FIELD + key, ()) for key in ("pod-name", "pod-uid", "node-name")}
     if missing := [key for key, values in recorded.items() if len(values) != 1 or not values[0]]:
         raise token_rejected("requester", f"the token of {csr.username} has no {', '.join(missing)}", _HINT)
     (pod_name,), (pod_uid,), (node_name,) = recorded.values()
-    node_uid = (*csr.extra.get(f"{_EXTRA}node-uid", ()), "")[0]
+    node_uid = (*csr.extra.get(f"{TOKEN_FIELD}node-uid", ()), "")[0]
     # The token's expiry is unknown. The API server accepted the token just now, and the pod is verified to be running.
     return PodIdentity(account, "", pod_name, pod_uid, node_name, node_uid, 0.0)
 

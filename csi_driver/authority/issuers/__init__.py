@@ -12,7 +12,7 @@ from datetime import timedelta
 
 from csi_driver.core.certificates.csr import ParsedCSR
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.identity import PodIdentity
+from csi_driver.core.identity import Requester
 from csi_driver.core.policy.engine import Grant, RequestedCertificate
 
 
@@ -42,12 +42,19 @@ class Findings(list[Finding]):
 
 @dataclass(frozen=True, slots=True)
 class IssuerRequest:
-    """A certificate to sign: the key of a verified CSR, with what the policy grants an authenticated pod."""
+    """A certificate to sign: the key of a verified CSR, with what the policy grants an authenticated pod or Secret."""
 
     csr: ParsedCSR
     grant: Grant
-    identity: PodIdentity
-    requested: RequestedCertificate | None = None  # What the pod itself requested; None if unknown
+    identity: Requester
+    requested: RequestedCertificate | None = None  # What was requested; None if unknown
+    tsig_secret: str = ""  # NAMESPACE/NAME of the Secret whose TSIG key changes DNS; empty: the issuer's own key
+
+    @property
+    def acme_email(self) -> str:
+        """The address of the ACME account that orders it; empty: the issuer's own account."""
+        email = self.requested and self.requested.acme_email
+        return email.text if email else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +64,26 @@ class IssuedCertificate:
     chain: tuple[bytes, ...]
     roots: tuple[bytes, ...]
     renew_after: timedelta | None = None  # When the issuer wants it renewed, from now; None if the node decides
-    identity_included: bool = True  # False if the leaf lacks the pod's SPIFFE ID, as those of public CAs do
 
 
 class Issuer(ABC):
     """One issuer. The defaults fit an issuer that signs immediately and does no background work."""
 
     shares_certificates: bool = False  # By pods of a service account on a node, as the issuer limits how many it signs
+    needs_names_in_csr: bool = True  # It cannot sign PodCertificateRequests, whose CSRs contain only a key
+    has_accounts: bool = False  # Whether a request can name an ACME account and a TSIG key
+    own_email: str = ""  # The address of its own account, which every request can use; empty if it has none
     while_pending: str | None = None  # The issuer of interim certificates while this issuer works; None if pods wait
 
     @property
     @abstractmethod
     def roots(self) -> tuple[bytes, ...]:
         """X.509 DER of the roots that its pods trust now; empty while they are unknown."""
+
+    @property
+    @abstractmethod
+    def environment(self) -> str:
+        """Where its certificates come from, such as the URL of a CA's directory. If it changes, they must be replaced."""
 
     @property
     def problem(self) -> str | None:
@@ -98,6 +112,10 @@ class Issuer(ABC):
 
     def renewals_due(self) -> tuple[str, ...]:
         """Return the SHA-256 (hex) of the public keys (DER) whose certificates the CA wants renewed now (RFC 9773)."""
+        return ()
+
+    def keys_to_replace(self) -> tuple[str, ...]:
+        """Return those of :meth:`renewals_due` that the CA wants earlier than it first said, as after a revocation."""
         return ()
 
 

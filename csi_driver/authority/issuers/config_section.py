@@ -6,7 +6,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
-from csi_driver.core.config.document_reader import DocumentReader, Path
+from csi_driver.core.config.document_reader import DocumentReader, Path, boolean_problem
 from csi_driver.core.config.issuers import CredentialSource, parse_file_name, parse_source
 from csi_driver.core.durations import parse_duration
 
@@ -44,7 +44,7 @@ class ConfigSection:
     def boolean(self, key: str) -> bool:
         value = self.values.get(key)
         if value is not None and not isinstance(value, bool):
-            self.fault(key, "is not true or false")
+            self.fault(key, *boolean_problem(value))
         return value is True
 
     def duration(self, key: str, default: timedelta) -> timedelta:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from csi_driver.authority.config.watched_file import read_regular_file
 from csi_driver.authority.csr_api import CSRClient
 from csi_driver.authority.issuers import Issuer, issuer_unavailable
 from csi_driver.authority.storage import Store
-from csi_driver.core.config.issuers import CredentialSource, FileSource, ParseConfiguration
+from csi_driver.core.config.issuers import CredentialSource, FileSource, ParseConfiguration, SecretSource
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret
 
 MAX_BYTES = 64 * 1024
 
-ReadSecret = Callable[[str, str, str], Awaitable[Secret[bytes]]]
-"""Takes namespace, name and key of a Kubernetes Secret; raises CertmountError IssuerUnavailable."""
+ReadSecret = Callable[[str, str], Awaitable[Mapping[str, Secret[bytes]]]]
+"""Takes namespace and name of a Kubernetes Secret, and returns its values by key; raises CertmountError IssuerUnavailable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class CredentialReader:
             return await asyncio.to_thread(_read_file, source)
         if self.read_secret is None:
             raise issuer_unavailable(str(source), "cannot be read outside a cluster", "store it in a file")
-        content = await self.read_secret(source.namespace, source.name, source.key)
+        content = _select(source, await self.read_secret(source.namespace, source.name))
         if not content.reveal():
             raise issuer_unavailable(str(source), "is empty")
         return content
@@ -47,10 +48,18 @@ class CredentialReader:
             raise issuer_unavailable(str(source), "is not ASCII text") from None
 
 
+def _select(source: SecretSource, values: Mapping[str, Secret[bytes]]) -> Secret[bytes]:
+    if source.key not in values and source.only and len(values) == 1:
+        return next(iter(values.values()))
+    if source.key not in values:
+        hint = f"it has {', '.join(sorted(values))}" if values else "it is empty"
+        raise issuer_unavailable(f"Secret {source.namespace}/{source.name}", f"has no key {source.key}", hint)
+    return values[source.key]
+
+
 def _read_file(source: FileSource) -> Secret[bytes]:
     try:
-        with Path(source.path).open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
+        content = read_regular_file(Path(source.path), MAX_BYTES)
     except OSError as error:
         raise issuer_unavailable(str(source), f"cannot be read: {error.strerror}") from None
     if not 0 < len(content) <= MAX_BYTES:
@@ -78,12 +87,14 @@ class CSRAccess:
 
 @dataclass(frozen=True, slots=True)
 class IssuerDependencies:
-    """The authority's services for issuers. Outside a cluster everything but the credentials is None."""
+    """The authority's services for issuers. Outside a cluster, those of the cluster are None."""
 
     credentials: CredentialReader
     secret_store: Callable[[str, str], Store] | None = None  # Takes namespace and name of a shared Secret
     ingress_routes: Callable[[str], ChallengeRoutes] | None = None  # Takes the class of the Ingresses
     csrs: CSRAccess | None = None
+    order_counter: Callable[[str], Callable[[str], None]] = lambda _issuer: lambda _result: None
+    """Takes the name of an ACME issuer, and returns what counts its orders in metrics: by "issued" or "failed"."""
 
 
 @dataclass(frozen=True, slots=True)

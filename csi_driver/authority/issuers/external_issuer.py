@@ -7,24 +7,25 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TypeVar
 
 import structlog
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from csi_driver.authority.issuers import IssuedCertificate, Issuer, IssuerRequest, issuer_unavailable
 from csi_driver.core.certificates.csr import names_of
 from csi_driver.core.certificates.keys import public_bytes
-from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
+from csi_driver.core.certificates.parsing import PARSE_ERRORS, extension_of, is_signed_by
+from csi_driver.core.clocks import clock_error
 from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.formats.pem import decode_certificates
 from csi_driver.core.spec import Usage
+from csi_driver.core.texts import timestamp
 
-_T = TypeVar("_T", bound=x509.ExtensionType)
 log = structlog.get_logger(__name__)
 
+MAX_CHAIN, MAX_CHAIN_BYTES = 10, 128 * 1024
 DIAGNOSE_S = 60.0  # How fast new roots and replaced keys take effect
 _DIAGNOSE_AFTER_PROBLEM_S = 5.0
 _USAGES = {ExtendedKeyUsageOID.SERVER_AUTH: Usage.SERVER, ExtendedKeyUsageOID.CLIENT_AUTH: Usage.CLIENT}
@@ -75,30 +76,45 @@ class DiagnosedIssuer(Issuer):
         return issuer_unavailable(f"issuer {self.name}", problem, hint)
 
 
+def decode_chain(pem: bytes) -> tuple[x509.Certificate, ...]:
+    """Parse a chain, the leaf first; raise ValueError, in words that follow "the response"."""
+    # The parser accepts any text around the certificates, so this counts no fewer than it would parse.
+    if len(pem) > MAX_CHAIN_BYTES or pem.count(b"-----BEGIN") > MAX_CHAIN:
+        raise ValueError(f"is longer than a chain of {MAX_CHAIN} certificates and {MAX_CHAIN_BYTES} bytes")
+    try:
+        return tuple(decode_certificates(pem))
+    except ValueError:
+        raise ValueError("is not a certificate chain") from None
+
+
 def check_certificate(
     leaf: x509.Certificate, request: IssuerRequest, now: datetime, subject: str, hint: str = ""
 ) -> None:
+    """Raise CertmountError InvalidResponse with all mismatches, or ClockSkew if the leaf is not valid now."""
+    start, end = leaf.not_valid_before_utc, leaf.not_valid_after_utc
+    if not start <= now <= end:
+        limit, words = (start, "is valid from") if now < start else (end, "expired at")
+        problem = f"the certificate {words} {timestamp(limit)}"
+        skew_s = abs((now - limit).total_seconds())
+        raise clock_error("the authority", subject, skew_s, problem, at_least=True)
     faults = [Fault(subject, f"the certificate {problem}", hint) for problem in _problems(leaf, request, now)]
     if faults:
         raise CertmountError(Reason.INVALID_RESPONSE, *faults)
 
 
-def issued_certificate(
-    chain: Sequence[x509.Certificate], roots: tuple[bytes, ...], now: datetime, *, identity_included: bool = True
-) -> IssuedCertificate:
+def issued_certificate(chain: Sequence[x509.Certificate], roots: tuple[bytes, ...], now: datetime) -> IssuedCertificate:
     """Return the result for a chain. If the leaf outlives the chain, renew it after two thirds of the chain's lifetime."""
     end = min(certificate.not_valid_after_utc for certificate in chain)
     outlives = chain[0].not_valid_after_utc > end
     renew_after = max((end - now) * 2 / 3, _MIN_RENEW_AFTER) if outlives else None
     ders = tuple(certificate.public_bytes(Encoding.DER) for certificate in chain)
-    return IssuedCertificate(ders, roots, renew_after, identity_included)
+    return IssuedCertificate(ders, roots, renew_after)
 
 
 def _problems(leaf: x509.Certificate, request: IssuerRequest, now: datetime) -> list[str]:
     grant = request.grant
     try:
-        key, extensions = leaf.public_key(), leaf.extensions
-        names = names_of(extensions)
+        key, names = leaf.public_key(), names_of(leaf.extensions)
     except PARSE_ERRORS:
         return ["cannot be parsed"]
     problems: list[str] = []
@@ -108,35 +124,20 @@ def _problems(leaf: x509.Certificate, request: IssuerRequest, now: datetime) -> 
         problems.append(f"lacks {', '.join(missing)}")
     if unexpected := sorted(str(name) for name in {*names} - {*grant.names}):
         problems.append(f"also contains {', '.join(unexpected)}")
-    constraints = _extension(extensions, x509.BasicConstraints)
+    constraints = extension_of(leaf, x509.BasicConstraints)
     if constraints is not None and constraints.ca:
         problems.append("is a CA certificate")
-    ids = _extension(extensions, x509.ExtendedKeyUsage) or ()
+    ids = extension_of(leaf, x509.ExtendedKeyUsage) or ()
     usages = {_USAGES[one].value if one in _USAGES else one.dotted_string for one in ids}
     if usages != {usage.value for usage in grant.usages}:
         granted = " and ".join(sorted(usage.value for usage in grant.usages))
         problems.append(f"is for {' and '.join(sorted(usages)) or 'any usage'}, not for {granted}")
     if leaf.not_valid_after_utc > now + grant.duration + _CLOCK_TOLERANCE:
-        problems.append(f"is valid until {leaf.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}, longer than the policy grants")
+        problems.append(f"is valid until {timestamp(leaf.not_valid_after_utc)}, longer than the policy grants")
     return problems
 
 
 def ends_at_root(chain: Sequence[x509.Certificate], roots: Sequence[bytes]) -> bool:
     """Return True if one of the roots (DER) is, or issued, the last certificate of a chain."""
-    return any(_issued_by(chain[-1], x509.load_der_x509_certificate(root)) for root in roots)
-
-
-def _issued_by(certificate: x509.Certificate, root: x509.Certificate) -> bool:
-    try:
-        if certificate != root:
-            certificate.verify_directly_issued_by(root)
-    except (InvalidSignature, *PARSE_ERRORS):
-        return False
-    return True
-
-
-def _extension(extensions: x509.Extensions, kind: type[_T]) -> _T | None:
-    try:
-        return extensions.get_extension_for_class(kind).value
-    except x509.ExtensionNotFound:
-        return None
+    last = chain[-1]
+    return any(last == root or is_signed_by(last, root) for root in map(x509.load_der_x509_certificate, roots))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from csi_driver.authority.config.located_yaml import read_yaml
 from csi_driver.authority.issuers import Issuer
 from csi_driver.authority.issuers.acme.config import KIND as ACME
 from csi_driver.authority.issuers.dependencies import IssuerDependencies, IssuerKind
 from csi_driver.authority.issuers.kubernetes_csr.config import KIND as KUBERNETES_CSR
 from csi_driver.authority.issuers.step_ca.config import KIND as STEP_CA
+from csi_driver.config.located_yaml import read_yaml
 from csi_driver.core.config.issuers import IssuerDeclaration, parse_issuers
 from csi_driver.core.errors import Reason
 

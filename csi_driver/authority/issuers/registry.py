@@ -10,11 +10,11 @@ from pathlib import Path
 
 import structlog
 
-from csi_driver.authority.config.located_yaml import MAX_BYTES
 from csi_driver.authority.config.watched_file import Contents, WatchedFile, read_file
 from csi_driver.authority.issuers import Issuer
 from csi_driver.authority.issuers.dependencies import IssuerDependencies, IssuerKind
 from csi_driver.authority.issuers.kinds import ISSUER_KINDS, make_issuer, read_issuers
+from csi_driver.config.located_yaml import MAX_BYTES
 from csi_driver.core.config.issuers import IssuerDeclaration
 from csi_driver.core.errors import Reason
 from csi_driver.core.spec import DEFAULT_ISSUER
@@ -40,7 +40,7 @@ class IssuerRegistry(Mapping[str, Issuer]):
     _: KW_ONLY
     on_roots: Callable[[str, tuple[bytes, ...]], None]
     on_load: Callable[[bool], None]
-    on_due: Callable[[frozenset[str]], None]  # Gets `renewals_due` every second
+    on_due: Callable[[frozenset[str], frozenset[str]], None]  # Gets `renewals_due` and `keys_to_replace` every second
     kinds: Mapping[str, IssuerKind] = field(default_factory=lambda: ISSUER_KINDS)
 
     def __post_init__(self) -> None:
@@ -71,12 +71,20 @@ class IssuerRegistry(Mapping[str, Issuer]):
         return {name: issuer.problem for name, issuer in self._by_name.items()}
 
     @property
+    def environments(self) -> Mapping[str, str]:
+        return {name: issuer.environment for name, issuer in self.items()}
+
+    @property
     def sharing(self) -> frozenset[str]:
         return frozenset(name for name, issuer in self._by_name.items() if issuer.shares_certificates)
 
     @property
     def renewals_due(self) -> frozenset[str]:
         return frozenset(key for issuer in self._by_name.values() for key in issuer.renewals_due())
+
+    @property
+    def keys_to_replace(self) -> frozenset[str]:
+        return frozenset(key for issuer in self._by_name.values() for key in issuer.keys_to_replace())
 
     def external(self) -> list[Issuer]:
         return list(self._by_name.values())
@@ -96,7 +104,7 @@ class IssuerRegistry(Mapping[str, Issuer]):
                 for key in current.keys() - running.keys():
                     running[key] = tasks.create_task(_run_issuer(*current[key]), name=f"issuer {current[key][0]}")
                 self._report_roots()
-                self.on_due(self.renewals_due)
+                self.on_due(self.renewals_due, self.keys_to_replace)
                 await asyncio.sleep(_INTERVAL_S)
                 if self._watched is not None:
                     await self._watched.refresh()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import structlog
 
-from csi_driver.authority.config.located_yaml import MAX_BYTES, read_yaml
 from csi_driver.authority.config.watched_file import Contents, WatchedFile, read_file
+from csi_driver.config.located_yaml import MAX_BYTES, read_yaml
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.policy.document import parse_policy
 from csi_driver.core.policy.engine import Policy
@@ -74,6 +74,8 @@ class PolicyFile:
     def _use(self, policy: Policy) -> None:
         self._metrics.policy_valid.set(1)
         log.info("policy loaded", file=str(self._file), rules=len(policy.rules), revision=policy.revision)
+        if policy.warnings:
+            log.warning("policy has warnings", count=len(policy.warnings), first=policy.warnings[0])
         self._on_change(policy.revision)
 
     def _reject(self) -> None:

@@ -18,7 +18,6 @@ from csi_driver.core.cluster.objects import ClusterNodes
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.secret import Secret, StoredSecrets
 from csi_driver.core.spec import DEFAULT_ISSUER
-from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
 log = structlog.get_logger(__name__)
 
@@ -131,13 +130,10 @@ class AcknowledgingNodes:
 
     store: AcknowledgementStore
     nodes: NodeList
-    metrics: AuthorityMetrics
 
     async def read(self, generation: int) -> Acknowledgements:
         """Return who has acknowledged the generation and who must; raise CertmountError."""
-        nodes = acknowledgements(await self.nodes.list(), await self.store.read(), generation)
-        self.metrics.unacknowledged_nodes.set(len(nodes.missing))
-        return nodes
+        return acknowledgements(await self.nodes.list(), await self.store.read(), generation)
 
 
 @dataclass(frozen=True, slots=True)

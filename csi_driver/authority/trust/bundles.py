@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
 
-from csi_driver.core.certificates.root_sets import RootSet
+from csi_driver.core.certificates.root_sets import RootSet, select_root_sets
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.host.atomic_write import replace_file
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
-_MAX_WATCHERS = 10_000
-"""Twice the nodes of the largest supported cluster (Kubernetes: 5,000): a node can reconnect before its old stream ends."""
 _MAX_RENEW_NOW = 1000  # Every node receives all of them, 64 kB. More follow when these certificates are renewed.
 LONGEST_WATCH = timedelta(minutes=30)
 """Then the stream ends and the node reconnects with a new token, possibly to another replica."""
@@ -30,17 +28,17 @@ class TrustSnapshot:
     policy_revision: str  # the revision of the policy in force
     shared_issuers: tuple[str, ...] = ()
     """Issuers with certificate limits: pods of one service account on one node share a certificate."""
+    environments: Mapping[str, str] = field(default_factory=dict)
+    """Where each issuer gets its certificates, by the name of the issuer."""
     renew_now: tuple[str, ...] = ()  # SHA-256 (hexadecimal) of the public keys whose certificates nodes must renew now
+    replace_keys: tuple[str, ...] = ()  # those of them that nodes must not certify again
 
 
 class TrustBundles:
     """Holds the current trust bundle and streams it to watchers."""
 
-    def __init__(
-        self, metrics: AuthorityMetrics, max_watchers: int = _MAX_WATCHERS, longest: timedelta = LONGEST_WATCH
-    ) -> None:
+    def __init__(self, metrics: AuthorityMetrics, longest: timedelta = LONGEST_WATCH) -> None:
         self._metrics = metrics
-        self._max_watchers = max_watchers
         self._longest = longest
         self._watchers: Counter[str] = Counter()
         self._snapshot = TrustSnapshot({}, "")
@@ -54,7 +52,7 @@ class TrustBundles:
     @property
     def nodes(self) -> frozenset[str]:
         """The nodes that watch now."""
-        return frozenset(self._watchers)
+        return frozenset(filter(None, self._watchers))
 
     def set_roots(self, name: str, roots: RootSet) -> None:
         self._update(replace(self._snapshot, sets={**self._snapshot.sets, name: roots}))
@@ -67,25 +65,23 @@ class TrustBundles:
     def set_policy(self, revision: str) -> None:
         self._update(replace(self._snapshot, policy_revision=revision))
 
-    def set_shared_issuers(self, issuers: Iterable[str]) -> None:
-        self._update(replace(self._snapshot, shared_issuers=tuple(sorted(issuers))))
+    def set_issuers(self, shared: Iterable[str], environments: Mapping[str, str]) -> None:
+        shared_issuers = tuple(sorted(shared))
+        self._update(replace(self._snapshot, shared_issuers=shared_issuers, environments=environments))
 
-    def set_renew_now(self, keys: Iterable[str]) -> None:
-        self._update(replace(self._snapshot, renew_now=tuple(sorted(keys)[:_MAX_RENEW_NOW])))
+    def set_renew_now(self, keys: Iterable[str], replaced: Iterable[str] = ()) -> None:
+        """Set the keys whose certificates are due, and those of them that must be replaced, which come first."""
+        urgent = set(replaced)
+        renew_now = sorted(keys, key=lambda key: (key not in urgent, key))[:_MAX_RENEW_NOW]
+        replace_keys = tuple(key for key in renew_now if key in urgent)
+        self._update(replace(self._snapshot, renew_now=tuple(sorted(renew_now)), replace_keys=replace_keys))
 
     def select(self, issuer: str, federations: Sequence[str]) -> Mapping[str, RootSet]:
         """Return the root sets that a pod with a certificate of ``issuer`` trusts.
 
         Raises CertmountError FederationNotFound, or IssuerUnavailable while the issuer's own roots are unknown.
         """
-        sets = self._snapshot.sets
-        if issuer not in sets:
-            raise CertmountError(Reason.ISSUER_UNAVAILABLE, f"the roots of issuer {issuer} are not known yet")
-        if unknown := [name for name in federations if name not in sets]:
-            hint = f"use one of {', '.join(sorted(sets))}"
-            faults = [Fault("federations", f"the authority has no root set named {name}", hint) for name in unknown]
-            raise CertmountError(Reason.FEDERATION_NOT_FOUND, *faults)
-        return {name: sets[name] for name in (issuer, *federations)}
+        return select_root_sets(self._snapshot.sets, issuer, federations)
 
     def close(self) -> None:
         """End all current and future watches."""
@@ -93,12 +89,7 @@ class TrustBundles:
         self._wake()
 
     async def watch(self, node: str = "") -> AsyncGenerator[TrustSnapshot, None]:
-        """Yield the trust bundle and then each change, for 30 minutes or until :meth:`close`. ``node`` watches.
-
-        Raises CertmountError AuthorityOverloaded if there are too many watchers.
-        """
-        if (number := self._watchers.total()) >= self._max_watchers:
-            raise CertmountError(Reason.AUTHORITY_OVERLOADED, f"{number} clients already watch the trust bundle")
+        """Yield the trust bundle and then each change, for 30 minutes or until :meth:`close`. ``node`` watches, or no node."""
         self._watchers[node] += 1
         self._metrics.watchers.inc()
         sent: TrustSnapshot | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from csi_driver.authority.trust.bundles import TrustBundles
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import decode_certificates, fingerprint
+from csi_driver.core.names import InvalidName, parse_dns_label
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
 log = structlog.get_logger(__name__)
@@ -28,7 +28,6 @@ _MAX_BYTES = 256 * 1024
 _MAX_ROOTS = 10  # nodes reject a root set with more
 _MAX_SETS = 64
 _SUFFIXES = (".crt", ".pem")
-_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ class FederationDirectory:
         self._metrics = metrics
         self._clock = clock
         self._reserved = reserved
-        self._files: Mapping[str, _FederationFile] = {}
+        self._files: Mapping[str, _FederationFile] | None = None  # None: the directory has not been read
         # Including removed sets: a set that returns needs a higher generation than before.
         self._generations: dict[str, int] = {}
         self._sets: dict[str, RootSet] = {}
@@ -81,9 +80,13 @@ class FederationDirectory:
     async def run(self) -> None:
         await self._watched.run(_CHECK_S)
 
+    def may_contain(self, name: str) -> bool:
+        """Return whether there is a file for the root set, even an invalid one, or the directory has not been read."""
+        return self._files is None or any(_set_name(file) == name for file in self._files)
+
     def _apply(self, files: Mapping[str, _FederationFile]) -> None:
         # A file can be invalid only because of another file, so check all files again if their names changed.
-        previous = self._files if self._files.keys() == files.keys() else {}
+        previous = self._files if self._files is not None and self._files.keys() == files.keys() else {}
         self._files = files
         for name, file in sorted(files.items()):
             if name not in previous or previous[name].digest != file.digest:
@@ -110,11 +113,14 @@ class FederationDirectory:
         log.info("federation loaded", set=set_name, roots=[fingerprint(each) for each in file.certificates])
 
     def _name_error(self, file: str, name: str) -> CertmountError | None:
-        if not _NAME.fullmatch(name):
-            return _invalid(file, "is not a valid name for a root set", "use lower-case letters, digits, - and .")
+        try:
+            parse_dns_label(name)  # as the attribute federations
+        except InvalidName:
+            hint = "use 1 to 63 lower-case letters, digits and inner hyphens before .crt or .pem"
+            return _invalid(file, "is not a valid name for a root set", hint)
         if name in self._reserved:
             return _invalid(file, f"has the name of the issuer {name}, which has its own root set")
-        if any(other < file and _set_name(other) == name for other in self._files):
+        if any(other < file and _set_name(other) == name for other in self._files or ()):
             return _invalid(file, f"is a second file for the root set {name}")
         if name not in self._sets and len(self._sets) >= _MAX_SETS:
             return _invalid(file, f"exceeds the maximum of {_MAX_SETS} root sets")

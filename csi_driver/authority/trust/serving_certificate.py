@@ -24,6 +24,7 @@ from csi_driver.core.formats.pem import encode_certificates
 from csi_driver.core.names import Names
 from csi_driver.core.secret import Secret, StoredSecrets
 from csi_driver.core.spec import KeyType, Usage
+from csi_driver.core.texts import timestamp
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 
 log = structlog.get_logger(__name__)
@@ -33,29 +34,30 @@ _RENEW_AFTER = _LIFETIME * 2 / 3
 
 
 class ServingCertificate:
-    """Renewed after two thirds of its lifetime and when the signer changes. Established connections are not affected."""
+    """Renewed after two thirds of its lifetime, and when the signer changes or the clock was set back. Established connections are not affected."""
 
     def __init__(self, names: Names, metrics: AuthorityMetrics, clock: Callable[[], datetime] = utc_now) -> None:
         self._names = names
         self._metrics = metrics
         self._clock = clock
         self._issuer: x509.Certificate | None = None
-        self._renew_at = clock()
+        self._issued_at = self._renew_at = clock()
         self._configuration: grpc.ServerCertificateConfiguration | None = None
         self._fetched: grpc.ServerCertificateConfiguration | None = None
 
     def refresh(self, signer: CAKeyPair) -> grpc.ServerCertificateConfiguration:
         """Return the current key and certificate; first renew them if that is due."""
         now = self._clock()
-        if self._configuration is not None and now < self._renew_at and signer.certificate == self._issuer:
+        # If the clock has been set back, the certificate is not valid yet for nodes whose clocks are right.
+        if self._configuration and self._issued_at <= now < self._renew_at and signer.certificate == self._issuer:
             return self._configuration
         key = generate_key(KeyType.EC_P256)
         certificate = sign_leaf(Leaf(key.public_key(), self._names, _LIFETIME, (Usage.SERVER,)), signer, now)
         chain = encode_certificates([certificate, signer.certificate])
         self._configuration = grpc.ssl_server_certificate_configuration([(encode_key(key).reveal(), chain)])
-        self._issuer, self._renew_at = signer.certificate, now + _RENEW_AFTER
+        self._issuer, self._issued_at, self._renew_at = signer.certificate, now, now + _RENEW_AFTER
         self._metrics.serving_expiry.set(certificate.not_valid_after_utc.timestamp())
-        not_after = f"{certificate.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}"
+        not_after = timestamp(certificate.not_valid_after_utc)
         log.info("serving certificate issued", names=str(self._names), not_after=not_after)
         return self._configuration
 

@@ -15,6 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from csi_driver.core.addresses import Address
+from csi_driver.telemetry.listening import listening_socket
+
+LOOPBACK = "localhost"  # 127.0.0.1, ::1 or both, whatever this machine has
 _TIMEOUT_S = 5.0
 _INTERVAL_S = 0.1
 
@@ -41,7 +45,7 @@ class MutualConnection:
 @asynccontextmanager
 async def serve(files: Path) -> AsyncIterator[int]:
     """Serve with the volume at ``files``; yield the port. Each client receives the names in its own certificate."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with listening_socket(Address(LOOPBACK, 0)) as listener:
         listener.setblocking(False)
         async with asyncio.TaskGroup() as tasks:
             accepting = tasks.create_task(_accept(listener, files), name="server")
@@ -67,7 +71,7 @@ def connect(files: Path, port: int, name: str) -> MutualConnection:
     """Connect with the volume at ``files`` to the server ``name``; raises OSError or ValueError if either side rejects it."""
     context = _tls_context(files, ssl.Purpose.SERVER_AUTH)
     with (
-        socket.create_connection(("127.0.0.1", port), _TIMEOUT_S) as connection,
+        socket.create_connection((LOOPBACK, port), _TIMEOUT_S) as connection,
         context.wrap_socket(connection, server_hostname=name) as tls,
     ):
         server, protocol, cipher = _peer_certificate(tls), tls.version() or "", tls.cipher()
@@ -124,5 +128,5 @@ def _peer_certificate(tls: ssl.SSLSocket) -> PeerCertificate:
     return PeerCertificate(
         dns=[value for kind, value in names if kind == "DNS"],
         uris=[value for kind, value in names if kind == "URI"],
-        serial=certificate.get("serialNumber", "").lower(),
+        serial=f"{int(certificate.get('serialNumber', '0'), 16):x}",  # as in logs: without leading zeros
     )

@@ -86,7 +86,7 @@ class Output:
                 ("valid", [f"until {expiry:%Y-%m-%d %H:%M:%S} UTC, for {format_duration(expiry - now)}"]),
                 ("key type", [key_type.value if key_type else "unknown"]),
                 ("usages", [", ".join(_USAGES.get(usage, usage.dotted_string) for usage in usages)]),
-                ("serial", [f"{leaf.serial_number:040x}"]),
+                ("serial", [f"{leaf.serial_number:x}"]),
                 ("SHA-256", [fingerprint[:16].hex(":"), fingerprint[16:].hex(":")]),
             ]
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
@@ -16,8 +15,11 @@ from pathlib import Path
 
 from csi_driver import NODE_AUDIENCE
 from csi_driver.cli.demo.cluster import ISSUER, NODE, DemoKubelet, DemoPod, DemoTokenIssuer
+from csi_driver.cli.demo.connections import LOOPBACK
 from csi_driver.cli.demo.output import DemoError
+from csi_driver.core.addresses import Address
 from csi_driver.core.identity import ServiceAccount
+from csi_driver.telemetry.listening import listening_socket
 
 MEMORY = Path("/dev/shm")  # noqa: S108  # tempfile creates a directory in it that only its owner can read
 ALLOWED = "{service_account}.{namespace}.svc.{cluster_domain}"
@@ -40,7 +42,7 @@ def private_directory(memory: Path = MEMORY) -> tempfile.TemporaryDirectory[str]
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A certmount command with its options. It serves /readyz on ``http_port`` of 127.0.0.1."""
+    """A certmount command with its options. It serves /readyz on ``http_port`` of the loopback interface."""
 
     name: str
     directory: Path
@@ -50,7 +52,7 @@ class Program:
     async def run(self) -> None:
         """Run the program until this task is cancelled. Raises DemoError if the program ends early or fails to stop."""
         # Its own process group: Ctrl-C reaches the demo only, which then stops its programs in order.
-        command = (sys.executable, "-m", "csi_driver.cli.main", self.name, f"--http=127.0.0.1:{self.http_port}")
+        command = (sys.executable, "-m", "csi_driver.cli.main", self.name, f"--http={LOOPBACK}:{self.http_port}")
         with self._log.open("wb") as log:
             process = await asyncio.create_subprocess_exec(
                 *(*command, *self.options),
@@ -92,7 +94,7 @@ class Program:
         return self.directory / f"{self.name}.log"
 
     def _readiness(self) -> str:
-        connection = HTTPConnection("127.0.0.1", self.http_port, timeout=1)
+        connection = HTTPConnection(LOOPBACK, self.http_port, timeout=1)
         try:
             connection.request("GET", "/readyz")
             return connection.getresponse().read().decode(errors="replace").strip()
@@ -142,8 +144,8 @@ def _prepare(directory: Path) -> DemoSetup:
     key_set.write_text(tokens.key_set())
     node_token.write_text(tokens.issue(driver, NODE_AUDIENCE).reveal())
     authority = [
-        f"--listen=127.0.0.1:{port}",
-        "--serving-name=localhost",
+        f"--listen={LOOPBACK}:{port}",
+        f"--serving-name={LOOPBACK}",
         f"--policy={policy}",
         f"--ca-dir={ca}",
         f"--jwks={key_set}",
@@ -152,19 +154,19 @@ def _prepare(directory: Path) -> DemoSetup:
     node = [
         f"--kubelet-dir={kubelet.root}",
         f"--node-name={NODE}",
-        f"--authority=localhost:{port}",
+        f"--authority={LOOPBACK}:{port}",
         f"--authority-root={ca / 'authority.crt'}",
         f"--token={node_token}",
         "--mounts=directory",
     ]
     programs = Program("authority", directory, authority_http, authority), Program("node", directory, node_http, node)
-    return DemoSetup(kubelet, *programs, f"localhost:{port}")
+    return DemoSetup(kubelet, *programs, f"{LOOPBACK}:{port}")
 
 
 def _free_ports(count: int) -> list[int]:
     """Return different loopback ports that are free at present."""
     with ExitStack() as open_sockets:
-        sockets = [open_sockets.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        sockets = [open_sockets.enter_context(listening_socket(Address(LOOPBACK, 0))) for _ in range(count)]
         return [open_socket.getsockname()[1] for open_socket in sockets]
 
 

@@ -17,7 +17,7 @@ from csi_driver.cli.demo.cluster import DemoKubelet, DemoPod, PublishError
 from csi_driver.cli.demo.connections import ConnectionLoop, MutualConnection, connect, serve
 from csi_driver.cli.demo.output import DemoError, Output
 from csi_driver.cli.demo.programs import ALLOWED, MEMORY, DemoSetup, private_directory, running
-from csi_driver.core.formats.pem import CHAIN, KEY, ROOTS, decode_certificates
+from csi_driver.core.formats.pem import decode_certificates
 from csi_driver.host.atomic_write import replace_file
 from csi_driver.host.generations import read_generation
 
@@ -44,7 +44,7 @@ async def run(output: Output, keep: Path | None, rotations: int) -> None:
             shop = await _publish_shop(output, setup.kubelet)
             output.step("The certificate of web/shop")
             shop_files = setup.kubelet.target(shop)
-            output.certificate(decode_certificates(read_generation(shop_files)[CHAIN]))
+            output.certificate(decode_certificates(read_generation(shop_files)["site.crt"]))
             output.step("Pod web/cart connects to web/shop: mutual TLS over loopback")
             cart = await _publish(setup.kubelet, "cart", _RENEW_SOON)  # requests no name but its SPIFFE ID
             cart_files = setup.kubelet.target(cart)
@@ -150,7 +150,7 @@ def _keep_files(source: Path, directory: Path) -> None:
     """Copy the current generation into the user's directory."""
     files = read_generation(source)
     try:
-        for name, mode in ((ROOTS, 0o644), (CHAIN, 0o644), (KEY, 0o600)):
+        for name, mode in (("root.crt", 0o644), ("site.crt", 0o644), ("site.key", 0o600)):
             replace_file(directory / name, files[name], mode=mode)
     except OSError as error:
         raise DemoError(f"cannot copy the files to {directory}: {error.strerror}") from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import re
 from dataclasses import dataclass
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -12,9 +14,11 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
     PublicFormat,
+    load_der_private_key,
     load_pem_private_key,
 )
 
+from csi_driver.core.certificates.der_bounds import UnsupportedKeyType, check_private_key
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import KeyType
 
@@ -24,14 +28,19 @@ PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519Pri
 PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey | ed25519.Ed25519PublicKey | _MLDSAPublicKey
 
 _RSA_BITS = {KeyType.RSA_2048: 2048, KeyType.RSA_3072: 3072, KeyType.RSA_4096: 4096}
-_CURVES: dict[KeyType, ec.EllipticCurve] = {KeyType.EC_P256: ec.SECP256R1(), KeyType.EC_P384: ec.SECP384R1()}
+_CURVES: dict[KeyType, ec.EllipticCurve] = {
+    KeyType.EC_P256: ec.SECP256R1(),
+    KeyType.EC_P384: ec.SECP384R1(),
+    KeyType.EC_P521: ec.SECP521R1(),
+}
 _ML_DSA: dict[KeyType, tuple[type[_MLDSAPrivateKey], type[_MLDSAPublicKey]]] = {
     KeyType.ML_DSA_44: (mldsa.MLDSA44PrivateKey, mldsa.MLDSA44PublicKey),
     KeyType.ML_DSA_65: (mldsa.MLDSA65PrivateKey, mldsa.MLDSA65PublicKey),
     KeyType.ML_DSA_87: (mldsa.MLDSA87PrivateKey, mldsa.MLDSA87PublicKey),
 }
+_PEM_KEY = re.compile(rb"-----BEGIN (?:RSA |EC )?PRIVATE KEY-----([A-Za-z0-9+/=\s]+)-----END ")
 _MIN_RSA_BITS = 2048
-_AUTHORITY_CURVES = frozenset({"secp256r1", "secp384r1", "secp521r1"})
+_AUTHORITY_CURVES = frozenset(curve.name for curve in _CURVES.values())
 _UNSUPPORTED_KEY = "an unsupported key; use RSA (2048 bits or more), EC P-256, P-384 or P-521, Ed25519 or ML-DSA"
 
 
@@ -65,9 +74,17 @@ def encode_key(key: PrivateKey) -> Secret[bytes]:
 
 
 def load_key(pem: Secret[bytes]) -> PrivateKey:
-    """Load a key that :func:`encode_key` encoded; raise ValueError, which never contains the input."""
+    """Load PKCS#8, PKCS#1 (RSA) or SEC1 (EC) in PEM format; raise ValueError, which never contains the input.
+
+    The parts of an RSA key can contradict each other. The validation takes 0.2 s and blocks all threads.
+    """
+    block = _PEM_KEY.search(pem.reveal())
     try:
-        key = load_pem_private_key(pem.reveal(), password=None)
+        der = base64.b64decode(block[1]) if block else b""
+        check_private_key(der)
+        key: object = load_der_private_key(der, password=None, unsafe_skip_rsa_key_validation=True)
+    except UnsupportedKeyType:
+        key = None
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise ValueError("not an unencrypted private key in PEM format") from None
     if not isinstance(key, PrivateKey) or key_type_of(key.public_key()) is None:
@@ -93,9 +110,9 @@ def load_authority_key(pem: Secret[bytes], password: Secret[bytes] | None = None
         raise ValueError("encrypted, and no password is configured")
     try:
         key = load_pem_private_key(pem.reveal(), password.reveal() if encrypted and password is not None else None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        if encrypted and isinstance(error, ValueError) and "password" in str(error):
-            raise ValueError("encrypted with a different password") from None
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        if encrypted:  # a wrong password sometimes decrypts to random bytes without an error
+            raise ValueError("encrypted with a different password, or damaged") from None
         raise ValueError("not a private key in PEM format (PKCS#8, PKCS#1 or SEC1)") from None
     if not isinstance(key, PrivateKey):
         raise ValueError(_UNSUPPORTED_KEY)

@@ -6,20 +6,23 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TypeVar
+from functools import lru_cache
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 
 from csi_driver.core.certificates.csr import MAX_CSR_BYTES, names_of
+from csi_driver.core.certificates.der_bounds import OutOfBounds
 from csi_driver.core.certificates.keys import PublicKey, key_type_of, public_bytes
-from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
+from csi_driver.core.certificates.parsing import PARSE_ERRORS, extension_of, is_signed_by, load_certificate
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.names import DNSName, Names
+from csi_driver.core.subject import Subject
+from csi_driver.core.texts import timestamp
 
-_Extension = TypeVar("_Extension", bound=x509.ExtensionType)
 _MAX_CERTIFICATES = 10
+_MAX_SHOWN = 200  # characters of a subject in an error
 _MAX_ROOTS = 100  # the roots of an issuer during a rotation, and of ten federations
+_CACHED = 64  # certificates: the same roots and intermediates verify all leaves
 _MAX_CERTIFICATE_BYTES = MAX_CSR_BYTES  # the names make up most of both, so a certificate for any valid CSR fits
 
 
@@ -41,6 +44,7 @@ class ExpectedCertificate:
 
     If the request has no names, the certificate can contain names of Services in the pod's namespace.
     ``identity_optional`` allows a certificate without SPIFFE ID if the request has names: a public CA signs only DNS names.
+    Without ``spiffe``, the certificate contains the pod's SPIFFE ID only if it is one of the names.
     """
 
     public_key: PublicKey
@@ -48,6 +52,8 @@ class ExpectedCertificate:
     namespace: str
     service_account: str
     identity_optional: bool = False
+    spiffe: bool = True
+    subject: Subject = Subject()  # empty: any subject
 
 
 def verify_certificate(
@@ -61,7 +67,8 @@ def verify_certificate(
     problems = [
         *_key_problems(verified.leaf, expected),
         *_name_problems(verified.leaf, expected),
-        *_chain_problems(verified, now),
+        *_subject_problems(verified.leaf, expected),
+        *chain_problems(verified.chain, verified.roots, now),
     ]
     if problems:
         raise _invalid(*problems)
@@ -77,9 +84,15 @@ def parse_certificates(
     if any(len(der) > _MAX_CERTIFICATE_BYTES for der in ders):
         raise _invalid(f"{field}: a certificate has more than {_MAX_CERTIFICATE_BYTES} bytes")
     try:
-        return tuple(x509.load_der_x509_certificate(der) for der in ders)
+        return tuple(map(parse_certificate, ders))
+    except OutOfBounds as problem:
+        raise _invalid(f"{field}: a certificate {problem}") from None
     except PARSE_ERRORS:
         raise _invalid(f"{field}: a certificate is not valid X.509 DER") from None
+
+
+parse_certificate = lru_cache(_CACHED)(load_certificate)
+"""The same roots and intermediates are parsed once."""
 
 
 def _key_problems(leaf: x509.Certificate, expected: ExpectedCertificate) -> list[str]:
@@ -105,7 +118,8 @@ def _name_problems(leaf: x509.Certificate, expected: ExpectedCertificate) -> lis
         if uri.text.startswith("spiffe://") and uri.text.removeprefix("spiffe://").partition("/")[2] == path[1:]
     }
     requested, actual = set(expected.names), set(names)
-    required = not (expected.identity_optional and requested)
+    spiffe_ids = spiffe_ids if expected.spiffe else spiffe_ids & requested
+    required = expected.spiffe and not (expected.identity_optional and requested)
     problems = [f"the SPIFFE ID that ends in {path} is missing"] if required and not spiffe_ids else []
     if len(spiffe_ids - requested) > 1:
         problems.append("more than one SPIFFE ID: " + ", ".join(sorted(str(uri) for uri in spiffe_ids)))
@@ -117,23 +131,31 @@ def _name_problems(leaf: x509.Certificate, expected: ExpectedCertificate) -> lis
     return problems
 
 
+def _subject_problems(leaf: x509.Certificate, expected: ExpectedCertificate) -> list[str]:
+    if not expected.subject:
+        return []
+    if leaf.subject == expected.subject.name:
+        return []
+    return [f"the subject is {leaf.subject.rfc4514_string()[:_MAX_SHOWN]!r}, not {str(expected.subject)!r}"]
+
+
 def _is_service_of(namespace: str, name: DNSName) -> bool:
     """Return True for a Service name in the namespace. Only the authority knows the cluster domain."""
     labels = name.text.split(".")
     return not name.is_wildcard and labels[1:3] == [namespace, "svc"]
 
 
-def _chain_problems(verified: VerifiedCertificate, now: datetime) -> list[str]:
-    chain, roots = verified.chain, verified.roots
+def chain_problems(chain: Sequence[x509.Certificate], roots: Sequence[x509.Certificate], now: datetime) -> list[str]:
+    """Return why the leaf is not valid now, or does not chain to one of the roots."""
     problems = [
         problem
         for position, certificate in enumerate(chain)
         for problem in _validity_problems(certificate, position, now)
     ]
-    constraints = _extension(verified.leaf, x509.BasicConstraints)
+    constraints = extension_of(chain[0], x509.BasicConstraints)
     if constraints is not None and constraints.ca:
         problems.append("the leaf is a CA certificate")
-    if unknown := _unknown_critical_extensions(verified.leaf):
+    if unknown := _unknown_critical_extensions(chain[0]):
         problems.append("the leaf has unknown critical extensions: " + ", ".join(unknown))
     for position, (subject, issuer) in enumerate(itertools.pairwise(chain)):
         if not _is_issued_by(subject, issuer, intermediates=position):
@@ -152,40 +174,29 @@ def _validity_problems(certificate: x509.Certificate, position: int, now: dateti
     start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now < start:
         hint = "compare the clocks of the node and the authority"
-        return [f"chain[{position}] is not valid before {start:%Y-%m-%dT%H:%M:%SZ}; {hint}"]
-    return [f"chain[{position}] expired at {end:%Y-%m-%dT%H:%M:%SZ}"] if now >= end else []
+        return [f"chain[{position}] is not valid before {timestamp(start)}; {hint}"]
+    return [f"chain[{position}] expired at {timestamp(end)}"] if now >= end else []
 
 
+@lru_cache(_CACHED)
 def _is_issued_by(subject: x509.Certificate, issuer: x509.Certificate, *, intermediates: int) -> bool:
     """Return True if the issuer signed the subject and allows this number of intermediates below itself.
 
     The issuer must be a CA (RFC 5280 section 4.2.1.9) that can sign certificates (section 4.2.1.3), without an unknown
     critical extension.
     """
-    constraints, usage = _extension(issuer, x509.BasicConstraints), _extension(issuer, x509.KeyUsage)
+    constraints, usage = extension_of(issuer, x509.BasicConstraints), extension_of(issuer, x509.KeyUsage)
     can_sign = usage is None or usage.key_cert_sign
     if constraints is None or not constraints.ca or not can_sign or _unknown_critical_extensions(issuer):
         return False
     if constraints.path_length is not None and intermediates > constraints.path_length:
         return False
-    authority_id = _extension(subject, x509.AuthorityKeyIdentifier)
-    subject_id = _extension(issuer, x509.SubjectKeyIdentifier)
+    authority_id = extension_of(subject, x509.AuthorityKeyIdentifier)
+    subject_id = extension_of(issuer, x509.SubjectKeyIdentifier)
     # OpenSSL builds chains by these identifiers (RFC 5280 section 4.2.1.1), so a mismatch would break the chain.
     if authority_id and subject_id and authority_id.key_identifier not in (None, subject_id.digest):
         return False
-    try:
-        subject.verify_directly_issued_by(issuer)
-    except (InvalidSignature, *PARSE_ERRORS):
-        return False
-    return True
-
-
-def _extension(certificate: x509.Certificate, kind: type[_Extension]) -> _Extension | None:
-    """Return an extension, or None if the certificate does not have it or its extensions cannot be parsed."""
-    try:
-        return certificate.extensions.get_extension_for_class(kind).value
-    except (x509.ExtensionNotFound, *PARSE_ERRORS):
-        return None
+    return is_signed_by(subject, issuer)
 
 
 def _unknown_critical_extensions(certificate: x509.Certificate) -> list[str]:

@@ -62,6 +62,15 @@ class ClusterCSR:
     conditions: tuple[CSRCondition, ...] = ()
     certificate: bytes = b""  # PEM: the leaf, then the intermediates; empty until the request is signed
 
+    @property
+    def key(self) -> str:
+        return self.name
+
+    @property
+    def turn(self) -> str:
+        """The namespace of the requester: namespaces take turns."""
+        return self.username.rpartition(":")[0]
+
     def condition(self, kind: str) -> CSRCondition | None:
         return next((condition for condition in self.conditions if condition.kind == kind), None)
 

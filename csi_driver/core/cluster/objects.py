@@ -13,6 +13,8 @@ class LivePod:
     service_account: str
     node_name: str  # empty before the pod is scheduled
     terminating: bool  # true if the pod is being deleted or has finished
+    hostname: str = ""
+    subdomain: str = ""  # DNS has a record HOSTNAME.SUBDOMAIN if that is a headless Service that selects the pod
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +55,33 @@ class PublishedKeys:
 
 
 @dataclass(frozen=True, slots=True)
-class PodEvent:
-    """An Event (events.k8s.io/v1) on a pod. Repeated events with the same name increase a count."""
+class EventTarget:
+    """The object that an Event is about."""
+
+    namespace: str
+    name: str
+    uid: str
+    kind: str = "Pod"
+    api_version: str = "v1"
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterEvent:
+    """An Event (events.k8s.io/v1). Repeated events with the same name increase a count."""
 
     name: str  # the name of the Event object, unique in the namespace
-    namespace: str
-    pod_name: str
-    pod_uid: str
+    target: EventTarget
     warning: bool
     reason: str  # a CamelCase word
     message: str  # at most 1024 bytes of UTF-8 without control characters
     first_at: float  # Unix seconds
+
+    @property
+    def namespace(self) -> str:
+        return self.target.namespace
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +89,7 @@ class RecordedEvent:
     """The Event's state on the API server."""
 
     version: str  # the resourceVersion
-    count: int  # the number of occurrences, over all replicas of the authority
+    count: int  # the number of occurrences, over all replicas
 
 
 class EventRejected(Exception):

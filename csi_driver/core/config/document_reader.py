@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.errors import CertmountError, Fault, Reason, first_faults
+from csi_driver.core.texts import shortened
 
 Path = tuple[str | int, ...]
 """Keys and indices from the top of the file, such as ``("issuers", 1, "step_ca", "url")``."""
 
 _MAX_FAULTS = 50
+_MAX_SHOWN = 80
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*", re.ASCII)  # needs no quotes in a list
 _T = TypeVar("_T")
 
 
@@ -30,13 +34,11 @@ class DocumentReader:
     def finish(self) -> None:
         """Raise CertmountError if there is a fault."""
         if self._faults:
-            more = len(self._faults) - _MAX_FAULTS
-            suffix = [f"and {more} more faults"] if more > 0 else []
-            raise CertmountError(self._reason, *self._faults[:_MAX_FAULTS], *suffix)
+            raise CertmountError(self._reason, *first_faults(self._faults, _MAX_FAULTS))
 
     def label(self, path: Path) -> str:
         """Return a path for people, such as ``issuers[1].step_ca.url (line 14)``. A missing key has its parent's line."""
-        text = "".join(f"[{step}]" if isinstance(step, int) else f".{shown(step)}" for step in path).lstrip(".")
+        text = "".join(f"[{step}]" if isinstance(step, int) else f".{shortened(step)}" for step in path).lstrip(".")
         line = next((self._lines[path[:end]] for end in range(len(path), -1, -1) if path[:end] in self._lines), None)
         return (text or self._file) + (f" (line {line})" if line is not None else "")
 
@@ -45,13 +47,14 @@ class DocumentReader:
     ) -> Mapping[object, object]:
         """Return a mapping, or an empty one for any other value. Record a fault for each unknown or missing key."""
         if not isinstance(value, Mapping):
-            self.fault(path, "is not a mapping", "use the keys " + ", ".join(allowed))
+            hint = "use the keys " if path else "begin the file with one of the keys "
+            self.fault(path, "is not a mapping", hint + ", ".join(allowed))
             return {}
         for key in value:
             if key not in allowed:
                 near = difflib.get_close_matches(str(key)[:64], allowed, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]}?" if near else "known keys: " + ", ".join(allowed)
-                self.fault((*path, str(key)), "is unknown", hint)
+                self.fault((*path, str(key)), "is unknown", _missing_space(str(key), allowed) or hint)
         for key in required:
             if value.get(key) is None:
                 self.fault((*path, key), "is missing")
@@ -64,7 +67,9 @@ class DocumentReader:
         if value is None:
             return ()
         if not isinstance(value, list):
-            self.fault(path, "is not a list")
+            written = value if isinstance(value, str) and _PLAIN.fullmatch(value) else f'"{value}"'
+            is_item = isinstance(value, str | int) and len(str(value)) <= _MAX_SHOWN
+            self.fault(path, "is not a list", f"write [{written}]" if is_item else "begin each item with '- '")
             return ()
         if len(value) > max_items:
             self.fault(path, f"has {len(value)} items", f"use at most {max_items}")
@@ -76,16 +81,40 @@ class DocumentReader:
         """Return a parsed string. ``parse`` raises ValueError with a text that follows the value. None stays None."""
         if value is None:
             return None
-        if not isinstance(value, str):
-            self.fault(path, f"{shown(repr(value))} is not a string", "put it in quotes")
-            return None
+        written = value if isinstance(value, str) else str(value) if type(value) is int else None
         try:
-            return parse(value)
+            parsed = parse(written) if written is not None else None
         except ValueError as problem:
-            self.fault(path, f"{shown(value)!r} {problem}")
+            self.fault(path, f"{shortened(written or '')!r} {problem}")
             return None
+        if not isinstance(value, str):
+            self.fault(path, *_not_a_string(value))
+            return None
+        return parsed
 
 
-def shown(text: str) -> str:
-    """Return the text, truncated if it is long."""
-    return text if len(text) <= 80 else text[:77] + "..."
+def boolean_problem(value: object) -> tuple[str, str]:
+    """Return why a value is not a boolean, and what to write."""
+    if value in ("true", "false"):
+        return f"'{value}' is a string in YAML, not a boolean", f"write {value}, without quotes"
+    return "is not true or false", ""
+
+
+def _missing_space(key: str, allowed: tuple[str, ...]) -> str:
+    """Return what to write if only a space is missing: YAML reads ``-match`` and ``key:value`` as keys."""
+    if key.startswith("-"):
+        return f"write '- {shortened(key[1:])}:', with a space after '-'"
+    name = key.partition(":")[0]
+    return f"write '{name}: ', with a space after ':'" if name != key and name in allowed else ""
+
+
+def _not_a_string(value: object) -> tuple[str, str]:
+    """Return what YAML reads in place of a string, and what to write. Lists and mappings can contain credentials."""
+    if isinstance(value, bool):
+        text = str(value).lower()
+        return f"{text} is a boolean in YAML, not a string", f'write "{text}"'
+    if isinstance(value, int | float):
+        return f"{shortened(str(value))} is a number in YAML, not a string", f'write "{shortened(str(value))}"'
+    if isinstance(value, Mapping) and len(value) == 1 and (key := next(iter(value))) and value[key] is None:
+        return "'{' begins a mapping in YAML", f'write "{{{shortened(str(key))}}}"'
+    return f"is a {'mapping' if isinstance(value, Mapping) else 'list'}, not a string", ""

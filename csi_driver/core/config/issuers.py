@@ -38,9 +38,14 @@ class SecretSource:
     namespace: str
     name: str
     key: str
+    only: bool = False  # True: the name of the key does not matter if the Secret has no other key
 
     def __str__(self) -> str:
-        return f"key {self.key} of Secret {self.namespace}/{self.name}"
+        return (
+            f"Secret {self.namespace}/{self.name}"
+            if self.only
+            else f"key {self.key} of Secret {self.namespace}/{self.name}"
+        )
 
 
 CredentialSource = FileSource | SecretSource

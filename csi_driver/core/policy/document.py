@@ -5,26 +5,36 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
-from csi_driver.core.config.document_reader import DocumentReader, Path, shown
+from csi_driver.core.config.document_reader import DocumentReader, Path, boolean_problem
 from csi_driver.core.durations import format_duration, parse_duration
 from csi_driver.core.errors import Reason
-from csi_driver.core.names import parse_dns_label
+from csi_driver.core.names import InvalidName, parse_dns_label, parse_object_name
 from csi_driver.core.policy.engine import Policy
-from csi_driver.core.policy.patterns import IPRange, NamePattern
+from csi_driver.core.policy.patterns import IPRange, NamePattern, shortest_match
 from csi_driver.core.policy.rules import ALL_USAGES, DenyListEntry, PolicyRule, RuleLimits, RuleMatch
 from csi_driver.core.spec import MIN_DURATION, parse_key_type, parse_usage
 
 MAX_RULES = 1000
 MAX_ITEMS = 1000  # items of a list, and labels of a match
-_LIMITS = ("key_types", "usages", "min_duration", "max_duration", "issuers")
+_LIMITS = ("key_types", "usages", "min_duration", "max_duration", "issuers", "without_spiffe_id")
+_NAMES = ("dns", "uris", "ips", "emails")
+# Keys of allow, with the reason why the other rules cannot have them.
+_PODS_ONLY = {
+    "without_spiffe_id": "certificates in Secrets never contain a SPIFFE ID",
+    "subjects": "a Secret cannot request a subject",
+}
+_SECRETS_ONLY = {"acme_emails": "only rules for Secrets have it"}
+_SECRET_PLACEHOLDERS = frozenset(["namespace"])
 _GLOB = re.compile(r"[a-z0-9*.-]+", re.ASCII)
 # Kubernetes labels: an optional DNS name and a slash, then 63 characters; values have up to 63.
 _LABEL_KEY = re.compile(r"(?:[a-z0-9.-]{1,253}/)?[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", re.ASCII)
 _LABEL_GLOB = re.compile(r"[A-Za-z0-9._*-]{0,63}", re.ASCII)
+_LABEL_VALUE = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)?", re.ASCII)
 _REASON = re.compile(r".{1,200}")
 _T = TypeVar("_T")
+_ParsePattern: TypeAlias = "Callable[[str, Mapping[str, str]], NamePattern]"
 
 
 def parse_policy(
@@ -45,30 +55,46 @@ def parse_policy(
     rules = reader.items(("policy",), top.get("policy"), reader.rule, MAX_RULES)
     denials = reader.items(("deny",), top.get("deny"), reader.denial, MAX_RULES)
     reader.finish()
-    return Policy(trust_domain, cluster_domain, rules, denials, revision)
+    return Policy(trust_domain, cluster_domain, rules, denials, revision, tuple(reader.warnings))
 
 
 class _Reader(DocumentReader):
     def __init__(self, domains: Mapping[str, str], lines: Mapping[Path, int]) -> None:
         super().__init__(Reason.INVALID_POLICY, "policy file", lines)
         self._domains = domains
+        self.warnings: list[str] = []
 
     def rule(self, path: Path, entry: object) -> PolicyRule | None:
         top = self.mapping(path, entry, allowed=("match", "allow"), required=("match", "allow"))
         match = self._match((*path, "match"), top.get("match"), labels=True)
-        at, domains = (*path, "allow"), self._domains
-        allow = self._section(at, top.get("allow"), ("dns", "uris", "ips", "emails", *_LIMITS))
+        at, secrets = (*path, "allow"), _is_for_secrets(top.get("match"))
+        allow = self._section(at, top.get("allow"), (*_NAMES, *_LIMITS, "subjects", *_SECRETS_ONLY))
+        self._check_keys(at, allow, secrets=secrets)
+
+        def patterns(key: str, parse: _ParsePattern) -> tuple[NamePattern, ...]:
+            return self._patterns((*at, key), allow.get(key), parse, secrets=secrets)
+
         return PolicyRule(
             match=match,
-            dns=self._texts((*at, "dns"), allow.get("dns"), lambda text: NamePattern.for_dns(text, domains)),
-            uris=self._texts((*at, "uris"), allow.get("uris"), lambda text: NamePattern.for_uri(text, domains)),
+            dns=patterns("dns", NamePattern.for_dns),
+            uris=patterns("uris", NamePattern.for_uri),
             ips=self._texts((*at, "ips"), allow.get("ips"), IPRange.parse),
-            emails=self._texts((*at, "emails"), allow.get("emails"), lambda text: NamePattern.for_email(text, domains)),
-            limits=self._limits(at, allow),
+            emails=patterns("emails", NamePattern.for_email),
+            limits=self._limits(at, allow, secrets=secrets),
+            acme_emails=patterns("acme_emails", NamePattern.for_email),
+            subjects=patterns("subjects", NamePattern.for_subject),
             label=self.label(path),
         )
 
-    def _limits(self, at: Path, allow: Mapping[object, object]) -> RuleLimits:
+    def _check_keys(self, at: Path, allow: Mapping[object, object], *, secrets: bool) -> None:
+        for key, problem in (_PODS_ONLY if secrets else _SECRETS_ONLY).items():
+            if key in allow:
+                self.fault((*at, key), problem, "remove it")
+        if not secrets and allow.get("uris") and allow.get("without_spiffe_id") is not True:
+            problem = "no certificate can contain these URIs, because a certificate with a SPIFFE ID has no other URI"
+            self.warnings.append(f"{self.label((*at, 'uris'))}: {problem}; set without_spiffe_id: true")
+
+    def _limits(self, at: Path, allow: Mapping[object, object], *, secrets: bool) -> RuleLimits:
         default = RuleLimits()
         shortest = self._duration((*at, "min_duration"), allow.get("min_duration"), default.min_duration)
         longest = self._duration((*at, "max_duration"), allow.get("max_duration"), default.max_duration)
@@ -82,6 +108,7 @@ class _Reader(DocumentReader):
             min_duration=shortest,
             max_duration=longest,
             issuers=self._choices((*at, "issuers"), allow.get("issuers"), parse_dns_label, default.issuers),
+            without_spiffe_id=secrets or self._boolean((*at, "without_spiffe_id"), allow.get("without_spiffe_id")),
         )
 
     def denial(self, path: Path, entry: object) -> DenyListEntry | None:
@@ -93,11 +120,21 @@ class _Reader(DocumentReader):
         return DenyListEntry(match, str(reason), self.label(path))
 
     def _match(self, path: Path, value: object, *, labels: bool) -> RuleMatch:
-        required = ("namespaces", "serviceAccounts")
-        match = self._section(path, value, (*required, "namespaceLabels") if labels else required, required)
+        names = ("serviceAccounts", "secrets")
+        allowed = ("namespaces", *names, *(("namespaceLabels",) if labels else ()))
+        match = self._section(path, value, allowed, ("namespaces",))
+        given = [key for key in names if key in match]
+        if isinstance(value, Mapping) and not given:
+            self.fault((*path, names[0]), "is missing", "a rule for Secrets has secrets in its place")
+        if len(given) > 1:
+            self.fault((*path, names[1]), "cannot be used with serviceAccounts", "use two rules")
+        for key in given:
+            if match[key] is None:
+                self.fault((*path, key), "is missing")
         return RuleMatch(
-            namespaces=self._texts((*path, "namespaces"), match.get("namespaces"), _glob),
-            service_accounts=self._texts((*path, "serviceAccounts"), match.get("serviceAccounts"), _glob),
+            namespaces=self._texts((*path, "namespaces"), match.get("namespaces"), _namespace_glob),
+            service_accounts=self._texts((*path, "serviceAccounts"), match.get("serviceAccounts"), _object_glob),
+            secrets=self._texts((*path, "secrets"), match.get("secrets"), _object_glob),
             namespace_labels=self._labels((*path, "namespaceLabels"), match.get("namespaceLabels")),
         )
 
@@ -118,7 +155,7 @@ class _Reader(DocumentReader):
             elif (text := self.text(at, glob, _label_glob)) is not None:
                 labels.append((key, text))
             elif glob is None:
-                self.fault(at, f"{shown(repr(glob))} is not a string", "put it in quotes")
+                self.fault(at, "is empty", 'write ""')
         return tuple(labels)
 
     def _section(
@@ -135,6 +172,23 @@ class _Reader(DocumentReader):
 
         return self.items(path, value, read, MAX_ITEMS)
 
+    def _patterns(self, path: Path, value: object, parse: _ParsePattern, *, secrets: bool) -> tuple[NamePattern, ...]:
+        def parse_item(text: str) -> NamePattern:
+            pattern = parse(text, self._domains)
+            if secrets:
+                _check_secret_pattern(pattern)
+            return pattern
+
+        def read(at: Path, item: object) -> NamePattern | None:
+            pattern = self.text(at, item, parse_item)
+            if pattern is None and item is None:
+                self.fault(at, "is empty")
+            elif pattern is not None and pattern.warning:
+                self.warnings.append(f"{self.label(at)}: {pattern.warning}")
+            return pattern
+
+        return self.items(path, value, read, MAX_ITEMS)
+
     def _choices(
         self, path: Path, value: object, parse: Callable[[str], _T], default: tuple[_T, ...]
     ) -> tuple[_T, ...]:
@@ -144,19 +198,49 @@ class _Reader(DocumentReader):
             self.fault(path, "is empty, so the rule allows nothing", "omit it to use the default")
         return tuple(dict.fromkeys(self._texts(path, value, parse)))
 
+    def _boolean(self, path: Path, value: object) -> bool:
+        if value is not None and not isinstance(value, bool):
+            self.fault(path, *boolean_problem(value))
+        return value is True
+
     def _duration(self, path: Path, value: object, default: timedelta) -> timedelta:
         duration = self.text(path, value, _duration)
         return default if duration is None else duration
 
 
-def _glob(text: str) -> str:
+def _glob(text: str, parse_name: Callable[[str], str]) -> str:
     if not _GLOB.fullmatch(text):
         raise ValueError("is not a name or a glob; use lower-case letters, digits, '-', '.', and * for any characters")
+    try:
+        parse_name(shortest_match(text))
+    except InvalidName as problem:
+        raise ValueError(f"matches no name that Kubernetes allows: {shortest_match(text)!r} {problem}") from None
     return text
 
 
+def _is_for_secrets(match: object) -> bool:
+    return isinstance(match, Mapping) and "secrets" in match
+
+
+def _check_secret_pattern(pattern: NamePattern) -> None:
+    """Raise ValueError for a pattern that no request for a Secret can match."""
+    if unknown := sorted(pattern.placeholders - _SECRET_PLACEHOLDERS):
+        problem = f"has the placeholder {{{unknown[0]}}}, which has no value for a Secret"
+        raise ValueError(f"{problem}; use {{namespace}}, {{trust_domain}} or {{cluster_domain}}")
+    if pattern.text.startswith("spiffe:"):
+        raise ValueError("is a SPIFFE ID, which certificates in Secrets never contain; use a volume")
+
+
+def _namespace_glob(text: str) -> str:
+    return _glob(text, parse_dns_label)
+
+
+def _object_glob(text: str) -> str:
+    return _glob(text, parse_object_name)
+
+
 def _label_glob(text: str) -> str:
-    if not _LABEL_GLOB.fullmatch(text):
+    if not _LABEL_GLOB.fullmatch(text) or not _LABEL_VALUE.fullmatch(shortest_match(text)):
         raise ValueError(
             "is not a label value or a glob; use up to 63 letters, digits, '-', '_', '.', and * for any characters"
         )

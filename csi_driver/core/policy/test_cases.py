@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from csi_driver.core.attributes import CertificateSpec, parse_attributes
 from csi_driver.core.config.document_reader import DocumentReader, Path
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.identity import PodIdentity, ServiceAccount
-from csi_driver.core.names import DNSName, parse_dns_label, parse_object_name, parse_trust_domain
+from csi_driver.core.identity import PodIdentity, SecretIdentity, ServiceAccount
+from csi_driver.core.names import DNSName, EmailAddress, parse_dns_label, parse_object_name, parse_trust_domain
+from csi_driver.core.policy.decision import SECRET_FIELDS
 from csi_driver.core.policy.engine import Policy, PolicySubject, RequestedCertificate
+from csi_driver.core.variables import pod_variables
 
 _MAX_CASES = 10_000
 _MAX_SERVICES = 1000
 _MAX_TEXT = 4096
+_UID, _NODE = "00000000-0000-0000-0000-000000000000", "node"  # of the pods of all cases, for variables in names
+_SECRET_REQUEST = (
+    "name", "dns-names", "uri-sans", "ip-sans", "email-sans", "key-type", "duration", "usages", "issuer"
+)  # fmt: skip
+_ACME_EMAIL = "acme-email"
 _RESULTS = {True: "allowed", False: "not allowed"}
 
 
@@ -43,7 +50,7 @@ class PolicyTestCase:
 
     def __str__(self) -> str:
         names = str(self.requested.names) or "no names"
-        return f"{self.label}: {self.subject.identity.service_account} with {names}"
+        return f"{self.label}: {self.subject.identity.principal} with {names}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +64,7 @@ class PolicyTestTable:
 
 
 def parse_cases(document: object, lines: Mapping[Path, int]) -> PolicyTestTable:
-    """Parse ``{"policy": PATH, "cases": [{"pod": ..., "request": ..., "expect": "allowed"}, ...]}``.
+    """Parse ``{"policy": PATH, "cases": [{"pod": ..., "request": ..., "expect": "allowed"}, ...]}``, or ``secret``, not ``pod``.
 
     Raises:
         CertmountError: InvalidPolicy with all faults.
@@ -65,6 +72,8 @@ def parse_cases(document: object, lines: Mapping[Path, int]) -> PolicyTestTable:
     reader = _Reader(Reason.INVALID_POLICY, "test table", lines)
     allowed = ("policy", "trust_domain", "cluster_domain", "cases")
     top = reader.mapping((), document, allowed=allowed, required=("policy", "cases"))
+    if top.get("cases") == []:
+        reader.fault(("cases",), "is empty", "add at least one case")
     table = PolicyTestTable(
         policy=reader.text(("policy",), top.get("policy"), _text) or "",
         trust_domain=reader.text(("trust_domain",), top.get("trust_domain"), parse_trust_domain) or "cluster.local",
@@ -80,6 +89,14 @@ def example_pod(namespace: str, service_account: str, name: str) -> PodIdentity:
     return PodIdentity(ServiceAccount(namespace, service_account), "", name, "", "", "", 0)
 
 
+def example_subject(
+    pod: PodIdentity, labels: Mapping[str, str], services: tuple[str, ...], governing_service: str
+) -> PolicySubject:
+    """Return the subject of an example. The governing Service also selects the pod."""
+    selecting = dict.fromkeys((*services, *([governing_service] if governing_service else ())))
+    return PolicySubject(pod, labels, tuple(selecting), governing_service)
+
+
 def parse_domain(text: str) -> str:
     """Return a DNS domain; raises :class:`csi_driver.core.names.InvalidName`."""
     return DNSName.parse(text).text
@@ -87,18 +104,38 @@ def parse_domain(text: str) -> str:
 
 class _Reader(DocumentReader):
     def case(self, path: Path, entry: object) -> PolicyTestCase | None:
-        allowed = ("pod", "request", "expect", "rule")
-        top = self.mapping(path, entry, allowed=allowed, required=("pod", "expect"))
+        allowed = ("pod", "secret", "request", "expect", "rule")
+        top = self.mapping(path, entry, allowed=allowed, required=("expect",))
+        given = [key for key in ("pod", "secret") if top.get(key) is not None]
+        if not given:
+            self.fault((*path, "pod"), "is missing", "a case for a Secret has secret in its place")
+        if len(given) > 1:
+            self.fault((*path, "secret"), "cannot be used with pod", "use two cases")
+        at = (*path, "request")
+        if top.get("secret") is not None:
+            subject = self._secret((*path, "secret"), top["secret"])
+            requested = self._requested_for_secret(at, top.get("request"))
+        else:
+            pod, subject = self._pod((*path, "pod"), top.get("pod"))
+            requested = self._requested(at, top.get("request"), pod)
         return PolicyTestCase(
             label=self.label(path),
-            subject=self._subject((*path, "pod"), top.get("pod")),
-            requested=self._requested((*path, "request"), top.get("request")),
+            subject=subject,
+            requested=requested,
             allowed=bool(self.text((*path, "expect"), top.get("expect"), _expectation)),
             rule=self.text((*path, "rule"), top.get("rule"), _text) or "",
         )
 
-    def _subject(self, path: Path, value: object) -> PolicySubject:
-        known = ("namespace", "serviceAccount", "name", "services", "namespaceLabels")
+    def _secret(self, path: Path, value: object) -> PolicySubject:
+        names = ("namespace", "name")
+        top = self.mapping(path, value, allowed=(*names, "namespaceLabels"), required=names)
+        namespace = self.text((*path, "namespace"), top.get("namespace"), parse_dns_label) or "default"
+        name = self.text((*path, "name"), top.get("name"), parse_object_name) or "secret"
+        labels = self._texts((*path, "namespaceLabels"), top.get("namespaceLabels"))
+        return PolicySubject(SecretIdentity(namespace, name), labels)
+
+    def _pod(self, path: Path, value: object) -> tuple[PodIdentity, PolicySubject]:
+        known = ("namespace", "serviceAccount", "name", "services", "governingService", "namespaceLabels")
         top = {} if value is None else self.mapping(path, value, allowed=known, required=("namespace",))
         namespace = self.text((*path, "namespace"), top.get("namespace"), parse_dns_label) or "default"
         account = self.text((*path, "serviceAccount"), top.get("serviceAccount"), parse_object_name) or "default"
@@ -110,12 +147,28 @@ class _Reader(DocumentReader):
             _MAX_SERVICES,
         )
         labels = self._texts((*path, "namespaceLabels"), top.get("namespaceLabels"))
-        return PolicySubject(example_pod(namespace, account, name), labels, services)
+        governing = self.text((*path, "governingService"), top.get("governingService"), parse_object_name) or ""
+        pod = example_pod(namespace, account, name)
+        return pod, example_subject(pod, labels, services, governing)
 
-    def _requested(self, path: Path, value: object) -> RequestedCertificate:
+    def _requested(self, path: Path, value: object, pod: PodIdentity) -> RequestedCertificate:
         """Parse the volume attributes of a pod."""
+        account = pod.service_account
+        variables = pod_variables(
+            namespace=account.namespace, name=pod.pod_name, uid=_UID, service_account=account.name, node=_NODE
+        )
+        return self._parse(path, self._texts(path, value), variables)
+
+    def _requested_for_secret(self, path: Path, value: object) -> RequestedCertificate:
+        allowed = (*_SECRET_REQUEST, _ACME_EMAIL)
+        texts = self._texts(path, None if value is None else self.mapping(path, value, allowed=allowed))
+        email = self.text((*path, _ACME_EMAIL), texts.pop(_ACME_EMAIL, None), EmailAddress.parse)
+        known = {key: text for key, text in texts.items() if key in _SECRET_REQUEST}
+        return replace(self._parse(path, known, {}), spiffe=False, acme_email=email, fields=SECRET_FIELDS)
+
+    def _parse(self, path: Path, attributes: Mapping[str, str], variables: Mapping[str, str]) -> RequestedCertificate:
         try:
-            spec = parse_attributes(self._texts(path, value))
+            spec = parse_attributes(attributes, variables)
         except CertmountError as error:
             for fault in error.faults:
                 if isinstance(fault, Fault):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,12 @@ class KubeletRegistration(registration_pb2_grpc.RegistrationServicer):
         self._csi_socket = csi_socket
         self._socket = kubelet_dir / "plugins_registry" / f"{DRIVER_NAME}-reg.sock"
         self._server: grpc.aio.Server | None = None
+        self._failed = asyncio.Event()
         self.problem = "the kubelet has not registered the driver yet"
         """Why the kubelet has not registered the driver; empty if it has."""
 
     async def start(self) -> None:
+        self._failed.clear()
         server = grpc.aio.server()
         registration_pb2_grpc.add_RegistrationServicer_to_server(self, server)
         listen(server, self._socket)
@@ -51,6 +54,10 @@ class KubeletRegistration(registration_pb2_grpc.RegistrationServicer):
             await self._server.stop(grace=0)
         self._socket.unlink(missing_ok=True)
 
+    async def wait_for_failure(self) -> None:
+        """Return after the kubelet has reported a failed registration. It does not retry until the socket is a new one."""
+        await self._failed.wait()
+
     async def GetInfo(
         self, _request: registration_pb2.InfoRequest, _context: grpc.aio.ServicerContext[Any, Any]
     ) -> registration_pb2.PluginInfo:
@@ -61,11 +68,12 @@ class KubeletRegistration(registration_pb2_grpc.RegistrationServicer):
     async def NotifyRegistrationStatus(
         self, request: registration_pb2.RegistrationStatus, _context: grpc.aio.ServicerContext[Any, Any]
     ) -> registration_pb2.RegistrationStatusResponse:
-        """Record the result. The kubelet retries a failed registration."""
+        """Record the result. A registration fails, for example, while the kubelet cannot reach the API server."""
         if request.plugin_registered:
             self.problem = ""
             log.info("registered with the kubelet")
         else:
             self.problem = f"the kubelet did not register the driver: {request.error[:500]}"
-            log.error("registration failed", error=request.error[:500])
+            log.error("registration failed; the driver registers again", error=request.error[:500])
+            self._failed.set()
         return registration_pb2.RegistrationStatusResponse()

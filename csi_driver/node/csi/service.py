@@ -12,12 +12,21 @@ from google.protobuf.wrappers_pb2 import BoolValue
 from csi_driver import DRIVER_NAME, __version__
 from csi_driver._proto import csi_pb2, csi_pb2_grpc
 from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.texts import shortened_to_bytes
 from csi_driver.node.publishing.publish import Publisher
 from csi_driver.node.publishing.published_volumes import PublishedVolumes
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Rpc = csi_pb2.NodeServiceCapability.RPC
-_CAPABILITIES = (_Rpc.VOLUME_MOUNT_GROUP, _Rpc.GET_VOLUME_STATS, _Rpc.GET_VOLUME_HEALTH)
+MAX_CALL_BYTES = 256 * 1024
+"""Bytes of a call: the largest volume attributes, names and tokens need half of it. Each call is in memory until it ends."""
+MAX_CALLS = 1000
+"""Connections, of which the kubelet opens one for each call. Each uses 43 KiB. The kubelet retries the calls beyond them."""
+MAX_RECEIVING = 64
+"""Calls of a method whose request is received at a time. A publish call is then counted in the memory of its namespace."""
+MAX_HEALTH_BYTES = 1024
+"""Bytes of a message of a health condition that the API server accepts."""
+_CAPABILITIES = (_Rpc.VOLUME_MOUNT_GROUP, _Rpc.GET_VOLUME_STATS, _Rpc.GET_VOLUME_HEALTH, _Rpc.GET_STORAGE_HEALTH)
 
 
 def describe_call(_method: str, request: object) -> Mapping[str, str]:
@@ -29,6 +38,20 @@ def describe_call(_method: str, request: object) -> Mapping[str, str]:
         pod = f"{context.get('csi.storage.k8s.io/pod.namespace', '')}/{context.get('csi.storage.k8s.io/pod.name', '')}"
         fields["pod"] = pod[:320]
     return fields
+
+
+def kubelet_text(text: str) -> str:
+    """Return a text that reads the same in the event of every kubelet. Each text for the kubelet goes through this function.
+
+    The kubelet of Kubernetes 1.34 uses the text of a status as a format of fmt.Sprintf; that of 1.37 prints it unchanged.
+    No text with a percent sign survives both, so the full-width percent sign (U+FF05) replaces it.
+    """
+    return text.replace("%", "\uff05")
+
+
+def health_text(text: str) -> str:
+    """Return the beginning of a text that the API server accepts as the message of a health condition."""
+    return shortened_to_bytes(kubelet_text(text), MAX_HEALTH_BYTES)
 
 
 class IdentityService(csi_pb2_grpc.IdentityServicer):
@@ -92,12 +115,27 @@ class NodeService(csi_pb2_grpc.NodeServicer):
     async def NodeGetVolumeHealth(
         self, request: csi_pb2.NodeGetVolumeHealthRequest, _context: _Context
     ) -> csi_pb2.NodeGetVolumeHealthResponse:
-        """Return DEGRADED with a reason if the renewal fails or the certificate has expired. The files stay readable."""
+        """Return why the volume is unhealthy.
+
+        It is DEGRADED if the renewal fails or the certificate has expired: the files stay readable. It is INACCESSIBLE
+        if the files or the mount do not exist.
+        """
         _require(request, "volume_id")
         health = csi_pb2.VolumeHealth(volume_id=request.volume_id)
         if problem := self.published.problem(request.volume_id, request.volume_publish_path):
-            health.health_statuses.add(status=csi_pb2.DEGRADED, reason=problem.reason, message=problem.message)
+            status = csi_pb2.INACCESSIBLE if problem.inaccessible else csi_pb2.DEGRADED
+            health.health_statuses.add(status=status, reason=problem.reason, message=health_text(problem.message))
         return csi_pb2.NodeGetVolumeHealthResponse(volume_health=health)
+
+    async def NodeGetStorageHealth(
+        self, _request: csi_pb2.NodeGetStorageHealthRequest, _context: _Context
+    ) -> csi_pb2.NodeGetStorageHealthResponse:
+        """Return the problems of all volumes: kubelets ask for the health of single volumes only if these are persistent."""
+        response = csi_pb2.NodeGetStorageHealthResponse()
+        for problem in self.published.problems():
+            text = health_text(problem.message)
+            response.backend_health.add(status=csi_pb2.STORAGE_DEGRADED, reason=problem.reason, message=text)
+        return response
 
     async def NodeGetCapabilities(
         self, _request: csi_pb2.NodeGetCapabilitiesRequest, _context: _Context

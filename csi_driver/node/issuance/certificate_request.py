@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -11,9 +11,12 @@ from csi_driver.core.attributes import CertificateSpec
 from csi_driver.core.certificates.keys import PrivateKey
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.certificates.verification import VerifiedCertificate
+from csi_driver.core.formats.file_format import StorePassword, VolumeContents
 from csi_driver.core.names import Name
 from csi_driver.core.spec import KeyType, Usage
-from csi_driver.node.pods import Pod, PodToken
+from csi_driver.core.subject import Subject
+from csi_driver.node.pods import Pod, PodToken, account_owners
+from csi_driver.node.volumes.volume_files import parse_roots
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,8 @@ class RequestKey:
     usages: frozenset[Usage]
     duration: timedelta | None
     issuer: str
+    spiffe: bool
+    subject: Subject = Subject()
     volume_id: str = ""
 
     @classmethod
@@ -55,8 +60,14 @@ class RequestKey:
             usages=frozenset(spec.usages),
             duration=spec.duration,
             issuer=spec.issuer,
+            spiffe=spec.spiffe,
+            subject=spec.subject,
             volume_id=volume_id,
         )
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        return account_owners(self.namespace, self.service_account)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +81,8 @@ class ObtainedCertificate:
     renew_at: float
     not_after: float
     interim: bool = False  # the certificate is an interim certificate of the internal CA
+
+    def contents(self, roots: Sequence[bytes], password: StorePassword | None = None) -> VolumeContents:
+        """Return what the files of a volume with this certificate and these roots (X.509 DER) represent."""
+        chain = tuple(self.verified.chain)
+        return VolumeContents(self.key, chain, parse_roots(roots), password, self.renew_at)

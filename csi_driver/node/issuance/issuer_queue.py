@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, unique
 
 from csi_driver.core.errors import CertmountError, Scope
+from csi_driver.core.shares import FairShares
 from csi_driver.core.spec import DEFAULT_ISSUER
+from csi_driver.node.fair_queue import FairQueue
 from csi_driver.node.issuance.rate_controller import RateController
+from csi_driver.node.pods import Pod
 
 MAX_RENEWALS = 8
 """Concurrent renewals: enough to use an authority fully after an outage, few enough to leave the node to its pods."""
-MAX_FIRST_REQUESTS = 16
-"""Concurrent first requests to the internal CA. If it takes 20 ms, 100 pods get their certificates in 0.2 s."""
-MAX_EXTERNAL_FIRST_REQUESTS = 128  # concurrent first requests to an external issuer, each of which can take a minute
+MAX_FIRST_REQUESTS = 32
+"""Concurrent first requests to the internal CA. A single namespace gets half of them: if the CA takes 20 ms, 100 pods get
+their certificates in 0.2 s."""
+MAX_EXTERNAL_FIRST_REQUESTS = 256
+"""Concurrent first requests to an external issuer, each of which can take a minute. A single namespace gets half of them."""
 
 
 @unique
@@ -33,7 +36,7 @@ class QueuedRequest:
     """A request in the queue."""
 
     request_class: RequestClass
-    pod: str  # the UID of the pod
+    pod: Pod
     urgency: float
     """Lower values start first: the expiry time for a renewal, the arrival time for a first request (unix seconds)."""
     volume_id: str = ""
@@ -43,47 +46,47 @@ class QueuedRequest:
 
 
 class _ClassQueue:
-    """The requests of one class: round robin over the pods, then by urgency."""
+    """The requests of one class, in the order of :class:`FairQueue`."""
 
-    def __init__(self, controller: RateController) -> None:
+    def __init__(self, controller: RateController, shares: FairShares | None = None) -> None:
         self.controller = controller
-        self._heap: list[tuple[int, float, int, QueuedRequest]] = []
-        self._requests_of: Counter[str] = Counter()
-        self._added = 0
+        self._shares = shares
+        self._queue: FairQueue[QueuedRequest] = FairQueue()
 
     def add(self, request: QueuedRequest) -> None:
-        """Add a request. The n-th request of a pod comes after the (n-1)-th requests of all other pods."""
-        self._added += 1
-        heapq.heappush(self._heap, (self._requests_of[request.pod], request.urgency, self._added, request))
-        self._requests_of[request.pod] += 1
+        self._queue.add(request)
 
     def wait_s(self, now: float, wall_now: float) -> float:
         """Return the seconds until the next request can start; infinity if none waits or another must end first."""
-        while self._heap and not self._heap[0][3].waiting:
-            heapq.heappop(self._heap)
-        return self.controller.wait_s(now, self._heap[0][1] - wall_now) if self._heap else math.inf
+        request = self._queue.next()
+        # The namespace of the next request has the fewest in progress. If its share is used up, so are all others.
+        if request is None or (self._shares is not None and not self._shares.fits(request.pod.tenant)):
+            return math.inf
+        return self.controller.wait_s(now, request.urgency - wall_now)
 
     def start_next(self) -> QueuedRequest:
-        request = heapq.heappop(self._heap)[3]
+        request = self._queue.start_next()
         request.waiting = False
         self.controller.begin()
+        if self._shares is not None:
+            self._shares.take(request.pod.tenant)
         return request
 
     def end(self, request: QueuedRequest) -> None:
         """Remove a request that has ended, or that was cancelled while it waited."""
+        self._queue.end(request, started=not request.waiting)
         if not request.waiting:
             self.controller.end()
+            if self._shares is not None:
+                self._shares.give_back(request.pod.tenant)
         request.waiting = False
-        self._requests_of[request.pod] -= 1
-        if not self._requests_of[request.pod]:
-            del self._requests_of[request.pod]
 
     def waiting(self) -> list[QueuedRequest]:
-        return [request for *_, request in self._heap if request.waiting]
+        return self._queue.waiting()
 
     @property
     def idle(self) -> bool:
-        return not self._requests_of
+        return not len(self._queue)
 
 
 class IssuerQueue:
@@ -94,8 +97,9 @@ class IssuerQueue:
 
     def __init__(self, issuer: str, rng: Callable[[], float]) -> None:
         limit = MAX_FIRST_REQUESTS if issuer == DEFAULT_ISSUER else MAX_EXTERNAL_FIRST_REQUESTS
+        shares = FairShares("first requests", limit + 1)  # many namespaces together use all but one
         self._queues = {
-            RequestClass.FIRST: _ClassQueue(RateController(rng, limit, limit)),
+            RequestClass.FIRST: _ClassQueue(RateController(rng, limit, limit), shares),
             RequestClass.RENEWAL: _ClassQueue(RateController(rng, MAX_RENEWALS)),
         }
 
@@ -131,8 +135,8 @@ class IssuerQueue:
 
     @property
     def idle(self) -> bool:
-        """True if no request waits or is in progress, and the issuer has no known outage."""
-        return self.outage is None and all(queue.idle for queue in self._queues.values())
+        """True if no request waits or is in progress."""
+        return all(queue.idle for queue in self._queues.values())
 
     def pause_s(self, now: float, left_s: float) -> float:
         return self._queues[RequestClass.RENEWAL].controller.pause_s(now, left_s)

@@ -7,14 +7,15 @@ kept in memory only.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from csi_driver.core.certificates.keys import PrivateKey
+from csi_driver.core.shares import FairShares
 from csi_driver.node.issuance.certificate_request import RequestKey
+from csi_driver.node.issuance.shared_cache import SharedCache
 
-_MAX_REQUESTS = 1_000  # ten times the volumes of a busy node
+MAX_PENDING_REQUESTS = 1_000  # ten times the volumes of a busy node
 _EXPIRES_AFTER_S = 3600.0
 """The kubelet retries within minutes. A request without a retry for this long belongs to a deleted pod."""
 
@@ -28,33 +29,30 @@ class PreparedRequest:
 
 
 class PendingRequests:
-    """Prepared requests, the least recently used first. ``clock`` returns unix seconds."""
+    """Prepared requests. ``clock`` returns seconds of a monotonic clock."""
 
-    def __init__(self, clock: Callable[[], float], max_requests: int = _MAX_REQUESTS) -> None:
+    def __init__(self, clock: Callable[[], float], max_requests: int = MAX_PENDING_REQUESTS) -> None:
         self._clock = clock
-        self._max_requests = max_requests
-        self._requests: OrderedDict[RequestKey, tuple[float, PreparedRequest]] = OrderedDict()
+        shares = FairShares("keys of pending requests on this node", max_requests)
+        self._requests: SharedCache[tuple[float, PreparedRequest]] = SharedCache(shares)
 
     def __len__(self) -> int:
         return len(self._requests)
 
     def get(self, key: RequestKey) -> PreparedRequest | None:
         self.remove_expired()
-        _, prepared = self._requests.get(key, (0.0, None))
-        return prepared
+        found = self._requests.get(key)
+        return found[1] if found is not None else None
 
     def put(self, key: RequestKey, prepared: PreparedRequest) -> None:
-        self._requests[key] = self._clock(), prepared
-        self._requests.move_to_end(key)
         self.remove_expired()
-        if len(self._requests) > self._max_requests:
-            self._requests.popitem(last=False)
+        self._requests.put(key, (self._clock(), prepared))
 
     def remove(self, key: RequestKey) -> None:
-        self._requests.pop(key, None)
+        self._requests.remove(key)
 
     def remove_expired(self) -> None:
         """Remove requests that were not retried for an hour, so that no key outlives its pod for long."""
         expired = self._clock() - _EXPIRES_AFTER_S
-        while self._requests and next(iter(self._requests.values()))[0] < expired:
-            self._requests.popitem(last=False)
+        while (oldest := self._requests.oldest()) is not None and oldest[1][0] < expired:
+            self._requests.remove(oldest[0])

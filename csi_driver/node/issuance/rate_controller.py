@@ -59,7 +59,9 @@ class RateController:
     def record(self, epoch: int, error: CertmountError | None, now: float) -> float | None:
         """Record the result of a request that started in ``epoch``. Return the outage's seconds if this result ends one."""
         scope = error.reason.kind.scope if error is not None else None
-        if error is not None and scope in (Scope.ISSUER, Scope.LOAD, Scope.CALLER):
+        if scope is Scope.CALLER:  # The limit of one pod, namespace or node: other requests are not affected.
+            return None
+        if error is not None and scope in (Scope.ISSUER, Scope.LOAD):
             self._slow_down(epoch, error, now)
             return None
         if self._outage_since is None:
@@ -76,10 +78,7 @@ class RateController:
         if epoch != self.epoch or self.pause_s(now, 0.0) > 0:
             return
         self._limit = max(self._limit / 2, 1.0)
-        scope = error.reason.kind.scope
-        if scope is Scope.CALLER:  # The rate limit of one pod or node does not affect other requests.
-            return
-        if scope is Scope.ISSUER:
+        if error.reason.kind.scope is Scope.ISSUER:
             self._outage_since = now if self._outage_since is None else self._outage_since
             self.outage = error
             self._limit = 1.0

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from typing import Protocol, TypeVar
 
 import structlog
 
 from csi_driver.core.attributes import CertificateSpec
 from csi_driver.core.errors import CertmountError, Reason, Scope
-from csi_driver.core.renewal import catch_up_delay_s
+from csi_driver.core.renewal import catch_up_delay_s, retry_delay_s
 from csi_driver.core.secret import Secret
-from csi_driver.node.authority_messages import IssuanceResponse
+from csi_driver.core.spec import DEFAULT_ISSUER
 from csi_driver.node.issuance.issuer_queue import IssuerQueue, QueuedRequest, RequestClass
+from csi_driver.node.pods import Pod
+from csi_driver.rpc.authority_messages import IssuanceResponse
 
 log = structlog.get_logger(__name__)
 
@@ -24,38 +29,53 @@ _MAX_ISSUERS = 100
 """Issuers with a queue. Pods can name any issuer, so the queues of unused issuers are removed beyond this number."""
 _LONGEST_SLEEP_S = 60.0  # the length of a pause depends on the wall clock, which can change
 
-Issue = Callable[[bytes, Secret[str], CertificateSpec], Awaitable[IssuanceResponse]]
+T = TypeVar("T")
+
+
+class AuthorityCalls(Protocol):
+    """The calls of :class:`csi_driver.node.authority_client.AuthorityClient` that a rate controller limits."""
+
+    async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec, /) -> IssuanceResponse: ...
+
+    async def check(self, csr: bytes, token: Secret[str], spec: CertificateSpec, /) -> None: ...
 
 
 class RequestQueue:
-    """Sends issuance requests through ``issue`` (:meth:`csi_driver.node.authority_client.AuthorityClient.issue`).
+    """Sends issuance requests to the authority.
 
     Each issuer has its own queue, so no request waits for another issuer. See :class:`IssuerQueue` for the order.
     """
 
-    def __init__(self, issue: Issue, clock: Callable[[], float], rng: Callable[[], float]) -> None:
-        self._issue = issue
+    def __init__(self, calls: AuthorityCalls, clock: Callable[[], float], rng: Callable[[], float]) -> None:
+        self._calls = calls
         self._clock = clock
         self._rng = rng
         self._queues: dict[str, IssuerQueue] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
-    async def issue_first(self, csr: bytes, token: Secret[str], spec: CertificateSpec, pod: str) -> IssuanceResponse:
-        """Send the first request of a volume when its turn comes. While the authority is overloaded, retry for 60 s.
+    async def issue_first(self, csr: bytes, token: Secret[str], spec: CertificateSpec, pod: Pod) -> IssuanceResponse:
+        """Send the first request of a volume when its turn comes, and retry for 60 s if a limit is reached.
+
+        The limit can be the authority's or a share of the pod's owners. Between retries the request holds no place that
+        others could use.
 
         Raises CertmountError: the authority's reason, or AuthorityOverloaded if the request waited too long.
         """
-        deadline, arrived_at = _now() + MAX_WAIT_S, self._clock()
-        while True:
-            try:
-                async with self._turn(spec.issuer, QueuedRequest(RequestClass.FIRST, pod, arrived_at), deadline):
-                    return await self.issue(csr, token, spec)
-            except CertmountError as error:
-                if error.reason.kind.scope is not Scope.LOAD or _now() >= deadline:
-                    raise
+        return await self._send_first(spec.issuer, pod, lambda: self._calls.issue(csr, token, spec))
+
+    async def check_first(self, csr: bytes, token: Secret[str], spec: CertificateSpec, pod: Pod) -> None:
+        """Ask the authority whether it would issue a certificate; otherwise as :meth:`issue_first`.
+
+        The authority does not call an issuer for it. So it waits only for requests to the internal CA, which are short.
+        """
+        await self._send_first(DEFAULT_ISSUER, pod, lambda: self._calls.check(csr, token, spec))
+
+    async def check(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> None:
+        """Do what :meth:`check_first` does for a renewal whose turn has come."""
+        await self._send(DEFAULT_ISSUER, lambda: self._calls.check(csr, token, spec))
 
     def renewal_turn(
-        self, issuer: str, pod: str, volume_id: str, not_after: float
+        self, issuer: str, pod: Pod, volume_id: str, not_after: float
     ) -> AbstractAsyncContextManager[float]:
         """Wait until a renewal may start, and hold its place while it runs.
 
@@ -72,15 +92,7 @@ class RequestQueue:
 
     async def issue(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> IssuanceResponse:
         """Send a request whose turn has come, and record the result for the rate controllers."""
-        queue = self._queue(spec.issuer)
-        epochs = queue.epochs
-        try:
-            response = await self._issue(csr, token, spec)
-        except CertmountError as error:
-            self._record(spec.issuer, queue, epochs, error)
-            raise
-        self._record(spec.issuer, queue, epochs, None)
-        return response
+        return await self._send(spec.issuer, lambda: self._calls.issue(csr, token, spec))
 
     def outage(self, issuer: str) -> CertmountError | None:
         return self._queues[issuer].outage if issuer in self._queues else None
@@ -92,6 +104,36 @@ class RequestQueue:
     def renewals_waiting(self) -> int:
         """Return the number of renewals that wait for their turn. Also called from other threads."""
         return sum(len(queue.waiting(RequestClass.RENEWAL)) for queue in list(self._queues.values()))
+
+    async def _send_first(self, issuer: str, pod: Pod, call: Callable[[], Awaitable[T]]) -> T:
+        deadline, request = _now() + MAX_WAIT_S, partial(QueuedRequest, RequestClass.FIRST, pod, self._clock())
+        for attempt in itertools.count(1):
+            try:
+                async with self._turn(issuer, request(), deadline):
+                    return await self._send(issuer, call)
+            except CertmountError as error:
+                delay_s = self._retry_delay_s(error, attempt)
+                if delay_s is None or _now() + delay_s >= deadline:
+                    raise
+            await asyncio.sleep(delay_s)
+        raise AssertionError("unreachable")
+
+    def _retry_delay_s(self, error: CertmountError, attempt: int) -> float | None:
+        """Return the delay of the next attempt, or None if the failure ends a first request."""
+        if error.reason.kind.scope is Scope.CALLER:
+            return retry_delay_s(attempt=attempt, kind=error.reason.kind, jitter=self._rng())
+        return 0.0 if error.reason.kind.scope is Scope.LOAD else None  # The rate controller delays the next turn.
+
+    async def _send(self, issuer: str, call: Callable[[], Awaitable[T]]) -> T:
+        queue = self._queue(issuer)
+        epochs = queue.epochs
+        try:
+            result = await call()
+        except CertmountError as error:
+            self._record(issuer, queue, epochs, error)
+            raise
+        self._record(issuer, queue, epochs, None)
+        return result
 
     @asynccontextmanager
     async def _turn(self, issuer: str, request: QueuedRequest, deadline: float | None = None) -> AsyncIterator[float]:
@@ -120,7 +162,11 @@ class RequestQueue:
     def _queue(self, issuer: str) -> IssuerQueue:
         if issuer not in self._queues:
             if len(self._queues) >= _MAX_ISSUERS:
-                self._queues = {name: queue for name, queue in self._queues.items() if not queue.idle}
+                # Prefer issuers without an outage. Every issuer that a pod makes up has one while the authority is unavailable.
+                unused = [name for name, queue in self._queues.items() if queue.idle]
+                healthy = [name for name in unused if self._queues[name].outage is None]
+                for name in healthy or unused:
+                    del self._queues[name]
             self._queues[issuer] = IssuerQueue(issuer, self._rng)
         return self._queues[issuer]
 

@@ -3,16 +3,15 @@
 Public CAs issue the same names only a few times a week. Twenty pods of a Deployment that start together send one request,
 and a pod that restarts uses the existing certificate. Each volume still has its own files, with its own group.
 
-Sharing does not give a pod more than policy allows. Policy depends on the namespace and the service account, and the
-kubelet identifies both: the first publish call must bring a token of the pod. Policy rules by pod name or Service do not
-separate pods of one service account, whose owner chooses names and labels. If the authority rejects a renewal, because of
+Sharing does not give a pod more than the policy allows. Policy rules can depend on the pod's name, labels and Services.
+Therefore the authority checks each pod with the pod's own token before it uses a shared certificate, see
+:meth:`csi_driver.node.issuance.certificate_client.CertificateClient.obtain`. If the authority rejects a renewal, because of
 the deny list or a new policy, the sharing ends.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -21,10 +20,12 @@ from csi_driver.core.certificates.keys import key_fingerprint
 from csi_driver.core.certificates.root_sets import RootSet, newest_root_sets, trusted_root_set_names
 from csi_driver.core.errors import CertmountError, FailureKind, Fault, Reason, Scope
 from csi_driver.core.renewal import plan_renewal
+from csi_driver.core.shares import FairShares
 from csi_driver.core.spec import DEFAULT_ISSUER
 from csi_driver.node.issuance.certificate_request import ObtainedCertificate, RequestKey
+from csi_driver.node.issuance.shared_cache import SharedCache
 
-_MAX_CERTIFICATES = 1_000  # a node runs a few hundred pods
+MAX_SHARED_CERTIFICATES = 1_000  # a node runs a few hundred pods
 _BUNDLE_TIMEOUT_S = 20.0
 """How long to wait for the first trust bundle, which the authority sends about a second after the start."""
 _ENDS_SHARING = (FailureKind.NOT_ALLOWED, FailureKind.DENIED)
@@ -34,7 +35,7 @@ Obtain = Callable[[], Awaitable[ObtainedCertificate]]
 
 @dataclass(eq=False)
 class SharedCertificates:
-    """Shared certificates in memory, the least recently used first.
+    """Shared certificates in memory.
 
     ``find`` looks for a certificate in the published volumes, ``known`` returns the newest root sets, and ``clock`` unix
     seconds.
@@ -43,15 +44,18 @@ class SharedCertificates:
     find: Callable[[RequestKey], Awaitable[ObtainedCertificate | None]]
     known: Callable[[], Mapping[str, RootSet]]
     clock: Callable[[], float]
-    max_certificates: int = _MAX_CERTIFICATES
-    # None if the sharing has ended. Then the volumes are not searched: they still contain the certificate.
-    _certificates: OrderedDict[RequestKey, ObtainedCertificate | None] = field(default_factory=OrderedDict)
+    max_certificates: int = MAX_SHARED_CERTIFICATES
     _requests: dict[RequestKey, asyncio.Future[ObtainedCertificate | CertmountError | None]] = field(
         default_factory=dict
     )
     _shared_issuers: Collection[str] = ()
     _renew_now: Collection[str] = ()
     _bundle_received: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        shares = FairShares("shared certificates on this node", self.max_certificates)
+        # None if the sharing has ended. Then the volumes are not searched: they still contain the certificate.
+        self._certificates: SharedCache[ObtainedCertificate | None] = SharedCache(shares)
 
     def update(self, shared_issuers: Collection[str], renew_now: Collection[str] = ()) -> None:
         """Store the issuers whose certificates are shared, and the fingerprints of keys that must be renewed now."""
@@ -129,7 +133,7 @@ class SharedCertificates:
         usable_until = adapted.renew_at if is_renewal else (adapted.renew_at + adapted.not_after) / 2
         if self.clock() >= usable_until:
             return None
-        self._certificates.move_to_end(key)
+        self._certificates.touch(key)
         return adapted
 
     def _adapt(self, obtained: ObtainedCertificate, spec: CertificateSpec) -> ObtainedCertificate:
@@ -144,7 +148,7 @@ class SharedCertificates:
             requested = plan_renewal(
                 issued_at=obtained.issued_at,
                 not_after=obtained.not_after,
-                renew_before_s=spec.renew_before.total_seconds(),
+                renew_before=spec.renew_before,
                 renew_after_s=None,
                 jitter=0.5,
             )
@@ -152,16 +156,15 @@ class SharedCertificates:
         return replace(obtained, root_sets={name: sets[name] for name in names}, renew_at=renew_at)
 
     def _put(self, key: RequestKey, obtained: ObtainedCertificate | None) -> None:
-        self._certificates[key] = obtained
-        self._certificates.move_to_end(key)
         self._remove_expired()
-        if len(self._certificates) > self.max_certificates:
-            self._certificates.popitem(last=False)
+        self._certificates.put(key, obtained)
 
     def _remove_expired(self) -> None:
         now = self.clock()
-        for key in [key for key, shared in self._certificates.items() if shared and shared.not_after <= now]:
-            del self._certificates[key]
+        for key in self._certificates:
+            shared = self._certificates.get(key)
+            if shared and shared.not_after <= now:
+                self._certificates.remove(key)
 
 
 def ends_shared_request(error: CertmountError) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -25,6 +25,8 @@ class StoredCertificates:
     volumes: VolumeTable
     known: Callable[[], Mapping[str, RootSet]]
     clock: Callable[[], float]
+    replace_keys: Collection[str] = frozenset()
+    """Fingerprints of keys that get no other certificate, because the CA may have revoked theirs."""
 
     async def find(self, key: RequestKey) -> ObtainedCertificate | None:
         """Return the newest valid certificate of the volumes with this key.
@@ -54,12 +56,27 @@ class StoredCertificates:
             )
         return None
 
-    async def find_pending_key(self, key: RequestKey) -> PrivateKey | None:
-        """Return the private key of a volume with an interim certificate: its order at the external issuer is pending."""
-        for volume in self._matching(key, interim=True):
-            if (pair := await self._read(volume)) is not None:
-                return pair[0]
+    async def find_key(self, key: RequestKey, *, reuse: bool) -> PrivateKey | None:
+        """Return the private key to certify, or None for a new one.
+
+        It is the key of a volume with an interim certificate, because its order at the external issuer is pending. With
+        ``reuse``, it can be the key of any volume. A key that must be replaced is never found.
+        """
+        refused = await self._keys_to_replace(key)
+        for interim in (True, False) if reuse else (True,):
+            for volume in self._matching(key, interim=interim):
+                if (pair := await self._read(volume)) and key_fingerprint(pair[0].public_key()) not in refused:
+                    return pair[0]
         return None
+
+    async def must_replace(self, key: RequestKey, private_key: PrivateKey) -> bool:
+        """Return whether the private key gets no other certificate."""
+        return key_fingerprint(private_key.public_key()) in await self._keys_to_replace(key)
+
+    async def _keys_to_replace(self, key: RequestKey) -> set[str]:
+        volumes = (*self._matching(key, interim=True), *self._matching(key, interim=False))
+        denied = [await self.key_fingerprint(volume) for volume in volumes if volume.record.replace_key]
+        return {*self.replace_keys, *filter(None, denied)}
 
     async def key_fingerprint(self, volume: Volume) -> str | None:
         pair = await self._read(volume)
@@ -73,10 +90,13 @@ class StoredCertificates:
 
     def _matching(self, key: RequestKey, *, interim: bool) -> list[Volume]:
         """Return the volumes with this key, the most recently issued certificate first."""
+        own = self.volumes.get(key.volume_id)
+        candidates = self.volumes if not key.volume_id else () if own is None else (own,)
         matching = [
             volume
-            for volume in self.volumes
+            for volume in candidates
             if volume.record.interim == interim
-            and RequestKey.of(volume.pod, volume.spec, volume.record.volume_id if key.volume_id else "") == key
+            and volume.record.pod_namespace == key.namespace
+            and RequestKey.of(volume.pod, volume.spec, key.volume_id) == key
         ]
         return sorted(matching, key=lambda volume: volume.record.issued_at, reverse=True)

@@ -1,12 +1,15 @@
 """Publish a volume: NodePublishVolume from the call to the mounted files.
 
-The steps are: parse the call, lock the volume, republish it if it has files, parse its attributes and target path, obtain a
-certificate, choose its roots, render and write its files, mount them, schedule the renewal, and write newer roots.
+The steps are: wait for the turn of the pod's namespace, parse the call, lock the volume, republish it if it has files, parse
+its attributes and target path, admit it to the memory budget, mount its tmpfs and meanwhile obtain a certificate unless it
+has only roots, choose its roots, render and write its files, bind them, schedule the renewal, and write newer roots.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import asyncio
+from collections.abc import Awaitable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import structlog
@@ -14,18 +17,31 @@ import structlog
 from csi_driver._proto import csi_pb2
 from csi_driver.core.certificates.root_sets import merge_roots
 from csi_driver.core.errors import CertmountError
+from csi_driver.core.formats.file_format import VolumeContents
+from csi_driver.core.spec import KeyType
 from csi_driver.host.target_paths import check_target
 from csi_driver.host.volume_store import VolumeStore
+from csi_driver.node.fair_thread import FairThread
 from csi_driver.node.issuance.certificate_client import CertificateClient
-from csi_driver.node.issuance.certificate_request import CertificateRequest, ObtainedCertificate
-from csi_driver.node.publishing.publish_request import PublishRequest, parse_declaration, parse_publish
+from csi_driver.node.issuance.certificate_request import CertificateRequest
+from csi_driver.node.publishing.publish_request import (
+    Declaration,
+    PublishRequest,
+    parse_declaration,
+    parse_password,
+    parse_publish,
+    with_key_type,
+)
+from csi_driver.node.publishing.publish_turns import PublishTurns
 from csi_driver.node.publishing.published_volumes import PublishedVolumes
 from csi_driver.node.publishing.restore import VolumeRestorer, new_record
+from csi_driver.node.renewal.reloads import ReloadRules
 from csi_driver.node.renewal.renewals import Renewals
-from csi_driver.node.threads import in_thread
+from csi_driver.node.threads import in_thread, to_the_end
 from csi_driver.node.trust.root_distribution import RootDistribution
+from csi_driver.node.volumes.budget import VolumeBudget
 from csi_driver.node.volumes.volume import Volume, VolumeTable
-from csi_driver.node.volumes.volume_files import write_certificate
+from csi_driver.node.volumes.volume_files import RenderedVolume, VolumeFiles, parse_roots, store_password
 
 log = structlog.get_logger(__name__)
 
@@ -35,6 +51,7 @@ class Publisher:
     """Publishes the volumes of the node."""
 
     kubelet_dir: Path
+    node_name: str
     store: VolumeStore
     volumes: VolumeTable
     published: PublishedVolumes
@@ -42,6 +59,11 @@ class Publisher:
     certificates: CertificateClient
     roots: RootDistribution
     renewals: Renewals
+    budget: VolumeBudget
+    reload_rules: ReloadRules
+    default_key_type: KeyType
+    turns: PublishTurns = field(default_factory=PublishTurns)
+    mounter: FairThread = field(default_factory=lambda: FairThread("mounts"))
 
     async def publish(self, call: csi_pb2.NodePublishVolumeRequest) -> None:
         """Mount the files of a volume at its target path, or update a volume that is already published.
@@ -52,12 +74,15 @@ class Publisher:
         Raises CertmountError: why the first publish failed. Nothing of the volume remains.
         """
         try:
-            request = parse_publish(call, self.kubelet_dir)
-            async with self.volumes.lock(request.volume_id):
-                if volume := await self._find_existing(request):
-                    await self._republish(volume, request)
-                else:
-                    await self._publish_first(request)
+            async with self.turns.turn(call):
+                request = parse_publish(call, self.kubelet_dir, self.node_name)
+                request = with_key_type(request, self.default_key_type)
+                async with self.volumes.lock(request.volume_id):
+                    if volume := await self._find_existing(request):
+                        await self._republish(volume, request)
+                        await self._update_password(volume, request)
+                    else:
+                        await self._publish_first(request)
         except CertmountError as error:
             if not self.published.is_mounted(call.volume_id, call.target_path):
                 raise
@@ -74,40 +99,105 @@ class Publisher:
         return None
 
     async def _publish_first(self, request: PublishRequest) -> None:
-        spec, target = parse_declaration(request, self.kubelet_dir)
+        declaration = parse_declaration(request, self.kubelet_dir)
+        self.reload_rules.check(declaration.spec, request.pod)
+        self.budget.admit(request.volume_id, request.pod)
+        try:
+            await self._publish_admitted(request, declaration)
+        except BaseException:
+            # A call can also be cancelled after the volume is published.
+            if self.volumes.get(request.volume_id) is None:
+                self.budget.release(request.volume_id)
+            raise
+
+    async def _publish_admitted(self, request: PublishRequest, declaration: Declaration) -> None:
+        # The tmpfs is mounted while the issuer works.
+        new: list[bool] = []
+        created = asyncio.create_task(
+            self.mounter.run(request.pod, lambda: new.append(self.store.create(request.volume_id)))
+        )
+        try:
+            volume = await self._publish_in(created, request, declaration)
+        except BaseException:
+            created.cancel()
+            await to_the_end(asyncio.gather(created, return_exceptions=True))
+            if new != [False]:  # it did not exist before
+                await to_the_end(in_thread(None, self._remove, request.volume_id, declaration.target))
+            raise
+        self.volumes.keep(volume)
+        self.renewals.keep(volume)
+        await self.roots.catch_up(volume)
+        record, root_only = volume.record, volume.spec.root_only
+        times = {} if root_only else {"not_after": record.not_after, "renew_at": record.renew_at}
+        log.info("volume published", names=str(volume.spec.names), **times, interim=record.interim, root_only=root_only)
+
+    async def _publish_in(
+        self, created: Awaitable[object], request: PublishRequest, declaration: Declaration
+    ) -> Volume:
+        """Publish the volume in the volume directory that ``created`` waits for."""
+        spec = declaration.spec
+        if spec.root_only:
+            volume, contents = self._with_roots(request, declaration)
+        else:
+            volume, contents = await self._with_certificate(request, declaration)
+        files = volume.files(self.store.files_dir(request.volume_id))
+        # Only stores take long to render. A thread costs more than the other formats.
+        rendered = await in_thread(None, files.render, contents) if spec.layout.has_stores else files.render(contents)
+        self.budget.resize(request.volume_id, request.pod, len(volume.record.to_json()), rendered.sizes)
+        await created
+        await self.mounter.run(request.pod, lambda: self._write_and_bind(volume, declaration.target, files, rendered))
+        return volume
+
+    async def _with_certificate(
+        self, request: PublishRequest, declaration: Declaration
+    ) -> tuple[Volume, VolumeContents]:
+        spec, password = declaration.spec, declaration.password
         obtained = await self.certificates.obtain(
             CertificateRequest(request.volume_id, request.pod, spec, request.token)
         )
         record = new_record(
             request, obtained.issued_at, obtained.renew_at, obtained.not_after, interim=obtained.interim
         )
-        volume = Volume(record, spec, request.token)
+        volume = Volume(record, spec, request.token, password=password)
         volume.root_sets = self.roots.accept_response(volume.trusted_names, obtained.root_sets)
-        await in_thread(None, self._write_and_mount, volume, target, obtained)
-        self.volumes.keep(volume)
-        self.renewals.keep(volume)
-        await self.roots.catch_up(volume)
-        log.info(
-            "volume published",
-            names=str(spec.names),
-            not_after=record.not_after,
-            renew_at=record.renew_at,
-            interim=record.interim,
-        )
+        roots = merge_roots(volume.root_sets, volume.trusted_names)
+        return volume, obtained.contents(roots, store_password(spec.layout, password))
 
-    def _write_and_mount(self, volume: Volume, target: Path, obtained: ObtainedCertificate) -> None:
-        """Render and write the files and the record, then bind them to the target path. On failure undo everything."""
-        volume_id, key, chain = volume.record.volume_id, obtained.key, obtained.verified.chain
-        files_dir, roots = self.store.files_dir(volume_id), merge_roots(volume.root_sets, volume.trusted_names)
+    def _with_roots(self, request: PublishRequest, declaration: Declaration) -> tuple[Volume, VolumeContents]:
+        spec, password = declaration.spec, declaration.password
+        sets = self.roots.select(spec.issuer, spec.federations)
+        record = new_record(request, self.renewals.clock())
+        volume = Volume(record, spec, request.token, root_sets=sets, password=password)
+        roots = parse_roots(merge_roots(sets, volume.trusted_names))
+        return volume, VolumeContents(None, (), roots, store_password(spec.layout, password))
+
+    def _write_and_bind(self, volume: Volume, target: Path, files: VolumeFiles, rendered: RenderedVolume) -> None:
+        """Write the files and the record, then bind them to the target path. On failure remove them."""
+        volume_id = volume.record.volume_id
         try:
-            self.store.create(volume_id)
-            write_certificate(files_dir, key, chain, roots, volume.file_access, obtained.issued_at)
+            files.write_rendered(rendered, volume.record.issued_at)
             self.store.write_record(volume.record)
             self.store.bind(volume_id, target)
         except BaseException:
-            self.store.unbind(target)
-            self.store.remove(volume_id)
+            self._remove(volume_id, target)
             raise
+
+    def _remove(self, volume_id: str, target: Path) -> None:
+        try:
+            self.store.unbind(target)  # first: a mount of a removed volume would show an empty directory
+        finally:
+            self.store.remove(volume_id)
+
+    async def _update_password(self, volume: Volume, request: PublishRequest) -> None:
+        """Encrypt the stores with the present password of the pod's Secret."""
+        password = parse_password(request, volume.spec.layout)
+        if password is not None and password != volume.password:
+            files = volume.files(self.store.files_dir(request.volume_id))
+            if await in_thread(None, files.replace_password, password, self.renewals.clock()):
+                self.volumes.files_replaced(volume)
+                self.budget.measure(request.volume_id, volume.pod)
+                log.info("password of the stores updated")
+            volume.password = password
 
     async def _republish(self, volume: Volume, request: PublishRequest) -> None:
         """Keep the newer token, and restore the mount if it was removed. Does no I/O if the volume is healthy."""

@@ -61,7 +61,8 @@ class ConditionTracker:
         if volume is None or await self.remover.remove_if_pod_is_gone(volume):
             return
         now = self.clock()
-        if now < volume.overdue_at:  # The certificate was renewed in the meantime.
+        if now < volume.overdue_at:  # The certificate was renewed in the meantime, or the clock was set back.
+            self.watch(volume)
             return
         cause = volume.failure or self.outage(volume.spec.issuer)
         reason, text = Reason.AUTHORITY_OVERLOADED.word, "the renewal waits in the driver's request queue"
@@ -78,4 +79,4 @@ class ConditionTracker:
 
     def _report(self, volume: Volume, condition: CertificateCondition, reason: str, message: str) -> None:
         if volume.token is not None:
-            self.reporter.report(volume.record.volume_id, volume.token.text, condition, reason, message)
+            self.reporter.report(volume.record.volume_id, volume.pod, condition, reason, message)

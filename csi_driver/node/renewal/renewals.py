@@ -16,13 +16,15 @@ from csi_driver.host.volume_store import VolumeStore
 from csi_driver.node.issuance.certificate_client import CertificateClient
 from csi_driver.node.issuance.certificate_request import CertificateRequest, ObtainedCertificate
 from csi_driver.node.issuance.request_queue import RequestQueue
+from csi_driver.node.log_shares import LogShares
 from csi_driver.node.renewal.certificate_conditions import ConditionTracker
 from csi_driver.node.scheduler import Scheduler
 from csi_driver.node.threads import in_thread
 from csi_driver.node.trust.root_distribution import RootDistribution
+from csi_driver.node.volumes.budget import VolumeBudget
 from csi_driver.node.volumes.remover import VolumeRemover
 from csi_driver.node.volumes.volume import Volume, VolumeProblem, VolumeTable
-from csi_driver.node.volumes.volume_files import write_certificate
+from csi_driver.telemetry.expiry_metrics import CertificateTimes
 from csi_driver.telemetry.node_metrics import NodeMetrics
 
 log = structlog.get_logger(__name__)
@@ -47,7 +49,9 @@ class Renewals:
     roots: RootDistribution
     remover: VolumeRemover
     conditions: ConditionTracker
+    budget: VolumeBudget
     metrics: NodeMetrics
+    logs: LogShares
     clock: Callable[[], float]
     rng: Callable[[], float]
     _policy_revision: str | None = None
@@ -59,10 +63,11 @@ class Renewals:
         self.volumes.when_forgotten(self.queue.cancel_renewal)
 
     def keep(self, volume: Volume) -> None:
-        """Schedule the renewal of a volume that has a certificate."""
-        self._schedule(volume, volume.record.renew_at)
-        self.conditions.watch(volume)
-        self.metrics.keep(volume.record.volume_id, volume.record.not_after)
+        """Add a volume to the metrics, and schedule its renewal unless it has only roots."""
+        if not volume.spec.root_only:
+            self._schedule(volume, volume.record.renew_at)
+            self.conditions.watch(volume)
+        self.metrics.keep(volume.record.volume_id, CertificateTimes(volume.overdue_at, volume.record.not_after))
         self.metrics.unhealthy(volume.record.volume_id, None)
 
     def token_received(self, volume: Volume) -> None:
@@ -103,7 +108,7 @@ class Renewals:
         issuer, pod, not_after = volume.spec.issuer, volume.pod, volume.record.not_after
         try:
             with structlog.contextvars.bound_contextvars(volume=volume_id, pod=str(pod)):
-                async with self.queue.renewal_turn(issuer, pod.uid, volume_id, not_after) as postponed_s:
+                async with self.queue.renewal_turn(issuer, pod, volume_id, not_after) as postponed_s:
                     if postponed_s and self.volumes.has(volume):
                         self._schedule(volume, self.clock() + postponed_s)
                     elif self.volumes.has(volume):
@@ -127,6 +132,8 @@ class Renewals:
                 else:
                     await self._replace_certificate(volume, obtained)
         except CertmountError as error:
+            if error.reason.kind is FailureKind.DENIED:
+                await self._refuse_key(volume)  # before the end of the renewal, from when on a new policy retries it
             self._failed(volume, error)
         except Exception as error:  # noqa: BLE001  # A defect in one renewal must not end all renewals.
             problem = f"an internal error ({type(error).__name__})"
@@ -139,37 +146,47 @@ class Renewals:
             renew_at=obtained.renew_at,
             not_after=obtained.not_after,
             interim=obtained.interim,
+            replace_key=False,
         )
         names = trusted_root_set_names(volume.spec, interim=obtained.interim)
         root_sets = self.roots.accept_response(names, obtained.root_sets)
-        await in_thread(
-            None,
-            write_certificate,
-            self.store.files_dir(record.volume_id),
-            obtained.key,
-            obtained.verified.chain,
-            merge_roots(root_sets, names),
-            volume.file_access,
-            obtained.issued_at,
-        )
-        volume.root_sets = root_sets
+        contents = obtained.contents(merge_roots(root_sets, names))
+        files = volume.files(self.store.files_dir(record.volume_id))
+        await in_thread(None, files.renew, contents, obtained.issued_at)
+        volume.root_sets, volume.password = root_sets, None
+        self.volumes.files_replaced(volume)
         self._succeeded(volume, record)
         self.conditions.renewal_succeeded(volume)
         self.metrics.renewed()
         await self.roots.catch_up(volume)
-        await in_thread(None, self.store.write_record, record)
+        await self._write_record(record)
         times = {"not_after": record.not_after, "renew_at": record.renew_at}
         log.info("certificate renewed", **times, interim=record.interim)
 
     async def _keep_interim_certificate(self, volume: Volume, renew_at: float) -> None:
         """Keep it while the external issuer is working: a new interim certificate has no advantage."""
         self._succeeded(volume, replace(volume.record, renew_at=renew_at))
-        await in_thread(None, self.store.write_record, volume.record)
+        await self._write_record(volume.record)
+
+    async def _refuse_key(self, volume: Volume) -> None:
+        """Remember, also after a restart, that the key gets no other certificate: denying a pod revokes what it has."""
+        async with self.volumes.lock(volume.record.volume_id):
+            if self.volumes.has(volume) and not volume.record.replace_key:
+                volume.record = replace(volume.record, replace_key=True)
+                await self._write_record(volume.record)
+
+    async def _write_record(self, record: VolumeRecord) -> None:
+        """Write the record if possible. An older one only means that the driver renews early after a restart."""
+        try:
+            await in_thread(None, self.store.write_record, record)
+        except CertmountError as error:
+            log.warning("record not written", reason=error.reason.word, error=str(error))
 
     def _succeeded(self, volume: Volume, record: VolumeRecord) -> None:
         volume.record = record
         volume.failure, volume.renewal_failures, volume.renewal_stopped = None, 0, False
         self.keep(volume)
+        self.budget.measure(record.volume_id, volume.pod)
 
     def _failed(self, volume: Volume, error: CertmountError) -> None:
         if not self.volumes.has(volume):
@@ -184,13 +201,14 @@ class Renewals:
             log.error("renewal stopped", reason=error.reason.word, error=str(error), not_after=not_after)
         else:
             self._schedule(volume, self.clock() + delay_s)
-            log.warning(
-                "renewal failed",
-                reason=error.reason.word,
-                error=str(error),
-                attempt=volume.renewal_failures,
-                retry_in_s=round(max(delay_s, self.queue.pause_s(volume.spec.issuer, not_after)), 1),
-            )
+            if self.logs.may_log():
+                log.warning(
+                    "renewal failed",
+                    reason=error.reason.word,
+                    error=str(error),
+                    attempt=volume.renewal_failures,
+                    retry_in_s=round(max(delay_s, self.queue.pause_s(volume.spec.issuer, not_after)), 1),
+                )
         self.conditions.renewal_failed(volume, error)
 
     def _retry_delay_s(self, volume: Volume, kind: FailureKind) -> float | None:

@@ -8,23 +8,25 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from csi_driver.core.certificates.root_sets import RootSet, merge_roots
+from csi_driver.core.certificates.root_sets import RootSet, merge_roots, select_root_sets
 from csi_driver.core.certificates.verification import parse_certificates
-from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.renewal import retry_delay_s
 from csi_driver.host.volume_store import VolumeStore
 from csi_driver.node.scheduler import Scheduler
 from csi_driver.node.threads import in_thread
 from csi_driver.node.trust.known_root_sets import KnownRootSets
+from csi_driver.node.volumes.budget import VolumeBudget
 from csi_driver.node.volumes.remover import VolumeRemover
 from csi_driver.node.volumes.volume import Volume, VolumeTable
-from csi_driver.node.volumes.volume_files import replace_roots
 from csi_driver.telemetry.node_metrics import NodeMetrics
 
 log = structlog.get_logger(__name__)
 
 _ADOPTION_TIMEOUT_S = 180.0
 """Twice the longest time between two republishes of a pod. A volume without one belongs to no running pod."""
+
+_NONE: Mapping[str, int] = {}
 
 
 @dataclass(eq=False)
@@ -39,10 +41,12 @@ class RootDistribution:
     store: VolumeStore
     volumes: VolumeTable
     remover: VolumeRemover
+    budget: VolumeBudget
     metrics: NodeMetrics
     clock: Callable[[], float]
     rng: Callable[[], float]
     _known: KnownRootSets = field(default_factory=KnownRootSets)
+    _issuers: Collection[str] = ()  # none before the first trust bundle
     _awaiting_adoption: set[str] = field(default_factory=set)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -54,14 +58,15 @@ class RootDistribution:
     def known(self) -> Mapping[str, RootSet]:
         return self._known.sets
 
-    def apply_bundle(self, sets: Mapping[str, RootSet]) -> None:
-        """Apply all root sets of a trust bundle, and schedule the volumes that need them.
+    def apply_bundle(self, sets: Mapping[str, RootSet], issuers: Collection[str] = ()) -> None:
+        """Apply all root sets of a trust bundle, some of which belong to issuers, and schedule the volumes that need them.
 
         Raises CertmountError: InvalidResponse if a root is not a certificate; then nothing is applied.
         """
         for name, roots in sets.items():
             parse_certificates(roots.roots, f"roots of {name}")
         self._known.apply_bundle(sets)
+        self._issuers = issuers
         self._schedule_outdated()
 
     def accept_response(self, names: Sequence[str], sets: Mapping[str, RootSet]) -> Mapping[str, RootSet]:
@@ -73,6 +78,23 @@ class RootDistribution:
         found = self._known.select(names)
         # The trust stream can come from a replica that does not know the issuer's set yet; the certificate needs it.
         return {**({names[0]: sets[names[0]]} if found else sets), **found}
+
+    def select(self, issuer: str, federations: Sequence[str]) -> Mapping[str, RootSet]:
+        """Return the sets to write for a volume without a certificate, which the authority does not check.
+
+        Raises CertmountError: AuthorityUnavailable before the first trust bundle, and otherwise what the authority raises
+        for a request with this issuer and these federations.
+        """
+        if not self._issuers:
+            problem = "the authority has not sent them since the driver started"
+            hint = "the kubelet retries; if this persists, see the driver's log"
+            raise CertmountError(Reason.AUTHORITY_UNAVAILABLE, Fault("roots", problem, hint))
+        if issuer not in self._issuers:
+            hint = f"use one of {', '.join(sorted(self._issuers))}"
+            raise CertmountError(
+                Reason.ISSUER_NOT_FOUND, Fault("issuer", f"the authority has no issuer {issuer}", hint)
+            )
+        return select_root_sets(self._known.sets, issuer, federations)
 
     def check_restored(self, volume: Volume) -> None:
         """Schedule a volume of an earlier process: its files may contain old roots."""
@@ -92,11 +114,14 @@ class RootDistribution:
         if keys:
             asyncio.get_running_loop().call_later(_ADOPTION_TIMEOUT_S, self._give_up_adoption)
 
-    def written(self) -> Mapping[str, int]:
-        """Return the generation of each known root set that all volumes which trust it contain."""
-        if self._awaiting_adoption:
+    def written(self, acknowledged: Mapping[str, int] = _NONE) -> Mapping[str, int]:
+        """Return the generation of each known root set that all volumes which trust it contain, and that is newer."""
+        known = {
+            name: roots for name, roots in self._known.sets.items() if roots.generation > acknowledged.get(name, -1)
+        }
+        if self._awaiting_adoption or not known:
             return {}
-        known, missing = self._known.sets, set()
+        missing = set()
         for volume in self.volumes:
             for name in volume.trusted_names:
                 held = volume.root_sets.get(name)
@@ -148,14 +173,16 @@ class RootDistribution:
         volume_id, sets = volume.record.volume_id, self._required_sets(volume)
         try:
             if self.store.has_files(volume_id):
-                files_dir, roots = self.store.files_dir(volume_id), merge_roots(sets, volume.trusted_names)
-                if await in_thread(None, replace_roots, files_dir, roots, volume.file_access, self.clock()):
+                files = volume.files(self.store.files_dir(volume_id))
+                if await in_thread(None, files.replace_roots, merge_roots(sets, volume.trusted_names), self.clock()):
                     generations = {name: each.generation for name, each in sets.items()}
+                    self.volumes.files_replaced(volume)
                     log.info("root certificates updated", generations=generations)
         except CertmountError as error:
             self._retry(volume, error)
             return
         volume.root_sets, volume.root_failures = sets, 0
+        self.budget.measure(volume_id, volume.pod)
         self.metrics.roots_behind(volume_id, behind=False)
         self._changed.set()
         if self._is_outdated(volume):

@@ -10,7 +10,7 @@ import structlog
 
 from csi_driver.core.errors import CertmountError, FailureKind, Reason
 from csi_driver.core.renewal import retry_delay_s
-from csi_driver.node.authority_messages import TrustBundle
+from csi_driver.rpc.authority_messages import TrustBundle
 
 log = structlog.get_logger(__name__)
 
@@ -29,15 +29,21 @@ class TrustSource(Protocol):
 class WrittenRootSets(Protocol):
     """The root sets that all volumes contain, see RootDistribution."""
 
-    def written(self) -> Mapping[str, int]: ...
+    def written(self, acknowledged: Mapping[str, int], /) -> Mapping[str, int]: ...
 
     async def changed(self) -> None: ...
 
 
 async def follow_trust(
-    source: TrustSource, apply: Callable[[TrustBundle], None], root_sets: WrittenRootSets, rng: Callable[[], float]
+    source: TrustSource,
+    apply: Callable[[TrustBundle], None],
+    root_sets: WrittenRootSets,
+    rng: Callable[[], float],
+    report: Callable[[bool], None],
 ) -> None:
     """Apply every trust bundle and acknowledge root sets until cancelled; reconnect with backoff.
+
+    ``report`` takes True when a stream delivers a bundle, and False when it ends.
 
     A failed acknowledgement ends the stream. The next stream acknowledges all sets again.
     """
@@ -47,6 +53,7 @@ async def follow_trust(
         nonlocal failures
         async for bundle in source.watch_trust():
             apply(bundle)
+            report(True)
             failures = 0
 
     while True:
@@ -57,6 +64,7 @@ async def follow_trust(
                 log.warning("trust stream failed", reason=error.reason.word, error=str(error))
         except Exception as error:  # noqa: BLE001  # an unexpected error must not stop renewals; its text can contain a token
             log.error("trust stream failed", reason=Reason.INTERNAL.word, error=type(error).__name__)  # noqa: TRY400
+        report(False)
         failures += 1
         await asyncio.sleep(retry_delay_s(attempt=failures, kind=FailureKind.UNAVAILABLE, jitter=rng()))
 
@@ -65,7 +73,7 @@ async def _acknowledge(source: TrustSource, root_sets: WrittenRootSets, rng: Cal
     """Acknowledge each generation of each set when all volumes contain it."""
     acknowledged: dict[str, int] = {}
     while True:
-        new = {name: each for name, each in root_sets.written().items() if each > acknowledged.get(name, -1)}
+        new = root_sets.written(acknowledged)
         # The first acknowledgements need no delay: the nodes do not connect at the same time.
         if new.keys() & acknowledged.keys():
             await asyncio.sleep(rng() * _MAX_ACKNOWLEDGEMENT_DELAY_S)

@@ -13,6 +13,7 @@ from csi_driver.host.volume_record import VolumeRecord
 from csi_driver.host.volume_store import VolumeStore
 from csi_driver.node.scheduler import Scheduler
 from csi_driver.node.threads import in_thread
+from csi_driver.node.volumes.budget import VolumeBudget
 from csi_driver.node.volumes.volume import Volume, VolumeTable
 
 log = structlog.get_logger(__name__)
@@ -22,9 +23,15 @@ class VolumeRemover:
     """Removes volumes whose pods no longer exist. ``retries`` schedules the next attempt after a failure."""
 
     def __init__(
-        self, store: VolumeStore, volumes: VolumeTable, clock: Callable[[], float], rng: Callable[[], float]
+        self,
+        store: VolumeStore,
+        volumes: VolumeTable,
+        budget: VolumeBudget,
+        clock: Callable[[], float],
+        rng: Callable[[], float],
     ) -> None:
         self._store = store
+        self._budget = budget
         self._volumes = volumes
         self._clock = clock
         self._rng = rng
@@ -70,6 +77,7 @@ class VolumeRemover:
             )
         else:
             self._failed.pop(volume_id, None)
+            self._budget.release(volume_id)
             pod = f"{record.pod_namespace}/{record.pod_name}"
             log.info("orphaned volume removed", volume=volume_id, pod=pod)
 

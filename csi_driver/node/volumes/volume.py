@@ -5,22 +5,26 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 from csi_driver.core.attributes import CertificateSpec
 from csi_driver.core.certificates.root_sets import RootSet, trusted_root_set_names
 from csi_driver.core.errors import CertmountError, FailureKind
+from csi_driver.core.renewal import overdue_time
+from csi_driver.core.secret import Secret
 from csi_driver.host.volume_record import VolumeRecord
 from csi_driver.node.pods import Pod, PodToken
-from csi_driver.node.volumes.volume_files import FileAccess
+from csi_driver.node.volumes.volume_files import FileAccess, VolumeFiles
 
 
 class VolumeProblem(NamedTuple):
-    """Why a volume is unhealthy: a CamelCase reason and a message."""
+    """Why a volume is unhealthy: a CamelCase reason, a message, and whether a new container would not see the files."""
 
     reason: str
     message: str
+    inaccessible: bool = False
 
 
 @dataclass(slots=True)
@@ -38,24 +42,24 @@ class Volume:
     root_sets: Mapping[str, RootSet] = field(default_factory=dict)
     """The root sets that the files contain. Empty after a restart, until the driver has read the files."""
     root_failures: int = 0  # consecutive failures to write new roots
+    password: Secret[bytes] | None = None
+    """The pod's password of the stores, if the files are known to have it. A republish compares them otherwise."""
 
     @property
     def pod(self) -> Pod:
-        record = self.record
-        return Pod(record.pod_namespace, record.pod_name, record.pod_uid, record.service_account)
+        return pod_of(self.record)
 
     @property
     def trusted_names(self) -> tuple[str, ...]:
         return trusted_root_set_names(self.spec, interim=self.record.interim)
 
-    @property
-    def file_access(self) -> FileAccess:
-        """Who can read the private files. The attribute fs-group takes precedence over the pod's fsGroup."""
-        return FileAccess(self.record.mount_group if self.spec.fs_group is None else self.spec.fs_group)
+    def files(self, files_dir: Path) -> VolumeFiles:
+        """Return the files in the volume's directory."""
+        return VolumeFiles(files_dir, self.spec.layout, FileAccess.of(self.spec, self.record.mount_group))
 
     @property
     def overdue_at(self) -> float:
-        return (self.record.renew_at + self.record.not_after) / 2
+        return overdue_time(self.record.renew_at, self.record.not_after)
 
     def keeps_interim_certificate(self, now: float) -> bool:
         """Return True if the volume has an interim certificate in the first half of its lifetime.
@@ -81,6 +85,10 @@ class Volume:
         return VolumeProblem(failure.reason.word, message)
 
 
+def pod_of(record: VolumeRecord) -> Pod:
+    return Pod(record.pod_namespace, record.pod_name, record.pod_uid, record.service_account)
+
+
 class VolumeTable:
     """All published volumes of the node by volume ID, with one lock for each ID. Change a volume only with its lock held."""
 
@@ -88,6 +96,7 @@ class VolumeTable:
         self._volumes: dict[str, Volume] = {}
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._on_forget: list[Callable[[str], None]] = []
+        self._on_replace: list[Callable[[Volume], None]] = []
 
     def __iter__(self) -> Iterator[Volume]:
         """Iterate over a copy, so that the loop can change the table."""
@@ -103,6 +112,11 @@ class VolumeTable:
     def get(self, volume_id: str) -> Volume | None:
         return self._volumes.get(volume_id)
 
+    def token_of(self, volume_id: str) -> Secret[str] | None:
+        """Return the newest token of the volume's pod, if there is one."""
+        volume = self._volumes.get(volume_id)
+        return None if volume is None or volume.token is None else volume.token.text
+
     def has(self, volume: Volume) -> bool:
         """Return False if the volume was removed, even if its ID was published again."""
         return self._volumes.get(volume.record.volume_id) is volume
@@ -115,6 +129,14 @@ class VolumeTable:
         self._volumes.pop(volume_id, None)
         for callback in self._on_forget:
             callback(volume_id)
+
+    def files_replaced(self, volume: Volume) -> None:
+        """Call all callbacks: the files of a published volume were replaced."""
+        for callback in self._on_replace:
+            callback(volume)
+
+    def when_replaced(self, callback: Callable[[Volume], None]) -> None:
+        self._on_replace.append(callback)
 
     def when_forgotten(self, callback: Callable[[str], None]) -> None:
         self._on_forget.append(callback)

@@ -1,5 +1,5 @@
-// loadgen sends prepared requests to an authority, of certmount (gRPC) or of step-ca (HTTPS), from a number of workers with a
-// connection each, and tells how long they took. Both are driven by this same program, so that the caller is no difference.
+// loadgen sends prepared requests to an authority, of certmount (gRPC calls, or streams) or of step-ca (HTTPS), over a number of
+// connections, and tells how long they took. Both are driven by this same program, so that the caller is no difference.
 //
 // Whatever can be done before is done before: the file of requests holds complete messages; the answers are kept and
 // judged when the clock has stopped.
@@ -43,22 +43,23 @@ type result struct {
 }
 
 func main() {
-	kind := flag.String("kind", "certmount", "certmount or step-ca")
+	kind := flag.String("kind", "certmount", "certmount, stream or step-ca")
 	address := flag.String("address", "", "host:port")
 	name := flag.String("name", "", "the name that the server's certificate has")
 	roots := flag.String("roots", "", "file (PEM) with what to trust")
 	file := flag.String("requests", "", "file of requests")
-	workers := flag.Int("workers", 8, "how many ask at the same time")
+	connections := flag.Int("connections", 8, "how many connections ask at the same time")
+	flights := flag.Int("in-flight", 1, "how many requests each connection has in progress")
 	warm := flag.Int("warm", 0, "how many requests come before the clock starts")
 	fresh := flag.Bool("fresh", false, "step-ca only: a new connection for each request")
 	flag.Parse()
-	if err := run(*kind, *address, *name, *roots, *file, *workers, *warm, *fresh); err != nil {
+	if err := run(*kind, *address, *name, *roots, *file, *connections, *flights, *warm, *fresh); err != nil {
 		fmt.Fprintln(os.Stderr, "loadgen:", err)
 		os.Exit(1)
 	}
 }
 
-func run(kind, address, name, roots, file string, workers, warm int, fresh bool) error {
+func run(kind, address, name, roots, file string, connections, flights, warm int, fresh bool) error {
 	requests, err := read(file)
 	if err != nil {
 		return err
@@ -69,12 +70,15 @@ func run(kind, address, name, roots, file string, workers, warm int, fresh bool)
 	}
 	pool := x509.NewCertPool()
 	pool.AppendCertsFromPEM(pem)
-	callers := make([]caller, workers)
+	callers := make([]caller, connections)
 	for i := range callers {
 		config := &tls.Config{RootCAs: pool, ServerName: name}
-		if kind == "step-ca" {
+		switch kind {
+		case "step-ca":
 			callers[i] = newStepCA(address, config, fresh)
-		} else {
+		case "stream":
+			callers[i] = newStream(address, config)
+		default:
 			callers[i] = newCertmount(address, config)
 		}
 		if err := callers[i].connect(); err != nil {
@@ -84,9 +88,10 @@ func run(kind, address, name, roots, file string, workers, warm int, fresh bool)
 	if warm > len(requests) {
 		return fmt.Errorf("%d requests are fewer than the %d to begin with", len(requests), warm)
 	}
-	problems := send(callers, requests[:warm]).judge(callers[0])
+	of := share(requests, connections)
+	problems := send(callers, flights, requests[:warm], of[:warm]).judge(callers[0])
 	before := processor()
-	sent := send(callers, requests[warm:])
+	sent := send(callers, flights, requests[warm:], of[warm:])
 	used := processor() - before
 	problems = append(problems, sent.judge(callers[0])...)
 	slices.Sort(sent.took)
@@ -105,24 +110,46 @@ type outcome struct {
 	seconds  float64
 }
 
-func send(callers []caller, requests []request) *outcome {
+// send has each caller ask for the requests that are its own: of holds the number of the caller of each.
+func send(callers []caller, flights int, requests []request, of []int) *outcome {
 	count := len(requests)
 	sent := &outcome{requests, make([][]byte, count), make([]error, count), make([]float64, count), 0}
-	var next atomic.Int64
+	queues := make([][]int, len(callers))
+	for i, part := range of {
+		queues[part] = append(queues[part], i)
+	}
 	var all sync.WaitGroup
 	started := time.Now()
-	for _, one := range callers {
-		all.Go(func() {
-			for i := int(next.Add(1)) - 1; i < count; i = int(next.Add(1)) - 1 {
-				asked := time.Now()
-				sent.answers[i], sent.errors[i] = one.call(requests[i])
-				sent.took[i] = time.Since(asked).Seconds()
-			}
-		})
+	for i, one := range callers {
+		queue, next := queues[i], new(atomic.Int64)
+		for range flights {
+			all.Go(func() {
+				for n := int(next.Add(1)) - 1; n < len(queue); n = int(next.Add(1)) - 1 {
+					i, asked := queue[n], time.Now()
+					sent.answers[i], sent.errors[i] = one.call(requests[i])
+					sent.took[i] = time.Since(asked).Seconds()
+				}
+			})
+		}
 	}
 	all.Wait()
 	sent.seconds = time.Since(started).Seconds()
 	return sent
+}
+
+// share gives each request the number of a caller: those of one bearer belong together, because a stream belongs to one node.
+func share(requests []request, parts int) []int {
+	of, bearers := make([]int, len(requests)), map[string]int{}
+	for i, one := range requests {
+		of[i] = i % parts
+		if one.bearer != "" {
+			if _, known := bearers[one.bearer]; !known {
+				bearers[one.bearer] = len(bearers) % parts
+			}
+			of[i] = bearers[one.bearer]
+		}
+	}
+	return of
 }
 
 // judge tells of each answer that is not a certificate for the name that was asked for.

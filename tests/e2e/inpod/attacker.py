@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver._proto import authority_pb2, authority_pb2_grpc
+from csi_driver.core.certificates.csr import build_csr
+from csi_driver.core.certificates.keys import generate_key
+from csi_driver.core.names import Names
+from csi_driver.core.spec import KeyType
+from csi_driver.rpc.errors import REASON_KEY
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -23,8 +24,7 @@ def read(path: str) -> str:
 
 
 def issue(stub: Any, metadata: Metadata) -> None:
-    request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
-    csr = request.sign(ec.generate_private_key(ec.SECP256R1()), SHA256()).public_bytes(Encoding.DER)
+    csr = build_csr(generate_key(KeyType.EC_P256), Names())
     stub.Issue(authority_pb2.IssueRequest(csr=csr, pod_token=read("/tokens/pod")), metadata=metadata, timeout=20)
 
 
@@ -36,7 +36,7 @@ def reason_of(method: Any, stub: Any, metadata: Metadata) -> str:
     try:
         method(stub, metadata)
     except grpc.RpcError as error:
-        reasons = [item.value for item in error.trailing_metadata() or () if item.key == "certmount-reason"]
+        reasons = [item.value for item in error.trailing_metadata() or () if item.key == REASON_KEY]
         return str(reasons[0]) if reasons else error.code().name
     return "OK"
 

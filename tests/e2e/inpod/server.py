@@ -1,7 +1,11 @@
-"""Serves mutual TLS on port 8443; reads its certificate again for each connection, so that clients see every generation."""
+"""Serves mutual TLS on port 8443; reads its certificate again for each connection, so that clients see every generation.
+
+With the argument "optional", clients without a certificate are also served.
+"""
 
 import socket
 import ssl
+import sys
 from pathlib import Path
 
 TLS = "/var/run/tls"
@@ -13,7 +17,7 @@ def answer(raw: socket.socket) -> None:
     with Path(TLS, "site.pem").open("rb") as bundle:
         context.load_cert_chain(f"/proc/self/fd/{bundle.fileno()}")
     context.load_verify_locations(f"{TLS}/root.crt")
-    context.verify_mode = ssl.CERT_REQUIRED
+    context.verify_mode = ssl.CERT_OPTIONAL if sys.argv[1:] == ["optional"] else ssl.CERT_REQUIRED
     with context.wrap_socket(raw, server_side=True) as connection:
         connection.sendall(connection.recv(100))
 

@@ -21,6 +21,7 @@ for process in /proc/[0-9]*; do
 done
 awk '{print $2}' /proc/mounts | grep -E "^(/var/lib/kubelet|/run/localkube-containerd|$RUN)" | sort -r | xargs -r -n1 umount -l 2>/dev/null
 ip link del cni0 2>/dev/null
+iptables -D FORWARD -d 10.96.0.0/16 -j DROP 2>/dev/null
 rm -rf /var/lib/kubelet /run/localkube-containerd /var/lib/cni/networks/localkube
 [ "${1:-}" = --keep ] || rm -rf "$RUN"
 exit 0

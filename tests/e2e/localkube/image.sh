@@ -7,7 +7,7 @@ ref=$1; dir=$2; shift 2
 export BUILDAH_ISOLATION=chroot STORAGE_DRIVER=vfs
 tag=$(sed -n 's/^ARG BASE=.*python://p' "$dir/Dockerfile"); version=${tag%%-*}; suite=${tag##*-}
 base=localhost/localkube-python:$suite
-archive=$(mktemp --suffix=.tar); log=$(mktemp); trap 'rm -f "$archive" "$log"' EXIT
+log=$(mktemp); trap 'rm -f "$log"' EXIT
 if ! buildah images -q "$base" >/dev/null 2>&1; then
   mkdir -p "$HOME_DIR"
   [ -f "$HOME_DIR/$suite.tar" ] || mmdebstrap -q --variant=minbase --include=python3,python3-venv,ca-certificates "$suite" "$HOME_DIR/$suite.tar"
@@ -17,7 +17,10 @@ if ! buildah images -q "$base" >/dev/null 2>&1; then
 fi
 # The build needs this machine's package index configuration.
 mounts=(); for f in /etc/ssl/certs /etc/resolv.conf /etc/pip.conf; do [ -e $f ] && mounts+=(-v "$f:$f:ro"); done
+options=(--network host "${mounts[@]}" --build-arg BASE="$base" "$@")
+# certmount's own image is built and loaded as administrators do it.
+export IMAGE=$ref CONTAINERD_ADDRESS=$SOCK ENGINE=buildah
+if [ -x "$dir/scripts/image" ]; then "$dir/scripts/image" build "${options[@]}" >"$log" 2>&1
 # Keep the layers: a build with the same lock file takes seconds.
-buildah bud --layers --network host "${mounts[@]}" --build-arg BASE="$base" -t "$ref" "$@" "$dir" >"$log" 2>&1 || { tail -30 "$log" >&2; exit 1; }
-rm -f "$archive"; buildah push -q "$ref" "docker-archive:$archive:$ref"
-ctrk images import "$archive" >/dev/null && ctrk images ls -q | grep -F "$ref"
+else buildah bud --layers "${options[@]}" -t "$ref" "$dir" >"$log" 2>&1; fi || { tail -30 "$log" >&2; exit 1; }
+"$HERE/../../../scripts/image" load

@@ -92,6 +92,8 @@ wait_for sh -c "kubectl get node $NODE --no-headers | grep -qw Ready"
 wait_for sh -c "kubectl get clusterrolebinding localkube-proxy || kubectl create clusterrolebinding localkube-proxy --clusterrole=system:node-proxier --user=system:kube-proxy"
 start proxy kube-proxy --kubeconfig=proxy.kubeconfig --cluster-cidr=10.244.0.0/16 --hostname-override=$NODE --proxy-mode=iptables
 wait_for sh -c "kubectl get clusterrolebinding localkube-dns || { kubectl create clusterrole localkube-dns --verb=list,watch --resource=services,pods,namespaces,endpointslices.discovery.k8s.io && kubectl create clusterrolebinding localkube-dns --clusterrole=localkube-dns --user=localkube-dns; }"
+# While kube-proxy replaces its rules, a connection to a Service must not leave the node: some other server could answer it.
+iptables -C FORWARD -d 10.96.0.0/16 -j DROP 2>/dev/null || iptables -A FORWARD -d 10.96.0.0/16 -j DROP
 cat >Corefile <<X
 .:53 {
   bind 10.244.0.1

@@ -17,8 +17,14 @@ def issuer() -> TokenIssuer:
 
 
 @pytest.fixture
-async def idle_world(tmp_path: Path, issuer: TokenIssuer) -> World:
-    return World(tmp_path, issuer, Cluster(issuer))
+def calls() -> str:
+    """How callers send issuance requests. Modules that test requests repeat their tests with streams."""
+    return "unary"
+
+
+@pytest.fixture
+async def idle_world(tmp_path: Path, issuer: TokenIssuer, calls: str) -> World:
+    return World(tmp_path, issuer, Cluster(issuer), calls=calls)
 
 
 @pytest.fixture

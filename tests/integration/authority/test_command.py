@@ -10,9 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
-import urllib.error
-import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -22,9 +21,10 @@ from click.testing import CliRunner
 from csi_driver.cli.authority import command
 from csi_driver.core.secret import Secret
 from tests.integration.authority.test_attacks import CSRS, NODE_TOKENS, POD_TOKENS
-from tests.integration.authority.world import POD, SERVING_NAME, Caller, World
+from tests.integration.authority.world import POD, SERVING_NAME, SHOP, Caller, Controller, World
+from tests.support.driver import http_get, started
 from tests.support.ports import free_port
-from tests.support.tokens import TokenIssuer
+from tests.support.tokens import CONTROLLER, TokenIssuer
 from tests.support.waiting import until
 
 MAIN = [sys.executable, "-m", "csi_driver.cli.main", "authority"]
@@ -57,27 +57,11 @@ class Process:
             assert process.poll() is None, self.log.read_text()
             yield process
 
-    @contextlib.contextmanager
-    def started(self) -> Iterator[subprocess.Popen[bytes]]:
-        with self.start() as process:
-            try:
-                yield process
-            finally:
-                process.kill()
-
-    def start(self) -> subprocess.Popen[bytes]:
-        with self.log.open("ab") as log:
-            return subprocess.Popen([*MAIN, *self.arguments], stderr=log, stdout=log)
+    def started(self) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+        return started("authority", *self.arguments, log=self.log)
 
     def get(self, path: str) -> tuple[int, str]:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.http}{path}", timeout=10) as response:
-                return response.status, response.read().decode()
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.read().decode()
-        except OSError:
-            return 0, ""
+        return http_get(f"http://127.0.0.1:{self.http}{path}")
 
 
 @pytest.fixture
@@ -87,7 +71,6 @@ def process(idle_world: World) -> Process:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_authority_serves_until_a_signal(number: signal.Signals, process: Process) -> None:
-    """It serves probes and metrics, and stops gracefully although a stream is open."""
     async with process.running() as running, process.world.channel(port=process.port) as channel:
         caller = Caller(process.world, channel)
         assert len((await caller.issue()).chain) == 2
@@ -133,6 +116,33 @@ async def test_tokens_and_keys_are_not_in_logs_metrics_and_responses(process: Pr
         assert value[40:80] not in written
 
 
+async def test_process_serves_the_secrets_controller(process: Process, issuer: TokenIssuer) -> None:
+    """Its tokens are not in logs, metrics and responses."""
+    process.arguments.append("--secrets-service-account=certmount/certmount-secrets")
+    process.world.policy.write_text(
+        f"policy: [{{match: {{namespaces: [shop], secrets: ['*']}}, allow: {{dns: [{SHOP}]}}}}]"
+    )
+    other = replace(CONTROLLER, service_account="other")
+    tokens = [
+        issuer.controller_token(),
+        issuer.controller_token(other),
+        issuer.controller_token(exp=1),
+        issuer.node_token(),
+    ]
+    async with process.running(), process.world.channel(port=process.port) as channel:
+        controller = Controller(process.world, channel)
+        assert len((await controller.issue(token=tokens[0])).chain) == 2
+        assert dict((await controller.watch(tokens[0]).read()).environments) == {"internal": "internal"}
+        failures = [await controller.rejected(token=token) for token in tokens[1:]]
+        assert [failure.reason for failure in failures] == ["TokenRejected", "TokenExpired", "TokenRejected"]
+        failures.append(await controller.rejected("bank.example.com", token=tokens[0]))
+        metrics = process.get("/metrics")[1]
+        assert 'certmount_authority_calls_total{method="Secrets.Issue",reason="Ok"} 1.0' in metrics
+    written = process.log.read_text() + "".join([metrics, *(failure.text for failure in failures)])
+    assert '"requester": "secret shop/shop-tls"' in written
+    assert not any(part in written for token in tokens for part in parts(token))
+
+
 def parts(token: Secret[str]) -> list[str]:
     pieces = token.reveal().split(".")[1:] or [token.reveal()]
     return [piece[:40] for piece in pieces if len(piece) > 16]
@@ -161,6 +171,10 @@ REQUIRED = ["--policy=policy.yaml", "--serving-name=localhost"]
         ([*REQUIRED, *DIRECTORY, "--cluster-domain=a..b"], "'--cluster-domain': 'a..b' has the label ''"),
         ([*REQUIRED, *DIRECTORY, "--serving-name=10.0.0.1"], "'10.0.0.1' is a number or an IP address"),
         ([*REQUIRED, *DIRECTORY, "--node-service-account=a"], "'--node-service-account': 'a' is not NAMESPACE/NAME"),
+        (
+            [*REQUIRED, *DIRECTORY, "--secrets-service-account=a"],
+            "'--secrets-service-account': 'a' is not NAMESPACE/NAME",
+        ),
         ([*REQUIRED, "--ca-secret=a/b/c"], "'--ca-secret': 'a/b/c' is not NAMESPACE/NAME"),
         ([*REQUIRED, *DIRECTORY, "--log-level=loud"], "Invalid value for '--log-level'"),
         ([*REQUIRED, *DIRECTORY, "--verbose"], "No such option"),
@@ -232,11 +246,8 @@ def check(process: Process) -> tuple[int, list[str]]:
 def test_check_prints_a_line_for_each_check_and_changes_nothing(process: Process) -> None:
     status, lines = check(process)
     assert status == 0
-    assert [line.partition(":")[0] for line in lines] == [
-        "ok   policy",
-        "ok   certificate authority",
-        "ok   token keys",
-    ]
+    names = [line.partition(":")[0] for line in lines]
+    assert names == ["ok   policy", "ok   certificate authority", "ok   token keys"]
     assert not process.world.ca.exists()
 
 

@@ -1,4 +1,4 @@
-"""The lifecycle of an authority: start, serving certificate, streams and stop; and CAs in files or with other keys."""
+"""The lifecycle of an authority: start, serving certificate, streams and stop; CA rotation; and CAs in files or with other keys."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,17 @@ import grpc
 import pytest
 from cryptography import x509
 from cryptography.x509.verification import PolicyBuilder, Store
-from prometheus_client import CollectorRegistry
 
 from csi_driver._proto import authority_pb2
 from csi_driver.authority.ca.authority import utc_now
 from csi_driver.authority.ca.keyring import CAProfile, Keyring, encode_keyring, make_keyring
-from csi_driver.authority.server import AuthorityServer
+from csi_driver.authority.ca.sources import StoredCA
 from csi_driver.core.certificates.csr import names_of
 from csi_driver.core.certificates.keys import generate_key
 from csi_driver.core.certificates.name_constraints import parse_constraint
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.certificates.verification import parse_certificates
 from csi_driver.core.spec import DEFAULT_ISSUER, KeyType
-from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 from tests.integration.authority.world import NAME, SERVING_NAME, Caller, Cluster, World
 from tests.support.tokens import TokenIssuer
 from tests.support.waiting import until
@@ -76,6 +75,7 @@ async def test_stream_delivers_the_roots_of_a_replaced_ca(world: World, caller: 
     assert tuple((await caller.issue()).trust[DEFAULT_ISSUER].roots) == other.roots_der
 
 
+@pytest.mark.parametrize("calls", ["unary", "stream"])
 async def test_stop_finishes_calls_in_progress_and_accepts_no_new_calls(world: World) -> None:
     async with world.channel() as channel, world.channel() as another:
         caller = Caller(world, channel)
@@ -124,23 +124,11 @@ def _roots(bundle: authority_pb2.TrustBundle) -> Sequence[bytes]:
     return bundle.sets[DEFAULT_ISSUER].roots
 
 
-@dataclass
-class CustomWorld(World):
-    """An authority with other settings."""
-
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def replica(self, registry: CollectorRegistry) -> AuthorityServer:
-        default = super().replica(CollectorRegistry())
-        settings = replace(default._settings, **self.settings)
-        return AuthorityServer(settings, default._environment, AuthorityMetrics(registry))
-
-
 @contextlib.asynccontextmanager
 async def running(
     folder: Path, issuer: TokenIssuer, key_type: KeyType = KeyType.EC_P256, **settings: Any
-) -> AsyncIterator[tuple[CustomWorld, Caller]]:
-    world = CustomWorld(folder, issuer, Cluster(issuer), key=generate_key(key_type), settings=settings)
+) -> AsyncIterator[tuple[World, Caller]]:
+    world = World(folder, issuer, Cluster(issuer), key=generate_key(key_type), settings=settings)
     async with world.running(), world.channel() as channel:
         yield world, Caller(world, channel)
 
@@ -186,7 +174,6 @@ async def test_ca_key_type_does_not_affect_node_connections(kind: KeyType, tmp_p
 
 
 async def test_name_outside_the_cas_name_constraints_is_rejected(tmp_path: Path, issuer: TokenIssuer) -> None:
-    """Although the policy allows it. The error names the name and the constraints."""
     permitted = (parse_constraint("dns:default.svc.cluster.local"),)
     async with running(tmp_path, issuer, ca_profile=CAProfile(permitted=permitted)) as (world, caller):
         verified_chain(await caller.issue())
@@ -197,3 +184,61 @@ async def test_name_outside_the_cas_name_constraints_is_rejected(tmp_path: Path,
         failure = await caller.rejected(csr=world.csr("shop.test"))
         assert failure.reason == "NameNotAllowed"
         assert "shop.test: the CA's certificate permits only dns:default.svc.cluster.local" in failure.text
+
+
+class CAClock:
+    """The clock of the CA. After each step the authority reads its store, as it does every five seconds."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._ahead = timedelta()
+        world.server._ca._clock = lambda: utc_now() + self._ahead
+        world.server._ca._elapsed = lambda: time.monotonic() + self._ahead.total_seconds()
+        world.server._ca._started = utc_now(), time.monotonic()
+
+    async def advance(self, step: timedelta = timedelta()) -> None:
+        self._ahead += step
+        for _ in range(3):
+            await self._world.server._load_ca()
+
+
+async def test_rotation_waits_for_the_nodes_acknowledgements(world: World, caller: Caller) -> None:
+    """The node gets both roots first. The new CA signs after the node has acknowledged them twice. The former root is
+    removed when all its certificates have expired.
+    """
+    clock, phase, day = CAClock(world), timedelta(seconds=41), timedelta(days=1)
+    stream = caller.watch()
+    first = (await stream.read()).sets[DEFAULT_ISSUER]
+    await acknowledge(caller, first.generation)
+    old = issuer_of(await caller.issue(duration=timedelta(hours=1)))
+    following = make_keyring(utc_now())
+    store = world.server._environment.ca_store
+    await StoredCA(store).change(utc_now(), lambda held: held.begin_rotation(following, int(utc_now().timestamp())))
+    await clock.advance()
+    both = (await stream.read()).sets[DEFAULT_ISSUER]
+    assert list(both.roots) == [*first.roots, *following.roots_der]
+    await acknowledge(caller, both.generation)
+    await clock.advance(phase)
+    again = (await stream.read()).sets[DEFAULT_ISSUER]
+    assert (list(again.roots), again.generation > both.generation) == (list(both.roots), True)
+    assert issuer_of(await caller.issue(duration=timedelta(hours=1))) == old
+    await acknowledge(caller, again.generation)
+    await clock.advance()
+    answer = await caller.issue(duration=timedelta(hours=1))
+    assert issuer_of(answer) == following.intermediate.certificate.subject
+    assert list(answer.trust[DEFAULT_ISSUER].roots) == list(both.roots)
+    await clock.advance(phase)
+    assert list((await caller.issue(duration=timedelta(hours=1))).trust[DEFAULT_ISSUER].roots) == list(both.roots)
+    await clock.advance(day)
+    last = (await stream.read()).sets[DEFAULT_ISSUER]
+    assert list(last.roots) == list(following.roots_der)
+    assert (world.ca / "root.crt").read_bytes() == following.roots_pem
+
+
+async def acknowledge(caller: Caller, generation: int) -> None:
+    request = authority_pb2.ConfirmTrustRequest(set=DEFAULT_ISSUER, generation=generation)
+    await caller._stub.ConfirmTrust(request, metadata=caller.bearer(), timeout=10)
+
+
+def issuer_of(answer: authority_pb2.IssueResponse) -> x509.Name:
+    return x509.load_der_x509_certificate(answer.chain[0]).issuer

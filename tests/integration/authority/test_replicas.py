@@ -18,6 +18,7 @@ from csi_driver.core.names import DNSName, Names
 from csi_driver.node.authority_client import AuthorityClient
 from tests.integration.authority.test_command import Process
 from tests.integration.authority.world import NAME, POD, World
+from tests.support.driver import start
 from tests.support.waiting import until
 
 _NODES, _CALLS = 5, 500
@@ -31,7 +32,7 @@ class Replica(Process):
         super().__init__(world)
         self.log = world.folder / f"log-{number}"
         self.arguments.append("--serving-name=localhost")
-        self.process = self.start()
+        self.process = start("authority", *self.arguments, log=self.log)
 
     def ready(self) -> bool:
         return self.get("/readyz") == (200, "ok\n")
@@ -65,14 +66,17 @@ class Service:
         finally:
             probes.cancel()
             server.close()
+            await asyncio.sleep(0)  # so that connections that were just accepted are known
             for connection in list(self._connections):
                 connection.cancel()
             await asyncio.gather(*self._connections, return_exceptions=True)
+            await asyncio.sleep(0)  # so that they close their sockets
 
     async def _probe(self) -> None:
         while True:
-            ready = await asyncio.gather(*(asyncio.to_thread(one.ready) for one in self.replicas))
-            self.endpoints = [one.port for one, yes in zip(self.replicas, ready, strict=True) if yes]
+            replicas = self.replicas  # a test can replace the list at any time
+            ready = await asyncio.gather(*(asyncio.to_thread(one.ready) for one in replicas))
+            self.endpoints = [one.port for one, yes in zip(replicas, ready, strict=True) if yes]
             await asyncio.sleep(_PROBE_S)
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -174,7 +178,8 @@ async def test_rolling_restart_under_load_fails_no_call(idle_world: World, servi
     async def request() -> None:
         while not done:
             await nodes.issue()
-            await asyncio.sleep(0.02)  # stays below the rate limits of a node
+            # All clients together stay below the rate of a node, however long the restart takes.
+            await asyncio.sleep(0.1)
 
     async with asyncio.TaskGroup() as tasks:
         for _ in range(5):

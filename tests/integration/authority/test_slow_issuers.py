@@ -22,7 +22,7 @@ from csi_driver.authority.issuers.kinds import ISSUER_KINDS
 from csi_driver.core.certificates.csr import names_of
 from csi_driver.core.certificates.keys import public_bytes
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.core.names import Names
+from csi_driver.core.names import DNSName, Names
 from tests.integration.authority.world import POD, Caller, Cluster, World, failure_of
 from tests.support.scripted_authority import TestCA
 from tests.support.tokens import TokenIssuer
@@ -39,15 +39,22 @@ policy:
 SPIFFE_ID = "spiffe://cluster.local/ns/default/sa/hello"
 
 
+@pytest.fixture(params=["unary", "stream"])
+def calls(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 class SlowIssuer(Issuer):
     """Signs DNS names unless ``failure`` is set."""
 
-    shares_certificates = True
+    shares_certificates, environment = True, "https://ca.example/directory"
 
     def __init__(self) -> None:
         self.ca = TestCA("public root")
         self.failure: CertmountError | None = CertmountError(Reason.ISSUANCE_PENDING, "the CA is validating")
         self.requests: list[bytes] = []
+        self.extra: tuple[DNSName, ...] = ()  # names that are not requested
+        self.signs_cas = False
 
     @property
     def roots(self) -> tuple[bytes, ...]:
@@ -57,8 +64,9 @@ class SlowIssuer(Issuer):
         self.requests.append(public_bytes(request.csr.public_key))
         if self.failure is not None:
             raise self.failure
-        leaf = self.ca.sign(request.csr.public_key, Names.of(request.grant.names.dns), timedelta(days=90))
-        return IssuedCertificate((leaf.public_bytes(Encoding.DER),), self.roots, identity_included=False)
+        names = Names.of((*request.grant.names.dns, *self.extra))
+        leaf = self.ca.sign(request.csr.public_key, names, timedelta(days=90), ca=self.signs_cas)
+        return IssuedCertificate((leaf.public_bytes(Encoding.DER),), self.roots)
 
 
 @pytest.fixture
@@ -68,12 +76,12 @@ def slow() -> SlowIssuer:
 
 @pytest.fixture
 async def world(
-    tmp_path: Path, issuer: TokenIssuer, slow: SlowIssuer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, issuer: TokenIssuer, slow: SlowIssuer, calls: str, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[World]:
     monkeypatch.setitem(ISSUER_KINDS, "slow", IssuerKind(lambda *_: "slow", lambda *_: slow))
     file = tmp_path / "issuers.yaml"
     file.write_text("issuers: [{name: slow, slow: {}}]")
-    world = World(tmp_path, issuer, Cluster(issuer), issuers=file)
+    world = World(tmp_path, issuer, Cluster(issuer), issuers=file, calls=calls)
     world.policy.write_text(POLICY)
     async with world.running():
         await until(lambda: "slow" in world.server._trust._snapshot.sets, "the roots")
@@ -81,9 +89,8 @@ async def world(
 
 
 def _request(world: World, *names: str, issuer: str = "slow") -> authority_pb2.IssueRequest:
-    return authority_pb2.IssueRequest(
-        csr=world.csr(*names), pod_token=world.issuer.pod_token(POD).reveal(), issuer=issuer
-    )
+    token = world.issuer.pod_token(POD).reveal()
+    return authority_pb2.IssueRequest(csr=world.csr(*names), pod_token=token, issuer=issuer)
 
 
 def _names(response: authority_pb2.IssueResponse) -> set[str]:
@@ -140,9 +147,7 @@ async def test_policy_must_allow_the_interim_certificate(world: World, caller: C
 
 
 @pytest.mark.parametrize("reason", [Reason.ISSUER_UNAVAILABLE, Reason.TOO_MANY_REQUESTS, Reason.NAME_NOT_ALLOWED])
-async def test_other_failures_cause_no_interim_certificate(
-    world: World, caller: Caller, slow: SlowIssuer, reason: Reason
-) -> None:
+async def test_no_interim_after_other_failures(world: World, caller: Caller, slow: SlowIssuer, reason: Reason) -> None:
     slow.while_pending, slow.failure = "internal", CertmountError(reason, "no")
     assert (await failure_of(caller.send(_request(world, BOTH)))).reason == reason.word
 
@@ -179,3 +184,20 @@ async def test_csr_with_more_than_names_does_not_reach_an_external_issuer(
     request.csr = builder.sign(key, SHA256()).public_bytes(Encoding.DER)
     assert (await failure_of(caller.send(request))).reason == "InvalidCSR"
     assert slow.requests == []
+
+
+async def test_certificate_with_other_content_than_granted_does_not_leave(
+    world: World, slow: SlowIssuer, caller: Caller
+) -> None:
+    slow.failure, slow.extra, slow.signs_cas = None, (DNSName.parse("bank.example.com"),), True
+    with capture_logs() as logs:
+        failure = await caller.rejected(csr=world.csr(EXTERNAL_ONLY), issuer="slow")
+    assert (failure.code, failure.reason) == (grpc.StatusCode.UNAVAILABLE, "InvalidResponse")
+    assert failure.text == (
+        "InvalidResponse: (1) issuer slow: the certificate is a CA certificate (section 4.2.1.9) "
+        "(2) issuer slow: the certificate has other names than granted"
+    )
+    assert [line["decision"] for line in logs if line["event"] == "certificate"] == ["rejected"]
+    assert world.metric("certmount_issuer_calls_total", issuer="slow", reason="InvalidResponse") == 1
+    slow.extra, slow.signs_cas = (), False
+    assert (await caller.issue(csr=world.csr(EXTERNAL_ONLY), issuer="slow")).chain

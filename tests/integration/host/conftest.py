@@ -18,7 +18,6 @@ MS_SHARED = 1 << 20
 
 
 def mounts_at(point: Path) -> list[MountEntry]:
-    """Return the mounts at ``point``, oldest first."""
     return [mount for mount in read_mounts() if mount.point == os.path.realpath(point)]
 
 
@@ -28,7 +27,6 @@ def mounts_below(directory: Path) -> list[MountEntry]:
 
 
 def mount_foreign(point: Path) -> None:
-    """Mount a tmpfs that is not the driver's."""
     syscalls.mount("foreign", str(point), "tmpfs", 0, "size=64k")
 
 
@@ -59,7 +57,6 @@ def target(kubelet: Path) -> Path:
 
 @pytest.fixture(params=[True, False], ids=["detached", "before-5.12"])
 def mounts(request: pytest.FixtureRequest) -> KernelMounts:
-    """Both implementations of a read-only bind."""
     return KernelMounts(detached=request.param)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.errors import CertmountError
 from csi_driver.host import syscalls
 from csi_driver.host.mountinfo import MountEntry
 from csi_driver.host.target_paths import check_kubelet_dir
@@ -80,17 +80,13 @@ def test_host_and_pod_keep_the_mount_of_a_stopped_driver(kernel: str, shared_kub
 
 
 def test_tmpfs_is_mounted_without_noswap_if_the_kernel_rejects_it(kubelet: Path, target: Path) -> None:
-    """As in a user namespace."""
-    if (
-        "Operation not permitted"
-        in subprocess.run([*OWN_USER_NAMESPACE, "true"], capture_output=True, text=True, check=False).stderr
-    ):
+    tried = subprocess.run([*OWN_USER_NAMESPACE, "true"], capture_output=True, text=True, check=False)
+    if "Operation not permitted" in tried.stderr:
         pytest.skip("this machine does not allow user namespaces")
     assert drive("publish", kubelet, target, OWN_USER_NAMESPACE) == ""
 
 
 def test_missing_privileges_are_reported_with_a_hint(kubelet: Path, target: Path) -> None:
-    """With the path and the kernel's error."""
     error = drive("publish", kubelet, target, NO_CAPABILITIES)
     assert error.startswith("MountFailed: volume: could not mount a tmpfs at ")
     assert "Operation not permitted; the driver's container must be privileged" in error
@@ -103,9 +99,8 @@ def test_kubelet_directory_without_shared_propagation_is_rejected(shared_kubelet
     """No pod would see its volume."""
     check_kubelet_dir(shared_kubelet)
     syscalls.mount(None, str(shared_kubelet), None, 1 << 18)
-    with pytest.raises(CertmountError, match="mountPropagation: Bidirectional") as caught:
+    with pytest.raises(CertmountError, match=r"^InvalidKubeletDirectory: .*mountPropagation: Bidirectional") as caught:
         check_kubelet_dir(shared_kubelet)
-    assert caught.value.reason is Reason.INVALID_KUBELET_DIRECTORY
     mount_foreign(shared_kubelet)
     with pytest.raises(CertmountError, match="does not contain plugins_registry and pods") as caught:
         check_kubelet_dir(shared_kubelet)

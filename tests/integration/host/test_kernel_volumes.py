@@ -32,7 +32,6 @@ def publish(store: VolumeStore, target: Path, volume_id: str = VOLUME_ID) -> Non
 
 
 def fill(directory: Path) -> Path:
-    """Use all space of the file system."""
     filler = directory / "filler"
     with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
         deque(map(file.write, repeat(b"x" * 4096)), maxlen=0)
@@ -40,9 +39,10 @@ def fill(directory: Path) -> Path:
 
 
 def test_publish_renew_and_unpublish_leave_nothing(store: VolumeStore, root: Path, target: Path, kubelet: Path) -> None:
-    """Repeated publish calls create one mount of each kind."""
     for _ in range(3):
         publish(store, target)
+    store.create(VOLUME_ID)  # as a driver that was killed: nothing is mounted over the files
+    assert read_generation(target)["site.crt"] == b"1 "
     assert store.is_healthy(VOLUME_ID, target)
     assert [len(mounts_at(point)) for point in (target, root / VOLUME_ID)] == [1, 1]
     assert stat.S_IMODE(root.stat().st_mode) == 0o700
@@ -56,7 +56,6 @@ def test_publish_renew_and_unpublish_leave_nothing(store: VolumeStore, root: Pat
 
 
 def test_target_directory_has_the_kubelets_mode(store: VolumeStore, target: Path) -> None:
-    """Whatever the umask."""
     before = os.umask(0o077)
     try:
         publish(store, target)
@@ -68,18 +67,15 @@ def test_target_directory_has_the_kubelets_mode(store: VolumeStore, target: Path
 
 
 def test_full_volume_keeps_its_files(store: VolumeStore, root: Path, target: Path) -> None:
-    """A renewal fails with NoSpace, and succeeds when there is space."""
     publish(store, target)
     big = pair(2, size=20_000)
     filler = fill(root / VOLUME_ID)
-    with pytest.raises(CertmountError, match="No space left on device") as caught:
+    with pytest.raises(CertmountError, match=r"^NoSpace: .*No space left on device"):
         write_generation(store.files_dir(VOLUME_ID), big, "2")
-    assert caught.value.reason is Reason.NO_SPACE
     assert read_generation(target) == {"site.crt": b"1 ", "site.key": b"1 "}
     assert sorted(path.name for path in target.iterdir()) == ["..1", "..data", "site.crt", "site.key"]
-    with pytest.raises(CertmountError) as caught:
+    with pytest.raises(CertmountError, match=r"^NoSpace: "):
         store.write_record(record(str(target), pod_name="other"))
-    assert caught.value.reason is Reason.NO_SPACE
     assert [found.pod_name for found in store.scan().records] == ["hello-0"]
     filler.unlink()
     write_generation(store.files_dir(VOLUME_ID), big, "2")
@@ -104,7 +100,6 @@ def test_partial_writes_never_become_visible(store: VolumeStore, root: Path, tar
 
 
 def test_volume_without_free_inodes_keeps_its_files(store: VolumeStore, root: Path, target: Path) -> None:
-    """However many files could be written."""
     publish(store, target)
     hoard = root / VOLUME_ID / "hoard"
     hoard.mkdir()
@@ -112,9 +107,8 @@ def test_volume_without_free_inodes_keeps_its_files(store: VolumeStore, root: Pa
     for number in range(free):
         (hoard / str(number)).touch()
     for spare in range(4):
-        with pytest.raises(CertmountError) as caught:
+        with pytest.raises(CertmountError, match=r"^NoSpace: "):
             write_generation(store.files_dir(VOLUME_ID), [*pair(2), VolumeFile("new", Secret(b""), 0o644, None)], "2")
-        assert caught.value.reason is Reason.NO_SPACE
         assert read_generation(target) == {"site.crt": b"1 ", "site.key": b"1 "}
         assert sorted(path.name for path in target.iterdir()) == ["..1", "..data", "site.crt", "site.key"]
         (hoard / str(spare)).unlink()
@@ -122,7 +116,6 @@ def test_volume_without_free_inodes_keeps_its_files(store: VolumeStore, root: Pa
 
 @pytest.mark.parametrize("group, readable", [(2000, True), (3000, False)])
 def test_only_the_group_reads_the_key(store: VolumeStore, target: Path, group: int, readable: bool) -> None:
-    """A process of another group gets an error."""
     store.create(VOLUME_ID)
     write_generation(store.files_dir(VOLUME_ID), [VolumeFile("site.key", Secret(b"key"), 0o440, 2000)], "1")
     store.bind(VOLUME_ID, target)
@@ -130,15 +123,9 @@ def test_only_the_group_reads_the_key(store: VolumeStore, target: Path, group: i
     assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (0, 2000, 0o440)
     directory = os.open(target, os.O_PATH)  # as in a pod, where all directories above the volume are accessible
     try:
+        drop = ["setpriv", "--reuid=1000", f"--regid={group}", "--clear-groups"]
         done = subprocess.run(
-            [
-                "setpriv",
-                "--reuid=1000",
-                f"--regid={group}",
-                "--clear-groups",
-                "cat",
-                f"/proc/self/fd/{directory}/site.key",
-            ],
+            [*drop, "cat", f"/proc/self/fd/{directory}/site.key"],
             pass_fds=[directory],
             capture_output=True,
             check=False,
@@ -148,16 +135,7 @@ def test_only_the_group_reads_the_key(store: VolumeStore, target: Path, group: i
     assert done.stdout == (b"key" if readable else b""), done.stderr
 
 
-def test_create_reuses_the_tmpfs_of_a_crashed_driver(store: VolumeStore, root: Path, target: Path) -> None:
-    """Nothing is mounted over it."""
-    publish(store, target)
-    store.create(VOLUME_ID)
-    assert len(mounts_at(root / VOLUME_ID)) == 1
-    assert (target / "site.crt").read_text() == "1 "
-
-
 def test_bind_of_an_unmounted_tmpfs_is_replaced(store: VolumeStore, root: Path, target: Path) -> None:
-    """The target has one mount."""
     publish(store, target)
     syscalls.unmount(str(root / VOLUME_ID), syscalls.MNT_DETACH)
     assert not store.is_healthy(VOLUME_ID, target)
@@ -170,7 +148,6 @@ def test_bind_of_an_unmounted_tmpfs_is_replaced(store: VolumeStore, root: Path, 
 
 
 def test_unmounted_target_is_bound_again(store: VolumeStore, target: Path) -> None:
-    """With the same files."""
     publish(store, target)
     syscalls.unmount(str(target), 0)
     target.rmdir()
@@ -180,13 +157,11 @@ def test_unmounted_target_is_bound_again(store: VolumeStore, target: Path) -> No
 
 
 def test_foreign_mount_at_the_target_stays(store: VolumeStore, target: Path) -> None:
-    """The error has the command to run."""
     target.mkdir()
     mount_foreign(target)
     (target / "file").write_text("mine")
-    with pytest.raises(CertmountError, match="umount") as caught:
+    with pytest.raises(CertmountError, match=r"^InvalidTargetPath: .*umount"):
         publish(store, target)
-    assert caught.value.reason is Reason.INVALID_TARGET_PATH
     store.unbind(target)
     assert len(mounts_at(target)) == 1
     assert (target / "file").read_text() == "mine"
@@ -194,7 +169,6 @@ def test_foreign_mount_at_the_target_stays(store: VolumeStore, target: Path) -> 
 
 @pytest.mark.parametrize("inside", ["", "inside"])
 def test_foreign_mount_in_a_volume_directory_is_not_emptied(store: VolumeStore, root: Path, inside: str) -> None:
-    """Not by a scan, a publish or an unpublish."""
     point = root / VOLUME_ID / inside
     point.mkdir(parents=True)
     mount_foreign(point)
@@ -209,11 +183,9 @@ def test_foreign_mount_in_a_volume_directory_is_not_emptied(store: VolumeStore, 
 
 
 def test_link_at_the_target_is_rejected(store: VolumeStore, target: Path, tmp_path: Path) -> None:
-    """It is neither followed nor replaced."""
     target.symlink_to(tmp_path)
-    with pytest.raises(CertmountError) as caught:
+    with pytest.raises(CertmountError, match=r"^InvalidTargetPath: "):
         publish(store, target)
-    assert caught.value.reason is Reason.INVALID_TARGET_PATH
     assert target.is_symlink()
     assert [found.volume_id for found in store.scan().records] == [VOLUME_ID]
 
@@ -232,7 +204,6 @@ def test_removed_volume_leaves_no_key_in_copies_of_its_mount(store: VolumeStore,
 
 
 def test_scan_classifies_all_volumes(store: VolumeStore, root: Path, target: Path, kubelet: Path) -> None:
-    """A volume with a damaged record stays if it is bound. Unbound volumes, and those of before a reboot, are removed."""
     publish(store, target)
     damaged = target.parent.with_name("damaged") / "mount"
     damaged.parent.mkdir()
@@ -258,7 +229,6 @@ def test_scan_classifies_all_volumes(store: VolumeStore, root: Path, target: Pat
 
 
 def test_usage_is_that_of_the_volume(store: VolumeStore, target: Path) -> None:
-    """The previous generation counts too."""
     publish(store, target)
     before = store.usage(VOLUME_ID)
     assert (before.f_blocks * before.f_frsize, before.f_files) == (1 << 20, 128)
@@ -271,7 +241,6 @@ def test_usage_is_that_of_the_volume(store: VolumeStore, target: Path) -> None:
 
 
 def test_110_volumes_are_created_and_removed_concurrently(kubelet: Path, mounts: KernelMounts, root: Path) -> None:
-    """Each has its own files."""
     store = VolumeStore(root, kubelet, mounts)
     ids = [f"csi-{number:064x}" for number in range(110)]
     targets = {volume_id: kubelet / "pods" / POD_UID / volume_id / "mount" for volume_id in ids}

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from csi_driver.host import syscalls
-from tests.integration.node.bad_input import FAILED, INVALID, KUBELET, rejects
+from tests.integration.node.test_bad_input import FAILED, INVALID, KUBELET, rejects
 from tests.integration.node.world import Node, failure_of
 from tests.support.kubelet import FakePod
 
@@ -18,7 +18,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 async def test_target_that_is_not_a_directory_is_rejected(node: Node) -> None:
-    """The driver does not touch it. After its removal, the next call succeeds. See also the unit tests of target paths."""
     request = node.request()
     target = node.target(request)
     target.write_text("precious")
@@ -35,7 +34,6 @@ async def test_target_that_is_not_a_directory_is_rejected(node: Node) -> None:
 
 @pytest.mark.root
 async def test_target_with_a_foreign_mount_is_rejected(node: Node) -> None:
-    """The driver neither covers nor unmounts it."""
     request = node.request()
     target = node.target(request)
     target.mkdir()
@@ -53,18 +51,8 @@ async def test_target_with_a_foreign_mount_is_rejected(node: Node) -> None:
 @pytest.mark.parametrize(
     "target, code, reason, words",
     [
-        (
-            "/var/lib/other/pods/{uid}/volumes/x/mount",
-            FAILED,
-            "InvalidKubeletDirectory",
-            "--kubelet-dir to /var/lib/other",
-        ),
-        (
-            "{root}/pods/another-pod/volumes/x/mount",
-            FAILED,
-            "InvalidTargetPath",
-            "only in the directory of its own pod",
-        ),
+        ("/var/lib/other/pods/{uid}/volumes/x", FAILED, "InvalidKubeletDirectory", "--kubelet-dir to /var/lib/other"),
+        ("{root}/pods/another/volumes/x/m", FAILED, "InvalidTargetPath", "only in the directory of its own pod"),
         ("{root}/pods/{uid}/volumes/../../mount", INVALID, "InvalidRequest", "target_path"),
         ("{root}/pods/{uid}/volumes/x\0/mount", INVALID, "InvalidRequest", "target_path"),
         ("{root}/pods/{uid}/volumes/" + "long/" * 1000 + "mount", INVALID, "InvalidRequest", "target_path"),
@@ -72,10 +60,7 @@ async def test_target_with_a_foreign_mount_is_rejected(node: Node) -> None:
     ],
     ids=["other-root", "other-pod", "dots", "nul", "long-path", "long-name"],
 )
-async def test_wrong_target_path_is_rejected(
-    node: Node, target: str, code: grpc.StatusCode, reason: str, words: str
-) -> None:
-    """Before the driver creates anything or calls the authority."""
+async def test_wrong_path_is_rejected(node: Node, target: str, code: grpc.StatusCode, reason: str, words: str) -> None:
     pod = FakePod()
     request = node.kubelet.publish_request(pod)
     request.target_path = target.format(root=node.kubelet.root, uid=pod.uid)
@@ -99,7 +84,6 @@ def _fill(directory: Path) -> None:
 
 @pytest.mark.root
 async def test_full_kubelet_file_system_affects_only_new_volumes(node: Node) -> None:
-    """The error is RESOURCE_EXHAUSTED. With free space, the next call succeeds."""
     live = await node.published()
     filler = node.kubelet.root / "filler"
     filler.mkdir()
@@ -120,7 +104,6 @@ async def test_full_kubelet_file_system_affects_only_new_volumes(node: Node) -> 
 
 @pytest.mark.root
 async def test_full_volume_is_removed(node: Node) -> None:
-    """A leftover fills the volume's file system."""
     request = node.request()
     directory = node.volume_dir(request)
     directory.mkdir()

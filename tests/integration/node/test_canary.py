@@ -1,4 +1,4 @@
-"""No token and no private key is in any log, record, error, metric or probe, at debug level."""
+"""No token, no private key and no password is in any log, record, error, metric or probe, at debug level."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import grpc
 import pytest
 
 from csi_driver.core.errors import CertmountError, Reason
-from tests.integration.node.bad_input import ATTRIBUTES, BAD_TOKENS, SHAPES, TOKENS, change
+from csi_driver.host.generations import PRIVATE
+from tests.integration.node.test_bad_input import ATTRIBUTES, BAD_TOKENS, SHAPES, TOKENS, change
 from tests.integration.node.world import Node, Request, running_node
 from tests.support.kubelet import FakePod
 from tests.support.scripted_authority import TestCA, name_not_allowed, response_of
@@ -53,18 +54,16 @@ class _Canary:
         return shown.serial
 
     async def collect(self, request: Request) -> None:
-        """Collect metrics, probes, health messages, command line and environment."""
         self.output += [text for _, text in map(self.node.driver.get, ("/metrics", "/readyz", "/healthz", "/"))]
         self.output += [message for _, _, message in await self.node.health(request)]
         proc = Path("/proc", str(self.node.driver.pid))
         self.output += [(proc / name).read_bytes().decode(errors="replace") for name in ("cmdline", "environ")]
 
     def leaks(self) -> list[str]:
-        """Return the places that contain a secret."""
         places = {f"output {number}": text.encode() for number, text in enumerate(self.output)}
         places["log"] = self.node.driver.log_text().encode()
         for path in self.node.kubelet.root.rglob("*"):
-            if path.is_file() and path.name not in _KEY_FILES:
+            if path.is_file() and path.name not in _KEY_FILES and path.parent.name != PRIVATE:
                 places[str(path)] = path.read_bytes()
         assert any(place.endswith("record.json") for place in places), "no record was searched"
         return [
@@ -95,7 +94,6 @@ async def _failing_publishes(canary: _Canary) -> None:
 
 
 async def _failing_authority(canary: _Canary) -> None:
-    """Let a first publish, a republish and a renewal fail with each error."""
     node = canary.node
     failures: dict[str, CertmountError | None] = {
         "NameNotAllowed": name_not_allowed("shop.example.com"),
@@ -121,8 +119,17 @@ async def _failing_authority(canary: _Canary) -> None:
     await node.authority.start()
 
 
+async def _passwords(canary: _Canary) -> None:
+    """Passwords of key stores: valid ones, a changed one, and those that are rejected."""
+    node, pod = canary.node, FakePod()
+    for key, password in (("password", _MARK), ("password", f"{_MARK}2"), ("password", f"{_MARK}\n"), ("other", _MARK)):
+        for each in (pod, FakePod()):
+            request = node.request(each, {"files": "java"}, token=canary.token(each))
+            request.secrets[key] = password
+            await canary.publish(request)
+
+
 async def test_no_secret_leaks() -> None:
-    """Through all failures, renewals, restarts and root updates."""
     async with running_node() as node:
         node.authority.token_file.write_text(_NODE_TOKEN)
         canary, pod = _Canary(node), FakePod()
@@ -131,6 +138,7 @@ async def test_no_secret_leaks() -> None:
         await canary.publish(request)
         serial = canary.note_key(request)
         await _failing_publishes(canary)
+        await _passwords(canary)
         await _failing_authority(canary)
         await until(lambda: node.shown(request).serial != serial, "the renewal")
         canary.note_key(request)

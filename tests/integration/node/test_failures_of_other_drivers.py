@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from pathlib import Path
 
-import grpc
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -17,7 +15,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver._proto.csi_pb2 import DEGRADED
 from csi_driver.core.names import Names, spiffe_id
-from tests.integration.node.world import Node, Request, Shown, failure_of, running_node
+from tests.integration.node.test_bad_input import UNAVAILABLE, rejects
+from tests.integration.node.world import Node, Request, Shown, make_due, running_node
 from tests.support.kubelet import FakePod
 from tests.support.scripted_authority import Response, TestCA, response_of, roots_of
 from tests.support.waiting import until
@@ -76,55 +75,19 @@ async def test_full_file_system_does_not_affect_a_mounted_volume(node: Node) -> 
 
 
 def _fill(path: Path) -> None:
-    """Use all space of the file system."""
     with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
 
 
-async def test_truncated_record_affects_only_its_volume(node: Node) -> None:
-    """Failure: a truncated metadata file prevents the start of the driver.
-
-    Here the driver starts, other volumes are renewed, and the next republish adopts the volume without a new certificate.
-    """
-    pod, other = FakePod(), FakePod(name="other")
-    request = await node.published(pod)
-    node.script.renew_after = SOON
-    neighbour = await node.published(other)
-    shown, neighbours = node.shown(request), node.shown(neighbour)
-    await node.driver.kill()
-    record = node.volume_dir(request) / "record.json"
-    record.write_bytes(record.read_bytes()[:-20])
-    await node.driver.start()
-    assert node.shown(request) == shown
-    await node.publish(node.kubelet.publish_request(other))
-    await until(lambda: node.shown(neighbour).serial != neighbours.serial, "the neighbour is renewed")
-    await node.publish(node.kubelet.publish_request(pod))
-    assert node.shown(request) == shown
-    assert await node.health(request) == []
-
-
-_GARBAGE: dict[str, Callable[[Response], Response]] = {
-    "text": lambda _: response_of([b"not PEM, not DER"], [b"neither"]),
-    "pem": lambda answer: response_of([b"-----BEGIN CERTIFICATE-----"], roots_of(answer)),
-    "empty": lambda _: Response(),
-    "cut": lambda answer: response_of([answer.chain[0][:-1]], roots_of(answer)),
-    "long": lambda answer: response_of([answer.chain[0] + b"\0"], roots_of(answer)),
-    "roots": lambda answer: response_of(answer.chain, [b""]),
-}
-
-
-@pytest.mark.parametrize("garbage", _GARBAGE)
-async def test_malformed_response_is_an_error(node: Node, garbage: str) -> None:
-    """Failure: a response that is not PEM crashes the process.
-
-    Here only that call or renewal fails, with a reason.
-    """
-    await _rejects(node, _GARBAGE[garbage])
-
-
 def _signed(
-    ca: TestCA, answer: Response, *, own_key: bool = True, account: str = "shop", is_ca: bool = False
+    ca: TestCA,
+    answer: Response,
+    *,
+    own_key: bool = True,
+    account: str = "shop",
+    is_ca: bool = False,
+    life_s: int = 3600,
 ) -> Response:
     """Return the response with another certificate of the CA that has one fault."""
     key = x509.load_der_x509_certificate(answer.chain[0]).public_key()
@@ -132,47 +95,47 @@ def _signed(
         key = ec.generate_private_key(ec.SECP256R1()).public_key()
     assert isinstance(key, ec.EllipticCurvePublicKey)
     names = Names.of([], [spiffe_id("cluster.local", "web", account)])
-    leaf = ca.sign(key, names, timedelta(hours=1), ca=is_ca)
+    leaf = ca.sign(key, names, timedelta(seconds=life_s), ca=is_ca)
     return response_of([leaf.public_bytes(Encoding.DER)], roots_of(answer))
 
 
-_WRONG: dict[str, Callable[[TestCA, Response], Response]] = {
-    "wrong-key": lambda ca, answer: _signed(ca, answer, own_key=False),
-    "other-account": lambda ca, answer: _signed(ca, answer, account="root"),
-    "authority": lambda ca, answer: _signed(ca, answer, is_ca=True),
-    "other-root": lambda _, answer: response_of(answer.chain, [TestCA("another").der]),
+_NOT_DER, _NO_ROOTS = "a certificate is not valid X.509 DER", "does not contain the roots of internal"
+_INVALID: dict[str, tuple[Callable[[TestCA, Response], Response], str]] = {
+    "text": (lambda *_: response_of([b"not PEM, not DER"], [b"neither"]), _NOT_DER),
+    "pem": (lambda _, answer: response_of([b"-----BEGIN CERTIFICATE-----"], roots_of(answer)), f"chain: {_NOT_DER}"),
+    "empty": (lambda *_: Response(), _NO_ROOTS),
+    "no-chain": (lambda _, answer: response_of([], roots_of(answer)), "chain: has 0 certificates"),
+    "no-roots": (lambda _, answer: Response(chain=answer.chain), _NO_ROOTS),
+    "cut": (lambda _, answer: response_of([answer.chain[0][:-1]], roots_of(answer)), f"chain: {_NOT_DER}"),
+    "long": (lambda _, answer: response_of([answer.chain[0] + b"\0"], roots_of(answer)), f"chain: {_NOT_DER}"),
+    "roots": (lambda _, answer: response_of(answer.chain, [b""]), _NOT_DER),
+    "many": (lambda _, answer: response_of([b"x"] * 50, roots_of(answer)), "expected 1 to 10"),
+    "big": (lambda _, answer: response_of([b"x" * 100_000], roots_of(answer)), "a certificate has more than"),
+    "expired": (lambda ca, answer: _signed(ca, answer, life_s=-10), "chain[0] expired at"),
+    "wrong-key": (lambda ca, answer: _signed(ca, answer, own_key=False), "is not the key of the request"),
+    "other-account": (lambda ca, answer: _signed(ca, answer, account="root"), "the SPIFFE ID that ends in"),
+    "authority": (lambda ca, answer: _signed(ca, answer, is_ca=True), "the leaf is a CA certificate"),
+    "other-root": (lambda _, answer: response_of(answer.chain, [TestCA("another").der]), "not end at a trusted root"),
 }
 
 
-@pytest.mark.parametrize("fault", ["expired", *_WRONG])
-async def test_wrong_certificate_is_not_written(node: Node, fault: str) -> None:
-    """Failure: an expired certificate, or one for another key, is written.
+@pytest.mark.parametrize("fault", _INVALID)
+async def test_invalid_response_is_neither_written_nor_fatal(node: Node, fault: str) -> None:
+    """Failure: a response that is not PEM crashes the process; an expired certificate, or one for another key, is written.
 
-    Here no volume gets it, and a mounted volume keeps its files.
+    Here only that call or renewal fails, with a reason, and a mounted volume keeps its files.
     """
-    ca = node.authority.ca
-    if fault == "expired":
-        await _rejects(node, life=timedelta(seconds=-10))
-    else:
-        await _rejects(node, lambda answer: _WRONG[fault](ca, answer))
-
-
-async def _rejects(
-    node: Node, tamper: Callable[[Response], Response] = lambda answer: answer, life: timedelta = timedelta(hours=1)
-) -> None:
-    """Check that a first publish fails, that a mounted volume keeps its files, and that valid responses work again."""
+    make, words = _INVALID[fault]
     good = node.script.tamper
     node.script.renew_after = SOON
     live = await node.published()
     before, pid = node.shown(live), node.driver.pid
-    node.script.tamper, node.script.lifetime = tamper, life
+    node.script.tamper = lambda answer: make(node.authority.ca, answer)
     request = node.request(FakePod(name="new"))
-    failure = await failure_of(node.publish(request))
-    assert (failure.code, failure.reason) == (grpc.StatusCode.UNAVAILABLE, "InvalidResponse")
-    node.assert_nothing_of(request)
+    await rejects(node, request, UNAVAILABLE, "InvalidResponse", words)
     await until(lambda: node.metric("certmount_node_volumes_unhealthy", reason="InvalidResponse"), "a failed renewal")
     assert node.shown(live) == before
-    node.script.tamper, node.script.lifetime = good, timedelta(hours=1)
+    node.script.tamper = good
     await node.publish(request)
     assert node.shown(request).names
     assert node.driver.pid == pid
@@ -196,21 +159,14 @@ async def test_pods_see_renewals_of_a_restarted_driver() -> None:
                 (target / "new").touch()
             for _ in range(2):
                 node.script.renew_after = SOON
-                await _make_due(node, request)
+                await make_due(node, request)
+                await node.driver.start()
                 await node.publish(node.kubelet.publish_request(pod))
                 await until(lambda: Shown.at(target).serial not in seen, "the pod sees the renewal")
                 seen.add(Shown.at(target).serial)
             assert Shown.at(target) == node.shown(request)
         await node.unpublish(request)
         node.assert_nothing_of(request)
-
-
-async def _make_due(node: Node, request: Request) -> None:
-    """Make the renewal due when the driver starts."""
-    await node.driver.kill()
-    record = node.record(request)
-    (node.volume_dir(request) / "record.json").write_text(json.dumps(record | {"renew_at": record["issued_at"]}))
-    await node.driver.start()
 
 
 @contextlib.asynccontextmanager

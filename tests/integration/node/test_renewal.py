@@ -7,15 +7,17 @@ import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from csi_driver._proto.csi_pb2 import DEGRADED
+from csi_driver.core.certificates.keys import key_type_of
 from csi_driver.core.errors import CertmountError, Reason
-from tests.integration.node.world import Node, Request, Shown
+from tests.integration.node.world import Node, Request, Shown, make_due, running_node
 from tests.support.kubelet import FakePod
-from tests.support.scripted_authority import TestCA, name_not_allowed, response_of
+from tests.support.scripted_authority import TestCA, response_of
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -29,7 +31,6 @@ def _has_root(node: Node, request: Request, ca: TestCA) -> bool:
 
 
 async def _unhealthy(node: Node, reason: str) -> None:
-    """Wait until a renewal has failed for this reason."""
     await until(lambda: node.metric("certmount_node_volumes_unhealthy", reason=reason), f"a failed renewal: {reason}")
 
 
@@ -42,35 +43,40 @@ async def _recovered(node: Node, request: Request, before: Shown) -> None:
     assert await node.health(request) == []
 
 
-async def test_renewal_replaces_key_and_certificate_in_the_mount(node: Node) -> None:
-    node.script.renew_after = SOON
-    request = await node.published()
-    mounts = node.mounts(node.kubelet.root)
-    seen = {node.shown(request).key: node.shown(request).serial}
-    for _ in range(3):
-        await until(lambda: node.shown(request).key not in seen, "another key")
-        shown = node.shown(request)
-        seen[shown.key] = shown.serial
-    assert len(set(seen.values())) == 4
-    assert node.mounts(node.kubelet.root) == mounts
-    assert await node.health(request) == []
-    # The log lines of a renewal do not contain the method of a kubelet call.
-    renewed = [line for line in node.driver.events("certificate renewed") if line["volume"] == request.volume_id]
-    assert len(renewed) >= 3
-    assert not [line for line in renewed if "method" in line]
-
-
-async def test_reader_always_sees_one_complete_generation(node: Node) -> None:
+async def test_renewal_replaces_the_files_in_the_mount_and_readers_see_one_complete_generation(node: Node) -> None:
     """``shown`` checks that all files of a generation exist and match."""
     node.script.renew_after = SOON
     request = await node.published()
-    generations: set[str] = set()
+    mounts, seen = node.mounts(node.kubelet.root), dict[bytes, int]()
 
     def read() -> bool:
-        generations.update(node.shown(request).generation for _ in range(20))
-        return len(generations) == 3
+        seen.update((shown.key, shown.serial) for shown in (node.shown(request) for _ in range(20)))
+        return len(seen) == 4
 
-    await until(read, "three generations")
+    await until(read, "three renewals")
+    assert len(set(seen.values())) == 4
+    assert node.mounts(node.kubelet.root) == mounts
+    assert await node.health(request) == []
+
+    def renewed() -> list[Any]:
+        return [line for line in node.driver.events("certificate renewed") if line["volume"] == request.volume_id]
+
+    await until(lambda: len(renewed()) >= 3, "the log lines, each of which is written after the files")
+    # They do not contain the method of a kubelet call.
+    assert not [line for line in renewed() if "method" in line]
+
+
+@pytest.mark.parametrize("reuse", ["true", "false"])
+async def test_renewals_keep_the_key_on_request(node: Node, reuse: str) -> None:
+    """Also after a restart of the driver, which has it in its own copy."""
+    node.script.renew_after = SOON
+    pod, attributes = FakePod(), {"reuse-key": reuse}
+    request = await node.published(pod, attributes)
+    before = node.shown(request)
+    await node.restart()
+    await node.publish(node.kubelet.publish_request(pod, attributes))
+    await until(lambda: node.shown(request).serial != before.serial, "a renewal")
+    assert (node.shown(request).key == before.key) == (reuse == "true")
 
 
 async def test_record_contains_the_renewal_time(node: Node) -> None:
@@ -102,7 +108,6 @@ async def test_renewal_uses_the_newest_token(node: Node) -> None:
 
 
 async def test_failed_renewals_are_retried_with_backoff(node: Node) -> None:
-    """The pod keeps its files, health shows the reason, and the volume recovers with the issuer."""
     node.script.renew_after = SOON
     request = await node.published()
     before, logged = node.shown(request), len(node.driver.events("renewal failed"))
@@ -118,10 +123,32 @@ async def test_failed_renewals_are_retried_with_backoff(node: Node) -> None:
     assert (status, reason) == (DEGRADED, "IssuerUnavailable")
     assert "web/shop" in message
     assert "the issuer is unavailable" in message
-    assert node.metric("certmount_node_volumes_unhealthy", reason="IssuerUnavailable") == 1
+    await until(lambda: node.metric("certmount_node_volumes_unhealthy", reason="IssuerUnavailable") == 1, "the metric")
     node.script.failure = node.script.renew_after = None
     await _recovered(node, request, before)
-    assert node.metric("certmount_node_volumes_unhealthy", reason="IssuerUnavailable") == 0
+    await until(lambda: node.metric("certmount_node_volumes_unhealthy", reason="IssuerUnavailable") == 0, "the metric")
+
+
+async def test_record_that_cannot_be_written_does_not_repeat_the_renewal(node: Node) -> None:
+    """The certificate is in place, so the next renewal is at its usual time, and the volume is healthy."""
+    node.script.renew_after = timedelta(seconds=1)
+    request = await node.published()
+    before, logged = node.shown(request), len(node.driver.events("renewal failed"))
+    record = node.volume_dir(request) / "record.json"
+    text = record.read_bytes()
+    record.unlink()
+    (record / "full").mkdir(parents=True)  # a directory cannot be replaced by a file
+    node.script.renew_after = None
+    await until(lambda: node.driver.events("record not written"), "a record that is not written")
+    renewed = node.shown(request)
+    assert renewed.serial != before.serial
+    assert node.driver.events("record not written")[-1]["reason"] == "MountFailed"
+    assert len(node.driver.events("renewal failed")) == logged
+    assert await node.health(request) == []
+    (record / "full").rmdir()
+    record.rmdir()
+    record.write_bytes(text)
+    assert node.shown(request) == renewed
 
 
 async def test_volume_recovers_after_an_outage_of_the_authority(node: Node) -> None:
@@ -137,23 +164,7 @@ async def test_volume_recovers_after_an_outage_of_the_authority(node: Node) -> N
     await _recovered(node, request, before)
 
 
-async def test_renewal_that_is_not_allowed_recovers_when_the_policy_is_fixed(node: Node) -> None:
-    """The driver retries it too. Until then the pod keeps its files, and health shows the name and the reason."""
-    node.script.renew_after = SOON
-    request = await node.published(attributes={"name": "shop.example.com"})
-    before = node.shown(request)
-    node.script.failure = name_not_allowed("shop.example.com")
-    await until(lambda: node.script.calls > 2, "two failed renewals")
-    ((status, reason, message),) = await node.health(request)
-    assert (status, reason) == (DEGRADED, "NameNotAllowed")
-    assert "shop.example.com: no policy rule allows this name" in message
-    assert node.shown(request) == before
-    node.script.failure = node.script.renew_after = None
-    await _recovered(node, request, before)
-
-
 async def test_expired_certificate_stays_in_the_volume(node: Node) -> None:
-    """Health reports the expiry and the reason, and the driver continues to retry."""
     node.script.lifetime = timedelta(seconds=2)
     request = await node.published()
     before = node.shown(request)
@@ -169,7 +180,6 @@ async def test_expired_certificate_stays_in_the_volume(node: Node) -> None:
 
 
 async def test_expired_token_is_not_sent(node: Node) -> None:
-    """The republish that brings a new token starts the renewal immediately."""
     pod = FakePod()
     node.script.renew_after = timedelta(seconds=2.5)
     request = await node.published(pod, token=pod.token(exp=int(time.time()) + 2))
@@ -206,7 +216,6 @@ async def test_new_roots_reach_every_volume_without_new_certificates(node: Node)
 
 
 async def test_invalid_roots_change_nothing(node: Node) -> None:
-    """The driver applies the next valid roots."""
     await node.watched()
     request = await node.published()
     state = node.state(request)
@@ -255,21 +264,6 @@ async def test_volume_of_a_deleted_pod_is_removed_and_not_renewed(node: Node) ->
     assert node.script.calls == 1
 
 
-async def test_unpublished_volume_is_not_renewed(node: Node) -> None:
-    """A renewal in progress writes nothing."""
-    node.script.renew_after = timedelta(seconds=0.2)
-    request = await node.published()
-    node.script.delay_s = 0.3
-    await until(lambda: node.script.calls > 1, "a renewal in progress")
-    await node.unpublish(request)
-    node.assert_nothing_of(request)
-    calls = node.script.calls
-    other = await node.published()
-    await until(lambda: node.script.calls >= calls + 3, "renewals of the other volume")
-    node.assert_nothing_of(request)
-    assert node.shown(other).names
-
-
 @pytest_asyncio.fixture(loop_scope="module")
 async def hanging(node: Node) -> AsyncIterator[Request]:
     """Yield a volume whose renewal waits for the authority until the gate is set."""
@@ -286,14 +280,18 @@ async def test_republish_does_not_wait_for_a_renewal(node: Node, hanging: Reques
     assert node.shown(hanging).names
 
 
-async def test_unpublish_does_not_wait_for_a_renewal(node: Node, hanging: Request) -> None:
-    """The renewals of other volumes continue."""
-    node.script.gate = None
+async def test_unpublish_does_not_wait_for_a_renewal_which_then_writes_nothing(node: Node, hanging: Request) -> None:
+    gate, node.script.gate = node.script.gate, None
+    assert gate
     other = await node.published()
     first = node.shown(other)
     await node.unpublish(hanging)
     node.assert_nothing_of(hanging)
     await _renewed(node, other, first)
+    gate.set()
+    calls = node.script.calls
+    await until(lambda: node.script.calls >= calls + 3, "renewals of the other volume")
+    node.assert_nothing_of(hanging)
 
 
 async def test_unpublish_of_one_target_does_not_stop_the_renewal_of_another(node: Node, hanging: Request) -> None:
@@ -336,3 +334,40 @@ async def test_roots_that_change_during_a_request_are_not_lost(node: Node, hangi
     await _renewed(node, hanging, before)
     assert _has_root(node, hanging, root)
     await node.authority.trust(old)
+
+
+async def test_default_key_type_is_that_of_the_first_publish() -> None:
+    """A driver with another default keeps the key types of its volumes, and a pod can set its own."""
+    async with running_node(options=["--default-key-type=Ed25519"]) as node:
+        by_default, own = await node.published(), await node.published(attributes={"key-type": "EC-P384"})
+        before = node.shown(by_default)
+        assert [_key_type(node, request) for request in (by_default, own)] == ["Ed25519", "EC-P384"]
+        node.driver.options = ()
+        await make_due(node, by_default)
+        await node.driver.start()
+        await node.publish(by_default)
+        await until(lambda: node.shown(by_default).serial != before.serial, "a renewal")
+        assert _key_type(node, by_default) == "Ed25519"
+        assert _key_type(node, await node.published()) == "EC-P256"
+
+
+async def test_volume_without_a_record_keeps_the_default_key_type() -> None:
+    async with running_node(options=["--default-key-type=Ed25519"]) as node:
+        pod = FakePod()
+        request = await node.published(pod)
+        before = node.shown(request)
+        await node.driver.kill()
+        (node.volume_dir(request) / "record.json").unlink()
+        await node.driver.start()
+        await node.publish(node.kubelet.publish_request(pod))
+        await make_due(node, request)
+        await node.driver.start()
+        await node.publish(node.kubelet.publish_request(pod))
+        await _renewed(node, request, before)
+        assert _key_type(node, request) == "Ed25519"
+
+
+def _key_type(node: Node, request: Request) -> str:
+    kind = key_type_of(node.shown(request).chain[0].public_key())
+    assert kind is not None
+    return kind.value

@@ -15,7 +15,7 @@ import pytest_asyncio
 from csi_driver._proto.authority_pb2 import CONDITION_OVERDUE
 from csi_driver.core.certificates.keys import key_fingerprint
 from csi_driver.core.errors import CertmountError, Reason
-from tests.integration.node.world import Failure, Node, Request, failure_of, running_node
+from tests.integration.node.world import CallFailure, Node, Request, failure_of, running_node
 from tests.support.kubelet import FakePod
 from tests.support.scripted_authority import Response, response_of
 from tests.support.waiting import until
@@ -31,22 +31,17 @@ NOT_ALLOWED = CertmountError(Reason.NAME_NOT_ALLOWED, "shop.example.com: no poli
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def module_node() -> AsyncIterator[Node]:
     async with running_node() as node:
-        await node.authority.add_external_issuer("acme", shared=True)
-        await node.authority.add_external_issuer("slow", shared=False)
-        await until(
-            lambda: node.authority.acknowledged_generation("acme") and node.authority.acknowledged_generation("slow"),
-            "the issuers",
-        )
+        await node.add_issuer("acme", shared=True)
+        await node.add_issuer("slow", shared=False)
         yield node
 
 
 def _roots(node: Node, request: Request) -> set[str]:
-    """Return the CAs whose roots the pod trusts."""
     cas = {"internal": node.authority.ca, **node.authority.external_issuers}
     return {name for name, ca in cas.items() if ca.certificate in node.shown(request).roots}
 
 
-async def _pending(node: Node, request: Request) -> Failure:
+async def _pending(node: Node, request: Request) -> CallFailure:
     """Publish a volume whose order is pending. The kubelet then unpublishes it."""
     failure = await failure_of(node.publish(request))
     assert failure.reason == "IssuancePending"
@@ -56,12 +51,10 @@ async def _pending(node: Node, request: Request) -> Failure:
 
 
 async def _renewed(node: Node, requests: Sequence[Request], serial: int) -> None:
-    """Wait until no volume has the certificate with this serial number."""
     await until(lambda: all(node.shown(request).serial != serial for request in requests), "renewal", timeout_s=60)
 
 
 async def _requests(node: Node, more: int) -> None:
-    """Wait until the authority has received more requests."""
     calls = node.script.calls + more
     await until(lambda: node.script.calls >= calls, "more requests", timeout_s=20)
 
@@ -73,12 +66,10 @@ def shop() -> FakePod:
 
 
 def _again(pod: FakePod, number: int = 0) -> FakePod:
-    """Return another pod of the same service account."""
     return FakePod(pod.namespace, f"{pod.name}-{number}", pod.service_account)
 
 
 async def test_pods_that_start_together_share_one_order(node: Node, shop: FakePod) -> None:
-    """Each volume has its own files."""
     node.script.delay_s = 0.5
     requests = [node.request(_again(shop, number), EDGE) for number in range(20)]
     await asyncio.gather(*(node.publish(request) for request in requests))
@@ -90,7 +81,6 @@ async def test_pods_that_start_together_share_one_order(node: Node, shop: FakePo
 
 
 async def test_restarted_pod_uses_the_existing_certificate(node: Node, shop: FakePod) -> None:
-    """Ten pods start one after another, each after the removal of the previous one."""
     serials = set()
     for number in range(10):
         request = await node.published(_again(shop, number), EDGE)
@@ -122,7 +112,6 @@ async def test_each_volume_has_its_own_group(node: Node, shop: FakePod) -> None:
 async def test_different_request_gets_its_own_certificate(
     node: Node, shop: FakePod, namespace: str, service_account: str, attributes: dict[str, str]
 ) -> None:
-    """Another service account or namespace, or a different specification, needs a request with its own token."""
     shared = node.shown(await node.published(shop, EDGE))
     pod = FakePod(namespace or shop.namespace, f"{shop.name}-other", service_account or shop.service_account)
     shown = node.shown(await node.published(pod, {**EDGE, **attributes}))
@@ -131,18 +120,15 @@ async def test_different_request_gets_its_own_certificate(
     assert shown.serial != shared.serial
 
 
-async def test_other_service_account_does_not_get_the_shared_certificate(node: Node, shop: FakePod) -> None:
+async def test_hostile_pod_does_not_get_the_shared_certificate(node: Node, shop: FakePod) -> None:
+    """Neither another service account nor a pod without a token."""
     await node.published(shop, EDGE)
+    bare = node.request(_again(shop), EDGE, token=None)
+    assert (await failure_of(node.publish(bare))).reason == "TokenMissing"
     node.script.failure = NOT_ALLOWED
     hostile = node.request(FakePod(shop.namespace, "hostile", "hostile"), EDGE)
     assert (await failure_of(node.publish(hostile))).reason == "NameNotAllowed"
     node.assert_nothing_of(hostile)
-
-
-async def test_pod_without_a_token_does_not_get_the_shared_certificate(node: Node, shop: FakePod) -> None:
-    await node.published(shop, EDGE)
-    bare = node.request(_again(shop), EDGE, token=None)
-    assert (await failure_of(node.publish(bare))).reason == "TokenMissing"
 
 
 async def test_internal_certificates_are_not_shared(node: Node, shop: FakePod) -> None:
@@ -152,7 +138,6 @@ async def test_internal_certificates_are_not_shared(node: Node, shop: FakePod) -
 
 @pytest.mark.parametrize("attributes", [EDGE, ALONE])
 async def test_order_outlives_the_call_and_the_volume(node: Node, shop: FakePod, attributes: dict[str, str]) -> None:
-    """All retries send the same CSR, and the last one gets the certificate."""
     node.script.finished = False
     request = node.request(shop, attributes)
     for _ in range(3):
@@ -188,7 +173,6 @@ async def test_request_after_a_cancelled_call_uses_the_same_csr(node: Node, shop
 
 
 async def test_internal_ca_does_not_wait_for_a_slow_issuer(node: Node) -> None:
-    """Twenty pods wait for an external issuer."""
     node.script.external_gate = asyncio.Event()
     waiting = [node.request(FakePod(), ALONE) for _ in range(20)]
     calls = [asyncio.ensure_future(node.publish(request)) for request in waiting]
@@ -263,7 +247,6 @@ async def test_volumes_share_one_renewal(node: Node, shop: FakePod) -> None:
 
 @pytest.mark.parametrize("restarted", [False, True], ids=["in-memory", "after-restart"])
 async def test_early_renewal_suggested_by_the_ca(node: Node, shop: FakePod, restarted: bool) -> None:
-    """Only the volumes that share the certificate renew it, with one order."""
     node.script.renew_after = NEVER
     shared = [await node.published(_again(shop, number), EDGE) for number in range(2)]
     other = await node.published(_again(shop, 2), {"issuer": "acme", "name": "other.example.com"})
@@ -280,6 +263,24 @@ async def test_early_renewal_suggested_by_the_ca(node: Node, shop: FakePod, rest
     assert node.shown(other) == unaffected
     assert len(node.script.orders) == orders + 1
     node.authority.renew_now = ()
+    await node.authority.send_bundle()
+
+
+@pytest.mark.parametrize("revoked", [False, True])
+async def test_key_is_reused_unless_the_ca_wants_an_earlier_renewal(node: Node, shop: FakePod, revoked: bool) -> None:
+    """A CA that revokes certificates suggests an earlier renewal. Pods that share the certificate share the new key."""
+    node.script.renew_after = NEVER
+    attributes = EDGE | {"reuse-key": "true"}
+    shared = [await node.published(_again(shop, number), attributes) for number in range(2)]
+    before = node.shown(shared[0])
+    node.authority.renew_now = (key_fingerprint(before.leaf.public_key()),)  # type: ignore[arg-type]  # The driver's own key type.
+    node.authority.replace_keys = node.authority.renew_now if revoked else ()
+    await node.authority.send_bundle()
+    # The certificate in memory is not used either, if another certificate was issued for its key.
+    await _renewed(node, shared if revoked else shared[:1], before.serial)
+    assert (node.shown(shared[0]).key == before.key) != revoked
+    assert len({node.shown(request).key for request in shared}) == 1
+    node.authority.renew_now = node.authority.replace_keys = ()
     await node.authority.send_bundle()
 
 
@@ -303,7 +304,6 @@ async def test_restarted_driver_shares_the_certificate_of_a_volume(node: Node, s
 
 
 async def test_interim_certificate_is_replaced_in_place(node: Node, shop: FakePod) -> None:
-    """It has the same key. While it is valid, the driver does not replace it with another interim certificate."""
     node.script.finished, node.script.interim_renew_after = False, timedelta(seconds=1)
     request = await node.published(shop, EDGE)
     mounts = node.mounts(node.kubelet.root)
@@ -324,7 +324,6 @@ async def test_interim_certificate_is_replaced_in_place(node: Node, shop: FakePo
 
 
 async def test_restarted_driver_continues_a_pending_order(node: Node, shop: FakePod) -> None:
-    """It uses the key of the volume's interim certificate."""
     node.script.finished, node.script.interim_renew_after = False, timedelta(seconds=1)
     request = await node.published(shop, EDGE)
     before = node.shown(request)
@@ -352,7 +351,6 @@ async def test_new_roots_keep_the_roots_of_an_interim_certificate(node: Node, sh
 
 
 async def test_pending_renewal_is_reported_when_it_is_overdue(node: Node, shop: FakePod) -> None:
-    """The pod keeps its files and the retry delays grow. Until the renewal is overdue, the volume is healthy."""
     node.authority.reports.clear()
     node.script.renew_after, node.script.lifetime = timedelta(seconds=1), timedelta(seconds=20)
     request = await node.published(shop, EDGE)

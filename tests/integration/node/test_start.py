@@ -23,12 +23,8 @@ _SOME = {"--node-name": "node1", "--authority": "localhost:1", "--token": "/none
 
 
 async def _start(**options: str) -> tuple[int | None, str]:
-    """Start a driver that must exit. Return its exit status and output."""
-    given = (
-        _SOME
-        | {"--http": f"127.0.0.1:{free_port()}"}
-        | {f"--{name.replace('_', '-')}": text for name, text in options.items()}
-    )
+    named = {f"--{name.replace('_', '-')}": text for name, text in options.items()}
+    given = _SOME | {"--http": f"127.0.0.1:{free_port()}"} | named
     arguments = [f"{name}={text}" for name, text in given.items()]
     command = [sys.executable, "-m", "csi_driver.cli.main", "node", *arguments]
     pipe = asyncio.subprocess.PIPE
@@ -37,7 +33,7 @@ async def _start(**options: str) -> tuple[int | None, str]:
     return process.returncode, output.decode()
 
 
-async def _fails_to_start(*words: str, **options: str) -> None:
+async def _fails(*words: str, **options: str) -> None:
     status, output = await _start(**options)
     assert status not in (0, None)
     last = output.splitlines()[-1]
@@ -53,33 +49,27 @@ def _names(directory: Path) -> list[str]:
 
 @pytest.mark.parametrize("place", ["nowhere", "file", "relative"])
 async def test_wrong_kubelet_directory_is_rejected(tmp_path: Path, place: str) -> None:
-    """The error names the option and the fix. No directory is created."""
     (tmp_path / "file").touch()
     wrong = "relative/path" if place == "relative" else str(tmp_path / place)
-    await _fails_to_start(
-        "InvalidKubeletDirectory: --kubelet-dir", wrong, "the kubelet's --root-dir", kubelet_dir=wrong
-    )
+    await _fails("InvalidKubeletDirectory: --kubelet-dir", wrong, "the kubelet's --root-dir", kubelet_dir=wrong)
     assert _names(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:99999", "127.0.0.1:x"])
 async def test_invalid_http_address_is_rejected(tmp_path: Path, address: str) -> None:
-    """The error names the option."""
-    await _fails_to_start(f"'--http': '{address}' is not HOST:PORT", kubelet_dir=str(tmp_path), http=address)
+    await _fails(f"'--http': '{address}' is not HOST:PORT", kubelet_dir=str(tmp_path), http=address)
 
 
 async def test_busy_http_port_is_reported(tmp_path: Path) -> None:
-    """With the error of the system."""
     with socket.create_server(("127.0.0.1", 0)) as busy:
         address = f"127.0.0.1:{busy.getsockname()[1]}"
-        await _fails_to_start(f"--http {address}: Address already in use", kubelet_dir=str(tmp_path), http=address)
+        await _fails(f"--http {address}: Address already in use", kubelet_dir=str(tmp_path), http=address)
 
 
 async def test_too_long_socket_path_is_reported(tmp_path: Path) -> None:
-    """The kubelet directory can have a long path."""
     deep = tmp_path / ("d" * 100)
     deep.mkdir()
-    await _fails_to_start("cannot create the socket", "107 bytes", kubelet_dir=str(deep), mounts="directory")
+    await _fails("cannot create the socket", "107 bytes", kubelet_dir=str(deep), mounts="directory")
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -90,7 +80,6 @@ async def node() -> AsyncIterator[Node]:
 
 
 async def test_driver_waits_for_the_kubelets_directories(node: Node) -> None:
-    """It logs the reason once and registers when they exist."""
     registry, away = node.kubelet.root / "plugins_registry", node.kubelet.root / "away"
     registry.rename(away)
     await node.driver.start()

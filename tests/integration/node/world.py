@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,36 +20,19 @@ from csi_driver import DRIVER_NAME
 from csi_driver._proto import csi_pb2, csi_pb2_grpc
 from csi_driver.host import syscalls
 from csi_driver.host.mountinfo import MountEntry, read_mounts
-from csi_driver.rpc.errors import REASON_KEY
+from tests.support.call_failures import CallFailure, failure_of
 from tests.support.driver import Driver
 from tests.support.kubelet import FakePod, Kubelet, node_stub
 from tests.support.requirements import may_mount
-from tests.support.scripted_authority import Script, ScriptedAuthority
+from tests.support.scripted_authority import Script, ScriptedAuthority, TestCA
 from tests.support.waiting import until
 
-FILES = {"root.crt", "site.crt", "site.key", "site.pem"}
+__all__ = ["CallFailure", "failure_of"]
+FILES = {"generation.json", "root.crt", "site.crt", "site.key", "site.pem"}
 _MS_SHARED = 1 << 20
 
 Request = csi_pb2.NodePublishVolumeRequest
-
-
-@dataclass(frozen=True)
-class Failure:
-    """The status, the reason and the text of a failed call."""
-
-    code: grpc.StatusCode
-    reason: str
-    text: str
-
-
-async def failure_of(call: Awaitable[object]) -> Failure:
-    """Await a call that must fail."""
-    try:
-        await call
-    except grpc.aio.AioRpcError as error:
-        metadata = {str(key): str(value) for key, value in error.trailing_metadata() or ()}
-        return Failure(error.code(), metadata.get(REASON_KEY, ""), error.details() or "")
-    raise AssertionError("the call succeeded")
+Attributes = Mapping[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -63,7 +46,7 @@ class Shown:
 
     @classmethod
     def at(cls, directory: Path) -> Shown:
-        """Read a directory, which must contain exactly the four matching PEM files."""
+        """Read a directory, which must contain exactly the four matching PEM files and their summary."""
         assert {path.name for path in directory.iterdir() if not path.name.startswith("..")} == FILES
         generation = str((directory / "..data").readlink())
         content = {name: (directory / generation / name).read_bytes() for name in FILES}
@@ -84,7 +67,6 @@ class Shown:
 
     @property
     def names(self) -> list[str]:
-        """The subject alternative names."""
         extension = self.leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName)
         return [str(name.value) for name in extension.value]
 
@@ -119,9 +101,7 @@ class Node:
     def channel(self) -> grpc.aio.Channel:
         return self._channel
 
-    def request(
-        self, pod: FakePod | None = None, attributes: Mapping[str, str] | None = None, **options: Any
-    ) -> Request:
+    def request(self, pod: FakePod | None = None, attributes: Attributes = None, **options: Any) -> Request:
         """Return a publish call for a pod (by default a new one). The volume is removed after the test."""
         request = self.kubelet.publish_request(pod or FakePod(), attributes, **options)
         self._requests.append(request)
@@ -130,10 +110,7 @@ class Node:
     async def publish(self, request: Request, timeout: float = 20.0) -> None:  # noqa: ASYNC109  # the deadline of the call
         await self.stub.NodePublishVolume(request, timeout=timeout, wait_for_ready=True)
 
-    async def published(
-        self, pod: FakePod | None = None, attributes: Mapping[str, str] | None = None, **options: Any
-    ) -> Request:
-        """Publish a volume and return the request."""
+    async def published(self, pod: FakePod | None = None, attributes: Attributes = None, **options: Any) -> Request:
         request = self.request(pod, attributes, **options)
         await self.publish(request)
         return request
@@ -144,15 +121,12 @@ class Node:
 
     async def health(self, request: Request) -> list[tuple[int, str, str]]:
         """Return the status, reason and message of each health entry."""
-        question = csi_pb2.NodeGetVolumeHealthRequest(
-            volume_id=request.volume_id, volume_publish_path=request.target_path
-        )
-        answer = await self.stub.NodeGetVolumeHealth(question, timeout=20.0, wait_for_ready=True)
+        query = csi_pb2.NodeGetVolumeHealthRequest(volume_id=request.volume_id, volume_publish_path=request.target_path)
+        answer = await self.stub.NodeGetVolumeHealth(query, timeout=20.0, wait_for_ready=True)
         assert answer.volume_health.volume_id == request.volume_id
         return [(entry.status, entry.reason, entry.message) for entry in answer.volume_health.health_statuses]
 
     def unmount(self, request: Request) -> None:
-        """Unmount the target without the driver; needs root."""
         self.unmount_path(request.target_path)
 
     @staticmethod
@@ -160,7 +134,6 @@ class Node:
         syscalls.unmount(path, syscalls.MNT_DETACH)
 
     def forget_pod(self, request: Request) -> None:
-        """Remove the pod's mount and directory without an unpublish call."""
         if self.real_mounts:
             self.unmount(request)
         shutil.rmtree(self.pod_dir(request))
@@ -170,17 +143,24 @@ class Node:
         """Wait until the driver follows the trust stream. After an outage, its retry can take 30 s."""
         await until(lambda: self.authority.watchers, "the driver follows the roots", timeout_s=60.0)
 
+    async def add_issuer(self, name: str, *, shared: bool) -> TestCA:
+        """Add an external issuer at the authority, and wait until the driver knows it."""
+        await self.watched()
+        ca = await self.authority.add_external_issuer(name, shared=shared)
+        generation = self.authority.sets[name].generation
+        await until(
+            lambda: self.authority.acknowledged_generation(name) >= generation, f"the driver knows {name}", 60.0
+        )
+        return ca
+
     async def restart(self) -> None:
-        """Kill the driver and start a new process."""
         await self.driver.kill()
         await self.driver.start()
 
     def target(self, request: Request, *name: str) -> Path:
-        """Return the target path, or a file in it."""
         return Path(request.target_path, *name)
 
     def shown(self, request: Request) -> Shown:
-        """Return what the pod sees."""
         return Shown.at(self.target(request))
 
     def pod_dir(self, request: Request) -> Path:
@@ -212,21 +192,19 @@ class Node:
         return [mount for mount in found if mount.point != root]
 
     def assert_nothing_of(self, request: Request) -> None:
-        """Check that there is no mount, directory or record of the volume."""
         assert not os.path.lexists(request.target_path), "the target exists"
         assert not self.volume_dir(request).exists(), "the volume directory exists"
         assert self.mounts(self.pod_dir(request)) == []
         assert self.mounts(self.volume_dir(request)) == []
 
     def metric(self, name: str, **labels: str) -> float:
-        """Return a sample of /metrics, or 0 if it does not exist."""
+        """Return a sample of /metrics, or 0 if it does not exist. The driver sends a page again for some time, so poll it."""
         status, page = self.driver.get("/metrics")
         assert status == 200
         sample = name + ("{" + ",".join(f'{key}="{value}"' for key, value in labels.items()) + "}" if labels else "")
         return sum(float(line.rpartition(" ")[2]) for line in page.splitlines() if line.rpartition(" ")[0] == sample)
 
     async def reset(self) -> None:
-        """Restore a working authority and a running driver."""
         self.authority.script = Script()
         if not self.authority.serving:
             await self.authority.start()
@@ -234,7 +212,6 @@ class Node:
             await self.driver.start()
 
     async def clear(self) -> None:
-        """Unpublish all volumes of the test and check that nothing is left."""
         await self.reset()
         for request in self._requests:
             await self.unpublish(request)
@@ -246,6 +223,13 @@ class Node:
 
     async def close(self) -> None:
         await self._channel.close()
+
+
+async def make_due(node: Node, request: Request) -> None:
+    """Kill the driver, and make the renewal due at its next start."""
+    await node.driver.kill()
+    record = node.record(request)
+    (node.volume_dir(request) / "record.json").write_text(json.dumps(record | {"renew_at": record["issued_at"]}))
 
 
 @contextmanager
@@ -270,14 +254,14 @@ def kubelet_root() -> Iterator[Path]:
 
 
 @asynccontextmanager
-async def running_node(within: Sequence[str] = ()) -> AsyncIterator[Node]:
-    """Start a node with its driver."""
+async def running_node(within: Sequence[str] = (), options: Sequence[str] = ()) -> AsyncIterator[Node]:
     with kubelet_root() as root:
         directory = root.parent
         kubelet = Kubelet(root)
         async with ScriptedAuthority(directory) as authority:
             log, address = directory / "driver.log", authority.address
-            driver = Driver(kubelet, address, authority.root_file, authority.token_file, log, within=within)
+            files = authority.root_file, authority.token_file
+            driver = Driver(kubelet, address, *files, log, within=within, options=options)
             async with driver:
                 node = Node(directory, kubelet, authority, driver)
                 try:

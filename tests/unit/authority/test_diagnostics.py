@@ -28,12 +28,6 @@ from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 from tests.support.tokens import TokenIssuer
 
 
-def write(folder: Path, content: str | None) -> Path:
-    if content is not None:
-        (folder / "file.yaml").write_text(content)
-    return folder / "file.yaml"
-
-
 async def run(check: DiagnosticCheck) -> Finding:
     (finding,) = await run_checks([check])
     return finding
@@ -61,54 +55,52 @@ async def test_unexpected_exception_is_not_a_finding() -> None:
         await run(DiagnosticCheck("x", raise_defect))
 
 
+EMPTY_POLICY = "0 rules and the built-in rule, revision e3b0c44298fc1c14"
+ONE_RULE = "policy: [{match: {namespaces: [a], serviceAccounts: [b]}, allow: {}}]"
+
+
 @pytest.mark.parametrize(
-    "content,ok,words",
+    "kind,content,ok,words",
     [
-        ("", True, "0 rules and the built-in rule, revision e3b0c44298fc1c14"),
-        ("policy: [{match: {namespaces: [a], serviceAccounts: [b]}, allow: {}}]", True, "1 rule and the built-in rule"),
-        ("policy: [1]\n", False, "InvalidPolicy: "),
-        (None, False, "cannot be read: No such file or directory"),
+        ("policy", "", True, EMPTY_POLICY),
+        ("policy", ONE_RULE, True, "1 rule and the built-in rule"),
+        ("policy", "policy: [1]\n", False, "InvalidPolicy: "),
+        ("policy", None, False, "cannot be read: No such file or directory"),
+        ("issuers", "issuers: []\n", True, "only the internal CA"),
+        ("issuers", "issuers: [{}]\n", False, "InvalidIssuers: "),
+        ("issuers", None, False, "cannot be read: No such file or directory; see --issuers"),
     ],
 )
-async def test_policy_check(
-    content: str | None, ok: bool, words: str, tmp_path: Path, metrics: AuthorityMetrics
+async def test_files_are_checked(
+    kind: str, content: str | None, ok: bool, words: str, tmp_path: Path, metrics: AuthorityMetrics
 ) -> None:
-    policy = PolicyFile(write(tmp_path, content), metrics, trust_domain="cluster.local", cluster_domain="cluster.local")
-    finding = await run(policy_check(policy))
-    assert (finding.ok, words in finding.text) == (ok, True)
-
-
-@pytest.mark.parametrize(
-    "content,ok,words",
-    [
-        ("issuers: []\n", True, "only the internal CA"),
-        ("issuers: [{}]\n", False, "InvalidIssuers: "),
-        (None, False, "cannot be read: No such file or directory; see --issuers"),
-    ],
-)
-async def test_issuers_check(content: str | None, ok: bool, words: str, tmp_path: Path) -> None:
-    finding = await run(issuers_check(write(tmp_path, content)))
+    file = tmp_path / "file.yaml"
+    if content is not None:
+        file.write_text(content)
+    policy = PolicyFile(file, metrics, trust_domain="cluster.local", cluster_domain="cluster.local")
+    finding = await run(policy_check(policy) if kind == "policy" else issuers_check(file))
     assert (finding.ok, words in finding.text) == (ok, True)
 
 
 async def test_ca_check_verifies_the_ca_without_changes(tmp_path: Path, metrics: AuthorityMetrics) -> None:
-    source = StoredCA(DirectoryStore(tmp_path))
-    finding = await run(ca_check(source))
-    assert (finding.ok, "contains no CA yet" in finding.text) == (True, True)
-    assert not (tmp_path / "ca.json").exists()
-    await CertificateAuthority(source, metrics).refresh()
-    before = (tmp_path / "ca.json").read_bytes()
-    finding = await run(ca_check(source))
-    assert (finding.ok, "its intermediate expires on" in finding.text) == (True, True)
-    assert (tmp_path / "ca.json").read_bytes() == before
+    source, file = StoredCA(DirectoryStore(tmp_path)), tmp_path / "ca.json"
 
-
-async def test_ca_check_reports_invalid_content(tmp_path: Path, metrics: AuthorityMetrics) -> None:
-    (tmp_path / "ca.json").write_text("{")
-    (tmp_path / "ca.json").chmod(0o600)
-    for source in (StoredCA(DirectoryStore(tmp_path)), CAFiles(tmp_path, metrics)):
+    async def check(words: str, *, ok: bool = True) -> None:
+        before = file.exists() and file.read_bytes()
         finding = await run(ca_check(source))
-        assert (finding.ok, "InvalidCA: " in finding.text) == (False, True)
+        assert (finding.ok, words in finding.text) == (ok, True)
+        assert before == (file.exists() and file.read_bytes())
+
+    await check("contains no CA yet")
+    await CertificateAuthority(source, metrics).refresh()
+    await check("its intermediate expires on")
+    file.write_text("{")
+    await check("InvalidCA: ", ok=False)
+
+
+async def test_ca_check_reports_invalid_files(tmp_path: Path, metrics: AuthorityMetrics) -> None:
+    finding = await run(ca_check(CAFiles(tmp_path, metrics)))
+    assert (finding.ok, "InvalidCA: " in finding.text) == (False, True)
 
 
 async def test_token_keys_check(issuer: TokenIssuer) -> None:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from csi_driver.authority.retry import retry, run_periodically
 from csi_driver.core.backoff import Backoff
 from csi_driver.core.errors import CertmountError, Reason
-from tests.support.waiting import until
+from tests.support.waiting import in_background, until
 
 
 class Operation:
     """Fails with each of the reasons in turn, then succeeds."""
 
+    calls = 0
+
     def __init__(self, *reasons: Reason) -> None:
         self.reasons = list(reasons)
-        self.calls = 0
 
     async def __call__(self) -> str:
         self.calls += 1
@@ -43,7 +42,6 @@ async def test_retry_raises_a_failure_that_is_not_retryable() -> None:
 async def test_periodic_operation_continues_after_a_failure() -> None:
     failures: list[CertmountError] = []
     operation = Operation(Reason.INVALID_POLICY)
-    task = asyncio.create_task(run_periodically(0.001, operation, failures.append))
-    await until(lambda: operation.calls >= 3, "three runs")
-    task.cancel()
+    async with in_background(run_periodically(0.001, operation, failures.append)):
+        await until(lambda: operation.calls >= 3, "three runs")
     assert [error.reason for error in failures] == [Reason.INVALID_POLICY]

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -32,6 +33,11 @@ def ca_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def store(ca_file: Path) -> DirectoryStore:
     return DirectoryStore(ca_file.parent)
+
+
+async def rejected(store: DirectoryStore, words: str) -> None:
+    with pytest.raises(CertmountError, match=words):
+        await store.load()
 
 
 async def test_missing_directory_is_an_empty_store_until_values_are_saved(store: DirectoryStore, ca_file: Path) -> None:
@@ -88,8 +94,7 @@ async def test_file_that_other_users_can_read_is_rejected(store: DirectoryStore,
     """They can already have the keys."""
     await store.save(VALUES, await store.load())
     ca_file.chmod(0o640)
-    with pytest.raises(CertmountError, match="is accessible to users other than its owner"):
-        await store.load()
+    await rejected(store, "is accessible to users other than its owner")
 
 
 async def test_symbolic_link_is_rejected(store: DirectoryStore, ca_file: Path, tmp_path: Path) -> None:
@@ -99,21 +104,18 @@ async def test_symbolic_link_is_rejected(store: DirectoryStore, ca_file: Path, t
     elsewhere.chmod(0o600)
     ca_file.parent.mkdir()
     ca_file.symlink_to(elsewhere)
-    with pytest.raises(CertmountError, match="cannot be read"):
-        await store.load()
+    await rejected(store, "cannot be read")
 
 
 async def test_huge_file_is_rejected(store: DirectoryStore) -> None:
     await store.save({"root.crt": Secret(b"x" * (1024 * 1024))}, await store.load())
-    with pytest.raises(CertmountError, match="is longer than"):
-        await store.load()
+    await rejected(store, "is longer than")
 
 
 async def test_file_in_place_of_the_directory_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
     store = DirectoryStore(tmp_path / "file")
-    with pytest.raises(CertmountError, match="cannot be"):
-        await store.load()
+    (tmp_path / "file").write_text("")
+    await rejected(store, "cannot be")
     with pytest.raises(CertmountError, match="cannot be written"):
         await store.save(VALUES, StoredSecrets({}, ""))
 
@@ -132,27 +134,18 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert file.read_bytes() == b"old"
 
 
-def start_replica(directory: Path) -> str:
-
-    async def start() -> str:
-        ca = CertificateAuthority(StoredCA(DirectoryStore(directory)), AuthorityMetrics(CollectorRegistry()))
-        keyring = await ca.refresh()
-        return f"{keyring.root.serial_number} {keyring.intermediate.certificate.serial_number}"
-
-    return asyncio.run(start())
-
-
-def _replica_process(directory: str, barrier: object, results: object) -> None:
-    barrier.wait()  # type: ignore[attr-defined]  # multiprocessing has no public type for it
-    results.put(start_replica(Path(directory)))  # type: ignore[attr-defined]  # likewise
+def _start_replica(directory: str, barrier: Any, results: Any) -> None:
+    barrier.wait()
+    ca = CertificateAuthority(StoredCA(DirectoryStore(Path(directory))), AuthorityMetrics(CollectorRegistry()))
+    keyring = asyncio.run(ca.refresh())
+    results.put(f"{keyring.root.serial_number} {keyring.intermediate.certificate.serial_number}")
 
 
 def test_processes_that_start_at_once_use_the_same_ca(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(4), context.Queue()
-    processes = [
-        context.Process(target=_replica_process, args=(str(tmp_path / "ca"), barrier, results)) for _ in range(4)
-    ]
+    arguments = (str(tmp_path / "ca"), barrier, results)
+    processes = [context.Process(target=_start_replica, args=arguments) for _ in range(4)]
     for process in processes:
         process.start()
     try:

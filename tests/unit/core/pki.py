@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, rsa, x25519
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
@@ -22,22 +23,32 @@ from tests.unit.core.policy.reference import kind_of
 NOW = datetime(2026, 11, 22, 10, 0, 0, tzinfo=UTC)
 HOUR = timedelta(hours=1)
 SPIFFE = "spiffe://cluster.local/ns/web/sa/edge"
-CA_USAGE = x509.KeyUsage(
-    digital_signature=False,
-    content_commitment=False,
-    key_encipherment=False,
-    data_encipherment=False,
-    key_agreement=False,
-    key_cert_sign=True,
-    crl_sign=True,
-    encipher_only=False,
-    decipher_only=False,
-)
+KEY_USAGES = """
+digital_signature content_commitment key_encipherment data_encipherment key_agreement
+key_cert_sign crl_sign encipher_only decipher_only
+"""
 
 
+def key_usage(*set_usages: str) -> x509.KeyUsage:
+    return x509.KeyUsage(**{usage: usage in set_usages for usage in KEY_USAGES.split()})
+
+
+CA_USAGE = key_usage("key_cert_sign", "crl_sign")
 LARGEST_DNS = [f"{number:03}.{'.'.join(['a' * 63] * 3)}.{'b' * 57}" for number in range(84)]
 LARGEST_URIS = [f"https://example.com/{number:03}{'a' * 2020}" for number in range(16)]
 """The longest names and the largest number of them that the attributes allow."""
+
+
+OTHER_KEYS: dict[str, Callable[[], Any]] = {
+    "secp256k1": lambda: ec.generate_private_key(ec.SECP256K1()),
+    "brainpool": lambda: ec.generate_private_key(ec.BrainpoolP256R1()),
+    "RSA-1024": lambda: rsa.generate_private_key(65537, 1024),  # noqa: S505  # weak on purpose
+    "RSA-2048 with e=3": lambda: rsa.generate_private_key(3, 2048),
+    "DSA": lambda: dsa.generate_private_key(2048),
+    "Ed448": ed448.Ed448PrivateKey.generate,
+    "X25519": x25519.X25519PrivateKey.generate,
+}
+"""Keys that certmount does not support."""
 
 
 @functools.cache
@@ -48,7 +59,6 @@ def key_of(kind: KeyType, number: int = 0) -> PrivateKey:
 
 
 def names(*texts: str) -> Names:
-    """Return names of the types that the texts have."""
     return Names.of(
         [DNSName.parse(text) for text in texts if kind_of(text) == "dns"],
         [URI.parse(text) for text in texts if kind_of(text) == "uris"],

@@ -23,19 +23,10 @@ MIDDLE = pki.authority("middle", ROOT, key=key_of(KeyType.EC_P256, 3))
 LOWER = pki.authority("lower", MIDDLE, key=key_of(KeyType.EC_P256, 4))
 STRANGER = pki.authority("root", key=key_of(KeyType.EC_P256, 5))
 IMPOSTOR = pki.authority("middle", STRANGER, key=key_of(KeyType.EC_P256, 6))
+REQUESTED = pki.names("www.example.com")
 NAMES = pki.names("www.example.com", SPIFFE)
 ADDRESSES = ("10.0.0.1", "fd00::1", "Shop@example.com")
-NO_CERT_SIGN = x509.KeyUsage(
-    digital_signature=True,
-    content_commitment=False,
-    key_encipherment=False,
-    data_encipherment=False,
-    key_agreement=False,
-    key_cert_sign=False,
-    crl_sign=False,
-    encipher_only=False,
-    decipher_only=False,
-)
+NO_CERT_SIGN = pki.key_usage("digital_signature")
 UNKNOWN = x509.UnrecognizedExtension(ObjectIdentifier("1.3.6.1.4.1.99999.1"), b"\x05\x00")
 # A type of name that cryptography cannot parse: x400Address ([3], RFC 5280 section 4.2.1.6).
 X400 = x509.UnrecognizedExtension(ObjectIdentifier("2.5.29.17"), b"\x30\x02\xa3\x00")
@@ -47,13 +38,12 @@ class Response:
 
     chain: Sequence[bytes]
     roots: Sequence[bytes] = tuple(der(ROOT.certificate))
-    requested: Names = pki.names("www.example.com")
+    requested: Names = REQUESTED
     now: datetime = NOW
 
     def check(self) -> VerifiedCertificate:
-        return verify_certificate(
-            self.chain, self.roots, ExpectedCertificate(KEY.public_key(), self.requested, "web", "edge"), self.now
-        )
+        expected = ExpectedCertificate(KEY.public_key(), self.requested, "web", "edge")
+        return verify_certificate(self.chain, self.roots, expected, self.now)
 
 
 def leaf(
@@ -72,52 +62,39 @@ def under(*signers: Signer) -> list[bytes]:
 
 
 def middle(*extensions: x509.ExtensionType, **changes: int | bool | Validity | None) -> Signer:
-    """Return an intermediate that differs from MIDDLE."""
     return pki.authority("middle", ROOT, key=MIDDLE.key, extensions=extensions or (CA_USAGE,), **changes)  # type: ignore[arg-type]  # each by its name
 
 
 @functools.cache
 def root_above(path_length: int) -> Signer:
-    """Return ROOT with a path length."""
     return pki.authority("root", key=ROOT.key, path_length=path_length)
 
 
+def sent(certificate: x509.Certificate, requested: Names = REQUESTED) -> Response:
+    """Return a response with this leaf of MIDDLE."""
+    return Response(der(certificate, MIDDLE.certificate), requested=requested)
+
+
+EXPIRED_ROOT = pki.authority("root", key=ROOT.key, validity=Validity(end=-SECOND)).certificate
+SERVICES = pki.names(SPIFFE, "shop.web.svc", "shop.web.svc.cluster.local")
 GOOD = {
-    "leaf under an intermediate": lambda: Response(under(MIDDLE)),
-    "leaf under the root": lambda: Response(der(leaf(ROOT))),
-    "leaf with CA flag false": lambda: Response(
-        der(leaf(extensions=[x509.BasicConstraints(ca=False, path_length=None)]), MIDDLE.certificate)
-    ),
-    "two intermediates": lambda: Response(under(LOWER, MIDDLE)),
-    "chain includes the root": lambda: Response(under(MIDDLE, ROOT)),
-    "one of several roots": lambda: Response(under(MIDDLE), der(STRANGER.certificate, ROOT.certificate)),
-    "roots of many federations": lambda: Response(
-        under(MIDDLE), [*der(STRANGER.certificate) * 99, *der(ROOT.certificate)]
-    ),
-    "requested addresses": lambda: Response(
-        der(leaf(names=pki.names(SPIFFE, *ADDRESSES)), MIDDLE.certificate), requested=pki.names(*ADDRESSES)
-    ),
-    "names of Services for a request without names": lambda: Response(
-        der(leaf(names=pki.names(SPIFFE, "shop.web.svc", "shop.web.svc.cluster.local")), MIDDLE.certificate),
-        requested=Names(),
-    ),
-    "expired root and a valid one": lambda: Response(
-        under(MIDDLE),
-        der(pki.authority("root", key=ROOT.key, validity=Validity(end=-SECOND)).certificate, ROOT.certificate),
-    ),
-    "sufficient path length": lambda: Response(under(middle(path_length=0))),
-    "sufficient path length of the root": lambda: Response(under(MIDDLE), der(root_above(1).certificate)),
-    "sufficient path length, chain includes the root": lambda: Response(
-        under(MIDDLE, root_above(1)), der(root_above(1).certificate)
-    ),
-    "unknown extension that is not critical": lambda: Response(
-        der(pki.leaf(MIDDLE, KEY, NAMES, extensions=[UNKNOWN], critical=False), MIDDLE.certificate)
-    ),
-    "only the SPIFFE ID": lambda: Response(der(leaf(names=pki.names(SPIFFE)), MIDDLE.certificate), requested=Names()),
-    "requested SPIFFE ID": lambda: Response(der(leaf(), MIDDLE.certificate), requested=NAMES),
-    "another trust domain": lambda: Response(
-        der(leaf(names=pki.names("spiffe://other.example/ns/web/sa/edge")), MIDDLE.certificate), requested=Names()
-    ),
-    "first valid second": lambda: Response(under(MIDDLE), now=NOW - HOUR),
-    "last valid second": lambda: Response(under(MIDDLE), now=NOW + HOUR - SECOND),
+    "leaf under an intermediate": Response(under(MIDDLE)),
+    "leaf under the root": Response(der(leaf(ROOT))),
+    "leaf with CA flag false": sent(leaf(extensions=[x509.BasicConstraints(ca=False, path_length=None)])),
+    "two intermediates": Response(under(LOWER, MIDDLE)),
+    "chain includes the root": Response(under(MIDDLE, ROOT)),
+    "one of several roots": Response(under(MIDDLE), der(STRANGER.certificate, ROOT.certificate)),
+    "roots of many federations": Response(under(MIDDLE), der(*[STRANGER.certificate] * 99, ROOT.certificate)),
+    "requested addresses": sent(leaf(names=pki.names(SPIFFE, *ADDRESSES)), pki.names(*ADDRESSES)),
+    "names of Services for a request without names": sent(leaf(names=SERVICES), Names()),
+    "expired root and a valid one": Response(under(MIDDLE), der(EXPIRED_ROOT, ROOT.certificate)),
+    "sufficient path length": Response(under(middle(path_length=0))),
+    "sufficient path length of the root": Response(under(MIDDLE), der(root_above(1).certificate)),
+    "sufficient path length, chain with root": Response(under(MIDDLE, root_above(1)), der(root_above(1).certificate)),
+    "unknown extension that is not critical": sent(pki.leaf(MIDDLE, KEY, NAMES, extensions=[UNKNOWN], critical=False)),
+    "only the SPIFFE ID": sent(leaf(names=pki.names(SPIFFE)), Names()),
+    "requested SPIFFE ID": sent(leaf(), NAMES),
+    "another trust domain": sent(leaf(names=pki.names("spiffe://other.example/ns/web/sa/edge")), Names()),
+    "first valid second": Response(under(MIDDLE), now=NOW - HOUR),
+    "last valid second": Response(under(MIDDLE), now=NOW + HOUR - SECOND),
 }

@@ -16,12 +16,9 @@ wildcard_names = st.builds("*.{}.{}".format, labels, host_names)
 dns_texts = st.one_of(host_names, wildcard_names)
 
 segments = st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,15}", fullmatch=True)
-spiffe_texts = st.builds(
-    lambda domain, path: "/".join([f"spiffe://{domain}", *path]), host_names, st.lists(segments, max_size=4)
-)
-https_texts = st.builds(
-    lambda host, path: "/".join([f"https://{host}", *path]), host_names, st.lists(segments, max_size=4)
-)
+paths = st.lists(segments, max_size=4)
+spiffe_texts = st.builds(lambda domain, path: "/".join([f"spiffe://{domain}", *path]), host_names, paths)
+https_texts = st.builds(lambda host, path: "/".join([f"https://{host}", *path]), host_names, paths)
 uri_texts = st.one_of(spiffe_texts, https_texts)
 
 ip_texts = st.ip_addresses().map(str).filter(lambda text: not text.startswith("::ffff:"))
@@ -31,49 +28,16 @@ words = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,12}[a-z0-9])?", fullmatch=True)
 
 duration_texts = st.builds("{}{}".format, st.integers(1, 5000), st.sampled_from(["s", "m", "h"]))
 
+HOSTILE = f"""
+* *. . .. *.com *.*.example.com a*.example.com bücher.example xn--bcher-kva.example example.com. -a.example a..b
+{"a" * 64}.example 10.0.0.1 ::1 010.0.0.1 ::ffff:10.0.0.1 fe80::1%eth0 -5m 0s 0 1e9h inf ٣h 99999999999
+spiffe://a/../b https://user@host/ https://host:1/ https://host/?q http://[::1]/ a@b@c.example a@*.example.com a%b@c.example
+"""
 hostile_texts = st.one_of(
     st.text(max_size=40),
     st.text(alphabet="\x00\x01\t\n\r\x1b\x7f\x85\u2028\u202e\ufeff\ud800*.,-{}/\\'\" %", max_size=20),
-    st.sampled_from(
-        [
-            "*",
-            "*.",
-            ".",
-            "..",
-            "*.com",
-            "*.*.example.com",
-            "a*.example.com",
-            "bücher.example",
-            "xn--bcher-kva.example",
-            "example.com.",
-            "10.0.0.1",
-            "::1",
-            "a" * 64 + ".example",
-            "-a.example",
-            "a..b",
-            "-5m",
-            "0s",
-            "0",
-            "1e9h",
-            "inf",
-            "٣h",
-            "99999999999",
-            "spiffe://a/../b",
-            "https://user@host/",
-            "https://host:1/",
-            "https://host/?q",
-            "http://[::1]/",
-            "010.0.0.1",
-            "::ffff:10.0.0.1",
-            "fe80::1%eth0",
-            "a@b@c.example",
-            '"a b"@c.example',
-            "a@*.example.com",
-            "a%b@c.example",
-            "x" * 40_000,
-            ",".join(f"n{number}.example" for number in range(1000)),
-        ]
-    ),
+    st.sampled_from([*HOSTILE.split(), '"a b"@c.example', "x" * 40_000]),
+    st.just(",".join(f"n{number}.example" for number in range(1000))),
 )
 
 

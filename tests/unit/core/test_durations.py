@@ -1,4 +1,4 @@
-"""Durations in Go's syntax."""
+"""Durations in Go's syntax, and differences of clocks in words."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from csi_driver.core.clocks import describe_skew
 from csi_driver.core.durations import format_duration, parse_duration
 from tests.unit.core.outcomes import outcome
 from tests.unit.core.strategies import hostile_texts
@@ -27,14 +28,11 @@ STRICTER = {
     "2562047h47m16s",
 }  # fmt: skip
 
-whole_milliseconds = st.integers(0, HUNDRED_YEARS // timedelta(milliseconds=1)).map(
-    lambda number: timedelta(milliseconds=number)
-)
+milliseconds = st.integers(0, HUNDRED_YEARS // timedelta(milliseconds=1)).map(lambda ms: timedelta(milliseconds=ms))
 
 
 @pytest.mark.parametrize("text", [pytest.param(text, id=repr(text)) for text in GO])
 def test_duration_has_the_same_value_as_in_go(text: str) -> None:
-    """time.ParseDuration."""
     nanoseconds = GO[text]
     if nanoseconds is None or text in STRICTER:
         with pytest.raises(ValueError, match=r"^is "):
@@ -47,7 +45,7 @@ def test_table_contains_all_stricter_rules() -> None:
     assert {text for text in STRICTER if GO[text] is not None} == STRICTER
 
 
-@given(whole_milliseconds)
+@given(milliseconds)
 def test_formatted_duration_parses_to_the_same_value(duration: timedelta) -> None:
     assert parse_duration(format_duration(duration)) == duration
 
@@ -57,20 +55,15 @@ def test_format_rounds_to_milliseconds(duration: timedelta) -> None:
     assert abs(parse_duration(format_duration(duration)) - duration) <= timedelta(microseconds=500)
 
 
-@given(whole_milliseconds.filter(bool))
+@given(milliseconds.filter(bool))
 def test_format_writes_the_sign(duration: timedelta) -> None:
     assert format_duration(-duration) == "-" + format_duration(duration)
 
 
 @given(st.lists(st.tuples(st.integers(0, 9999), st.sampled_from(["h", "m", "s", "ms"])), min_size=1, max_size=5))
 def test_parts_are_added(parts: list[tuple[int, str]]) -> None:
-    unit = {
-        "h": timedelta(hours=1),
-        "m": timedelta(minutes=1),
-        "s": timedelta(seconds=1),
-        "ms": timedelta(milliseconds=1),
-    }
-    total = sum((number * unit[name] for number, name in parts), timedelta())
+    unit = {"h": 3_600_000, "m": 60_000, "s": 1000, "ms": 1}
+    total = timedelta(milliseconds=sum(number * unit[name] for number, name in parts))
     assert parse_duration("".join(f"{number}{name}" for number, name in parts)) == total
 
 
@@ -83,7 +76,24 @@ def test_any_text_is_a_duration_or_a_value_error(text: str) -> None:
         assert timedelta() <= result <= HUNDRED_YEARS
 
 
+def test_duration_has_at_most_64_characters() -> None:
+    """Otherwise a text of 32 KiB with one part in two characters blocks the driver for 0.1 s."""
+    assert parse_duration("1s" * 32) == timedelta(seconds=32)
+    with pytest.raises(ValueError, match="is 66 characters long; a duration has at most 64"):
+        parse_duration("1s" * 33)
+
+
 @pytest.mark.parametrize("text", ["-5m", "-0s", "-"])
 def test_negative_duration_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="negative"):
         parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    "seconds, words",
+    [(21, "21 s"), (90, "90 s"), (-90.4, "90 s"), (120, "2 min"), (3600, "60 min"), (7200, "2 h"), (-86_400, "24 h"), (2_600_000, "30 days")],
+)  # fmt: skip
+def test_difference_is_described_in_units_for_people(seconds: float, words: str) -> None:
+    assert describe_skew("a", "b", seconds) == f"the clocks of a and b differ by about {words}; synchronize them"
+    bound = describe_skew("a", "b", seconds, at_least=True)
+    assert bound == f"the clocks of a and b differ by about {words} or more; synchronize them"

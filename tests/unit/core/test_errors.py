@@ -36,10 +36,18 @@ def test_error_with_one_fault() -> None:
     assert str(error) == "InvalidAttributes: duration: is zero"
 
 
+def test_characters_that_control_a_terminal_are_escaped() -> None:
+    """Servers and users choose parts of the text."""
+    hostile = "a\nb\x1b[31m\u202e\ud800 100% \\"
+    shown = "a\\nb\\x1b[31m\\u202e\\ud800 100% \\"
+    assert str(CertmountError(Reason.INTERNAL, hostile)) == f"InternalError: {shown}"
+    assert str(Fault(hostile, hostile, hostile)) == f"{shown}: {shown}; {shown}"
+    assert str(CertmountError(Reason.INTERNAL, "bücher %s")) == "InternalError: bücher %s"
+
+
 def test_several_faults_are_numbered() -> None:
-    error = CertmountError(
-        Reason.NAME_NOT_ALLOWED, Fault("a.example", "no rule"), Fault("b.example", "no rule", "ask"), "more"
-    )
+    faults = Fault("a.example", "no rule"), Fault("b.example", "no rule", "ask"), "more"
+    error = CertmountError(Reason.NAME_NOT_ALLOWED, *faults)
     assert str(error) == "NameNotAllowed: (1) a.example: no rule (2) b.example: no rule; ask (3) more"
 
 

@@ -47,7 +47,6 @@ def claims(**changes: Any) -> dict[str, Any]:
 
 
 def token(content: object) -> Secret[str]:
-    """Return an unsigned token."""
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
     return Secret(".".join(["e30", base64.urlsafe_b64encode(body).decode().rstrip("="), "sig"]))
 
@@ -133,9 +132,8 @@ def test_any_claims_are_a_valid_identity_or_rejected(content: dict[str, Any]) ->
 @example(token(b"\xff\xfe").reveal())
 @example(token([]).reveal())
 def test_invalid_token_is_rejected_without_quoting_it(text: str) -> None:
-    with pytest.raises(CertmountError) as raised:
+    with pytest.raises(CertmountError, match=r"^TokenRejected: ") as raised:
         unverified_identity(Secret("canary" + text))
-    assert raised.value.reason is Reason.TOKEN_REJECTED
     assert "canary" not in str(raised.value)
     assert raised.value.__suppress_context__ or raised.value.__context__ is None
 
@@ -151,10 +149,22 @@ def test_token_of_any_length_is_read(padding: int) -> None:
     assert unverified_identity(token({**claims(), "more": "x" * padding})).pod_name == "edge-0"
 
 
-@pytest.mark.parametrize("expiry", [None, True, "1795345200", 0, -1, math.nan, math.inf, -math.inf, 10**400, []])
-def test_token_without_a_valid_expiry_is_rejected(expiry: object) -> None:
-    with pytest.raises(CertmountError, match="is not a projected service account token"):
-        identity_from_claims({**claims(), "exp": expiry}, token="pod token")
+EXPIRIES: list[object] = [None, True, "1795345200", 0, -1, math.nan, math.inf, -math.inf, 10**400, []]
+NOT_BOUND: list[Any] = [{"pod": None}, {"serviceaccount": None}, {"namespace": None}, {"pod": {"name": "edge-0"}}]
+SUBJECTS = ["system:serviceaccount:web:other", "system:serviceaccount:other:edge.v2", "web:edge.v2", None, 5]
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        *(({**claims(), "exp": expiry}, "is not a projected service account token") for expiry in EXPIRIES),
+        *((claims(**change), "is not a projected service account token") for change in NOT_BOUND),
+        *(({**claims(), "sub": s}, "different service accounts in its subject and its other claims") for s in SUBJECTS),
+    ],
+)
+def test_invalid_claims_are_rejected(content: dict[str, Any], words: str) -> None:
+    with pytest.raises(CertmountError, match=f"TokenRejected: pod token: .*{words}"):
+        identity_from_claims(content, token="pod token")
 
 
 @pytest.mark.parametrize("change", [{"node": None}, {"node": {}}, {"node": {"name": "node-1"}}])
@@ -165,22 +175,6 @@ def test_token_without_a_node_is_rejected(change: dict[str, Any]) -> None:
     assert str(raised.value) == (
         "ClusterNotSupported: node token: does not contain the pod's node; use Kubernetes 1.30 or newer"
     )
-
-
-@pytest.mark.parametrize(
-    "change", [{"pod": None}, {"serviceaccount": None}, {"namespace": None}, {"pod": {"name": "edge-0"}}]
-)
-def test_token_that_is_not_bound_to_a_pod_is_rejected(change: dict[str, Any]) -> None:
-    with pytest.raises(CertmountError, match="TokenRejected: pod token: is not a projected service account token"):
-        identity_from_claims(claims(**change), token="pod token")
-
-
-@pytest.mark.parametrize(
-    "subject", ["system:serviceaccount:web:other", "system:serviceaccount:other:edge.v2", "web:edge.v2", None, 5]
-)
-def test_subject_must_match_the_other_claims(subject: object) -> None:
-    with pytest.raises(CertmountError, match="different service accounts in its subject and its other claims"):
-        identity_from_claims({**claims(), "sub": subject}, token="pod token")
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "a:b", "A", "a b", "a\n", "*", "{pod}", "ü", "a" * 254, ".", "-a"])

@@ -52,6 +52,10 @@ def test_any_text_is_a_valid_dns_name_or_an_invalid_name(text: str) -> None:
     [
         ("", "empty"),
         ("bücher.example", "xn--"),
+        ("xn--a.example", "the label 'xn--a', which is not the xn-- form"),
+        ("xn--bcher-kva9999999999.example", "xn-- form"),
+        ("*.xn--a.example", "xn-- form"),
+        ("xn---fsq.example", "xn-- form"),
         ("example.com.", "dot"),
         (".".join(["a" * 49] * 6), "at most 253"),
         ("a" * 64 + ".example", "1 to 63"),
@@ -74,6 +78,23 @@ def test_any_text_is_a_valid_dns_name_or_an_invalid_name(text: str) -> None:
 def test_invalid_dns_name_is_rejected_with_a_reason(text: str, problem: str) -> None:
     with pytest.raises(InvalidName, match=problem):
         DNSName.parse(text)
+
+
+@pytest.mark.parametrize("text", ["bücher", "straße", "παράδειγμα", "пример", "例え", "نامه\u200cای", "💩"])
+def test_internationalized_names_are_accepted_in_their_xn_form(text: str) -> None:
+    label = "xn--" + text.encode("punycode").decode()
+    for name in (f"{label}.example", f"*.{label}.example", f"{label.upper()}.EXAMPLE"):
+        assert DNSName.parse(name).text == name.lower()
+
+
+@pytest.mark.parametrize(
+    "text", ["BÜCHER", "bu\u0308cher", "bü cher", "b\u00a0ü", "b\u200bü", "bü\u202e", "bü\ufeff", "\ud800ü", "\u0378ü"]
+)
+def test_internationalized_names_have_one_visible_form(text: str) -> None:
+    """Neither upper case, nor two forms of one letter, nor invisible characters."""
+    encoded = text.encode("punycode", errors="surrogatepass").decode()
+    with pytest.raises(InvalidName):
+        DNSName.parse(f"xn--{encoded}.example")
 
 
 def test_length_of_names_is_limited() -> None:
@@ -109,39 +130,16 @@ def test_any_text_is_an_unambiguous_uri_or_an_invalid_name(text: str) -> None:
     assert x509.UniformResourceIdentifier(uri.text).value == text
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "example.com",
-        "https:///path",
-        "HTTPS://example.com/",
-        "https://Example.com/",
-        "https://user@example.com/",
-        "https://example.com:443/",
-        "https://example.com/?query",
-        "https://example.com/#fragment",
-        "https://example.com/a b",
-        "https://example.com/\x00",
-        "https://exämple.com/",
-        "https://[::1]/",
-        "https://example.com/" + "a" * 2048,
-        "https://example.com/a/../b",
-        "https://example.com/a/./b",
-        "https://example.com/a/%2e%2E/b",
-        "https://example.com/a/.%2e/b",
-        "https://example.com/%zz",
-        "https://example.com/%2",
-        "spiffe://example.com/",
-        "spiffe://example.com/a//b",
-        "spiffe://example.com/a/",
-        "spiffe://example.com/a/../b",
-        "spiffe://example.com/a%20b",
-        "spiffe://example.com/a+b",
-        "spiffe://Example.com/a",
-        "spiffe://" + "a" * 256 + "/a",
-    ],
-)
+AMBIGUOUS = f"""
+example.com https:///path HTTPS://example.com/ https://Example.com/ https://user@example.com/ https://example.com:443/
+https://example.com/?query https://example.com/#fragment https://exämple.com/ https://[::1]/ https://example.com/{"a" * 2048}
+https://example.com/a/../b https://example.com/a/./b https://example.com/a/%2e%2E/b https://example.com/a/.%2e/b
+https://example.com/%zz https://example.com/%2 spiffe://example.com/ spiffe://example.com/a//b spiffe://example.com/a/
+spiffe://example.com/a/../b spiffe://example.com/a%20b spiffe://example.com/a+b spiffe://Example.com/a spiffe://{"a" * 256}/a
+"""
+
+
+@pytest.mark.parametrize("text", ["", "https://example.com/a b", "https://example.com/\x00", *AMBIGUOUS.split()])
 def test_ambiguous_uri_is_rejected(text: str) -> None:
     """The policy and clients must see the same URI (RFC 3986 section 6.2.2)."""
     with pytest.raises(InvalidName):

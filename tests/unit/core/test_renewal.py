@@ -1,19 +1,23 @@
-"""Renewal times are within the lifetime and spread by jitter; retry delays grow up to a limit."""
+"""Renewal times are within the lifetime and spread by jitter; retry delays grow up to a limit, like each backoff."""
 
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from csi_driver.core.backoff import Backoff
+from csi_driver.core.durations import Percentage
 from csi_driver.core.errors import FailureKind, Retry
 from csi_driver.core.renewal import JITTER, RENEWAL_FRACTION, plan_renewal, retry_delay_s
 
 HOUR = 3600.0
 ISSUED = 1_795_341_600.0
 
+Span = float | None
 jitters = st.floats(0, 1)
 lifetimes = st.one_of(st.floats(0.01, 60), st.floats(60, 36_500 * 24 * HOUR))
 spans = st.one_of(st.none(), st.floats(-10, 10), st.floats(0, 36_500 * 24 * HOUR))
@@ -29,15 +33,15 @@ def renew_after(
     issued: float = ISSUED,
 ) -> float:
     """Return the seconds from issuance to renewal."""
-    planned = plan_renewal(
+    renewal = plan_renewal(
         issued_at=issued,
         not_after=issued + lifetime,
-        renew_before_s=before,
+        renew_before=None if before is None else timedelta(seconds=before),
         renew_after_s=after,
         jitter=jitter,
         late_s=late,
     )
-    return planned - issued
+    return renewal - issued
 
 
 @given(lifetimes, spans, spans, jitters)
@@ -45,9 +49,7 @@ def renew_after(
 @example(HOUR, HOUR - 1e-3, None, 0)
 @example(HOUR, 1e-6, None, 1)
 @example(HOUR, None, 1e-6, 0)
-def test_renewal_time_is_within_the_lifetime(
-    lifetime: float, before: float | None, after: float | None, jitter: float
-) -> None:
+def test_renewal_time_is_within_the_lifetime(lifetime: float, before: Span, after: Span, jitter: float) -> None:
     """For all inputs there is time before the expiry, and a pause after the issuance that prevents a loop."""
     margin = 0.85 * min(1.0, lifetime / 3)
     planned = renew_after(lifetime, before=before, after=after, jitter=jitter)
@@ -55,9 +57,7 @@ def test_renewal_time_is_within_the_lifetime(
 
 
 @given(st.floats(-1e6, 0), spans, spans, jitters)
-def test_expired_certificate_is_renewed_immediately(
-    lifetime: float, before: float | None, after: float | None, jitter: float
-) -> None:
+def test_expired_certificate_is_renewed_immediately(lifetime: float, before: Span, after: Span, jitter: float) -> None:
     """A wrong clock causes a renewal, not a crash."""
     assert renew_after(lifetime, before=before, after=after, jitter=jitter) == 0
 
@@ -68,7 +68,6 @@ def test_default_is_two_thirds_of_the_lifetime(lifetime: float) -> None:
 
 
 def test_examples_for_one_hour() -> None:
-    """A renew-before of zero or of the whole lifetime is ignored."""
     examples = {None: 2400, 0: 2400, HOUR: 2400, 900: 2700, HOUR - 0.5: 1, 0.5: HOUR - 1}
     for before, planned in examples.items():
         assert renew_after(HOUR, before=before, issued=0) == planned
@@ -80,6 +79,13 @@ def test_renew_before_counts_from_the_expiry(lifetime: float, data: st.DataObjec
     assert renew_after(lifetime, before=before) == pytest.approx(lifetime - before, abs=1e-6)
 
 
+@given(st.floats(60, 1e9), st.integers(1, 99))
+def test_percentage_counts_from_the_expiry(lifetime: float, percent: int) -> None:
+    before = Percentage(percent)
+    planned = plan_renewal(issued_at=0, not_after=lifetime, renew_before=before, renew_after_s=None, jitter=0.5)
+    assert planned == pytest.approx(min(max(lifetime * (1 - percent / 100), 1), lifetime - 1), abs=1e-6)
+
+
 @given(lifetimes, st.data())
 def test_renew_before_longer_than_the_lifetime_is_ignored(lifetime: float, data: st.DataObject) -> None:
     """An issuer can grant a shorter lifetime than requested. This must not cause a renewal loop."""
@@ -89,9 +95,7 @@ def test_renew_before_longer_than_the_lifetime_is_ignored(lifetime: float, data:
 
 @given(st.floats(60, 1e9), spans, st.data())
 @example(HOUR, 2 * HOUR, None)
-def test_earlier_renew_after_takes_precedence(
-    lifetime: float, before: float | None, data: st.DataObject | None
-) -> None:
+def test_earlier_renew_after_has_precedence(lifetime: float, before: float | None, data: st.DataObject | None) -> None:
     after = data.draw(st.floats(1, lifetime)) if data else 600.0
     without = renew_after(lifetime, before=before)
     assert renew_after(lifetime, before=before, after=after) == pytest.approx(min(after, without), abs=1e-6)
@@ -104,9 +108,7 @@ def test_renew_after_in_the_past_is_ignored(lifetime: float, data: st.DataObject
 
 
 @given(lifetimes, spans, spans, jitters)
-def test_jitter_shifts_by_a_tenth_of_the_shorter_side(
-    lifetime: float, before: float | None, after: float | None, jitter: float
-) -> None:
+def test_jitter_is_a_tenth_of_the_shorter_side(lifetime: float, before: Span, after: Span, jitter: float) -> None:
     """Volumes that were published together are renewed at different times."""
     planned = renew_after(lifetime, before=before, after=after)
     shift = renew_after(lifetime, before=before, after=after, jitter=jitter) - planned
@@ -146,7 +148,6 @@ def test_lateness_does_not_change_renew_before(lifetime: float, jitter: float, d
 
 @given(st.sampled_from(FailureKind), st.integers(1, 10**6), jitters)
 def test_retry_delay_is_limited(kind: FailureKind, attempt: int, jitter: float) -> None:
-    """At most 37.5 s if a retry can succeed by itself, otherwise at most 375 s."""
     delay = retry_delay_s(attempt=attempt, kind=kind, jitter=jitter)
     assert math.isfinite(delay)
     assert 0.75 <= delay <= (37.5 if kind.retry is Retry.BACKOFF else 375)
@@ -154,7 +155,6 @@ def test_retry_delay_is_limited(kind: FailureKind, attempt: int, jitter: float) 
 
 @given(st.sampled_from(FailureKind), st.integers(1, 100), jitters, jitters)
 def test_retry_delays_grow(kind: FailureKind, attempt: int, jitter: float, other: float) -> None:
-    """By at most a factor of two and the jitter."""
     delay = retry_delay_s(attempt=attempt, kind=kind, jitter=jitter)
     assert delay <= retry_delay_s(attempt=attempt + 1, kind=kind, jitter=jitter)
     assert retry_delay_s(attempt=attempt + 1, kind=kind, jitter=other) <= delay * 2 * 1.25 / 0.75 + 1e-9
@@ -164,3 +164,17 @@ def test_retry_delays_in_an_outage() -> None:
     delays = [retry_delay_s(attempt=attempt, kind=FailureKind.UNAVAILABLE, jitter=0.5) for attempt in range(1, 9)]
     assert delays == [1, 2, 4, 8, 16, 30, 30, 30]
     assert retry_delay_s(attempt=20, kind=FailureKind.NOT_ALLOWED, jitter=0.5) == 300
+
+
+def test_delay_doubles_until_the_cap() -> None:
+    backoff = Backoff(1, 15)
+    assert [backoff.delay_s(failures) for failures in (1, 2, 3, 4, 5, 10_000)] == [1, 2, 4, 8, 15, 15]
+
+
+def test_factor_changes_the_growth() -> None:
+    assert Backoff(0.5, 60, factor=4).delay_s(3) == 8
+
+
+@pytest.mark.parametrize("rng, expected", [(0.0, 5.0), (0.5, 10.0), (0.75, 12.5)])
+def test_jitter_spreads_the_delay_around_the_computed_value(rng: float, expected: float) -> None:
+    assert Backoff(10, 10, jitter=0.5).delay_s(7, rng) == expected

@@ -34,12 +34,10 @@ def escape(raw: bytes) -> bytes:
 
 
 def test_all_fields_of_a_line_are_parsed() -> None:
-    """Including any number of optional fields."""
     assert parse_mount(LINE) == MOUNT
 
 
 def test_line_without_optional_fields_and_with_empty_source_is_parsed() -> None:
-    """A private mount has no optional fields."""
     mount = parse_mount(b"22 27 0:21 / /proc rw - proc  rw\n")
     assert mount is not None
     assert (mount.propagation, mount.source, mount.fs_type) == ((), "", "proc")
@@ -47,7 +45,6 @@ def test_line_without_optional_fields_and_with_empty_source_is_parsed() -> None:
 
 @given(point=paths, source=st.binary(max_size=20).map(lambda raw: raw.replace(b"\0", b"")))
 def test_escaped_paths_are_decoded(point: bytes, source: bytes) -> None:
-    """Including spaces, tabs, newlines, backslashes and bytes that are not UTF-8."""
     line = b"1 0 0:5 / " + escape(point) + b" rw shared:1 - tmpfs " + escape(source) + b" rw\n"
     mount = parse_mount(line)
     assert mount is not None
@@ -57,20 +54,17 @@ def test_escaped_paths_are_decoded(point: bytes, source: bytes) -> None:
 
 @given(st.binary(max_size=200))
 def test_any_line_is_parsed_without_exception(line: bytes) -> None:
-    """The result is a mount or None."""
     parse_mount(line)
 
 
 @given(st.integers(0, len(LINE) - 1))
 def test_truncated_line_is_never_another_mount(length: int) -> None:
-    """It is skipped, or only the end of its last field is missing."""
     mount = parse_mount(LINE[:length])
     assert mount is None or (mount.id, mount.point, mount.source) == (MOUNT.id, MOUNT.point, MOUNT.source)
 
 
 @pytest.mark.parametrize("line", [b"", b"\n", b"x 1 0:1 / / rw - a b c", b"1 2 0:1 / / rw a b c", b"1 2 0:1 / - a b c"])
 def test_malformed_lines_are_skipped(tmp_path: Path, line: bytes) -> None:
-    """The other lines of the table are still parsed."""
     table = tmp_path / "mountinfo"
     table.write_bytes(LINE + line + b"\n" + LINE.replace(b"36 ", b"37 ", 1))
     assert [mount.id for mount in read_mounts(table)] == [36, 37]
@@ -79,7 +73,6 @@ def test_malformed_lines_are_skipped(tmp_path: Path, line: bytes) -> None:
 
 
 def test_mount_of_an_open_directory_is_found() -> None:
-    """By the mount ID of its descriptor."""
     descriptor = os.open("/proc", os.O_PATH)
     try:
         mount = find_mount(mount_id(descriptor))

@@ -12,7 +12,9 @@ from typing import Any
 
 from aiohttp import web
 
-from tests.unit.kube.collection import Collection
+from tests.support.api_objects import PROTOBUF, decode_csr, encode, envelope
+from tests.support.stream_servers import web_server
+from tests.unit.kube.collection import Collection, status_response
 from tests.unit.kube.csr_api import CSRApi
 
 ISSUER = "https://kubernetes.default.svc.cluster.local"
@@ -28,43 +30,31 @@ class FakeApiServer:
             "secrets/certmount-ca": self._object("Secret", "certmount-ca"),
             "configmaps/certmount-root": self._object("ConfigMap", "certmount-root"),
         }
-        self.review: Json = {}
-        """The status of each TokenReview."""
+        self.review: Json = {}  # the status of each TokenReview
         self.documents: dict[str, Any] = {
             "/.well-known/openid-configuration": {"issuer": ISSUER, "jwks_uri": "https://elsewhere.test/keys"},
             "/openid/v1/jwks": JWKS,
         }
-        self.collections = {f"/api/v1/{name}": Collection() for name in ("pods", "services", "namespaces")}
+        kinds = {"pods": "", "services": "Service", "namespaces": ""}
+        self.collections = {f"/api/v1/{name}": Collection(kind) for name, kind in kinds.items()}
         self.csrs = CSRApi()
-        self.events: dict[str, Json] = {}
-        """By namespace and name."""
+        self.events: dict[str, Json] = {}  # by namespace and name
         self.denied: set[tuple[str, str, str]] = set()
         """Verb, resource and name of permissions that a SelfSubjectAccessReview denies."""
         self.requests: list[tuple[str, str, Json | None]] = []
         self.authorizations: list[str] = []
-        self.fail: tuple[int, bytes] | None = None
-        """The response to every request, if set."""
+        self.fail: tuple[int, bytes] | None = None  # the response to every request, if set
         self.fail_headers: dict[str, str] = {}
         self.gate = asyncio.Event()
         self.gate.set()
-        self.before_put: list[str] = []
-        """Objects that another client changes just before the next update."""
+        self.before_put: list[str] = []  # objects that another client changes just before the next update
         self.url = ""
 
     @contextlib.asynccontextmanager
     async def running(self, tls: ssl.SSLContext | None = None, port: int = 0) -> AsyncIterator[None]:
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", self._handle)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-        await runner.setup()
-        try:
-            site = web.TCPSite(runner, "127.0.0.1", port, ssl_context=tls, reuse_address=True)
-            await site.start()
-            port = runner.addresses[0][1]
-            self.url = f"{'https' if tls else 'http'}://{'localhost' if tls else '127.0.0.1'}:{port}"
+        async with web_server(self._handle, tls, port) as bound:
+            self.url = f"{'https' if tls else 'http'}://{'localhost' if tls else '127.0.0.1'}:{bound}"
             yield
-        finally:
-            await runner.cleanup()
 
     @property
     def port(self) -> int:
@@ -74,12 +64,15 @@ class FakeApiServer:
         return self.collections[f"/api/v1/{name}"]
 
     def touch(self, key: str) -> None:
-        """Change an object as another client."""
         metadata = self.objects[key]["metadata"]
         metadata["resourceVersion"] = str(int(metadata["resourceVersion"]) + 1)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
-        body = await request.json() if request.can_read_body else None
+        body = None
+        if request.content_type == PROTOBUF:
+            body = decode_csr(await request.read())
+        elif request.can_read_body:
+            body = await request.json()
         self.requests.append((request.method, request.path, body))
         self.authorizations.append(request.headers.get("Authorization", ""))
         await self.gate.wait()
@@ -107,16 +100,18 @@ class FakeApiServer:
     def _object_request(self, request: web.Request, body: Json | None) -> web.Response:
         key = request.path.removeprefix("/api/v1/namespaces/certmount/")
         if key not in self.objects:
-            return self._status(404, f'{key.partition("/")[0]} "{key.partition("/")[2]}" not found')
+            return status_response(404, f'{key.partition("/")[0]} "{key.partition("/")[2]}" not found')
         if request.method == "PUT" and body is not None:
             if self.before_put:
                 self.touch(self.before_put.pop())
             if body["metadata"].get("resourceVersion") != self.objects[key]["metadata"]["resourceVersion"]:
-                return self._status(
+                return status_response(
                     409, "the object has been modified; please apply your changes to the latest version"
                 )
             self.objects[key] = copy.deepcopy(body)
             self.touch(key)
+        if request.headers.get("Accept") == PROTOBUF:
+            return web.Response(body=envelope(encode(self.objects[key], "Pod")))
         return web.json_response(self.objects[key])
 
     def _event_request(self, request: web.Request, body: Json) -> web.Response:
@@ -126,22 +121,18 @@ class FakeApiServer:
         event = self.events.get(key)
         if request.method == "POST":
             if event is not None:
-                return self._status(409, "already exists")
+                return status_response(409, "already exists")
             self.events[key] = {**body, "metadata": {**body["metadata"], "resourceVersion": "1"}}
             return web.json_response(self.events[key], status=201)
         if event is None:
-            return self._status(404, "not found")
+            return status_response(404, "not found")
         based_on = body.get("metadata", {}).get("resourceVersion")
         if based_on not in (None, event["metadata"]["resourceVersion"]):
-            return self._status(409, "the object has been modified")
+            return status_response(409, "the object has been modified")
         if "series" in body:
             event["series"] = body["series"]
             event["metadata"]["resourceVersion"] = str(int(event["metadata"]["resourceVersion"]) + 1)
         return web.json_response(event)
-
-    @staticmethod
-    def _status(code: int, message: str) -> web.Response:
-        return web.json_response({"kind": "Status", "status": "Failure", "message": message, "code": code}, status=code)
 
     @staticmethod
     def _object(kind: str, name: str) -> Json:

@@ -3,41 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
 from aiohttp import web
+
+from csi_driver._proto.kubernetes_pb2 import Status
+from tests.support.api_objects import encode, encode_list, envelope, frame
 
 Json = dict[str, Any]
 _NEVER_S = 30.0
 
 
+def status_response(code: int, message: str) -> web.Response:
+    return web.json_response({"kind": "Status", "status": "Failure", "message": message, "code": code}, status=code)
+
+
 class Collection:
     """Objects by name, with a history for watches."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = "") -> None:
+        """Without a kind, only the metadata of objects are sent."""
+        self.kind = kind
         self.objects: dict[str, Json] = {}
         self.version = 1000
-        self.compacted = 0
-        """Watches from an older version expire."""
+        self.compacted = 0  # watches from an older version expire
         self.queries: list[dict[str, str]] = []
         self.accepts: list[str] = []
+        self.encodings: list[str] = []
         self.watching = 0
-        self.breaking = False
-        """True to end watches at once."""
+        self.breaking = False  # true to end watches at once
         self._history: list[tuple[int, bytes]] = []
         self._changed = asyncio.Event()
 
     def put(self, item: Json) -> None:
-        """Create or replace an object by namespace and name."""
         metadata = item["metadata"]
         key = f"{metadata.get('namespace', '')}/{metadata['name']}"
         kind = "MODIFIED" if key in self.objects else "ADDED"
         self.version += 1
-        self.objects[key] = {
-            **item,
-            "metadata": {"uid": f"uid-{key}", **metadata, "resourceVersion": str(self.version)},
-        }
+        known = {"uid": f"uid-{key}", **metadata, "resourceVersion": str(self.version)}
+        self.objects[key] = {**item, "metadata": known}
         self._tell(kind, self.objects[key])
 
     def remove(self, key: str) -> None:
@@ -57,14 +61,13 @@ class Collection:
         self.compacted = self.version
         self._history.clear()
 
-    def send(self, line: bytes) -> None:
-        """Send a line to the watchers."""
+    def send(self, data: bytes) -> None:
         self.version += 1
-        self._history.append((self.version, line))
+        self._history.append((self.version, data))
         self._wake()
 
     def _tell(self, kind: str, item: Json) -> None:
-        self._history.append((self.version, json.dumps({"type": kind, "object": item}).encode()))
+        self._history.append((self.version, frame(kind, encode(item, self.kind))))
         self._wake()
 
     def _wake(self) -> None:
@@ -75,19 +78,18 @@ class Collection:
         query = dict(request.query)
         self.queries.append(query)
         self.accepts.append(request.headers.get("Accept", ""))
+        self.encodings.append(request.headers.get("Accept-Encoding", ""))
         return await self._watch(request, query) if "watch" in query else self._list(query)
 
     def _list(self, query: dict[str, str]) -> web.Response:
         start, version = (int(part) for part in query.get("continue", f"0.{self.version}").split("."))
         if version < self.compacted:
-            return web.json_response({"kind": "Status", "code": 410, "message": "expired"}, status=410)
+            return web.Response(status=410, body=envelope(Status(code=410).SerializeToString(), "Status"))
         end = start + int(query["limit"])
         items = list(self.objects.values())
-        metadata = {"resourceVersion": str(version)}
-        if end < len(items):
-            metadata["continue"] = f"{end}.{version}"
-        # A real API server also sends null for an empty list of metadata.
-        return web.json_response({"kind": "PodList", "items": items[start:end] or None, "metadata": metadata})
+        token = f"{end}.{version}" if end < len(items) else ""
+        page = [encode(item, self.kind) for item in items[start:end]]
+        return web.Response(body=encode_list(page, str(version), token))
 
     async def _watch(self, request: web.Request, query: dict[str, str]) -> web.StreamResponse:
         known = int(query["resourceVersion"])
@@ -96,17 +98,17 @@ class Collection:
         if self.breaking:
             return response
         if known < self.compacted:
-            await response.write(b'{"type": "ERROR", "object": {"kind": "Status", "code": 410}}\n')
+            await response.write(frame("ERROR", Status(code=410).SerializeToString()))
             return response
         self.watching += 1
         try:
             async with asyncio.timeout(min(int(query["timeoutSeconds"]), _NEVER_S)):
                 while True:
                     changed = self._changed
-                    for version, line in list(self._history):
+                    for version, data in list(self._history):
                         if version > known:
                             known = version
-                            await response.write(line + b"\n")
+                            await response.write(data)
                     if changed is self._changed:
                         await changed.wait()
         except TimeoutError:

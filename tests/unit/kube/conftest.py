@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
-from kubernetes.aio import client
 
-from csi_driver.kube.client import connect
+from csi_driver.kube.connection import Api, ApiConfiguration
 from tests.unit.kube.api_server import FakeApiServer
 
 
@@ -19,6 +18,6 @@ async def server() -> AsyncIterator[FakeApiServer]:
 
 
 @pytest.fixture
-async def api(server: FakeApiServer) -> AsyncIterator[client.ApiClient]:
-    async with connect(client.Configuration(host=server.url)) as api:
+async def api(server: FakeApiServer) -> AsyncIterator[Api]:
+    async with Api(ApiConfiguration(url=server.url)) as api:
         yield api

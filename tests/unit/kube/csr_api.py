@@ -7,7 +7,8 @@ from typing import Any
 
 from aiohttp import web
 
-from tests.unit.kube.collection import Collection
+from tests.support.api_objects import encode, envelope
+from tests.unit.kube.collection import Collection, status_response
 
 Json = dict[str, Any]
 ACCOUNT = "system:serviceaccount:certmount:certmount-authority"
@@ -19,18 +20,15 @@ class CSRApi:
     path = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
 
     def __init__(self) -> None:
-        self.collection = Collection()
-        self.conflicts = 0
-        """The number of updates that fail because another client changed the object."""
+        self.collection = Collection("CertificateSigningRequest")
+        self.conflicts = 0  # the number of updates that fail because another client changed the object
         self.created = 0
 
     def object(self, name: str) -> Json:
-        """Return the current object."""
         found: Json = self.collection.objects[f"/{name}"]
         return found
 
     def change(self, name: str, **status: Any) -> None:
-        """Change the status as another client."""
         found = copy.deepcopy(self.object(name))
         found["status"] = {**found.get("status", {}), **status}
         self.collection.put(found)
@@ -40,14 +38,14 @@ class CSRApi:
         if not name and request.method == "GET":
             return await self.collection.answer(request)
         if not name and body is not None:
-            return web.json_response(self._create(body), status=201)
+            return self._response(self._create(body), 201)
         if f"/{name}" not in self.collection.objects:
-            return self._status(404, f'certificatesigningrequests.certificates.k8s.io "{name}" not found')
+            return status_response(404, f'certificatesigningrequests.certificates.k8s.io "{name}" not found')
         if request.method == "PUT" and body is not None:
             return self._update(name, part, body)
         if request.method == "DELETE":
             return self._delete(name, body or {})
-        return web.json_response(self.object(name))
+        return self._response(self.object(name))
 
     def _create(self, body: Json) -> Json:
         self.created += 1
@@ -63,21 +61,21 @@ class CSRApi:
             self.change(name)
         now = copy.deepcopy(self.object(name))
         if body["metadata"]["resourceVersion"] != now["metadata"]["resourceVersion"]:
-            return self._status(409, "the object has been modified")
+            return status_response(409, "the object has been modified")
         conditions = body["status"].get("conditions", [])
         if part == "approval":
             now["status"]["conditions"] = conditions
         else:
             now["status"] = body["status"]
         self.collection.put(now)
-        return web.json_response(self.object(name))
+        return self._response(self.object(name))
 
     def _delete(self, name: str, body: Json) -> web.Response:
         if body.get("preconditions", {}).get("uid") != self.object(name)["metadata"]["uid"]:
-            return self._status(409, "the UID in the precondition does not match")
+            return status_response(409, "the UID in the precondition does not match")
         self.collection.remove(f"/{name}")
-        return web.json_response({"kind": "Status", "status": "Success"})
+        return web.Response(body=envelope(b"", "Status"))
 
     @staticmethod
-    def _status(code: int, message: str) -> web.Response:
-        return web.json_response({"kind": "Status", "status": "Failure", "message": message, "code": code}, status=code)
+    def _response(item: Json, status: int = 200) -> web.Response:
+        return web.Response(body=envelope(encode(item, "CertificateSigningRequest")), status=status)

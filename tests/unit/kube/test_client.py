@@ -1,28 +1,146 @@
-"""Failures of the API server and recovery from an outage."""
+"""TokenReviews, errors of the API server, and recovery from an outage."""
 
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
+import contextlib
+from typing import Any
 
 import pytest
-from kubernetes.aio import client
 
+from csi_driver.core.cluster.objects import ReviewedToken
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.kube.client import ApiError, Conflict, call_api, connect
+from csi_driver.core.secret import Secret
+from csi_driver.kube.client import ApiError, Conflict, call_api
 from csi_driver.kube.cluster_cache import STALE_S, ClusterCache
+from csi_driver.kube.connection import Api, ApiConfiguration
 from csi_driver.kube.reflector import WatchTimings
 from csi_driver.kube.tokens import TokenKeyClient, TokenReviewClient
 from tests.support.waiting import until
 from tests.unit.authority.clock import Clock
 from tests.unit.kube.api_server import FakeApiServer
-from tests.unit.kube.test_tokens import LIVE, TOKEN
+
+TOKEN = Secret("header.claims.signature-of-the-token")
+PREFIX = "authentication.kubernetes.io/"
+LIVE: dict[str, Any] = {
+    "authenticated": True,
+    "audiences": ["certmount"],
+    "user": {
+        "username": "system:serviceaccount:default:hello",
+        "uid": "sa-uid",
+        "groups": ["system:serviceaccounts"],
+        "extra": {
+            PREFIX + "credential-id": ["JTI=1"],
+            PREFIX + "node-name": ["node-a"],
+            PREFIX + "node-uid": ["node-uid"],
+            PREFIX + "pod-name": ["hello-0"],
+            PREFIX + "pod-uid": ["pod-uid"],
+        },
+    },
+}
+
+
+async def test_review_returns_the_owner_of_a_valid_token(server: FakeApiServer, api: Api) -> None:
+    server.review = LIVE
+    reviewed = await TokenReviewClient(api).review(TOKEN, "certmount")
+    assert reviewed == ReviewedToken(LIVE["user"]["username"], "sa-uid", "hello-0", "pod-uid", "node-a", "node-uid")
+    method, path, body = server.requests[0]
+    assert (method, path) == ("POST", "/apis/authentication.k8s.io/v1/tokenreviews")
+    assert body is not None
+    assert body["spec"] == {"token": TOKEN.reveal(), "audiences": ["certmount"]}
+
+
+@pytest.mark.parametrize(
+    "status,words",
+    [
+        ({"authenticated": False}, "rejects the token; the pod may be deleted"),
+        ({}, "rejects the token"),
+        ({"error": "service account token has been invalidated"}, "(service account token has been invalidated)"),
+        ({**LIVE, "authenticated": False}, "rejects the token"),
+        ({**LIVE, "audiences": ["https://kubernetes.default.svc"]}, "rejects the token for audience certmount"),
+        ({**LIVE, "audiences": []}, "rejects the token for audience certmount"),
+        ({"authenticated": True, "audiences": ["certmount"]}, "rejects the token"),
+    ],
+)
+async def test_review_rejects_all_but_an_explicit_success_for_the_audience(
+    status: dict[str, Any], words: str, server: FakeApiServer, api: Api
+) -> None:
+    """An API server can ignore audiences or send an incomplete status."""
+    server.review = status
+    with pytest.raises(CertmountError, match=r"^TokenRejected: ") as rejection:
+        await TokenReviewClient(api).review(TOKEN, "certmount")
+    assert words in str(rejection.value)
+
+
+async def test_error_that_quotes_the_token_is_dropped(server: FakeApiServer, api: Api) -> None:
+    server.review = {"authenticated": False, "error": f"no such token {TOKEN.reveal()}"}
+    with pytest.raises(CertmountError) as rejection:
+        await TokenReviewClient(api).review(TOKEN, "certmount")
+    assert "signature-of-the-token" not in str(rejection.value)
+
+
+@pytest.mark.parametrize("extra", [None, {}, {PREFIX + "node-name": []}, {PREFIX + "node-name": ["a", "b"]}])
+async def test_missing_extra_is_empty(extra: Any, server: FakeApiServer, api: Api) -> None:
+    """As in clusters before 1.30."""
+    server.review = {**LIVE, "user": {**LIVE["user"], "extra": extra}}
+    assert (await TokenReviewClient(api).review(TOKEN, "certmount")).node_name == ""
+
+
+@pytest.mark.parametrize(
+    "fail,words",
+    [
+        ((409, b"{}"), "changed it at the same time"),
+        (
+            (403, b'{"kind": "Status", "message": "tokenreviews is forbidden: cannot create"}'),
+            "HTTP 403: tokenreviews is forbidden: cannot create",
+        ),
+        ((403, b"<html>"), "HTTP 403"),
+        ((201, b"<html>"), "sent an invalid response"),
+        ((201, b'{"status": {"authenticated": "perhaps"}}'), "sent an invalid response"),
+        ((201, b'{"status": {"authenticated": true, "user": 7}}'), "sent an invalid response"),
+        ((201, b'{"status": 7}'), "sent an invalid response"),
+        ((201, b"7"), "sent an invalid response"),
+        ((201, b"[]"), "sent an invalid response"),
+        ((201, b"null"), "sent an invalid response"),
+        ((201, b""), "sent an invalid response"),
+        ((201, b"\xff"), "sent an invalid response"),
+    ],
+)
+async def test_failed_review_is_neither_success_nor_rejection(
+    fail: tuple[int, bytes], words: str, server: FakeApiServer, api: Api
+) -> None:
+    server.fail = fail
+    with pytest.raises(CertmountError, match=r"^TokenReviewUnavailable: ") as failure:
+        await TokenReviewClient(api).review(TOKEN, "certmount")
+    assert words in str(failure.value)
+    assert TOKEN.reveal() not in str(failure.value)
+    assert failure.value.__cause__ is None
+
+
+async def test_review_times_out(server: FakeApiServer, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("csi_driver.kube.json_requests.TIMEOUT_S", 0.05)
+    server.gate.clear()
+    with pytest.raises(CertmountError, match=r"^TokenReviewUnavailable: .*does not respond in time"):
+        await TokenReviewClient(api).review(TOKEN, "certmount")
+    server.gate.set()
+
+
+async def test_reviews_run_concurrently(server: FakeApiServer, api: Api) -> None:
+    server.review = LIVE
+    server.gate.clear()
+    reviewer = TokenReviewClient(api)
+    async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+        for _ in range(80):
+            tasks.create_task(reviewer.review(TOKEN, "certmount"))
+        while len(server.requests) < 80:  # noqa: ASYNC110  # the server has no event for a number
+            await asyncio.sleep(0.01)
+        server.gate.set()
 
 
 @pytest.mark.parametrize(
     "status,retry_after,words,seconds",
     [
-        (401, "", "rejects the authority's own token: HTTP 401", None),
+        (401, "", "rejects the credentials of this client: HTTP 401", None),
         (403, "9", "rejects the request: HTTP 403", None),
         (429, "7", "is overloaded: HTTP 429", 7.0),
         (429, "", "is overloaded: HTTP 429", None),
@@ -34,16 +152,16 @@ from tests.unit.kube.test_tokens import LIVE, TOKEN
     ],
 )
 async def test_error_response_is_described_with_status_and_retry_after(
-    status: int, retry_after: str, words: str, seconds: float | None, server: FakeApiServer, api: client.ApiClient
+    status: int, retry_after: str, words: str, seconds: float | None, server: FakeApiServer, api: Api
 ) -> None:
     server.fail, server.fail_headers = (status, b"{}"), {"Retry-After": retry_after}
-    with pytest.raises(ApiError, match=words) as failure:
+    with pytest.raises(ApiError, match=rf"^TokenReviewUnavailable: .*{words}") as failure:
         await TokenReviewClient(api).review(TOKEN, "certmount")
     assert (failure.value.status, failure.value.retry_after_s) == (status, seconds)
     assert failure.value.retryable
 
 
-async def test_conflict_has_the_http_status(server: FakeApiServer, api: client.ApiClient) -> None:
+async def test_conflict_has_the_http_status(server: FakeApiServer, api: Api) -> None:
     server.fail = (409, b"{}")
     with pytest.raises(Conflict) as failure:
         await TokenReviewClient(api).review(TOKEN, "certmount")
@@ -71,13 +189,13 @@ async def test_failure_without_response_does_not_quote_the_request(error: Except
 async def test_client_reconnects_after_api_server_restart() -> None:
     server = FakeApiServer()
     server.review = LIVE
-    async with server.running():
-        port = server.port
-        api = connect(client.Configuration(host=server.url))
-        await TokenReviewClient(api).review(TOKEN, "certmount")
-    async with api:
+    async with contextlib.AsyncExitStack() as stack:
+        async with server.running():
+            port = server.port
+            api = await stack.enter_async_context(Api(ApiConfiguration(url=server.url)))
+            await TokenReviewClient(api).review(TOKEN, "certmount")
         for _ in range(3):
-            with pytest.raises(CertmountError, match="cannot reach the API server"):
+            with pytest.raises(CertmountError, match=r"^TokenReviewUnavailable: .*cannot reach the API server"):
                 await TokenReviewClient(api).review(TOKEN, "certmount")
         async with server.running(port=port):
             assert (await TokenReviewClient(api).review(TOKEN, "certmount")).pod_name == "hello-0"
@@ -88,15 +206,15 @@ async def test_caches_survive_an_outage_for_a_minute_and_recover() -> None:
     server, clock = FakeApiServer(), Clock(1000.0)
     services = server.collection("services")
     services.put({"metadata": {"name": "gone", "namespace": "web"}, "spec": {"selector": {"app": "a"}}})
-    async with server.running():
-        port = server.port
-        api = connect(client.Configuration(host=server.url))
-        cache = ClusterCache(api, timings=WatchTimings(first_retry=0.01, longest_retry=0.02), clock=clock)
-        assert "the list of the cluster's pods is not complete yet" in cache.outdated()
-        task = asyncio.create_task(cache.run())
-        await until(lambda: cache.synced and services.watching, "all lists")
-        assert (list(cache.outdated()), set(cache.failing_s().values())) == ([], {0.0})
-    async with api:
+    async with contextlib.AsyncExitStack() as stack:
+        async with server.running():
+            port = server.port
+            api = await stack.enter_async_context(Api(ApiConfiguration(url=server.url)))
+            cache = ClusterCache(api, timings=WatchTimings(first_retry=0.01, longest_retry=0.02), clock=clock)
+            assert "the list of the cluster's pods is not complete yet" in cache.outdated()
+            task = asyncio.create_task(cache.run())
+            await until(lambda: cache.synced and services.watching, "all lists")
+            assert (list(cache.outdated()), set(cache.failing_s().values())) == ([], {0.0})
         await until(lambda: cache._reflectors[2].failing_since is not None, "the failure")
         clock.forward(STALE_S - 1)
         assert cache.services.select("web", (("app", "a"),)) == ("gone",)
@@ -110,10 +228,3 @@ async def test_caches_survive_an_outage_for_a_minute_and_recover() -> None:
             await until(lambda: not cache.services.select("web", (("app", "a"),)), "the changes during the outage")
         task.cancel()
         await asyncio.wait([task])
-
-
-def test_caches_do_not_load_the_kubernetes_package() -> None:
-    """Outside a cluster the package would take 25 MB for nothing."""
-    directory = Path(__file__).parents[3] / "csi_driver" / "kube"
-    for name in ("key_waiters", "metadata", "object_caches", "csr_cache"):
-        assert "kubernetes" not in (directory / f"{name}.py").read_text(), name

@@ -6,13 +6,13 @@ import base64
 import json
 
 import pytest
-from kubernetes.aio import client
 
 from csi_driver.authority import cluster_environment
 from csi_driver.authority.issuers.dependencies import CredentialReader
 from csi_driver.cli import issuer
 from csi_driver.core.config.issuers import SecretSource
-from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.errors import CertmountError
+from csi_driver.kube.connection import ApiConfiguration
 from tests.unit.kube.api_server import FakeApiServer
 
 JWK = SecretSource("certmount", "step-provisioner", "jwk")
@@ -20,15 +20,15 @@ JWK = SecretSource("certmount", "step-provisioner", "jwk")
 
 @pytest.fixture
 def in_a_cluster(server: FakeApiServer, monkeypatch: pytest.MonkeyPatch) -> FakeApiServer:
-    monkeypatch.setattr(cluster_environment, "in_cluster_configuration", lambda: client.Configuration(host=server.url))
+    monkeypatch.setattr(cluster_environment, "in_cluster_configuration", lambda: ApiConfiguration(url=server.url))
     return server
 
 
 async def test_issuer_check_reads_the_same_secrets_as_the_authority(
     in_a_cluster: FakeApiServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    configuration = client.Configuration(host=in_a_cluster.url)
-    monkeypatch.setattr("csi_driver.kube.client.in_cluster_configuration", lambda: configuration)
+    configuration = ApiConfiguration(url=in_a_cluster.url)
+    monkeypatch.setattr("csi_driver.kube.connection.in_cluster_configuration", lambda: configuration)
     put_secret(in_a_cluster, jwk=b"the key")
     async with issuer._dependencies(in_cluster=True) as dependencies:
         assert (await dependencies.credentials.read(JWK)).reveal() == b"the key"
@@ -53,16 +53,25 @@ async def read(source: SecretSource = JWK) -> bytes:
 async def test_reader_gets_one_secret_by_name(in_a_cluster: FakeApiServer) -> None:
     put_secret(in_a_cluster, jwk=b"the key", password=b"other")
     assert await read() == b"the key"
-    assert [(verb, path) for verb, path, _ in in_a_cluster.requests] == [
-        ("GET", "/api/v1/namespaces/certmount/secrets/step-provisioner")
-    ]
+    requests = [(verb, path) for verb, path, _ in in_a_cluster.requests]
+    assert requests == [("GET", "/api/v1/namespaces/certmount/secrets/step-provisioner")]
+
+
+async def test_name_of_the_only_key_does_not_matter_for_tsig_keys(in_a_cluster: FakeApiServer) -> None:
+    tsig = SecretSource("certmount", "step-provisioner", "tsig", only=True)
+    put_secret(in_a_cluster, anything=b"name:key")
+    assert await read(tsig) == b"name:key"
+    put_secret(in_a_cluster, anything=b"other", tsig=b"name:key")
+    assert await read(tsig) == b"name:key"
+    put_secret(in_a_cluster, one=b"hunter2", two=b"x")
+    text = "^IssuerUnavailable: Secret certmount/step-provisioner: has no key tsig; it has one, two$"
+    with pytest.raises(CertmountError, match=text):
+        await read(tsig)
 
 
 async def test_missing_secret_key_or_permission_is_named(in_a_cluster: FakeApiServer) -> None:
-    """The error never contains a value."""
-    with pytest.raises(CertmountError, match='secrets "step-provisioner" not found') as missing:
+    with pytest.raises(CertmountError, match=r'^IssuerUnavailable: .*secrets "step-provisioner" not found'):
         await read()
-    assert missing.value.reason is Reason.ISSUER_UNAVAILABLE
     put_secret(in_a_cluster, password=b"hunter2", other=b"x")
     with pytest.raises(CertmountError, match="has no key jwk; it has other, password") as without:
         await read()
@@ -70,9 +79,7 @@ async def test_missing_secret_key_or_permission_is_named(in_a_cluster: FakeApiSe
     put_secret(in_a_cluster, jwk=b"")
     with pytest.raises(CertmountError, match="key jwk of Secret certmount/step-provisioner: is empty"):
         await read()
-    message = (
-        'secrets "step-provisioner" is forbidden: User "system:serviceaccount:certmount:certmount-authority" cannot get'
-    )
+    message = 'secrets "step-provisioner" is forbidden: User "system:serviceaccount:certmount:authority" cannot get'
     in_a_cluster.fail = (403, json.dumps({"message": message}).encode())
     with pytest.raises(CertmountError, match="is forbidden: User"):
         await read()

@@ -9,17 +9,29 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from kubernetes.aio import client
 
-from csi_driver.core.cluster.csr import APPROVED, CERTMOUNT_SIGNER, DENIED, FAILED, CSRCondition, CSRDraft, parse_signer
+from csi_driver.core.cluster.csr import (
+    APPROVED,
+    CERTMOUNT_SIGNER,
+    DENIED,
+    FAILED,
+    ClusterCSR,
+    CSRCondition,
+    CSRDraft,
+    parse_signer,
+)
 from csi_driver.core.cluster.objects import Lease, LivePod
-from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.errors import CertmountError
 from csi_driver.kube.client import ObjectName
-from csi_driver.kube.csr_cache import CSRCache, read_csr
-from csi_driver.kube.csr_client import KubernetesCSRClient
+from csi_driver.kube.connection import Api
+from csi_driver.kube.csr.cache import CSRCache
+from csi_driver.kube.csr.client import KubernetesCSRClient
 from csi_driver.kube.metadata import InvalidObject
-from csi_driver.kube.pod_client import PodClient
+from csi_driver.kube.objects import read_csr
 from csi_driver.kube.stored_objects import LeaseClient
+from csi_driver.kube.uncached_reads import PodClient
+from tests.support.api_objects import csr_of, encode, field
+from tests.support.waiting import in_background
 from tests.unit.kube.api_server import FakeApiServer
 from tests.unit.kube.csr_api import ACCOUNT
 
@@ -33,24 +45,19 @@ POD_PATH = "/api/v1/namespaces/web/pods/hello-0"
 
 
 @pytest.fixture
-def requests(api: client.ApiClient) -> KubernetesCSRClient:
+def requests(api: Api) -> KubernetesCSRClient:
     return KubernetesCSRClient(api, api)
 
 
 @contextlib.asynccontextmanager
 async def watched(requests: KubernetesCSRClient, sink: CSRCache, **selection: str) -> AsyncIterator[None]:
     reflector = requests.watch(sink, **selection)
-    task = asyncio.create_task(reflector.run())
-    try:
+    async with in_background(reflector.run()):
         await asyncio.wait_for(sink.listed.wait(), 20)
         yield
-    finally:
-        task.cancel()
-        await asyncio.wait([task])
 
 
 async def test_create_sends_the_draft(server: FakeApiServer, requests: KubernetesCSRClient) -> None:
-    """The API server generates the name and records the requester."""
     csr = await requests.create(DRAFT)
     created = server.csrs.object(csr.name)
     assert created["metadata"]["labels"] == {"a": "b"}
@@ -64,7 +71,6 @@ async def test_create_sends_the_draft(server: FakeApiServer, requests: Kubernete
 async def test_decision_has_reason_message_and_time(
     condition: CSRCondition, server: FakeApiServer, requests: KubernetesCSRClient
 ) -> None:
-    """A conflict with another client's change is retried."""
     csr = await requests.create(DRAFT)
     server.csrs.conflicts = 1
     decided = await requests.decide(csr, condition)
@@ -93,14 +99,11 @@ async def test_certificate_and_failure_keep_the_approval(server: FakeApiServer, 
     await requests.decide(other, ALLOWED)
     failed = await requests.fail(other, CSRCondition(FAILED, "NameNotAllowed", "x"))
     assert [condition.kind for condition in failed.conditions] == [APPROVED, FAILED]
-    assert [path.rpartition("/")[2] for method, path, _ in server.requests if method == "PUT"] == [
-        "approval",
-        "status",
-    ] * 2
+    written = [path.rpartition("/")[2] for method, path, _ in server.requests if method == "PUT"]
+    assert written == ["approval", "status"] * 2
 
 
 async def test_delete_removes_only_the_same_request(server: FakeApiServer, requests: KubernetesCSRClient) -> None:
-    """Not a later request with the same name; a deleted request is no failure."""
     csr = await requests.create(DRAFT)
     server.csrs.object(csr.name)["metadata"]["uid"] = "another"
     await requests.delete(csr)
@@ -114,7 +117,6 @@ async def test_delete_removes_only_the_same_request(server: FakeApiServer, reque
 
 
 async def test_one_watch_ends_all_waits(server: FakeApiServer, requests: KubernetesCSRClient) -> None:
-    """For a signed, a denied and a deleted request; the watch has a selector."""
     known = CSRCache()
     async with watched(requests, known, signer=CERTMOUNT_SIGNER):
         created = [await requests.create(DRAFT) for _ in range(3)]
@@ -146,31 +148,37 @@ def item(**spec: Any) -> dict[str, Any]:
 
 def test_read_csr_accepts_any_value_of_a_requester() -> None:
     """No requester can stop the watch."""
-    csr = read_csr(
-        item(request=base64.b64encode(b"\x00\xff").decode(), signerName="", usages=None, expirationSeconds=600)
-    )
+    csr = csr_of(item(request="AP8=", signerName="", usages=None, expirationSeconds=600))
     assert (csr.request, csr.usages, csr.expiration_s, csr.created_at) == (b"\x00\xff", (), 600, 0.0)
 
 
-@pytest.mark.parametrize(
-    "invalid",
-    [
-        {"spec": 1},
-        {"spec": {"usages": "x"}},
-        {"spec": {"request": "!"}},
-        {"status": []},
-        {"status": {"conditions": [1]}},
-    ],
-)
-def test_read_csr_rejects_an_invalid_object(invalid: dict[str, Any]) -> None:
+def test_read_csr_keeps_little_of_a_large_object() -> None:
+    extra = {f"authentication.kubernetes.io/{number}": ["x" * 5000] * 100 for number in range(1000)}
+    mebibyte = base64.b64encode(bytes(2**20)).decode()
+    large = item(request=mebibyte, usages=["client auth"] * 1000, extra={"other": ["x"], **extra})
+    condition = {"type": DENIED, "reason": "x" * 10_000, "message": "é" * 10_000}
+    status = {"conditions": [condition] * 100, "certificate": mebibyte}
+    csr = csr_of({**large, "status": status})
+    assert (len(csr.request), len(csr.usages), len(csr.certificate), len(csr.conditions)) == (131072, 32, 131072, 32)
+    assert (len(csr.extra), {len(values) for values in csr.extra.values()}, "other" in csr.extra) == (127, {32}, False)
+    assert len(str(csr.conditions[0])) == 1024 + 2 + 512
+
+
+def test_condition_with_invalid_text_is_readable() -> None:
+    condition = field(1, b"Denied") + field(2, b"\xff")
+    assert read_csr(encode(item()) + field(3, field(1, condition))).rejection == CSRCondition(DENIED, "\ufffd", "")
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", field(1, b"\xff"), encode({"metadata": {"name": "x"}})])
+def test_read_csr_rejects_an_invalid_object(data: bytes) -> None:
     with pytest.raises(InvalidObject):
-        read_csr({**item(), **invalid})
+        read_csr(data)
 
 
 async def test_list_keeps_requests_with_waiters() -> None:
     """They can be newer than the list."""
     known = CSRCache()
-    known.put(item())
+    known.put(csr_of(item()))
     waiting = asyncio.create_task(known.wait("x", 10))
     await asyncio.sleep(0)
     known.retain({"other"})
@@ -182,6 +190,43 @@ async def test_list_keeps_requests_with_waiters() -> None:
     assert len(known) == 0
 
 
+async def test_requests_of_one_requester_have_a_share() -> None:
+    changed: list[str] = []
+    known = CSRCache(lambda csr: changed.append(f"{csr.username} {csr.name}"), keep_finished=False, capacity=20_000)
+
+    def request(name: str, username: str, **status: Any) -> ClusterCSR:
+        return csr_of({"metadata": {"name": name, "uid": name}, "spec": {"username": username}, "status": status})
+
+    assert [known.put(request(str(number), "greedy")) for number in range(4)] == ["0", "1", "2", None]
+    text = str(known.shares.refusal("requester greedy"))
+    problem = "holds 7962 of 20000 bytes of CertificateSigningRequests and requests 2654 more, which exceeds its share"
+    assert text == f"ShareExceeded: requester greedy: {problem}; wait until some of them end"
+    assert known.put(request("other", "modest")) == "other"
+    known.put(request("1", "greedy", certificate=base64.b64encode(b"PEM").decode()))
+    assert (known.find("1"), known.shares.has_room) == (None, True)
+    assert known.put(request("3", "greedy")) == "3"
+    assert changed == ["greedy 0", "greedy 1", "greedy 2", "modest other", "greedy 1", "greedy 3"]
+    known.retain(set())
+    assert known.shares._shares.total == 0
+
+
+async def test_service_accounts_of_a_namespace_share_what_their_requests_use() -> None:
+    known = CSRCache(capacity=100_000)
+
+    def put(name: str, username: str) -> bool:
+        csr = csr_of({"metadata": {"name": name, "uid": name}, "spec": {"username": username}})
+        return known.put(csr) is not None
+
+    names = [f"flood-{number}" for number in range(100)]
+    stored = [name for name in names if put(name, f"system:serviceaccount:flood:{name}")]
+    assert 10 < len(stored) < 25, "about half"
+    assert str(known.shares.refusal("namespace flood")).startswith("ShareExceeded: namespace flood: holds ")
+    victims = [f"victim-{number}" for number in range(5)]
+    assert [name for name in victims if put(name, "system:serviceaccount:victim:shop")] == victims
+    for username in ("system:serviceaccount:flood", "system:node:flood", "flood:x"):
+        assert put(username, username), "no other requester uses the share of the namespace"
+
+
 async def test_own_username_comes_from_a_self_review(server: FakeApiServer, requests: KubernetesCSRClient) -> None:
     path = "/apis/authentication.k8s.io/v1/selfsubjectreviews"
     server.documents[path] = {"status": {"userInfo": {"username": ACCOUNT}}}
@@ -191,23 +236,16 @@ async def test_own_username_comes_from_a_self_review(server: FakeApiServer, requ
         await requests.own_username()
 
 
-async def test_permission_review_separates_the_subresource(
-    server: FakeApiServer, requests: KubernetesCSRClient
-) -> None:
+async def test_permission_review_separates_subresources(server: FakeApiServer, requests: KubernetesCSRClient) -> None:
     assert await requests.is_permitted("update", "certificatesigningrequests/approval")
     assert await requests.is_permitted("approve", "signers", "example.com/pods")
     reviewed = [body["spec"]["resourceAttributes"] for _, _, body in server.requests if body]
     assert reviewed[0]["subresource"] == "approval"
-    assert reviewed[1] == {
-        "verb": "approve",
-        "group": "certificates.k8s.io",
-        "resource": "signers",
-        "name": "example.com/pods",
-    }
+    signer = {"group": "certificates.k8s.io", "resource": "signers", "name": "example.com/pods"}
+    assert reviewed[1] == {"verb": "approve", **signer}
 
 
-async def test_lease_save_fails_for_an_old_version(server: FakeApiServer, api: client.ApiClient) -> None:
-    """Only a new holder increases leaseTransitions."""
+async def test_lease_save_fails_for_an_old_version(server: FakeApiServer, api: Api) -> None:
     server.objects[LEASE_PATH] = {"metadata": {"name": "certmount-csr-signer", "resourceVersion": "7"}}
     store = LeaseClient(api, ObjectName("Lease", "certmount", "certmount-csr-signer"))
     found = await store.load()
@@ -224,30 +262,27 @@ async def test_lease_save_fails_for_an_old_version(server: FakeApiServer, api: c
 
 
 @pytest.mark.parametrize("answer", [b"[]", b"{}", b'{"metadata": {"resourceVersion": "1"}, "spec": 1}'])
-async def test_invalid_lease_is_an_error(answer: bytes, server: FakeApiServer, api: client.ApiClient) -> None:
+async def test_invalid_lease_is_an_error(answer: bytes, server: FakeApiServer, api: Api) -> None:
     server.fail = (200, answer)
     with pytest.raises(CertmountError, match="sent an invalid response"):
         await LeaseClient(api, ObjectName("Lease", "certmount", "x")).load()
 
 
-async def test_pod_client_reads_uid_account_node_and_phase(server: FakeApiServer, api: client.ApiClient) -> None:
+async def test_pod_client_reads_uid_account_node_and_phase(server: FakeApiServer, api: Api) -> None:
     pods = PodClient(api)
     assert await pods.find("web", "hello-0") is None
     spec, status = {"serviceAccountName": "hello", "nodeName": "node-a"}, {"phase": "Running"}
-    server.objects[POD_PATH] = {"metadata": {"uid": "u"}, "spec": spec, "status": status}
-    assert await pods.find("web", "hello-0") == LivePod("u", "hello", "node-a", terminating=False)
+    spec |= {"hostname": "hello-0", "subdomain": "hello"}
+    metadata = {"name": "hello-0", "uid": "u"}
+    server.objects[POD_PATH] = {"metadata": {**metadata}, "spec": spec, "status": status}
+    assert await pods.find("web", "hello-0") == LivePod("u", "hello", "node-a", False, "hello-0", "hello")
     server.objects[POD_PATH]["metadata"]["deletionTimestamp"] = "2026-11-22T10:00:00Z"
-    found = await pods.find("web", "hello-0")
-    assert found is not None
-    assert found.terminating
-    server.objects[POD_PATH] = {"metadata": {"uid": "u"}, "spec": spec, "status": {"phase": "Succeeded"}}
-    finished = await pods.find("web", "hello-0")
-    assert finished is not None
-    assert finished.terminating
+    assert getattr(await pods.find("web", "hello-0"), "terminating", None)
+    server.objects[POD_PATH] = {"metadata": metadata, "spec": spec, "status": {"phase": "Succeeded"}}
+    assert getattr(await pods.find("web", "hello-0"), "terminating", None)
     server.objects[POD_PATH] = {"metadata": {}}
-    with pytest.raises(CertmountError) as failure:
+    with pytest.raises(CertmountError, match=r"^TokenReviewUnavailable: "):
         await pods.find("web", "hello-0")
-    assert failure.value.reason is Reason.TOKEN_REVIEW_UNAVAILABLE
 
 
 @pytest.mark.parametrize("text", ["example.com/signer", "certmount.dev/pod", "a.b-c.d/E.f_g:h"])
@@ -256,8 +291,7 @@ def test_parse_signer_accepts_domain_and_path(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "x", "example.com", "example.com/", "/x", "kubernetes.io/x", "a.kubernetes.io/b", "com/x", "a.com/b/c"],
+    "text", ["", "x", "example.com", "example.com/", "/x", "kubernetes.io/x", "a.kubernetes.io/b", "com/x", "a.com/b/c"]
 )
 def test_parse_signer_rejects_other_names_and_those_of_kubernetes(text: str) -> None:
     with pytest.raises(ValueError, match="signer"):

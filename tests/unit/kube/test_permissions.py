@@ -7,11 +7,18 @@ from typing import Any
 
 import pytest
 import yaml
-from kubernetes.aio import client
 
-from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.cluster.csr import CERTMOUNT_SIGNER
+from csi_driver.core.errors import CertmountError
 from csi_driver.kube.client import ObjectName
-from csi_driver.kube.permissions import Permission, find_object, has_permission, needed_permissions
+from csi_driver.kube.connection import Api
+from csi_driver.kube.permissions import (
+    Permission,
+    find_object,
+    has_permission,
+    needed_permissions,
+    pod_signer_permissions,
+)
 from tests.unit.kube.api_server import FakeApiServer
 
 MANIFEST = Path(__file__).parents[3] / "deploy" / "base" / "authority.yaml"
@@ -22,10 +29,9 @@ NEEDED = needed_permissions(
 )
 
 
-def _granted() -> set[Permission]:
-    """Return the permissions of the roles in deploy/base/authority.yaml."""
+def _granted(manifest: Path = MANIFEST) -> set[Permission]:
     found = set()
-    for document in yaml.safe_load_all(MANIFEST.read_text()):
+    for document in yaml.safe_load_all(manifest.read_text()):
         if document["kind"] not in ("Role", "ClusterRole"):
             continue
         namespace: str = document["metadata"].get("namespace", "")
@@ -47,7 +53,13 @@ def test_manifests_grant_exactly_the_needed_permissions() -> None:
     assert not {permission for permission in NEEDED if "*" in str(permission)}
 
 
-async def test_api_server_reviews_each_permission(server: FakeApiServer, api: client.ApiClient) -> None:
+def test_component_grants_exactly_what_the_pod_signer_needs() -> None:
+    needed = pod_signer_permissions("certmount", [CERTMOUNT_SIGNER], "certmount.dev:pod:internal")
+    assert _granted(MANIFEST.parents[1] / "components/pod-certificates/rbac.yaml") == set(needed)
+    assert len(needed) == len(set(needed))
+
+
+async def test_api_server_reviews_each_permission(server: FakeApiServer, api: Api) -> None:
     server.denied = {("patch", "events", "")}
     allowed = {str(permission): await has_permission(api, permission) for permission in NEEDED}
     assert [name for name, is_allowed in allowed.items() if not is_allowed] == ["patch events.events.k8s.io"]
@@ -57,21 +69,20 @@ async def test_api_server_reviews_each_permission(server: FakeApiServer, api: cl
 
 
 @pytest.mark.parametrize("answer", [b"{}", b'{"status": {}}', b'{"status": {"allowed": "true"}}', b'{"status": 1}'])
-async def test_invalid_review_does_not_count_as_allowed(
-    answer: bytes, server: FakeApiServer, api: client.ApiClient
-) -> None:
+async def test_invalid_review_allows_nothing(answer: bytes, server: FakeApiServer, api: Api) -> None:
     server.fail = (201, answer)
     assert not await has_permission(api, NEEDED[0])
 
 
-async def test_failed_review_does_not_count_as_denied(server: FakeApiServer, api: client.ApiClient) -> None:
+async def test_failed_review_does_not_count_as_denied(server: FakeApiServer, api: Api) -> None:
     server.fail = (503, b"{}")
-    with pytest.raises(CertmountError, match=r"create tokenreviews\.authentication\.k8s\.io: .* HTTP 503") as failure:
+    with pytest.raises(
+        CertmountError, match=r"^TokenReviewUnavailable: .*create tokenreviews\.authentication\.k8s\.io: .* HTTP 503"
+    ):
         await has_permission(api, NEEDED[0])
-    assert failure.value.reason is Reason.TOKEN_REVIEW_UNAVAILABLE
 
 
-async def test_missing_object_is_reported(server: FakeApiServer, api: client.ApiClient) -> None:
+async def test_missing_object_is_reported(server: FakeApiServer, api: Api) -> None:
     server.objects["/apis/coordination.k8s.io/v1/namespaces/certmount/leases/certmount-csr-signer"] = {"metadata": {}}
     await find_object(api, ObjectName("ConfigMap", "certmount", "certmount-root"))
     await find_object(api, ObjectName("Lease", "certmount", "certmount-csr-signer"))

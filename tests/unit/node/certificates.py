@@ -46,3 +46,8 @@ def obtained_certificate(
     return ObtainedCertificate(
         private_key(), verified_certificate(), ROOT_SETS, issued_at, renew_at, not_after, interim
     )
+
+
+def pod_named(name: str, namespace: str | None = None) -> Pod:
+    """Return a pod whose UID and service account are its name. By default, it has its own namespace."""
+    return Pod(name if namespace is None else namespace, name, name, name)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csi_driver.node.scheduler import MAX_CONCURRENT_ACTIONS, Scheduler
+from tests.support.waiting import in_background
 from tests.unit.node.virtual_time import in_virtual_time, run_virtually
 
 _LOOP_ITERATIONS = 10  # let the event loop start the actions that are due before the next step
@@ -50,7 +51,7 @@ class World:
     wall_clock_shift_s: float = 0.0
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(self.now, self.act)
+        self.scheduler = Scheduler(self.now, self.act, elapsed=lambda: asyncio.get_running_loop().time())
 
     def now(self) -> float:
         return asyncio.get_running_loop().time() + self.wall_clock_shift_s
@@ -69,27 +70,22 @@ class World:
         self.running -= 1
 
     async def run(self, *steps: Schedule | Cancel | Wait) -> None:
-        task = asyncio.create_task(self.scheduler.run())
-        for step in steps:
-            for _ in range(_LOOP_ITERATIONS):
-                await asyncio.sleep(0)
-            match step:
-                case Schedule(key, after_s):
-                    self.schedule(key, after_s)
-                case Cancel(key):
-                    self.due.pop(key, None)
-                    self.scheduler.cancel(key)
-                case Wait(seconds):
-                    await asyncio.sleep(seconds)
-            if task.done():
-                await task
-        task.cancel()
-        await asyncio.wait([task])
+        async with in_background(self.scheduler.run()):
+            for step in steps:
+                for _ in range(_LOOP_ITERATIONS):
+                    await asyncio.sleep(0)
+                match step:
+                    case Schedule(key, after_s):
+                        self.schedule(key, after_s)
+                    case Cancel(key):
+                        self.due.pop(key, None)
+                        self.scheduler.cancel(key)
+                    case Wait(seconds):
+                        await asyncio.sleep(seconds)
 
 
-_steps = st.lists(
-    st.one_of(st.builds(Schedule, _KEYS, _SECONDS), st.builds(Cancel, _KEYS), st.builds(Wait, _SECONDS)), max_size=60
-)
+_step = st.one_of(st.builds(Schedule, _KEYS, _SECONDS), st.builds(Cancel, _KEYS), st.builds(Wait, _SECONDS))
+_steps = st.lists(_step, max_size=60)
 
 
 @given(_steps, st.floats(0, 50))
@@ -123,14 +119,30 @@ def test_concurrency_is_limited_and_earlier_due_times_come_first() -> None:
 async def test_wall_clock_change_is_detected_within_a_minute() -> None:
     """NTP can correct the clock, and the machine can be suspended."""
     world = World()
-    task = asyncio.create_task(world.scheduler.run())
-    world.schedule("a", 100_000)
-    await asyncio.sleep(10)
-    world.wall_clock_shift_s = 200_000
-    await asyncio.sleep(61)
+    async with in_background(world.scheduler.run()):
+        world.schedule("a", 100_000)
+        await asyncio.sleep(10)
+        world.wall_clock_shift_s = 200_000
+        await asyncio.sleep(61)
     assert [key for key, _ in world.started] == ["a"]
-    task.cancel()
-    await asyncio.wait([task])
+
+
+@in_virtual_time
+async def test_clock_that_is_set_back_delays_nothing() -> None:
+    """A retry that was scheduled while the clock was 10 min fast comes after its delay, and the key is not due again."""
+    times = []
+
+    async def note(_key: str) -> None:
+        times.append(asyncio.get_running_loop().time())
+
+    world = World(wall_clock_shift_s=600)
+    scheduler = Scheduler(world.now, note, elapsed=lambda: asyncio.get_running_loop().time())
+    async with in_background(scheduler.run()):
+        scheduler.schedule("a", world.now() + 15)
+        await asyncio.sleep(10)
+        world.wall_clock_shift_s = 0
+        await asyncio.sleep(2000)
+    assert [round(each, 3) for each in times] == [15]
 
 
 @in_virtual_time

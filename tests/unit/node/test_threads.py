@@ -1,9 +1,10 @@
-"""A blocking function in a thread always runs to its end."""
+"""A blocking function that has started in a thread always runs to its end."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -11,7 +12,6 @@ from csi_driver.node.threads import in_thread
 
 
 async def test_in_thread_returns_results_and_raises_exceptions() -> None:
-    """Like a direct call."""
     assert await in_thread(None, divmod, 7, 2) == (3, 1)
     with pytest.raises(ZeroDivisionError):
         await in_thread(None, divmod, 7, 0)
@@ -39,3 +39,16 @@ async def test_cancelled_caller_waits_for_the_function(fails: bool) -> None:
     with pytest.raises(asyncio.CancelledError):
         await caller
     assert done.is_set()
+
+
+async def test_function_of_a_cancelled_caller_never_starts_if_it_still_waits_for_a_thread() -> None:
+    resume, ran = threading.Event(), threading.Event()
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(resume.wait, 20)
+        caller = asyncio.create_task(in_thread(executor, ran.set))
+        await asyncio.sleep(0)
+        caller.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        resume.set()
+    assert not ran.is_set()

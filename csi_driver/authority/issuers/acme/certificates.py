@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import functools
 import random
 import warnings
@@ -18,34 +17,33 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.oid import NameOID
-from josepy.errors import Error as JoseError
 from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
-from csi_driver.authority.issuers.acme.client import AcmeClient, AcmeProblem, retry_after_s
+from csi_driver.authority.issuers.acme.client import PARSE_ERRORS as ACME_PARSE_ERRORS
+from csi_driver.authority.issuers.acme.client import AcmeClient, AcmeProblem, OrderUnusable, parse
 from csi_driver.authority.issuers.acme.context import AcmeContext
 from csi_driver.authority.issuers.acme.state import AcmeState
+from csi_driver.authority.issuers.external_issuer import decode_chain
+from csi_driver.authority.issuers.key_encoding import encode_base64url
 from csi_driver.core.certificates.csr import names_of
 from csi_driver.core.certificates.keys import public_bytes
-from csi_driver.core.certificates.parse_errors import PARSE_ERRORS
+from csi_driver.core.certificates.parsing import PARSE_ERRORS
 from csi_driver.core.errors import CertmountError
 
-_MAX_CERTIFICATES = 10
 _LETS_ENCRYPT = "Internet Security Research Group"
 log = structlog.get_logger(__name__)
 _LEAD = timedelta(days=30)
 CHECK_S = 6 * 3600.0  # Between requests for renewal information without Retry-After (RFC 9773 section 4.3)
 _MIN_CHECK_S, _MAX_CHECK_S = 60.0, 24 * 3600.0
 _INTERVAL_S = 60.0
+_MAX_LOGGED = 10  # Certificates that one line of the log names
 
 
-def parse_chain(pem: str) -> tuple[x509.Certificate, ...]:
+def parse_chain(pem: bytes) -> tuple[x509.Certificate, ...]:
     try:
-        chain = tuple(x509.load_pem_x509_certificates(pem.encode("ascii")))
-    except (UnicodeEncodeError, *PARSE_ERRORS):
-        raise AcmeProblem("", "the response is not a certificate chain") from None
-    if len(chain) > _MAX_CERTIFICATES:
-        raise AcmeProblem("", f"the chain has {len(chain)} certificates; expected at most {_MAX_CERTIFICATES}")
-    return chain
+        return decode_chain(pem)
+    except ValueError as error:
+        raise AcmeProblem("", f"the response {error}") from None
 
 
 def select_chain(chains: Sequence[tuple[x509.Certificate, ...]], preferred: str | None) -> tuple[x509.Certificate, ...]:
@@ -65,7 +63,8 @@ def check_chain(chain: Sequence[x509.Certificate], csr: bytes) -> None:
         raise AcmeProblem("", "the certificate cannot be parsed") from None
     expected = {name.text for name in names_of(request.extensions)}
     if not same_key:
-        raise AcmeProblem("", "the certificate is for another key")
+        # A CA can return one order for several requests with the same names, and another key was faster.
+        raise OrderUnusable("the CA issued the certificate of the order for another key")
     if names != expected:
         raise AcmeProblem("", f"the certificate is for {', '.join(sorted(names))}, not {', '.join(sorted(expected))}")
 
@@ -79,7 +78,7 @@ def certificate_id(leaf: x509.Certificate) -> str:
     if authority is None:
         return ""
     serial = leaf.serial_number.to_bytes(leaf.serial_number.bit_length() // 8 + 1, "big")
-    return ".".join(base64.urlsafe_b64encode(part).decode("ascii").rstrip("=") for part in (authority, serial))
+    return ".".join(map(encode_base64url, (authority, serial)))
 
 
 @functools.cache
@@ -124,17 +123,17 @@ def default_renewal_time(leaf: x509.Certificate) -> float:
     return (leaf.not_valid_after_utc - min(_LEAD, lifetime / 3)).timestamp()
 
 
-def fetch_window(client: AcmeClient, certificate_id: str, now: float) -> RenewalWindow | None:
+async def fetch_window(client: AcmeClient, certificate_id: str, now: float) -> RenewalWindow | None:
     base = client.directory.to_partial_json().get("renewalInfo")
     if not base or not certificate_id:
         return None
-    response = client.fetch(f"{base.rstrip('/')}/{certificate_id}")
+    response = await client.fetch(f"{base.rstrip('/')}/{certificate_id}")
     try:
-        suggested = messages.RenewalInfo.from_json(response.json()).suggested_window
+        suggested = parse(messages.RenewalInfo, response).suggested_window
         start, end = suggested.start.timestamp(), suggested.end.timestamp()
-    except (JoseError, ValueError, AttributeError):
+    except ACME_PARSE_ERRORS:
         raise AcmeProblem("", "the renewal information cannot be parsed") from None
-    delay_s = CHECK_S if (requested_s := retry_after_s(response)) is None else requested_s
+    delay_s = CHECK_S if (requested_s := response.retry_after_s) is None else requested_s
     return RenewalWindow(start, end, now + min(max(delay_s, _MIN_CHECK_S), _MAX_CHECK_S))
 
 
@@ -153,7 +152,10 @@ class RenewalInfoPoller:
             await asyncio.sleep(_INTERVAL_S)
 
     async def poll(self) -> None:
-        """Fetch the information that is due; after AcmeProblem or CertmountError the rest waits until it is due again."""
+        """Fetch the information that is due.
+
+        If the CA cannot answer now, raise AcmeProblem or CertmountError; the rest waits until it is due again.
+        """
         now, orders = self._context.clock(), self._context.orders
         if not any(one.check_at <= now < one.not_after for one in (await orders.read()).certificates):
             return
@@ -168,11 +170,25 @@ class RenewalInfoPoller:
             return state
 
         await orders.change(postpone)  # so that only one replica fetches each
-        client = await self._context.accounts.connect()
-        for certificate_id in due:
-            window = await self._context.in_thread(fetch_window, client, certificate_id, now)
-            if window is not None:
-                await self._update(certificate_id, window)
+        random.shuffle(due)  # If the CA fails at one of them again and again, the others are still asked for
+        unavailable, text = [], ""
+        async with self._context.accounts.connect() as client:
+            for certificate_id in due:
+                try:
+                    window = await fetch_window(client, certificate_id, now)
+                except AcmeProblem as problem:
+                    if problem.code == "rateLimited" or problem.status == 429 or problem.status >= 500:
+                        raise
+                    # This certificate has no information, for instance because another environment of the CA issued it.
+                    unavailable.append(certificate_id)
+                    text = problem.text
+                    continue
+                if window is not None:
+                    await self._update(certificate_id, window)
+        if unavailable:
+            examples = unavailable[:_MAX_LOGGED]
+            count = len(unavailable)
+            log.warning("ACME renewal information unavailable", count=count, certificates=examples, error=text)
 
     async def _update(self, certificate_id: str, window: RenewalWindow) -> None:
         jitter = random.random()  # noqa: S311  # spreads load
@@ -181,7 +197,10 @@ class RenewalInfoPoller:
             for one in state.certificates:
                 if one.certificate_id == certificate_id:
                     renew_at = window.renewal_time(jitter, one.renew_at)
-                    return state.with_certificate(replace(one, renew_at=renew_at, check_at=window.check_at))
+                    early = one.early or renew_at < one.renew_at
+                    return state.with_certificate(
+                        replace(one, renew_at=renew_at, check_at=window.check_at, early=early)
+                    )
             return state
 
         await self._context.orders.change(update)

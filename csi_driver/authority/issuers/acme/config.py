@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 from csi_driver.authority.issuers import Issuer
@@ -13,7 +13,8 @@ from csi_driver.authority.issuers.config_section import ConfigSection
 from csi_driver.authority.issuers.dependencies import IssuerDependencies, IssuerKind, not_possible
 from csi_driver.authority.storage import DirectoryStore, Store
 from csi_driver.core.config.document_reader import DocumentReader, Path
-from csi_driver.core.config.issuers import CredentialSource, parse_file_name, parse_secret_name
+from csi_driver.core.config.issuers import CredentialSource, SecretSource, parse_file_name, parse_secret_name
+from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.names import EmailAddress
 from csi_driver.core.spec import DEFAULT_ISSUER
 
@@ -26,9 +27,12 @@ _KEYS = (
     "preferred_chain", "while_pending",
 )  # fmt: skip
 _MAX_SERVERS = 10
+_MAX_TSIG_SECRETS = 100
 _DIRECTORY = re.compile(r"https://[A-Za-z0-9._:\[\]-]+(?:/[!-~]*)?", re.ASCII)
 _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?", re.ASCII)
-_ZONE = re.compile(r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*", re.ASCII)
+_IPV6 = re.compile(r"[0-9A-Fa-f]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*", re.ASCII)
+_OTHER_PORT = re.compile(r"(?P<host>[A-Za-z0-9._-]+)(?:[#@]| +(?:port +)?)(?P<port>[0-9]{1,5})", re.ASCII)
+_ZONE = re.compile(r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?", re.ASCII)
 _LINE = re.compile(r"(?=.*[!-~])[ -~]{1,200}", re.ASCII)
 _WORD = re.compile(r"[!-~]{1,100}", re.ASCII)
 
@@ -60,6 +64,17 @@ class Dns01:
     resolvers: tuple[str, ...] = ()  # For CNAMEs and server addresses, for split horizons; empty: the system's
     nameservers: tuple[str, ...] = ()  # Must serve a record before the CA validates it; empty: those in NS records
     patience: timedelta = DNS_PATIENCE  # For secondaries: seconds with NOTIFY, else up to their refresh interval
+    tsig_secrets: tuple[
+        str, ...
+    ] = ()  # NAMESPACE/NAME of the Secrets whose keys a certificate for a Secret can request
+
+    def with_key_of(self, tsig_secret: str) -> Dns01:
+        """Return the configuration with the key of a Secret; raise CertmountError if it is not one of ``tsig_secrets``."""
+        if tsig_secret not in self.tsig_secrets:
+            hint = "ask an administrator to add it to dns01.tsig_secrets of the issuer"
+            fault = Fault("tsigSecretName", f"{tsig_secret} is not a Secret that the issuer can use", hint)
+            raise CertmountError(Reason.NAME_NOT_ALLOWED, fault)
+        return replace(self, key=SecretSource(*parse_secret_name(tsig_secret), "tsig", only=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,18 +143,24 @@ def _parse_account(parent: ConfigSection) -> AccountStorage:
 
 
 def _parse_dns01(parent: ConfigSection) -> Dns01 | None:
-    keys = ("server", "tsig", "zone", "resolvers", "nameservers", "patience")
+    keys = ("server", "tsig", "tsig_secrets", "zone", "resolvers", "nameservers", "patience")
     section = parent.section("dns01", keys, required=("server",))
     if section is None:
         return None
     return Dns01(
         section.text("server", _parse_address) or "",
         section.credential("tsig"),
-        section.text("zone", _matching(_ZONE, "is not the name of a zone, such as acme.example.com")),
+        section.text("zone", _parse_zone),
         section.texts("resolvers", _parse_address, _MAX_SERVERS),
         section.texts("nameservers", _parse_address, _MAX_SERVERS),
         section.duration("patience", DNS_PATIENCE),
+        section.texts("tsig_secrets", _parse_secret, _MAX_TSIG_SECRETS),
     )
+
+
+def _parse_secret(text: str) -> str:
+    parse_secret_name(text)
+    return text
 
 
 def _parse_http01(parent: ConfigSection) -> Http01 | None:
@@ -155,16 +176,37 @@ def _parse_http01(parent: ConfigSection) -> Http01 | None:
 
 def _parse_external_account(parent: ConfigSection) -> ExternalAccount | None:
     section = parent.section("eab", ("key_id", "key"), required=("key_id", "key"))
-    key_id = section and section.text("key_id", _matching(_WORD, "is not a key id"))
+    key_id = section and section.text("key_id", _parse_key_id)
     key = section and section.credential("key")
     return ExternalAccount(key_id, key) if key_id and key else None
 
 
 def _parse_address(text: str) -> str:
     match = _ADDRESS.fullmatch(text)
-    if match is None or not 0 < int(match["port"] or "53") < 65536:
-        raise ValueError("is not ADDRESS or ADDRESS:PORT; write IPv6 addresses in brackets")
-    return text
+    if match is not None and 0 < int(match["port"] or "53") < 65536:
+        return text
+    problem = "is not ADDRESS or ADDRESS:PORT"
+    if match is not None:
+        problem = f"has the port {match['port']}; expected 1 to 65535"
+    elif "://" in text:
+        problem = "is a URL; expected ADDRESS or ADDRESS:PORT, without a scheme"
+    elif _IPV6.fullmatch(text):
+        problem = f"is an IPv6 address without brackets; write [{text}] or [{text}]:PORT"
+    elif other := _OTHER_PORT.fullmatch(text):
+        problem = f"has its port in another form; write {other['host']}:{other['port']}"
+    raise ValueError(problem)
+
+
+def _parse_zone(text: str) -> str:
+    return _matching(_ZONE, "is not the name of a zone, such as acme.example.com")(text).removesuffix(".")
+
+
+def _parse_key_id(text: str) -> str:
+    if text != text.strip():
+        raise ValueError("has white space or a line break around it; in YAML, write it after `key_id:`, without `|`")
+    return _matching(_WORD, "is not a key id: it has spaces, other than ASCII characters, or more than 100 of them")(
+        text
+    )
 
 
 def _parse_while_pending(text: str) -> str:
@@ -199,7 +241,8 @@ def _make(name: str, configuration: AcmeConfiguration, dependencies: IssuerDepen
         if dependencies.ingress_routes is None:
             raise not_possible(name, "needs a cluster for its Ingresses", "omit http01.ingress_class")
         routes = dependencies.ingress_routes(http01.ingress_class)
-    return AcmeIssuer(name, configuration, store, dependencies.credentials, routes=routes)
+    count = dependencies.order_counter(name)
+    return AcmeIssuer(name, configuration, store, dependencies.credentials, routes=routes, count_order=count)
 
 
 KIND = IssuerKind(parse_acme, _make)

@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Protocol
 
 from csi_driver.authority.issuers.acme.account import AcmeAccounts
 from csi_driver.authority.issuers.acme.config import AcmeConfiguration
@@ -20,8 +19,6 @@ from csi_driver.core.secret import Secret, StoredSecrets
 
 _VALUE = "orders.json"
 _ATTEMPTS = 50
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 
 
 class LeaseLost(Exception):
@@ -123,30 +120,40 @@ class ChallengeSolver(Protocol):
     async def unpublish(self, challenge: ChallengeRecord) -> None:
         """Remove a response, if it exists."""
 
+    def using(self, tsig_secret: str) -> ChallengeSolver:
+        """Return the solver that uses the TSIG key in this Secret; empty: the issuer's own key."""
+
 
 @dataclass(frozen=True, slots=True)
 class AcmeContext:
-    """The configuration and the services of one issuer."""
+    """The configuration and the services of one issuer. ``solver`` uses the issuer's own TSIG key."""
 
     configuration: AcmeConfiguration
     credentials: CredentialReader
     orders: OrderStore
     accounts: AcmeAccounts
     solver: ChallengeSolver
-    executor: Executor
     clock: Callable[[], float]
     holder: str  # The identity of this replica in leases
-
-    async def in_thread(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.executor, functools.partial(function, *args, **kwargs))
+    count_order: Callable[[str], None]  # Takes "issued" or "failed"
 
     async def unpublish_challenges(self, order: OrderRecord) -> None:
-        """Unpublish and remove all challenges of an order; raise CertmountError at the first failure."""
+        """Unpublish and remove all challenges of an order, also if some fail; then raise CertmountError with the faults."""
+        solver = self.solver.using(order.tsig_secret)
+        failed: dict[str, CertmountError] = {}
         for challenge in order.challenges:
+            if challenge.zone in failed:
+                continue  # The zone's server may not answer at all
             # A CA can give two orders the same authorization, and so the same response.
             others = (one for one in self.orders.known.orders if one.id != order.id and one.is_open)
             if not any(challenge in one.challenges for one in others):
-                await self.solver.unpublish(challenge)
+                try:
+                    await solver.unpublish(challenge)
+                except CertmountError as error:
+                    failed[challenge.zone] = error
+                    continue
             remove = functools.partial(OrderRecord.without_challenge, removed=challenge)
             await self.orders.change_order(order.id, self.holder, remove)
+        if failed:
+            faults = (fault for error in failed.values() for fault in error.faults)
+            raise CertmountError(Reason.ISSUER_UNAVAILABLE, *faults)

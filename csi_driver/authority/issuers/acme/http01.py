@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import re
-import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
-import aiohttp
 from aiohttp import web
-from aiohttp.abc import AbstractResolver, ResolveResult
 
 from csi_driver.authority.issuers import Issuer
 from csi_driver.authority.issuers.acme.config import Http01
+from csi_driver.authority.issuers.acme.http01_self_test import response_problem
 from csi_driver.authority.issuers.acme.nameserver import Nameserver
 from csi_driver.authority.issuers.acme.order_rules import wildcard_faults
 from csi_driver.authority.issuers.acme.state import ChallengeRecord
 from csi_driver.authority.issuers.dependencies import ChallengeRoutes
+from csi_driver.core.addresses import parse_listen_address
 from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.telemetry.listening import listening_socket
 
 HTTP01_PATH = "/.well-known/acme-challenge/"
 MAX_STORE_AGE_S = 0.1  # A replica that does not find a token reads the store again if its copy is older
+MAX_CONNECTIONS = 500  # Of the port for CAs
+_MAX_CONNECTION_S = 10.0
 _INTERVAL_S = 1.0
-_MAX_BYTES = 1024
-_TIMEOUT = aiohttp.ClientTimeout(total=5)
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)  # RFC 8555 section 8.3: base64url
 
 
@@ -36,6 +37,9 @@ class Http01Solver:
     def __init__(self, configuration: Http01, routes: ChallengeRoutes | None = None) -> None:
         self._configuration = configuration
         self._routes = routes
+
+    def using(self, tsig_secret: str) -> Http01Solver:  # noqa: ARG002  # requests with a TSIG key are refused
+        return self
 
     async def check(self, names: Sequence[str]) -> None:
         if faults := wildcard_faults(names):
@@ -70,71 +74,53 @@ class Http01Solver:
         return None
 
     async def _problem(self, challenge: ChallengeRecord) -> str:
-        resolver, port = await self._resolver(challenge.name)
-        url = f"http://{challenge.name}:{port}{HTTP01_PATH}{challenge.token}"
-        try:
-            # Follow redirects and accept any certificate, as CAs do: the content of the response proves itself.
-            connector = aiohttp.TCPConnector(resolver=resolver, ssl=False)
-            async with (
-                aiohttp.ClientSession(connector=connector, timeout=_TIMEOUT, trust_env=False) as session,
-                session.get(url) as response,
-            ):
-                body = await response.content.read(_MAX_BYTES)
-        except TimeoutError:
-            return "does not respond in time"
-        except (aiohttp.ClientError, OSError) as error:
-            return f"cannot be reached ({error})"
-        if response.status != 200:
-            return f"returned HTTP {response.status}"
-        return "" if body.decode("ascii", "replace").strip() == challenge.value else "returned other content"
-
-    async def _resolver(self, name: str) -> tuple[AbstractResolver, int]:
-        default = aiohttp.ThreadedResolver()
-        if self._configuration.self_test is None:
-            return default, 80
-        server = await asyncio.to_thread(Nameserver.parse, self._configuration.self_test, "http01.self_test")
-        return _FixedAddressResolver(name, server.address, default), server.port
-
-
-class _FixedAddressResolver(AbstractResolver):
-    """Resolves one name to a fixed address."""
-
-    def __init__(self, name: str, address: str, others: AbstractResolver) -> None:
-        self._name = name
-        self._address = address
-        self._others = others
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[ResolveResult]:
-        if host != self._name:
-            return await self._others.resolve(host, port, family)
-        own = socket.AF_INET6 if ":" in self._address else socket.AF_INET
-        return [ResolveResult(hostname=host, host=self._address, port=port, family=own, proto=0, flags=0)]
-
-    async def close(self) -> None:
-        await self._others.close()
+        server = None
+        if self._configuration.self_test is not None:
+            server = await asyncio.to_thread(Nameserver.parse, self._configuration.self_test, "http01.self_test", 80)
+        return await response_problem(challenge.name, HTTP01_PATH + challenge.token, challenge.value, server)
 
 
 class ChallengeServer:
-    """One port for all issuers. It is open to the internet, so it reads no bodies and serves one path."""
+    """One port for all issuers. It is open to the internet, so it reads no bodies, serves one path, and limits connections.
+
+    A connection ends after 10 seconds, and earlier if there are 500 newer ones: a response takes milliseconds.
+    """
 
     def __init__(self, address: str, issuers: Callable[[], Iterable[Issuer]]) -> None:
-        host, _, port = address.rpartition(":")
-        self._host = host.strip("[]") or None
-        self._port = int(port)
+        self._address = parse_listen_address(address)
         self._issuers = issuers
         application = web.Application(client_max_size=0)
         application.router.add_get(HTTP01_PATH + "{token}", self._respond)
         self._runner = web.AppRunner(application, access_log=None, handle_signals=False, keepalive_timeout=5)
+        self._connections: deque[web.RequestHandler] = deque()
+        self._server: asyncio.Server | None = None
 
     async def start(self) -> int:
+        """Listen, and return the port; raises OSError."""
         await self._runner.setup()
-        await web.TCPSite(self._runner, self._host, self._port).start()
-        return int(self._runner.addresses[0][1])
+        listener = await asyncio.to_thread(listening_socket, self._address)
+        self._server = await asyncio.get_running_loop().create_server(self._connect, sock=listener)
+        return int(listener.getsockname()[1])
 
     async def stop(self) -> None:
+        if self._server is not None:
+            self._server.close()
         await self._runner.cleanup()
+
+    def _connect(self) -> web.RequestHandler:
+        if self._runner.server is None:
+            raise AssertionError("setup() comes first")
+        handler = self._runner.server()
+        self._connections.append(handler)
+        if len(self._connections) > MAX_CONNECTIONS:
+            self._connections.popleft().force_close()
+        asyncio.get_running_loop().call_later(_MAX_CONNECTION_S, self._expire, handler)
+        return handler
+
+    def _expire(self, handler: web.RequestHandler) -> None:
+        handler.force_close()
+        if handler in self._connections:
+            self._connections.remove(handler)
 
     async def _respond(self, request: web.Request) -> web.Response:
         token = request.match_info["token"]

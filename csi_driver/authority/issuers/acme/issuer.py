@@ -8,7 +8,6 @@ import functools
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -36,8 +35,9 @@ from csi_driver.authority.issuers.acme.order_rules import (
     release_orders,
     remove_expired,
     request_order,
+    unremovable_orders,
 )
-from csi_driver.authority.issuers.acme.state import AcmeState, OrderRecord, order_id
+from csi_driver.authority.issuers.acme.state import AcmeState, OrderRecord, TrackedCertificate, order_id
 from csi_driver.authority.issuers.dependencies import ChallengeRoutes, CredentialReader
 from csi_driver.authority.issuers.external_issuer import ends_at_root
 from csi_driver.authority.storage import Store
@@ -51,8 +51,6 @@ log = structlog.get_logger(__name__)
 _WAIT_S = 80.0  # The node's call ends after 90 s
 _INTERIM_WAIT_S = 4.0  # With an interim certificate: enough for a CA that has valid authorizations
 _LEASE_S = 60.0
-_MAX_HELD = 32  # Most of these orders wait for name servers or the CA, so a small number would delay the others
-_THREADS = 4
 _INTERVAL_S = 5.0
 _CHECK_ACCOUNT_S = 300.0
 _ACCOUNT_BACKOFF = Backoff(2.0, 300.0)
@@ -68,26 +66,34 @@ class AcmeIssuer(Issuer):
     credentials: CredentialReader = CredentialReader()
     _: KW_ONLY
     routes: ChallengeRoutes | None = None
+    count_order: Callable[[str], None] = lambda _result: None
     clock: Callable[[], float] = time.time
     wait_s: float = _WAIT_S
     lease_s: float = _LEASE_S
 
     def __post_init__(self) -> None:
         configuration, credentials, clock = self.configuration, self.credentials, self.clock
-        self.shares_certificates, self.while_pending = True, configuration.while_pending
+        self.shares_certificates = self.has_accounts = True
+        self.own_email = configuration.email or ""
+        self.while_pending = configuration.while_pending
         if self.while_pending is not None:
             self.wait_s = min(self.wait_s, _INTERIM_WAIT_S)
-        executor = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"acme-{self.name}")
         self._orders = OrderStore(self.store, clock)
-        self._accounts = accounts = AcmeAccounts(configuration, credentials, self.store, executor)
-        services = (self._orders, accounts, self._solver(), executor, clock)
-        self._context = AcmeContext(configuration, credentials, *services, holder=uuid.uuid4().hex)
+        self._accounts = accounts = AcmeAccounts(configuration, credentials, self.store)
+        services = (self._orders, accounts, self._solver(), clock)
+        self._context = AcmeContext(
+            configuration, credentials, *services, holder=uuid.uuid4().hex, count_order=self.count_order
+        )
         self.renewals = RenewalInfoPoller(self._context)
         self._processing: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
         self._store_problem: str | None = None
         self._account_problem: str | None = "the account is not registered yet"
         self._roots: tuple[bytes, ...] = ()
+
+    @property
+    def environment(self) -> str:
+        return self.configuration.directory
 
     @property
     def roots(self) -> tuple[bytes, ...]:
@@ -100,25 +106,35 @@ class AcmeIssuer(Issuer):
 
     async def issue(self, request: IssuerRequest) -> IssuedCertificate:
         names = order_names(request, self.configuration)
-        own = order_id(names, public_bytes(request.csr.public_key))
+        email = request.acme_email if request.acme_email != self.own_email else ""
+        own = order_id(names, public_bytes(request.csr.public_key), email, request.tsig_secret)
         deadline = time.monotonic() + self.wait_s
         await self._read_roots()
-        step = functools.partial(request_order, order_id=own, names=names, csr=request.csr.der, now=self.clock())
-        state = await self._orders.change(step)
+        now, requester = self.clock(), request.identity.principal.label
+        order = OrderRecord(
+            own, names, request.csr.der, now, now,
+            requester=requester, email=email, tsig_secret=request.tsig_secret,
+        )  # fmt: skip
+        step = functools.partial(request_order, requested=order, now=now)
+        state = await self._orders.read()
+        # A repeated or refused request must not cost a read of the store, which others would wait for.
+        if step(state) != state:
+            await self._accounts.create(email, request.identity.principal.namespace)
+            state = await self._orders.change(step)
         self._wake.set()
         while True:
-            order = state.order(own)
-            if order is None or order.abandoned:
+            known = state.order(own)
+            if known is None or known.abandoned:
                 backoff = state.backoff(names, self.clock())
                 if backoff is not None:
                     raise backoff_error(backoff, names)
                 fault = Fault(", ".join(names), "the order was removed; the next call creates a new one")
                 raise CertmountError(Reason.ISSUANCE_PENDING, fault)
-            if order.finished_at:
-                return self._certificate(order, state)
+            if known.finished_at:
+                return self._certificate(known, state)
             remaining_s = deadline - time.monotonic()
-            if remaining_s <= 0 or order.retry_at - self.clock() > remaining_s:
-                raise pending_error(order)
+            if remaining_s <= 0 or known.retry_at - self.clock() > remaining_s:
+                raise pending_error(known)
             await self._orders.wait(min(1.0, remaining_s))
             state = await self._orders.read()
 
@@ -151,8 +167,14 @@ class AcmeIssuer(Issuer):
         return None
 
     def renewals_due(self) -> tuple[str, ...]:
+        return tuple(one.key_sha256 for one in self._due())
+
+    def keys_to_replace(self) -> tuple[str, ...]:
+        return tuple(one.key_sha256 for one in self._due() if one.early)
+
+    def _due(self) -> list[TrackedCertificate]:
         now = self.clock()
-        return tuple(one.key_sha256 for one in self._orders.known.certificates if one.renew_at <= now < one.not_after)
+        return [one for one in self._orders.known.certificates if one.renew_at <= now < one.not_after]
 
     def _certificate(self, order: OrderRecord, state: AcmeState) -> IssuedCertificate:
         last = x509.load_der_x509_certificate(order.chain[-1])
@@ -162,7 +184,7 @@ class AcmeIssuer(Issuer):
             raise issuer_unavailable("acme.roots", problem, hint)
         tracked = state.certificate(order.id)
         renew_after = None if tracked is None else timedelta(seconds=max(tracked.renew_at - self.clock(), 1.0))
-        return IssuedCertificate(order.chain, self._roots, renew_after, identity_included=False)
+        return IssuedCertificate(order.chain, self._roots, renew_after)
 
     async def _read_roots(self) -> None:
         file = self.configuration.roots_file
@@ -180,7 +202,7 @@ class AcmeIssuer(Issuer):
             now = self.clock()
             state = await self._orders.read(0.0)
             if self._claim(state, now) != state:
-                state = await self._orders.change(lambda newest: self._claim(newest, now))
+                state = await self._change_leases(now)
             self._store_problem = None
         except CertmountError as error:
             self._store_problem = str(error)
@@ -192,8 +214,23 @@ class AcmeIssuer(Issuer):
         for own in self._processing.keys() - held:
             self._processing[own].cancel()
 
+    async def _change_leases(self, now: float) -> AcmeState:
+        unremovable: tuple[OrderRecord, ...] = ()
+
+        def step(newest: AcmeState) -> AcmeState:
+            nonlocal unremovable
+            unremovable = unremovable_orders(newest, now)
+            return self._claim(newest, now)
+
+        state = await self._orders.change(step)
+        for order in unremovable:
+            text = "ACME challenge responses cannot be removed; remove them yourself if they still exist"
+            records = [one.published for one in order.challenges]
+            log.warning(text, issuer=self.name, records=records, error=order.problem)
+        return state
+
     def _claim(self, state: AcmeState, now: float) -> AcmeState:
-        return claim_orders(remove_expired(state, now), self._context.holder, now, self.lease_s, _MAX_HELD)
+        return claim_orders(remove_expired(state, now), self._context.holder, now, self.lease_s)
 
     def _finished(self, own: str) -> None:
         self._processing.pop(own, None)
@@ -206,7 +243,7 @@ class AcmeIssuer(Issuer):
             return
         except AcmeProblem as problem:
             if problem.code == "accountDoesNotExist":
-                self._accounts.forget()
+                self._accounts.forget(self._email_of(own))
             await self._record_failure(own, problem)
         except CertmountError as error:
             await self._record_failure(own, AcmeProblem("", "; ".join(str(fault) for fault in error.faults)))
@@ -215,8 +252,13 @@ class AcmeIssuer(Issuer):
             text = f"unexpected error ({type(error).__name__}); see the authority's log"
             await self._record_failure(own, AcmeProblem("", text))
 
+    def _email_of(self, own: str) -> str:
+        order = self._orders.known.order(own)
+        return order.email if order is not None else ""
+
     async def _record_failure(self, own: str, problem: AcmeProblem) -> None:
         log.warning("ACME order failed", issuer=self.name, error=problem.text)
+        self.count_order("failed")
 
         def step(state: AcmeState) -> AcmeState:
             order = state.order(own)

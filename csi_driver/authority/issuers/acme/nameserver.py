@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import base64
+import re
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-import dns.asyncquery
 import dns.exception
 import dns.flags
 import dns.message
@@ -18,16 +18,15 @@ import dns.tsig
 import dns.update
 
 from csi_driver.authority.issuers import issuer_unavailable
-from csi_driver.authority.issuers.dependencies import CredentialReader
-from csi_driver.core.config.issuers import CredentialSource
+from csi_driver.authority.issuers.acme.dns_exchange import EXCHANGE_ERRORS, TIMEOUT_S, exchange
+from csi_driver.authority.issuers.acme.tsig_key import TsigKey
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.secret import Secret
 
-_TIMEOUT_S = 5.0
-_PORT = 53
-TSIG_ALGORITHMS = ("hmac-sha1", "hmac-sha224", "hmac-sha256", "hmac-sha384", "hmac-sha512")  # RFC 8945, without MD5
-_DEFAULT_ALGORITHM = "hmac-sha256"
+PORT = 53
+_MAX_ADDRESSES = 4
+_SERVER = re.compile(r"(?:\[(?P<ipv6>[^\[\]]+)\]|(?P<host>[^:\[\]]+))(?::(?P<port>[0-9]{1,5}))?", re.ASCII)
 _REJECTIONS = (dns.rcode.REFUSED, dns.rcode.NOTAUTH, dns.rcode.NOTZONE, dns.rcode.NXRRSET, dns.rcode.YXRRSET)
+_CANNOT_CHANGE = (dns.rcode.REFUSED, dns.rcode.NOTAUTH, dns.rcode.NOTZONE)
 _TSIG_ERRORS: tuple[tuple[type[dns.exception.DNSException], str], ...] = (
     (dns.tsig.PeerBadKey, "it does not know the name of the TSIG key, or has another algorithm for it"),
     (dns.tsig.PeerBadSignature, "it has another secret for the TSIG key"),
@@ -40,47 +39,6 @@ _TSIG_ERRORS: tuple[tuple[type[dns.exception.DNSException], str], ...] = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class TsigKey:
-    """A secret shared with a DNS server (RFC 8945). Its text format is ``[hmac:]name:key``, as for ``nsupdate -y``."""
-
-    name: str
-    secret: Secret[bytes]
-    algorithm: str = _DEFAULT_ALGORITHM
-
-    @classmethod
-    def parse(cls, text: Secret[str], field: str) -> Self:
-        """Parse the text format; raise CertmountError IssuerUnavailable, which names ``field`` and shows no content."""
-
-        def invalid(problem: str) -> CertmountError:
-            return issuer_unavailable(field, problem, "use the format of nsupdate -y: hmac-sha256:name:base64")
-
-        parts = text.reveal().strip().split(":")
-        if len(parts) not in (2, 3):
-            raise invalid("does not have the format [hmac:]name:key")
-        algorithm, name, key = (_DEFAULT_ALGORITHM, *parts) if len(parts) == 2 else (parts[0].lower(), *parts[1:])
-        if algorithm not in TSIG_ALGORITHMS:
-            raise invalid("has an unsupported algorithm; expected one of " + ", ".join(TSIG_ALGORITHMS))
-        try:
-            dns.name.from_text(name)
-        except (dns.exception.DNSException, UnicodeError):
-            raise invalid("has a key name that is not a DNS name") from None
-        try:
-            secret = base64.b64decode(key, validate=True)
-        except ValueError:  # including binascii.Error
-            raise invalid("has a key that is not base64") from None
-        if not name or not secret:
-            raise invalid("has an empty name or key")
-        return cls(name, Secret(secret), algorithm)
-
-    @classmethod
-    async def read(cls, source: CredentialSource | None, credentials: CredentialReader) -> Self | None:
-        return None if source is None else cls.parse(await credentials.read_text(source), str(source))
-
-    def for_dnspython(self) -> dns.tsig.Key:
-        return dns.tsig.Key(self.name, self.secret.reveal(), self.algorithm)
-
-
 class NotAuthorized(CertmountError):
     """The server rejects the authority: an administrator must change the configuration."""
 
@@ -90,63 +48,93 @@ class NotAuthorized(CertmountError):
 
 @dataclass(frozen=True, slots=True)
 class Nameserver:
-    """One DNS server."""
+    """One DNS server. The first of its addresses that responds is used: not every network has IPv4 and IPv6."""
 
-    address: str
-    port: int = _PORT
+    addresses: tuple[str, ...]
+    port: int = PORT
 
     @classmethod
-    def parse(cls, text: str, field: str) -> Self:
+    def parse(cls, text: str, field: str, default_port: int = PORT) -> Self:
         """Parse ``ADDRESS``, ``ADDRESS:PORT`` or ``[IPV6]:PORT``, and resolve a host name; raise CertmountError."""
-        host, colon, port = text.rpartition(":")
-        if not colon or (":" in host and not host.endswith("]")):
-            host, port = text, str(_PORT)
-        if not port.isdigit() or not 0 < int(port) < 65536:
+        match = _SERVER.fullmatch(f"[{text}]" if text.count(":") > 1 and "[" not in text else text)
+        port = int(match["port"] or default_port) if match else 0
+        if match is None or not 0 < port < 65536:
             raise CertmountError(Reason.INVALID_REQUEST, Fault(field, f"{text!r} is not ADDRESS:PORT"))
+        host = match["ipv6"] or match["host"]
         try:
-            found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
             raise issuer_unavailable(field, f"{host} cannot be resolved ({error})") from None
-        return cls(str(found[0][4][0]), int(port))
+        return cls.of([str(one[4][0]) for one in found], port)
+
+    @classmethod
+    def of(cls, addresses: Sequence[str], port: int = PORT) -> Self:
+        return cls(tuple(dict.fromkeys(addresses))[:_MAX_ADDRESSES], port)
 
     def __str__(self) -> str:
-        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+        return " or ".join(f"[{one}]:{self.port}" if ":" in one else f"{one}:{self.port}" for one in self.addresses)
 
     async def query(
-        self, name: dns.name.Name, kind: dns.rdatatype.RdataType, *, recursive: bool
+        self, name: dns.name.Name, kind: dns.rdatatype.RdataType, *, recursive: bool, timeout_s: float = TIMEOUT_S
     ) -> dns.message.Message:
+        """Return the response, with any code; raise CertmountError IssuerUnavailable. ``timeout_s`` is for an address."""
         flags = dns.flags.RD if recursive else dns.flags.Flag(0)
-        query = dns.message.make_query(name, kind, flags=flags)
         try:
-            response, _ = await dns.asyncquery.udp_with_fallback(query, self.address, _TIMEOUT_S, self.port)
-        except (OSError, EOFError, dns.exception.DNSException) as error:
-            raise self._unavailable(error) from None
-        return response
+            return await self._exchange(dns.message.make_query(name, kind, flags=flags), udp=True, timeout_s=timeout_s)
+        except EXCHANGE_ERRORS as error:
+            raise self.unavailable(error) from None
 
-    async def update(self, update: dns.update.UpdateMessage, key: TsigKey | None) -> dns.message.Message:
-        """Send an update (RFC 2136) over TCP, so that it is not sent twice; raise NotAuthorized or IssuerUnavailable."""
-        if key is not None:
-            update.use_tsig(key.for_dnspython())
-        zone = update.zone[0].name if update.zone else dns.name.root
-        try:
-            response = await dns.asyncquery.tcp(update, self.address, _TIMEOUT_S, self.port)
-        except (OSError, EOFError, dns.exception.DNSException) as error:
-            for kind, problem in _TSIG_ERRORS:
-                if isinstance(error, kind):
-                    hint = "compare name, algorithm and secret of the key on both sides"
-                    raise NotAuthorized(self, problem, hint) from None
-            raise self._unavailable(error) from None
-        code = response.rcode()
-        problem = f"returned {dns.rcode.to_text(code)} to an update of zone {zone}"
+    async def update(self, update: dns.update.UpdateMessage, key: TsigKey | None) -> None:
+        """Send an update (RFC 2136) by TCP; raise NotAuthorized or IssuerUnavailable."""
+        code = await self._send_update(update, key)
+        problem = f"returned {dns.rcode.to_text(code)} to an update of zone {update.zone[0].name}"
         if code in _REJECTIONS:
             hint = "use the zone's primary, and allow the key to update TXT records at _acme-challenge names"
             raise NotAuthorized(self, f"it {problem}", hint)
         if code != dns.rcode.NOERROR:
             raise issuer_unavailable(f"DNS server {self}", problem)
-        return response
 
-    def _unavailable(self, error: Exception) -> CertmountError:
+    async def has_own_cname(self, zone: dns.name.Name, name: dns.name.Name, key: TsigKey | None) -> bool:
+        """Tell whether the zone has a CNAME at exactly this name, and not only a wildcard that matches the name.
+
+        A query can't tell: RFC 4592 section 3.3.1 makes both answers equal. A prerequisite of an update can, as RFC 2136
+        section 3.2 compares it with the content of the zone. The update changes nothing. If the server doesn't accept
+        updates of the zone, the result is True, because certmount can't replace what the wildcard returns.
+        """
+        update = dns.update.UpdateMessage(zone)
+        update.present(name, dns.rdatatype.CNAME)
+        code = await self._send_update(update, key)
+        if code not in (dns.rcode.NOERROR, dns.rcode.NXRRSET, *_CANNOT_CHANGE):
+            problem = f"returned {dns.rcode.to_text(code)} to an update of zone {zone} without changes"
+            raise issuer_unavailable(f"DNS server {self}", problem)
+        return code != dns.rcode.NXRRSET
+
+    async def _send_update(self, update: dns.update.UpdateMessage, key: TsigKey | None) -> dns.rcode.Rcode:
+        if key is not None:
+            update.use_tsig(key.for_dnspython())
+        try:
+            response = await self._exchange(update, udp=False)  # A repeated datagram would be a second update
+        except EXCHANGE_ERRORS as error:
+            for kind, problem in _TSIG_ERRORS:
+                if isinstance(error, kind):
+                    hint = "compare name, algorithm and secret of the key on both sides"
+                    raise NotAuthorized(self, problem, hint) from None
+            raise self.unavailable(error) from None
+        return response.rcode()
+
+    async def _exchange(
+        self, request: dns.message.Message, *, udp: bool, timeout_s: float = TIMEOUT_S
+    ) -> dns.message.Message:
+        *others, last = self.addresses
+        for address in others:
+            try:
+                return await exchange(address, self.port, request, udp=udp, timeout_s=timeout_s)
+            except OSError:
+                continue  # Unreachable, at least from here; the last address reports the problem
+        return await exchange(last, self.port, request, udp=udp, timeout_s=timeout_s)
+
+    def unavailable(self, error: Exception) -> CertmountError:
+        if isinstance(error, TimeoutError):
+            return issuer_unavailable(f"DNS server {self}", "does not respond in time")
         cause = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-        timeout = isinstance(error, dns.exception.Timeout)
-        problem = "does not respond in time" if timeout else f"cannot be queried ({cause})"
-        return issuer_unavailable(f"DNS server {self}", problem)
+        return issuer_unavailable(f"DNS server {self}", f"cannot be queried ({cause})")

@@ -12,11 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from csi_driver.authority.issuers import issuer_unavailable
+from csi_driver.core.bounded_json import loads_bounded
 
-MAX_ORDERS = 200  # Each order takes about 3 KB with its CSR and chain; a Secret can hold 1 MB
-MAX_BYTES = 600 * 1024
-_MAX_CERTIFICATES = 1000  # 200 bytes each
-_MAX_BACKOFFS = 500
+MAX_BYTES = 750 * 1024
+"""Of the encoded state; a Secret can hold 1 MiB."""
+_MAX_VALUES = 100_000
+_RECORD_BYTES = 350  # The encoded fields of fixed length, and their names
+_CHALLENGE_BYTES = 350
+_CHAIN_BYTES = 1200  # The leaf, which certificates of public CAs rarely exceed; most chains share the intermediates
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,13 @@ class ChallengeRecord:
     value: str  # The text of the TXT record, or the key authorization (RFC 8555 section 8.1)
     record_name: str = ""  # The name of the TXT record, after following CNAMEs
     zone: str = ""
+
+    @property
+    def published(self) -> str:
+        """What is published, for people."""
+        if self.record_name:
+            return f"{self.record_name} TXT {self.value}"
+        return f"http://{self.name}/.well-known/acme-challenge/{self.token}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +61,31 @@ class OrderRecord:
     chain: tuple[bytes, ...] = ()  # X.509 DER, leaf first; set when the order is finished
     finished_at: float = 0.0
     abandoned: bool = False  # Only its challenges remain to be removed
+    requester: str = ""  # Who first requested it: `service account NAMESPACE/NAME`, or `secret NAMESPACE/NAME`
+    email: str = ""  # Of the account that orders it; empty: the issuer's own account
+    tsig_secret: str = ""  # NAMESPACE/NAME of the Secret whose key changes DNS; empty: the issuer's own key
+
+    @property
+    def owners(self) -> tuple[str, str]:
+        return owners(self.requester)
+
+    @property
+    def size(self) -> int:
+        """About the bytes of the encoded record, with its challenges; those of an open order include its certificate."""
+        names = sum((len(name) + 4) * (1 if self.finished_at else 4) for name in self.names)
+        challenges = _CHALLENGE_BYTES * (len(self.challenges) if self.finished_at else len(self.names))
+        leaf = len(self.chain[0]) if self.chain else _CHAIN_BYTES + len(self.csr)
+        texts = sum(map(len, (self.url, self.requester, self.problem, self.email, self.tsig_secret)))
+        return _RECORD_BYTES + 200 + names + challenges + (len(self.csr) + leaf) * 4 // 3 + texts
 
     @property
     def is_open(self) -> bool:
         return not self.finished_at and not self.abandoned
+
+    @property
+    def is_unfinished(self) -> bool:
+        """True if a replica must still process it: it is open, or its challenges remain to be removed."""
+        return self.is_open or bool(self.challenges)
 
     def with_challenges(self, added: Iterable[ChallengeRecord]) -> OrderRecord:
         return replace(self, challenges=tuple(dict.fromkeys((*self.challenges, *added))))
@@ -72,6 +103,16 @@ class NamesBackoff:
     failures: int
     reason: str  # A word of :class:`csi_driver.core.errors.Reason`
     text: str
+    requester: str = ""  # As :attr:`OrderRecord.requester`
+    failed_at: float = 0.0  # When the CA last rejected an order for a reason that counts as a failure
+
+    @property
+    def owners(self) -> tuple[str, str]:
+        return owners(self.requester)
+
+    @property
+    def size(self) -> int:
+        return _RECORD_BYTES + len(self.text) + len(self.requester)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +126,17 @@ class TrackedCertificate:
     not_after: float
     renew_at: float
     check_at: float  # When to fetch renewal information again
+    requester: str = ""  # As :attr:`OrderRecord.requester`
+    email: str = ""  # As :attr:`OrderRecord.email`
+    early: bool = False  # the CA has moved the renewal forward: it may have revoked the certificate
+
+    @property
+    def owners(self) -> tuple[str, str]:
+        return owners(self.requester)
+
+    @property
+    def size(self) -> int:
+        return _RECORD_BYTES - 35 + len(self.certificate_id) + len(self.requester) + len(self.email)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +169,7 @@ class AcmeState:
 
     def with_backoff(self, backoff: NamesBackoff) -> AcmeState:
         others = (one for one in self.backoffs if one.names_id != backoff.names_id)
-        return replace(self, backoffs=(*others, backoff)[-_MAX_BACKOFFS:])
+        return replace(self, backoffs=(*others, backoff))
 
     def without_backoff(self, names: Iterable[str]) -> AcmeState:
         key = names_id(names)
@@ -125,20 +177,26 @@ class AcmeState:
 
     def with_certificate(self, certificate: TrackedCertificate) -> AcmeState:
         others = (one for one in self.certificates if one.order_id != certificate.order_id)
-        return replace(self, certificates=(*others, certificate)[-_MAX_CERTIFICATES:])
+        return replace(self, certificates=(*others, certificate))
 
     def without_certificate(self, certificate_id: str) -> AcmeState:
         kept = tuple(one for one in self.certificates if one.certificate_id != certificate_id)
         return replace(self, certificates=kept)
 
 
+def owners(requester: str) -> tuple[str, str]:
+    """Return the owners of a record for :class:`csi_driver.core.shares.FairShares`, the largest first."""
+    return f"namespace {requester.partition('/')[0].rpartition(' ')[2]}", requester
+
+
 def names_id(names: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(set(names))).encode()).hexdigest()[:32]
 
 
-def order_id(names: Iterable[str], public_key: bytes) -> str:
-    """Return an identifier of a set of names and a key (SubjectPublicKeyInfo, DER)."""
-    return hashlib.sha256(f"{names_id(names)} {hashlib.sha256(public_key).hexdigest()}".encode()).hexdigest()[:32]
+def order_id(names: Iterable[str], public_key: bytes, email: str = "", tsig_secret: str = "") -> str:
+    """Return an identifier of a set of names, a key (SubjectPublicKeyInfo, DER), an account and a TSIG key."""
+    parts = names_id(names), hashlib.sha256(public_key).hexdigest(), email, tsig_secret
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
 
 
 def encode(state: AcmeState) -> bytes:
@@ -153,14 +211,14 @@ def encode(state: AcmeState) -> bytes:
 def decode(content: bytes, store: str) -> AcmeState:
     """Decode the result of :func:`encode`; raise CertmountError IssuerUnavailable for other content."""
     try:
-        document = json.loads(content)
+        document = loads_bounded(content, max_bytes=MAX_BYTES, max_values=_MAX_VALUES)
         pool, state = [base64.b64decode(text, validate=True) for text in document["pool"]], document["state"]
         return AcmeState(
             tuple(_decode_order(one, pool) for one in state["orders"]),
             tuple(NamesBackoff(**one) for one in state["backoffs"]),
             tuple(TrackedCertificate(**one) for one in state["certificates"]),
         )
-    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         hint = "remove the value orders.json to start all open orders again"
         raise issuer_unavailable(store, "contains orders that cannot be parsed", hint) from None
 

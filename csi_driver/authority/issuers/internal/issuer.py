@@ -6,21 +6,27 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 
+from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.ca.authority import CertificateAuthority, utc_now
-from csi_driver.authority.ca.certificates import Leaf, sign_leaf
+from csi_driver.authority.ca.certificates import Leaf
 from csi_driver.authority.ca.keyring import Keyring
+from csi_driver.authority.ca.leaf_encoder import sign_leaf_der
 from csi_driver.authority.issuers import IssuedCertificate, Issuer, IssuerRequest
 from csi_driver.core.certificates.name_constraints import NameConstraintSet
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.names import Names
+from csi_driver.core.spec import DEFAULT_ISSUER
+from csi_driver.core.subject import Subject
 
 _HINT = "request names that the CA permits, or ask an administrator to change the CA"
 
 
 class InternalIssuer(Issuer):
     """Signs with the current intermediate. Verifiers reject names that the name constraints of its chain exclude."""
+
+    needs_names_in_csr = False
 
     def __init__(self, ca: CertificateAuthority, clock: Callable[[], datetime] = utc_now) -> None:
         self._ca = ca
@@ -29,6 +35,10 @@ class InternalIssuer(Issuer):
         self._constraints = NameConstraintSet()
         self._intermediates: tuple[bytes, ...] = ()
         self._roots: tuple[bytes, ...] = ()
+
+    @property
+    def environment(self) -> str:
+        return DEFAULT_ISSUER
 
     @property
     def roots(self) -> tuple[bytes, ...]:
@@ -40,10 +50,10 @@ class InternalIssuer(Issuer):
         # Nothing below waits: a keyring that is replaced in the meantime must not sign.
         self._use(keyring)
         names = _permitted(self._constraints, request)
-        subject = not self._constraints.constrains_subjects
+        subject = _subject(self._constraints, request)
         leaf = Leaf(request.csr.public_key, names, grant.duration, grant.usages, subject=subject)
-        certificate = sign_leaf(leaf, keyring.intermediate, self._clock())
-        return IssuedCertificate((certificate.public_bytes(Encoding.DER), *self._intermediates), self._roots)
+        certificate = sign_leaf_der(leaf, keyring.intermediate, self._clock())
+        return IssuedCertificate((certificate, *self._intermediates), self._roots)
 
     def _use(self, keyring: Keyring) -> None:
         if keyring is not self._keyring:
@@ -51,6 +61,17 @@ class InternalIssuer(Issuer):
             self._constraints = NameConstraintSet.of((*keyring.intermediates, keyring.root))
             self._intermediates = tuple(one.public_bytes(Encoding.DER) for one in keyring.intermediates)
             self._roots = keyring.roots_der
+
+
+def _subject(constraints: NameConstraintSet, request: IssuerRequest) -> x509.Name | None:
+    """Return the subject, or None for the default; raise CertmountError NameNotAllowed if the CA's constraints exclude it."""
+    requested = request.requested.subject if request.requested else Subject()
+    if not constraints.constrains_subjects:
+        return requested.name if requested else None
+    if requested:
+        problem = "the name constraints of the CA exclude subjects"
+        raise CertmountError(Reason.NAME_NOT_ALLOWED, Fault(f"subject {requested}", problem, _HINT))
+    return x509.Name([])
 
 
 def _permitted(constraints: NameConstraintSet, request: IssuerRequest) -> Names:

@@ -37,7 +37,7 @@ async def diagnose_kubernetes_csr(
         diagnosis.findings.add("account", True, f"the authority's user name is {diagnosis.username}")
         await _check_permissions(configuration, requests, diagnosis)
     except CertmountError as error:
-        diagnosis.findings.add("cluster", False, str(error.args[0]))
+        diagnosis.findings.add("cluster", False, error.text)
     return diagnosis
 
 
@@ -50,7 +50,7 @@ async def _check_roots(
     try:
         certificates = decode_certificates((await credentials.read(configuration.roots)).reveal())
     except CertmountError as error:
-        diagnosis.findings.add("roots", False, str(error.args[0]))
+        diagnosis.findings.add("roots", False, error.text)
         return
     except ValueError:
         diagnosis.findings.add("roots", False, f"{configuration.roots} does not contain valid certificates in PEM")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
@@ -19,6 +19,7 @@ from csi_driver.authority.issuers.dependencies import CredentialReader, CSRAcces
 from csi_driver.authority.issuers.external_issuer import (
     DiagnosedIssuer,
     check_certificate,
+    decode_chain,
     ends_at_root,
     issued_certificate,
 )
@@ -36,8 +37,10 @@ from csi_driver.core.cluster.csr import (
 )
 from csi_driver.core.durations import format_duration
 from csi_driver.core.errors import CertmountError, Fault, Reason
-from csi_driver.core.formats.pem import decode_certificates
-from csi_driver.kube.csr_cache import CSRCache
+from csi_driver.core.identity import Principal, Requester
+from csi_driver.core.shares import FairShares
+from csi_driver.kube.csr.cache import CSRCache
+from csi_driver.kube.metadata import MANAGED
 
 log = structlog.get_logger(__name__)
 
@@ -46,9 +49,11 @@ _WAIT_FOR_LIST_S = 5.0  # The existing requests must be known, or a second one w
 _KEEP_SIGNED = timedelta(minutes=10)  # The node retries every half minute
 _KEEP_APPROVED = timedelta(minutes=15)  # No signer takes longer, and Kubernetes keeps approved requests forever
 _KEEP_UNDECIDED = timedelta(hours=1)  # For manual approvals; the pod's next call creates another request
+MAX_REQUESTS = 1000
+"""CertificateSigningRequests of one issuer that exist at the same time."""
+_NAMESPACE_LABEL, _OWNER_LABEL = "certmount.dev/namespace", "certmount.dev/owner-sha256"
 ISSUER_LABEL, REQUEST_LABEL = "certmount.dev/issuer", "certmount.dev/request"
-_MANAGED = {"app.kubernetes.io/managed-by": "certmount"}
-_POD_ANNOTATION, _NAMES_ANNOTATION = "certmount.dev/pod", "certmount.dev/names"
+_REQUESTER_ANNOTATION, _NAMES_ANNOTATION = "certmount.dev/requester", "certmount.dev/names"
 _MAX_ANNOTATION = 2048
 
 
@@ -66,6 +71,11 @@ class KubernetesCSRIssuer(DiagnosedIssuer):
         super().__post_init__()
         self._cache = CSRCache()
         self._known = KubernetesCSRDiagnosis()
+        self._creating: list[Mapping[str, str]] = []  # The labels of the requests
+
+    @property
+    def environment(self) -> str:
+        return self.configuration.signer
 
     @property
     def roots(self) -> tuple[bytes, ...]:
@@ -114,16 +124,30 @@ class KubernetesCSRIssuer(DiagnosedIssuer):
         label = request_id(request)
         csr = next((one for one in self._own() if one.labels.get(REQUEST_LABEL) == label), None)
         if csr is None:
-            csr = await self.access.requests.create(csr_draft(self.name, self.configuration, request))
-            self._cache.add(csr)
+            csr = await self._create(request)
         if self.configuration.approve and not csr.finished and csr.condition(APPROVED) is None:
-            pod = f"{request.identity.service_account.namespace}/{request.identity.pod_name}"
-            text = f"allowed for pod {pod} by {', '.join(request.grant.rules)}"
+            text = f"allowed for {request.identity} by {', '.join(request.grant.rules)}"
             try:
                 await self.access.requests.decide(csr, CSRCondition(APPROVED, "PolicyAllows", text))
             except CertmountError:
                 await self._delete(csr)
                 raise
+        return csr
+
+    async def _create(self, request: IssuerRequest) -> ClusterCSR:
+        draft = csr_draft(self.name, self.configuration, request)
+        resource = f"CertificateSigningRequests of issuer {self.name}"
+        shares = FairShares(resource, MAX_REQUESTS, full=Reason.AUTHORITY_OVERLOADED)
+        # The cache knows those of all replicas. Calls of this one whose request it does not know yet count too.
+        for labels in (*(one.labels for one in self._own()), *self._creating):
+            shares.count(_owners(labels, request.identity))
+        shares.take(request.identity.tenants)
+        self._creating.append(draft.labels)
+        try:
+            csr = await self.access.requests.create(draft)
+            self._cache.add(csr)
+        finally:
+            self._creating.remove(draft.labels)
         return csr
 
     def _own(self) -> list[ClusterCSR]:
@@ -137,17 +161,15 @@ class KubernetesCSRIssuer(DiagnosedIssuer):
             fault = Fault(f"issuer {self.name}", f"{signer} {verb} the request: {rejection}")
             raise CertmountError(Reason.NAME_NOT_ALLOWED, fault)
         try:
-            chain = decode_certificates(csr.certificate)
-        except ValueError:
-            raise self._unavailable("the signer returned an invalid certificate") from None
-        names = request.csr.names
+            chain = decode_chain(csr.certificate)
+        except ValueError as problem:
+            raise self._unavailable(f"the signer's response {problem}") from None
         # The signer got the CSR, without the names that the policy added.
-        expected = replace(request, grant=replace(request.grant, names=names))
+        expected = replace(request, grant=replace(request.grant, names=request.csr.names))
         check_certificate(chain[0], expected, self.clock(), signer)
         if not ends_at_root(chain, self.roots):
             raise self._unavailable("the chain does not end at a configured root; check roots")
-        included = {*request.grant.names.uris} <= {*names.uris}
-        return issued_certificate(chain, self.roots, self.clock(), identity_included=included)
+        return issued_certificate(chain, self.roots, self.clock())
 
     async def _delete(self, csr: ClusterCSR) -> None:
         try:
@@ -202,7 +224,7 @@ def request_id(request: IssuerRequest) -> str:
     """Return a label value that is the same for the same request, so that every replica finds it."""
     content = [
         public_bytes(request.csr.public_key).hex(),
-        request.identity.pod_uid,
+        str(request.identity),
         *(usage.value for usage in request.grant.usages),
         str(request.grant.duration.total_seconds()),
         *(str(name) for name in request.csr.names),
@@ -211,7 +233,7 @@ def request_id(request: IssuerRequest) -> str:
 
 
 def csr_draft(issuer: str, configuration: KubernetesCSRConfiguration, request: IssuerRequest) -> CSRDraft:
-    account, is_rsa = request.identity.service_account, isinstance(request.csr.public_key, rsa.RSAPublicKey)
+    owner, is_rsa = request.identity.principal, isinstance(request.csr.public_key, rsa.RSAPublicKey)
     key_usages = (DIGITAL_SIGNATURE, KEY_ENCIPHERMENT) if is_rsa else (DIGITAL_SIGNATURE,)
     return CSRDraft(
         name_prefix=f"certmount-{issuer[:40]}-",
@@ -219,9 +241,27 @@ def csr_draft(issuer: str, configuration: KubernetesCSRConfiguration, request: I
         request=x509.load_der_x509_csr(request.csr.der).public_bytes(Encoding.PEM),
         usages=(*key_usages, *(PURPOSES[usage] for usage in request.grant.usages)),
         expiration_s=int(request.grant.duration.total_seconds()),
-        labels={**_MANAGED, ISSUER_LABEL: issuer, REQUEST_LABEL: request_id(request)},
+        labels={
+            **MANAGED,
+            ISSUER_LABEL: issuer,
+            REQUEST_LABEL: request_id(request),
+            _NAMESPACE_LABEL: owner.namespace,
+            _OWNER_LABEL: _owner_label(owner),
+        },
         annotations={
-            _POD_ANNOTATION: f"{account.namespace}/{request.identity.pod_name}",
+            _REQUESTER_ANNOTATION: str(request.identity),
             _NAMES_ANNOTATION: str(request.csr.names)[:_MAX_ANNOTATION],
         },
     )
+
+
+def _owner_label(owner: Principal) -> str:
+    """Return a label value; the name of a service account can be longer than one."""
+    return hashlib.sha256(owner.label.encode()).hexdigest()[:40]
+
+
+def _owners(labels: Mapping[str, str], requester: Requester) -> tuple[str, str]:
+    """Return the owners of a request: those of the requester if they are the same."""
+    label = labels.get(_OWNER_LABEL, "")
+    owner = requester.principal.label if label == _owner_label(requester.principal) else label
+    return f"namespace {labels.get(_NAMESPACE_LABEL, '')}", owner

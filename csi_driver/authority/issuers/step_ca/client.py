@@ -4,25 +4,48 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import quote
 
 from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 
-from csi_driver.authority.issuers.http_client import HttpClient, HttpError, JsonResponse
+from csi_driver.authority.config.watched_file import read_regular_file
+from csi_driver.authority.issuers.external_issuer import MAX_CHAIN
+from csi_driver.authority.issuers.http_client import (
+    EXPIRED,
+    OTHER_NAME,
+    UNKNOWN_ROOT,
+    HttpClient,
+    HttpError,
+    JsonResponse,
+    tls_context,
+)
 from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
-from csi_driver.authority.issuers.step_ca.provisioners import Provisioner, parse_provisioners
+from csi_driver.authority.issuers.step_ca.provisioners import MAX_LISTED, Provisioner, parse_provisioners
 from csi_driver.core.formats.pem import decode_certificates
 
-_MAX_PAGES = 50  # Of a hundred provisioners each, which is step-ca's own limit for a page
-_MAX_CHAIN = 10
+_PAGE, _MAX_PAGES, _MAX_PAGES_S = 20, 100, 60.0  # step-ca sends at most a hundred provisioners in a page
+_MAX_CURSOR_LENGTH = 200
+_MAX_PEM_BYTES = 64 * 1024  # Of one certificate
+MAX_ROOTS = 10  # A volume can hold as many
 _MAX_ROOT_FILE_BYTES = 1024 * 1024
 
 
 class StepCAClient(HttpClient):
-    """Calls one step-ca. Methods raise HttpError."""
+    """Calls one step-ca. Methods raise HttpError. If ``roots`` is None, the caller must verify the response."""
+
+    hints: ClassVar[Mapping[int, str]] = {
+        **HttpClient.hints,
+        EXPIRED: "renew the server's certificate; step-ca does so when it restarts",
+        UNKNOWN_ROOT: "compare root or root_sha256 with `step certificate fingerprint root_ca.crt`",
+        OTHER_NAME: 'add the name to "dnsNames" in ca.json, or change url to a name that is listed',
+    }
+
+    def __init__(self, url: str, roots: tuple[x509.Certificate, ...] | None) -> None:
+        super().__init__(tls_context(roots), url)
 
     async def health(self) -> JsonResponse:
         response = await self.request("GET", "/health")
@@ -39,23 +62,34 @@ class StepCAClient(HttpClient):
         pems = response.document.get("crts")
         if response.status not in (200, 201) or not isinstance(pems, list):
             raise _unexpected("roots", path, response)
+        if len(pems) > MAX_ROOTS:
+            raise HttpError("roots", f"step-ca publishes {len(pems)} roots at {path}; expected at most {MAX_ROOTS}")
         certificates = parse_pems(pems)
         if len(certificates) != len(pems):
             raise HttpError("roots", f"{path} returned an invalid certificate")
         return certificates
 
-    async def provisioners(self) -> Sequence[Provisioner]:
-        provisioners: list[Provisioner] = []
+    async def provisioners(self, name: str) -> Sequence[Provisioner]:
+        """Return the provisioners up to the page with this name, and of those with other names only the first few."""
+        found: list[Provisioner] = []
         cursor = ""
+        deadline = asyncio.get_running_loop().time() + _MAX_PAGES_S
         for _ in range(_MAX_PAGES):
-            response = await self.request("GET", f"/provisioners?limit=100&cursor={quote(cursor)}")
+            response = await self.request("GET", f"/provisioners?limit={_PAGE}&cursor={quote(cursor)}")
             if response.status != 200:
                 raise _unexpected("provisioner", "/provisioners", response)
-            provisioners += parse_provisioners(response.document)
+            page = list(parse_provisioners(response.document))
+            others = [one for one in page if one.name != name]
+            found += [one for one in page if one.name == name] + others[: max(0, MAX_LISTED + 1 - len(found))]
             cursor = str(response.document.get("nextCursor") or "")
-            if not cursor:
+            if not cursor or any(one.name == name for one in page):
+                return found
+            if len(cursor) > _MAX_CURSOR_LENGTH or asyncio.get_running_loop().time() > deadline:
                 break
-        return provisioners
+        problem = (
+            f"/provisioners has more than {_MAX_PAGES} pages of {_PAGE}, or takes longer than {_MAX_PAGES_S:.0f} s"
+        )
+        raise HttpError("provisioner", problem)
 
     async def sign(self, csr: str, token: str, lifetime: str) -> JsonResponse:
         """Request a certificate. The token is used up even if the call fails."""
@@ -63,16 +97,22 @@ class StepCAClient(HttpClient):
 
 
 def parse_signed_chain(response: JsonResponse) -> list[x509.Certificate]:
+    """Return the certificates of a response, or none if one of them is not valid or if there are too many."""
     pems = response.document.get("certChain")
-    chain = parse_pems(pems) if isinstance(pems, list) else []
-    return chain if isinstance(pems, list) and len(chain) == len(pems) <= _MAX_CHAIN else []
+    if not isinstance(pems, list) or len(pems) > MAX_CHAIN:
+        return []
+    chain = parse_pems(pems)
+    return chain if len(chain) == len(pems) else []
 
 
 def parse_pems(pems: Sequence[object]) -> list[x509.Certificate]:
+    """Return the certificates, one of each text; skip texts that are not one certificate."""
     certificates: list[x509.Certificate] = []
     for pem in pems:
+        if not isinstance(pem, str) or len(pem) > _MAX_PEM_BYTES or pem.count("-----BEGIN") != 1:
+            continue
         try:
-            certificates += decode_certificates(pem.encode())[:1] if isinstance(pem, str) else []
+            certificates += decode_certificates(pem.encode())
         except ValueError:
             continue
     return certificates
@@ -100,8 +140,7 @@ async def fetch_pinned_roots(configuration: StepCAConfiguration) -> tuple[x509.C
 
 def _read_roots(file: str) -> tuple[x509.Certificate, ...]:
     try:
-        with Path(file).open("rb") as opened:
-            content = opened.read(_MAX_ROOT_FILE_BYTES + 1)
+        content = read_regular_file(Path(file), _MAX_ROOT_FILE_BYTES)
         if len(content) <= _MAX_ROOT_FILE_BYTES:
             return tuple(decode_certificates(content))
         problem = f"is longer than {_MAX_ROOT_FILE_BYTES} bytes"

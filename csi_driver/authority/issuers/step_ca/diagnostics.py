@@ -14,15 +14,15 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from csi_driver.authority.issuers import Findings
 from csi_driver.authority.issuers.dependencies import CredentialReader
 from csi_driver.authority.issuers.http_client import HttpError
-from csi_driver.authority.issuers.step_ca.client import StepCAClient
+from csi_driver.authority.issuers.step_ca.client import MAX_ROOTS, StepCAClient
 from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.provisioner_key import ProvisionerKey, load_provisioner_key
 from csi_driver.authority.issuers.step_ca.provisioners import Provisioner, check_key, select_provisioner
+from csi_driver.core.clocks import describe_skew
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.formats.pem import fingerprint
 from csi_driver.core.secret import Secret
 
-_MAX_ROOTS = 10  # A volume can hold as many
 _MAX_CLOCK_SKEW = timedelta(minutes=1)  # What step-ca tolerates when it verifies a token
 
 
@@ -80,8 +80,8 @@ async def diagnose_step_ca(
 async def _check_roots(client: StepCAClient, diagnosis: StepCADiagnosis) -> None:
     own, federated = [await client.roots(path) for path in ("/roots", "/federation")]
     roots = {certificate.public_bytes(Encoding.DER): certificate for certificate in (*own, *federated)}
-    if not own or len(roots) > _MAX_ROOTS:
-        diagnosis.findings.add("roots", False, f"step-ca publishes {len(roots)} roots; expected 1 to {_MAX_ROOTS}")
+    if not own or len(roots) > MAX_ROOTS:
+        diagnosis.findings.add("roots", False, f"step-ca publishes {len(roots)} roots; expected 1 to {MAX_ROOTS}")
         return
     diagnosis.roots = tuple(roots)
     diagnosis.findings.add("roots", True, f"pods trust {', '.join(map(_describe, roots.values()))}")
@@ -90,7 +90,9 @@ async def _check_roots(client: StepCAClient, diagnosis: StepCADiagnosis) -> None
 async def _check_provisioner(
     client: StepCAClient, configuration: StepCAConfiguration, keys: ProvisionerKeyLoader, diagnosis: StepCADiagnosis
 ) -> None:
-    provisioner, finding = select_provisioner(await client.provisioners(), configuration.provisioner)
+    provisioner, finding = select_provisioner(
+        await client.provisioners(configuration.provisioner), configuration.provisioner
+    )
     diagnosis.findings.append(finding)
     if provisioner is None:
         return
@@ -98,7 +100,7 @@ async def _check_provisioner(
     try:
         key = await keys.load(provisioner)
     except CertmountError as error:
-        diagnosis.findings.add("key", False, str(error.args[0]))
+        diagnosis.findings.add("key", False, error.text)
         return
     except ValueError as problem:
         diagnosis.findings.add("key", False, f"is {problem}")
@@ -119,7 +121,7 @@ def _check_clock(time: datetime | None, now: datetime, diagnosis: StepCADiagnosi
     direction = "ahead" if seconds > 0 else "behind"
     text = f"step-ca's clock is {abs(seconds)} s {direction}" if abs(seconds) > 1 else "in sync"
     if abs(skew) > _MAX_CLOCK_SKEW:
-        text += "; step-ca tolerates at most 60 s; synchronize the clocks"
+        text = f"{describe_skew('the authority', 'step-ca', seconds)}, because step-ca tolerates at most 60 s"
     diagnosis.findings.add("clock", abs(skew) <= _MAX_CLOCK_SKEW, text)
 
 

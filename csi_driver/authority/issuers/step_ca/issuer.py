@@ -20,7 +20,8 @@ from csi_driver.authority.issuers.external_issuer import (
     ends_at_root,
     issued_certificate,
 )
-from csi_driver.authority.issuers.http_client import HttpError, JsonResponse
+from csi_driver.authority.issuers.fair_slots import FairSlots
+from csi_driver.authority.issuers.http_client import MAX_CONNECTIONS, HttpError, JsonResponse
 from csi_driver.authority.issuers.step_ca.client import StepCAClient, fetch_pinned_roots, parse_signed_chain
 from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.diagnostics import ProvisionerKeyLoader, StepCADiagnosis, diagnose_step_ca
@@ -33,11 +34,17 @@ from csi_driver.core.errors import CertmountError, Fault, Reason
 _BACKOFF = Backoff(0.25, 1.0, factor=4)  # step-ca restarts within about a second; the node retries longer outages
 _ATTEMPTS = 3
 _RETRY_FOR_S = 10.0
+MAX_SIGNING = MAX_CONNECTIONS
+"""Requests for a certificate at the same time, to one step-ca from one replica."""
+_WAIT_S = 10.0
 
 
 @dataclass(eq=False)
 class StepCAIssuer(DiagnosedIssuer):
     """One step-ca."""
+
+    # The authority's token contains the names, and step-ca compares only the names that the CSR has.
+    needs_names_in_csr = False
 
     configuration: StepCAConfiguration
     credentials: CredentialReader
@@ -52,6 +59,11 @@ class StepCAIssuer(DiagnosedIssuer):
         self._known = StepCADiagnosis()
         self._diagnosing: asyncio.Task[StepCADiagnosis] | None = None
         self._running = False
+        self._slots = FairSlots(f"requests to issuer {self.name} at the same time", MAX_SIGNING, _WAIT_S)
+
+    @property
+    def environment(self) -> str:
+        return self.configuration.url
 
     @property
     def roots(self) -> tuple[bytes, ...]:
@@ -101,15 +113,17 @@ class StepCAIssuer(DiagnosedIssuer):
         """Return step-ca's response. Each attempt needs a new token, because a token is used up even if the call fails."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _RETRY_FOR_S
+        owners = request.identity.tenants
         csr = x509.load_der_x509_csr(request.csr.der).public_bytes(Encoding.PEM).decode("ascii")
         for attempt in range(1, _ATTEMPTS + 1):
             claims = token_claims(request, self.configuration, secrets.token_urlsafe(24))
-            token = key.token(claims, request.csr.der, self.clock()).reveal()
             delay_s = _BACKOFF.delay_s(attempt)
             last = attempt == _ATTEMPTS or loop.time() + delay_s > deadline
             try:
                 client = await self._connect()
-                response = await client.sign(csr, token, format_duration(request.grant.duration))
+                async with self._slots.hold(owners):
+                    token = key.token(claims, request.csr.der, self.clock()).reveal()
+                    response = await client.sign(csr, token, format_duration(request.grant.duration))
                 if last or response.status not in (429, 500, 502, 503, 504):
                     return response
             except HttpError as error:

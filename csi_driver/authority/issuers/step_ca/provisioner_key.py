@@ -6,7 +6,6 @@ alternative: Smallstep derives keys with 600,000 iterations, joserfc allows 300,
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 from collections.abc import Mapping
@@ -21,6 +20,9 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
 from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap
 
+from csi_driver.authority.issuers.key_encoding import encode_base64url
+from csi_driver.core.bounded_json import loads_bounded
+from csi_driver.core.identity import decode_base64url
 from csi_driver.core.secret import Secret
 
 _ALGORITHM = "PBES2-HS256+A128KW"
@@ -45,9 +47,9 @@ def decrypt(text: str, password: Secret[bytes]) -> Secret[bytes]:
         raise ValueError(f"longer than {_MAX_BYTES} bytes")
     protected, encrypted_key, iv, ciphertext, tag = _split(text.strip())
     try:
-        header = json.loads(_decode(protected))
+        header = loads_bounded(decode_base64url(protected), max_bytes=_MAX_BYTES)
         algorithm, encryption, iterations = header["alg"], header["enc"], header["p2c"]
-        salt = _decode(header["p2s"])
+        salt = decode_base64url(header["p2s"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError("not a JWE with a password: its header lacks alg, enc, p2c or p2s") from None
     if algorithm != _ALGORITHM or encryption not in _KEY_BYTES or "crit" in header or "zip" in header:
@@ -71,22 +73,15 @@ def _split(text: str) -> tuple[str, bytes, bytes, bytes, bytes]:
     """Return the five parts of RFC 7516 section 7; the header stays encoded, because its encoded form is authenticated."""
     try:
         if text.startswith("{"):
-            document = json.loads(text)
+            document = loads_bounded(text, max_bytes=_MAX_BYTES)
             names = ("protected", "encrypted_key", "iv", "ciphertext", "tag")
             protected, *fields = (document[name] for name in names)
         else:
             protected, *fields = text.split(".")
-        encrypted_key, iv, ciphertext, tag = map(_decode, fields)
+        encrypted_key, iv, ciphertext, tag = map(decode_base64url, fields)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError("not a JWE in compact or flattened JSON form") from None
     return str(protected), encrypted_key, iv, ciphertext, tag
-
-
-def _decode(text: str) -> bytes:
-    """Decode base64url without padding (RFC 7515 section 2); raise ValueError, of which binascii.Error is a subclass."""
-    if "+" in text or "/" in text:  # Python before 3.15 accepts these too
-        raise ValueError("not base64url")
-    return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +101,7 @@ class ProvisionerKey:
             "nbf": issued_at,
             "exp": issued_at + int(TOKEN_LIFETIME.total_seconds()),
             # Binds the token to the CSR, and so to the key on the node: it is useless for any other key.
-            "cnf": {"x5rt#S256": _base64url(hashlib.sha256(csr).digest())},
+            "cnf": {"x5rt#S256": encode_base64url(hashlib.sha256(csr).digest())},
         }
         return Secret(jwt.encode(payload, self._key.key, self._key.algorithm_name, {"kid": self.kid}))
 
@@ -123,7 +118,7 @@ def load_provisioner_key(content: Secret[bytes], password: Secret[bytes] | None)
         # Like step, ignore trailing white space: editors and `echo` end a file with a line feed.
         text = decrypt(text, Secret(password.reveal().rstrip())).reveal().decode("utf-8", "replace")
     try:
-        document = json.loads(text)
+        document = loads_bounded(text, max_bytes=_MAX_BYTES)
     except (ValueError, RecursionError):
         raise ValueError("not a JWK: not JSON") from None
     return _load(document)
@@ -137,7 +132,7 @@ def thumbprint(document: object) -> str | None:
     values = {member: document.get(member) for member in members}
     if not all(isinstance(value, str) for value in values.values()):
         return None
-    return _base64url(hashlib.sha256(json.dumps(values, separators=(",", ":"), sort_keys=True).encode()).digest())
+    return encode_base64url(hashlib.sha256(json.dumps(values, separators=(",", ":"), sort_keys=True).encode()).digest())
 
 
 def _load(document: Any) -> ProvisionerKey:
@@ -157,7 +152,3 @@ def _load(document: Any) -> ProvisionerKey:
     except (jwt.PyJWTError, ValueError, TypeError, KeyError):
         raise ValueError("not a valid JWK: its numbers are not a key") from None
     return ProvisionerKey(kid, mark, key)
-
-
-def _base64url(raw: bytes) -> str:
-    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode("ascii")

@@ -14,12 +14,13 @@ from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
 from csi_driver.authority.issuers.step_ca.provisioner_key import ProvisionerKey, thumbprint
 from csi_driver.core.durations import format_duration, parse_duration
 from csi_driver.core.errors import Fault
-from csi_driver.core.identity import ServiceAccount
+from csi_driver.core.identity import Principal
 from csi_driver.core.names import Names
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import Usage
 
-_MAX_LISTED = 10
+MAX_LISTED = 10
+_MAX_TEXT = 200
 _USAGES = {Usage.SERVER: "serverAuth", Usage.CLIENT: "clientAuth"}
 _MAX_COMMON_NAME = 64  # RFC 5280 appendix A.1, ub-common-name
 
@@ -68,8 +69,8 @@ def select_provisioner(provisioners: Sequence[Provisioner], name: str) -> tuple[
         text = f"{name} has type {named[0].type}; expected JWK; run `step ca provisioner add NAME --type JWK`"
         return None, Finding("provisioner", False, text)
     known = [f"{one.name} ({one.type})" for one in provisioners]
-    more = f" and {len(known) - _MAX_LISTED} more" if len(known) > _MAX_LISTED else ""
-    available = f"it has {', '.join(known[:_MAX_LISTED])}{more}" if known else "it has no provisioners"
+    more = " and others" if len(known) > MAX_LISTED else ""
+    available = f"it has {', '.join(known[:MAX_LISTED])}{more}" if known else "it has no provisioners"
     return None, Finding("provisioner", False, f"step-ca has no provisioner {name}; {available}")
 
 
@@ -94,13 +95,17 @@ def parse_provisioners(document: Mapping[str, Any]) -> Iterator[Provisioner]:
         key = entry.get("key") if entry.get("type") == "JWK" else None
         encrypted = entry.get("encryptedKey")
         yield Provisioner(
-            name=str(entry.get("name", "")),
-            type=str(entry.get("type", "")),
-            kid=str(key.get("kid", "")) if isinstance(key, dict) else "",
+            name=_text(entry.get("name")),
+            type=_text(entry.get("type")),
+            kid=_text(key.get("kid")) if isinstance(key, dict) else "",
             thumbprint=thumbprint(key) or "",
             encrypted_key=Secret(encrypted.encode()) if isinstance(encrypted, str) and encrypted else None,
             limits=_parse_limits(entry.get("claims")),
         )
+
+
+def _text(value: object) -> str:
+    return value[:_MAX_TEXT] if isinstance(value, str) and value.isprintable() else ""
 
 
 def _parse_limits(claims: object) -> LifetimeLimits:
@@ -134,15 +139,15 @@ def token_claims(request: IssuerRequest, configuration: StepCAConfiguration, non
     return {
         "iss": configuration.provisioner,
         "aud": f"{configuration.url}/1.0/sign",
-        "sub": _subject(request.grant.names, request.identity.service_account),
+        "sub": _subject(request.grant.names, request.identity.principal),
         "sans": [str(name) for name in request.grant.names],
         "extKeyUsage": [_USAGES[usage] for usage in request.grant.usages],  # for templates: `.Token.extKeyUsage`
         "jti": nonce,
     }
 
 
-def _subject(names: Names, account: ServiceAccount) -> str:
+def _subject(names: Names, owner: Principal) -> str:
     """Return the common name that step-ca requires: a DNS name, or a text with a slash, which no verifier accepts as one."""
     if names.dns and len(names.dns[0].text) <= _MAX_COMMON_NAME:
         return names.dns[0].text
-    return str(account)[:_MAX_COMMON_NAME]
+    return f"{owner.namespace}/{owner.name}"[:_MAX_COMMON_NAME]

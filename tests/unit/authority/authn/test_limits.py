@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from contextlib import ExitStack
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from csi_driver.authority.authn import limits as limits_module
+from csi_driver.authority.authn.limits import (
+    FAILURE_RATE,
+    MAX_CALLERS,
+    MAX_ISSUES,
+    NODE_RATE,
+    POD_RATE,
+    Rate,
+    RateLimiter,
+    RequestLimits,
+    caller_address,
+)
 from csi_driver.authority.authn.limits import MAX_STREAMS_PER_NODE as MAX_STREAMS
-from csi_driver.authority.authn.limits import NODE_RATE, POD_RATE, ConcurrencyLimit, Rate, RateLimiter, RequestLimits
 from csi_driver.core.errors import CertmountError
-from csi_driver.core.identity import PodIdentity, ServiceAccount
+from csi_driver.core.identity import PodIdentity, SecretIdentity, ServiceAccount
 from tests.unit.authority.clock import Clock
 
 
@@ -79,11 +93,60 @@ def test_pod_that_calls_in_a_loop_gets_its_share(clock: Clock, limits: RequestLi
 
 def test_node_that_calls_in_a_loop_does_not_affect_other_nodes(limits: RequestLimits) -> None:
     for number in range(NODE_RATE.burst):
-        call(limits, number)
+        limits.count_node_issue(pod(number))
     for number in range(NODE_RATE.burst, 3 * NODE_RATE.burst):
         with pytest.raises(CertmountError, match="node node-a"):
-            call(limits, number)
+            limits.count_node_issue(pod(number))
     call(limits, 1, "node-b")
+
+
+def test_namespace_that_calls_in_a_loop_leaves_calls_of_its_node_to_others(clock: Clock, limits: RequestLimits) -> None:
+    victim = replace(pod(), service_account=ServiceAccount("victim", "shop"), pod_uid="victim")
+    refused = ""
+    for step in range(20_000):  # 200 calls per second for 100 s
+        clock.forward(0.005)
+        try:
+            call(limits, step % 500)
+        except CertmountError as error:
+            refused = str(error)
+        if step % 100 == 0:
+            limits.count_node_issue(victim)
+            limits.count_pod_issue(victim)
+    message = (
+        r"ShareExceeded: namespace default: has used \d+ of the 2000 calls of node node-a, its share; 50 more per "
+        r"second are possible"
+    )
+    assert re.fullmatch(message, refused), refused
+
+
+CONTROLLER = pod(0, "node-c")
+
+
+def test_secrets_of_a_namespace_leave_calls_of_the_controller_to_others(clock: Clock, limits: RequestLimits) -> None:
+    """10,000 Secrets of one namespace that are requested in a loop, and one Secret whose source changes 100 times a second."""
+    refused: dict[str, str] = {}
+    victim = SecretIdentity("victim", "shop-tls")
+    for step in range(20_000):
+        clock.forward(0.005)
+        for secret in (SecretIdentity("flood", f"s{step % 10_000}"), SecretIdentity("edit", "tls")):
+            try:
+                limits.count_secret_issue(CONTROLLER, secret)
+            except CertmountError as error:
+                refused[secret.namespace] = str(error)
+        if step % 1000 == 0:
+            limits.count_secret_issue(CONTROLLER, victim)
+    message = r"ShareExceeded: namespace flood: has used \d+ of the 2000 calls of the Secrets controller, its share; 50 more per "
+    assert re.fullmatch(message + "second are possible", refused["flood"])
+    assert refused["edit"].startswith("TooManyRequests: secret edit/tls: exceeds the authority's rate limit; retry")
+
+
+def test_secrets_and_pods_share_the_calls_in_progress(limits: RequestLimits) -> None:
+    with ExitStack() as holds:
+        count, failure = hold_all(holds, lambda: limits.issue(SecretIdentity("flood", "tls"), "acme"))
+        assert 0 < count < MAX_ISSUES / 2
+        assert failure.startswith("ShareExceeded: secret flood/tls: holds ")
+        holds.enter_context(limits.issue(SecretIdentity("victim", "tls"), "acme"))
+        holds.enter_context(limits.issue(pod(), "acme"))
 
 
 CALLS = st.lists(st.tuples(st.floats(0, 5), st.sampled_from("abc")), max_size=200)
@@ -123,7 +186,7 @@ def test_streams_per_node_are_limited_and_released(limits: RequestLimits) -> Non
         last.enter_context(limits.stream(pod()))
         for _ in range(MAX_STREAMS - 1):
             streams.enter_context(limits.stream(pod()))
-        message = f"^TooManyRequests: node node-a: has {MAX_STREAMS} WatchTrust streams"
+        message = f"^ShareExceeded: node node-a: has {MAX_STREAMS} WatchTrust streams, its share; end one of them$"
         with pytest.raises(CertmountError, match=message):
             limits.stream(pod()).__enter__()
         with limits.stream(pod(node="node-b")):
@@ -131,14 +194,78 @@ def test_streams_per_node_are_limited_and_released(limits: RequestLimits) -> Non
         last.close()
         with limits.stream(pod()):
             pass
-    assert not limits._streams
 
 
-def test_concurrency_limit_is_released_after_a_failure() -> None:
-    limit = ConcurrencyLimit(1)
-    with pytest.raises(RuntimeError, match="failed"), limit:
-        raise RuntimeError("failed")
-    with limit, pytest.raises(CertmountError, match=r"^AuthorityOverloaded: 1 calls are already in progress"), limit:
-        pass
-    with limit:
-        pass
+def test_streams_of_all_nodes_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits_module, "MAX_STREAMS", 10)
+    limits = RequestLimits()
+    with ExitStack() as streams:
+        for number in range(9):
+            streams.enter_context(limits.stream(pod(node=f"node-{number}")))
+        with pytest.raises(CertmountError, match=r"^AuthorityOverloaded: certmount: holds 9 of 10 WatchTrust streams"):
+            limits.stream(pod(node="node-new")).__enter__()
+
+
+def hold_all(holds: ExitStack, hold: Callable[[], AbstractContextManager[None]]) -> tuple[int, str]:
+    """Return how often it was possible, and the failure."""
+    for number in itertools.count():
+        try:
+            holds.enter_context(hold())
+        except CertmountError as failure:
+            return number, str(failure)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("issue", [True, False])
+def test_unauthenticated_callers_cannot_use_up_the_calls_of_others(issue: bool, limits: RequestLimits) -> None:
+    with ExitStack() as holds:
+        count, failure = hold_all(holds, lambda: limits.authentication("10.0.0.1", issue=issue))
+        assert count == MAX_CALLERS // 2
+        calls = "Issue calls" if issue else "other calls"
+        assert failure == (
+            f"ShareExceeded: address 10.0.0.1: holds 256 of 512 {calls} that are not authenticated yet and requests 1 more, "
+            "which exceeds its share; wait until some of them end"
+        )
+        for number in range(100):
+            holds.enter_context(limits.authentication(f"10.0.1.{number}", issue=issue))
+        holds.enter_context(limits.authentication("10.0.0.1", issue=not issue))
+
+
+def test_service_account_namespace_and_node_have_shares_of_the_calls_in_progress(limits: RequestLimits) -> None:
+    victim = replace(pod(2), service_account=ServiceAccount("bank", "bank"))
+    for issuer in ("internal", "acme"):
+        with ExitStack() as holds:
+            count, failure = hold_all(holds, lambda: limits.issue(pod(1), issuer))  # noqa: B023  # called in this iteration
+            assert count == MAX_ISSUES // (4 if issuer == "internal" else 5)
+            assert failure.startswith("ShareExceeded: service account default/hello: holds ")
+            other = replace(pod(1), service_account=ServiceAccount("default", "other"))
+            assert hold_all(holds, lambda: limits.issue(other, issuer))[0] < count  # noqa: B023
+            with limits.issue(victim, issuer):
+                pass
+
+
+def test_calls_of_many_nodes_overload_the_authority(limits: RequestLimits) -> None:
+    numbers = itertools.count()
+
+    def hold() -> AbstractContextManager[None]:
+        number = next(numbers)
+        one = replace(pod(number, f"node-{number}"), service_account=ServiceAccount(f"ns-{number}", "default"))
+        return limits.issue(one, "internal")
+
+    with ExitStack() as holds:
+        count, failure = hold_all(holds, hold)
+    assert count == 509
+    assert failure.startswith("AuthorityOverloaded: certmount: holds 509 of 512 Issue calls")
+
+
+@pytest.mark.parametrize(
+    "peer,address",
+    [("ipv4:10.0.0.1:4711", "10.0.0.1"), ("ipv6:%5Bfd00::1%5D:4711", "fd00::1"), ("ipv6:[fd00::1]:4711", "fd00::1"), ("unix:", "")],
+)  # fmt: skip
+def test_address_of_a_caller(peer: str, address: str) -> None:
+    assert caller_address(peer) == address
+
+
+def test_log_lines_about_failures_are_limited_by_address(limits: RequestLimits) -> None:
+    assert sum(limits.may_log_failure("10.0.0.1") for _ in range(10_000)) == FAILURE_RATE.burst
+    assert limits.may_log_failure("10.0.0.2")

@@ -23,7 +23,7 @@ from csi_driver import POD_AUDIENCE
 from csi_driver.authority.authn.token_keys import TokenKeys
 from csi_driver.authority.authn.token_verifier import TokenVerifier
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.core.identity import MAX_TOKEN_BYTES
+from csi_driver.core.identity import MAX_TOKEN_BYTES, PodIdentity
 from csi_driver.core.secret import Secret
 from tests.support.tokens import Pod, TokenIssuer
 
@@ -32,17 +32,17 @@ BOUND = {"namespace": POD.namespace, "serviceaccount": {"name": POD.service_acco
 NO_NODE = {**BOUND, "pod": {"name": "a", "uid": "b"}}
 
 
-def _urlsafe(data: bytes) -> str:
+def urlsafe(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
 def encode(part: Any) -> str:
-    return _urlsafe(json.dumps(part).encode())
+    return urlsafe(json.dumps(part).encode())
 
 
 def forge(issuer: TokenIssuer, header: dict[str, Any], sign: Callable[[bytes], bytes]) -> Secret[str]:
     body = f"{encode(header)}.{encode(issuer.claims(POD, POD_AUDIENCE))}"
-    return Secret(f"{body}.{_urlsafe(sign(body.encode()))}")
+    return Secret(f"{body}.{urlsafe(sign(body.encode()))}")
 
 
 def with_algorithm(issuer: TokenIssuer, algorithm: str) -> Secret[str]:
@@ -105,7 +105,7 @@ ATTACKS: dict[str, tuple[Callable[[TokenIssuer], Secret[str]], str]] = {
     "garbage": (lambda _: Secret("garbage"), "is not a JSON Web Token"),
     "dots": (lambda _: Secret(".."), "is not a JSON Web Token"),
     "not ASCII": (lambda _: Secret("é.é.é"), "is not a JSON Web Token"),
-    "deeply nested header": (lambda _: Secret(f"{_urlsafe(b'[' * 700)}.e30.e30"), "is not a JSON Web Token"),
+    "deeply nested header": (lambda _: Secret(f"{urlsafe(b'[' * 700)}.e30.e30"), "is not a JSON Web Token"),
     "too long": (lambda i: i.pod_token(POD, padding="x" * MAX_TOKEN_BYTES), f"at most {MAX_TOKEN_BYTES} bytes"),
     "header too long": (lambda i: i.sign(i.claims(POD, POD_AUDIENCE), p="x" * 2000), "with a key ID in its header"),
 }
@@ -113,8 +113,12 @@ EXPIRED, NOT_SUPPORTED = Reason.TOKEN_EXPIRED, Reason.CLUSTER_NOT_SUPPORTED
 REASONS = {"expired": EXPIRED, "expired a second ago": EXPIRED, "without its node": NOT_SUPPORTED}
 
 
+async def verify(keys: TokenKeys, token: Secret[str]) -> PodIdentity:
+    return await TokenVerifier(keys).verify(token, POD_AUDIENCE, "pod token")
+
+
 async def test_identity_has_all_claims_of_a_bound_token(issuer: TokenIssuer, keys: TokenKeys) -> None:
-    identity = await TokenVerifier(keys).verify(issuer.pod_token(POD), POD_AUDIENCE, "pod token")
+    identity = await verify(keys, issuer.pod_token(POD))
     assert (identity.service_account.username, identity.service_account_uid) == (POD.username, POD.service_account_uid)
     assert (identity.pod_name, identity.pod_uid) == (POD.name, POD.uid)
     assert (identity.node_name, identity.node_uid) == (POD.node, POD.node_uid)
@@ -125,15 +129,14 @@ async def test_invalid_token_is_rejected(attack: str, issuer: TokenIssuer, keys:
     make, words = ATTACKS[attack]
     token = make(issuer)
     with pytest.raises(CertmountError) as refusal:
-        await TokenVerifier(keys).verify(token, POD_AUDIENCE, "pod token")
+        await verify(keys, token)
     assert refusal.value.reason is REASONS.get(attack, Reason.TOKEN_REJECTED)
     assert all(part in str(refusal.value) for part in ("pod token", words))
     assert not any(len(part) >= 8 and part in str(refusal.value) for part in token.reveal().split("."))
 
 
 async def test_token_is_valid_if_the_authoritys_clock_is_slightly_behind(issuer: TokenIssuer, keys: TokenKeys) -> None:
-    token = issuer.pod_token(POD, nbf=int(time.time()) + 10, iat=int(time.time()) + 10)
-    await TokenVerifier(keys).verify(token, POD_AUDIENCE, "pod token")
+    await verify(keys, issuer.pod_token(POD, nbf=int(time.time()) + 10, iat=int(time.time()) + 10))
 
 
 # Shared by the property tests, because creating keys is slow.
@@ -150,29 +153,28 @@ class _TwoKeys:
         return jwt.PyJWK.from_dict(found.jwk) if found else None
 
 
-_VERIFIER = TokenVerifier(cast("TokenKeys", _TwoKeys()))
+_KEYS = cast("TokenKeys", _TwoKeys())
 
 
 async def test_elliptic_curve_keys_are_supported() -> None:
-    identity = await _VERIFIER.verify(_ELLIPTIC.pod_token(POD), POD_AUDIENCE, "pod token")
-    assert identity.pod_name == POD.name
+    assert (await verify(_KEYS, _ELLIPTIC.pod_token(POD))).pod_name == POD.name
 
 
 @given(st.text() | st.binary().map(lambda data: data.decode("latin-1")) | st.from_regex(r"[\w-]*\.[\w-]*\.[\w-]*"))
 async def test_any_text_that_is_not_a_token_is_rejected(text: str) -> None:
     with pytest.raises(CertmountError, match="TokenRejected: "):
-        await _VERIFIER.verify(Secret(text), POD_AUDIENCE, "pod token")
+        await verify(_KEYS, Secret(text))
 
 
 async def _assert_rejected(text: str) -> None:
     with pytest.raises(CertmountError) as refusal:
-        await _VERIFIER.verify(Secret(text), POD_AUDIENCE, "pod token")
+        await verify(_KEYS, Secret(text))
     assert refusal.value.reason in (Reason.TOKEN_REJECTED, Reason.TOKEN_EXPIRED, Reason.CLUSTER_NOT_SUPPORTED)
 
 
 def _signed(claims: bytes, issuer: TokenIssuer = _CLUSTER) -> str:
-    body = f"{_urlsafe(json.dumps({'alg': 'RS256', 'kid': issuer.key_id}).encode())}.{_urlsafe(claims)}"
-    return f"{body}.{_urlsafe(_rs256(body, issuer))}"
+    body = f"{encode({'alg': 'RS256', 'kid': issuer.key_id})}.{urlsafe(claims)}"
+    return f"{body}.{urlsafe(_rs256(body, issuer))}"
 
 
 def _rs256(body: str, issuer: TokenIssuer) -> bytes:
@@ -187,7 +189,7 @@ async def test_token_with_any_change_is_rejected(issuer: TokenIssuer, data: st.D
     if kind == "signature":
         signature = bytearray(base64.urlsafe_b64decode(text.rpartition(".")[2] + "=="))
         signature[data.draw(st.integers(0, len(signature) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-        changed = f"{text.rpartition('.')[0]}.{_urlsafe(bytes(signature))}"
+        changed = f"{text.rpartition('.')[0]}.{urlsafe(bytes(signature))}"
     else:
         new = "" if kind == "remove" else data.draw(st.characters(min_codepoint=0x20, max_codepoint=0x7E))
         changed = text[:where] + new + text[where + (kind != "insert") :]
@@ -212,15 +214,15 @@ _HEADERS = st.sampled_from(["jwk", "jku", "x5c", "x5u", "x5t", "crit", "b64", "t
     st.sampled_from(["mallory", "hmac", "nothing", "junk"]),
 )
 async def test_no_header_replaces_a_signature(algorithm: Any, key_id: Any, extra: dict[str, Any], signer: str) -> None:
-    header = {"alg": algorithm, "kid": key_id, **extra}
-    body = f"{_urlsafe(json.dumps(header).encode())}.{encode(_CLUSTER.claims(POD, POD_AUDIENCE))}"
+    header = encode({"alg": algorithm, "kid": key_id, **extra})
+    body = f"{header}.{encode(_CLUSTER.claims(POD, POD_AUDIENCE))}"
     signers: dict[str, Callable[[], bytes]] = {
         "mallory": lambda: _rs256(body, _MALLORY),
         "hmac": lambda: hmac.digest(public_pem(_CLUSTER), body.encode(), hashlib.sha256),
         "nothing": lambda: b"",
         "junk": lambda: b"x" * 256,
     }
-    await _assert_rejected(f"{body}.{_urlsafe(signers[signer]())}")
+    await _assert_rejected(f"{body}.{urlsafe(signers[signer]())}")
 
 
 _CLAIM = st.sampled_from(["iss", "aud", "sub", "exp", "nbf", "iat", "kubernetes.io", "jti"])
@@ -230,7 +232,7 @@ _CLAIM = st.sampled_from(["iss", "aud", "sub", "exp", "nbf", "iat", "kubernetes.
 async def test_claims_with_any_values_are_verified(changes: dict[str, Any]) -> None:
     claims = {**_CLUSTER.claims(POD, POD_AUDIENCE), **changes}
     try:
-        identity = await _VERIFIER.verify(Secret(_signed(json.dumps(claims).encode())), POD_AUDIENCE, "pod token")
+        identity = await verify(_KEYS, Secret(_signed(json.dumps(claims).encode())))
     except CertmountError:
         return
     assert claims["aud"] in (POD_AUDIENCE, [POD_AUDIENCE])
@@ -260,6 +262,5 @@ async def test_claims_that_break_json_parsers_are_rejected(kind: str) -> None:
 
 async def test_last_value_of_a_duplicate_claim_counts(issuer: TokenIssuer, keys: TokenKeys) -> None:
     claims = '{"aud": ["vault"], "sub": "system:admin", ' + json.dumps(issuer.claims(POD, POD_AUDIENCE))[1:]
-    token = Secret(_signed(claims.encode(), issuer))
-    identity = await TokenVerifier(keys).verify(token, POD_AUDIENCE, "pod token")
+    identity = await verify(keys, Secret(_signed(claims.encode(), issuer)))
     assert identity.service_account.username == POD.username

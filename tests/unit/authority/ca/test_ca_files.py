@@ -1,10 +1,13 @@
-"""A CA in files: new valid files are used; with invalid files the previous CA stays in use."""
+"""A CA in files: invalid files never replace a valid CA. The commands of docs/ca.md create such files."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -14,9 +17,12 @@ from structlog.testing import capture_logs
 
 from csi_driver.authority.ca.ca_files import CAFiles
 from csi_driver.authority.ca.certificates import INTERMEDIATE_LIFETIME
-from csi_driver.authority.ca.keyring import Keyring, encode_keyring, make_keyring
+from csi_driver.authority.ca.keyring import AUTHORITY_KEY_TYPES, KEYRING_FILES, Keyring, encode_keyring, make_keyring
+from csi_driver.authority.trust.serving_certificate import SERVING, SERVING_KEY
+from csi_driver.core.certificates.name_constraints import NameConstraintSet, parse_constraint
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.formats.pem import fingerprint
+from csi_driver.core.names import DNSName, Names, spiffe_id
 from csi_driver.core.secret import Secret
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 from tests.unit.authority.clock import Clock
@@ -69,12 +75,6 @@ async def test_root_key_is_not_read(files: CAFiles) -> None:
     later = NOW + INTERMEDIATE_LIFETIME * 0.9
     assert not keyring.intermediate_due(later)
     assert [ending.name for ending in keyring.expiring(later)] == ["intermediate.crt"]
-
-
-async def test_new_files_are_used_without_a_restart(files: CAFiles, directory: Path) -> None:
-    await files.refresh(NOW)
-    write(directory, encode_keyring(OTHER))
-    assert (await files.refresh(NOW)).keyring.root == OTHER.root
 
 
 async def test_invalid_files_keep_the_previous_ca(files: CAFiles, directory: Path, registry: CollectorRegistry) -> None:
@@ -135,9 +135,7 @@ async def test_unreadable_files_are_an_error(what: str, directory: Path, metrics
         await CAFiles(directory, metrics).refresh(NOW)
 
 
-async def test_encrypted_key_needs_the_password_file(
-    directory: Path, tmp_path: Path, metrics: AuthorityMetrics
-) -> None:
+async def test_encrypted_key_needs_a_password_file(directory: Path, tmp_path: Path, metrics: AuthorityMetrics) -> None:
     """The line break at the end of the password is ignored."""
     write(directory, encrypted(ONE, b"canary-password"))
     with pytest.raises(CertmountError, match=r"intermediate\.key: is encrypted, and no password is configured"):
@@ -172,7 +170,6 @@ def swap(mount: Path, generation: str, values: Mapping[str, Secret[bytes]]) -> N
 async def test_mounted_secret_is_read_consistently(
     tmp_path: Path, metrics: AuthorityMetrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the kubelet replaces the files in the middle, they are read again."""
     mount = tmp_path / "secret"
     mount.mkdir()
     swap(mount, "..1", encode_keyring(ONE))
@@ -196,3 +193,36 @@ async def test_endlessly_changing_files_are_an_error(files: CAFiles, monkeypatch
     monkeypatch.setattr(os.path, "samestat", lambda *_: False)
     with pytest.raises(CertmountError, match="changes faster than it can be read"):
         await files.refresh(NOW)
+
+
+DOCUMENT = (Path(__file__).parents[4] / "docs" / "ca.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if not line.startswith("kubectl ")]
+
+
+@pytest.fixture
+def printed(tmp_path: Path) -> str:
+    script = "\n".join(["set -e", *commands()])
+    return subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, check=True, text=True).stdout
+
+
+@pytest.mark.peers("openssl", "bash")
+async def test_documented_commands_create_a_valid_ca(printed: str, tmp_path: Path, metrics: AuthorityMetrics) -> None:
+    """The CA is valid for names of the cluster only. The last command prints the fingerprint that the authority logs."""
+    assert "intermediate.crt: OK" in printed
+    keyring = (await CAFiles(tmp_path, metrics).refresh(datetime.now(UTC))).keyring
+    bounds = NameConstraintSet.of((keyring.intermediate.certificate, *keyring.chain, keyring.root))
+    inside = ["shop.web.svc", "shop.web.svc.cluster.local"]
+    assert bounds.violations(Names.of(map(DNSName.parse, inside), [spiffe_id("cluster.local", "web", "shop")])) == []
+    assert len(bounds.violations(Names.of([DNSName.parse("example.com")], [spiffe_id("other", "web", "shop")]))) == 2
+    assert fingerprint(keyring.root).removeprefix("SHA256:") == printed.strip().rpartition("=")[2]
+
+
+def test_page_names_all_files_key_types_and_constraints() -> None:
+    assert all(f"`{name}`" in DOCUMENT for name in (*KEYRING_FILES, SERVING, SERVING_KEY))
+    assert all(f"`{kind.value}`" in DOCUMENT for kind in AUTHORITY_KEY_TYPES)
+    examples = re.findall(r"`((?:dns|uri|ip|email):[^`]+)`", DOCUMENT)
+    assert len({parse_constraint(example) for example in examples}) >= 6

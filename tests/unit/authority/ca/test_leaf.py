@@ -19,9 +19,11 @@ from csi_driver.authority.ca.keyring import make_keyring
 from csi_driver.core.certificates.csr import names_of
 from csi_driver.core.certificates.keys import PublicKey, generate_key, public_bytes
 from csi_driver.core.errors import CertmountError
-from csi_driver.core.names import URI, DNSName, EmailAddress, IPAddress, Names, spiffe_id
+from csi_driver.core.names import DNSName, Names, spiffe_id
+from csi_driver.core.policy.rules import ALL_USAGES
 from csi_driver.core.spec import KeyType, Usage
 from tests.unit.authority.clock import Clock
+from tests.unit.core import pki, strategies
 
 NOW = Clock().utc()
 KEYRING = make_keyring(NOW)
@@ -40,39 +42,23 @@ def leaf(
     usages: tuple[Usage, ...] = (Usage.SERVER, Usage.CLIENT),
     signer: CAKeyPair = KEYRING.intermediate,
     *,
-    subject: bool = True,
+    subject: x509.Name | None = None,
 ) -> x509.Certificate:
     return sign_leaf(Leaf(key, names, lifetime, usages, subject), signer, NOW)
 
 
-def found(certificate: x509.Certificate) -> list[tuple[str, bool]]:
-    return [(extension.oid._name, extension.critical) for extension in certificate.extensions]
-
-
 @pytest.mark.parametrize("key_type", KEYS)
 def test_leaf_has_exactly_six_extensions(key_type: KeyType) -> None:
-    """For every key type, and none from the request."""
-    certificate = leaf(Names.of([DNSName.parse("hello.test")], [ID]), KEYS[key_type])
-    assert sorted(found(certificate)) == [
-        ("authorityKeyIdentifier", False),
-        ("basicConstraints", True),
-        ("extendedKeyUsage", False),
-        ("keyUsage", True),
-        ("subjectAltName", False),
-        ("subjectKeyIdentifier", False),
-    ]
+    certificate = leaf(pki.names("hello.test", ID.text), KEYS[key_type])
+    assert sorted((extension.oid._name, extension.critical) for extension in certificate.extensions) == [
+        ("authorityKeyIdentifier", False), ("basicConstraints", True), ("extendedKeyUsage", False), ("keyUsage", True),
+        ("subjectAltName", False), ("subjectKeyIdentifier", False),
+    ]  # fmt: skip
     extensions = certificate.extensions
     assert not extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    assert list(extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [
-        ExtendedKeyUsageOID.SERVER_AUTH,
-        ExtendedKeyUsageOID.CLIENT_AUTH,
-    ]
     usage = extensions.get_extension_for_class(x509.KeyUsage).value
-    assert usage.digital_signature
-    assert usage.key_encipherment == key_type.value.startswith("RSA")
-    assert not any(
-        (usage.content_commitment, usage.data_encipherment, usage.key_agreement, usage.key_cert_sign, usage.crl_sign)
-    )
+    encipherment = ["key_encipherment"] if key_type.value.startswith("RSA") else []
+    assert usage == pki.key_usage("digital_signature", *encipherment)
     assert public_bytes(certificate.public_key()) == public_bytes(KEYS[key_type])  # type: ignore[arg-type]  # ours
 
 
@@ -86,14 +72,14 @@ def test_key_identifier_is_that_of_the_intermediate() -> None:
 
 def test_first_dns_name_is_the_common_name() -> None:
     """For old clients that read only the subject."""
-    certificate = leaf(Names.of([DNSName.parse("a.test"), DNSName.parse("b.test")], [ID]))
+    certificate = leaf(pki.names("a.test", "b.test", ID.text))
     assert [(item.oid, item.value) for item in certificate.subject] == [(NameOID.COMMON_NAME, "a.test")]
 
 
-@pytest.mark.parametrize("names", [ID_ONLY, Names.of([LONG], [ID])], ids=["no dns name", "too long"])
-def test_names_are_critical_without_a_subject(names: Names) -> None:
-    """RFC 5280 section 4.2.1.6."""
-    certificate = leaf(names)
+@pytest.mark.parametrize("names", [ID_ONLY, Names.of([LONG], [ID]), None], ids=["no dns name", "too long", "omitted"])
+def test_names_are_critical_without_a_subject(names: Names | None) -> None:
+    """RFC 5280 section 4.2.1.6. A CA that constrains directory names omits the subject."""
+    certificate = leaf(names) if names else leaf(pki.names("a.test"), subject=x509.Name([]))
     assert not certificate.subject.rdns
     assert certificate.extensions.get_extension_for_oid(ExtensionOID.SUBJECT_ALTERNATIVE_NAME).critical
 
@@ -105,7 +91,6 @@ def test_leaf_is_backdated_and_has_the_granted_lifetime() -> None:
 
 
 def test_leaf_never_outlives_its_intermediate() -> None:
-    """An expired intermediate signs nothing."""
     certificate = leaf(lifetime=timedelta(days=4000))
     assert certificate.not_valid_after_utc == KEYRING.intermediate.certificate.not_valid_after_utc
     with pytest.raises(CertmountError, match="has expired") as failure:
@@ -123,33 +108,15 @@ def test_serial_numbers_are_random() -> None:
     assert max(serials).bit_length() > 140
 
 
-DNS = st.from_regex(r"[a-z]([a-z0-9-]{0,10}[a-z0-9])?(\.[a-z]{1,10}){1,4}", fullmatch=True).map(DNSName.parse)
-IPS = st.ip_addresses(v=4).map(lambda ip: IPAddress.parse(str(ip)))
-EMAILS = st.from_regex(r"[a-z0-9.]{1,9}@[a-z]{1,9}\.test", fullmatch=True).filter(
-    lambda text: ".." not in text and text[0] != "." and ".@" not in text
-)
-URIS = st.from_regex(r"spiffe://[a-z]{1,9}(/[a-zA-Z0-9_-]{1,9}){0,4}", fullmatch=True).map(URI.parse)
-any_names = st.builds(
-    Names.of,
-    st.lists(DNS, max_size=5),
-    st.lists(URIS, min_size=1, max_size=3),
-    st.lists(IPS, max_size=3),
-    st.lists(EMAILS.map(EmailAddress.parse), max_size=3),
-)
+texts = st.one_of(strategies.dns_texts, strategies.uri_texts, strategies.ip_texts, strategies.email_texts)
+any_names = st.lists(texts, max_size=12).map(lambda found: pki.names(ID.text, *found))
 
 
-@pytest.mark.parametrize("usages", [(Usage.SERVER,), (Usage.CLIENT,), (Usage.CLIENT, Usage.SERVER)])
+@pytest.mark.parametrize("usages", [(Usage.SERVER,), (Usage.CLIENT,), (Usage.CLIENT, Usage.SERVER), ALL_USAGES])
 def test_leaf_has_only_the_granted_usages(usages: tuple[Usage, ...]) -> None:
     purposes = {Usage.SERVER: ExtendedKeyUsageOID.SERVER_AUTH, Usage.CLIENT: ExtendedKeyUsageOID.CLIENT_AUTH}
     found = leaf(usages=usages).extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     assert list(found) == [purposes[usage] for usage in usages]
-
-
-def test_leaf_can_omit_the_subject() -> None:
-    """For a CA that constrains directory names."""
-    certificate = leaf(Names.of([DNSName.parse("a.test")]), subject=False)
-    assert not certificate.subject.rdns
-    assert certificate.extensions.get_extension_for_oid(ExtensionOID.SUBJECT_ALTERNATIVE_NAME).critical
 
 
 HASHES = {KeyType.EC_P256: "sha256", KeyType.EC_P384: "sha384", KeyType.RSA_3072: "sha256"}

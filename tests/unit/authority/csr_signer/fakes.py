@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from csi_driver.authority.ca.keyring import Keyring
 from csi_driver.core.certificates.csr import build_csr
 from csi_driver.core.cluster.csr import CERTMOUNT_SIGNER
 from csi_driver.core.cluster.objects import Lease, LivePod
@@ -40,15 +42,11 @@ def item(
     labels: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     recorded = EXTRA if extra is None else extra
-    encoded = base64.b64encode(pem(NAME) if request is None else request).decode()
-    spec: dict[str, Any] = {
-        "signerName": signer,
-        "request": encoded,
-        "expirationSeconds": seconds,
-        "username": username,
-    }
-    spec["usages"] = USAGES if usages is None else usages
-    spec["extra"] = {f"authentication.kubernetes.io/{key}": value for key, value in recorded.items()}
+    spec = {
+        "signerName": signer, "request": base64.b64encode(pem(NAME) if request is None else request).decode(),
+        "expirationSeconds": seconds, "username": username, "usages": USAGES if usages is None else usages,
+        "extra": {f"authentication.kubernetes.io/{key}": value for key, value in recorded.items()},
+    }  # fmt: skip
     return {"metadata": {"labels": dict(labels or {})}, "spec": spec}
 
 
@@ -61,6 +59,19 @@ def crafted(
     for extension in extensions:
         builder = builder.add_extension(extension, critical=False)
     return builder.sign(key, SHA256()).public_bytes(Encoding.PEM)
+
+
+@dataclass
+class LoadedCA:
+    """The part of a CA that the internal issuer uses."""
+
+    current: Keyring
+    unavailable: bool = False
+
+    async def record_lifetime(self, _: timedelta) -> Keyring:
+        if self.unavailable:
+            raise CertmountError(Reason.ISSUER_UNAVAILABLE, "the internal CA is not loaded yet")
+        return self.current
 
 
 @dataclass

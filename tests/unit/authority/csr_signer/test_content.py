@@ -19,8 +19,9 @@ from csi_driver.core.cluster.csr import CERTMOUNT_SIGNER, ClusterCSR
 from csi_driver.core.cluster.objects import LivePod
 from csi_driver.core.errors import CertmountError, Fault
 from csi_driver.core.identity import PodIdentity, ServiceAccount
-from csi_driver.kube.csr_cache import read_csr
+from tests.support.api_objects import csr_of
 from tests.unit.authority.csr_signer.fakes import EXTRA, NAME, USAGES, USERNAME, crafted, item, pem
+from tests.unit.core import pki
 
 POD = LivePod("pod-uid", "edge", "node-a", False)
 
@@ -34,13 +35,7 @@ def authenticate(request: ClusterCSR) -> PodIdentity:
 
 def stored(request: dict[str, Any]) -> ClusterCSR:
     metadata = {"name": "csr-1", "uid": "uid-1", **request["metadata"]}
-    return read_csr({**request, "metadata": metadata})
-
-
-def key_usage(**bits_set: bool) -> x509.KeyUsage:
-    bits = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
-    more = ("key_cert_sign", "crl_sign", "encipher_only", "decipher_only")
-    return x509.KeyUsage(**dict.fromkeys((*bits, *more), False) | bits_set)
+    return csr_of({**request, "metadata": metadata})
 
 
 def changed_signature() -> bytes:
@@ -57,6 +52,9 @@ def with_subject(kind: x509.ObjectIdentifier, text: str) -> dict[str, Any]:
     return item(crafted(subject=(kind, text)))
 
 
+UNSUPPORTED = "is not supported in certificates for pods"
+
+
 BLOCK = pem(NAME)
 ANY_PURPOSE = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE])
 INVALID: dict[str, tuple[dict[str, Any], str]] = {
@@ -69,28 +67,19 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "no base64": (item(BLOCK[:50] + BLOCK[51:]), "PEM block"),
     "no request": (item(block(b"AAAA\n")), "is not PKCS#10"),
     "signature": (item(changed_signature()), "has an invalid signature"),
-    "key": (item(crafted(key=ec.generate_private_key(ec.SECP521R1()))), "has an unsupported key type"),
+    "key": (item(crafted(key=ec.generate_private_key(ec.SECP256K1()))), "has an unsupported key type"),
     "usage": (item(usages=[*USAGES, "cert sign"]), "spec.usages: cert sign is not allowed for pods"),
     "any": (item(usages=["any"]), "spec.usages: any is not allowed for pods"),
     "no purpose": (item(usages=["digital signature"]), "neither server auth nor client auth"),
     "CA": (item(crafted(x509.BasicConstraints(ca=True, path_length=0))), "requests a CA certificate"),
-    "CA's usage": (item(crafted(key_usage(key_cert_sign=True))), "more than digital signature"),
-    "key agreement": (item(crafted(key_usage(key_agreement=True))), "more than digital signature"),
+    "CA's usage": (item(crafted(pki.key_usage("key_cert_sign"))), "more than digital signature"),
+    "key agreement": (item(crafted(pki.key_usage("key_agreement"))), "more than digital signature"),
     "purpose": (item(crafted(ANY_PURPOSE)), "server auth and client"),
-    "extension": (item(crafted(x509.OCSPNoCheck())), "is not supported in certificates for pods"),
-    "system user": (item(crafted(subject=(NameOID.COMMON_NAME, "system:admin"))), "is reserved for Kubernetes"),
-    "system group": (
-        item(crafted(subject=(NameOID.ORGANIZATION_NAME, "System:masters"))),
-        "is reserved for Kubernetes",
-    ),
-    "organisation": (
-        item(crafted(subject=(NameOID.ORGANIZATION_NAME, "Example"))),
-        "is not supported in certificates for pods",
-    ),
-    "common name": (
-        item(crafted(subject=(NameOID.COMMON_NAME, "b.web.svc"))),
-        "not among the subject alternative names",
-    ),
+    "extension": (item(crafted(x509.OCSPNoCheck())), UNSUPPORTED),
+    "system user": (with_subject(NameOID.COMMON_NAME, "system:admin"), "is reserved for Kubernetes"),
+    "system group": (with_subject(NameOID.ORGANIZATION_NAME, "System:masters"), "is reserved for Kubernetes"),
+    "organisation": (with_subject(NameOID.ORGANIZATION_NAME, "Example"), UNSUPPORTED),
+    "common name": (with_subject(NameOID.COMMON_NAME, "b.web.svc"), "not among the subject alternative names"),
 }
 
 
@@ -108,7 +97,7 @@ def test_invalid_content_is_rejected(what: str) -> None:
     "request_pem",
     [
         crafted(subject=(NameOID.COMMON_NAME, NAME.upper())),
-        crafted(x509.BasicConstraints(False, None), key_usage(digital_signature=True, key_encipherment=True)),
+        crafted(x509.BasicConstraints(False, None), pki.key_usage("digital_signature", "key_encipherment")),
         crafted(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])),
         BLOCK.replace(b"\n", b"\r\n"),
         b"\n" + BLOCK + b"\n\n",
@@ -137,7 +126,6 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("what", REJECTED)
 def test_requester_that_is_not_a_running_pod_is_rejected(what: str) -> None:
-    """The requester that the API server recorded must match the current pod."""
     request, text = REJECTED[what]
     with pytest.raises(CertmountError, match="TokenRejected: ") as rejected:
         authenticate(stored(request))

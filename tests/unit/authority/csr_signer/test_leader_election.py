@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 
 import pytest
 
-from csi_driver.authority.csr_signer.leader_election import LEASE_S, LeaderElection
 from csi_driver.core.cluster.objects import Lease
+from csi_driver.kube import leader_election
+from csi_driver.kube.leader_election import LEASE_S, LeaderElection
+from tests.support.waiting import in_background, until
 from tests.unit.authority.csr_signer.fakes import FakeLease
 
 
@@ -32,16 +35,14 @@ class World:
     async def advance(self, seconds: int) -> None:
         for step in range(seconds + 1):
             self.now += bool(step)
-            for until, waiter in self._sleepers:
-                if until <= self.now and not waiter.done():
+            for due, waiter in self._sleepers:
+                if due <= self.now and not waiter.done():
                     waiter.set_result(None)
             for _ in range(30):
                 await asyncio.sleep(0)
             self.max_leaders = max(self.max_leaders, len(self.working))
 
     async def start(self, name: str, seconds: int = 0, work: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Start a replica and advance the clock."""
-
         async def working() -> None:
             self.working.add(name)
             self.leaders.append(name)
@@ -111,6 +112,69 @@ async def test_leader_survives_one_failed_renewal(world: World) -> None:
     world.store.unavailable = False
     await world.advance(60)
     assert world.leaders == ["a"]
+
+
+class HangingLease(FakeLease):
+    """A lease with a method that waits for ``gate``."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self.method = method
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.waiting = False
+
+    async def _wait(self, method: str) -> None:
+        if method == self.method and not self.gate.is_set():
+            self.waiting = True
+            await self.gate.wait()
+
+    async def load(self) -> Lease:
+        await self._wait("load")
+        return await super().load()
+
+    async def save(self, lease: Lease) -> bool:
+        await self._wait("save")
+        return await super().save(lease)
+
+
+@pytest.mark.parametrize("method", ["load", "save"])
+async def test_leader_stops_in_time_during_a_slow_renewal(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise another replica could acquire the lease before the renewal ends."""
+    monkeypatch.setattr(leader_election, "_RENEW_INTERVAL_S", 0.1)
+    monkeypatch.setattr(leader_election, "_RENEW_DEADLINE_S", 0.5)
+    store, working = HangingLease(method), asyncio.Event()
+
+    async def work() -> None:
+        working.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            working.clear()
+
+    async with in_background(LeaderElection(store, "a").run(work)):
+        await until(working.is_set, "the leadership")
+        store.gate.clear()
+        try:
+            await until(lambda: store.waiting, "the renewal")
+            await until(lambda: not working.is_set(), "the end of the work", 5)
+        finally:
+            store.gate.set()
+
+
+async def test_slow_renewal_leaves_time_for_the_next_one(world: World) -> None:
+    """The leader renews 10 s after the last renewal began, not after it ended."""
+    renewals: list[float] = []
+
+    async def slow_save(lease: Lease) -> bool:
+        renewals.append(world.now)
+        world.now += 8
+        return await FakeLease.save(world.store, lease)
+
+    world.store.save = slow_save  # type: ignore[method-assign]  # the API server takes 8 s
+    await world.start("a", 30)
+    assert world.leaders == ["a"]
+    assert max(later - earlier for earlier, later in itertools.pairwise(renewals)) <= 11
 
 
 async def test_leader_that_lost_the_lease_stops(world: World) -> None:

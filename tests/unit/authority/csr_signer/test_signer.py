@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, cast
 
 import pytest
@@ -16,23 +15,35 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from prometheus_client import CollectorRegistry
 
 from csi_driver.authority.ca.authority import CertificateAuthority
-from csi_driver.authority.ca.keyring import Keyring, make_keyring
+from csi_driver.authority.ca.keyring import make_keyring
 from csi_driver.authority.csr_signer.csr_pipeline import ACCOUNT_RATE, CSRPipeline
-from csi_driver.authority.csr_signer.leader_election import LeaderElection
 from csi_driver.authority.csr_signer.signer import CSRSigner
 from csi_driver.authority.issuance.steps import IssuanceSteps
 from csi_driver.authority.issuers.internal.issuer import InternalIssuer
+from csi_driver.authority.signing_queue import SigningQueue
 from csi_driver.core.certificates.csr import names_of
-from csi_driver.core.cluster.csr import APPROVED, DENIED, FAILED, ClusterCSR, CSRCondition
+from csi_driver.core.cluster.csr import APPROVED, CERTMOUNT_SIGNER, DENIED, FAILED, ClusterCSR, CSRCondition
 from csi_driver.core.cluster.objects import LivePod
-from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.errors import Reason
 from csi_driver.core.formats.pem import decode_certificates
-from csi_driver.core.identity import PodIdentity
+from csi_driver.core.identity import PodIdentity, SecretIdentity
+from csi_driver.core.names import Names
 from csi_driver.core.policy.engine import Policy, PolicySubject
 from csi_driver.core.policy.rules import DenyListEntry, RuleMatch
+from csi_driver.kube.leader_election import LeaderElection
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
-from tests.support.waiting import until
-from tests.unit.authority.csr_signer.fakes import EXTRA, NAME, USERNAME, FakeLease, FakePods, crafted, item, pem
+from tests.support.waiting import in_background, until
+from tests.unit.authority.csr_signer.fakes import (
+    EXTRA,
+    NAME,
+    USERNAME,
+    FakeLease,
+    FakePods,
+    LoadedCA,
+    crafted,
+    item,
+    pem,
+)
 from tests.unit.authority.issuers.kubernetes_csr.cluster import ACCOUNT as AUTHORITY
 from tests.unit.authority.issuers.kubernetes_csr.cluster import FakeRequests
 from tests.unit.core import pki
@@ -40,27 +51,19 @@ from tests.unit.core import pki
 KEYRING = make_keyring(pki.NOW)
 EDGE = LivePod("pod-uid", "edge", "node-a", terminating=False)
 OTHER_ID = "spiffe://cluster.local/ns/web/sa/other"
+TWO_IDS = f"spec.request, uri-sans: {OTHER_ID} cannot be used with the pod's SPIFFE ID"
+TOO_LONG = "spec.expirationSeconds: 25h is longer than the 24h that the built-in rule allows"
 APPROVED_BY_HAND = [{"type": APPROVED, "reason": "KubectlApprove", "message": ""}]
-
-
-@dataclass
-class LoadedCA:
-    """The part of a CA that the internal issuer uses."""
-
-    current: Keyring = KEYRING
-    unavailable: bool = False
-
-    async def record_lifetime(self, _: timedelta) -> Keyring:
-        if self.unavailable:
-            raise CertmountError(Reason.ISSUER_UNAVAILABLE, "the internal CA is not loaded yet")
-        return self.current
 
 
 class OneService:
     """Subjects of pods that one Service selects."""
 
-    async def find(self, pod: PodIdentity) -> PolicySubject:
+    async def find(self, pod: PodIdentity, _names: Names, /) -> PolicySubject:
         return PolicySubject(pod, services=("hello",))
+
+    async def find_secret(self, secret: SecretIdentity) -> PolicySubject:
+        return PolicySubject(secret)
 
 
 @dataclass
@@ -80,7 +83,7 @@ class World:
 
     cluster: FakeRequests = field(default_factory=FakeRequests)
     pods: FakePods = field(default_factory=lambda: FakePods({("web", "edge-0"): EDGE}))
-    ca: LoadedCA = field(default_factory=LoadedCA)
+    ca: LoadedCA = field(default_factory=lambda: LoadedCA(KEYRING))
     policy: Policy = field(default_factory=lambda: Policy("cluster.local", "cluster.local"))
     events: RecordedEvents = field(default_factory=RecordedEvents)
     results: list[Reason | None] = field(default_factory=list)
@@ -96,19 +99,19 @@ class World:
         pipeline = CSRPipeline(self.pods.find, steps, internal)
         election = LeaderElection(FakeLease(), "one")
         signer = CSRSigner(self.cluster, pipeline, election, self.events, self.add_result)
-        running = asyncio.create_task(signer.run())
-        try:
+        async with in_background(signer.run()):
             yield
-        finally:
-            running.cancel()
-            await asyncio.wait([running])
+
+    async def decide(self, *requests: dict[str, Any]) -> list[ClusterCSR]:
+        async with self.running():
+            names = [self.cluster.put(request) for request in requests]
+            await until(lambda: all(self.cluster.find(name).finished for name in names), "decisions", 60)
+            await asyncio.sleep(0)
+        return [self.cluster.find(name) for name in names]
 
     async def process(self, request: dict[str, Any]) -> ClusterCSR:
-        async with self.running():
-            name = self.cluster.put(request)
-            await until(lambda: self.cluster.find(name).finished, "a decision")
-            await asyncio.sleep(0)
-        return self.cluster.find(name)
+        (csr,) = await self.decide(request)
+        return csr
 
     async def process_denied(self, request: dict[str, Any]) -> CSRCondition:
         csr = await self.process(request)
@@ -155,7 +158,8 @@ async def test_request_without_names_and_lifetime_gets_the_defaults(world: World
         (item(username="jane@example.com"), Reason.TOKEN_REJECTED, "", None),
         (item(pem("shop.example.com")), Reason.NAME_NOT_ALLOWED, "shop.example.com", "web/edge-0"),
         (item(pem(OTHER_ID)), Reason.NAME_NOT_ALLOWED, OTHER_ID, "web/edge-0"),
-        (item(seconds=90_000), Reason.NAME_NOT_ALLOWED, "not 25h", "web/edge-0"),
+        (item(pem(pki.SPIFFE, OTHER_ID)), Reason.NAME_NOT_ALLOWED, TWO_IDS, "web/edge-0"),
+        (item(seconds=90_000), Reason.NAME_NOT_ALLOWED, TOO_LONG, "web/edge-0"),
     ],
 )
 async def test_rejected_request_is_denied_with_an_event_on_its_pod(
@@ -184,22 +188,17 @@ async def test_requests_of_one_account_are_rate_limited(world: World) -> None:
     world.pods.pods["web", "other-0"] = LivePod("other-uid", "other", "node-a", terminating=False)
     extra = {**EXTRA, "pod-name": ["other-0"], "pod-uid": ["other-uid"]}
     other = item(username="system:serviceaccount:web:other", extra=extra)
-    async with world.running():
-        names = [world.cluster.put(item()) for _ in range(ACCOUNT_RATE.burst + 30)]
-        last = world.cluster.put(other)
-        await until(lambda: all(world.cluster.find(name).finished for name in [*names, last]), "decisions", 60)
-    denied = [one for name in names if (one := world.cluster.find(name).condition(DENIED))]
+    *names, last = await world.decide(*(item() for _ in range(ACCOUNT_RATE.burst + 30)), other)
+    denied = [one for csr in names if (one := csr.condition(DENIED))]
     assert (len(denied) >= 10, {one.reason for one in denied}) == (True, {"TooManyRequests"})
-    assert world.cluster.find(last).certificate
+    assert last.certificate
 
 
 async def test_manual_approval_does_not_override_the_policy(world: World) -> None:
-    bad = world.cluster.put({**item(pem("shop.example.com")), "status": {"conditions": APPROVED_BY_HAND}})
-    good = world.cluster.put({**item(), "status": {"conditions": APPROVED_BY_HAND}})
-    async with world.running():
-        await until(lambda: all(world.cluster.find(name).finished for name in (bad, good)), "decisions")
-    assert str(world.cluster.find(bad).condition(FAILED)).startswith("NameNotAllowed: ")
-    assert world.cluster.find(good).certificate
+    approved = {"status": {"conditions": APPROVED_BY_HAND}}
+    bad, good = await world.decide({**item(pem("shop.example.com")), **approved}, {**item(), **approved})
+    assert str(bad.condition(FAILED)).startswith("NameNotAllowed: ")
+    assert good.certificate
 
 
 async def test_manual_denial_is_kept(world: World) -> None:
@@ -295,3 +294,16 @@ async def test_requests_of_others_are_not_taken_for_the_authoritys(username: str
     labels = {"app.kubernetes.io/managed-by": "certmount", "certmount.dev/issuer": "own"}
     denied = await world.process_denied(item(pem("shop.example.com"), username=username, labels=labels))
     assert denied.reason in ("NameNotAllowed", "TokenRejected")
+
+
+def test_namespaces_take_turns() -> None:
+    queue: SigningQueue[ClusterCSR] = SigningQueue(lambda _: None)
+    for number in range(100):
+        queue.add(_request(f"flood-{number}", "flood"))
+    for name in ("one", "two"):
+        queue.add(_request(name, "bank"))
+    assert [queue.next() for _ in range(5)] == ["flood-0", "one", "flood-1", "two", "flood-2"]
+
+
+def _request(name: str, namespace: str) -> ClusterCSR:
+    return ClusterCSR(name, name, 0.0, CERTMOUNT_SIGNER, b"", (), None, f"system:serviceaccount:{namespace}:{name}")

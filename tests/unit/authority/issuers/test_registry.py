@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,52 +18,38 @@ from structlog.testing import capture_logs
 from csi_driver.authority.issuers import IssuedCertificate, Issuer, IssuerRequest, registry
 from csi_driver.authority.issuers.dependencies import CredentialReader, IssuerDependencies, IssuerKind
 from csi_driver.authority.issuers.kinds import ISSUER_KINDS, read_issuers
+from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConfiguration
 from csi_driver.authority.issuers.registry import IssuerRegistry
 from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
+from csi_driver.core.cluster.csr import CERTMOUNT_SIGNER
 from csi_driver.core.config.document_reader import DocumentReader
 from csi_driver.core.config.document_reader import Path as DocumentPath
 from csi_driver.core.config.issuers import FileSource, SecretSource
-from csi_driver.core.errors import CertmountError
+from csi_driver.core.errors import REASONS, CertmountError
 from csi_driver.core.secret import Secret
+from csi_driver.kube.permissions import SIGNER_LEASE
 from tests.support.json_schema import places
-from tests.support.waiting import until
+from tests.support.waiting import in_background, until
 from tests.unit.authority.issuers.schema import DOCS, SCHEMA, assert_schema_agrees
 
-VALID: dict[str, Any] = {
-    "issuers": [
-        {
-            "name": "step",
-            "step_ca": {
-                "url": "https://ca.example.com:9000",
-                "root_sha256": ":".join(["AB"] * 32),
-                "provisioner": "csi",
-                "key": {"secret": "certmount/step-provisioner", "key": "jwk"},
-                "password": {"file": "/etc/certmount/password"},
-            },
-        },
-        {
-            "name": "other-step",
-            "step_ca": {
-                "url": "https://[fd00::1]/",
-                "root": {"file": "/etc/root.crt"},
-                "provisioner": "admin@example.com",
-                "password": {"secret": "certmount/autocert-password", "key": "password"},
-            },
-        },
-    ]
-}
+STEP: dict[str, Any] = {
+    "url": "https://ca.example.com:9000", "root_sha256": ":".join(["AB"] * 32), "provisioner": "csi",
+    "key": {"secret": "certmount/step-provisioner", "key": "jwk"}, "password": {"file": "/etc/certmount/password"},
+}  # fmt: skip
+OTHER: dict[str, Any] = {
+    "url": "https://[fd00::1]/", "root": {"file": "/etc/root.crt"}, "provisioner": "admin@example.com",
+    "password": {"secret": "certmount/autocert-password", "key": "password"},
+}  # fmt: skip
+VALID: dict[str, Any] = {"issuers": [{"name": "step", "step_ca": STEP}, {"name": "other-step", "step_ca": OTHER}]}
 
 
 def test_file_is_parsed_into_normalized_values() -> None:
     step, other = read_issuers(yaml.safe_dump(VALID).encode())
     assert (step.name, step.kind) == ("step", "step_ca")
     assert step.configuration == StepCAConfiguration(
-        url="https://ca.example.com:9000",
-        provisioner="csi",
-        root_sha256="ab" * 32,
-        key=SecretSource("certmount", "step-provisioner", "jwk"),
-        password=FileSource("/etc/certmount/password"),
-    )
+        url="https://ca.example.com:9000", provisioner="csi", root_sha256="ab" * 32,
+        key=SecretSource("certmount", "step-provisioner", "jwk"), password=FileSource("/etc/certmount/password"),
+    )  # fmt: skip
     assert isinstance(other.configuration, StepCAConfiguration)
     assert (other.configuration.url, other.configuration.root_file) == ("https://[fd00::1]", "/etc/root.crt")
 
@@ -90,23 +77,13 @@ issuers:
 """
     with pytest.raises(CertmountError) as failure:
         read_issuers(text.encode())
-    faults = [str(fault) for fault in failure.value.faults]
-    assert [fault.split(":")[0] for fault in faults] == [
-        "issuers[0].name (line 3)",
-        "issuers[0].step_ca.url (line 4)",
-        "issuers[0].step_ca.root_sha256 (line 4)",
-        "issuers[0].step_ca.key (line 4)",
-        "issuers[1].stepca (line 6)",
-        "issuers[1] (line 5)",
-        "issuers[2].name (line 7)",
-        "issuers[2].step_ca (line 8)",
-        "issuers[2].step_ca.url (line 9)",
-        "issuers[2].step_ca.root.file (line 11)",
-        "issuers[2].step_ca.root_sha256 (line 12)",
-        "issuers[2].step_ca.key.key (line 13)",
-        "issuers[3] (line 14)",
-    ]
-    errors = "\n".join(faults)
+    errors = "\n".join(str(fault) for fault in failure.value.faults)
+    assert re.findall(r"^issuers\[(\d)\]\.?([\w.]*) \(line (\d+)\):", errors, re.MULTILINE) == [
+        ("0", "name", "3"), ("0", "step_ca.url", "4"), ("0", "step_ca.root_sha256", "4"), ("0", "step_ca.key", "4"),
+        ("1", "stepca", "6"), ("1", "", "5"), ("2", "name", "7"), ("2", "step_ca", "8"), ("2", "step_ca.url", "9"),
+        ("2", "step_ca.root.file", "11"), ("2", "step_ca.root_sha256", "12"), ("2", "step_ca.key.key", "13"),
+        ("3", "", "14"),
+    ]  # fmt: skip
     assert re.search(r"'step' .*issuers\[1\] \(line 5\)", errors)
     assert "did you mean step_ca?" in errors
     assert "hunter2" not in errors, "the log must not contain secrets"
@@ -115,6 +92,15 @@ issuers:
 @pytest.mark.parametrize("path", list(places(VALID)), ids=str)
 def test_schema_agrees_with_the_parser(path: DocumentPath) -> None:
     assert_schema_agrees(VALID, path)
+
+
+_CSR: dict[str, Any] = {"signer": "example.com/pods", "approve": True, "roots": {"file": "/etc/roots.crt"}}
+
+
+@pytest.mark.parametrize("path", list(places({"issuers": [{"name": "csr", "kubernetes_csr": _CSR}]})), ids=str)
+@pytest.mark.parametrize("signer", ["example.com/pods", CERTMOUNT_SIGNER, "kubernetes.io/kubelet-serving", "a/b"])
+def test_schema_agrees_with_the_parser_for_signers_of_kubernetes(path: DocumentPath, signer: str) -> None:
+    assert_schema_agrees({"issuers": [{"name": "csr", "kubernetes_csr": {**_CSR, "signer": signer}}]}, path)
 
 
 def test_schema_and_documentation_list_all_kinds() -> None:
@@ -136,14 +122,12 @@ def test_yaml_examples_in_the_documentation_are_valid(page: str) -> None:
 class FakeIssuer(Issuer):
     """Counts how often it is running; fails if its configuration is ``defect``."""
 
+    roots: tuple[bytes, ...] = ()
+    environment = ""
+
     def __init__(self, configuration: object = None) -> None:
         self.configuration = configuration
-        self.known_roots: tuple[bytes, ...] = ()
         self.running = 0
-
-    @property
-    def roots(self) -> tuple[bytes, ...]:
-        return self.known_roots
 
     async def run(self) -> None:
         self.running += 1
@@ -173,17 +157,15 @@ class RegistryWorld:
     loads: list[bool] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        fake = IssuerKind(parse_fake, lambda _name, configuration, _dependencies: FakeIssuer(configuration))
         self.internal = FakeIssuer()
-        self.issuers = IssuerRegistry(
-            self.file,
-            self.internal,
-            IssuerDependencies(CredentialReader()),
-            on_roots=self.roots.__setitem__,
-            on_load=self.loads.append,
-            on_due=lambda _: None,
-            kinds={"fake": fake},
-        )
+        self.issuers = self.registry(self.file)
+
+    def registry(self, file: Path | None) -> IssuerRegistry:
+        fake = IssuerKind(parse_fake, lambda _name, configuration, _dependencies: FakeIssuer(configuration))
+        return IssuerRegistry(
+            file, self.internal, IssuerDependencies(CredentialReader()), on_roots=self.roots.__setitem__,
+            on_load=self.loads.append, on_due=lambda *_: None, kinds={"fake": fake},
+        )  # fmt: skip
 
     def write(self, **issuers: str) -> None:
         entries = [{"name": name, "fake": value} for name, value in issuers.items()]
@@ -199,12 +181,8 @@ class RegistryWorld:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         await self.issuers.load()
-        task = asyncio.create_task(self.issuers.run())
-        try:
+        async with in_background(self.issuers.run()):
             yield
-        finally:
-            task.cancel()
-            await asyncio.wait([task])
 
 
 @pytest.fixture
@@ -219,7 +197,7 @@ async def test_unchanged_issuers_stay_and_removed_issuers_stop(world: RegistryWo
     async with world.running():
         a, b = world["a"], world["b"]
         await until(lambda: a.running == b.running == 1, "the background work")
-        a.known_roots = b.known_roots = (b"root",)
+        a.roots = b.roots = (b"root",)
         await until(lambda: set(world.roots) == {"a", "b"}, "the roots")
         world.write(b="1", c="1")
         await until(lambda: "c" in world.issuers, "the new file")
@@ -236,7 +214,6 @@ async def test_unchanged_issuers_stay_and_removed_issuers_stop(world: RegistryWo
 
 
 async def test_invalid_file_keeps_the_previous_issuers(world: RegistryWorld) -> None:
-    """Each invalid content is logged and counted once."""
     world.write(a="1")
     async with world.running():
         with capture_logs() as logs:
@@ -270,35 +247,27 @@ async def test_unexpected_error_of_one_issuer_does_not_stop_others(world: Regist
     assert any(entry["event"] == "background work of issuer failed" for entry in logs)
 
 
-async def test_registry_without_a_file_contains_the_internal_ca() -> None:
-    internal = FakeIssuer()
-    issuers = IssuerRegistry(
-        None,
-        internal,
-        IssuerDependencies(CredentialReader()),
-        on_roots=lambda *_: None,
-        on_load=lambda _: None,
-        on_due=lambda _: None,
-    )
+async def test_registry_without_a_file_contains_the_internal_ca(world: RegistryWorld) -> None:
+    issuers = world.registry(None)
     await issuers.load()
-    assert dict(issuers) == {"internal": internal}
+    assert dict(issuers) == {"internal": world.internal}
     assert issuers.problems == {}
 
 
 async def test_credentials_are_read_from_files_and_secrets(tmp_path: Path) -> None:
     """Errors name the source and never show the content."""
-    requested: list[tuple[str, str, str]] = []
+    requested: list[tuple[str, str]] = []
 
-    async def read_secret(namespace: str, name: str, key: str) -> Secret[bytes]:
-        requested.append((namespace, name, key))
-        return Secret(b"from the cluster")
+    async def read_secret(namespace: str, name: str) -> Mapping[str, Secret[bytes]]:
+        requested.append((namespace, name))
+        return {"jwk": Secret(b"from the cluster")}
 
     file = tmp_path / "key"
     file.write_bytes(b"from a file")
     assert (await CredentialReader().read(FileSource(str(file)))).reveal() == b"from a file"
     in_cluster = SecretSource("certmount", "step", "jwk")
     assert (await CredentialReader(read_secret).read(in_cluster)).reveal() == b"from the cluster"
-    assert requested == [("certmount", "step", "jwk")]
+    assert requested == [("certmount", "step")]
     with pytest.raises(CertmountError, match="cannot be read outside a cluster; store it in a file"):
         await CredentialReader().read(in_cluster)
     file.write_bytes(b"")
@@ -306,3 +275,42 @@ async def test_credentials_are_read_from_files_and_secrets(tmp_path: Path) -> No
         await CredentialReader().read(FileSource(str(file)))
     with pytest.raises(CertmountError, match="cannot be read: Is a directory"):
         await CredentialReader().read(FileSource(str(tmp_path)))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CertmountError, match="cannot be read: is not a regular file"):
+        await CredentialReader().read(FileSource(str(tmp_path / "pipe")))
+
+
+PAGE = (DOCS / "kubernetes-csr.md").read_text()
+
+
+def blocks() -> Iterator[Any]:
+    for block in PAGE.split("```yaml\n")[1:]:
+        yield from yaml.safe_load_all(block.split("```")[0])
+
+
+def test_example_issuers_are_valid_and_the_role_allows_their_signer() -> None:
+    (text,) = [yaml.safe_dump(block) for block in blocks() if "issuers" in block]
+    (declared,) = read_issuers(text.encode())
+    assert isinstance(declared.configuration, KubernetesCSRConfiguration)
+    (role,) = [block for block in blocks() if block.get("kind") == "ClusterRole"]
+    named = [name for rule in role["rules"] for name in rule.get("resourceNames", ())]
+    assert named == [declared.configuration.signer]
+
+
+def test_table_lists_all_keys() -> None:
+    rows = PAGE.split("| key | meaning |")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in rows.splitlines()[2:]))) == {
+        field.name for field in fields(KubernetesCSRConfiguration)
+    }
+
+
+def test_table_lists_existing_reasons() -> None:
+    rows = PAGE.split("| checked | reason |")[1].split("\n\n")[0].splitlines()[2:]
+    reasons = {word for row in rows for word in re.findall(r"`(\w+)`", row.split("|")[2])}
+    assert reasons <= set(REASONS)
+    assert {"InvalidCSR", "TokenRejected", "ServiceAccountDenied", "NameNotAllowed", "TooManyRequests"} == reasons
+
+
+def test_page_names_the_signer_and_the_lease() -> None:
+    assert CERTMOUNT_SIGNER in PAGE
+    assert SIGNER_LEASE in PAGE

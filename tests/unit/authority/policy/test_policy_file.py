@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
-import itertools
 import re
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from csi_driver.authority.policy.policy_file import PolicyFile, read_policy
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.policy.engine import Policy
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
-from tests.support.waiting import until
+from tests.support.waiting import in_background, until
 
 DOMAINS: dict[str, Any] = {"trust_domain": "cluster.local", "cluster_domain": "cluster.local"}
 RULE = """
@@ -47,26 +44,11 @@ def test_empty_file_contains_the_default_policy(text: str) -> None:
 @pytest.mark.parametrize(
     "content,words",
     [
-        ("policy: []\npolicy: []\n", "line 2, column 1: the key 'policy' is duplicate"),
-        ("policy:\n- match: {a: 1, a: 2}\n", "the key 'a' is duplicate"),
-        ("policy:\n- {match: {}, ? [1]: 2}\n", "is not valid YAML in line 2"),
-        ("policy: [\n}", "is not valid YAML in line 2, column 1"),
-        ("a: &a [x]\nb: *a\n", "has an alias"),
-        ("x: &x {a: 1}\npolicy: [{<<: *x}]\n", "has an alias"),
-        (
-            "policy: !!python/object/apply:os.system [id]\n",
-            "is not valid YAML in line 1, column 9: could not determine",
-        ),
-        ("policy: !include other.yaml\n", "could not determine a constructor"),
-        ("---\npolicy: []\n---\npolicy: []\n", "is not valid YAML"),
-        (b"\xff\xfe", "is not UTF-8"),
-        ("\x07", "is not valid YAML"),
-        ("[" * 1_000_000, "is nested more than 20 levels deep"),
-        ("{a: " * 200_000, "is nested more than 20 levels deep"),
-        (" " * (1024 * 1024 + 1), "is longer than 1048576 bytes"),
-        ("- " * 500_000, "is nested more than 20 levels deep"),
+        ("a: [*]", "line 1: '*' begins an alias in YAML; write \"*\""),
         ("just words", "policy file: is not a mapping"),
         ("polcy: []", "polcy (line 1): is unknown; did you mean policy?"),
+        ("-policy: []", "-policy (line 1): is unknown; write '- policy:', with a space after '-'"),
+        ("policy:[]: x", "policy:[] (line 1): is unknown; write 'policy: ', with a space after ':'"),
         ("# rules\npolicy:\n- match: {namespaces: [a]}\n", "policy[0].match.serviceAccounts (line 3): is missing"),
         (
             "policy:\n- match: {}\n-\n  allow:\n    dns:\n    - a.b\n    - A\n",
@@ -79,15 +61,6 @@ def test_empty_file_contains_the_default_policy(text: str) -> None:
 def test_invalid_policy_is_rejected_with_line_and_fault(content: str | bytes, words: str) -> None:
     with pytest.raises(CertmountError, match=f"InvalidPolicy: .*{re.escape(words)}"):
         read(content)
-
-
-def test_aliases_cannot_exhaust_memory() -> None:
-    lines = (f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n" for before, name in itertools.pairwise("abcdefghi"))
-    bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(lines)
-    started = time.process_time()
-    with pytest.raises(CertmountError, match="has an alias"):
-        read(bomb)
-    assert time.process_time() - started < 5
 
 
 def test_rule_labels_contain_line_numbers() -> None:
@@ -147,25 +120,19 @@ async def test_on_change_gets_the_revision_of_each_new_policy(volume: Volume, me
 
 
 async def test_invalid_file_keeps_the_policy(volume: Volume, policy: PolicyFile, registry: CollectorRegistry) -> None:
-    def valid() -> float | None:
-        return registry.get_sample_value("certmount_policy_valid")
-
-    volume.write(RULE.format("web"))
-    await policy.load()
-    assert valid() == 1
-    volume.write("policy: [")
-    with pytest.raises(CertmountError, match="is not valid YAML"):
-        await policy.load()
-    await policy.load()
-    assert namespaces(policy.current) == ["web"]
-    assert (valid(), registry.get_sample_value("certmount_policy_reload_failures_total")) == (0, 1)
-    volume.write(RULE.format("web"))
-    await policy.load()
-    assert valid() == 1
-    volume.file.unlink()
-    with pytest.raises(CertmountError, match="cannot be read"):
-        await policy.load()
-    assert namespaces(policy.current) == ["web"]
+    for text, words, valid in (
+        (RULE.format("web"), "", 1),
+        ("policy: [", r"line \d: the line does not fit", 0),
+        ("policy: [", "", 0),  # the same content is reported once
+        (RULE.format("web"), "", 1),
+        (None, "cannot be read", 0),
+    ):
+        volume.write(text) if text else volume.file.unlink()
+        with pytest.raises(CertmountError, match=words) if words else contextlib.nullcontext():
+            await policy.load()
+        assert namespaces(policy.current) == ["web"]
+        assert registry.get_sample_value("certmount_policy_valid") == valid
+    assert registry.get_sample_value("certmount_policy_reload_failures_total") == 2
 
 
 async def test_changes_are_followed(volume: Volume, policy: PolicyFile, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,12 +140,10 @@ async def test_changes_are_followed(volume: Volume, policy: PolicyFile, monkeypa
     volume.write(RULE.format("web"))
     await policy.load()
     with capture_logs() as logs:
-        async with asyncio.TaskGroup() as tasks:
-            task = tasks.create_task(policy.run())
+        async with in_background(policy.run()):
             volume.write("policy: 7")
             await until(lambda: any(entry["log_level"] == "error" for entry in logs), "the rejection")
             volume.write(RULE.format("shop"))
             await until(lambda: namespaces(policy.current) == ["shop"], "the new policy")
-            task.cancel()
     (rejection,) = [entry for entry in logs if entry["log_level"] == "error"]
     assert "policy (line 1): is not a list" in rejection["error"]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 
 import pytest
-from prometheus_client import CollectorRegistry
 
 from csi_driver.authority.ca.rotation import Acknowledgements
 from csi_driver.authority.trust.acknowledgements import (
@@ -26,29 +25,22 @@ from csi_driver.core.cluster.objects import ClusterNodes
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.secret import Secret
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
+from tests.support.waiting import in_background
 from tests.unit.authority.memory_store import MemoryStore
 
 GENERATION = 100
-
-
-@pytest.fixture
-def store() -> MemoryStore:
-    return MemoryStore()
 
 
 def replica(store: MemoryStore, generation: int = GENERATION) -> AcknowledgementStore:
     return AcknowledgementStore(store, lambda: generation, write_interval_s=0)
 
 
-@contextlib.asynccontextmanager
-async def running(*replicas: AcknowledgementStore) -> AsyncIterator[None]:
-    async with asyncio.TaskGroup() as tasks:
-        runners = [tasks.create_task(each.run()) for each in replicas]
-        try:
-            yield
-        finally:
-            for runner in runners:
-                runner.cancel()
+def running(*replicas: AcknowledgementStore) -> contextlib.AbstractAsyncContextManager[None]:
+    return in_background(*(each.run() for each in replicas))
+
+
+def stored(nodes: Mapping[str, int]) -> Mapping[str, Secret[bytes]]:
+    return {ACKNOWLEDGEMENTS_FILE: Secret(json.dumps({"set": "internal", "nodes": nodes}).encode())}
 
 
 async def test_acknowledge_returns_after_the_acknowledgement_is_stored(store: MemoryStore) -> None:
@@ -62,9 +54,9 @@ async def test_acknowledge_returns_after_the_acknowledgement_is_stored(store: Me
 async def test_acknowledgements_of_many_nodes_are_written_in_batches(store: MemoryStore) -> None:
     """Replicas merge their batches."""
     replicas = [replica(store) for _ in range(3)]
-    async with running(*replicas), asyncio.TaskGroup() as tasks:
-        for number in range(300):
-            tasks.create_task(replicas[number % 3].acknowledge(f"node-{number}", "internal", GENERATION))
+    calls = [replicas[number % 3].acknowledge(f"node-{number}", "internal", GENERATION) for number in range(300)]
+    async with running(*replicas):
+        await asyncio.gather(*calls)
     assert len(await replica(store).read()) == 300
     assert store.saves <= 6
 
@@ -79,9 +71,7 @@ async def test_repeated_acknowledgement_is_not_written(store: MemoryStore) -> No
 
 
 @pytest.mark.parametrize("name,generation", [("partner", GENERATION), ("internal", GENERATION - 1)])
-async def test_acknowledgement_that_no_rotation_needs_is_not_written(
-    name: str, generation: int, store: MemoryStore
-) -> None:
+async def test_unneeded_acknowledgement_is_not_written(name: str, generation: int, store: MemoryStore) -> None:
     await replica(store).acknowledge("node-1", name, generation)
     assert store.saves == 0
 
@@ -106,8 +96,7 @@ async def test_store_failure_is_reported_and_the_next_batch_retries(store: Memor
 
 async def test_conflicting_write_keeps_both_acknowledgements(store: MemoryStore) -> None:
     nodes = replica(store)
-    document = json.dumps({"set": "internal", "nodes": {node_hash("node-2"): GENERATION}}).encode()
-    store.conflicting = [{ACKNOWLEDGEMENTS_FILE: Secret(document)}]
+    store.conflicting = [stored({node_hash("node-2"): GENERATION})]
     async with running(nodes):
         await nodes.acknowledge("node-1", "internal", GENERATION)
     assert await nodes.read() == {node_hash("node-1"): GENERATION, node_hash("node-2"): GENERATION}
@@ -126,21 +115,17 @@ async def test_damaged_acknowledgements_are_replaced(content: bytes, store: Memo
 
 async def test_number_of_stored_nodes_is_limited(store: MemoryStore) -> None:
     """The oldest acknowledgements are removed first, and the rest fits into a Secret."""
-    old = {node_hash(f"old-{number}"): GENERATION - 1 for number in range(MAX_NODES)}
-    store.values = {ACKNOWLEDGEMENTS_FILE: Secret(json.dumps({"nodes": old}).encode())}
+    store.values = stored({node_hash(f"old-{number}"): GENERATION - 1 for number in range(MAX_NODES)})
     nodes = replica(store)
     async with running(nodes):
         await nodes.acknowledge("node-1", "internal", GENERATION)
     kept = await nodes.read()
-    assert len(kept) == MAX_NODES
-    assert kept[node_hash("node-1")] == GENERATION
+    assert (len(kept), kept[node_hash("node-1")]) == (MAX_NODES, GENERATION)
     assert len(store.values[ACKNOWLEDGEMENTS_FILE].reveal()) < 700_000
 
 
 async def test_forget_removes_a_node_by_name_or_hash(store: MemoryStore) -> None:
-    store.values = {
-        ACKNOWLEDGEMENTS_FILE: Secret(json.dumps({"nodes": {node_hash("a"): 1, node_hash("b"): 1}}).encode())
-    }
+    store.values = stored({node_hash("a"): 1, node_hash("b"): 1})
     nodes = replica(store)
     assert [await nodes.forget(name) for name in ("a", node_hash("b"), "a")] == [True, True, False]
     assert await nodes.read() == {}
@@ -149,37 +134,30 @@ async def test_forget_removes_a_node_by_name_or_hash(store: MemoryStore) -> None
 STORED: Mapping[str, int] = {node_hash("now"): 7, node_hash("late"): 6, node_hash("updating"): 6, node_hash("gone"): 6}
 
 
-def test_nodes_that_have_or_had_the_driver_must_acknowledge() -> None:
-    """Their pods keep running while a driver is updated. Removed nodes don't count."""
-    nodes = ClusterNodes(frozenset({"now", "late", "new"}), frozenset({"updating", "windows"}))
-    assert acknowledgements(nodes, STORED, 7) == Acknowledgements(
-        frozenset({"now"}), frozenset({"now", "late", "new", "updating"})
-    )
-
-
-def test_all_known_nodes_must_acknowledge_if_nodes_cannot_be_listed() -> None:
-    """Nodes that are not connected are identified by their hashes."""
-    nodes = ClusterNodes(frozenset({"now"}), None)
-    assert acknowledgements(nodes, STORED, 7) == Acknowledgements(
-        frozenset({"now"}),
-        frozenset({"now", node_hash("late"), node_hash("updating"), node_hash("gone")}),
-    )
+@pytest.mark.parametrize(
+    "without, expected",
+    [
+        (frozenset({"updating", "windows"}), {"now", "late", "new", "updating"}),
+        (None, {"now", "late", "new", node_hash("updating"), node_hash("gone")}),
+    ],
+    ids=["listed", "nodes cannot be listed"],
+)
+def test_nodes_that_have_or_had_the_driver_must_acknowledge(without: frozenset[str] | None, expected: set[str]) -> None:
+    """Their pods keep running while a driver is updated. Removed nodes don't count, if they are known: others have a hash."""
+    nodes = ClusterNodes(frozenset({"now", "late", "new"}), without)
+    assert acknowledgements(nodes, STORED, 7) == Acknowledgements(frozenset({"now"}), frozenset(expected))
 
 
 async def test_connected_nodes_must_acknowledge_outside_a_cluster(
-    store: MemoryStore, metrics: AuthorityMetrics, registry: CollectorRegistry
+    store: MemoryStore, metrics: AuthorityMetrics
 ) -> None:
-    """The number of missing nodes is a metric."""
     trust = TrustBundles(metrics)
     trust.set_roots("internal", RootSet((b"1",), GENERATION))
-    nodes = AcknowledgingNodes(replica(store), ConnectedNodes(trust), metrics)
-    streams = [trust.watch("node-1"), trust.watch("node-1"), trust.watch("node-2")]
+    nodes = AcknowledgingNodes(replica(store), ConnectedNodes(trust))
+    streams = [trust.watch(name) for name in ("node-1", "node-1", "node-2")]
     for stream in streams:
         await anext(stream)
-    assert await nodes.read(GENERATION) == Acknowledgements(frozenset(), frozenset({"node-1", "node-2"}))
-    assert registry.get_sample_value("certmount_ca_rotation_unacknowledged_nodes") == 2
-    await streams.pop().aclose()
-    await streams.pop().aclose()
-    assert await nodes.read(GENERATION) == Acknowledgements(frozenset(), frozenset({"node-1"}))
-    await streams.pop().aclose()
-    assert await nodes.read(GENERATION) == Acknowledgements(frozenset(), frozenset())
+    for expected in ({"node-1", "node-2"}, {"node-1"}, {"node-1"}, set[str]()):
+        assert await nodes.read(GENERATION) == Acknowledgements(frozenset(), frozenset(expected))
+        if streams:
+            await streams.pop().aclose()

@@ -91,22 +91,6 @@ async def test_watch_ends_after_the_longest_time(metrics: AuthorityMetrics, regi
     assert registry.get_sample_value("certmount_authority_trust_watchers") == 0
 
 
-async def test_number_of_watchers_is_limited(metrics: AuthorityMetrics) -> None:
-    trust = TrustBundles(metrics, max_watchers=2)
-    trust.set_roots("internal", ONE)
-    first, second = trust.watch(), trust.watch()
-    await anext(first)
-    await anext(second)
-    with pytest.raises(CertmountError) as refusal:
-        await anext(trust.watch())
-    assert refusal.value.reason is Reason.AUTHORITY_OVERLOADED
-    await first.aclose()
-    third = trust.watch()
-    assert (await anext(third)).sets == {"internal": ONE}
-    await second.aclose()
-    await third.aclose()
-
-
 async def test_select_returns_only_the_issuer_and_requested_federations(trust: TrustBundles) -> None:
     """A federation's CA can sign any name, so a pod must request it."""
     trust.set_roots("partner", TWO)
@@ -118,16 +102,35 @@ async def test_select_returns_only_the_issuer_and_requested_federations(trust: T
 async def test_watcher_receives_shared_issuers_in_a_stable_order(trust: TrustBundles) -> None:
     watch = trust.watch()
     assert (await anext(watch)).shared_issuers == ()
-    trust.set_shared_issuers({"b", "a"})
+    trust.set_issuers({"b", "a"}, {})
     trust.set_policy("new")
     assert (await anext(watch)).shared_issuers == ("a", "b")
     before = trust.snapshot
-    trust.set_shared_issuers(["a", "b"])
+    trust.set_issuers(["a", "b"], {})
     assert trust.snapshot is before
     trust.set_roots("partner", TWO)
     bundle = await anext(watch)
     assert (bundle.shared_issuers, bundle.policy_revision) == (("a", "b"), "new")
     await watch.aclose()
+
+
+async def test_watcher_receives_a_change_of_an_environment(trust: TrustBundles) -> None:
+    watch = trust.watch()
+    await anext(watch)
+    for directory in ("https://ca.example/staging", "https://ca.example/directory"):
+        environments = {"internal": "internal", "letsencrypt": directory}
+        trust.set_issuers([], environments)
+        assert (await anext(watch)).environments == environments
+    await watch.aclose()
+
+
+async def test_watcher_that_is_no_node_needs_no_acknowledgement(trust: TrustBundles) -> None:
+    controller, node = trust.watch(), trust.watch("node-a")
+    await anext(controller)
+    await anext(node)
+    assert trust.nodes == {"node-a"}
+    await controller.aclose()
+    await node.aclose()
 
 
 async def test_error_lists_all_unknown_federations(trust: TrustBundles) -> None:

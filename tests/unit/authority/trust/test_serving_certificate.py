@@ -31,11 +31,6 @@ SIGNER = make_root("test", generate_key(KeyType.EC_P256), Clock().utc(), path_le
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
 def serving(metrics: AuthorityMetrics, clock: Clock) -> ServingCertificate:
     return ServingCertificate(NAMES, metrics, clock.utc)
 
@@ -52,9 +47,16 @@ def test_serving_certificate_is_renewed_after_two_thirds_of_its_lifetime(
     assert expiry == (clock.utc() + timedelta(hours=24)).timestamp()
 
 
-def test_serving_certificate_is_renewed_when_the_signer_changes(serving: ServingCertificate, clock: Clock) -> None:
+def test_certificate_is_renewed_after_a_step_back_or_for_a_new_signer(
+    serving: ServingCertificate, clock: Clock
+) -> None:
     first = serving.refresh(SIGNER)
-    assert serving.refresh(make_root("other", generate_key(KeyType.EC_P256), clock.utc(), path_length=0)) is not first
+    clock.forward(timedelta(hours=-2))
+    second = serving.refresh(SIGNER)
+    assert second is not first
+    clock.forward(timedelta(hours=1))
+    assert serving.refresh(SIGNER) is second
+    assert serving.refresh(make_root("other", generate_key(KeyType.EC_P256), clock.utc(), path_length=0)) is not second
 
 
 def test_handshake_gets_only_changes(serving: ServingCertificate, clock: Clock) -> None:
@@ -68,7 +70,6 @@ def test_handshake_gets_only_changes(serving: ServingCertificate, clock: Clock) 
 
 
 def test_serving_root_is_created_and_read_back() -> None:
-    """EC P-256, ten years, no CA below it, and a subject that says what it is for."""
     now = Clock().utc()
     root = make_serving_root(now)
     certificate = root.certificate
@@ -101,12 +102,10 @@ def test_error_lists_all_faults_of_the_serving_root() -> None:
     assert "serving.key: is not the key of serving.crt" in text
     assert "serving.crt: expired at" in text
     assert "delete serving.crt and serving.key to create new ones" in text
-    intermediate = encode_keyring(make_keyring(now))
-    with pytest.raises(CertmountError, match=r"serving\.crt: is not self-signed"):
-        load_serving_root(
-            {SERVING: intermediate["intermediate.crt"], SERVING_KEY: intermediate["intermediate.key"]},
-            now,
-            where="here",
-        )
-    with pytest.raises(CertmountError, match=r"serving\.crt: contains 2 certificates"):
-        load_serving_root({**one, SERVING: Secret(one[SERVING].reveal() + other[SERVING].reveal())}, now, where="here")
+    ca = encode_keyring(make_keyring(now))
+    for values, words in (
+        ({SERVING: ca["intermediate.crt"], SERVING_KEY: ca["intermediate.key"]}, "is not self-signed"),
+        ({**one, SERVING: Secret(one[SERVING].reveal() + other[SERVING].reveal())}, "contains 2 certificates"),
+    ):
+        with pytest.raises(CertmountError, match=rf"serving\.crt: {words}"):
+            load_serving_root(values, now, where="here")

@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csi_driver.core.certificates.keys import PrivateKey, encode_key
-from csi_driver.core.formats.file_format import RenderedFile, VolumeContents
+from csi_driver.core.formats.file_format import FileOptions, KeyEncoding, RenderedFile, VolumeContents
+from csi_driver.core.formats.layout import FileLayout
 from csi_driver.core.formats.pem import decode_certificates, encode_certificates, fingerprint
-from csi_driver.core.formats.registry import render_files
 from csi_driver.core.spec import KeyType
-from tests.support.openssl import openssl_for
+from tests.support.requirements import openssl_for
 from tests.unit.core import pki
 from tests.unit.core.outcomes import outcome
 from tests.unit.core.pki import key_of
@@ -36,13 +36,20 @@ ROOTS = [
 MIDDLE = pki.authority("middle", ROOTS[0], key=key_of(KeyType.EC_P256, 2), validity=LONG)
 
 
+def test_certificate_with_an_unreadable_name_is_rejected_when_it_is_parsed() -> None:
+    """The names of a certificate are otherwise parsed only when they are read."""
+    der = MIDDLE.certificate.public_bytes(Encoding.DER)
+    for name in (b"middle", b"root"):
+        wrong = x509.load_der_x509_certificate(der.replace(name, b"\xff" * len(name)))
+        with pytest.raises(ValueError, match="not certificates in PEM"):
+            decode_certificates(wrong.public_bytes(Encoding.PEM))
+
+
 @functools.cache
 def files_of(kind: KeyType) -> dict[str, RenderedFile]:
-    """Return the files of a volume with a key of that type by name."""
     leaf = pki.leaf(MIDDLE, key_of(kind), pki.names("localhost", pki.SPIFFE), validity=LONG)
-    rendered = render_files(
-        VolumeContents(key_of(kind), (leaf, MIDDLE.certificate), tuple(root.certificate for root in ROOTS))
-    )
+    roots = tuple(root.certificate for root in ROOTS)
+    rendered = FileLayout().render(VolumeContents(key_of(kind), (leaf, MIDDLE.certificate), roots))
     return {file.name: file for file in rendered}
 
 
@@ -60,9 +67,32 @@ def public_key(key: PrivateKey, kind: KeyType) -> bytes:
 
 
 def test_pem_files_and_their_privacy() -> None:
-    """Only files with the key are private."""
     private = {name: file.private for name, file in files_of(KeyType.EC_P256).items()}
-    assert private == {"root.crt": False, "site.crt": False, "site.key": True, "site.pem": True}
+    assert private == {
+        "root.crt": False,
+        "site.crt": False,
+        "site.key": True,
+        "site.pem": True,
+        "generation.json": False,
+    }
+
+
+@pytest.mark.parametrize(
+    "encoding, kind, label",
+    [
+        (KeyEncoding.PKCS8, KeyType.EC_P384, "PRIVATE KEY"),
+        (KeyEncoding.PKCS1, KeyType.RSA_2048, "RSA PRIVATE KEY"),
+        (KeyEncoding.SEC1, KeyType.EC_P256, "EC PRIVATE KEY"),
+        (KeyEncoding.SEC1, KeyType.EC_P521, "EC PRIVATE KEY"),
+    ],
+)
+def test_openssl_reads_each_encoding_of_a_key(encoding: KeyEncoding, kind: KeyType, label: str) -> None:
+    layout = FileLayout({"key-file": "key.pem", "key-der-file": "key.der"}, FileOptions(key_encoding=encoding))
+    rendered = {file.name: file.content.reveal() for file in layout.render(VolumeContents(key_of(kind), (), ()))}
+    assert rendered["key.pem"].startswith(f"-----BEGIN {label}-----\n".encode())
+    expected = public_key(key_of(kind), kind)
+    assert openssl("pkey", "-pubout", stdin=rendered["key.pem"], kind=kind) == expected
+    assert openssl("pkey", "-pubout", "-inform", "DER", stdin=rendered["key.der"], kind=kind) == expected
 
 
 def test_chain_starts_with_the_leaf() -> None:
@@ -82,7 +112,6 @@ def test_site_pem_is_the_key_followed_by_the_chain() -> None:
 
 @pytest.mark.parametrize("kind", KeyType)
 def test_openssl_reads_every_file(kind: KeyType) -> None:
-    """`openssl x509` and `openssl pkey` find the same public key, in site.pem too."""
     expected = public_key(key_of(kind), kind)
     assert openssl("pkey", "-pubout", stdin=content(kind, "site.key")) == expected
     assert openssl("pkey", "-pubout", stdin=content(kind, "site.pem")) == expected
@@ -90,14 +119,11 @@ def test_openssl_reads_every_file(kind: KeyType) -> None:
         assert openssl("x509", "-noout", "-pubkey", stdin=content(kind, name)) == expected
         names = openssl("x509", "-noout", "-ext", "subjectAltName", stdin=content(kind, name))
         assert f"DNS:localhost, URI:{pki.SPIFFE}".encode() in names
-    assert (
-        openssl("x509", "-noout", "-subject", "-nameopt", "RFC2253", stdin=content(kind, "root.crt")).strip()
-        == b"subject=CN=root"
-    )
+    subject = openssl("x509", "-noout", "-subject", "-nameopt", "RFC2253", stdin=content(kind, "root.crt"))
+    assert subject.strip() == b"subject=CN=root"
 
 
 def handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> tuple[ssl.SSLObject, ssl.SSLObject]:
-    """Perform a handshake in memory and return both ends."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = (
         client.wrap_bio(to_client, to_server, server_hostname="localhost"),
@@ -115,9 +141,10 @@ def handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> tuple[ssl.SSLOb
     return ends
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KeyType if not kind.value.startswith("ML-DSA")])
+@pytest.mark.parametrize("kind", KeyType)
 def test_python_completes_a_mutual_tls_handshake(kind: KeyType, tmp_path: Path) -> None:
-    """`load_cert_chain` accepts site.pem alone, or site.crt and site.key. Both sides trust root.crt."""
+    if kind.value.startswith("ML-DSA") and ssl.OPENSSL_VERSION_INFO < (3, 5):
+        pytest.skip("needs a Python with OpenSSL 3.5 or newer for ML-DSA")
     for name in files_of(kind):
         (tmp_path / name).write_bytes(content(kind, name))
     server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(tmp_path / "root.crt"))
@@ -131,13 +158,11 @@ def test_python_completes_a_mutual_tls_handshake(kind: KeyType, tmp_path: Path) 
 
 @given(st.lists(st.sampled_from([MIDDLE, *ROOTS]), min_size=1, max_size=5))
 def test_certificates_round_trip(signers: list[pki.Signer]) -> None:
-    """In their order."""
     certificates = [signer.certificate for signer in signers]
     assert decode_certificates(encode_certificates(certificates)) == certificates
 
 
 def test_malformed_pem_raises_value_error() -> None:
-    """No certificate, another kind of PEM, or a flipped bit that cannot be parsed."""
     for other in (b"", b"garbage", encode_key(key_of(KeyType.EC_P256)).reveal()):
         with pytest.raises(ValueError, match=r"."):
             decode_certificates(other)
@@ -151,7 +176,6 @@ def test_malformed_pem_raises_value_error() -> None:
 
 
 def test_fingerprint_is_what_openssl_prints() -> None:
-    """So people can compare the two."""
     pem = encode_certificates([ROOTS[0].certificate])
     printed = openssl("x509", "-noout", "-fingerprint", "-sha256", stdin=pem).decode().strip()
     assert fingerprint(ROOTS[0].certificate) == "SHA256:" + printed.partition("=")[2]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-STAR = None
-"""The token of a ``*``."""
+STAR = None  # the token of a ``*``
 HOUR = 3600
 DAY = 24 * HOUR
 PLAIN = set("abcdefghijklmnopqrstuvwxyz0123456789-.")
@@ -75,6 +74,14 @@ def range_matches(known: str, address: str) -> bool:
     return first.version == actual.version and f"{int(first):0{bits}b}"[:kept] == f"{int(actual):0{bits}b}"[:kept]
 
 
+def subject_matches(pattern: str, text: str, domains: Mapping[str, str], values: Mapping[str, str]) -> bool:
+    """Return whether a pattern such as ``CN={pod}`` matches an attribute. A star matches any characters."""
+    for domain, value in domains.items():
+        pattern = pattern.replace("{" + domain + "}", value)
+    tokens = tokens_of(pattern, values)
+    return tokens is not None and matches(tokens, text)
+
+
 def name_matches(pattern: str, name: str, domains: Mapping[str, str], values: Mapping[str, str]) -> bool:
     if kind_of(name) == "ips":
         return range_matches(pattern, name)
@@ -96,17 +103,22 @@ def name_matches(pattern: str, name: str, domains: Mapping[str, str], values: Ma
 
 @dataclass(frozen=True)
 class Pod:
-    """The pod that requests a certificate."""
+    """The pod, or the Secret in its namespace, that requests a certificate."""
 
     namespace: str
     account: str
     name: str
     labels: tuple[tuple[str, str], ...] = ()
     services: tuple[str, ...] = ()
+    governing: str = ""  # the headless Service of its StatefulSet, which selects it
+    secret: str = ""  # the name of the Secret; empty for a pod
 
     def values(self) -> Iterator[dict[str, str]]:
         """Return the values of the placeholders: one set for each Service, and one without a Service."""
         plain = {"namespace": self.namespace, "service_account": self.account, "pod": self.name, "service": ""}
+        if self.secret:
+            yield {**dict.fromkeys(plain, ""), "namespace": self.namespace}
+            return
         yield plain
         for service in self.services:
             yield {**plain, "service": service}
@@ -121,6 +133,9 @@ class Request:
     usages: tuple[str, ...] = ()
     seconds: int | None = None
     issuer: str = "internal"
+    spiffe: bool = True
+    acme_email: str = ""
+    subject: tuple[str, ...] = ()  # its attributes, not escaped
 
 
 @dataclass(frozen=True)
@@ -136,21 +151,29 @@ class Entry:
     shortest: int | None = None
     longest: int | None = None
     issuers: tuple[str, ...] | None = None
+    without_spiffe_id: bool | None = None
+    secrets: tuple[str, ...] = ()  # in place of service accounts
+    acme_emails: tuple[str, ...] = ()
+    subjects: tuple[str, ...] = ()
 
     def document(self) -> dict[str, object]:
-        """Return the rule as data of the YAML file."""
+        kind = "secrets" if self.secrets else "serviceAccounts"
         match: dict[str, object] = {
             "namespaces": list(self.namespaces),
-            "serviceAccounts": list(self.service_accounts),
+            kind: list(self.secrets or self.service_accounts),
         }
         if self.labels:
             match["namespaceLabels"] = dict(self.labels)
-        allow: dict[str, object] = {
-            kind: [name for name in self.names if kind_of(name) == kind] for kind in ("dns", "uris", "ips", "emails")
-        }
+        kinds = ("dns", "uris", "ips", "emails")
+        allow: dict[str, object] = {kind: [name for name in self.names if kind_of(name) == kind] for kind in kinds}
         for key, items in (("key_types", self.key_types), ("usages", self.usages), ("issuers", self.issuers)):
             if items is not None:
                 allow[key] = list(items)
+        for key, patterns in (("acme_emails", self.acme_emails), ("subjects", self.subjects)):
+            if patterns:
+                allow[key] = list(patterns)
+        if self.without_spiffe_id is not None:
+            allow["without_spiffe_id"] = self.without_spiffe_id
         for key, seconds in (("min_duration", self.shortest), ("max_duration", self.longest)):
             if seconds is not None:
                 allow[key] = f"{seconds}s"
@@ -160,17 +183,31 @@ class Entry:
         labels = dict(pod.labels)
         return (
             any(glob_matches(glob, pod.namespace) for glob in self.namespaces)
-            and any(glob_matches(glob, pod.account) for glob in self.service_accounts)
+            and bool(pod.secret) == bool(self.secrets)
+            and any(glob_matches(glob, pod.secret or pod.account) for glob in self.secrets or self.service_accounts)
             and all(key in labels and glob_matches(glob, labels[key]) for key, glob in self.labels)
         )
 
     def permits(self, request: Request, usages: Sequence[str], seconds: int) -> bool:
-        """Return whether the request is within the limits of the rule."""
         return (
             (self.key_types is None or request.key_type in self.key_types)
             and request.issuer in (self.issuers or ("internal",))
             and set(usages) <= set(self.usages or USAGES)
             and (self.shortest or 10) <= seconds <= (self.longest or DAY)
+            and (request.spiffe or self.without_spiffe_id is True or bool(self.secrets))
+        )
+
+    def allows_account(self, email: str, pod: Pod, domains: Mapping[str, str]) -> bool:
+        (*_, values) = pod.values()
+        return not email or any(name_matches(pattern, email, domains, values) for pattern in self.acme_emails)
+
+    def allows_subject(self, request: Request, pod: Pod, domains: Mapping[str, str]) -> bool:
+        """Return whether a pattern matches each attribute. A common name that is a requested DNS name needs none."""
+        known = {f"CN={name}" for name in request.names if kind_of(name) == "dns"}
+        return all(
+            any(subject_matches(pattern, text, domains, values) for pattern in self.subjects for values in pod.values())
+            for text in request.subject
+            if text not in known
         )
 
     def allows(self, name: str, own: str, pod: Pod, domains: Mapping[str, str]) -> bool:
@@ -183,7 +220,8 @@ class Entry:
         )
 
 
-BUILT_IN = Entry(names=("{service}.{namespace}.svc", "{service}.{namespace}.svc.{cluster_domain}"))
+_SERVICE_NAMES = ("{service}.{namespace}.svc", "{service}.{namespace}.svc.{cluster_domain}")
+BUILT_IN = Entry(names=_SERVICE_NAMES)
 
 
 @dataclass(frozen=True)
@@ -202,18 +240,36 @@ class NotAllowed:
     names: frozenset[str]
 
 
-def evaluate(entries: Sequence[Entry], request: Request, pod: Pod, domains: Mapping[str, str]) -> Allowed | NotAllowed:
+@dataclass(frozen=True)
+class NotValid:
+    """The policy allows the request, but no such certificate is valid."""
+
+
+Decision = Allowed | NotAllowed | NotValid
+
+
+def own_id(pod: Pod, domains: Mapping[str, str]) -> str:
+    """Return the SPIFFE ID of a pod; empty for a Secret."""
+    return "" if pod.secret else f"spiffe://{domains['trust_domain']}/ns/{pod.namespace}/sa/{pod.account}"
+
+
+def evaluate(entries: Sequence[Entry], request: Request, pod: Pod, domains: Mapping[str, str]) -> Decision:
     """Find the decision: try all combinations of usages and lifetimes."""
-    own = f"spiffe://{domains['trust_domain']}/ns/{pod.namespace}/sa/{pod.account}"
-    rules = [entry for entry in (BUILT_IN, *entries) if entry.matches_pod(pod)]
-    names = {*request.names, own}
+    own = own_id(pod, domains)
+    built_in = BUILT_IN
+    if pod.governing and "." not in pod.name:
+        below = f"{pod.name}.{pod.governing}.{pod.namespace}.svc"
+        built_in = replace(BUILT_IN, names=(*BUILT_IN.names, below, f"{below}.{domains['cluster_domain']}"))
+    rules = [entry for entry in (built_in, *entries) if entry.matches_pod(pod)]
+    rules = [rule for rule in rules if rule.allows_account(request.acme_email, pod, domains)]
+    rules = [rule for rule in rules if rule.allows_subject(request, pod, domains)]
+    names = {*request.names, own} if request.spiffe and own else {*request.names}
+    uris = [name for name in names if "://" in name]
+    valid = names and (len(uris) < 2 or not any(uri.startswith("spiffe://") for uri in uris))
     implied = set()
     if not request.names:
         for service in pod.services:
-            implied |= {
-                f"{service}.{pod.namespace}.svc",
-                f"{service}.{pod.namespace}.svc.{domains['cluster_domain']}",
-            }
+            implied |= {f"{service}.{pod.namespace}.svc", f"{service}.{pod.namespace}.svc.{domains['cluster_domain']}"}
 
     fitting = {name: [rule for rule in rules if rule.allows(name, own, pod, domains)] for name in names | implied}
 
@@ -229,6 +285,8 @@ def evaluate(entries: Sequence[Entry], request: Request, pod: Pod, domains: Mapp
     for usages in all_usages:
         for seconds in all_durations:
             if all(allowed(name, usages, seconds) for name in names):
+                if not valid:
+                    return NotValid()
                 more = {name for name in implied if allowed(name, usages, seconds)}
                 return Allowed(frozenset(names | more), tuple(usages), seconds)
     not_allowed = {

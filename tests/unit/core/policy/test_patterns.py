@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import functools
+import re
 import string
+from collections.abc import Callable
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from csi_driver.core.errors import CertmountError
-from csi_driver.core.names import IPAddress
+from csi_driver.core.names import URI, DNSName, EmailAddress, IPAddress
 from csi_driver.core.policy.engine import Grant, RequestedCertificate
 from csi_driver.core.policy.patterns import InvalidPattern, IPRange, NamePattern
 from csi_driver.core.spec import MAX_NAMES
+from csi_driver.core.subject import SubjectAttribute
 from tests.unit.core import strategies
 from tests.unit.core.outcomes import outcome
 from tests.unit.core.pki import names
-from tests.unit.core.policy.policies import (
-    DOMAINS,
-    decide,
-    dns_patterns,
-    pods,
-    policy,
-    rule_for_all,
-    subject,
-    text_patterns,
-)
-from tests.unit.core.policy.reference import Pod
+from tests.unit.core.policy import policies
+from tests.unit.core.policy.policies import DOMAINS, decide, pods, policy, rule_for_all, subject
+from tests.unit.core.policy.reference import Pod, kind_of
 from tests.unit.core.policy.test_reference import HOSTILE_VALUES
 
 VALUES = {"namespace": "web", "service_account": "edge", "pod": "edge-0"}
@@ -50,14 +45,12 @@ def test_service_that_is_not_a_label_matches_nothing(value: str, name: str) -> N
 
 
 @given(
-    dns_patterns,
+    policies.dns_patterns,
     pods,
     st.lists(st.sampled_from(["a", "b", "ab", "example"]), min_size=2, max_size=4),
     strategies.labels,
 )
-def test_wildcard_is_allowed_only_if_all_covered_names_are(
-    pattern: str, pod: Pod, labels: list[str], label: str
-) -> None:
+def test_wildcard_is_allowed_only_with_all_covered_names(pattern: str, pod: Pod, labels: list[str], label: str) -> None:
     made = NamePattern.for_dns(pattern, DOMAINS)
     values = next(pod.values())
     wildcard, covered = (".".join([first, *labels]) for first in ("*", label))
@@ -103,12 +96,11 @@ SHOP = Pod("web", "edge", "edge-0", services=("shop", "api"))
     ],
 )
 def test_service_placeholder_matches_each_service_of_the_pod(pattern: str, name: str, granted: bool) -> None:
-    """The same Service in all places."""
     assert isinstance(decide(policy(rule_for_all(pattern)), name, pod=SHOP), Grant) == granted
     assert not isinstance(decide(policy(rule_for_all(pattern)), name), Grant)
 
 
-@given(st.one_of(text_patterns, strategies.hostile_texts, st.text(alphabet=string.printable, max_size=30)))
+@given(st.one_of(policies.text_patterns, strategies.hostile_texts, st.text(alphabet=string.printable, max_size=30)))
 def test_any_text_is_a_pattern_or_an_invalid_pattern(text: str) -> None:
     for make in (NamePattern.for_dns, NamePattern.for_uri, NamePattern.for_email):
         pattern = outcome(functools.partial(make, text, DOMAINS), InvalidPattern)
@@ -119,38 +111,71 @@ def test_any_text_is_a_pattern_or_an_invalid_pattern(text: str) -> None:
     assert isinstance(outcome(lambda: IPRange.parse(text), InvalidPattern), IPRange | InvalidPattern)
 
 
-@pytest.mark.parametrize(
-    "text, problem",
-    [
-        ("{sevice}.example", r"unknown placeholder \{sevice\}; use \{namespace\}, "),
-        ("**.example", r"\*\*"),
-        ("a b.example", "characters"),
-        ("Example.com", "characters"),
-        ("{pod.example", "characters"),
-        ("", "empty"),
-        ("a" * 2049, "at most 2048"),
-    ],
+_Parse = Callable[[str], DNSName | URI | EmailAddress | SubjectAttribute]
+MAKERS: list[tuple[Callable[..., NamePattern], _Parse]] = [
+    (NamePattern.for_dns, DNSName.parse),
+    (NamePattern.for_uri, URI.parse),
+    (NamePattern.for_email, EmailAddress.parse),
+    (NamePattern.for_subject, SubjectAttribute.parse),
+]
+ONES = dict.fromkeys(("namespace", "service_account", "pod"), "a")
+pattern_texts = st.one_of(
+    policies.text_patterns,
+    st.lists(
+        st.sampled_from(
+            [*"ab1-_.*@/:", "A", "{pod}", "{service}", "{trust_domain}", "://", "spiffe://", "x" * 40, "..", "CN="]
+        ),
+        max_size=14,
+    ).map("".join),
 )
-def test_invalid_dns_pattern_is_rejected_with_a_reason(text: str, problem: str) -> None:
-    with pytest.raises(InvalidPattern, match=problem):
-        NamePattern.for_dns(text, DOMAINS)
+
+
+@given(pattern_texts, st.sampled_from(MAKERS))
+def test_every_pattern_matches_a_valid_name(text: str, maker: tuple[Callable[..., NamePattern], _Parse]) -> None:
+    make, parse = maker
+    pattern = outcome(lambda: make(text, DOMAINS), InvalidPattern)
+    if isinstance(pattern, InvalidPattern):
+        return
+    assert parse(pattern.example).text == pattern.example
+    assert pattern.matches(pattern.example, ONES, ("a",))
+
+
+@given(st.one_of(strategies.dns_texts, strategies.uri_texts, strategies.email_texts), st.data())
+def test_every_pattern_that_matches_a_valid_name_is_accepted(name: str, data: st.DataObject) -> None:
+    """A pattern that is a valid name with stars for some of its characters."""
+    text = str(next(iter(names(name))))
+    kind = kind_of(text)
+    make = {"dns": NamePattern.for_dns, "uris": NamePattern.for_uri, "emails": NamePattern.for_email}[kind]
+    start = text.index("/", text.index("://") + 3) + 1 if kind == "uris" and text.count("/") > 2 else 0
+    letters = [index for index in range(start, len(text)) if text[index].isalnum()] if start or kind != "uris" else []
+    chosen = data.draw(st.sets(st.sampled_from(letters))) if letters else set()
+    star = "".join("*" if index in chosen else character for index, character in enumerate(text))
+    pattern = make(re.sub(r"\*+", "*", star), DOMAINS)
+    assert pattern.matches(text, VALUES)
 
 
 @pytest.mark.parametrize(
-    "text, problem",
+    "make, text, problem",
     [
-        ("example.com", "form name@domain"),
-        ("a@b@example.com", "form name@domain"),
-        ("@example.com", "characters"),
-        ("a@", "characters"),
-        ("a@Example.com", "characters"),
-        ("a%b@example.com", "characters"),
-        ("", "form name@domain"),
+        (NamePattern.for_dns, "{sevice}.example", r"unknown placeholder \{sevice\}; use \{namespace\}, "),
+        (NamePattern.for_dns, "**.example", r"\*\*"),
+        (NamePattern.for_dns, "a b.example", "characters"),
+        (NamePattern.for_dns, "Example.com", "characters"),
+        (NamePattern.for_dns, "{pod.example", "characters"),
+        (NamePattern.for_dns, "", "empty"),
+        (NamePattern.for_dns, "a" * 2049, "at most 2048"),
+        (NamePattern.for_email, "example.com", "form name@domain"),
+        (NamePattern.for_email, "a@b@example.com", "form name@domain"),
+        (NamePattern.for_email, "@example.com", "characters"),
+        (NamePattern.for_email, "a@", "characters"),
+        (NamePattern.for_email, "a@Example.com", "characters"),
+        (NamePattern.for_email, "a%b@example.com", "characters"),
+        (NamePattern.for_email, "", "form name@domain"),
     ],
 )
-def test_invalid_email_pattern_is_rejected_with_a_reason(text: str, problem: str) -> None:
+def test_invalid_pattern_is_rejected_with_a_reason(make: Callable[..., NamePattern], text: str, problem: str) -> None:
     with pytest.raises(InvalidPattern, match=problem):
-        NamePattern.for_email(text, DOMAINS)
+        make(text, DOMAINS)
 
 
 @pytest.mark.parametrize(
@@ -220,11 +245,8 @@ def test_invalid_ip_range_is_rejected_with_a_reason(text: str, problem: str) -> 
 
 
 def test_ip_range_text() -> None:
-    assert [str(IPRange.parse(text)) for text in ("10.0.0.0/8", "10.0.0.1", "fd00::1/128")] == [
-        "10.0.0.0/8",
-        "10.0.0.1",
-        "fd00::1",
-    ]
+    texts = [str(IPRange.parse(text)) for text in ("10.0.0.0/8", "10.0.0.1", "fd00::1/128")]
+    assert texts == ["10.0.0.0/8", "10.0.0.1", "fd00::1"]
     assert IPRange.parse("10.0.0.0/31").matches(IPAddress.parse("10.0.0.1"))
 
 

@@ -16,7 +16,7 @@ from csi_driver.core.policy.engine import Policy
 from csi_driver.core.spec import KeyType, Usage
 from tests.support.json_schema import REMOVED, changed, places, valid
 from tests.unit.core.outcomes import outcome
-from tests.unit.core.policy.policies import entries
+from tests.unit.core.policy.policies import entries, secret_entries
 from tests.unit.core.policy.reference import Entry
 from tests.unit.core.policy.test_document import GOOD, MATCH, read
 
@@ -44,7 +44,7 @@ def test_schema_and_parser_agree_on_each_part(place: DocumentPath) -> None:
         assert is_parsed(document) == valid(SCHEMA, document), document
 
 
-@given(st.lists(entries(), max_size=3))
+@given(st.lists(entries() | secret_entries, max_size=3))
 def test_schema_accepts_valid_policies(rules: list[Entry]) -> None:
     document = {"policy": [rule.document() for rule in rules]}
     assert is_parsed(document)

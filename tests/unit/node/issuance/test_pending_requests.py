@@ -32,7 +32,6 @@ def test_retry_uses_the_same_request_until_there_is_a_final_result() -> None:
 
 
 def test_other_requests_use_other_keys() -> None:
-    """Another service account, namespace, volume or specification needs its own private key."""
     pending = PendingRequests(Clock())
     pending.put(RequestKey.of(POD, SPEC, "volume"), prepared_request())
     others = [
@@ -64,15 +63,15 @@ def test_request_is_removed_an_hour_after_its_last_retry() -> None:
     assert len(pending) == 0
 
 
-def test_least_recently_used_request_is_removed_first() -> None:
-    pending = PendingRequests(Clock(), max_requests=3)
+def test_namespace_that_uses_its_share_replaces_its_own_least_recently_used_request() -> None:
+    pending = PendingRequests(Clock(), max_requests=9)
+    other = RequestKey.of(replace(POD, namespace="other"), SPEC, "volume")
+    pending.put(other, prepared_request())
     volumes = [RequestKey.of(POD, SPEC, f"volume-{number}") for number in range(5)]
-    for volume in volumes[:3]:
+    for volume in (*volumes[:2], volumes[0], *volumes[2:]):
         pending.put(volume, prepared_request())
-    pending.put(volumes[0], prepared_request())
-    for volume in volumes[3:]:
-        pending.put(volume, prepared_request())
-    assert [volume for volume in volumes if pending.get(volume)] == [volumes[0], volumes[3], volumes[4]]
+    assert [volume for volume in volumes if pending.get(volume)] == volumes[3:]
+    assert pending.get(other) is not None
 
 
 def test_repr_shows_no_key() -> None:

@@ -10,9 +10,10 @@ import pytest
 from csi_driver.core.attributes import CertificateSpec
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
-from csi_driver.node.authority_messages import IssuanceResponse
 from csi_driver.node.issuance.issuer_queue import MAX_FIRST_REQUESTS, MAX_RENEWALS
 from csi_driver.node.issuance.request_queue import MAX_WAIT_S, RequestQueue
+from csi_driver.rpc.authority_messages import IssuanceResponse
+from tests.unit.node.certificates import pod_named
 from tests.unit.node.virtual_time import in_virtual_time
 
 _RESPONSE = IssuanceResponse([b"chain"], {}, None)
@@ -34,9 +35,9 @@ class Authority:
         self.most = 0
         self.calls = 0
         self.order: list[bytes] = []
-        self.queue = RequestQueue(self._issue, _now, lambda: 0.5)
+        self.queue = RequestQueue(self, _now, lambda: 0.5)
 
-    async def _issue(self, csr: bytes, _token: Secret[str], _spec: CertificateSpec) -> IssuanceResponse:
+    async def issue(self, csr: bytes, _token: Secret[str], _spec: CertificateSpec, /) -> IssuanceResponse:
         self.calls += 1
         if self.failure is not None:
             raise self.failure
@@ -51,22 +52,28 @@ class Authority:
             self.in_progress -= 1
         return _RESPONSE
 
-    def first(self, csr: bytes = b"", spec: CertificateSpec = _SPEC) -> Awaitable[IssuanceResponse]:
-        return self.queue.issue_first(csr, _TOKEN, spec, f"pod-{csr!r}")
+    async def check(self, csr: bytes, token: Secret[str], spec: CertificateSpec, /) -> None:
+        await self.issue(csr, token, spec)
+
+    def first(
+        self, csr: bytes = b"", spec: CertificateSpec = _SPEC, namespace: str | None = None
+    ) -> Awaitable[IssuanceResponse]:
+        """By default, each pod has its own namespace."""
+        pod = f"pod-{csr!r}"
+        return self.queue.issue_first(csr, _TOKEN, spec, pod_named(pod, pod if namespace is None else namespace))
 
     async def renew(self, volume_id: str, not_after: float) -> float:
         """Return the seconds by which the renewal was postponed."""
-        async with self.queue.renewal_turn("internal", volume_id, volume_id, not_after) as postponed_s:
+        async with self.queue.renewal_turn("internal", pod_named(volume_id), volume_id, not_after) as postponed_s:
             if not postponed_s:
                 await self.queue.issue(volume_id.encode(), _TOKEN, _SPEC)
             return postponed_s
 
 
 async def _issue_first(authority: Authority, pods: int) -> list[IssuanceResponse | BaseException]:
-    """Send the first requests of all pods together."""
-    calls = [authority.first(bytes([number])) for number in range(pods)]
+    calls = [authority.first(number.to_bytes(2)) for number in range(pods)]
     results = await asyncio.gather(*calls, return_exceptions=True)
-    assert all(queue.idle or queue.outage for queue in authority.queue._queues.values())
+    assert all(queue.idle for queue in authority.queue._queues.values())
     return list(results)
 
 
@@ -77,11 +84,12 @@ def _reasons(results: list[IssuanceResponse | BaseException]) -> list[Reason]:
 @in_virtual_time
 async def test_first_requests_start_in_order_up_to_the_limit() -> None:
     authority = Authority()
-    assert await _issue_first(authority, 48) == [_RESPONSE] * 48
-    assert (authority.most, round(_now()), authority.calls) == (MAX_FIRST_REQUESTS, 3, 48)
-    for start in range(0, 48, MAX_FIRST_REQUESTS):
+    requests = 3 * MAX_FIRST_REQUESTS
+    assert await _issue_first(authority, requests) == [_RESPONSE] * requests
+    assert (authority.most, round(_now()), authority.calls) == (MAX_FIRST_REQUESTS, 3, requests)
+    for start in range(0, requests, MAX_FIRST_REQUESTS):
         served = sorted(authority.order[start : start + MAX_FIRST_REQUESTS])
-        assert served == [bytes([number]) for number in range(start, start + MAX_FIRST_REQUESTS)]
+        assert served == [number.to_bytes(2) for number in range(start, start + MAX_FIRST_REQUESTS)]
 
 
 @in_virtual_time
@@ -90,6 +98,39 @@ async def test_queue_retries_first_requests_while_the_authority_is_overloaded() 
     authority = Authority(capacity=4)
     assert await _issue_first(authority, 60) == [_RESPONSE] * 60
     assert authority.calls <= 2 * 60
+
+
+@in_virtual_time
+async def test_namespace_with_many_slow_requests_leaves_half_of_the_places_to_others() -> None:
+    authority = Authority()
+    flood = [asyncio.ensure_future(authority.first(bytes([number]), namespace="flood")) for number in range(200)]
+    await asyncio.sleep(0.5)
+    assert authority.in_progress == MAX_FIRST_REQUESTS // 2
+    began = _now()
+    await authority.first(b"victim", namespace="victim")
+    assert _now() - began < 1.1
+    await asyncio.gather(*flood)
+
+
+@in_virtual_time
+@pytest.mark.parametrize("reason", [Reason.SHARE_EXCEEDED, Reason.TOO_MANY_REQUESTS])
+async def test_request_that_exceeds_a_share_is_retried_without_holding_a_place(reason: Reason) -> None:
+    authority = Authority(failure=CertmountError(reason, "namespace web holds too many"))
+    refused = [asyncio.ensure_future(authority.first(bytes([number]), namespace="web")) for number in range(50)]
+    await asyncio.sleep(10)
+    assert (authority.in_progress, authority.calls) == (0, 50 * 4)
+    authority.failure, began = None, _now()
+    await authority.first(b"victim", namespace="victim")
+    assert _now() - began < 1.1
+    assert await asyncio.gather(*refused) == [_RESPONSE] * 50
+    assert _now() < MAX_WAIT_S
+
+
+@in_virtual_time
+async def test_request_that_exceeds_a_share_for_a_minute_fails() -> None:
+    authority = Authority(failure=CertmountError(Reason.SHARE_EXCEEDED, "namespace web holds too many"))
+    assert _reasons(await _issue_first(authority, 1)) == [Reason.SHARE_EXCEEDED]
+    assert 30 < _now() <= MAX_WAIT_S
 
 
 @in_virtual_time
@@ -111,7 +152,6 @@ async def test_other_failures_reach_the_kubelet_immediately(reason: Reason) -> N
 
 @in_virtual_time
 async def test_cancelled_request_leaves_the_queue() -> None:
-    """It does so while it waits and while it is in progress."""
     authority = Authority()
     requests = [asyncio.ensure_future(authority.first()) for _ in range(2 * MAX_FIRST_REQUESTS)]
     await asyncio.sleep(0.5)
@@ -143,7 +183,6 @@ async def test_renewals_start_with_the_earliest_expiry() -> None:
 
 @in_virtual_time
 async def test_renewals_wait_for_the_end_of_an_outage_and_are_then_postponed() -> None:
-    """A renewal that can wait is spread over the length of the outage; one whose certificate has expired is not."""
     authority = Authority(failure=CertmountError(Reason.AUTHORITY_UNAVAILABLE, "connection refused"))
     with pytest.raises(CertmountError):
         await authority.renew("probe", 1e6)
@@ -175,9 +214,10 @@ async def test_renewal_of_a_removed_volume_leaves_the_queue() -> None:
 
 
 @in_virtual_time
-async def test_queues_of_unknown_issuers_are_removed() -> None:
-    """Pods can name any issuer."""
-    authority = Authority(failure=CertmountError(Reason.ISSUER_NOT_FOUND, "no such issuer"))
+@pytest.mark.parametrize("reason", [Reason.ISSUER_NOT_FOUND, Reason.AUTHORITY_UNAVAILABLE])
+async def test_queues_of_unknown_issuers_are_removed(reason: Reason) -> None:
+    """Pods can name any issuer, also while the authority is unavailable."""
+    authority = Authority(failure=CertmountError(reason, "no"))
     for number in range(1000):
         with pytest.raises(CertmountError):
             await authority.first(spec=CertificateSpec(issuer=f"issuer-{number}"))

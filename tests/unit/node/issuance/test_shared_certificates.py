@@ -58,7 +58,6 @@ class World:
 
 @in_virtual_time
 async def test_one_volume_sends_the_request_for_all() -> None:
-    """Volumes that arrive during the request or later use its result."""
     world = World()
     obtained = await asyncio.gather(*(world.obtain() for _ in range(20)))
     assert len({id(each.verified) for each in obtained}) == 1
@@ -105,7 +104,6 @@ async def test_earlier_renewal_of_one_volume_renews_for_all() -> None:
 
 @in_virtual_time
 async def test_each_volume_gets_the_root_sets_that_it_requests() -> None:
-    """A volume with an unknown federation fails without a request, and does not end the sharing."""
     federated, unknown = replace(SPEC, federations=("partner",)), replace(SPEC, federations=("unknown",))
     world = World()
     assert set((await world.obtain()).root_sets) == {"acme"}
@@ -117,7 +115,6 @@ async def test_each_volume_gets_the_root_sets_that_it_requests() -> None:
 
 @in_virtual_time
 async def test_unknown_federation_rejected_by_the_authority_does_not_end_the_sharing() -> None:
-    """A volume whose renewal is due requests an unknown federation; the authority's response does not affect others."""
     world = World()
     await world.obtain()
     await asyncio.sleep(65)
@@ -140,7 +137,6 @@ async def test_interim_certificate_comes_with_the_internal_roots() -> None:
 
 @in_virtual_time
 async def test_failure_of_the_issuer_affects_all_waiting_volumes() -> None:
-    """None of them sends its own request."""
     world = World()
     world.result = CertmountError(Reason.ISSUANCE_PENDING, "the CA is still working")
     reasons = await asyncio.gather(*(world.failure() for _ in range(5)))
@@ -162,7 +158,6 @@ async def test_failure_of_one_pod_does_not_affect_others(reason: Reason) -> None
 
 @in_virtual_time
 async def test_next_volume_sends_the_request_after_a_cancellation() -> None:
-    """It also does so after a defect."""
     world = World()
     first = asyncio.ensure_future(world.obtain())
     await asyncio.sleep(0.5)
@@ -182,7 +177,6 @@ async def test_next_volume_sends_the_request_after_a_cancellation() -> None:
 @in_virtual_time
 @pytest.mark.parametrize("reason", [Reason.SERVICE_ACCOUNT_DENIED, Reason.NAME_NOT_ALLOWED])
 async def test_rejected_renewal_ends_the_sharing(reason: Reason) -> None:
-    """The certificate is not used again, neither from memory nor from a volume."""
     world = World()
     world.stored = await world.obtain()
     await asyncio.sleep(65)
@@ -194,7 +188,6 @@ async def test_rejected_renewal_ends_the_sharing(reason: Reason) -> None:
 
 @in_virtual_time
 async def test_rate_limit_does_not_end_the_sharing() -> None:
-    """The renewal fails, and a pod that starts still gets the valid certificate."""
     world = World()
     await world.obtain()
     await asyncio.sleep(65)
@@ -214,9 +207,8 @@ async def test_restarted_driver_searches_the_volumes_once() -> None:
 
 @in_virtual_time
 async def test_least_recently_used_certificate_is_removed_first() -> None:
-    """Expired certificates are removed before it."""
     others = [RequestKey.of(replace(POD, service_account=f"sa-{number}"), SPEC) for number in range(4)]
-    world = World(2)
+    world = World(6)  # a namespace with several service accounts holds two
     for other in others[:2]:
         await world.obtain(key=other)
     await world.obtain(key=others[0])
@@ -237,7 +229,6 @@ async def test_least_recently_used_certificate_is_removed_first() -> None:
 
 @in_virtual_time
 async def test_authority_decides_which_certificates_are_shared() -> None:
-    """The driver waits for its trust bundle, but not forever. Internal certificates are never shared."""
     world = World()
     assert not await world.shared.is_shared("internal")
     with pytest.raises(CertmountError, match="has not reported yet") as failure:

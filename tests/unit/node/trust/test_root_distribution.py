@@ -1,17 +1,23 @@
-"""Which root sets all volumes contain, and how long the driver waits for a quarantined volume."""
+"""Which root sets are known and all volumes contain, and how long the driver waits for a quarantined volume."""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import cast
 
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from csi_driver.core.attributes import CertificateSpec
-from csi_driver.core.certificates.root_sets import RootSet
+from csi_driver.core.attributes import CertificateSpec, parse_attributes
+from csi_driver.core.certificates.root_sets import RootSet, trusted_root_set_names
+from csi_driver.core.names import Names
 from csi_driver.host.volume_record import VolumeRecord
 from csi_driver.host.volume_store import VolumeStore
+from csi_driver.node.trust.known_root_sets import KnownRootSets
 from csi_driver.node.trust.root_distribution import RootDistribution
+from csi_driver.node.volumes.budget import MEMORY_LIMIT, VolumeBudget
 from csi_driver.node.volumes.remover import VolumeRemover
 from csi_driver.node.volumes.volume import Volume, VolumeTable
 from csi_driver.telemetry.node_metrics import NodeMetrics
@@ -31,8 +37,10 @@ class _Store:
 
 def _distribution(volumes: VolumeTable) -> RootDistribution:
     store = cast("VolumeStore", _Store())
-    remover = VolumeRemover(store, volumes, lambda: 0.0, lambda: 0.5)
-    return RootDistribution(store, volumes, remover, NodeMetrics(CollectorRegistry()), lambda: 0.0, lambda: 0.5)
+    budget = VolumeBudget(store, MEMORY_LIMIT)
+    remover = VolumeRemover(store, volumes, budget, lambda: 0.0, lambda: 0.5)
+    metrics = NodeMetrics(CollectorRegistry())
+    return RootDistribution(store, volumes, remover, budget, metrics, lambda: 0.0, lambda: 0.5)
 
 
 def _volume(volumes: VolumeTable, volume_id: str, *federations: str) -> Volume:
@@ -59,7 +67,6 @@ def _sets(**generations: int) -> dict[str, RootSet]:
 
 
 def test_root_set_is_written_when_all_volumes_that_trust_it_contain_it() -> None:
-    """Each set counts separately. A set that no volume trusts is written immediately."""
     volumes = VolumeTable()
     roots, one, two = _distribution(volumes), _volume(volumes, "one"), _volume(volumes, "two", "partner")
     roots.apply_bundle(_sets(internal=3, partner=4, unused=5))
@@ -71,10 +78,23 @@ def test_root_set_is_written_when_all_volumes_that_trust_it_contain_it() -> None
     assert roots.written() == {"unused": 5, "internal": 3}
     volumes.forget("two")
     assert roots.written() == {"unused": 5, "internal": 3, "partner": 4}
+    assert roots.written({"unused": 5, "internal": 2}) == {"internal": 3, "partner": 4}
+    assert roots.written({"unused": 5, "internal": 3, "partner": 4}) == {}
+
+
+def test_volume_with_only_roots_delays_the_acknowledgement() -> None:
+    """The pod would reject certificates of the next CA."""
+    volumes = VolumeTable()
+    roots, volume = _distribution(volumes), _volume(volumes, "one")
+    volume.spec = parse_attributes({"root-only": "true", "federations": "partner"})
+    roots.apply_bundle(_sets(internal=3, partner=4), ["internal"])
+    volume.root_sets = _sets(internal=2, partner=4)
+    assert roots.written() == {"partner": 4}
+    volume.root_sets = roots.select("internal", ("partner",))
+    assert roots.written() == {"internal": 3, "partner": 4}
 
 
 def test_response_before_the_first_bundle_does_not_mark_other_volumes_as_written() -> None:
-    """The other volume trusts the set too, but does not contain it yet."""
     volumes = VolumeTable()
     roots, one = _distribution(volumes), _volume(volumes, "one")
     _volume(volumes, "two", "partner")
@@ -102,7 +122,6 @@ def test_quarantined_volume_delays_acknowledgement_for_180_seconds() -> None:
 
 
 def test_quarantined_volume_counts_until_it_is_adopted_or_unpublished() -> None:
-    """After that, all volumes are known."""
     volumes = VolumeTable()
     roots = _distribution(volumes)
 
@@ -120,7 +139,6 @@ def test_quarantined_volume_counts_until_it_is_adopted_or_unpublished() -> None:
 
 
 def test_roots_of_a_removed_issuer_stay_in_its_volumes() -> None:
-    """The certificate chains to them. Other sets are updated. A volume without its issuer's set is not written."""
     volumes = VolumeTable()
     roots, volume = _distribution(volumes), _volume(volumes, "one", "partner")
     roots.apply_bundle(_sets(internal=1, partner=1))
@@ -138,3 +156,96 @@ def test_response_contains_the_issuers_roots_even_if_the_stream_removed_them() -
     for sets in (_sets(internal=1), _sets(internal=2, partner=3), _sets(partner=3)):
         roots.apply_bundle(sets)
     assert roots.accept_response(("internal", "partner"), _sets(internal=2, partner=3)) == _sets(internal=2, partner=3)
+
+
+_NAMES = ("internal", "partner", "other")
+
+
+def _set(generation: int) -> RootSet:
+    return RootSet((f"root {generation}".encode(),), generation)
+
+
+@dataclass(frozen=True)
+class _Message:
+    """A trust bundle, or the sets of an issuance response."""
+
+    is_bundle: bool
+    sets: dict[str, RootSet]
+
+
+_any_sets = st.dictionaries(st.sampled_from(_NAMES), st.integers(0, 9).map(_set))
+_messages = st.lists(st.builds(_Message, st.booleans(), _any_sets), max_size=12)
+
+
+def _receive(known: KnownRootSets, messages: list[_Message]) -> None:
+    for message in messages:
+        (known.apply_bundle if message.is_bundle else known.add_response)(message.sets)
+
+
+@given(_messages)
+def test_generation_of_a_set_never_decreases(messages: list[_Message]) -> None:
+    known = KnownRootSets()
+    for message in messages:
+        before = dict(known.sets)
+        _receive(known, [message])
+        for name, roots in before.items():
+            if name in known.sets:
+                assert known.sets[name].generation >= roots.generation
+            else:
+                assert message.is_bundle
+                assert name not in message.sets
+        for name in known.sets:
+            assert known.sets[name] in (before.get(name), message.sets.get(name))
+
+
+@given(_messages, _any_sets)
+def test_all_sets_of_a_bundle_are_known(messages: list[_Message], listed: dict[str, RootSet]) -> None:
+    known = KnownRootSets()
+    _receive(known, [*messages, _Message(True, listed)])
+    assert all(known.sets[name].generation >= roots.generation for name, roots in listed.items())
+
+
+@given(_messages, _any_sets, _any_sets)
+def test_removed_set_comes_back_only_with_a_newer_generation(
+    messages: list[_Message], listed: dict[str, RootSet], later: dict[str, RootSet]
+) -> None:
+    """A set is removed if one bundle lists it and the next one does not."""
+    known = KnownRootSets()
+    _receive(known, [*messages, _Message(True, listed)])
+    before = dict(known.sets)
+    known.apply_bundle({})
+    assert not known.sets.keys() & listed.keys()
+    known.add_response(later)
+    for name in listed.keys() & later.keys():
+        assert (name in known.sets) == (later[name].generation > before[name].generation)
+
+
+def test_set_of_a_response_survives_one_bundle_without_it() -> None:
+    """Another replica may know the set before the replica that streams. A second bundle without it removes it."""
+    known = KnownRootSets()
+    known.apply_bundle({"internal": _set(1)})
+    known.add_response({"internal": _set(1), "partner": _set(5)})
+    known.apply_bundle({"internal": _set(2)})
+    assert known.select(("internal", "partner")) == {"internal": _set(2), "partner": _set(5)}
+    known.apply_bundle({"internal": _set(2)})
+    assert known.select(("internal", "partner")) == {"internal": _set(2)}
+
+
+def test_select_returns_nothing_while_a_set_may_be_missing() -> None:
+    """Before the first bundle, the response for one volume does not list the sets of another one."""
+    known = KnownRootSets()
+    assert known.select(("internal",)) == {}
+    known.add_response({"internal": _set(1)})
+    assert known.select(("internal",)) == {"internal": _set(1)}
+    assert known.select(("internal", "partner")) == {}
+    known.apply_bundle({"internal": _set(1)})
+    assert known.select(("internal", "partner")) == {"internal": _set(1)}
+    assert known.select(("partner",)) == {}
+
+
+def test_trusted_sets_are_the_issuers_first_and_the_internal_cas_last() -> None:
+    spec = CertificateSpec(Names(), issuer="acme", federations=("partner", "acme", "other"))
+    assert trusted_root_set_names(spec) == ("acme", "partner", "other")
+    assert trusted_root_set_names(spec, interim=True) == ("acme", "partner", "other", "internal")
+    spec = CertificateSpec(Names(), issuer="acme", federations=("internal",))
+    assert trusted_root_set_names(spec, interim=True) == ("acme", "internal")

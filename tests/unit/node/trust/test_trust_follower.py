@@ -11,8 +11,9 @@ import pytest
 
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.node.authority_messages import TrustBundle
 from csi_driver.node.trust.trust_follower import follow_trust
+from csi_driver.rpc.authority_messages import TrustBundle
+from tests.support.waiting import in_background
 from tests.unit.node.virtual_time import run_virtually
 
 _UNAVAILABLE = CertmountError(Reason.AUTHORITY_UNAVAILABLE, "gone")
@@ -54,8 +55,8 @@ class _Written:
     sets: dict[str, int] = field(default_factory=dict)
     event: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def written(self) -> Mapping[str, int]:
-        return dict(self.sets)
+    def written(self, acknowledged: Mapping[str, int]) -> Mapping[str, int]:
+        return {name: each for name, each in self.sets.items() if each > acknowledged.get(name, -1)}
 
     async def changed(self) -> None:
         await self.event.wait()
@@ -67,7 +68,10 @@ class _Written:
 
 
 def _follow(
-    source: _Source, *writes: tuple[float, dict[str, int]], rejects: Callable[[TrustBundle], bool] = lambda _: False
+    source: _Source,
+    *writes: tuple[float, dict[str, int]],
+    rejects: Callable[[TrustBundle], bool] = lambda _: False,
+    report: Callable[[bool], None] = lambda _: None,
 ) -> list[TrustBundle]:
     """Follow for an hour and return the applied bundles. Each write happens at its time in seconds."""
     applied: list[TrustBundle] = []
@@ -81,11 +85,8 @@ def _follow(
         written, loop = _Written(), asyncio.get_running_loop()
         for time, sets in writes:
             loop.call_later(time, written.write, sets)
-        task = asyncio.create_task(follow_trust(source, apply, written, lambda: 0.5))
-        await asyncio.sleep(3600)
-        assert not task.done()
-        task.cancel()
-        await asyncio.wait([task])
+        async with in_background(follow_trust(source, apply, written, lambda: 0.5, report)):
+            await asyncio.sleep(3600)
 
     run_virtually(follow())
     return applied
@@ -97,13 +98,17 @@ def _follow(
     ids=["ended", "lost", "defect"],
 )
 def test_stream_is_opened_again(error: Exception | None, capsys: pytest.CaptureFixture[str]) -> None:
-    """The log does not show the text of an unexpected error."""
     assert _follow(_Source([([_bundle(1)], error), ([_bundle(2)], None)])) == [_bundle(1), _bundle(2)]
     assert "eyJ" not in "".join(capsys.readouterr())
 
 
+def test_end_of_a_stream_is_reported() -> None:
+    reports: list[bool] = []
+    _follow(_Source([([], _UNAVAILABLE), ([_bundle(1), _bundle(2)], _UNAVAILABLE)]), report=reports.append)
+    assert reports == [False, True, True, False]
+
+
 def test_backoff_grows_to_30_seconds_and_is_reset_by_a_bundle() -> None:
-    """1, 2, 4, 8, 16, 30 seconds."""
     down: tuple[list[TrustBundle], Exception | None] = ([], CertmountError(Reason.ROOT_CERTIFICATE_MISSING, "no root"))
     source = _Source([*[down] * 8, ([_bundle(1)], None), down])
     _follow(source)
@@ -112,7 +117,6 @@ def test_backoff_grows_to_30_seconds_and_is_reset_by_a_bundle() -> None:
 
 
 def test_invalid_bundle_ends_the_stream() -> None:
-    """The next stream is applied."""
     source = _Source([([_bundle(1)], None), ([_bundle(2)], None)])
     assert _follow(source, rejects=lambda bundle: bundle == _bundle(1)) == [_bundle(2)]
 
@@ -125,7 +129,6 @@ def test_each_generation_is_acknowledged_once() -> None:
 
 
 def test_failed_acknowledgement_is_retried() -> None:
-    """It ends the stream. The next stream acknowledges all sets again, after a backoff."""
     source = _Source([], errors=[_UNAVAILABLE, _UNAVAILABLE])
     _follow(source, (10, {"internal": 1, "partner": 2}))
     assert source.acknowledged == [("internal", 1, 10), ("internal", 1, 11), ("internal", 1, 13), ("partner", 2, 13)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -32,31 +33,16 @@ from tests.support.json_schema import places
 from tests.unit.authority.issuers.schema import assert_schema_agrees
 
 FULL: dict[str, Any] = {
-    "account": {"secret": "certmount/letsencrypt"},
-    "directory": "https://acme.example.com:14000/dir",
-    "email": "ops@example.com",
-    "terms_agreed": True,
-    "eab": {"key_id": "kid-1", "key": {"file": "/etc/eab"}},
-    "dns01": {
-        "server": "10.0.0.1:53",
-        "tsig": {"secret": "certmount/tsig", "key": "key"},
-        "zone": "acme.example.com",
-        "resolvers": ["[fd00::1]:53", "192.0.2.1"],
-        "nameservers": ["ns1.example.com"],
-        "patience": "3m",
-    },
-    "http01": {"self_test": "10.0.0.2:80", "ingress_class": "nginx", "patience": "30s"},
-    "ca": {"file": "/etc/ca.crt"},
-    "roots": {"file": "/etc/roots.crt"},
-    "profile": "shortlived",
-    "preferred_chain": "ISRG Root X1",
+    "account": {"secret": "certmount/letsencrypt"}, "directory": "https://acme.example.com:14000/dir",
+    "email": "ops@example.com", "terms_agreed": True, "eab": {"key_id": "kid-1", "key": {"file": "/etc/eab"}},
+    "dns01": {"server": "10.0.0.1:53", "tsig": {"secret": "certmount/tsig", "key": "key"}, "zone": "acme.example.com", "resolvers": ["[fd00::1]:53", "192.0.2.1"], "nameservers": ["ns1.example.com"], "patience": "3m", "tsig_secrets": ["shop/tsigkey"]},
+    "http01": {"self_test": "10.0.0.2:80", "ingress_class": "nginx", "patience": "30s"}, "ca": {"file": "/etc/ca.crt"},
+    "roots": {"file": "/etc/roots.crt"}, "profile": "shortlived", "preferred_chain": "ISRG Root X1",
     "while_pending": "internal",
-}
+}  # fmt: skip
 MINIMAL: dict[str, Any] = {
-    "account": {"directory": "/var/lib/certmount"},
-    "roots": {"file": "/etc/roots.crt"},
-    "http01": {},
-}
+    "account": {"directory": "/var/lib/certmount"}, "roots": {"file": "/etc/roots.crt"}, "http01": {},
+}  # fmt: skip
 
 
 def _document(entry: object) -> dict[str, Any]:
@@ -72,26 +58,13 @@ def _parse(entry: object) -> AcmeConfiguration:
 
 def test_all_keys_are_parsed() -> None:
     assert _parse(FULL) == AcmeConfiguration(
-        AccountStorage("certmount", "letsencrypt"),
-        email="ops@example.com",
-        directory="https://acme.example.com:14000/dir",
-        terms_agreed=True,
-        dns01=Dns01(
-            "10.0.0.1:53",
-            SecretSource("certmount", "tsig", "key"),
-            "acme.example.com",
-            ("[fd00::1]:53", "192.0.2.1"),
-            ("ns1.example.com",),
-            timedelta(minutes=3),
-        ),
+        AccountStorage("certmount", "letsencrypt"), email="ops@example.com",
+        directory="https://acme.example.com:14000/dir", terms_agreed=True,
+        dns01=Dns01("10.0.0.1:53", SecretSource("certmount", "tsig", "key"), "acme.example.com", ("[fd00::1]:53", "192.0.2.1"), ("ns1.example.com",), timedelta(minutes=3), ("shop/tsigkey",)),
         http01=Http01("10.0.0.2:80", "nginx", timedelta(seconds=30)),
-        external_account=ExternalAccount("kid-1", FileSource("/etc/eab")),
-        ca_file="/etc/ca.crt",
-        roots_file="/etc/roots.crt",
-        profile="shortlived",
-        preferred_chain="ISRG Root X1",
-        while_pending="internal",
-    )
+        external_account=ExternalAccount("kid-1", FileSource("/etc/eab")), ca_file="/etc/ca.crt",
+        roots_file="/etc/roots.crt", profile="shortlived", preferred_chain="ISRG Root X1", while_pending="internal",
+    )  # fmt: skip
 
 
 def test_defaults_are_the_staging_environment_without_agreement_to_terms() -> None:
@@ -113,14 +86,9 @@ def test_roots_are_optional_only_for_lets_encrypt() -> None:
 
 
 def test_all_faults_are_reported_together_without_secrets() -> None:
-    entry = {
-        "account": {},
-        "directory": "http://ca",
-        "dns01": {"server": "a:99999", "tsig": "k:hunter2"},
-        "whilepending": "x",
-    }
+    dns01 = {"server": "a:99999", "tsig": "k:hunter2"}
     with pytest.raises(CertmountError) as failure:
-        _parse(entry)
+        _parse({"account": {}, "directory": "http://ca", "dns01": dns01, "whilepending": "x"})
     text = str(failure.value)
     for expected in ("acme.account", "acme.directory", "dns01.server", "dns01.tsig", "did you mean while_pending?"):
         assert expected in text
@@ -157,3 +125,36 @@ def test_dependencies_that_need_a_cluster_are_reported(tmp_path: Path) -> None:
     routes = cast("ChallengeRoutes", object())
     assert isinstance(make(FULL, IssuerDependencies(CredentialReader(), store, lambda _: routes)), AcmeIssuer)
     assert set(opened) == {("certmount", "letsencrypt")}
+
+
+ANOTHER_FORM = "has its port in another form; write 192.0.2.53:5353"
+UNBRACKETED = "is an IPv6 address without brackets; write [2001:db8::53] or [2001:db8::53]:PORT"
+
+
+@pytest.mark.parametrize(
+    "key, text, problem",
+    [
+        ("server", "a:99999", "has the port 99999; expected 1 to 65535"),
+        ("server", "a:0", "has the port 0; expected 1 to 65535"),
+        ("server", "dns://a:53", "is a URL; expected ADDRESS or ADDRESS:PORT, without a scheme"),
+        ("server", "2001:db8::53", UNBRACKETED),
+        *(("server", f"192.0.2.53{port}", ANOTHER_FORM) for port in ("#5353", "@5353", " port 5353", " 5353")),
+        ("server", "a,b", "is not ADDRESS or ADDRESS:PORT"),
+        ("zone", "*.example.com", "is not the name of a zone, such as acme.example.com"),
+    ],
+)
+def test_address_in_another_form_is_explained(key: str, text: str, problem: str) -> None:
+    words = re.escape(f"{text!r} {problem}")
+    with pytest.raises(CertmountError, match=rf"issuers\[0\]\.acme\.dns01\.{key} \(line \d+\): {words}$"):
+        _parse({**MINIMAL, "dns01": {"server": "192.0.2.53", key: text}})
+
+
+def test_zone_can_end_with_a_dot() -> None:
+    dns01 = _parse({**MINIMAL, "dns01": {"server": "192.0.2.53", "zone": "acme.example.com."}}).dns01
+    assert dns01 == Dns01("192.0.2.53", zone="acme.example.com")
+
+
+def test_key_id_with_a_line_break_is_explained() -> None:
+    problem = "has white space or a line break around it; in YAML, write it after `key_id:`, without `|`"
+    with pytest.raises(CertmountError, match=re.escape(rf"'kid-1\n' {problem}")):
+        _parse({**MINIMAL, "eab": {"key_id": "kid-1\n", "key": {"file": "/etc/eab"}}})

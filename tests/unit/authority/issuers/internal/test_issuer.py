@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import cast
 
@@ -25,20 +24,11 @@ from csi_driver.core.identity import PodIdentity
 from csi_driver.core.names import Names
 from csi_driver.core.policy.engine import Grant
 from csi_driver.core.spec import KeyType, Usage
+from tests.unit.authority.csr_signer.fakes import LoadedCA
 from tests.unit.core import pki
 
 NOW = pki.NOW
 KEY = generate_key(KeyType.EC_P256)
-
-
-@dataclass
-class FakeCA:
-    """A CA with a fixed keyring."""
-
-    current: Keyring
-
-    async def record_lifetime(self, _lifetime: timedelta) -> Keyring:
-        return self.current
 
 
 def request(*names: str, usages: tuple[Usage, ...] = (Usage.SERVER, Usage.CLIENT), named: bool = True) -> IssuerRequest:
@@ -48,12 +38,12 @@ def request(*names: str, usages: tuple[Usage, ...] = (Usage.SERVER, Usage.CLIENT
     return IssuerRequest(csr, Grant(granted, timedelta(hours=1), usages, ("test",)), identity)
 
 
-def issuer(ca: FakeCA) -> InternalIssuer:
+def issuer(ca: LoadedCA) -> InternalIssuer:
     return InternalIssuer(cast("CertificateAuthority", ca), lambda: NOW)
 
 
 async def issue(keyring: Keyring, to_sign: IssuerRequest) -> tuple[list[x509.Certificate], Sequence[bytes]]:
-    issued = await issuer(FakeCA(keyring)).issue(to_sign)
+    issued = await issuer(LoadedCA(keyring)).issue(to_sign)
     return [x509.load_der_x509_certificate(one) for one in issued.chain], issued.roots
 
 
@@ -97,7 +87,7 @@ async def test_names_that_the_pod_did_not_request_are_omitted_if_the_ca_does_not
 
 
 async def test_constraints_of_a_new_keyring_apply_immediately() -> None:
-    ca = FakeCA(make_keyring(NOW))
+    ca = LoadedCA(make_keyring(NOW))
     internal = issuer(ca)
     await internal.issue(request("a.test"))
     ca.current = make_keyring(NOW, CAProfile(permitted=(parse_constraint("dns:example.com"),)))

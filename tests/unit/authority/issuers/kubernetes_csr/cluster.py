@@ -11,7 +11,8 @@ from typing import Any
 
 from csi_driver.core.cluster.csr import ClusterCSR, CSRCondition, CSRDraft
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.kube.csr_cache import CSRCache, read_csr
+from csi_driver.kube.csr.cache import CSRCache
+from tests.support.api_objects import csr_of
 from tests.unit.core import pki
 
 ACCOUNT = "system:serviceaccount:certmount:certmount-authority"
@@ -40,7 +41,7 @@ class Watch:
         key, _, value = self.labels.partition("=")
         item = copy.deepcopy(self.cluster.objects[name])
         if not key or item["metadata"]["labels"].get(key) == value:
-            self.sink.put(item)
+            self.sink.put(csr_of(item))
 
 
 @dataclass
@@ -60,10 +61,10 @@ class FakeRequests:
 
     def put(self, item: Json) -> str:
         self.made += 1
-        name = item["metadata"].setdefault("name", f"csr-{self.made}")
-        item["metadata"].setdefault("uid", f"uid-{name}")
-        item["metadata"].setdefault("labels", {})
-        item["metadata"].setdefault("creationTimestamp", self.now.isoformat())
+        metadata = item["metadata"]
+        name = metadata.setdefault("name", f"csr-{self.made}")
+        defaults = {"uid": f"uid-{name}", "labels": {}, "creationTimestamp": self.now.isoformat()}
+        item["metadata"] = defaults | metadata
         self.objects[name] = item
         self._notify(name)
         return str(name)
@@ -78,10 +79,10 @@ class FakeRequests:
     def remove(self, name: str) -> None:
         item = self.objects.pop(name)
         for watch in self.sinks:
-            watch.sink.remove(item)
+            watch.sink.remove(csr_of(item))
 
     def find(self, name: str) -> ClusterCSR:
-        return read_csr(self.objects[name])
+        return csr_of(self.objects[name])
 
     def _notify(self, name: str) -> None:
         for watch in self.sinks:
@@ -100,12 +101,9 @@ class FakeRequests:
         await self._call()
         self.drafts.append(draft)
         spec = {
-            "signerName": draft.signer,
-            "request": base64.b64encode(draft.request).decode(),
-            "usages": list(draft.usages),
-            "expirationSeconds": draft.expiration_s,
-            "username": self.username,
-        }
+            "signerName": draft.signer, "request": base64.b64encode(draft.request).decode(),
+            "usages": list(draft.usages), "expirationSeconds": draft.expiration_s, "username": self.username,
+        }  # fmt: skip
         name = f"{draft.name_prefix}{self.made + 1}"
         return self.find(self.put({"metadata": {"name": name, "labels": dict(draft.labels)}, "spec": spec}))
 

@@ -18,6 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from csi_driver.authority.issuers import IssuedCertificate, IssuerRequest
 from csi_driver.authority.issuers.dependencies import CredentialReader, CSRAccess, IssuerDependencies
 from csi_driver.authority.issuers.kinds import make_issuer, read_issuers
+from csi_driver.authority.issuers.kubernetes_csr import issuer as issuer_module
 from csi_driver.authority.issuers.kubernetes_csr.config import KubernetesCSRConfiguration
 from csi_driver.authority.issuers.kubernetes_csr.issuer import (
     ISSUER_LABEL,
@@ -31,20 +32,21 @@ from csi_driver.core.cluster.csr import APPROVED, DENIED, FAILED, ClusterCSR
 from csi_driver.core.config.issuers import FileSource
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.formats.pem import encode_certificates
-from csi_driver.core.identity import PodIdentity, ServiceAccount
+from csi_driver.core.identity import PodIdentity, SecretIdentity, ServiceAccount
 from csi_driver.core.policy.engine import Grant
 from csi_driver.core.spec import KeyType, Usage
-from tests.support.waiting import until
+from tests.support.waiting import in_background, until
 from tests.unit.authority.issuers.kubernetes_csr.cluster import ACCOUNT, FakeRequests
 from tests.unit.core import pki
 
-SIGNER = "example.com/pods"
+SIGNER, OWN = "example.com/pods", "certmount.dev/pod"
 NAME = "a.web.svc"
 ROOT = pki.authority("root")
 OTHER = pki.authority("other")
 BOTH = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
 POD = PodIdentity(ServiceAccount("web", "edge"), "sa", "edge-0", "pod-uid", "node-a", "node-uid", 0.0)
 KEY = pki.key_of(KeyType.EC_P256, 7)
+CSRS = "certificatesigningrequests"
 NOT_DIAGNOSED = "diagnostics have not finished yet"
 
 
@@ -57,8 +59,8 @@ def request(
     return IssuerRequest(parse_csr(build_csr(key, requested)), grant, pod)
 
 
-def signed(*names: str, key: PrivateKey = KEY, by: pki.Signer = ROOT, hours: int = 1) -> bytes:
-    validity = pki.Validity(end=timedelta(hours=hours))
+def signed(*names: str, key: PrivateKey = KEY, by: pki.Signer = ROOT, hours: float = 1, since: float = -1) -> bytes:
+    validity = pki.Validity(timedelta(hours=since), timedelta(hours=hours))
     leaf = pki.leaf(by, key, pki.names(*names), validity=validity, extensions=[BOTH], critical=False)
     return encode_certificates([leaf, by.certificate])
 
@@ -81,16 +83,11 @@ class World:
         access = CSRAccess(self.cluster, lambda: self.internal)
         credentials, now = CredentialReader(), lambda: self.now
         issuer = KubernetesCSRIssuer("corporate", configuration, credentials, access, clock=now, wait_s=wait_s)
-        running = asyncio.create_task(issuer.run())
-        try:
+        async with in_background(issuer.run()):
             await until(lambda: issuer.problem != NOT_DIAGNOSED, "the first diagnosis")
             yield issuer
-        finally:
-            running.cancel()
-            await asyncio.wait([running])
 
     async def approved(self) -> ClusterCSR:
-        """Return the only request after it was approved."""
         await until(lambda: any(self.cluster.find(name).conditions for name in self.cluster.objects), "the request")
         (name,) = self.cluster.objects
         return self.cluster.find(name)
@@ -116,46 +113,58 @@ async def test_request_is_created_approved_signed_and_deleted(world: World) -> N
         assert csr.usages == ("digital signature", "server auth", "client auth")
         assert parse_csr(x509.load_pem_x509_csr(csr.request).public_bytes(Encoding.DER)).names == pki.names(NAME)
         (draft,) = world.cluster.drafts
-        assert draft.annotations == {"certmount.dev/pod": "web/edge-0", "certmount.dev/names": NAME}
+        assert draft.annotations == {"certmount.dev/requester": "pod web/edge-0", "certmount.dev/names": NAME}
         assert draft.labels[ISSUER_LABEL] == "corporate"
         assert "allowed for pod web/edge-0 by built-in" in str(csr.condition(APPROVED))
         world.cluster.sign(csr.name, signed(NAME))
         issued = await issuing
     assert issued.chain[1:] == tuple(pki.der(ROOT.certificate))
     assert issued.roots == issuer.roots == tuple(pki.der(ROOT.certificate))
-    assert not issued.identity_included
     assert world.cluster.objects == {}
 
 
-async def test_rsa_key_also_requests_key_encipherment(world: World) -> None:
-    """TLS 1.2 without forward secrecy needs it, and signers verify it."""
-    key = pki.key_of(KeyType.RSA_2048)
+async def test_certificate_for_a_secret_names_it(world: World) -> None:
+    wanted = request(NAME)
+    grant = replace(wanted.grant, names=wanted.csr.names)  # without a SPIFFE ID
     async with world.running() as issuer:
-        await world.issue(issuer, request(NAME, key=key), signed(NAME, key=key))
-    assert "key encipherment" in world.cluster.drafts[0].usages
+        secret = replace(wanted, grant=grant, identity=SecretIdentity("web", "edge-tls"))
+        assert (await world.issue(issuer, secret, signed(NAME))).chain
+    (draft,) = world.cluster.drafts
+    assert draft.annotations == {"certmount.dev/requester": "secret web/edge-tls", "certmount.dev/names": NAME}
+    assert draft.labels["certmount.dev/namespace"] == "web"
+    other = replace(secret, identity=SecretIdentity("web", "other-tls"))
+    assert request_id(other) != request_id(secret)
 
 
 async def test_identity_is_included_if_the_volume_requests_it(world: World) -> None:
+    """An RSA key also requests key encipherment: TLS 1.2 without forward secrecy needs it, and signers verify it."""
+    key, names = pki.key_of(KeyType.RSA_2048), (NAME, pki.SPIFFE)
     async with world.running() as issuer:
-        issued = await world.issue(issuer, request(NAME, pki.SPIFFE), signed(NAME, pki.SPIFFE))
-    assert issued.identity_included
+        await world.issue(issuer, request(*names, key=key), signed(*names, key=key))
+    assert "key encipherment" in world.cluster.drafts[0].usages
 
 
-@pytest.mark.parametrize(
-    "pem, reason, text",
-    [
-        (signed(NAME, "b.web.svc"), Reason.INVALID_RESPONSE, "also contains b.web.svc"),
-        (signed("b.web.svc"), Reason.INVALID_RESPONSE, f"lacks {NAME}"),
-        (signed(NAME, key=generate_key(KeyType.EC_P256)), Reason.INVALID_RESPONSE, "is for another key"),
-        (signed(NAME, hours=30), Reason.INVALID_RESPONSE, "longer than the policy grants"),
-        (signed(NAME, by=OTHER), Reason.ISSUER_UNAVAILABLE, "does not end at a configured root"),
-        (b"hello", Reason.ISSUER_UNAVAILABLE, "invalid certificate"),
-    ],
-    ids=["another name", "missing name", "another key", "longer lifetime", "another root", "no certificate"],
-)
-async def test_certificate_that_differs_from_the_request_is_rejected(
-    pem: bytes, reason: Reason, text: str, world: World
-) -> None:
+SKEW = f"^ClockSkew: the clocks of the authority and {SIGNER} differ by about"
+UNACCEPTABLE = {
+    "another name": (signed(NAME, "b.web.svc"), Reason.INVALID_RESPONSE, "also contains b.web.svc"),
+    "missing name": (signed("b.web.svc"), Reason.INVALID_RESPONSE, f"lacks {NAME}"),
+    "another key": (signed(NAME, key=generate_key(KeyType.EC_P256)), Reason.INVALID_RESPONSE, "is for another key"),
+    "longer lifetime": (signed(NAME, hours=30), Reason.INVALID_RESPONSE, "longer than the policy grants"),
+    "not valid yet": (signed(NAME, since=0.025), Reason.CLOCK_SKEW, f"{SKEW} 90 s or more"),
+    "expired": (
+        signed(NAME, since=-9, hours=-2),
+        Reason.CLOCK_SKEW,
+        f"{SKEW} 2 h or more; synchronize them .the certificate expired at",
+    ),
+    "another root": (signed(NAME, by=OTHER), Reason.ISSUER_UNAVAILABLE, "does not end at a configured root"),
+    "no certificate": (b"hello", Reason.ISSUER_UNAVAILABLE, "the signer's response is not a certificate chain"),
+    "long chain": (signed(NAME) * 11, Reason.ISSUER_UNAVAILABLE, "is longer than a chain of 10 certificates"),
+}
+
+
+@pytest.mark.parametrize("what", UNACCEPTABLE)
+async def test_certificate_that_differs_from_the_request_is_rejected(what: str, world: World) -> None:
+    pem, reason, text = UNACCEPTABLE[what]
     async with world.running() as issuer:
         with pytest.raises(CertmountError, match=text) as failure:
             await world.issue(issuer, request(NAME), pem)
@@ -200,12 +209,9 @@ async def test_pending_request_is_continued_by_another_call_and_replica(world: W
 def test_request_id_depends_on_pod_key_names_and_lifetime() -> None:
     """A pod never gets a certificate that was signed for another request."""
     requests = [
-        request(NAME),
-        request(NAME, pki.SPIFFE),
-        request(NAME, key=pki.key_of(KeyType.EC_P256, 8)),
-        request(NAME, lifetime=2 * pki.HOUR),
-        request(NAME, pod=replace(POD, pod_name="edge-1", pod_uid="other-uid")),
-    ]
+        request(NAME), request(NAME, pki.SPIFFE), request(NAME, key=pki.key_of(KeyType.EC_P256, 8)),
+        request(NAME, lifetime=2 * pki.HOUR), request(NAME, pod=replace(POD, pod_name="edge-1", pod_uid="other-uid")),
+    ]  # fmt: skip
     assert len({request_id(one) for one in requests}) == len(requests)
     assert request_id(request(NAME)) == request_id(request(NAME)), "the signature of the CSR does not matter"
 
@@ -288,11 +294,8 @@ async def test_certmounts_own_signer_uses_the_roots_of_the_internal_ca(world: Wo
 @pytest.mark.parametrize(
     "forbidden,text",
     [
-        (
-            {("create", "certificatesigningrequests"), ("delete", "certificatesigningrequests")},
-            "not permitted to create, delete",
-        ),
-        ({("update", "certificatesigningrequests/approval")}, "not permitted to approve requests"),
+        ({("create", CSRS), ("delete", CSRS)}, "not permitted to create, delete"),
+        ({("update", f"{CSRS}/approval")}, "not permitted to approve requests"),
         ({("approve", SIGNER), ("approve", "example.com/*")}, "not permitted to approve requests"),
     ],
 )
@@ -341,7 +344,7 @@ def test_configuration_is_parsed() -> None:
     found = parse(signer=SIGNER, approve=True, roots={"file": "/roots.pem"}, min_duration="1h", max_duration="24h")
     expected = KubernetesCSRConfiguration(SIGNER, True, FileSource("/roots.pem"), pki.HOUR, timedelta(hours=24))
     assert found == expected
-    assert parse(signer="certmount.dev/pod") == KubernetesCSRConfiguration("certmount.dev/pod")
+    assert parse(signer=OWN) == KubernetesCSRConfiguration(OWN)
 
 
 @pytest.mark.parametrize(
@@ -351,12 +354,9 @@ def test_configuration_is_parsed() -> None:
         ({"signer": SIGNER}, ["roots: is missing"]),
         ({"signer": "kubernetes.io/kubelet-serving"}, ["is a signer of Kubernetes itself"]),
         ({"signer": "x", "approve": "yes", "roots": None}, ["is not a signer name", "approve", "roots"]),
-        ({"signer": "certmount.dev/pod", "min_duration": "5m"}, ["is shorter than 10m"]),
-        (
-            {"signer": "certmount.dev/pod", "min_duration": "2h", "max_duration": "1h"},
-            ["shorter than min_duration, 2h"],
-        ),
-        ({"signer": "certmount.dev/pod", "aprove": True}, ["did you mean approve?"]),
+        ({"signer": OWN, "min_duration": "5m"}, ["is shorter than 10m"]),
+        ({"signer": OWN, "min_duration": "2h", "max_duration": "1h"}, ["shorter than min_duration, 2h"]),
+        ({"signer": OWN, "aprove": True}, ["did you mean approve?"]),
     ],
 )
 def test_all_faults_of_the_configuration_are_reported(entry: dict[str, object], texts: Sequence[str]) -> None:
@@ -374,3 +374,21 @@ def test_issuer_needs_a_cluster(world: World) -> None:
     made = make_issuer(declared, IssuerDependencies(CredentialReader(), csrs=CSRAccess(world.cluster)))
     assert isinstance(made, KubernetesCSRIssuer)
     assert made.roots == ()
+
+
+async def test_requests_of_one_account_use_up_only_its_own_share(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that other replicas created, and those of concurrent calls."""
+    monkeypatch.setattr(issuer_module, "MAX_REQUESTS", 12)
+    other = PodIdentity(ServiceAccount("bank", "app"), "", "app-0", "u", "node-1", "u", 0.0)
+    async with world.running(wait_s=0.05) as issuer, world.running(wait_s=0.05) as replica:
+        calls = [(issuer, replica)[number % 2].issue(request(f"n{number}.web.svc")) for number in range(12)]
+        failures = [str(one) for one in await asyncio.gather(*calls, return_exceptions=True)]
+        refused = [one for one in failures if "ShareExceeded" in one]
+        assert len(refused) == 4  # each replica knows its own concurrent calls
+        with pytest.raises(CertmountError) as failure:
+            await issuer.issue(request("more.web.svc"))
+        held = len(world.cluster.objects)
+        problem = f"holds {held} of 12 CertificateSigningRequests of issuer corporate and requests 1 more"
+        assert f"ShareExceeded: namespace web: {problem}, which exceeds its share" in str(failure.value)
+        with pytest.raises(CertmountError, match="IssuancePending"):
+            await issuer.issue(replace(request("b.web.svc"), identity=other))

@@ -1,43 +1,46 @@
-"""The step-ca issuer against a fake server, which can return anything."""
+"""The step-ca issuer against a fake server, which can return anything, and a tenant that floods it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from aiohttp import web
 from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from csi_driver.authority.issuers import IssuerRequest
 from csi_driver.authority.issuers.dependencies import CredentialReader
 from csi_driver.authority.issuers.step_ca.config import StepCAConfiguration
-from csi_driver.authority.issuers.step_ca.issuer import StepCAIssuer
+from csi_driver.authority.issuers.step_ca.issuer import MAX_SIGNING, StepCAIssuer
+from csi_driver.authority.issuers.step_ca.provisioners import token_claims
 from csi_driver.core.backoff import Backoff
 from csi_driver.core.certificates.csr import build_csr, parse_csr
 from csi_driver.core.certificates.keys import generate_key
 from csi_driver.core.config.issuers import FileSource
 from csi_driver.core.errors import CertmountError, Reason
-from csi_driver.core.identity import PodIdentity, ServiceAccount
+from csi_driver.core.identity import PodIdentity, SecretIdentity, ServiceAccount
 from csi_driver.core.names import DNSName, Names, spiffe_id
 from csi_driver.core.policy.engine import Grant
 from csi_driver.core.policy.rules import ALL_USAGES
 from csi_driver.core.spec import KeyType
 from tests.support.provisioner_key import JWK
+from tests.support.stream_servers import web_server
+from tests.support.waiting import in_background
+from tests.unit.authority.issuers.hostile_server import ALWAYS, localhost_tls
 from tests.unit.core import pki
 
 NAME = "hello.default.svc"
 OWN = spiffe_id("cluster.local", "default", "hello")
-ALWAYS = pki.Validity(-timedelta(days=3650), timedelta(days=36500))
 PUBLIC = {name: value for name, value in JWK.items() if name != "d"}
 BOTH = x509.ExtendedKeyUsage([x509.OID_SERVER_AUTH, x509.OID_CLIENT_AUTH])
 
@@ -66,62 +69,31 @@ class FakeStepCA:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        application = web.Application()
-        application.router.add_route("*", "/{path:.*}", self._respond)
-        runner = web.AppRunner(application)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=self._context()).start()
-        self.url = f"https://localhost:{runner.addresses[0][1]}"
-        try:
+        async with web_server(self._respond, localhost_tls(self.root, self.directory)) as port:
+            self.url = f"https://localhost:{port}"
             yield
-        finally:
-            await runner.cleanup()
 
     @contextlib.asynccontextmanager
-    async def issuer(self, **changes: Any) -> AsyncIterator[StepCAIssuer]:
-        key = self.directory / "key.jwk"
-        key.write_text(json.dumps(JWK))
-        defaults: dict[str, Any] = {
-            "url": self.url,
-            "provisioner": "csi",
-            "root_sha256": self.root.certificate.fingerprint(SHA256()).hex(),
-            "key": FileSource(str(key)),
-        }
-        issuer = StepCAIssuer("step", StepCAConfiguration(**{**defaults, **changes}), CredentialReader())
-        running = asyncio.create_task(issuer.run())
-        try:
+    async def issuer(self) -> AsyncIterator[StepCAIssuer]:
+        file = self.directory / "key.jwk"
+        file.write_text(json.dumps(JWK))
+        root, key = self.root.certificate.fingerprint(SHA256()).hex(), FileSource(str(file))
+        configuration = StepCAConfiguration(url=self.url, provisioner="csi", root_sha256=root, key=key)
+        issuer = StepCAIssuer("step", configuration, CredentialReader())
+        async with in_background(issuer.run()):
             yield issuer
-        finally:
-            running.cancel()
-            await asyncio.wait([running])
-
-    def _context(self) -> ssl.SSLContext:
-        key = pki.key_of(KeyType.EC_P256)
-        server = pki.leaf(self.root, key, Names.of([DNSName("localhost")]), validity=ALWAYS)
-        file = self.directory / "server.pem"
-        file.write_bytes(
-            key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()) + server.public_bytes(Encoding.PEM)
-        )
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(file)
-        return context
 
     async def _respond(self, request: web.Request) -> web.StreamResponse:
         path = request.path if not request.path.startswith("/root/") else "/root"
         if path in self.overrides:
             return await self.overrides[path](request)
-        roots = {"crts": pem(self.root.certificate)}
+        (root,) = pem(self.root.certificate)
         provisioner = {"type": "JWK", "name": "csi", "key": PUBLIC}
         fixed: dict[str, Any] = {
-            "/health": {"status": "ok"},
-            "/root": {"ca": pem(self.root.certificate)[0]},
-            "/roots": roots,
-            "/federation": roots,
-            "/provisioners": {"provisioners": [provisioner], "nextCursor": ""},
-        }
-        if path in fixed:
-            return web.json_response(fixed[path])
-        return await self.sign(request)
+            "/health": {"status": "ok"}, "/root": {"ca": root}, "/roots": {"crts": [root]},
+            "/federation": {"crts": [root]}, "/provisioners": {"provisioners": [provisioner], "nextCursor": ""},
+        }  # fmt: skip
+        return web.json_response(fixed[path]) if path in fixed else await self.sign(request)
 
     async def sign(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -132,19 +104,8 @@ class FakeStepCA:
     def leaf(self, public: Any) -> x509.Certificate:
         now = datetime.now(UTC) - pki.NOW
         validity = pki.Validity(now - timedelta(minutes=1), now + self.lifetime)
-        key = pki.key_of(KeyType.EC_P256, 7)
-        private: Any = _PublicOnly(public or key.public_key())
+        private: Any = SimpleNamespace(public_key=lambda: public)  # only the public key is known
         return pki.leaf(self.signer, private, self.names, validity=validity, extensions=self.extensions)
-
-
-@dataclass(frozen=True)
-class _PublicOnly:
-    """Acts as a private key whose public key is known."""
-
-    key: Any
-
-    def public_key(self) -> Any:
-        return self.key
 
 
 @pytest.fixture
@@ -170,7 +131,7 @@ async def failure(issuer: StepCAIssuer) -> CertmountError:
 
 def plain(text: str, status: int = 200) -> Handler:
     async def respond(_: web.Request) -> web.Response:
-        return web.Response(text=text, status=status)
+        return web.Response(text=text, status=status, content_type="application/json")
 
     return respond
 
@@ -181,25 +142,10 @@ async def broken(request: web.Request) -> web.Response:
     return web.Response()
 
 
-async def redirect(_: web.Request) -> web.Response:
-    return web.Response(status=302, headers={"Location": "/health"})
-
-
-async def too_long(request: web.Request) -> web.StreamResponse:
-    response = web.StreamResponse()
-    await response.prepare(request)
-    with contextlib.suppress(ConnectionError):
-        for _ in range(100):
-            await response.write(b" " * 65536)
-    return response
-
-
 INVALID: list[Handler] = [
     broken,
-    redirect,
-    too_long,
-    *map(plain, ("", "hello", "[]", "null", "1", "{}", '{"crts": 1}', '{"crts": ["x", 1, null]}', "[" * 100_000)),
-    *map(plain, ('{"provisioners": [1, null, {}, {"type": "JWK", "key": 1, "claims": 5}], "nextCursor": 7}',)),
+    *map(plain, ("", "hello", "[]", "null", "1", "{}", '{"crts": 1}', '{"crts": ["x", 1, null]}')),
+    plain('{"provisioners": [1, null, {}, {"type": "JWK", "key": 1, "claims": 5}], "nextCursor": 7}'),
     *map(plain, ('{"certChain": []}', '{"certChain": [1]}', '{"certChain": ["x"]}', '{"ca": 1}'), [201] * 4),
     *(plain('{"status": 1, "message": ["\\u0000"]}', status) for status in (400, 401, 403, 404, 418, 429, 500, 503)),
 ]
@@ -207,7 +153,6 @@ INVALID: list[Handler] = [
 
 @pytest.mark.parametrize("path", ["/health", "/root", "/roots", "/federation", "/provisioners", "/1.0/sign"])
 async def test_invalid_response_results_in_an_error(path: str, ca: FakeStepCA) -> None:
-    """Whatever the server returns, the issuer raises only CertmountError, and finishes."""
     for invalid in INVALID:
         ca.overrides = {path: invalid}
         async with asyncio.timeout(30), ca.issuer() as issuer:
@@ -239,10 +184,8 @@ async def test_certificate_that_differs_from_the_request_is_rejected(ca: FakeSte
             assert text in str(await failure(issuer))
             vars(ca).update(previous)
 
-        async def other_key(_: web.Request) -> web.Response:
-            return web.json_response({"certChain": pem(ca.leaf(None))}, status=201)
-
-        ca.overrides["/1.0/sign"] = other_key
+        other_key = pki.key_of(KeyType.EC_P256, 7).public_key()
+        ca.overrides["/1.0/sign"] = plain(json.dumps({"certChain": pem(ca.leaf(other_key))}), status=201)
         error = await failure(issuer)
         assert error.reason is Reason.INVALID_RESPONSE
         assert "the certificate is for another key" in str(error)
@@ -283,11 +226,7 @@ async def test_proxies_of_the_environment_are_ignored(ca: FakeStepCA, monkeypatc
 async def test_root_must_have_the_configured_fingerprint(ca: FakeStepCA) -> None:
     """Otherwise no token is sent."""
     other = pki.authority("Other", validity=ALWAYS)
-
-    async def other_root(_: web.Request) -> web.Response:
-        return web.json_response({"ca": pem(other.certificate)[0]})
-
-    ca.overrides["/root"] = other_root
+    ca.overrides["/root"] = plain(json.dumps({"ca": pem(other.certificate)[0]}))
     async with ca.issuer() as issuer:
         assert "the server did not return a root with the SHA-256" in str(await failure(issuer))
     assert ca.bodies == []
@@ -304,3 +243,78 @@ async def test_replaced_provisioner_key_is_used_in_the_same_call(ca: FakeStepCA)
 
         ca.overrides["/1.0/sign"] = accept_new_key
         assert (await issuer.issue(request())).chain
+
+
+def test_subject_of_a_token_names_the_secret_if_no_dns_name_fits() -> None:
+    wanted = request()
+    long_name = ".".join(["x" * 40, "y" * 40, "test"])
+    names = Names.of([DNSName.parse(long_name)])
+    secret = replace(wanted, grant=replace(wanted.grant, names=names), identity=SecretIdentity("web", "edge-tls"))
+    claims = token_claims(secret, StepCAConfiguration("https://ca.test", "csi"), "nonce")
+    assert (claims["sub"], claims["sans"]) == ("web/edge-tls", [long_name])
+
+
+async def test_flood_of_one_tenant_leaves_connections_to_others(ca: FakeStepCA) -> None:
+    attacker = PodIdentity(ServiceAccount("shop", "web"), "", "web-0", "u", "node-1", "u", 0.0)
+    released, stalled = asyncio.Event(), asyncio.Semaphore(0)
+    calls = 0
+
+    async def sign(call: web.Request) -> web.StreamResponse:
+        nonlocal calls
+        calls += 1
+        if calls <= MAX_SIGNING // 3:
+            stalled.release()
+            await released.wait()
+        return await ca.sign(call)
+
+    async with ca.issuer() as issuer:
+        await issuer.issue(request())
+        ca.overrides["/1.0/sign"] = sign
+        flood = [asyncio.ensure_future(issuer.issue(replace(request(), identity=attacker))) for _ in range(100)]
+        for _ in range(MAX_SIGNING // 3):
+            await stalled.acquire()
+        async with asyncio.timeout(3):
+            await issuer.issue(request())
+        assert calls == MAX_SIGNING // 3 + 1
+        released.set()
+        await asyncio.gather(*flood)
+    assert calls == 101
+
+
+PAGES = "/provisioners has more than 100 pages of 20"
+
+
+def _provisioners(*names: str, cursor: str = "more") -> Any:
+    entries = [{"type": "JWK", "name": name, "key": PUBLIC} for name in names]
+    return plain(json.dumps({"provisioners": entries, "nextCursor": cursor}))
+
+
+@pytest.mark.parametrize(
+    "path, respond, problem",
+    [
+        ("/provisioners", _provisioners("other"), f"{PAGES}, or takes longer than 60 s"),
+        ("/provisioners", _provisioners("other", cursor="c" * 300), PAGES),
+        ("/roots", plain(json.dumps({"crts": ["x"] * 9000})), "step-ca publishes 9000 roots at /roots; expected at most 10"),
+    ],
+    ids=["endless pages", "long cursor", "many roots"],
+)  # fmt: skip
+async def test_hostile_response_is_a_worded_finding(path: str, respond: Any, problem: str, ca: FakeStepCA) -> None:
+    ca.overrides[path] = respond
+    async with ca.issuer() as issuer:
+        assert problem in str((await issuer.diagnose()).problem)
+
+
+async def test_names_of_thousands_of_provisioners_take_no_memory(ca: FakeStepCA) -> None:
+    ca.overrides["/provisioners"] = _provisioners(*(f"{'n' * 500}{number}" for number in range(100)), cursor="")
+    async with ca.issuer() as issuer:
+        text = str((await issuer.diagnose()).problem)
+    assert "step-ca has no provisioner csi; it has " in text
+    assert text.endswith(" and others")
+    assert len(text) < 3000
+
+
+async def test_long_chain_is_not_parsed(ca: FakeStepCA) -> None:
+    ca.overrides["/1.0/sign"] = plain(json.dumps({"certChain": pem(ca.root.certificate) * 11}), status=201)
+    async with ca.issuer() as issuer:
+        with pytest.raises(CertmountError, match="the response contains no certificate chain"):
+            await issuer.issue(request())

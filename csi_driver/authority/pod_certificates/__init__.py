@@ -1,0 +1,1 @@
+"""The signer of PodCertificateRequests, and the publication of the root sets as ClusterTrustBundles."""

@@ -1,0 +1,98 @@
+"""The queue of a signer of Kubernetes requests: each request once, and the tenants take turns."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import Generic, Protocol, TypeVar
+
+from csi_driver.core.backoff import Backoff
+
+WORKERS = 8
+"""Requests in progress at the same time. More would only wait for the API server."""
+_MAX_FINISHED = 10_000
+_RETRY = Backoff(1, 60)
+
+
+class SignableRequest(Protocol):
+    """A request on the API server. An object that is created again has another UID."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def uid(self) -> str: ...
+    @property
+    def turn(self) -> str:
+        """The tenant that takes turns with others."""
+
+
+_Request = TypeVar("_Request", bound=SignableRequest)
+
+
+class SigningQueue(Generic[_Request]):
+    """Keys of requests to process. ``find`` returns a request as it is now, or None if it was deleted or is finished."""
+
+    def __init__(self, find: Callable[[str], _Request | None]) -> None:
+        self._find = find
+        self._waiting: dict[str, dict[str, None]] = {}  # by tenant
+        self._in_progress: set[str] = set()
+        self._failures: dict[str, int] = {}
+        self._finished: OrderedDict[str, None] = OrderedDict()
+        """UIDs of the latest finished requests. The watch can still deliver an older version, which must not be signed again."""
+        self._changed = asyncio.Event()
+
+    def add(self, request: _Request) -> None:
+        """Process the request, unless it is already waiting or finished."""
+        if request.uid not in self._finished:
+            self._add_key(request.turn, request.key)
+
+    def _add_key(self, turn: str, key: str) -> None:
+        self._waiting.setdefault(turn, {})[key] = None
+        self._changed.set()
+
+    async def run_worker(self, process: Callable[[_Request, bool], Awaitable[bool]]) -> None:
+        """Call ``process`` with one request after the other, and whether it is a retry; retry it if the result is False."""
+        while True:
+            key = await self._take()
+            try:
+                request = self._find(key)
+                # It may have been deleted, or finished while the watch delivered a change of the signer itself.
+                if request is None or request.uid in self._finished:
+                    self._failures.pop(key, None)
+                elif await process(request, key in self._failures):
+                    self._finish(request)
+                else:
+                    self._retry_later(request)
+            finally:
+                self._in_progress.discard(key)
+                self._changed.set()  # it may have been added again in the meantime
+
+    async def _take(self) -> str:
+        while (key := self.next()) is None:
+            self._changed.clear()
+            await self._changed.wait()
+        self._in_progress.add(key)
+        return key
+
+    def next(self) -> str | None:
+        """Remove and return the key that is next, or None."""
+        for tenant, keys in self._waiting.items():
+            for key in keys:
+                if key not in self._in_progress:
+                    del self._waiting[tenant], keys[key]
+                    if keys:
+                        self._waiting[tenant] = keys  # the last one now
+                    return key
+        return None
+
+    def _finish(self, request: _Request) -> None:
+        self._failures.pop(request.key, None)
+        self._finished[request.uid] = None
+        if len(self._finished) > _MAX_FINISHED:
+            self._finished.popitem(last=False)
+
+    def _retry_later(self, request: _Request) -> None:
+        self._failures[request.key] = failures = self._failures.get(request.key, 0) + 1
+        # The timer holds no request: requests that were deleted in the meantime must take no memory.
+        asyncio.get_running_loop().call_later(_RETRY.delay_s(failures), self._add_key, request.turn, request.key)

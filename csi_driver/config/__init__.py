@@ -1,0 +1,1 @@
+"""Read configuration files in YAML, for commands and components that may use much memory."""

@@ -1,0 +1,1 @@
+"""Examines an installation from outside, with the kubeconfig of an administrator, and the files of a volume."""

@@ -1,0 +1,1 @@
+"""What commands read with the kubeconfig of an administrator."""

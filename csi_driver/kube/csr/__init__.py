@@ -1,0 +1,1 @@
+"""CertificateSigningRequests: their cache and their client."""

@@ -1,0 +1,1 @@
+"""PodCertificateRequests and ClusterTrustBundles at the API server."""

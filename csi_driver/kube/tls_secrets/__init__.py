@@ -1,0 +1,1 @@
+"""TLS Secrets of tenants, and the objects that request them."""

@@ -1,0 +1,59 @@
+"""A cache that tenants share: a tenant that stores many entries removes its own, and no others."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+from csi_driver.core.shares import FairShares
+from csi_driver.node.issuance.certificate_request import RequestKey
+
+Value = TypeVar("Value")
+
+
+class SharedCache(Generic[Value]):
+    """Values by request key, the least recently used first."""
+
+    def __init__(self, shares: FairShares) -> None:
+        self._shares = shares
+        self._values: OrderedDict[RequestKey, Value] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, key: RequestKey) -> bool:
+        return key in self._values
+
+    def __iter__(self) -> Iterator[RequestKey]:
+        """Iterate over a copy of the keys."""
+        return iter(list(self._values))
+
+    def get(self, key: RequestKey) -> Value | None:
+        return self._values.get(key)
+
+    def oldest(self) -> tuple[RequestKey, Value] | None:
+        return next(iter(self._values.items()), None)
+
+    def put(self, key: RequestKey, value: Value) -> None:
+        """Store a value. If the share of its owners is used up, remove the oldest entries of the same namespace.
+
+        Store nothing if other namespaces use the whole capacity.
+        """
+        if key not in self._values:
+            while not self._shares.try_take(key.owners):
+                own = next((other for other in self._values if other.namespace == key.namespace), None)
+                if own is None:
+                    return
+                self.remove(own)
+        self._values[key] = value
+        self._values.move_to_end(key)
+
+    def touch(self, key: RequestKey) -> None:
+        """Make an entry the most recently used one."""
+        self._values.move_to_end(key)
+
+    def remove(self, key: RequestKey) -> None:
+        if key in self._values:
+            del self._values[key]
+            self._shares.give_back(key.owners)

@@ -1,0 +1,1 @@
+"""The Secrets controller: keeps TLS Secrets valid for Ingresses, Gateways and lists."""

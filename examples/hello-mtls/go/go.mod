@@ -1,0 +1,3 @@
+module hello-mtls
+
+go 1.24

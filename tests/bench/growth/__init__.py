@@ -1,0 +1,1 @@
+"""Measures how costs grow with the number of nodes, pods, accounts and policy rules."""

@@ -1,0 +1,1 @@
+"""Chaos: a cluster in which everything fails in turn, while pods talk mutual TLS."""

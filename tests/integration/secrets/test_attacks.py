@@ -1,0 +1,87 @@
+"""A tenant that floods the controller delays only itself."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.secrets import manager
+from tests.integration.secrets.conftest import World
+from tests.support.waiting import in_background, until
+
+
+async def test_ingress_that_changes_100_times_a_second(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Secret gets few certificates, and others are served."""
+    monkeypatch.setattr(manager, "MIN_ISSUE_INTERVAL_S", 30.0)
+
+    async def flood() -> None:
+        for number in range(100_000):
+            world.api.ingress("shop", "flood", {"secretName": "flood", "hosts": [f"h{number}.example.com"]})
+            await asyncio.sleep(0.01)
+
+    async with world.running(), in_background(flood()):
+        await world.until_secret("shop/flood")
+        for number in range(5):
+            world.api.ingress("web", f"web-{number}", {"secretName": f"tls-{number}", "hosts": ["web.example.com"]})
+            await world.until_secret(f"web/tls-{number}")
+    flooded = [one for one in world.authority.requests if one.secret.namespace == "shop"]
+    assert len(flooded) == 1
+
+
+async def test_many_ingresses_that_the_policy_refuses(world: World) -> None:
+    def refuse(desired: object) -> CertmountError | None:
+        fault = Fault("evil.example.com", "no policy rule allows this name")
+        return CertmountError(Reason.NAME_NOT_ALLOWED, fault) if "evil" in str(desired) else None
+
+    world.authority.failure = refuse
+    for number in range(1000):
+        world.api.ingress("shop", f"i-{number}", {"secretName": f"tls-{number}", "hosts": ["evil.example.com"]})
+    async with world.running():
+        await until(lambda: len(world.authority.requests) > 20, "the flood")
+        world.api.ingress("web", "web", {"secretName": "tls", "hosts": ["web.example.com"]})
+        await world.until_secret("web/tls")
+        assert len(world.authority.requests) < 500
+    assert [key for key in world.api.secrets if key.startswith("shop/")] == []
+
+
+async def test_slow_issuer_of_one_namespace_does_not_delay_others(world: World) -> None:
+    world.authority.gate = asyncio.Event()
+    for number in range(100):
+        world.api.ingress("shop", f"i-{number}", {"secretName": f"tls-{number}", "hosts": ["a.example.com"]})
+    async with world.running():
+        await until(lambda: len(world.authority.requests) >= 16, "the flood")
+        waiting = len(world.authority.requests)
+        world.api.ingress("web", "web", {"secretName": "tls", "hosts": ["web.example.com"]})
+        await until(lambda: len(world.authority.requests) > waiting, "the victim's request")
+        assert str(world.authority.requests[-1].secret) == "web/tls"
+        world.authority.gate.set()
+        await world.until_secret("web/tls")
+
+
+async def test_hosts_that_are_no_dns_names_cause_events_and_no_requests(world: World) -> None:
+    hosts = ["evil_host", "*", "..", "a" * 300, "xn--\u200b", "1.2.3.4", "\ud800"]
+    world.api.ingress("shop", "evil", *({"secretName": f"s-{n}", "hosts": [host]} for n, host in enumerate(hosts)))
+    world.api.ingress("shop", "good", {"secretName": "good", "hosts": ["good.example.com"]})
+    async with world.running():
+        await world.until_secret("shop/good")
+        await until(lambda: world.api.reasons("evil"), "the event")
+    assert world.api.reasons("evil") == ["InvalidSource"]
+    assert [str(one.secret) for one in world.authority.requests] == ["shop/good"]
+
+
+async def test_entry_of_a_list_cannot_name_a_namespace_that_is_not_managed(world: World) -> None:
+    world.settings = replace(world.settings, lists=(("infra", "list"),))
+    text = "- secret: kube-system/x\n  domains: [a.example.com]\n- secret: web/x\n  domains: [b.example.com]\n"
+    world.api.certificate_list("infra", "list", text)
+    async with world.running():
+        await world.until_secret("web/x")
+        await until(lambda: world.api.reasons("list"), "the event")
+    assert set(world.api.secrets) == {"web/x"}
+    (note,) = world.api.notes("list", "InvalidSource")
+    assert note == (
+        "certificates[0].secret (line 1): 'kube-system/x' is in a namespace that the controller does not manage; "
+        "--namespace has shop, web"
+    )

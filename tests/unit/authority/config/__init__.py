@@ -1,0 +1,1 @@
+"""Tests of csi_driver/authority/config."""

@@ -1,0 +1,1 @@
+"""The rules of certmount doctor that need no cluster."""
