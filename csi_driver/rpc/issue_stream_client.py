@@ -18,8 +18,10 @@ from csi_driver.rpc.issuance_messages import MAX_STREAM_REQUESTS
 _IDLE_S = 30.0  # then the stream ends, because it takes memory in the authority
 _WITHOUT_STREAM_S = 60.0  # how long a node calls Issue after an authority did not know IssueStream
 
+STREAM_LOST = "the authority ended the stream"
+"""The text of a failure without the authority's status. Another attempt finds out what the authority says."""
 _WRITE_FAILED = "Internal error from Core"
-"""grpc.aio's status of a call whose connection was lost while it wrote a message, in place of UNAVAILABLE."""
+"""grpc.aio's status of a call that ended while it wrote a message, in place of the authority's or UNAVAILABLE."""
 
 
 class IssueStreamClient:
@@ -142,7 +144,7 @@ class IssueStream:
             await self._call.done_writing()
 
     async def _read(self) -> None:
-        code, text, metadata = grpc.StatusCode.UNAVAILABLE, "the authority ended the stream", grpc.aio.Metadata()
+        code, text, metadata = grpc.StatusCode.UNAVAILABLE, STREAM_LOST, grpc.aio.Metadata()
         try:
             while (response := await self._call.read()) is not grpc.aio.EOF:
                 if response.draining:

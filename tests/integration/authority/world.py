@@ -29,7 +29,7 @@ from csi_driver.core.names import DNSName, Names
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import KeyType
 from csi_driver.rpc.errors import REASON_KEY
-from csi_driver.rpc.issue_stream_client import IssueStream
+from csi_driver.rpc.issue_stream_client import STREAM_LOST, IssueStream
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 from tests.support.call_failures import CallFailure, failure_of
 from tests.support.tokens import CONTROLLER, DRIVER, Pod, TokenIssuer
@@ -205,8 +205,13 @@ class Caller:
         self, request: authority_pb2.IssueRequest, node: Secret[str] | None = None, metadata: Metadata | None = None
     ) -> authority_pb2.IssueResponse:
         sent = self.bearer(node) if metadata is None else tuple(metadata)
-        if self._world.calls == "stream":
-            return result(await self.stream(sent).issue(request))
+        while self._world.calls == "stream":
+            try:
+                return result(await self.stream(sent).issue(request))
+            except grpc.aio.AioRpcError as error:
+                # grpc.aio loses the status of a stream that the authority ends while a request is written.
+                if error.details() != STREAM_LOST:
+                    raise
         return await self._stub.Issue(request, metadata=sent, timeout=30)
 
     def stream(self, metadata: Metadata) -> IssueStream:
