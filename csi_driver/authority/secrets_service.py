@@ -11,9 +11,10 @@ import grpc
 
 from csi_driver._proto import authority_pb2, authority_pb2_grpc
 from csi_driver.authority.authn.limits import RequestLimits, caller_address
+from csi_driver.authority.callers import bearer_token
 from csi_driver.authority.issuance.pipeline import MAX_SET_NAME
 from csi_driver.authority.issuance.secret_pipeline import SecretPipeline, SecretRequest
-from csi_driver.authority.service import bearer_token, issue_response, trust_bundle
+from csi_driver.authority.service import issue_response, trust_bundle
 from csi_driver.authority.trust.bundles import TrustBundles
 from csi_driver.core.config.issuers import parse_secret_name
 from csi_driver.core.errors import Fault
@@ -27,7 +28,6 @@ from csi_driver.rpc.issuance_messages import duration_and_usages
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _T = TypeVar("_T")
-_SECRETS = ".Secrets/"
 _NO_SECRET = SecretIdentity("", "")
 
 
@@ -55,11 +55,6 @@ class SecretsService(authority_pb2_grpc.SecretsServicer):
             async with contextlib.aclosing(self.trust.watch()) as bundles:
                 async for bundle in bundles:
                     yield trust_bundle(bundle)
-
-
-def method_label(method: str) -> str:
-    """Return what metrics and logs call a method: its name, and for this service also that of the service."""
-    return f"Secrets.{method.rpartition('/')[2]}" if _SECRETS in method else method.rpartition("/")[2]
 
 
 def secret_request(message: authority_pb2.IssueForSecretRequest, address: str, token: Secret[str]) -> SecretRequest:

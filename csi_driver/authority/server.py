@@ -26,6 +26,7 @@ from csi_driver.authority.ca.certificates import CAKeyPair
 from csi_driver.authority.ca.keyring import DEFAULT_PROFILE, CAProfile, Keyring
 from csi_driver.authority.ca.rotation import next_generation
 from csi_driver.authority.ca.sources import CASource, NodeAcknowledgements, StoredCA
+from csi_driver.authority.callers import CallerAuthentication, method_label
 from csi_driver.authority.csr_api import CSRApi
 from csi_driver.authority.csr_signer.csr_pipeline import CSRPipeline
 from csi_driver.authority.csr_signer.signer import CSRSigner
@@ -50,7 +51,7 @@ from csi_driver.authority.pod_certificates.publisher import BundlePublisher, Pub
 from csi_driver.authority.pod_certificates.signer import PodCertificateSigner
 from csi_driver.authority.policy.policy_file import PolicyFile
 from csi_driver.authority.retry import retry
-from csi_driver.authority.secrets_service import SecretsService, method_label
+from csi_driver.authority.secrets_service import SecretsService
 from csi_driver.authority.service import MAX_MESSAGE_BYTES, AuthorityService
 from csi_driver.authority.status import AuthorityStatus
 from csi_driver.authority.storage import Store
@@ -331,9 +332,11 @@ class AuthorityServer:
             callers=limits,
         )
         self._streams = IssueStreamServer(recorder)
-        server = grpc.aio.server(interceptors=[Interceptor(recorder, label=method_label)], options=_GRPC_OPTIONS)
         secrets_account = self._settings.secrets_account
         authenticator = Authenticator(self._reviews, self._settings.node_account, secrets_account)
+        authenticate = CallerAuthentication(authenticator, limits)
+        interceptor = Interceptor(recorder, label=method_label, authenticate=authenticate)
+        server = grpc.aio.server(interceptors=[interceptor], options=_GRPC_OPTIONS)
         pipeline = IssuancePipeline(authenticator, limits, self._issuers, self._trust, self._steps, events)
         acknowledgements = self._acknowledgements
         service = AuthorityService(

@@ -15,6 +15,7 @@ import grpc
 from csi_driver._proto import authority_pb2, authority_pb2_grpc
 from csi_driver.authority.authn.authenticator import Authenticator
 from csi_driver.authority.authn.limits import RequestLimits, caller_address
+from csi_driver.authority.callers import bearer_token
 from csi_driver.authority.events.recorder import EventRecorder
 from csi_driver.authority.issuance.pipeline import MAX_SET_NAME, IssuancePipeline, IssuanceRequest, IssuanceResult
 from csi_driver.authority.trust.acknowledgements import AcknowledgementStore
@@ -118,13 +119,6 @@ class AuthorityService(authority_pb2_grpc.AuthorityServicer):
 
     def _authentication(self, context: _Context) -> AbstractContextManager[None]:
         return self.limits.authentication(caller_address(context.peer()), issue=False)
-
-
-def bearer_token(context: _Context) -> Secret[str]:
-    """Return the token of the ``authorization`` metadata (RFC 6750 section 2.1); empty unless there is exactly one."""
-    values = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
-    scheme, _, token = str(values[0]).partition(" ") if len(values) == 1 else ("", "", "")
-    return Secret(token.strip() if scheme.lower() == "bearer" else "")
 
 
 def _condition_and_message(report: authority_pb2.ReportRequest) -> tuple[str, str]:

@@ -109,9 +109,10 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     ``describe`` returns log fields for a request, such as the pod and volume. It must not return secrets or raise.
     ``rewrite`` changes the text of each status. At most ``max_receiving`` requests of each method are received at a
-    time; the others stay with their callers. ``label`` returns what logs and metrics call a method.
+    time; the others stay with their callers. ``label`` returns what logs and metrics call a method. ``authenticate``
+    (label, context) raises the failure of a call whose request must not be received.
 
-    A method with a stream of requests reads them itself, from the context.
+    A method with a stream of requests authenticates its caller and reads the requests itself, from the context.
     """
 
     def __init__(
@@ -121,11 +122,13 @@ class Interceptor(grpc.aio.ServerInterceptor):
         rewrite: Callable[[str], str] = str,
         max_receiving: int | None = None,
         label: Callable[[str], str] = lambda method: method.rpartition("/")[2],
+        authenticate: Callable[[str, Any], Awaitable[None]] | None = None,
     ) -> None:
         self._recorder = recorder
         self._describe = describe
         self._rewrite = rewrite
         self._label = label
+        self._authenticate = authenticate
         self._places: defaultdict[str, AbstractAsyncContextManager[None]] = defaultdict(
             nullcontext if max_receiving is None else functools.partial(asyncio.Semaphore, max_receiving)
         )
@@ -180,6 +183,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     async def _receive(self, method: str, context: Any, log_fields: ExitStack) -> object:
         """Return the only request of a call, and bind its log fields; raises CertmountError InvalidRequest if there is none."""
+        if self._authenticate is not None:
+            await self._authenticate(method, context)
         try:
             callers = self._recorder.callers
             with callers.receiving(context.peer()) if callers else nullcontext():

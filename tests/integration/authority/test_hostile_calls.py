@@ -38,11 +38,11 @@ from tests.support.tokens import DRIVER, Pod
 from tests.support.waiting import until
 
 
-def call_with(channel: grpc.aio.Channel, *messages: bytes, end: bool = True) -> Any:
+def call_with(caller: Caller, *messages: bytes, end: bool = True, token: Secret[str] | None = None) -> Any:
     """Start an Issue call with any number of any messages; without ``end``, the request never ends."""
 
     async def send() -> Any:
-        call: Any = channel.stream_unary(ISSUE)()
+        call: Any = caller.channel.stream_unary(ISSUE)(metadata=caller.bearer(token))
         for message in messages:
             await call.write(message)
         if end:
@@ -52,25 +52,33 @@ def call_with(channel: grpc.aio.Channel, *messages: bytes, end: bool = True) -> 
     return send()
 
 
-async def test_request_that_does_not_arrive_fails(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_request_that_does_not_arrive_fails(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "_RECEIVE_TIMEOUT_S", 0.1)
-    async with world.channel() as channel:
-        failure = await failure_of(call_with(channel, end=False))
-        assert failure.code is grpc.StatusCode.INVALID_ARGUMENT
-        assert failure.text == "InvalidRequest: request: has not arrived within 0.1 s"
-        await Caller(world, channel).issue()
+    failure = await failure_of(call_with(caller, end=False))
+    assert failure.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert failure.text == "InvalidRequest: request: has not arrived within 0.1 s"
+    await caller.issue()
 
 
 @pytest.mark.parametrize("messages,text", [((b"\xff\xff",), "is not a valid message"), ((), "is missing")])
-async def test_call_without_a_valid_message_fails(messages: tuple[bytes, ...], text: str, world: World) -> None:
-    async with world.channel() as channel:
-        assert (await failure_of(call_with(channel, *messages))).text == f"InvalidRequest: request: {text}"
+async def test_call_without_a_valid_message_fails(messages: tuple[bytes, ...], text: str, caller: Caller) -> None:
+    assert (await failure_of(call_with(caller, *messages))).text == f"InvalidRequest: request: {text}"
+
+
+async def test_request_without_a_valid_token_is_not_received(caller: Caller) -> None:
+    """The call is rejected before its request has arrived, and its audit entry is the usual one."""
+    with capture_logs() as logs:
+        failure = await failure_of(call_with(caller, end=False, token=Secret("garbage")))
+    assert failure.reason == "TokenRejected"
+    (entry,) = (line for line in logs if line["event"] == "certificate")
+    assert (entry["decision"], entry["reason"]) == ("rejected", "TokenRejected")
 
 
 async def test_calls_without_their_request_have_a_share(idle_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MAX_CALLERS", 8)
     async with idle_world.running(), idle_world.channel() as channel:
-        waiting = [asyncio.ensure_future(call_with(channel, end=False)) for _ in range(5)]
+        caller = Caller(idle_world, channel)
+        waiting = [asyncio.ensure_future(call_with(caller, end=False)) for _ in range(5)]
         await until(lambda: any(call.done() for call in waiting), "a refusal")
         (refused,) = (call for call in waiting if call.done())
         assert (await failure_of(refused)).text == (

@@ -179,6 +179,7 @@ class Caller:
 
     def __init__(self, world: World, channel: grpc.aio.Channel) -> None:
         self._world = world
+        self.channel = channel
         self._stub = authority_pb2_grpc.AuthorityStub(channel)
         self._streams: dict[Metadata, IssueStream] = {}
         self._node = world.issuer.node_token()  # one token, because another one opens another stream
