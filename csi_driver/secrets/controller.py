@@ -108,7 +108,11 @@ class _Session:
         self._trusted.set()
 
     def _changed(self, secret: SecretName) -> None:
-        self._schedule(secret, COALESCE_S)
+        if secret in self._table or secret in self._manager:
+            self._schedule(secret, COALESCE_S)
+        else:
+            # A tenant can name other Secrets faster than they are worked on, so that names which wait would fill the memory.
+            self._queue.cancel(secret)
 
     def _schedule(self, secret: SecretName, delay_s: float) -> None:
         self._queue.schedule(secret, delay_s)

@@ -107,6 +107,10 @@ class SecretManager:
     def __post_init__(self) -> None:
         self._settled_at = time.monotonic() + SETTLE_S
 
+    def __contains__(self, name: SecretName) -> bool:
+        """Return whether the Secret has been worked on since a source requests it."""
+        return name in self._states
+
     def update_trust(self, trust: TrustBundle) -> None:
         """Use a new trust bundle, and work on the Secrets that it affects."""
         known, self.trust = self.trust, trust

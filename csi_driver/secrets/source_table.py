@@ -42,6 +42,10 @@ class SourceTable:
         """Return the number of Secrets."""
         return len(self._by_secret)
 
+    def __contains__(self, secret: SecretName) -> bool:
+        """Return whether a source requests the Secret."""
+        return secret in self._by_secret
+
     def secrets(self) -> Iterable[SecretName]:
         return list(self._by_secret)
 

@@ -56,6 +56,14 @@ class FairSchedule:
             self._due_at[key] = due
             self._due.schedule(key, due)
 
+    def cancel(self, key: str) -> None:
+        """Remove a Secret that waits; one that is being worked on is not affected."""
+        if self._due_at.pop(key, None) is None:
+            return
+        self._due.cancel(key)
+        if (namespace := self._namespaces.get(_namespace_of(key))) is not None:
+            namespace.ready.pop(key, None)
+
     def start_next(self, now: float) -> str | None:
         """Return the Secret to work on now: namespaces take turns."""
         self._collect(now)
@@ -100,10 +108,18 @@ class WorkQueue:
         self._schedule = FairSchedule()
         self._wake = asyncio.Event()
 
+    def __len__(self) -> int:
+        """Return the number of Secrets that wait or are being worked on."""
+        return len(self._schedule)
+
     def schedule(self, secret: SecretName, delay_s: float) -> None:
         """Work on the Secret after a delay, or earlier if it is already due earlier."""
         self._schedule.schedule(str(secret), time.monotonic() + delay_s)
         self._wake.set()
+
+    def cancel(self, secret: SecretName) -> None:
+        """Forget a Secret that waits."""
+        self._schedule.cancel(str(secret))
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as actions:

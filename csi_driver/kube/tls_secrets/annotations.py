@@ -1,8 +1,8 @@
-"""Read the labels and annotations that certmount uses. Tenants write any others, up to 256 KiB of them."""
+"""Read the entries of maps that certmount uses. Tenants write any others: labels, annotations, and a megabyte of keys of a Secret."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from csi_driver._proto.kubernetes_pb2 import BytesPair
 from csi_driver.kube.metadata import text
@@ -13,6 +13,13 @@ _KEY_FIELD = b"\x0a"  # the tag of the key, which is the first field of an entry
 
 def read_pairs(entries: Sequence[bytes], keys: Iterable[str]) -> Mapping[str, str]:
     """Return the values of these keys from entries of a map; all other entries are not parsed."""
+    return {key: text(value) for key, value in read_values(entries, keys)}
+
+
+def read_values(entries: Sequence[bytes], keys: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield these keys and their values from entries of a map; all other entries are not parsed."""
     starts = tuple(_KEY_FIELD + bytes([len(key)]) + key.encode() for key in keys)
-    found = [decode(BytesPair, entry) for entry in entries if entry.startswith(starts)]
-    return {pair.key.decode(): text(pair.value) for pair in found}
+    for entry in entries:
+        if entry.startswith(starts):
+            pair = decode(BytesPair, entry)
+            yield pair.key.decode(), pair.value

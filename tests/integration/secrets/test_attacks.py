@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 import pytest
 
 from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.kube.client import ObjectName
+from csi_driver.kube.connection import Api, ApiConfiguration
+from csi_driver.kube.tls_secrets.secret_client import SecretClient
 from csi_driver.secrets import manager
+from csi_driver.secrets.requests import SecretName
+from csi_driver.secrets.work_queue import WorkQueue
 from tests.integration.secrets.conftest import World
 from tests.support.waiting import in_background, until
 
@@ -29,6 +35,30 @@ async def test_ingress_that_changes_100_times_a_second(world: World, monkeypatch
             await world.until_secret(f"web/tls-{number}")
     flooded = [one for one in world.authority.requests if one.secret.namespace == "shop"]
     assert len(flooded) == 1
+
+
+async def test_ingress_that_names_other_secrets_all_the_time_does_not_fill_the_memory(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 Secrets of a namespace are worked on in a second; an Ingress can name 100 others in each of its versions."""
+    queues: list[WorkQueue] = []
+
+    class ObservedQueue(WorkQueue):
+        def __init__(self, action: Callable[[SecretName], Awaitable[None]]) -> None:
+            super().__init__(action)
+            queues.append(self)
+
+    monkeypatch.setattr("csi_driver.secrets.controller.WorkQueue", ObservedQueue)
+    async with world.running():
+        for version in range(50):
+            entries = [{"secretName": f"v{version}-{n}", "hosts": ["a.example.com"]} for n in range(50)]
+            world.api.ingress("shop", "flood", *entries)
+            await asyncio.sleep(0.02)
+        await until(lambda: any(key.startswith("shop/v49-") for key in world.api.secrets), "the last version")
+        assert len(queues[0]) < 300, "2,500 names were requested"
+        # Those that were worked on are forgotten, too.
+        world.api.ingresses["shop"].remove("shop/flood")
+        await until(lambda: not len(queues[0]), "an empty queue")
 
 
 async def test_many_ingresses_that_the_policy_refuses(world: World) -> None:
@@ -85,3 +115,12 @@ async def test_entry_of_a_list_cannot_name_a_namespace_that_is_not_managed(world
         "certificates[0].secret (line 1): 'kube-system/x' is in a namespace that the controller does not manage; "
         "--namespace has shop, web"
     )
+
+
+async def test_other_keys_of_a_secret_are_not_parsed(world: World) -> None:
+    """A Secret can have 100,000 keys. To parse them takes half a second, in which no other Secret is worked on."""
+    keys = {f"key-{number}": b"" for number in range(1000)}
+    world.api.secret("shop/tls", {**keys, "tls.crt": b"a certificate"})
+    async with Api(ApiConfiguration(url=world.api.url)) as api:
+        contents = await SecretClient(api).read(ObjectName("Secret", "shop", "tls"))
+    assert {key: value.reveal() for key, value in contents.data.items()} == {"tls.crt": b"a certificate"}

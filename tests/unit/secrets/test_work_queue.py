@@ -71,6 +71,19 @@ def test_starts_of_one_namespace_are_limited() -> None:
     assert counts["flood"] <= 10 * MAX_STARTS_PER_S + 20
 
 
+def test_cancelled_secret_takes_no_memory_and_no_turn() -> None:
+    schedule = FairSchedule()
+    for name in ("later", "due", "other"):
+        schedule.schedule(f"shop/{name}", 9.0 if name == "later" else 0.0)
+    assert schedule.start_next(0.0) == "shop/due"
+    for name in ("later", "due", "other", "unknown"):  # "due" is being worked on, and "other" has its turn next
+        schedule.cancel(f"shop/{name}")
+    assert (len(schedule), started(schedule, 10.0)) == (1, [])
+    schedule.end("shop/due")
+    schedule.schedule("shop/other", 11.0)
+    assert started(schedule, 11.0) == ["shop/other"]
+
+
 async def test_queue_runs_what_is_due() -> None:
     done: list[str] = []
 
