@@ -40,6 +40,7 @@ from csi_driver.core.spec import (
     DEFAULT_KEY_TYPE,
     MAX_FEDERATIONS,
     MAX_NAMES,
+    MAX_NAMES_BYTES,
     MIN_DURATION,
     KeyType,
     Usage,
@@ -271,6 +272,11 @@ class _Reader:
             longest = max(values, key=lambda attribute: len(values[attribute]))
             problem = f"the attributes contain {len(names)} names in total"
             self._fault(longest.name, problem, f"a certificate has at most {MAX_NAMES}")
+        sizes = {attribute: sum(len(name.text) for name in items) for attribute, items in values.items()}
+        if (size := sum(sizes.values())) > MAX_NAMES_BYTES:  # variables can make short attributes long
+            largest = max(sizes, key=lambda attribute: sizes[attribute])
+            problem = f"the attributes contain {size} bytes of names in total"
+            self._fault(largest.name, problem, f"a certificate has at most {MAX_NAMES_BYTES}")
         return names
 
     @property

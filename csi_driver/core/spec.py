@@ -8,6 +8,9 @@ from enum import Enum, unique
 MIN_DURATION = timedelta(seconds=10)  # a shorter lifetime leaves no time for a renewal: one failure would be an outage
 DEFAULT_ISSUER = "internal"  # the internal CA
 MAX_NAMES = 100  # Names in one certificate, as many as public CAs allow. Every TLS handshake transmits them.
+MAX_NAMES_BYTES = 54 * 1024
+"""All names together. With a key of any type, they fit into a CSR of 64 KiB. After a message that is too long for it, the
+authority would end the stream of the node, with the requests of all pods."""
 MAX_FEDERATIONS = 10  # additional root sets in one volume
 
 

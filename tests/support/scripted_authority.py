@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from csi_driver._proto import authority_pb2, authority_pb2_grpc
+from csi_driver.authority.service import MAX_MESSAGE_BYTES
 from csi_driver.core.certificates.csr import parse_csr, san_extension
 from csi_driver.core.certificates.keys import PublicKey, public_bytes
 from csi_driver.core.certificates.root_sets import RootSet
@@ -161,7 +162,8 @@ class ScriptedAuthority(authority_pb2_grpc.AuthorityServicer):
         credentials = grpc.ssl_server_credentials([(pem_key, certificate.public_bytes(Encoding.PEM))])
         recorder = CallRecorder(lambda _: None)
         self._streams = IssueStreamServer(recorder)
-        self._server = grpc.aio.server(interceptors=[_Versions(self), Interceptor(recorder)])
+        options = (("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),)
+        self._server = grpc.aio.server(interceptors=[_Versions(self), Interceptor(recorder)], options=options)
         authority_pb2_grpc.add_AuthorityServicer_to_server(self, self._server)
         port = int(self.address.rpartition(":")[2] or 0)
         bound = self._server.add_secure_port(f"127.0.0.1:{port}", credentials)

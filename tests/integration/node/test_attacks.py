@@ -195,6 +195,23 @@ async def test_attributes_are_limited_before_they_are_parsed(attributes: dict[st
     assert (failure.code, failure.text) == (grpc.StatusCode.INVALID_ARGUMENT, f"InvalidRequest: {text}")
 
 
+async def test_long_names_of_one_pod_do_not_end_the_requests_of_others(node: Node) -> None:
+    """The authority ends the stream of the node, with the requests of all pods, after a message that is too long."""
+    node.script.gate = gate = asyncio.Event()
+    victim = asyncio.create_task(node.publish(node.request(_victim(0))))
+    await until(lambda: node.script.calls == 1, "the victim's request")
+    uris = ", ".join(f"https://example.com/{number}/{'${POD_NAME}' * 8}" for number in range(100))
+    attacker = FakePod(namespace="attacker", name=".".join(("a" * 60,) * 4), service_account="flood")
+    failure = await failure_of(node.publish(node.request(attacker, {"uri-sans": uris, "spiffe": "false"})))
+    gate.set()
+    await victim
+    assert failure.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert re.fullmatch(
+        "InvalidAttributes: volumeAttributes.uri-sans: the attributes contain [0-9]{6} bytes of names in total; a certificate has at most 55296",
+        failure.text,
+    )
+
+
 async def test_call_that_is_too_long_is_refused_before_it_is_parsed(node: Node) -> None:
     failure = await failure_of(node.publish(node.request(attributes={"dns-names": "x" * 300_000})))
     assert failure.code == grpc.StatusCode.RESOURCE_EXHAUSTED

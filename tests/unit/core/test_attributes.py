@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from csi_driver.core.attribute_hints import _BY_KEY, _HINTS
 from csi_driver.core.attributes import ATTRIBUTES, CertificateSpec, IssuanceOptions, parse_attributes
-from csi_driver.core.certificates.csr import build_csr, parse_csr
+from csi_driver.core.certificates.csr import MAX_CSR_BYTES, build_csr, parse_csr
 from csi_driver.core.certificates.keys import key_type_of
 from csi_driver.core.durations import parse_duration
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.names import IPAddress, Names
-from csi_driver.core.spec import MAX_NAMES, MIN_DURATION, KeyType, Usage
+from csi_driver.core.spec import MAX_NAMES, MAX_NAMES_BYTES, MIN_DURATION, KeyType, Usage
 from tests.support.hostile_csrs import internationalized_names
 from tests.support.requirements import require_program
 from tests.unit.core import strategies
@@ -321,6 +321,21 @@ def test_total_number_of_names_is_limited() -> None:
     assert "101 names in total" in faults_of({"name": "a.example", "uri-sans": uris})["uri-sans"]
     ips = ",".join(f"10.0.0.{number}" for number in range(61))
     assert "121 names in total" in faults_of({"dns-names": hosts.rpartition(",n60.")[0], "ip-sans": ips})["ip-sans"]
+
+
+_URIS_WITH_VARIABLES = ",".join(f"https://example.com/{number:02}/{'${POD_NAME}' * 4}" for number in range(MAX_NAMES))
+
+
+@pytest.mark.parametrize("key_type", KeyType, ids=lambda key_type: key_type.value)
+def test_total_size_of_names_is_limited_to_what_fits_into_a_csr(key_type: KeyType) -> None:
+    longest = MAX_NAMES_BYTES // MAX_NAMES - len("https://example.com/00/")
+    attributes = {"uri-sans": _URIS_WITH_VARIABLES, "key-type": key_type.value}
+    largest = parse_attributes(attributes, {"POD_NAME": "a" * (longest // 4)}).names
+    assert sum(len(name.text) for name in largest) > MAX_NAMES_BYTES - 4 * MAX_NAMES
+    assert len(build_csr(key_of(key_type), largest)) <= MAX_CSR_BYTES
+    with pytest.raises(CertmountError) as caught:
+        parse_attributes(attributes, {"POD_NAME": "a" * (longest // 4 + 1)})
+    assert f"bytes of names in total; a certificate has at most {MAX_NAMES_BYTES}" in str(caught.value)
 
 
 def test_number_of_reported_faults_is_limited() -> None:
