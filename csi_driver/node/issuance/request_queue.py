@@ -68,11 +68,11 @@ class RequestQueue:
 
         The authority does not call an issuer for it. So it waits only for requests to the internal CA, which are short.
         """
-        await self._send_first(DEFAULT_ISSUER, pod, lambda: self._calls.check(csr, token, spec))
+        await self._send_first(DEFAULT_ISSUER, pod, lambda: self._calls.check(csr, token, spec), spec.issuer)
 
     async def check(self, csr: bytes, token: Secret[str], spec: CertificateSpec) -> None:
         """Do what :meth:`check_first` does for a renewal whose turn has come."""
-        await self._send(DEFAULT_ISSUER, lambda: self._calls.check(csr, token, spec))
+        await self._send(DEFAULT_ISSUER, lambda: self._calls.check(csr, token, spec), spec.issuer)
 
     def renewal_turn(
         self, issuer: str, pod: Pod, volume_id: str, not_after: float
@@ -105,12 +105,14 @@ class RequestQueue:
         """Return the number of renewals that wait for their turn. Also called from other threads."""
         return sum(len(queue.waiting(RequestClass.RENEWAL)) for queue in list(self._queues.values()))
 
-    async def _send_first(self, issuer: str, pod: Pod, call: Callable[[], Awaitable[T]]) -> T:
+    async def _send_first(
+        self, issuer: str, pod: Pod, call: Callable[[], Awaitable[T]], checked: str | None = None
+    ) -> T:
         deadline, request = _now() + MAX_WAIT_S, partial(QueuedRequest, RequestClass.FIRST, pod, self._clock())
         for attempt in itertools.count(1):
             try:
                 async with self._turn(issuer, request(), deadline):
-                    return await self._send(issuer, call)
+                    return await self._send(issuer, call, checked)
             except CertmountError as error:
                 delay_s = self._retry_delay_s(error, attempt)
                 if delay_s is None or _now() + delay_s >= deadline:
@@ -124,13 +126,19 @@ class RequestQueue:
             return retry_delay_s(attempt=attempt, kind=error.reason.kind, jitter=self._rng())
         return 0.0 if error.reason.kind.scope is Scope.LOAD else None  # The rate controller delays the next turn.
 
-    async def _send(self, issuer: str, call: Callable[[], Awaitable[T]]) -> T:
+    async def _send(self, issuer: str, call: Callable[[], Awaitable[T]], checked: str | None = None) -> T:
+        """Send a request in the queue of ``issuer``, or a check for the issuer ``checked``."""
+        other = self._queue(checked or issuer)
         queue = self._queue(issuer)
-        epochs = queue.epochs
+        epochs, other_epochs = queue.epochs, other.epochs
         try:
             result = await call()
         except CertmountError as error:
-            self._record(issuer, queue, epochs, error)
+            # In a check, this says nothing about the issuer in whose queue it waited.
+            if checked is not None and error.reason is Reason.ISSUER_UNAVAILABLE:
+                self._record(checked, other, other_epochs, error)
+            else:
+                self._record(issuer, queue, epochs, error)
             raise
         self._record(issuer, queue, epochs, None)
         return result

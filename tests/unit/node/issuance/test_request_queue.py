@@ -201,6 +201,29 @@ async def test_renewals_wait_for_the_end_of_an_outage_and_are_then_postponed() -
 
 
 @in_virtual_time
+@pytest.mark.parametrize("is_renewal", [False, True])
+async def test_checks_for_an_unavailable_issuer_delay_no_renewals_of_the_internal_ca(is_renewal: bool) -> None:
+    """A pod repeats them as often as it likes, and pods that share certificates of the issuer need them for each renewal."""
+    authority = Authority(failure=CertmountError(Reason.ISSUER_UNAVAILABLE, "the roots of acme are not known yet"))
+    spec, queue = CertificateSpec(issuer="acme"), authority.queue
+    check = queue.check(b"", _TOKEN, spec) if is_renewal else queue.check_first(b"", _TOKEN, spec, pod_named("web"))
+    with pytest.raises(CertmountError):
+        await check
+    assert (queue.outage("internal"), queue.outage("acme")) == (None, authority.failure)
+    authority.failure, began = None, _now()
+    assert await asyncio.gather(*(authority.renew(str(number), 1e6) for number in range(2))) == [0, 0]
+    assert _now() - began < 2.1
+
+
+@in_virtual_time
+async def test_checks_notice_that_the_authority_is_unavailable() -> None:
+    authority = Authority(failure=CertmountError(Reason.AUTHORITY_UNAVAILABLE, "connection refused"))
+    with pytest.raises(CertmountError):
+        await authority.queue.check(b"", _TOKEN, CertificateSpec(issuer="acme"))
+    assert authority.queue.outage("internal") is authority.failure
+
+
+@in_virtual_time
 async def test_renewal_of_a_removed_volume_leaves_the_queue() -> None:
     authority = Authority(failure=CertmountError(Reason.AUTHORITY_UNAVAILABLE, "connection refused"))
     with pytest.raises(CertmountError):
