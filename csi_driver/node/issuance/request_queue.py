@@ -134,7 +134,7 @@ class RequestQueue:
         try:
             result = await call()
         except CertmountError as error:
-            # In a check, this says nothing about the issuer in whose queue it waited.
+            # The check waited in the queue of another issuer, which can be available.
             if checked is not None and error.reason is Reason.ISSUER_UNAVAILABLE:
                 self._record(checked, other, other_epochs, error)
             else:

@@ -79,6 +79,8 @@ class CertificateReporter:
         if (waiting := self._waiting.get(volume_id)) is not None:
             waiting.condition, waiting.reason, waiting.message = condition, reason, message
             return
+        if volume_id != self._sending and condition is self._last_reported(volume_id):
+            return  # a successful renewal must not use up the share of failures
         try:
             self._shares.take(pod.tenant)
         except CertmountError as error:
@@ -100,6 +102,9 @@ class CertificateReporter:
         self._shares.give_back(waiting.pod.tenant)
         return waiting
 
+    def _last_reported(self, volume_id: str) -> CertificateCondition:
+        return self._reported.get(volume_id, CertificateCondition.CERTIFICATE_RECOVERED)
+
     async def run(self) -> None:
         clock = asyncio.get_running_loop().time
         refilled_at = clock()
@@ -115,8 +120,7 @@ class CertificateReporter:
             waiting = self._queue.start_next()
             self._queue.end(waiting, started=True)
             self._remove(waiting.volume_id)
-            reported = self._reported.get(waiting.volume_id, CertificateCondition.CERTIFICATE_RECOVERED)
-            if waiting.condition is not reported:
+            if waiting.condition is not self._last_reported(waiting.volume_id):
                 self._allowed -= 1
                 await self._send(waiting)
 

@@ -32,6 +32,7 @@ class Authority:
     attempts: int = 0
     renewed_at: float = math.inf  # from when on the pods have new tokens
     expired_at: float = math.inf  # of the first tokens
+    seconds: float = 0.0  # that a report takes
 
     def token_of(self, volume: str) -> Secret[str]:
         is_new = asyncio.get_running_loop().time() >= self.renewed_at
@@ -40,6 +41,7 @@ class Authority:
     async def report(self, report: CertificateReport) -> None:
         self.attempts += 1
         assert len(report.message) <= 1024
+        await asyncio.sleep(self.seconds)
         now = asyncio.get_running_loop().time()
         if now < self.available_at:
             raise self.failure
@@ -99,6 +101,20 @@ def test_namespace_with_many_reports_does_not_delay_or_drop_those_of_others() ->
     assert len(authority.received) == MAX_WAITING_REPORTS // 2 + 1
     reported_at, _ = authority.received[authority.volumes.index("victim")]
     assert reported_at - 60 < 60
+
+
+def test_successful_renewals_do_not_use_up_the_share_of_failures() -> None:
+    """After a burst, reports wait for minutes. Meanwhile, a namespace can renew more volumes than its share allows reports."""
+    authority = Authority()
+    burst = [_report(1.0, EXPIRED, f"other-{number}", "other") for number in range(20)]
+    renewed = [_report(2.0, RECOVERED, f"renewed-{number}") for number in range(MAX_WAITING_REPORTS)]
+    _run(authority, *burst, *renewed, _report(3.0, EXPIRED, "expired"))
+    assert "expired" in authority.volumes
+
+
+def test_recovery_while_the_failure_is_sent_is_reported() -> None:
+    authority = Authority(seconds=5)
+    assert _run(authority, _report(0.0, EXPIRED), _report(1.0, RECOVERED)) == [EXPIRED, RECOVERED]
 
 
 def test_retries_are_limited() -> None:
