@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -86,6 +86,7 @@ class _State:
     issued_at: float = float("-inf")  # monotonic
     pending: PendingRequest | None = None
     obtained: SecretCertificate | None = None  # not written yet
+    obtained_annotations: Mapping[str, str] = field(default_factory=dict)  # as the Secret would have them
     waiting: bool = False  # for sources that have not been read
 
 
@@ -195,6 +196,8 @@ class SecretManager:
         state.waiting = False
         if finding:
             return await self._renew(state, desired, finding, contents)
+        # The response to the last write can have been lost, so its key must not be used again.
+        state.pending = state.obtained = None
         await self._keep(state, desired, contents, current)
         if adopt:
             self._tell(desired, False, "SecretAdopted", "certmount manages this Secret now; its certificate is valid")
@@ -241,12 +244,16 @@ class SecretManager:
         wait_s = state.issued_at + MIN_ISSUE_INTERVAL_S - time.monotonic()
         if wait_s > 0:
             return wait_s
+        if state.obtained is not None and (outdated := self._find_outdated(state, state.obtained, desired)):
+            log.info("certificate not written", secret=str(desired.secret), condition=str(outdated))
+            state.pending = state.obtained = None
         if state.pending is None or state.pending.desired != desired:
             log.info("certificate requested", secret=str(desired.secret), condition=str(finding))
             known = state.pending.key if state.pending else None
             state.pending, state.obtained = await self.issuance.prepare(desired, known), None
         if state.obtained is None:
             state.obtained = await self.issuance.obtain(state.pending)
+            state.obtained_annotations = _annotations(desired, state.obtained.chain[0], state.trust)
         obtained = state.obtained
         await self._write(state, desired, obtained, contents)
         state.pending, state.obtained, state.issued_at = None, None, time.monotonic()
@@ -263,6 +270,13 @@ class SecretManager:
         text = f"issued a certificate of {desired.options.issuer}, valid until {expiry} ({finding})"
         self._tell(desired, False, "CertificateIssued", text)
         return self._succeed(state, desired)
+
+    def _find_outdated(
+        self, state: _State, obtained: SecretCertificate, desired: DesiredSecret
+    ) -> FoundCondition | None:
+        """Return why a certificate that could not be written would be replaced at once if it was in the Secret."""
+        current = CurrentCertificate(obtained.key, obtained.chain)
+        return find_condition(current, state.obtained_annotations, desired, state.trust, utc(time.time()))
 
     async def _write(
         self, state: _State, desired: DesiredSecret, obtained: SecretCertificate, contents: SecretContents | None
