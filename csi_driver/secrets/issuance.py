@@ -21,6 +21,9 @@ from csi_driver.rpc.authority_messages import IssuanceResponse
 from csi_driver.secrets.conditions import utc
 from csi_driver.secrets.requests import DesiredSecret
 
+_EXPENSIVE = (KeyType.RSA_2048, KeyType.RSA_3072, KeyType.RSA_4096)
+"""RSA-4096 needs about half a second of CPU time. All other types need less than 1 ms, and do not wait for the keys of others."""
+
 
 class Authority(Protocol):
     """Issues certificates."""
@@ -48,7 +51,7 @@ class PendingRequest:
 
 @dataclass(eq=False)
 class SecretIssuance:
-    """Requests and verifies certificates. RSA keys are generated one at a time in ``executor``."""
+    """Requests and verifies certificates. RSA keys are generated one at a time in ``executor``, and others at once."""
 
     authority: Authority
     executor: Executor
@@ -57,7 +60,10 @@ class SecretIssuance:
         """Return a request with this key, if it has the right type, or with a new one."""
         key_type = desired.options.key_type or KeyType.EC_P256
         if key is None or key_type_of(key.public_key()) is not key_type:
-            key = await asyncio.get_running_loop().run_in_executor(self.executor, generate_key, key_type)
+            if key_type in _EXPENSIVE:
+                key = await asyncio.get_running_loop().run_in_executor(self.executor, generate_key, key_type)
+            else:
+                key = generate_key(key_type)
         return PendingRequest(desired, key, build_csr(key, Names.of(dns=desired.names)))
 
     async def obtain(self, pending: PendingRequest) -> SecretCertificate:
