@@ -108,6 +108,7 @@ class Driver:
             budget,
             reload_rules,
             default_key_type,
+            self.log_shares,
         )
         self.status = functools.partial(NodeStatus, node_name, store, volumes, self._renewals)
         metrics.count_waiting(queue.renewals_waiting)

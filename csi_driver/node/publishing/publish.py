@@ -24,6 +24,7 @@ from csi_driver.host.volume_store import VolumeStore
 from csi_driver.node.fair_thread import FairThread
 from csi_driver.node.issuance.certificate_client import CertificateClient
 from csi_driver.node.issuance.certificate_request import CertificateRequest
+from csi_driver.node.log_shares import LogShares
 from csi_driver.node.publishing.publish_request import (
     Declaration,
     PublishRequest,
@@ -62,6 +63,7 @@ class Publisher:
     budget: VolumeBudget
     reload_rules: ReloadRules
     default_key_type: KeyType
+    logs: LogShares
     turns: PublishTurns = field(default_factory=PublishTurns)
     mounter: FairThread = field(default_factory=lambda: FairThread("mounts"))
 
@@ -86,7 +88,8 @@ class Publisher:
         except CertmountError as error:
             if not self.published.is_mounted(call.volume_id, call.target_path):
                 raise
-            log.warning("republish failed; the volume keeps its files", reason=error.reason.word, error=str(error))
+            if self.logs.may_log():
+                log.warning("republish failed; the volume keeps its files", reason=error.reason.word, error=str(error))
 
     async def _find_existing(self, request: PublishRequest) -> Volume | None:
         """Return the volume if it has files; adopt a mounted volume whose record was lost."""

@@ -300,3 +300,16 @@ async def test_failures_of_one_namespace_do_not_fill_the_log(node: Node) -> None
     lines = node.driver.log_text()[before:].splitlines()
     assert sum('"pod": "attacker/' in line for line in lines) <= MAX_FAILURES_LOGGED // 2
     assert sum('"pod": "victim/shop-0"' in line for line in lines) == 1
+
+
+async def test_failed_republishes_of_one_namespace_do_not_fill_the_log(node: Node) -> None:
+    """A tenant can change a Secret, and have the kubelet republish the volumes of a pod by changing the pod."""
+    request = node.request(_attacker(0), {"files": "java"})
+    request.secrets["password"] = "changeit"
+    await node.publish(request)
+    before = len(node.driver.log_text())
+    request.secrets["password"] = ""
+    for _ in range(MAX_FAILURES_LOGGED):
+        await node.publish(request)
+    lines = node.driver.log_text()[before:].splitlines()
+    assert 0 < sum("republish failed" in line for line in lines) <= MAX_FAILURES_LOGGED // 2
