@@ -54,8 +54,10 @@ class VolumeRestorer:
                 self._keep(restored_volume(record, self.node_name))
             except CertmountError as error:
                 unusable.append(self.store.key(record.volume_id))
+                self.metrics.record_quarantined()
                 self.budget.measure(record.volume_id, None)
-                log.error("volume not restored", volume=record.volume_id, error=str(error))  # noqa: TRY400
+                pod = str(pod_of(record))
+                log.error("volume not restored", volume=record.volume_id, pod=pod, error=str(error))  # noqa: TRY400
         for quarantined in scan.quarantined:
             self.metrics.record_quarantined()
             self.budget.measure(quarantined.key, None)

@@ -132,7 +132,11 @@ async def test_volume_of_a_newer_driver_keeps_its_files(node: Node) -> None:
     record = node.record(request)
     (node.volume_dir(request) / "record.json").write_text(json.dumps(record | {"attributes": {"keystore": "jks"}}))
     await node.driver.start()
-    assert any("keystore" in line["error"] for line in node.driver.events("volume not restored"))
+    (line,) = node.driver.events("volume not restored")
+    assert "keystore" in line["error"]
+    assert line["pod"] == f"{record['pod_namespace']}/{record['pod_name']}"
+    # Nothing renews it, so an alert must fire.
+    await until(lambda: node.metric("certmount_node_records_quarantined_total") == 1, "the metric")
     republish = node.kubelet.publish_request(FakePod(uid=record["pod_uid"]), {"keystore": "jks"})
     await node.publish(republish)
     assert node.shown(request) == shown
