@@ -68,7 +68,8 @@ class NamespaceRoots:
         if data != self._data:
             self._data, self._revision = data, self._revision + 1
         namespaces = sorted(self.labelled()) if data else []
-        self._written = {name: done for name, done in self._written.items() if name in namespaces}
+        labelled = frozenset(namespaces)
+        self._written = {name: done for name, done in self._written.items() if name in labelled}
         for namespace in namespaces:
             done = self._written.get(namespace)
             if done is None or done.revision != self._revision or self.clock() - done.at >= _REPAIR_S:
