@@ -12,6 +12,7 @@ import structlog
 
 from csi_driver.core.cluster.objects import EventTarget
 from csi_driver.core.errors import CertmountError
+from csi_driver.core.shares import FairShares
 from csi_driver.events.recorder import ObjectEventRecorder
 from csi_driver.kube.cache_shares import namespace_owner
 from csi_driver.kube.connection import Api
@@ -35,6 +36,9 @@ COALESCE_S = 0.5
 READ_INTERVAL_S = 1.0
 """How often the controller checks whether the sources of waiting Secrets have been read."""
 _MAX_LOGGED = 10  # resources
+MAX_FAILURES_LOGGED = 600
+"""Per minute. A single namespace gets half of them. Metrics count all failures, and events show them."""
+_LOG_PERIOD_S = 60.0
 
 
 class SecretsAuthority(Authority, Protocol):
@@ -66,12 +70,27 @@ class SecretsController:
             self.metrics.clear()
 
 
+class LogShares:
+    """Limits the log lines about failures, so that the sources of one namespace cannot fill the log."""
+
+    def __init__(self) -> None:
+        self._shares = FairShares("failures logged per minute", MAX_FAILURES_LOGGED)
+
+    def may_log(self, namespace: str) -> bool:
+        """Return whether to log a failure, and count it."""
+        owners = (namespace_owner(namespace),)
+        if may_log := self._shares.try_take(owners):
+            asyncio.get_running_loop().call_later(_LOG_PERIOD_S, self._shares.give_back, owners)
+        return may_log
+
+
 class _Session:
     """One leadership."""
 
     def __init__(self, controller: SecretsController) -> None:
         self._controller = controller
         self._trusted = asyncio.Event()
+        self._logs = LogShares()
         settings = controller.settings
         self._table = SourceTable(self._changed, self._source_failed)
         self._manager = SecretManager(
@@ -82,6 +101,7 @@ class _Session:
             self._record,
             controller.metrics,
             lambda secret: self._watches.unread(secret.namespace),
+            self._logs.may_log,
         )
         self._queue = WorkQueue(self._manager.work)
         self._watches = source_watches(controller.watches, settings, self._table)
@@ -118,7 +138,8 @@ class _Session:
         self._queue.schedule(secret, delay_s)
 
     def _source_failed(self, target: EventTarget, error: CertmountError) -> None:
-        log.info("source not valid", source=str(target), error=str(error))
+        if self._logs.may_log(target.namespace):
+            log.info("source not valid", source=str(target), error=str(error))
         self._record(target, True, error.reason.word, error.text)
 
     def _record(self, target: EventTarget, warning: bool, reason: str, message: str) -> None:

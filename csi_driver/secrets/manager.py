@@ -92,7 +92,7 @@ class _State:
 
 @dataclass(eq=False)
 class SecretManager:
-    """``schedule`` asks for a call of :meth:`work` after a delay."""
+    """``schedule`` asks for a call of :meth:`work` after a delay; ``may_log`` limits the log lines about failures of a namespace."""
 
     secrets: SecretClient
     issuance: SecretIssuance
@@ -101,6 +101,7 @@ class SecretManager:
     record: RecordEvent
     metrics: SecretsMetrics
     unread: Callable[[SecretName], UnreadSources]
+    may_log: Callable[[str], bool]
     trust: TrustBundle | None = None
     _states: dict[SecretName, _State] = field(default_factory=dict)
     _waiting: dict[SecretName, tuple[DesiredSecret, str]] = field(default_factory=dict)  # with the annotation source
@@ -310,7 +311,7 @@ class SecretManager:
         kind, pending = error.reason.kind, error.reason.kind is FailureKind.PENDING
         state.failures, state.reason = state.failures + 1, error.reason
         self.metrics.failed(str(desired.secret), error.reason, pending=pending)
-        if not pending:
+        if not pending and self.may_log(desired.secret.namespace):
             log.warning("certificate not issued", secret=str(desired.secret), error=str(error))
         self._tell(desired, not pending, error.reason.word, error.text)
         backoff = _PENDING if pending else _RETRY if kind.retry is Retry.BACKOFF else _SLOW_RETRY

@@ -7,12 +7,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 import pytest
+import structlog
 
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.kube.client import ObjectName
 from csi_driver.kube.connection import Api, ApiConfiguration
 from csi_driver.kube.tls_secrets.secret_client import SecretClient
 from csi_driver.secrets import manager
+from csi_driver.secrets.controller import MAX_FAILURES_LOGGED
 from csi_driver.secrets.requests import SecretName
 from csi_driver.secrets.work_queue import WorkQueue
 from tests.integration.secrets.conftest import World
@@ -75,6 +77,24 @@ async def test_many_ingresses_that_the_policy_refuses(world: World) -> None:
         await world.until_secret("web/tls")
         assert len(world.authority.requests) < 500
     assert [key for key in world.api.secrets if key.startswith("shop/")] == []
+
+
+async def test_failures_of_one_namespace_do_not_fill_the_log(world: World) -> None:
+    """Otherwise they would replace the lines about others, because Kubernetes keeps 50 MB of the log of a container."""
+    for number in range(1000):
+        world.api.ingress("shop", f"i-{number}", {"secretName": "tls", "hosts": ["evil_host"]})
+        refused = {"secretName": f"tls-{number}", "hosts": [f"h{number}.example.com"]}
+        world.api.ingress("shop", f"r-{number}", refused)
+    world.api.ingress("web", "web", {"secretName": "tls", "hosts": ["evil_host"]})
+    fault = Fault("h0.example.com", "no policy rule allows this name")
+    world.authority.failure = lambda _: CertmountError(Reason.NAME_NOT_ALLOWED, fault)
+    with structlog.testing.capture_logs() as logs:
+        async with world.running():
+            await until(lambda: world.api.reasons("web"), "the event of another tenant")
+            await until(lambda: len(world.authority.requests) > 10, "failures of Secrets")
+    lines = [one for one in logs if one["event"] in ("source not valid", "certificate not issued")]
+    assert len([one for one in lines if "web/web" in one.get("source", "")]) == 1
+    assert 200 < len(lines) <= MAX_FAILURES_LOGGED // 2 + 1
 
 
 async def test_slow_issuer_of_one_namespace_does_not_delay_others(world: World) -> None:
