@@ -47,7 +47,7 @@ format: $(DEVELOPMENT) ## format the code and apply safe fixes
 	$(BIN)/ruff format
 
 .PHONY: e2e
-e2e: $(DEVELOPMENT) ## run the tests on a real Kubernetes, and build it if it is missing (root, Debian, Go)
+e2e: $(DEVELOPMENT) ## run the tests on a real Kubernetes, and build it if it is missing (root, Debian, Go, Rust)
 	tests/e2e/run
 
 SECONDS ?= 60

@@ -218,6 +218,11 @@ class Names:
     def __iter__(self) -> Iterator[Name]:
         return itertools.chain(self.dns, self.uris, self.ips, self.emails)
 
+    @property
+    def size(self) -> int:
+        """The bytes of all names together."""
+        return sum(len(name.text) for name in self)
+
     def __str__(self) -> str:
         return ", ".join(str(name) for name in self)
 

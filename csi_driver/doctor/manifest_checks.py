@@ -27,6 +27,7 @@ _CSI_DRIVER = {
 }
 _IMMUTABLE = ("attachRequired", "volumeLifecycleModes", "fsGroupPolicy")
 _MAX_EVENT = 400
+_INSTALL = "the section Install of README.md; certmount doctor --namespace=NAMESPACE"
 _OWN_SIGNERS = "certmount.dev/"
 _ADMISSION_POLICY = "certmount-pod-certificates"
 _APPLY_ADMISSION = "kubectl apply -f deploy/components/pod-certificates/admission.yaml"
@@ -59,7 +60,7 @@ async def check_namespace(installation: Installation, result: CheckResult) -> No
     name = installation.namespace
     item = await installation.find(f"/api/v1/namespaces/{name}")
     if item is None:
-        result.error(f"the namespace {name} does not exist", "kubectl apply -k deploy/")
+        result.error(f"the namespace {name} does not exist", f"install certmount, or name its namespace: {_INSTALL}")
         result.nothing_found = True
         return
     level = (item["metadata"].get("labels") or {}).get(_LEVEL)
@@ -100,7 +101,7 @@ async def check_workloads(installation: Installation, result: CheckResult) -> No
     for kind, name, program in (("daemonsets", NODE, "the node driver"), ("deployments", AUTHORITY, "the authority")):
         workload = await installation.workload(kind, name)
         if workload is None:
-            result.error(f"the {kind[:-1]} {name} does not exist", f"{APPLY}: kubectl apply -k deploy/")
+            result.error(f"the {kind[:-1]} {name} does not exist", APPLY)
             continue
         wanted, ready = _replicas(workload.item)
         counts.append(f"{ready} of {wanted} pods of {program}")

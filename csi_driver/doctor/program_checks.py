@@ -11,7 +11,7 @@ from csi_driver.core.errors import CertmountError
 from csi_driver.core.formats.pem import decode_certificates, fingerprint
 from csi_driver.core.texts import count
 from csi_driver.doctor.findings import CheckResult, NotChecked
-from csi_driver.doctor.installation import Installation, Workload
+from csi_driver.doctor.installation import APPLY, Installation, Workload
 from csi_driver.doctor.programs import AUTHORITY, DIAGNOSTICS, NODE, STATUS, ProgramPage
 
 _DOMAIN = "cluster.local"
@@ -65,7 +65,7 @@ async def check_policy(installation: Installation, result: CheckResult) -> None:
         values = await installation.config_map(name)
         if values is None or key not in values:
             what = "does not exist" if values is None else f"has no key {key}"
-            fix = f"kubectl apply -f deploy/base/{option}.yaml" if values is None else edit
+            fix = APPLY if values is None else edit
             result.error(f"the ConfigMap {name} {what}", fix)
             continue
         try:

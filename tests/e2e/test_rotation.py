@@ -134,7 +134,7 @@ def test_root_rotates_without_a_failed_connection() -> None:
     cluster.wait_until(
         lambda: _status()["nodes"]["missing"] == [UNREACHABLE], seconds=40, what="this node's acknowledgement"
     )
-    assert _status()["nextStep"] == "the next CA signs when 1 node more has acknowledged"
+    assert _status()["nextStep"] == "the next CA signs when 1 more node has acknowledged"
     assert f"not yet: {UNREACHABLE}" in _ca("status")
     assert "The rotation is stopped." in _ca("stop")
     cluster.kubectl("delete", "csinode", UNREACHABLE)

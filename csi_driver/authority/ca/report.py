@@ -51,7 +51,9 @@ class CAStatusReport:
             return f"{self._when(state.known_everywhere_at)}: every replica knows the next CA, and nodes start to acknowledge its root"
         if state.phase is RotationPhase.DISTRIBUTING:
             if missing := len(self.nodes.missing):
-                return f"the next CA signs when {count(missing, 'node')} more {'has' if missing == 1 else 'have'} acknowledged"
+                return (
+                    f"the next CA signs when {missing} more {'node has' if missing == 1 else 'nodes have'} acknowledged"
+                )
             valid_from = int(self.state.next_keyring.valid_from.timestamp()) if self.state.next_keyring else 0
             late = "; a clock that was ahead created it, so it is not valid earlier" if valid_from > self.now else ""
             return f"{self._when(valid_from)}: the next CA signs{late}{_ALSO_PUBLISHED}"

@@ -16,6 +16,8 @@ from csi_driver.node.issuance.certificate_request import RequestKey
 from csi_driver.node.issuance.shared_cache import SharedCache
 
 MAX_PENDING_REQUESTS = 1_000  # ten times the volumes of a busy node
+_PLACE_BYTES = 8 * 1024
+"""A CSR with long names takes several places: names are in the CSR and in the key of the cache, up to 120 KiB together."""
 _EXPIRES_AFTER_S = 3600.0
 """The kubelet retries within minutes. A request without a retry for this long belongs to a deleted pod."""
 
@@ -27,6 +29,10 @@ class PreparedRequest:
     key: PrivateKey = field(repr=False)
     csr: bytes = field(repr=False)
 
+    @property
+    def places(self) -> int:
+        return 1 + len(self.csr) // _PLACE_BYTES
+
 
 class PendingRequests:
     """Prepared requests. ``clock`` returns seconds of a monotonic clock."""
@@ -34,7 +40,9 @@ class PendingRequests:
     def __init__(self, clock: Callable[[], float], max_requests: int = MAX_PENDING_REQUESTS) -> None:
         self._clock = clock
         shares = FairShares("keys of pending requests on this node", max_requests)
-        self._requests: SharedCache[tuple[float, PreparedRequest]] = SharedCache(shares)
+        self._requests: SharedCache[tuple[float, PreparedRequest]] = SharedCache(
+            shares, lambda stored: stored[1].places
+        )
 
     def __len__(self) -> int:
         return len(self._requests)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from csi_driver.core.shares import FairShares
@@ -13,10 +13,11 @@ Value = TypeVar("Value")
 
 
 class SharedCache(Generic[Value]):
-    """Values by request key, the least recently used first."""
+    """Values by request key, the least recently used first. ``size`` returns how much of the shares a value takes."""
 
-    def __init__(self, shares: FairShares) -> None:
+    def __init__(self, shares: FairShares, size: Callable[[Value], int] = lambda _value: 1) -> None:
         self._shares = shares
+        self._size = size
         self._values: OrderedDict[RequestKey, Value] = OrderedDict()
 
     def __len__(self) -> int:
@@ -40,12 +41,15 @@ class SharedCache(Generic[Value]):
 
         Store nothing if other namespaces use the whole capacity.
         """
-        if key not in self._values:
-            while not self._shares.try_take(key.owners):
+        size = self._size(value)
+        if key not in self._values or self._size(self._values[key]) != size:
+            self.remove(key)
+            while not self._shares.fits(key.owners, size):
                 own = next((other for other in self._values if other.namespace == key.namespace), None)
                 if own is None:
                     return
                 self.remove(own)
+            self._shares.count(key.owners, size)
         self._values[key] = value
         self._values.move_to_end(key)
 
@@ -55,5 +59,4 @@ class SharedCache(Generic[Value]):
 
     def remove(self, key: RequestKey) -> None:
         if key in self._values:
-            del self._values[key]
-            self._shares.give_back(key.owners)
+            self._shares.give_back(key.owners, self._size(self._values.pop(key)))

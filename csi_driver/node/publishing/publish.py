@@ -104,7 +104,7 @@ class Publisher:
     async def _publish_first(self, request: PublishRequest) -> None:
         declaration = parse_declaration(request, self.kubelet_dir)
         self.reload_rules.check(declaration.spec, request.pod)
-        self.budget.admit(request.volume_id, request.pod)
+        self.budget.admit(request.volume_id, request.pod, declaration.spec.names.size)
         try:
             await self._publish_admitted(request, declaration)
         except BaseException:

@@ -55,7 +55,7 @@ class ReloadRules:
         """Raise CertmountError ReloadNotAllowed if the volume requests signals that its namespace is not allowed."""
         if spec.reload is not None and not {pod.namespace, ALL_NAMESPACES} & set(self.namespaces):
             problem = f"signals are not allowed in namespace {pod.namespace}"
-            hint = "remove it, or ask an administrator to add the namespace to deploy/components/reload"
+            hint = "remove it, or ask an administrator to add the namespace to deploy/components/reload or to the Helm value reload.namespaces"
             raise CertmountError(Reason.RELOAD_NOT_ALLOWED, Fault("volumeAttributes.reload", problem, hint))
 
 

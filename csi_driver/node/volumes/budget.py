@@ -21,6 +21,8 @@ _SMALLEST_LIMIT = 128 * 1024 * 1024
 VOLUME_OVERHEAD_KIB = 48
 """For each volume: its tmpfs and inodes in the kernel, and its state in the driver; 26 KiB were measured before a renewal."""
 _NEW_VOLUME_KIB = VOLUME_OVERHEAD_KIB + 32  # counted until the files are known: the smallest volumes have this size
+_NAME_COPIES = 4
+"""Of the names of a new volume: parsed, in the CSR, and in messages. The files of any layout need more of them later."""
 _PAGE = 4096
 _GENERATIONS = 3
 """A volume contains two generations. The third is a reserve for a longer chain, more roots and the next record."""
@@ -44,9 +46,12 @@ class VolumeBudget:
         self.shares = FairShares("KiB for volumes on this node", (memory_limit - DRIVER_MEMORY) // 1024)
         self._volumes: dict[str, tuple[Sequence[str], int]] = {}  # the owners and the KiB of each volume
 
-    def admit(self, volume_id: str, pod: Pod) -> None:
-        """Count a new volume before its certificate is requested; raises CertmountError ShareExceeded."""
-        self._take(volume_id, pod, _NEW_VOLUME_KIB)
+    def admit(self, volume_id: str, pod: Pod, names: int = 0) -> None:
+        """Count a new volume before its certificate is requested; raises CertmountError ShareExceeded.
+
+        ``names`` is the size of its names in bytes: variables can make short attributes long.
+        """
+        self._take(volume_id, pod, _NEW_VOLUME_KIB + _NAME_COPIES * names // 1024)
 
     def resize(self, volume_id: str, pod: Pod, record: int, files: Iterable[int]) -> None:
         """Count the files of a new volume before they are written.

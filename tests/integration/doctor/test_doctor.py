@@ -442,7 +442,7 @@ async def test_nothing_is_installed(installation: Installation) -> None:
     assert result.status == 1
     assert result.output.splitlines()[1:] == [
         "error   namespace          the namespace elsewhere does not exist",
-        "                           fix: kubectl apply -k deploy/",
+        "                           fix: install certmount, or name its namespace: the section Install of README.md; certmount doctor --namespace=NAMESPACE",
         "1 error, 0 warnings, 0 not checked",
     ]
 

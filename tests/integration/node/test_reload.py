@@ -186,6 +186,6 @@ async def test_namespace_that_is_not_allowed(containers: Containers, namespaces:
         failure = await failure_of(node.publish(node.request(attributes=RELOAD)))
         assert failure.text == (
             "ReloadNotAllowed: volumeAttributes.reload: signals are not allowed in namespace web; remove it, or ask an "
-            "administrator to add the namespace to deploy/components/reload"
+            "administrator to add the namespace to deploy/components/reload or to the Helm value reload.namespaces"
         )
         await node.published()

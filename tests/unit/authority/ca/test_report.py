@@ -28,8 +28,8 @@ AFTER_READING = 40  # every replica has read a phase then
             "within seconds an authority reads this phase, and its time starts; check that",
         ),
         (RotationPhase.ANNOUNCING, NOW - AFTER_READING + 5, "", "at 2033-05-18T03:33:25Z (in 5s): every replica knows"),
-        (RotationPhase.DISTRIBUTING, NOW, "b", "the next CA signs when 1 node more has acknowledged"),
-        (RotationPhase.DISTRIBUTING, NOW, "bc", "the next CA signs when 2 nodes more have acknowledged"),
+        (RotationPhase.DISTRIBUTING, NOW, "b", "the next CA signs when 1 more node has acknowledged"),
+        (RotationPhase.DISTRIBUTING, NOW, "bc", "the next CA signs when 2 more nodes have acknowledged"),
         (
             RotationPhase.DISTRIBUTING,
             NOW,

@@ -74,5 +74,21 @@ def test_namespace_that_uses_its_share_replaces_its_own_least_recently_used_requ
     assert pending.get(other) is not None
 
 
+def test_long_requests_take_more_of_the_share() -> None:
+    pending, prepared = PendingRequests(Clock()), replace(prepared_request(), csr=bytes(56 * 1024))
+    volumes = [RequestKey.of(POD, SPEC, f"volume-{number}") for number in range(100)]
+    for volume in volumes:
+        pending.put(volume, prepared)
+    assert len(pending) == 41
+    for volume in volumes:
+        pending.put(volume, prepared_request())
+        pending.put(volume, prepared)
+        pending.remove(volume)
+    assert len(pending) == 0
+    for volume in volumes:
+        pending.put(volume, prepared_request())
+    assert len(pending) == 100
+
+
 def test_repr_shows_no_key() -> None:
     assert repr(prepared_request()) == "PreparedRequest()"

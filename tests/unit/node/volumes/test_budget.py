@@ -7,6 +7,7 @@ from typing import cast
 import pytest
 
 from csi_driver.core.errors import CertmountError, Reason
+from csi_driver.core.spec import MAX_NAMES_BYTES
 from csi_driver.host.volume_store import VolumeStore
 from csi_driver.node.pods import Pod
 from csi_driver.node.volumes.budget import DRIVER_MEMORY, MEMORY_LIMIT, VolumeBudget, volume_kib
@@ -47,6 +48,17 @@ def _fill(budget: VolumeBudget, namespace: str) -> int:
             budget.release(f"{namespace}-{number}")
             return number
     raise AssertionError("no volume was refused")
+
+
+def test_new_volumes_with_long_names_are_counted_before_their_certificates_are_requested() -> None:
+    """While the authority is slow, each takes 200 KiB in the driver."""
+    budget, admitted = _budget(), 0
+    with pytest.raises(CertmountError):
+        for number in range(1000):
+            budget.admit(str(number), Pod("web", f"pod-{number}", str(number), f"app-{number}"), MAX_NAMES_BYTES)
+            admitted += 1
+    assert 100 < admitted < 200
+    assert volume_kib(500, [MAX_NAMES_BYTES, 2 * MAX_NAMES_BYTES]) > budget.shares.held("pod web/pod-0")
 
 
 def test_volume_is_counted_in_pages_with_a_reserve_of_one_generation() -> None:
