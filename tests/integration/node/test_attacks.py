@@ -244,6 +244,34 @@ async def test_flood_of_calls_does_not_use_up_the_memory_of_the_driver() -> None
         assert peak_mb(node.driver.pid) < 160
 
 
+@pytest.mark.alone
+@pytest.mark.timeout(240)
+async def test_volumes_with_long_names_do_not_use_up_the_memory_while_the_authority_is_slow() -> None:
+    """Each takes 200 KiB until its certificate is issued. All of these would take 188 MB; the limit of the driver is 192 MiB."""
+    uris = ", ".join(f"https://example.com/{number:02}/{'${POD_NAME}' * 2}" for number in range(100))
+    async with running_node() as node:
+        node.script.gate = asyncio.Event()
+        names = [".".join((f"{number:03}", *("a" * 60,) * 4)) for number in range(40)]
+        pods = [FakePod(namespace="attacker", name=name, service_account=f"flood-{name[:3]}") for name in names]
+
+        async def attack(number: int) -> str:
+            attributes = {"uri-sans": uris, "spiffe": "false"}
+            request = node.kubelet.publish_request(pods[number % 40], attributes, volume_id=f"csi-{number}")
+            async with node.kubelet.channel() as channel:
+                return (await failure_of(node_stub(channel).NodePublishVolume(request, **_WAIT))).reason
+
+        flood = [asyncio.ensure_future(attack(number)) for number in range(600)]
+        await until(lambda: sum(call.done() for call in flood) > 400, "the refusals", 60)
+        print(
+            f"peak {peak_mb(node.driver.pid):.0f} MB with {sum(not call.done() for call in flood)} volumes in progress"
+        )
+        assert {call.result() for call in flood if call.done()} == {"ShareExceeded"}
+        assert peak_mb(node.driver.pid) < 150
+        for call in flood:
+            call.cancel()
+        await asyncio.gather(*flood, return_exceptions=True)
+
+
 async def _seconds(node: Node, call: Callable[[grpc.aio.Channel], Awaitable[object]]) -> float:
     started = time.perf_counter()
     async with node.kubelet.channel() as channel:
