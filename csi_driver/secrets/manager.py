@@ -82,6 +82,7 @@ class _State:
     checked: tuple[object, ...] = ()  # what it was checked against
     renew_at: float = 0.0  # Unix seconds
     not_after: float = 0.0
+    found: CertificateTimes | None = None  # of the certificate that the last check has read
     fingerprint: str = ""
     issued_at: float = float("-inf")  # monotonic
     pending: PendingRequest | None = None
@@ -164,6 +165,7 @@ class SecretManager:
 
     async def _check(self, state: _State, desired: DesiredSecret, unread: UnreadSources) -> float:
         """Return after how many seconds to check the Secret again."""
+        state.found = None
         name, trust = _object_name(desired.secret), self._trust()
         # A later bundle leads to another check, even if it arrives before this one ends.
         state.trust = trust
@@ -185,6 +187,7 @@ class SecretManager:
         current = parse_current(_data(contents, CHAIN).reveal(), _data(contents, KEY))
         if current is None:
             return await self._renew(state, desired, FoundCondition(Condition.NOT_PARSABLE), contents)
+        state.found = _times(renewal_time(current.leaf).timestamp(), current.leaf.not_valid_after_utc.timestamp())
         annotations = contents.metadata.annotations
         resources, now = unread.of(desired, annotations.get("source", "")), utc(time.time())
         finding = find_condition(current, annotations, desired, trust, now, complete=not resources)
@@ -302,14 +305,15 @@ class SecretManager:
 
     def _succeed(self, state: _State, desired: DesiredSecret) -> float:
         state.failures, state.reason = 0, None
-        overdue_at = overdue_time(state.renew_at, state.not_after)
-        self.metrics.ready(str(desired.secret), CertificateTimes(overdue_at, state.not_after))
+        self.metrics.ready(str(desired.secret), _times(state.renew_at, state.not_after))
         recheck = RECHECK_S * (1 + _RECHECK_JITTER * (2 * _jitter() - 1))
         return max(min(state.renew_at - time.time(), recheck), 1.0)
 
     async def _fail(self, state: _State, desired: DesiredSecret, error: CertmountError) -> None:
         kind, pending = error.reason.kind, error.reason.kind is FailureKind.PENDING
         state.failures, state.reason = state.failures + 1, error.reason
+        if state.found is not None:  # a certificate that this replica has not renewed yet expires, too
+            self.metrics.ready(str(desired.secret), state.found)
         self.metrics.failed(str(desired.secret), error.reason, pending=pending)
         if not pending and self.may_log(desired.secret.namespace):
             log.warning("certificate not issued", secret=str(desired.secret), error=str(error))
@@ -358,6 +362,10 @@ def _against(desired: DesiredSecret, trust: TrustBundle) -> tuple[object, ...]:
     """Return what a Secret is checked against: while it stays the same, the result does too."""
     issuer = desired.options.issuer
     return desired, desired.targets[:1], trust.sets.get(issuer), trust.environments.get(issuer)
+
+
+def _times(renew_at: float, not_after: float) -> CertificateTimes:
+    return CertificateTimes(overdue_time(renew_at, not_after), not_after)
 
 
 def _jitter() -> float:

@@ -303,3 +303,18 @@ async def test_failed_renewal_is_a_condition_of_the_secret(world: World) -> None
         world.authority.policy_revision = "2"
         world.authority.send_bundle()
         await until(lambda: world.api.annotations("shop/tls")["condition"] == "Ready", "the certificate")
+
+
+async def test_metrics_have_a_certificate_that_was_never_renewed_by_this_replica(world: World) -> None:
+    """As after a restart while the issuer is still working on its order, which is no failure and causes no other alert."""
+    _expired(world)
+    pending = CertmountError(Reason.ISSUANCE_PENDING, "the order is not ready")
+    world.authority.failure = lambda _: pending
+    world.api.ingress("shop", "shop", TLS)
+    async with world.running():
+        await until(lambda: world.metric("certmount_secrets_certificates", state="pending") == 1, "the first attempt")
+        assert world.metric("certmount_secrets_certificates_expired") == 1
+        assert world.metric("certmount_secrets_certificates", state="ready") == 0
+        world.authority.failure = lambda _: None
+        await until(lambda: world.metric("certmount_secrets_certificates", state="ready") == 1, "the certificate")
+        assert world.metric("certmount_secrets_certificates_expired") == 0
