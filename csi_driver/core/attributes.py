@@ -248,19 +248,28 @@ class _Reader:
         if attribute.max_items and len(items) > attribute.max_items:
             self._fault(name, f"has {len(items)} {attribute.items}", f"use at most {attribute.max_items}")
             return ()
-        if too_many := internationalized_problem(items):
+        values = [(item, self._substitute(attribute, item)) for item in items]
+        if too_many := internationalized_problem(value for _, value in values if value is not None):
             self._fault(name, too_many, "use fewer names")
             return ()
         parsed: dict[Any, None] = {}
-        for item in items:
-            shown = quoted(item)
+        for item, value in values:
+            if value is None:
+                continue
             try:
-                value = substitute(item, self._variables) if attribute.variables else item
-                shown = shown if value == item else f"{shown}, which is {quoted(value)} for this pod,"
                 parsed[attribute.parse(value)] = None
             except (InvalidName, ValueError) as problem:
+                shown = quoted(item) if value == item else f"{quoted(item)}, which is {quoted(value)} for this pod,"
                 self._fault(name, f"{shown} {problem}")
         return tuple(parsed)
+
+    def _substitute(self, attribute: Attribute, item: str) -> str | None:
+        """Return the item with the values of its variables, or None after a fault."""
+        try:
+            return substitute(item, self._variables) if attribute.variables else item
+        except InvalidName as problem:
+            self._fault(attribute.name, f"{quoted(item)} {problem}")
+            return None
 
     def join_names(self, values: Mapping[Attribute, tuple[Any, ...]]) -> Names:
         """Return all names in the order of the table."""

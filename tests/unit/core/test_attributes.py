@@ -323,6 +323,13 @@ def test_total_number_of_names_is_limited() -> None:
     assert "121 names in total" in faults_of({"dns-names": hosts.rpartition(",n60.")[0], "ip-sans": ips})["ip-sans"]
 
 
+def test_internationalized_labels_are_limited_with_the_values_of_variables() -> None:
+    """The authority would reject them too, with an error about the CSR."""
+    hosts = ",".join(f"xn--{number:02}${{POD_NAME}}.xn--a{number:02}${{POD_NAME}}.example" for number in range(99))
+    with pytest.raises(CertmountError, match="dns-names: has more than 4096 characters of different xn-- labels"):
+        parse_attributes({"dns-names": hosts}, {"POD_NAME": "bcher-kva" * 5})
+
+
 _URIS_WITH_VARIABLES = ",".join(f"https://example.com/{number:02}/{'${POD_NAME}' * 4}" for number in range(MAX_NAMES))
 
 
