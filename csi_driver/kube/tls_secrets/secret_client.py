@@ -27,6 +27,8 @@ ANNOTATIONS = ("serial", "not-after", "issuer", "environment", "source", "condit
 """The annotations of a Secret, without the prefix."""
 CHAIN, KEY, ROOTS = "tls.crt", "tls.key", "ca.crt"
 _METADATA = f"{PROTOBUF};as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
+_ADMISSION = "is being terminated", "denied the request", "denied request"
+"""Parts of messages of the API server, which also responds with HTTP 403 if its admission rejects an object."""
 _M = TypeVar("_M", bound=Message)
 
 
@@ -175,6 +177,10 @@ def _denied(name: ObjectName, error: ApiError) -> CertmountError:
     fault = error.faults[0]
     problem = fault.problem if isinstance(fault, Fault) else str(fault)
     hint = f"apply the Role and RoleBinding certmount-secrets in namespace {name.namespace}"
+    if "exceeded quota" in problem:
+        hint = f"raise the ResourceQuota of namespace {name.namespace}, or delete Secrets there"
+    elif any(text in problem for text in _ADMISSION):
+        hint = ""
     return CertmountError(Reason.SECRET_ACCESS_DENIED, Fault(str(name), problem, hint))
 
 

@@ -22,7 +22,9 @@ from csi_driver.kube.tls_secrets.secret_client import SecretClient, SecretMetada
 from csi_driver.secrets.conditions import Condition
 from tests.integration.secrets.conftest import World
 from tests.support.scripted_authority import TestCA
+from tests.support.tenant_api import TenantApi
 from tests.support.waiting import until
+from tests.unit.kube.collection import status_response
 
 HOSTS = ["shop.example.com", "www.example.com"]
 TLS = {"secretName": "tls", "hosts": HOSTS}
@@ -253,6 +255,28 @@ async def test_namespace_without_the_role_gets_an_event_and_others_are_served(wo
             in world.api.notes("shop", "SecretAccessDenied")[0]
         )
     assert [str(one.secret) for one in world.authority.requests] == ["web/tls"]
+
+
+@pytest.mark.parametrize(
+    "refusal, hint",
+    [
+        ("exceeded quota: few, requested: count/secrets=1", "raise the ResourceQuota of namespace shop"),
+        ("unable to create new content in namespace shop because it is being terminated", ""),
+        ('admission webhook "labels.example.com" denied the request: no label team', ""),
+    ],
+)
+async def test_refusal_that_is_no_missing_permission_does_not_name_the_role(
+    refusal: str, hint: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    response = status_response(403, f'secrets "tls" is forbidden: {refusal}')
+    monkeypatch.setattr(TenantApi, "_create", lambda *_: response)
+    world.api.ingress("shop", "shop", TLS)
+    async with world.running():
+        await until(lambda: world.api.notes("shop", "SecretAccessDenied"), "the event")
+    (note,) = world.api.notes("shop", "SecretAccessDenied")
+    assert refusal in note
+    assert hint in note
+    assert "RoleBinding" not in note
 
 
 async def test_change_of_the_environment_replaces_the_certificates_of_the_issuer(world: World) -> None:
