@@ -1,4 +1,4 @@
-"""The queue of a signer of Kubernetes requests: each request once, and the tenants take turns."""
+"""The queue of a signer of Kubernetes requests: each request once, and the tenants take turns and have shares."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Awaitable, Callable
 from typing import Generic, Protocol, TypeVar
 
 from csi_driver.core.backoff import Backoff
+from csi_driver.core.shares import FairShares
 
-WORKERS = 8
-"""Requests in progress at the same time. More would only wait for the API server."""
+WORKERS = 16
+"""Requests in progress at the same time. A single tenant has half of them: more would only wait for the API server."""
 _MAX_FINISHED = 10_000
 _RETRY = Backoff(1, 60)
 
@@ -36,7 +37,8 @@ class SigningQueue(Generic[_Request]):
     def __init__(self, find: Callable[[str], _Request | None]) -> None:
         self._find = find
         self._waiting: dict[str, dict[str, None]] = {}  # by tenant
-        self._in_progress: set[str] = set()
+        self._in_progress: dict[str, str] = {}  # the tenant of each key
+        self._shares = FairShares("requests in progress", WORKERS)
         self._failures: dict[str, int] = {}
         self._finished: OrderedDict[str, None] = OrderedDict()
         """UIDs of the latest finished requests. The watch can still deliver an older version, which must not be signed again."""
@@ -65,25 +67,26 @@ class SigningQueue(Generic[_Request]):
                 else:
                     self._retry_later(request)
             finally:
-                self._in_progress.discard(key)
+                self._shares.give_back((self._in_progress.pop(key),))
                 self._changed.set()  # it may have been added again in the meantime
 
     async def _take(self) -> str:
-        while (key := self.next()) is None:
+        while (key := self.start_next()) is None:
             self._changed.clear()
             await self._changed.wait()
-        self._in_progress.add(key)
         return key
 
-    def next(self) -> str | None:
-        """Remove and return the key that is next, or None."""
+    def start_next(self) -> str | None:
+        """Return the key that is next, which is in progress now, or None."""
         for tenant, keys in self._waiting.items():
-            for key in keys:
-                if key not in self._in_progress:
-                    del self._waiting[tenant], keys[key]
-                    if keys:
-                        self._waiting[tenant] = keys  # the last one now
-                    return key
+            key = next((key for key in keys if key not in self._in_progress), None)
+            # Without a share, one tenant's requests could hold all workers while they wait for a server.
+            if key is not None and self._shares.try_take((tenant,)):
+                self._in_progress[key] = tenant
+                del self._waiting[tenant], keys[key]
+                if keys:
+                    self._waiting[tenant] = keys  # the last one now
+                return key
         return None
 
     def _finish(self, request: _Request) -> None:

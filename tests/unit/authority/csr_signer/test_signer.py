@@ -20,7 +20,7 @@ from csi_driver.authority.csr_signer.csr_pipeline import ACCOUNT_RATE, CSRPipeli
 from csi_driver.authority.csr_signer.signer import CSRSigner
 from csi_driver.authority.issuance.steps import IssuanceSteps
 from csi_driver.authority.issuers.internal.issuer import InternalIssuer
-from csi_driver.authority.signing_queue import SigningQueue
+from csi_driver.authority.signing_queue import WORKERS, SigningQueue
 from csi_driver.core.certificates.csr import names_of
 from csi_driver.core.cluster.csr import APPROVED, CERTMOUNT_SIGNER, DENIED, FAILED, ClusterCSR, CSRCondition
 from csi_driver.core.cluster.objects import LivePod
@@ -302,7 +302,17 @@ def test_namespaces_take_turns() -> None:
         queue.add(_request(f"flood-{number}", "flood"))
     for name in ("one", "two"):
         queue.add(_request(name, "bank"))
-    assert [queue.next() for _ in range(5)] == ["flood-0", "one", "flood-1", "two", "flood-2"]
+    assert [queue.start_next() for _ in range(5)] == ["flood-0", "one", "flood-1", "two", "flood-2"]
+
+
+def test_a_tenant_whose_requests_do_not_end_leaves_workers_to_others() -> None:
+    queue: SigningQueue[ClusterCSR] = SigningQueue(lambda _: None)
+    for number in range(100):
+        queue.add(_request(f"flood-{number}", "flood"))
+    started = [queue.start_next() for _ in range(WORKERS)]
+    assert [key is None for key in started] == [False] * (WORKERS // 2) + [True] * (WORKERS // 2)
+    queue.add(_request("one", "bank"))
+    assert queue.start_next() == "one"
 
 
 def _request(name: str, namespace: str) -> ClusterCSR:
