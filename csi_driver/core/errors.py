@@ -143,6 +143,7 @@ class Reason(Enum):
     AUTHORITY_OVERLOADED = ("AuthorityOverloaded", FailureKind.OVERLOADED)
     TOO_MANY_REQUESTS = ("TooManyRequests", FailureKind.RATE_LIMITED)
     SHARE_EXCEEDED = ("ShareExceeded", FailureKind.RATE_LIMITED)
+    REQUEST_TIMEOUT = ("RequestTimeout", FailureKind.TRANSIENT)
     VOLUME_REMOVED = ("VolumeRemoved", FailureKind.ABORTED)
     INTERNAL = ("InternalError", FailureKind.TRANSIENT)
 

@@ -182,7 +182,10 @@ class Interceptor(grpc.aio.ServerInterceptor):
         return grpc.stream_unary_rpc_method_handler(stream_unary, **coders)
 
     async def _receive(self, method: str, context: Any, log_fields: ExitStack) -> object:
-        """Return the only request of a call, and bind its log fields; raises CertmountError InvalidRequest if there is none."""
+        """Return the only request of a call, and bind its log fields.
+
+        Raises CertmountError: InvalidRequest if there is none, RequestTimeout, or the failure of ``authenticate``.
+        """
         if self._authenticate is not None:
             await self._authenticate(method, context)
         try:
@@ -191,8 +194,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
                 async with self._places[method], asyncio.timeout(_RECEIVE_TIMEOUT_S):
                     request = await context.read()
         except TimeoutError:
-            fault = Fault("request", f"has not arrived within {_RECEIVE_TIMEOUT_S:g} s")
-            raise CertmountError(Reason.INVALID_REQUEST, fault) from None
+            raise not_arrived() from None
         except DecodeError:
             raise CertmountError(Reason.INVALID_REQUEST, Fault("request", "is not a valid message")) from None
         if request is grpc.aio.EOF:
@@ -228,6 +230,12 @@ class Interceptor(grpc.aio.ServerInterceptor):
         """Abort a call that failed, outside of all blocks: gRPC keeps the exception of abort in a reference cycle."""
         if (failure := handled.failure) is not None:
             await abort(context, failure, self._rewrite)
+
+
+def not_arrived() -> CertmountError:
+    """Return a retryable failure: the server itself may have been frozen, and the kubelet unmounts a volume after a final one."""
+    fault = Fault("request", f"has not arrived within {_RECEIVE_TIMEOUT_S:g} s", "the caller retries")
+    return CertmountError(Reason.REQUEST_TIMEOUT, fault)
 
 
 def _log_failure(method: str, caught: CaughtError) -> None:

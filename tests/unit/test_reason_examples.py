@@ -50,7 +50,7 @@ from csi_driver.node.publishing.publish_request import parse_publish
 from csi_driver.node.publishing.published_volumes import PublishedVolumes
 from csi_driver.node.renewal.reloads import ReloadRules
 from csi_driver.rpc.errors import from_rpc
-from csi_driver.rpc.server import CaughtError
+from csi_driver.rpc.server import CaughtError, not_arrived
 from csi_driver.secrets.authority_client import SecretsAuthorityClient
 from csi_driver.secrets.manager import not_managed, wrong_type
 from csi_driver.secrets.settings import SecretsSettings
@@ -278,6 +278,7 @@ EXAMPLES: dict[Reason, Callable[[Path], object]] = {
     Reason.AUTHORITY_OVERLOADED: _full,
     Reason.TOO_MANY_REQUESTS: _rate,
     Reason.SHARE_EXCEEDED: _share,
+    Reason.REQUEST_TIMEOUT: lambda _: _raise(not_arrived()),
     Reason.VOLUME_REMOVED: _changing_files,
     Reason.INTERNAL: lambda _: _raise(CaughtError.of(KeyError()).failure),
 }

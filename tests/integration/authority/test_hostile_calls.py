@@ -55,8 +55,8 @@ def call_with(caller: Caller, *messages: bytes, end: bool = True, token: Secret[
 async def test_request_that_does_not_arrive_fails(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "_RECEIVE_TIMEOUT_S", 0.1)
     failure = await failure_of(call_with(caller, end=False))
-    assert failure.code is grpc.StatusCode.INVALID_ARGUMENT
-    assert failure.text == "InvalidRequest: request: has not arrived within 0.1 s"
+    assert failure.code is grpc.StatusCode.UNAVAILABLE  # retryable
+    assert failure.text == "RequestTimeout: request: has not arrived within 0.1 s; the caller retries"
     await caller.issue()
 
 
