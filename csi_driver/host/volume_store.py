@@ -143,21 +143,8 @@ class VolumeStore:
                     raise
 
     def remove(self, volume_id: str) -> None:
-        """Erase the files, unmount the tmpfs and remove its directory. Raises CertmountError MOUNT_FAILED.
-
-        The files must be erased because another mount namespace can have a copy of the mount.
-        """
-        directory = self._directory(volume_id)
-        with ExitStack() as stack, translate_os_errors("volume", "remove", directory):
-            erased = []
-            for name in (_FILES, PRIVATE):
-                with suppress(FileNotFoundError, NotADirectoryError):
-                    # The open directory stays accessible after its file system is unmounted.
-                    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-                    erased.append(stack.enter_context(open_descriptor(directory / name, flags)))
-            self._drop(directory)
-            for opened in erased:
-                erase_files(opened)
+        """Erase the files, unmount the tmpfs and remove its directory. Raises CertmountError MOUNT_FAILED."""
+        self._erase(self._directory(volume_id))
 
     def scan(self) -> VolumeScan:
         """Find and classify all volumes at start. Raises CertmountError only if the root cannot be read."""
@@ -172,7 +159,7 @@ class VolumeStore:
             try:
                 record = self._usable_record(directory, bound=mounted[directory]) if directory in mounted else None
                 if record is None:
-                    self._drop(directory)
+                    self._erase(directory)
                     dropped.append(directory.name)
                 elif self.pod_exists(record.pod_uid):
                     records.append(record)
@@ -246,10 +233,19 @@ class VolumeStore:
             raise CertmountError(Reason.INVALID_TARGET_PATH, Fault("target_path", problem, "remove it from the node"))
         return created
 
-    def _drop(self, directory: Path) -> None:
-        self._mounts.unmount(directory)
-        with translate_os_errors("volume", "remove", directory):
+    def _erase(self, directory: Path) -> None:
+        """Do what :meth:`remove` says. The files must be erased because another mount namespace can have a copy of the mount."""
+        with ExitStack() as stack, translate_os_errors("volume", "remove", directory):
+            erased = []
+            for name in (_FILES, PRIVATE):
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    # The open directory stays accessible after its file system is unmounted.
+                    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+                    erased.append(stack.enter_context(open_descriptor(directory / name, flags)))
+            self._mounts.unmount(directory)
             remove_directory(directory)
+            for opened in erased:
+                erase_files(opened)
 
     def _usable_record(self, directory: Path, *, bound: bool) -> VolumeRecord | None:
         """Return the record of a mounted volume. If it is unusable, raise ValueError, or return None if no pod sees it."""

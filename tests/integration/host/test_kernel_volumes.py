@@ -15,6 +15,7 @@ import pytest
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.secret import Secret
 from csi_driver.host import syscalls
+from csi_driver.host.directories import open_descriptor
 from csi_driver.host.generations import VolumeFile, read_generation, write_generation
 from csi_driver.host.mounts import KernelMounts
 from csi_driver.host.volume_store import VolumeStore
@@ -201,6 +202,15 @@ def test_removed_volume_leaves_no_key_in_copies_of_its_mount(store: VolumeStore,
     store.remove(VOLUME_ID)
     assert len(mounts_at(leak)) == 1
     assert list(leak.iterdir()) == []
+
+
+def test_volume_of_an_interrupted_publish_leaves_no_key_in_copies_of_its_mount(store: VolumeStore) -> None:
+    store.create(VOLUME_ID)
+    write_generation(store.files_dir(VOLUME_ID), pair(1), "1")
+    with open_descriptor(store.files_dir(VOLUME_ID), os.O_RDONLY | os.O_DIRECTORY) as copy:
+        assert os.listdir(copy) != []  # noqa: PTH208  # of a descriptor
+        assert store.scan().dropped == (VOLUME_ID,)
+        assert os.listdir(copy) == []  # noqa: PTH208
 
 
 def test_scan_classifies_all_volumes(store: VolumeStore, root: Path, target: Path, kubelet: Path) -> None:
