@@ -18,7 +18,7 @@ from csi_driver.node.issuance.pending_requests import PendingRequests
 from csi_driver.node.issuance.request_queue import RequestQueue
 from csi_driver.node.issuance.shared_certificates import SharedCertificates
 from csi_driver.node.issuance.stored_certificates import StoredCertificates
-from csi_driver.node.log_shares import LogShares
+from csi_driver.node.log_shares import PodLogShares
 from csi_driver.node.publishing.publish import Publisher
 from csi_driver.node.publishing.published_volumes import PublishedVolumes
 from csi_driver.node.publishing.restore import VolumeRestorer
@@ -60,7 +60,7 @@ class Driver:
         self._client = client
         self._rng = rng
         self._metrics = metrics
-        volumes, self.log_shares = VolumeTable(), LogShares()
+        volumes, self.log_shares = VolumeTable(), PodLogShares()
         budget = VolumeBudget(store, memory_limit)
         self._remover = VolumeRemover(store, volumes, budget, clock, rng)
         self._roots = RootDistribution(store, volumes, self._remover, budget, metrics, clock, rng)

@@ -12,7 +12,6 @@ import structlog
 
 from csi_driver.core.cluster.objects import EventTarget
 from csi_driver.core.errors import CertmountError
-from csi_driver.core.shares import FairShares
 from csi_driver.events.recorder import ObjectEventRecorder
 from csi_driver.kube.cache_shares import namespace_owner
 from csi_driver.kube.connection import Api
@@ -26,6 +25,7 @@ from csi_driver.secrets.source_table import SourceTable
 from csi_driver.secrets.source_watches import source_watches, wait_for_sources
 from csi_driver.secrets.trust_follower import follow_trust
 from csi_driver.secrets.work_queue import WorkQueue
+from csi_driver.telemetry.log_shares import LogShares
 from csi_driver.telemetry.secrets_metrics import SecretsMetrics
 
 log = structlog.get_logger(__name__)
@@ -36,9 +36,6 @@ COALESCE_S = 0.5
 READ_INTERVAL_S = 1.0
 """How often the controller checks whether the sources of waiting Secrets have been read."""
 _MAX_LOGGED = 10  # resources
-MAX_FAILURES_LOGGED = 600
-"""Per minute. A single namespace gets half of them. Metrics count all failures, and events show them."""
-_LOG_PERIOD_S = 60.0
 
 
 class SecretsAuthority(Authority, Protocol):
@@ -68,20 +65,6 @@ class SecretsController:
         finally:
             self.metrics.leader = False
             self.metrics.clear()
-
-
-class LogShares:
-    """Limits the log lines about failures, so that the sources of one namespace cannot fill the log."""
-
-    def __init__(self) -> None:
-        self._shares = FairShares("failures logged per minute", MAX_FAILURES_LOGGED)
-
-    def may_log(self, namespace: str) -> bool:
-        """Return whether to log a failure, and count it."""
-        owners = (namespace_owner(namespace),)
-        if may_log := self._shares.try_take(owners):
-            asyncio.get_running_loop().call_later(_LOG_PERIOD_S, self._shares.give_back, owners)
-        return may_log
 
 
 class _Session:

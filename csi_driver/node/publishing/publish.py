@@ -24,7 +24,7 @@ from csi_driver.host.volume_store import VolumeStore
 from csi_driver.node.fair_thread import FairThread
 from csi_driver.node.issuance.certificate_client import CertificateClient
 from csi_driver.node.issuance.certificate_request import CertificateRequest
-from csi_driver.node.log_shares import LogShares
+from csi_driver.node.log_shares import PodLogShares
 from csi_driver.node.publishing.publish_request import (
     Declaration,
     PublishRequest,
@@ -63,7 +63,7 @@ class Publisher:
     budget: VolumeBudget
     reload_rules: ReloadRules
     default_key_type: KeyType
-    logs: LogShares
+    logs: PodLogShares
     turns: PublishTurns = field(default_factory=PublishTurns)
     mounter: FairThread = field(default_factory=lambda: FairThread("mounts"))
 

@@ -15,7 +15,7 @@ from csi_driver.core.names import parse_dns_label
 from csi_driver.host.pod_processes import PodProcesses
 from csi_driver.node.authority_messages import CertificateCondition
 from csi_driver.node.fair_queue import FairQueue
-from csi_driver.node.log_shares import LogShares
+from csi_driver.node.log_shares import PodLogShares
 from csi_driver.node.pods import Pod
 from csi_driver.node.renewal.certificate_reports import CertificateReporter
 from csi_driver.node.scheduler import Scheduler
@@ -77,7 +77,7 @@ class Reloads:
     volumes: VolumeTable
     reporter: CertificateReporter
     metrics: NodeMetrics
-    logs: LogShares
+    logs: PodLogShares
     clock: Callable[[], float]
     _delayed: set[str] = field(default_factory=set)
     _waiting: dict[str, _WaitingSignal] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from csi_driver.host.volume_store import VolumeStore
 from csi_driver.node.issuance.certificate_client import CertificateClient
 from csi_driver.node.issuance.certificate_request import CertificateRequest, ObtainedCertificate
 from csi_driver.node.issuance.request_queue import RequestQueue
-from csi_driver.node.log_shares import LogShares
+from csi_driver.node.log_shares import PodLogShares
 from csi_driver.node.renewal.certificate_conditions import ConditionTracker
 from csi_driver.node.scheduler import Scheduler
 from csi_driver.node.threads import in_thread
@@ -51,7 +51,7 @@ class Renewals:
     conditions: ConditionTracker
     budget: VolumeBudget
     metrics: NodeMetrics
-    logs: LogShares
+    logs: PodLogShares
     clock: Callable[[], float]
     rng: Callable[[], float]
     _policy_revision: str | None = None

@@ -17,8 +17,8 @@ import pytest_asyncio
 from csi_driver._proto import authority_pb2, csi_pb2
 from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.node.csi.service import MAX_CALLS
-from csi_driver.node.log_shares import MAX_FAILURES_LOGGED
 from csi_driver.node.volumes.budget import DRIVER_MEMORY
+from csi_driver.telemetry.log_shares import MAX_FAILURES_LOGGED
 from tests.bench.table import percentile
 from tests.integration.node.flood import ATTRIBUTES
 from tests.integration.node.world import Node, Request, failure_of, running_node

@@ -14,9 +14,9 @@ from csi_driver.kube.client import ObjectName
 from csi_driver.kube.connection import Api, ApiConfiguration
 from csi_driver.kube.tls_secrets.secret_client import SecretClient
 from csi_driver.secrets import manager
-from csi_driver.secrets.controller import MAX_FAILURES_LOGGED
 from csi_driver.secrets.requests import SecretName
 from csi_driver.secrets.work_queue import WorkQueue
+from csi_driver.telemetry.log_shares import MAX_FAILURES_LOGGED
 from tests.integration.secrets.conftest import World
 from tests.support.waiting import in_background, until
 

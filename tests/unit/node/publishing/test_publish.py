@@ -13,7 +13,7 @@ from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.spec import DEFAULT_KEY_TYPE
 from csi_driver.host.directory_mounts import DirectoryMounts
 from csi_driver.host.volume_store import VolumeStore
-from csi_driver.node.log_shares import LogShares
+from csi_driver.node.log_shares import PodLogShares
 from csi_driver.node.publishing.publish import Publisher
 from csi_driver.node.publishing.publish_request import PublishRequest
 from csi_driver.node.renewal.reloads import ReloadRules
@@ -50,7 +50,7 @@ class World:
         renewals.clock.return_value = 1_800_000_000.0
         publisher = Publisher(
             kubelet_dir, "node1", store, VolumeTable(), published, restorer, certificates, self.roots, renewals,
-            self.budget, ReloadRules(), DEFAULT_KEY_TYPE, LogShares(),
+            self.budget, ReloadRules(), DEFAULT_KEY_TYPE, PodLogShares(),
         )  # fmt: skip
         request = PublishRequest(VOLUME_ID, str(self.target), pod, {"root-only": "true"}, {}, None, None, {})
         self.call = asyncio.create_task(publisher._publish_first(request))

@@ -16,7 +16,7 @@ from csi_driver.core.reload import Reload
 from csi_driver.core.secret import Secret
 from csi_driver.host.pod_processes import PodProcesses
 from csi_driver.node.authority_messages import CertificateCondition
-from csi_driver.node.log_shares import LogShares
+from csi_driver.node.log_shares import PodLogShares
 from csi_driver.node.pods import PodToken
 from csi_driver.node.renewal import reloads
 from csi_driver.node.renewal.certificate_reports import CertificateReporter
@@ -63,7 +63,7 @@ class World:
 
             rules = ReloadRules(self._namespaces, PodProcesses())
             metrics = NodeMetrics(CollectorRegistry())
-            found = Reloads(rules, self.volumes, self.reporter, metrics, LogShares(), loop.time)
+            found = Reloads(rules, self.volumes, self.reporter, metrics, PodLogShares(), loop.time)
             found._scheduler.elapsed = loop.time
             for at, step in steps:
                 loop.call_later(at, step)
