@@ -11,7 +11,7 @@ from typing import Protocol
 from cryptography import x509
 
 from csi_driver.core.certificates.csr import build_csr
-from csi_driver.core.certificates.keys import PrivateKey, generate_key, key_type_of
+from csi_driver.core.certificates.keys import PrivateKey, generate_key, is_expensive, key_type_of
 from csi_driver.core.certificates.verification import ExpectedCertificate, verify_certificate
 from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.formats.pem import encode_certificates
@@ -20,9 +20,6 @@ from csi_driver.core.spec import KeyType
 from csi_driver.rpc.authority_messages import IssuanceResponse
 from csi_driver.secrets.conditions import utc
 from csi_driver.secrets.requests import DesiredSecret
-
-_EXPENSIVE = (KeyType.RSA_2048, KeyType.RSA_3072, KeyType.RSA_4096)
-"""RSA-4096 needs about half a second of CPU time. All other types need less than 1 ms, and do not wait for the keys of others."""
 
 
 class Authority(Protocol):
@@ -60,7 +57,7 @@ class SecretIssuance:
         """Return a request with this key, if it has the right type, or with a new one."""
         key_type = desired.options.key_type or KeyType.EC_P256
         if key is None or key_type_of(key.public_key()) is not key_type:
-            if key_type in _EXPENSIVE:
+            if is_expensive(key_type):
                 key = await asyncio.get_running_loop().run_in_executor(self.executor, generate_key, key_type)
             else:
                 key = generate_key(key_type)

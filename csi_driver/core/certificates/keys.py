@@ -44,8 +44,13 @@ _AUTHORITY_CURVES = frozenset(curve.name for curve in _CURVES.values())
 _UNSUPPORTED_KEY = "an unsupported key; use RSA (2048 bits or more), EC P-256, P-384 or P-521, Ed25519 or ML-DSA"
 
 
+def is_expensive(key_type: KeyType) -> bool:
+    """Return True for RSA: a key of 4096 bits needs about half a second of CPU time. All other types need less than 1 ms."""
+    return key_type in _RSA_BITS
+
+
 def generate_key(key_type: KeyType) -> PrivateKey:
-    """Generate a key. RSA takes up to hundreds of milliseconds, so don't call this in the event loop."""
+    """Generate a key. Don't call this in the event loop for one that :func:`is_expensive`."""
     if key_type is KeyType.ED25519:
         return ed25519.Ed25519PrivateKey.generate()
     if key_type in _RSA_BITS:

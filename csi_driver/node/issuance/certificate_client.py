@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from functools import partial
 
 from csi_driver.core.certificates.csr import build_csr
-from csi_driver.core.certificates.keys import PrivateKey, generate_key
+from csi_driver.core.certificates.keys import PrivateKey, generate_key, is_expensive
 from csi_driver.core.certificates.root_sets import RootSet, trusted_root_set_names
 from csi_driver.core.certificates.verification import (
     ExpectedCertificate,
@@ -22,7 +22,7 @@ from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.renewal import plan_renewal
 from csi_driver.core.spec import DEFAULT_ISSUER, KeyType
 from csi_driver.node.issuance.certificate_request import CertificateRequest, ObtainedCertificate, RequestKey
-from csi_driver.node.issuance.key_generator import KeyGenerator, is_expensive
+from csi_driver.node.issuance.key_generator import KeyGenerator
 from csi_driver.node.issuance.pending_requests import PendingRequests, PreparedRequest
 from csi_driver.node.issuance.request_queue import RequestQueue
 from csi_driver.node.issuance.shared_certificates import SharedCertificates, ends_shared_request

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 
 from csi_driver.core.certificates.csr import build_csr
-from csi_driver.core.certificates.keys import PrivateKey, generate_key
+from csi_driver.core.certificates.keys import PrivateKey, generate_key, is_expensive
 from csi_driver.core.names import Names
 from csi_driver.core.spec import KeyType
 from csi_driver.node.issuance.pending_requests import PreparedRequest
@@ -20,11 +20,6 @@ MAX_EXPENSIVE_KEYS = max((os.cpu_count() or 1) // 2, 1)
 
 The threads have the usual priority: a thread with a lower one can be interrupted while it holds Python's global lock.
 """
-
-
-def is_expensive(key_type: KeyType) -> bool:
-    """Return True for RSA: a key of 4096 bits needs about half a second of CPU time. All other types need less than 1 ms."""
-    return key_type in (KeyType.RSA_2048, KeyType.RSA_3072, KeyType.RSA_4096)
 
 
 class KeyGenerator:
