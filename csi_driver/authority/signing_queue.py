@@ -53,8 +53,13 @@ class SigningQueue(Generic[_Request]):
         self._waiting.setdefault(turn, {})[key] = None
         self._changed.set()
 
-    async def run_worker(self, process: Callable[[_Request, bool], Awaitable[bool]]) -> None:
-        """Call ``process`` with one request after the other, and whether it is a retry; retry it if the result is False."""
+    async def run_workers(self, process: Callable[[_Request, bool], Awaitable[bool]]) -> None:
+        """Call ``process`` with each request, and whether it is a retry; retry it if the result is False."""
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(WORKERS):
+                tasks.create_task(self._work(process))
+
+    async def _work(self, process: Callable[[_Request, bool], Awaitable[bool]]) -> None:
         while True:
             key = await self._take()
             try:

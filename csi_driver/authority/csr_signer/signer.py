@@ -15,7 +15,7 @@ from csi_driver.authority.events.recorder import EventRecorder
 from csi_driver.authority.issuance.audit import AuditRecord
 from csi_driver.authority.issuance.kubernetes_requests import process_once
 from csi_driver.authority.retry import retry
-from csi_driver.authority.signing_queue import WORKERS, SigningQueue
+from csi_driver.authority.signing_queue import SigningQueue
 from csi_driver.core.backoff import Backoff
 from csi_driver.core.cluster.csr import APPROVED, CERTMOUNT_SIGNER, DENIED, FAILED, ClusterCSR, CSRCondition
 from csi_driver.core.errors import CertmountError, FailureKind, Reason
@@ -60,8 +60,7 @@ class CSRSigner:
         queue = SigningQueue(known.find)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.requests.watch(known, signer=CERTMOUNT_SIGNER).run(), name="CSR watch")
-            for _ in range(WORKERS):
-                tasks.create_task(queue.run_worker(process), name="CSR worker")
+            tasks.create_task(queue.run_workers(process), name="CSR workers")
 
     async def _process(self, csr: ClusterCSR, own_username: str, *, is_retry: bool) -> bool:
         """Finish a request; return False if it must be retried."""

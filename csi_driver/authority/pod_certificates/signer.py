@@ -18,7 +18,7 @@ from csi_driver.authority.pod_certificates.discovery import wait_until_served
 from csi_driver.authority.pod_certificates.namespaces import NamespaceRoots
 from csi_driver.authority.pod_certificates.pipeline import PodCertificatePipeline
 from csi_driver.authority.pod_certificates.publisher import BundlePublisher
-from csi_driver.authority.signing_queue import WORKERS, SigningQueue
+from csi_driver.authority.signing_queue import SigningQueue
 from csi_driver.core.cluster.pod_certificates import (
     DENIED,
     INVALID_ANNOTATIONS,
@@ -83,8 +83,7 @@ class PodCertificateSigner:
         queue = SigningQueue(cache.find)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.api.requests.watch(version, signer, cache).run(), name=f"watch of {signer}")
-            for _ in range(WORKERS):
-                tasks.create_task(queue.run_worker(process), name=f"worker of {signer}")
+            tasks.create_task(queue.run_workers(process), name=f"workers of {signer}")
 
     async def _process(self, version: str, request: PodCertificateRequest) -> bool:
         """Finish a request; return False if it must be retried."""
