@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
-T = TypeVar("T")
+from tests.support.waiting import wait_until
+
+__all__ = ["wait_until"]  # the modules of these tests call it as a part of this one
 Manifest = Mapping[str, Any]
 
 CERTMOUNT = "certmount"  # the namespace of deploy/
@@ -86,17 +87,6 @@ def create_namespace(name: str) -> str:
 
 def delete_namespace(*names: str) -> None:
     kubectl("delete", "namespace", *names, "--ignore-not-found", "--wait=false")
-
-
-def wait_until(condition: Callable[[], T | None], *, seconds: float, what: str, pause: float = 0.3) -> T:
-    """Poll ``condition`` and return its first true result. Raises AssertionError with the last result after the deadline."""
-    deadline = time.monotonic() + seconds
-    while True:
-        if result := condition():
-            return result
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds:g} s: {what}; the last result was {result!r}")
-        time.sleep(pause)
 
 
 def wait_for(condition: str, *objects: str, namespace: str = CERTMOUNT, seconds: float = 60) -> None:

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 _STEP_S = 0.01
 
 
@@ -17,6 +18,17 @@ async def until(condition: Callable[[], object], what: str, timeout_s: float = 2
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s:g} s for {what}"
         await asyncio.sleep(_STEP_S)
+
+
+def wait_until(condition: Callable[[], T | None], *, seconds: float, what: str, pause: float = 0.3) -> T:
+    """Poll ``condition`` and return its first true result. Raises AssertionError with the last result after the deadline."""
+    deadline = time.monotonic() + seconds
+    while True:
+        if result := condition():
+            return result
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds:g} s: {what}; the last result was {result!r}")
+        time.sleep(pause)
 
 
 @contextlib.asynccontextmanager

@@ -30,6 +30,7 @@ from csi_driver.core.spec import KeyType
 from csi_driver.kube.connection import ApiConfiguration, bearer, client_context
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
 from tests.support.kubernetes_api import KubernetesApi, Rejected
+from tests.support.waiting import wait_until
 
 Json = dict[str, Any]
 ROOT = Path(__file__).parents[3]
@@ -159,7 +160,7 @@ class Cluster:
                 # NodeRestriction reads pods from a cache; its errors about that have another status than Forbidden.
                 if error.status == 403 or token or time.monotonic() > deadline:
                     raise
-                time.sleep(0.05)
+                time.sleep(0.05)  # between two attempts
             else:
                 return f"{self.path(pod.namespace)}/{created['metadata']['name']}"
 
@@ -167,11 +168,11 @@ class Cluster:
         return dict(self.api.call("GET", path).get("status") or {})
 
     def finished(self, path: str, timeout_s: float = 30) -> Json:
-        deadline = time.monotonic() + timeout_s
-        while not (status := self.status(path)).get("conditions"):
-            assert time.monotonic() < deadline, f"{path} is not finished"
-            time.sleep(0.05)
-        return status
+        def finished() -> Json | None:
+            status = self.status(path)
+            return status if status.get("conditions") else None
+
+        return wait_until(finished, seconds=timeout_s, what=f"the end of {path}", pause=0.05)
 
     def events(self, pod: TestPod) -> list[tuple[str, str]]:
         found = self.api.call("GET", f"/apis/events.k8s.io/v1/namespaces/{pod.namespace}/events")["items"]
@@ -179,11 +180,7 @@ class Cluster:
 
     def wait_for_events(self, pod: TestPod) -> list[tuple[str, str]]:
         """Return the events of the pod, as soon as there is one."""
-        deadline = time.monotonic() + 20
-        while not (found := self.events(pod)):
-            assert time.monotonic() < deadline, f"no events of {pod.name}"
-            time.sleep(0.1)
-        return found
+        return wait_until(lambda: self.events(pod), seconds=20, what=f"events of {pod.name}", pause=0.1)
 
     def bundles(self) -> dict[str, str]:
         """Return the roots in each ClusterTrustBundle, by its name."""
@@ -194,7 +191,7 @@ class Cluster:
         deadline = time.monotonic() + 20
         while not condition(found := self.bundles()):
             assert time.monotonic() < deadline, f"bundles are {sorted(found)}"
-            time.sleep(0.05)
+            time.sleep(0.05)  # between two polls; the message shows the bundles, which wait_until would not
 
 
 def spec_of(
