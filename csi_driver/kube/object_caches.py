@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class LabelledPods:
     pods: int = 0  # the cache drops the value when no pod is left
 
 
-class _NamespacedCache(Generic[_Item, _Value]):
+class _NamespacedCache(ABC, Generic[_Item, _Value]):
     """The objects by key. Subclasses define what is stored of an object, and how large it is."""
 
     def __init__(self, resource: str, capacity: int) -> None:
@@ -68,11 +69,13 @@ class _NamespacedCache(Generic[_Item, _Value]):
         for key in [key for key in self._known if key not in keys]:
             self._drop(key)
 
+    @abstractmethod
     def _key(self, item: _Item) -> Hashable:
-        raise NotImplementedError
+        """Return the key of an object."""
 
+    @abstractmethod
     def _drop(self, key: Hashable) -> None:
-        raise NotImplementedError
+        """Forget an object, if it is known."""
 
 
 class PodCache(_NamespacedCache[Metadata, LabelledPods]):
