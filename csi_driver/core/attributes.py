@@ -358,6 +358,11 @@ class _Reader:
         subject = Subject(tuple(attribute for part in parts for attribute in part.attributes))
         if [attribute.type for attribute in subject.attributes].count(COMMON_NAME) > 1:
             self._fault("common-name", "is set together with a common name in subject", "set it in one of them")
+        elif subject:
+            try:
+                Subject.parse(str(subject))  # as the authority does
+            except InvalidName as problem:
+                self._fault("subject", f"{'together with common-name, ' if len(parts) > 1 else ''}{problem}")
         return subject
 
     def finish(self) -> None:

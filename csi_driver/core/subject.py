@@ -12,6 +12,7 @@ from cryptography.x509.oid import NameOID
 from csi_driver.core.names import InvalidName, Names
 
 MAX_SUBJECT_LENGTH = 1024
+"""Bytes in UTF-8. With it, the subject of a certificate is shorter than ``der_bounds.MAX_SUBJECT_BYTES``."""
 MAX_SUBJECT_ATTRIBUTES = 10
 COMMON_NAME = "CN"
 _OIDS = {
@@ -26,6 +27,12 @@ _OIDS = {
     "SERIALNUMBER": NameOID.SERIAL_NUMBER,
 }
 _TYPES = {oid: name for name, oid in _OIDS.items()}
+# The types whose value is a PrintableString (RFC 5280 appendix A.1), with what they can contain. In a certificate, other
+# characters are no DER: TLS libraries reject the certificate.
+_PRINTABLE = {
+    "C": (re.compile("[A-Za-z]{2}"), "2 letters"),
+    "SERIALNUMBER": (re.compile("[A-Za-z0-9 '()+,./:=?-]+"), "letters, digits, spaces and ' ( ) + , - . / : = ?"),
+}
 _SPACE = re.compile(r"(?<!\\), +")  # people write it, and the library does not accept it
 _RESERVED = "system:"
 """Kubernetes trusts common names and organizations with this prefix, if it trusts the CA."""
@@ -60,8 +67,8 @@ class Subject:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Parse a subject (RFC 4514); raises :class:`InvalidName`."""
-        if len(text) > MAX_SUBJECT_LENGTH:
-            raise InvalidName(f"is {len(text)} characters long; a subject has at most {MAX_SUBJECT_LENGTH}")
+        if (size := len(text.encode("utf-8", "surrogatepass"))) > MAX_SUBJECT_LENGTH:
+            raise InvalidName(f"is {size} bytes long; a subject has at most {MAX_SUBJECT_LENGTH}")
         try:
             name = x509.Name.from_rfc4514_string(_SPACE.sub(",", text), _OIDS)
         except (ValueError, KeyError, TypeError):
@@ -120,4 +127,7 @@ def _checked(kind: str, value: str) -> str:
     except ValueError:
         expected = "2 letters" if kind == "C" else "1 to 64 bytes of UTF-8"
         raise InvalidName(f"has the attribute {kind} with {len(value.encode())} bytes; expected {expected}") from None
+    pattern, expected = _PRINTABLE.get(kind, (None, ""))
+    if pattern is not None and not pattern.fullmatch(value):
+        raise InvalidName(f"has the attribute {kind} with other characters than it can have; use {expected}")
     return value

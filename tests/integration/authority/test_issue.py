@@ -84,7 +84,7 @@ async def test_certificate_has_the_subject_that_the_policy_allows(caller: Caller
         ),
         ("CN=admin", "NameNotAllowed", "volumeAttributes.subject: CN=admin is not a subject"),
         ("O=system:masters", "InvalidRequest", "subject: has the attribute O with the prefix system:"),
-        ("OU=" + "a" * 65536, "InvalidRequest", "subject: is 65539 characters long; a subject has at most 1024"),
+        ("OU=" + "a" * 65536, "InvalidRequest", "subject: is 65539 bytes long; a subject has at most 1024"),
     ],
 )
 async def test_other_subjects_are_rejected(subject: str, reason: str, text: str, caller: Caller) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import string
+
 import pytest
 from cryptography import x509
 from hypothesis import given
 from hypothesis import strategies as st
 
 from csi_driver.core.attributes import parse_attributes
+from csi_driver.core.certificates.der_bounds import MAX_SUBJECT_BYTES
 from csi_driver.core.errors import CertmountError
 from csi_driver.core.names import InvalidName
+from csi_driver.core.spec import KeyType
 from csi_driver.core.subject import MAX_SUBJECT_LENGTH, Subject, SubjectAttribute
 from tests.unit.core import pki
 
@@ -40,6 +45,29 @@ def test_any_text_is_a_subject_or_an_error(text: str) -> None:
         assert str(error)
 
 
+@pytest.mark.parametrize("kind", ["CN", "O", "C", "STREET", "POSTALCODE", "SERIALNUMBER"])
+def test_valid_subject_is_der(kind: str) -> None:
+    """Some types are a PrintableString, in which TLS libraries accept ASCII without ``_``, ``@`` and others only."""
+    for value in [*string.printable.strip(), "é", "\U0001f600"]:
+        text = f"{kind}={value * 2}"
+        with contextlib.suppress(InvalidName):
+            name = Subject((SubjectAttribute.parse(text),)).name
+            request = x509.CertificateSigningRequestBuilder().subject_name(name)
+            assert request.sign(pki.key_of(KeyType.ED25519), None).subject == name
+
+
+@given(
+    st.lists(st.sampled_from(("O", "OU", "SERIALNUMBER")), min_size=1, max_size=10),
+    st.sampled_from("a\u00e9\u4e00\U0001f600"),
+)
+def test_longest_subject_is_not_too_long_for_a_certificate(kinds: list[str], character: str) -> None:
+    """The node rejects a certificate with a longer subject."""
+    part = MAX_SUBJECT_LENGTH // len(kinds) - 14
+    text = ",".join(f"{kind}={'a' * part if kind == 'SERIALNUMBER' else character * part}" for kind in kinds)
+    with contextlib.suppress(InvalidName):
+        assert len(Subject.parse(text).name.public_bytes()) <= MAX_SUBJECT_BYTES
+
+
 @pytest.mark.parametrize(
     "text, problem",
     [
@@ -56,7 +84,14 @@ def test_any_text_is_a_subject_or_an_error(text: str) -> None:
         ("CN=\\ system:admin", "has the attribute CN with control characters, or with spaces around its value"),
         ("CN=a\\00b", "has the attribute CN with control characters"),
         ("CN=a\u202eb", "has the attribute CN with control characters"),
-        ("O=" + "a" * MAX_SUBJECT_LENGTH, "is 1026 characters long; a subject has at most 1024"),
+        ("O=" + "a" * MAX_SUBJECT_LENGTH, "is 1026 bytes long; a subject has at most 1024"),
+        ("O=" + "\U0001f600" * 512, "is 2050 bytes long; a subject has at most 1024"),
+        ("C=??", "has the attribute C with other characters than it can have; use 2 letters"),
+        ("C=é", "has the attribute C with other characters than it can have; use 2 letters"),
+        (
+            "SERIALNUMBER=a_b",
+            "has the attribute SERIALNUMBER with other characters than it can have; use letters, digits",
+        ),
     ],
 )
 def test_faults(text: str, problem: str) -> None:
@@ -73,6 +108,10 @@ def test_attributes_of_a_volume() -> None:
         CertmountError, match="common-name: is set together with a common name in subject; set it in one"
     ):
         parse_attributes({"common-name": "a", "subject": "CN=b"})
+    with pytest.raises(CertmountError, match="subject: together with common-name, has 11 attributes; use 1 to 10"):
+        parse_attributes({"common-name": "a", "subject": ",".join(["OU=a"] * 10)})
+    with pytest.raises(CertmountError, match="subject: together with common-name, is 1032 bytes long"):
+        parse_attributes({"common-name": "a" * 10, "subject": "O=" + "a" * 1016})
 
 
 def test_only_a_dns_name_as_common_name_needs_no_permission() -> None:
