@@ -7,7 +7,6 @@ import hashlib
 import re
 from dataclasses import dataclass
 
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, rsa
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from csi_driver.core.certificates.der_bounds import UnsupportedKeyType, check_private_key
+from csi_driver.core.certificates.parsing import PARSE_ERRORS
 from csi_driver.core.secret import Secret
 from csi_driver.core.spec import KeyType
 
@@ -90,7 +90,7 @@ def load_key(pem: Secret[bytes]) -> PrivateKey:
         key: object = load_der_private_key(der, password=None, unsafe_skip_rsa_key_validation=True)
     except UnsupportedKeyType:
         key = None
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except PARSE_ERRORS:
         raise ValueError("not an unencrypted private key in PEM format") from None
     if not isinstance(key, PrivateKey) or key_type_of(key.public_key()) is None:
         raise ValueError("a private key of a type that certmount doesn't support")
@@ -115,7 +115,7 @@ def load_authority_key(pem: Secret[bytes], password: Secret[bytes] | None = None
         raise ValueError("encrypted, and no password is configured")
     try:
         key = load_pem_private_key(pem.reveal(), password.reveal() if encrypted and password is not None else None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except PARSE_ERRORS:
         if encrypted:  # a wrong password sometimes decrypts to random bytes without an error
             raise ValueError("encrypted with a different password, or damaged") from None
         raise ValueError("not a private key in PEM format (PKCS#8, PKCS#1 or SEC1)") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
 
 from csi_driver.core.certificates.der_bounds import check_certificate
 
@@ -13,6 +13,7 @@ PARSE_ERRORS = (
     ValueError,
     TypeError,
     UnsupportedAlgorithm,
+    InternalError,  # for what only OpenSSL rejects, for example a private Ed25519 key of 33 bytes
     x509.DuplicateExtension,
     x509.InvalidVersion,
     x509.UnsupportedGeneralNameType,

@@ -6,6 +6,7 @@ import base64
 import subprocess
 import time
 import traceback
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -75,6 +76,17 @@ def test_long_key_of_another_type_is_rejected_before_it_is_parsed(oid: str) -> N
     with pytest.raises(ValueError, match="a private key of a type that certmount doesn't support"):
         load_key(Secret(pem))
     assert time.thread_time() - started < 0.5
+
+
+@pytest.mark.parametrize("length", [0, 1, 31, 33, 64, 1000])
+@pytest.mark.parametrize("load", [load_key, load_authority_key])
+def test_ed25519_key_of_another_length_is_an_invalid_key(load: Callable[[Secret[bytes]], object], length: int) -> None:
+    algorithm = der_value(0x30, bytes.fromhex("06032b6570"))
+    content = der_value(0x04, der_value(0x04, b"a" * length))
+    der = der_value(0x30, der_value(0x02, b"\0"), algorithm, content)
+    pem = b"-----BEGIN PRIVATE KEY-----\n" + base64.encodebytes(der) + b"-----END PRIVATE KEY-----\n"
+    with pytest.raises(ValueError, match=r"not an? .*private key in PEM format"):
+        load(Secret(pem))
 
 
 def test_unknown_curve_is_rejected() -> None:
