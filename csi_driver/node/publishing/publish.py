@@ -8,7 +8,7 @@ has only roots, choose its roots, render and write its files, bind them, schedul
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -123,9 +123,8 @@ class Publisher:
             volume = await self._publish_in(created, request, declaration)
         except BaseException:
             created.cancel()
-            await to_the_end(asyncio.gather(created, return_exceptions=True))
-            if new != [False]:  # it did not exist before
-                await to_the_end(in_thread(None, self._remove, request.volume_id, declaration.target))
+            # All of it, also if the kubelet cancels the call meanwhile.
+            await to_the_end(self._undo(created, new, request.volume_id, declaration.target))
             raise
         self.volumes.keep(volume)
         self.renewals.keep(volume)
@@ -133,6 +132,11 @@ class Publisher:
         record, root_only = volume.record, volume.spec.root_only
         times = {} if root_only else {"not_after": record.not_after, "renew_at": record.renew_at}
         log.info("volume published", names=str(volume.spec.names), **times, interim=record.interim, root_only=root_only)
+
+    async def _undo(self, created: Awaitable[object], new: Sequence[bool], volume_id: str, target: Path) -> None:
+        await asyncio.gather(created, return_exceptions=True)
+        if new != [False]:  # the volume directory did not exist before
+            await in_thread(None, self._remove, volume_id, target)
 
     async def _publish_in(
         self, created: Awaitable[object], request: PublishRequest, declaration: Declaration

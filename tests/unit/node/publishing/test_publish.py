@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from unittest import mock
 
 import pytest
 
 from csi_driver.core.certificates.root_sets import RootSet
+from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.spec import DEFAULT_KEY_TYPE
 from csi_driver.host.directory_mounts import DirectoryMounts
 from csi_driver.host.volume_store import VolumeStore
@@ -39,7 +42,7 @@ class SlowMounts(DirectoryMounts):
 class World:
     """A publisher of a volume with only roots."""
 
-    def __init__(self, kubelet_dir: Path) -> None:
+    def __init__(self, kubelet_dir: Path, attributes: Mapping[str, str] = MappingProxyType({})) -> None:
         self.mounts, self.roots, self.budget = SlowMounts(), mock.AsyncMock(), mock.Mock()
         self.roots.select = mock.Mock(return_value={"internal": RootSet((TestCA().der,), 1)})
         pod = pod_named("shop-0")
@@ -52,7 +55,8 @@ class World:
             kubelet_dir, "node1", store, VolumeTable(), published, restorer, certificates, self.roots, renewals,
             self.budget, ReloadRules(), DEFAULT_KEY_TYPE, PodLogShares(),
         )  # fmt: skip
-        request = PublishRequest(VOLUME_ID, str(self.target), pod, {"root-only": "true"}, {}, None, None, {})
+        attributes = {"root-only": "true", **attributes}
+        request = PublishRequest(VOLUME_ID, str(self.target), pod, attributes, {}, None, None, {})
         self.call = asyncio.create_task(publisher._publish_first(request))
 
     async def cancel(self) -> None:
@@ -81,3 +85,24 @@ async def test_publish_that_is_cancelled_at_its_end_leaves_the_whole_volume(tmp_
     await world.cancel()
     assert (world.target / "root.crt").exists()
     world.budget.release.assert_not_called()
+
+
+async def test_publish_that_is_cancelled_after_its_failure_leaves_nothing(tmp_path: Path) -> None:
+    world = World(tmp_path, {"truststore-file": "roots.p12"})  # its rendering takes a thread
+    mounting, make_tmpfs = threading.Event(), world.mounts.make_tmpfs
+
+    def mount_slowly(point: Path, size_bytes: int, inodes: int) -> None:
+        mounting.set()
+        assert world.mounts.proceed.wait(20)
+        make_tmpfs(point, size_bytes, inodes)
+
+    def refuse(*_: object) -> None:
+        assert mounting.wait(20)
+        raise CertmountError(Reason.SHARE_EXCEEDED, "no memory")
+
+    world.budget.resize.side_effect = refuse
+    with mock.patch.object(world.mounts, "make_tmpfs", mount_slowly):
+        await until(lambda: world.budget.resize.called, "the failure")
+        await world.cancel()
+    assert list((tmp_path / "volumes").iterdir()) == []
+    world.budget.release.assert_called_once_with(VOLUME_ID)
