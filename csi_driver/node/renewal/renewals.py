@@ -115,6 +115,8 @@ class Renewals:
                         await self._renew(volume)
         finally:
             volume.renewing = False
+            if self.volumes.has(volume) and not volume.renewal_stopped and self.scheduler.due(volume_id) is None:
+                self._schedule(volume, volume.record.renew_at)  # it became due before this renewal had ended
 
     async def _renew(self, volume: Volume) -> None:
         """Renew one volume, and retry after a failure. The volume is not locked during the request to the authority."""
