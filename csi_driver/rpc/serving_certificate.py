@@ -15,6 +15,7 @@ from cryptography import x509
 from csi_driver.core.addresses import Address, parse_address
 from csi_driver.core.clocks import TOLERANCE_S, clock_error
 from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.formats.pem import decode_certificates, encode_certificates
 from csi_driver.core.texts import timestamp
 
 if TYPE_CHECKING:
@@ -116,7 +117,9 @@ async def _shake_hands(server: Address, context: ssl.SSLContext) -> bytes:
 def _client_context(roots: bytes) -> ssl.SSLContext:
     import ssl
 
-    context = ssl.create_default_context(cadata=roots.decode("ascii"))
+    # Encoded again, because ssl accepts only ASCII, and the file can have comments in any language.
+    certificates = encode_certificates(decode_certificates(roots))
+    context = ssl.create_default_context(cadata=certificates.decode("ascii"))
     # Like gRPC, do not require key identifiers, as Python 3.13 and newer do.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     context.set_alpn_protocols(["h2"])
