@@ -59,10 +59,9 @@ class ClusterCache:
     def failing_s(self) -> Mapping[str, float]:
         """Return for how many seconds the watch of each resource has failed; 0 if it works."""
         now = self._clock()
-        return {
-            reflector.resource.name: 0.0 if reflector.failing_since is None else now - reflector.failing_since
-            for reflector in self._reflectors
-        }
+        # The scraper's thread calls this method, so each time is read once: the watch can recover meanwhile.
+        since = [(reflector.resource.name, reflector.failing_since) for reflector in self._reflectors]
+        return {name: 0.0 if began is None else now - began for name, began in since}
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:

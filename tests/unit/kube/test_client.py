@@ -14,7 +14,7 @@ from csi_driver.core.secret import Secret
 from csi_driver.kube.client import ApiError, Conflict, call_api
 from csi_driver.kube.cluster_cache import STALE_S, ClusterCache
 from csi_driver.kube.connection import Api, ApiConfiguration
-from csi_driver.kube.reflector import WatchTimings
+from csi_driver.kube.reflector import WatchedResource, WatchTimings
 from csi_driver.kube.tokens import TokenKeyClient, TokenReviewClient
 from tests.support.waiting import until
 from tests.unit.authority.clock import Clock
@@ -228,3 +228,20 @@ async def test_caches_survive_an_outage_for_a_minute_and_recover() -> None:
             await until(lambda: not cache.services.select("web", (("app", "a"),)), "the changes during the outage")
         task.cancel()
         await asyncio.wait([task])
+
+
+async def test_watch_that_recovers_during_a_scrape_fails_no_scrape(api: Api) -> None:
+    """The thread of the scraper reads the time of the failure while the event loop clears it."""
+
+    class Recovering:
+        resource = WatchedResource("pods", "/api/v1/pods", bytes)
+        reads = 0
+
+        @property
+        def failing_since(self) -> float | None:
+            self.reads += 1
+            return 40.0 if self.reads == 1 else None
+
+    cache = ClusterCache(api, clock=Clock(100.0))
+    cache._reflectors = (Recovering(),)  # type: ignore[assignment]  # has what a scrape reads
+    assert cache.failing_s() == {"pods": 60.0}
