@@ -17,7 +17,8 @@ _DEFAULT = "/var/lib/kubelet"
 _DISTRIBUTIONS = {"k0s": "/var/lib/k0s/kubelet", "microk8s": "/var/snap/microk8s/common/var/lib/kubelet"}
 """The kubelet directories of distributions that do not use the default, by a word in the kubelet's version or a label."""
 # The API server's library separates names and values by a random one of these, so that nothing relies on the format.
-_ROOT_DIR = re.compile(r"^root-dir(?:: |[:= ])(/\S*)$", re.MULTILINE)
+# Other characters in the path could change the command that doctor prints: a compromised node sends any text.
+_ROOT_DIR = re.compile(r"^root-dir(?:: |[:= ])(/[\w./@+-]*)$", re.MULTILINE | re.ASCII)
 _MAX_NODES = 20  # for each of which the API server connects to a kubelet
 
 

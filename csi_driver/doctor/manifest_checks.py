@@ -38,9 +38,11 @@ async def check_api_server(installation: Installation, result: CheckResult) -> N
     result.nothing_found = True
     version = await installation.find("/version") or {}
     result.nothing_found = False
-    numbers = tuple(int(re.sub(r"[^0-9]", "", str(version.get(key, "0")))) for key in ("major", "minor"))
+    # An API server that was built without these numbers has empty ones. Then they are in the version, or unknown.
+    found = [re.sub(r"[^0-9]", "", str(version.get(key) or "")) for key in ("major", "minor")]
+    numbers = tuple(map(int, found)) if all(found) else _minor(str(version.get("gitVersion") or ""))
     result.summary = f"Kubernetes {version.get('gitVersion', '')}"
-    if numbers < _OLDEST_KUBERNETES:
+    if (0, 0) < numbers < _OLDEST_KUBERNETES:
         oldest = ".".join(map(str, _OLDEST_KUBERNETES))
         result.error(
             f"{result.summary} is too old; certmount needs {oldest}", f"upgrade the cluster to {oldest} or newer"

@@ -21,6 +21,16 @@ _MAX_PAGE_BYTES = 8 * 2**20  # a node with 250 volumes needs 150 KiB, unless the
 _MAX_VALUES = 200_000
 _AT_ONCE = 20
 _TIMEOUT_S = {STATUS: 15.0, DIAGNOSTICS: 65.0}
+_CONDITION = {"reason": str, "message": str}
+_CERTIFICATE = {
+    **dict.fromkeys(("namespace", "pod", "volume", "node", "serial", "issuer", "notAfter", "nextRenewal"), str),
+    "names": [str],
+    "moreNames": int,
+    "interim": bool,
+    "condition": (type(None), _CONDITION),
+}
+_FORMS: Mapping[str, object] = {"version": str, "problems": [str], "authority": str, "certificates": [_CERTIFICATE]}
+"""What a page has in these keys, if it has them. A compromised node can send anything, which must not stop the command."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +91,34 @@ async def _page(reader: ObjectReader, namespace: str, pod: ProgramPod, path: str
         content = await reader.page(namespace, pod.name, pod.port, path, _MAX_PAGE_BYTES, _TIMEOUT_S[path])
         document = loads_bounded(content, max_bytes=_MAX_PAGE_BYTES, max_values=_MAX_VALUES)
         clock_s = outside(float(document["time"]), before, time.time())
+        _check_forms(document)
     except CertmountError as error:
         return ProgramPage(pod, {}, str(error))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         problem = Fault(f"pod {namespace}/{pod.name}", f"sends a page {path} that is not valid")
         return ProgramPage(pod, {}, str(CertmountError(Reason.API_SERVER_UNAVAILABLE, problem)))
     return ProgramPage(pod, document, "", clock_s)
+
+
+def _check_forms(page: Mapping[str, object]) -> None:
+    """Raise ValueError, or KeyError for a page without a version."""
+    for key, form in _FORMS.items():
+        if key in ("version", *page) and not _has_form(page[key], form):
+            raise ValueError(key)
+
+
+def _has_form(value: object, form: object) -> bool:
+    """Return whether a value has a form: a type, one of several forms, a list of a form, or an object with keys of forms."""
+    match form:
+        case dict():
+            return isinstance(value, dict) and all(key in value and _has_form(value[key], form[key]) for key in form)
+        case [each] if isinstance(form, list):
+            return isinstance(value, list) and all(_has_form(item, each) for item in value)
+        case tuple():
+            return any(_has_form(value, each) for each in form)
+        case type():
+            return isinstance(value, form)
+    raise TypeError(form)
 
 
 def _is_active(item: Json) -> bool:
