@@ -39,13 +39,13 @@ def parse_pod_signer(text: str) -> PodSigner:
 class RequestClient(Protocol):
     """PodCertificateRequests at the API server."""
 
-    async def version(self) -> str:
-        """Return the version of the API to use, or "" if the API server does not serve it."""
+    async def find_version(self) -> str:
+        """Return the version of the API to use from now on, or "" if the API server does not serve it."""
 
-    def watch(self, version: str, signer: str, sink: RequestCache) -> WatchTask:
+    def watch(self, signer: str, sink: RequestCache) -> WatchTask:
         """Return a watch of the requests for a signer that updates ``sink``."""
 
-    async def finish(self, version: str, request: PodCertificateRequest, decision: PodCertificateDecision) -> bool:
+    async def finish(self, request: PodCertificateRequest, decision: PodCertificateDecision) -> bool:
         """Write the decision; return False if the request is already finished or deleted."""
 
 

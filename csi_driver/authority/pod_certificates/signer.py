@@ -55,42 +55,41 @@ class PodCertificateSigner:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.publisher.run(), name="ClusterTrustBundles")
             tasks.create_task(self.namespace_roots.run(), name="roots in namespaces")
-            version = await self._version()
+            await self._find_version()
             for signer in self.pipeline.signers:  # an issuer that does not answer must not delay the requests to others
-                tasks.create_task(self._process_requests(version, signer), name=f"requests for {signer}")
+                tasks.create_task(self._process_requests(signer), name=f"requests for {signer}")
 
-    async def _version(self) -> str:
-        """Return the version of the API, as soon as the API server serves it."""
+    async def _find_version(self) -> None:
+        """Wait until the API server serves the API."""
         version = await wait_until_served(
-            self.api.requests.version,
+            self.api.requests.find_version,
             delayed="pod certificate requests delayed",
             not_served="the API server does not serve PodCertificateRequests",
             needed="Kubernetes 1.37, or 1.35 with the gate",
         )
         log.info("pod certificate signer started", api_version=version, signers=sorted(self.pipeline.signers))
-        return version
 
-    async def _process_requests(self, version: str, signer: str) -> None:
+    async def _process_requests(self, signer: str) -> None:
         def changed(request: PodCertificateRequest) -> None:
             # The watch selects by signer name, too. This check is what ensures that nothing else is signed.
             if request.signer == signer and not request.finished:
                 queue.add(request)
 
         async def process(request: PodCertificateRequest, _is_retry: bool) -> bool:
-            return await self._process(version, request)
+            return await self._process(request)
 
         cache = RequestCache(changed)
         queue = SigningQueue(cache.find)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self.api.requests.watch(version, signer, cache).run(), name=f"watch of {signer}")
+            tasks.create_task(self.api.requests.watch(signer, cache).run(), name=f"watch of {signer}")
             tasks.create_task(queue.run_workers(process), name=f"workers of {signer}")
 
-    async def _process(self, version: str, request: PodCertificateRequest) -> bool:
+    async def _process(self, request: PodCertificateRequest) -> bool:
         """Finish a request; return False if it must be retried."""
 
         async def issue(record: AuditRecord) -> tuple[bool, Reason | None]:
             try:
-                return True, await self._issue_or_deny(version, request, record)
+                return True, await self._issue_or_deny(request, record)
             except CertmountError as error:
                 self._record_event(record, error)
                 raise
@@ -103,7 +102,7 @@ class PodCertificateSigner:
             request=request.key,
         )
 
-    async def _issue_or_deny(self, version: str, request: PodCertificateRequest, record: AuditRecord) -> Reason | None:
+    async def _issue_or_deny(self, request: PodCertificateRequest, record: AuditRecord) -> Reason | None:
         """Return the reason if the request is denied; raises CertmountError to retry it."""
         reason = None
         try:
@@ -117,7 +116,7 @@ class PodCertificateSigner:
             self._record_event(record, error)
         if decision is None:
             return Reason.POD_NOT_FOUND  # Kubernetes deletes the request
-        written = await self.api.requests.finish(version, request, decision)
+        written = await self.api.requests.finish(request, decision)
         if written and reason is None:
             record.decision = "issued"
         return reason

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import dataclasses
 import time
+
+import structlog
 
 from csi_driver._proto.pod_certificates_pb2 import PodCertificateRequest as Message
 from csi_driver.core.cluster.pod_certificates import ISSUED, PodCertificateDecision, PodCertificateRequest
-from csi_driver.core.errors import Reason
+from csi_driver.core.errors import CertmountError, Reason
 from csi_driver.core.texts import timestamp
 from csi_driver.kube.client import Conflict, NotFound, call_api, invalid_response
 from csi_driver.kube.connection import Api
@@ -15,6 +20,8 @@ from csi_driver.kube.metadata import InvalidObject, Json
 from csi_driver.kube.pod_certificates.request_cache import RequestCache
 from csi_driver.kube.pod_certificates.requests import convert_request, read_request
 from csi_driver.kube.reflector import Reflector, WatchedResource
+
+log = structlog.get_logger(__name__)
 
 GROUP = "/apis/certificates.k8s.io"
 REQUESTS, BUNDLES = "podcertificaterequests", "clustertrustbundles"
@@ -42,27 +49,49 @@ async def served_version(api: Api, resource: str) -> str:
 
 
 class PodCertificateRequestClient:
-    """Each method raises CertmountError IssuerUnavailable, ApiError for an error response."""
+    """Each method raises CertmountError IssuerUnavailable, ApiError for an error response.
+
+    Call :meth:`find_version` first. An upgrade of the cluster can change the version, so a failed watch looks it up again.
+    """
 
     def __init__(self, api: Api, watch_api: Api) -> None:
         """``watch_api`` has its own connections, because a watch holds one permanently."""
         self._api, self._watch_api = api, watch_api
+        self._version = ""
 
-    async def version(self) -> str:
-        """Return the version of the API to use, or "" if the API server does not serve it."""
-        return await served_version(self._api, REQUESTS)
+    async def find_version(self) -> str:
+        """Return the version of the API to use from now on, or "" if the API server does not serve it."""
+        found = await served_version(self._api, REQUESTS)
+        if found and self._version and found != self._version:
+            log.info("pod certificate API version changed", api_version=found)
+        self._version = found or self._version
+        return found
 
-    def watch(self, version: str, signer: str, sink: RequestCache) -> Reflector[PodCertificateRequest]:
+    def watch(self, signer: str, sink: RequestCache) -> Reflector[PodCertificateRequest]:
         """Return a reflector that updates ``sink`` with the requests for a signer."""
-        path, selector = f"{GROUP}/{version}/{REQUESTS}", f"spec.signerName={signer}"
-        resource = WatchedResource(f"{REQUESTS} for {signer}", path, read_request, field_selector=selector)
-        return Reflector(self._watch_api, resource, sink)
 
-    async def finish(self, version: str, request: PodCertificateRequest, decision: PodCertificateDecision) -> bool:
+        async def sleep(delay_s: float) -> None:
+            await asyncio.sleep(delay_s)
+            if reflector.failing_since is not None:
+                with contextlib.suppress(CertmountError):  # the reflector logs that the API server is unavailable
+                    await self.find_version()
+                # A resourceVersion is valid in every API version, so the watch continues from the last one.
+                reflector.resource = dataclasses.replace(reflector.resource, path=self._requests_path())
+
+        name, selector = f"{REQUESTS} for {signer}", f"spec.signerName={signer}"
+        resource = WatchedResource(name, self._requests_path(), read_request, field_selector=selector)
+        reflector = Reflector(self._watch_api, resource, sink, sleep=sleep)
+        return reflector
+
+    def _requests_path(self) -> str:
+        return f"{GROUP}/{self._version}/{REQUESTS}"
+
+    async def finish(self, request: PodCertificateRequest, decision: PodCertificateDecision) -> bool:
         """Write the decision; return False if the request is already finished or deleted.
 
         The write names the resourceVersion and the UID of the request, so no decision is ever written twice.
         """
+        version = self._version
         path = f"{GROUP}/{version}/namespaces/{request.namespace}/{REQUESTS}/{request.name}"
         current = request
         for attempt in range(1, _MAX_ATTEMPTS + 1):
@@ -73,6 +102,8 @@ class PodCertificateRequestClient:
                 if attempt == _MAX_ATTEMPTS:
                     raise
             except NotFound:
+                if await self.find_version() != version:
+                    raise  # the request can still exist; the caller retries
                 return False
             else:
                 return True

@@ -156,14 +156,15 @@ async def test_decision_is_written_once(cluster: Cluster) -> None:
     denial = PodCertificateDecision("Denied", "ByTest", "the first decision")
     async with Api((await authority_configuration(cluster))()) as api:
         requests = client.PodCertificateRequestClient(api, api)
+        await requests.find_version()
         known, deleted = [await _read(cluster, path, pod) for path in paths]
         label = {"metadata": {"labels": {"changed": "yes"}}}
         await run(cluster.api.call, "PATCH", paths[0], label, ADMIN, "application/merge-patch+json")
-        assert await requests.finish("v1", known, denial)
-        assert not await requests.finish("v1", known, replace(denial, message="the second"))
+        assert await requests.finish(known, denial)
+        assert not await requests.finish(known, replace(denial, message="the second"))
         assert condition(await run(cluster.status, paths[0]))[2] == "the first decision"
         await run(cluster.api.call, "DELETE", paths[1])
-        assert not await requests.finish("v1", deleted, denial)
+        assert not await requests.finish(deleted, denial)
 
 
 async def _read(cluster: Cluster, path: str, pod: TestPod) -> PodCertificateRequest:

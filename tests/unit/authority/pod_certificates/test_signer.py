@@ -25,7 +25,7 @@ from csi_driver.authority.csr_api import WatchTask
 from csi_driver.authority.issuance.steps import IssuanceSteps
 from csi_driver.authority.issuers import IssuedCertificate, Issuer, IssuerRequest
 from csi_driver.authority.issuers.internal.issuer import InternalIssuer
-from csi_driver.authority.pod_certificates.api import PodCertificateApi, PodSigner, parse_pod_signer
+from csi_driver.authority.pod_certificates.api import PodCertificateApi, PodSigner, RequestClient, parse_pod_signer
 from csi_driver.authority.pod_certificates.namespaces import NamespaceRoots
 from csi_driver.authority.pod_certificates.pipeline import PodCertificatePipeline
 from csi_driver.authority.pod_certificates.publisher import BundlePublisher
@@ -75,11 +75,10 @@ class FakeRequests:
     decisions: dict[str, list[PodCertificateDecision]] = field(default_factory=dict)
     failures: int = 0  # of the next writes
 
-    async def version(self) -> str:
+    async def find_version(self) -> str:
         return "v1" if self.served else ""
 
-    def watch(self, version: str, signer: str, sink: RequestCache) -> WatchTask:
-        assert version == "v1"
+    def watch(self, signer: str, sink: RequestCache) -> WatchTask:
         self.sinks[signer] = sink
         for one in self.waiting:
             if one.signer == signer:
@@ -91,7 +90,7 @@ class FakeRequests:
 
         return Endless()
 
-    async def finish(self, _version: str, request: PodCertificateRequest, decision: PodCertificateDecision) -> bool:
+    async def finish(self, request: PodCertificateRequest, decision: PodCertificateDecision) -> bool:
         if self.failures:
             self.failures -= 1
             raise CertmountError(Reason.ISSUER_UNAVAILABLE, "the API server cannot be reached")
@@ -158,13 +157,13 @@ class World:
         return InternalIssuer(cast("CertificateAuthority", self.ca), lambda: pki.NOW)
 
     @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    async def running(self, requests: RequestClient | None = None) -> AsyncIterator[None]:
         metrics = AuthorityMetrics(CollectorRegistry())
         steps = IssuanceSteps(OneService(), lambda: self.policy, metrics)
         issuers, signers = {"internal": self.internal, **self.issuers}, {SIGNER: "internal", EXTERNAL: "corporate"}
         lease = FakeLease()
         api = PodCertificateApi(
-            self.requests, lambda _: NoBundles(), self.pods.find, NoConfigMaps(), list, lease, "one"
+            requests or self.requests, lambda _: NoBundles(), self.pods.find, NoConfigMaps(), list, lease, "one"
         )
         signer = PodCertificateSigner(
             api,
