@@ -28,6 +28,8 @@ _MAX_STATUS = 8192  # bytes of /proc/PID/status; about 1500 are normal
 _UID = re.compile(r"[0-9a-f-]{32,36}", re.ASCII)
 _HIERARCHIES = ("", "unified", "systemd", "pids", "memory")
 """Version 2; then the mounts of a host that has both versions, or version 1."""
+_NO_PROCESS = (errno.ESRCH, errno.EINVAL, errno.ENOENT)
+"""There is no process with the ID, or a thread of another process has it: EINVAL, since Linux 6.15 ENOENT."""
 _NO_CGROUP = (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP)
 """The cgroup was removed, or it has threads of processes that its parent lists (cgroup version 2)."""
 
@@ -80,8 +82,10 @@ class PodProcesses:
         """Signal a process. Return False if it has ended, or is another one than expected."""
         try:
             descriptor = os.pidfd_open(pid)
-        except ProcessLookupError:
-            return False
+        except OSError as error:
+            if error.errno in _NO_PROCESS:
+                return False
+            raise
         try:
             # The descriptor could refer to a process that got the ID of one that has ended. While the process of the
             # descriptor exists, no other one has its ID; so what is true for the ID now is true for the process.

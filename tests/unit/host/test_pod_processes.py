@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
+import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -211,6 +213,36 @@ def test_process_that_got_the_id_of_another_gets_no_signal(
 def test_process_that_ends_during_the_search_is_omitted(host: Host) -> None:
     host.cgroup(f"kubepods/pod{POD}/c1", 10, host.process(11))
     assert host.signal() == [11]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOENT])
+def test_process_whose_id_is_now_that_of_a_thread_is_omitted(
+    host: Host, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Processes and threads share IDs. The error depends on the version of the kernel."""
+    host.cgroup(f"kubepods/pod{POD}/c1", host.process(10), host.process(11))
+    pidfd_open = os.pidfd_open
+
+    def reuse(pid: int) -> int:
+        if pid == 10:
+            raise OSError(number, os.strerror(number))
+        return pidfd_open(pid)
+
+    monkeypatch.setattr(os, "pidfd_open", reuse)
+    assert host.signal() == [11]
+
+
+def test_kernel_refuses_to_open_a_thread_with_an_expected_error() -> None:
+    ended = threading.Event()
+    thread = threading.Thread(target=ended.wait)
+    thread.start()
+    try:
+        with pytest.raises(OSError) as refused:  # noqa: PT011 - the text depends on the version of the kernel
+            os.pidfd_open(thread.native_id or 0)
+    finally:
+        ended.set()
+        thread.join()
+    assert refused.value.errno in (errno.EINVAL, errno.ENOENT)
 
 
 def test_limits(host: Host) -> None:
