@@ -12,6 +12,7 @@ from csi_driver.core.durations import format_duration, parse_duration
 from csi_driver.core.errors import Reason
 from csi_driver.core.names import InvalidName, parse_dns_label, parse_object_name
 from csi_driver.core.policy.engine import Policy
+from csi_driver.core.policy.pattern_index import PatternIndex
 from csi_driver.core.policy.patterns import IPRange, NamePattern, shortest_match
 from csi_driver.core.policy.rules import ALL_USAGES, DenyListEntry, PolicyRule, RuleLimits, RuleMatch
 from csi_driver.core.spec import MIN_DURATION, parse_key_type, parse_usage
@@ -71,8 +72,8 @@ class _Reader(DocumentReader):
         allow = self._section(at, top.get("allow"), (*_NAMES, *_LIMITS, "subjects", *_SECRETS_ONLY))
         self._check_keys(at, allow, secrets=secrets)
 
-        def patterns(key: str, parse: _ParsePattern) -> tuple[NamePattern, ...]:
-            return self._patterns((*at, key), allow.get(key), parse, secrets=secrets)
+        def patterns(key: str, parse: _ParsePattern) -> PatternIndex:
+            return PatternIndex(self._patterns((*at, key), allow.get(key), parse, secrets=secrets))
 
         return PolicyRule(
             match=match,

@@ -20,6 +20,7 @@ from csi_driver.core.policy.decision import (
     RequestFields,
     RuleMismatch,
 )
+from csi_driver.core.policy.pattern_index import PatternIndex
 from csi_driver.core.policy.patterns import NamePattern
 from csi_driver.core.policy.rule_cache import RuleCache
 from csi_driver.core.policy.rule_index import RuleIndex
@@ -88,7 +89,7 @@ class Policy:
     def __post_init__(self) -> None:
         domains = {"trust_domain": self.trust_domain, "cluster_domain": self.cluster_domain}
         services, own = (
-            tuple(NamePattern.for_dns(pattern, domains) for pattern in patterns)
+            PatternIndex(tuple(NamePattern.for_dns(pattern, domains) for pattern in patterns))
             for patterns in (_SERVICE_NAMES, _POD_NAMES)
         )
         built_in = PolicyRule(RuleMatch(("*",), ("*",)), dns=services, own_dns=own, label=BUILT_IN)
@@ -178,7 +179,11 @@ class _Evaluation:
             within_limits = self._within_limits(self._rules, self._usages, self._requested.duration)
             allowing = [[rule for rule in within_limits if self._matches(rule, name)] for name in self._names]
             if not all(allowing):
-                decisions = tuple(map(self._separate_decision, self._names, allowing))
+                violations = [(rule, self._violations(rule)) for rule in self._rules]
+                decisions = tuple(
+                    self._separate_decision(name, rules, violations)
+                    for name, rules in zip(self._names, allowing, strict=True)
+                )
                 return PolicyDecision(self._principal, own, self._rules, decisions)
             choice = next(self._choices(allowing), None)
             if choice is None:
@@ -225,13 +230,15 @@ class _Evaluation:
             return True
         return bool(self._governing) and rule.allows_own_name(name, self._values, self._governing)
 
-    def _separate_decision(self, name: Name, allowing: Sequence[PolicyRule]) -> NameDecision:
+    def _separate_decision(
+        self, name: Name, allowing: Sequence[PolicyRule], violations: Sequence[tuple[PolicyRule, tuple[Violation, ...]]]
+    ) -> NameDecision:
         """Return the decision about a name if not all names are allowed."""
         if allowing:
             return NameDecision(name, allowing[0].label)
+        # A rule without violations does not match the name, or it would allow it. Match it only with the other rules.
         mismatches = tuple(
-            RuleMismatch(rule.label, self._violations(rule) if self._matches(rule, name) else ())
-            for rule in self._rules
+            RuleMismatch(rule.label, found if found and self._matches(rule, name) else ()) for rule, found in violations
         )
         return NameDecision(name, mismatches=mismatches, of_pod=self._has_form_of_pod(name))
 

@@ -80,7 +80,7 @@ class NamePattern:
     text: str
     parts: tuple[str, ...]
     _form: _Form = field(repr=False)
-    _suffix: str = field(repr=False, compare=False)
+    suffix: str = field(repr=False, compare=False)
     """The end of every matching name. Comparing it first rejects most names in a tenth of the time."""
 
     @classmethod
@@ -170,7 +170,7 @@ class NamePattern:
 
         ``values`` (namespace, and of pods service_account and pod) replace the placeholders, and one of ``services`` replaces ``{service}``.
         """
-        if not name.endswith(self._suffix):
+        if not name.endswith(self.suffix):
             return False
         parts = self._form.split(name)
         if len(parts) != len(self.parts):

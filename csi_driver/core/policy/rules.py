@@ -10,7 +10,8 @@ from csi_driver.core.attributes import IssuanceOptions
 from csi_driver.core.durations import format_duration
 from csi_driver.core.identity import Principal, SecretIdentity
 from csi_driver.core.names import DNSName, EmailAddress, IPAddress, Name
-from csi_driver.core.policy.patterns import IPRange, NamePattern, glob_matches
+from csi_driver.core.policy.pattern_index import PatternIndex
+from csi_driver.core.policy.patterns import IPRange, glob_matches
 from csi_driver.core.spec import DEFAULT_ISSUER, MIN_DURATION, KeyType, Usage
 from csi_driver.core.subject import SubjectAttribute
 
@@ -132,14 +133,14 @@ class PolicyRule:
     """The names that matching pods or Secrets can request. Every rule also allows a pod's own SPIFFE ID within its limits."""
 
     match: RuleMatch
-    dns: tuple[NamePattern, ...] = ()
-    own_dns: tuple[NamePattern, ...] = ()  # in which {service} is only the pod's governing Service
-    uris: tuple[NamePattern, ...] = ()
+    dns: PatternIndex = PatternIndex()
+    own_dns: PatternIndex = PatternIndex()  # in which {service} is only the pod's governing Service
+    uris: PatternIndex = PatternIndex()
     ips: tuple[IPRange, ...] = ()
-    emails: tuple[NamePattern, ...] = ()
+    emails: PatternIndex = PatternIndex()
     limits: RuleLimits = RuleLimits()
-    acme_emails: tuple[NamePattern, ...] = ()  # whose ACME accounts can order certificates, in addition to the issuer's
-    subjects: tuple[NamePattern, ...] = ()  # of single attributes of the subject
+    acme_emails: PatternIndex = PatternIndex()  # whose ACME accounts can order, in addition to the issuer's
+    subjects: PatternIndex = PatternIndex()  # of single attributes of the subject
     label: str = ""  # the place in the file, such as ``policy[1] (line 12)``
 
     def allows(self, name: Name, values: Mapping[str, str], services: Sequence[str]) -> bool:
@@ -150,19 +151,19 @@ class PolicyRule:
             patterns = self.dns
         else:
             patterns = self.emails if isinstance(name, EmailAddress) else self.uris
-        return any(pattern.matches(name.text, values, services) for pattern in patterns)
+        return patterns.matches(name.text, values, services)
 
     def allows_own_name(self, name: Name, values: Mapping[str, str], governing: Sequence[str]) -> bool:
         """Return whether it is the pod's own name below its governing Service, and the rule allows these names."""
-        return isinstance(name, DNSName) and any(one.matches(name.text, values, governing) for one in self.own_dns)
+        return isinstance(name, DNSName) and self.own_dns.matches(name.text, values, governing)
 
     def allows_account(self, email: EmailAddress, values: Mapping[str, str]) -> bool:
         """Return whether the ACME account with this address can order the certificate."""
-        return any(pattern.matches(email.text, values) for pattern in self.acme_emails)
+        return self.acme_emails.matches(email.text, values)
 
     def account_violation(self, email: EmailAddress) -> Violation:
         """Return the violation if :meth:`allows_account` returns False."""
-        allowed = " or ".join(pattern.text for pattern in self.acme_emails)
+        allowed = " or ".join(pattern.text for pattern in self.acme_emails.patterns)
         texts = f"email {allowed}" if allowed else "no email", f"use {allowed}" if allowed else "omit it"
         return Violation("email", email.text, "is not the address of an ACME account", *texts, change=_ADD_ACCOUNT)
 
@@ -171,13 +172,13 @@ class PolicyRule:
     ) -> list[str]:
         """Return the attributes of a subject that no pattern matches."""
         texts = [attribute.text for attribute in attributes]
-        return [text for text in texts if not any(one.matches(text, values, services) for one in self.subjects)]
+        return [text for text in texts if not self.subjects.matches(text, values, services)]
 
     def subject_violation(self, forbidden: Sequence[str]) -> Violation:
         """Return the violation for what :meth:`forbidden_attributes` returns."""
-        allowed = " or ".join(pattern.text for pattern in self.subjects)
+        allowed = " or ".join(pattern.text for pattern in self.subjects.patterns)
         texts = f"subject {allowed}" if allowed else "no subject", f"use {allowed}" if allowed else "omit it"
-        distance = float(len(forbidden) + (not self.subjects))
+        distance = float(len(forbidden) + (not self.subjects.patterns))
         return Violation("subject", ", ".join(forbidden), "is not a subject", *texts, distance, change=_ADD_SUBJECT)
 
 

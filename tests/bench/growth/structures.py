@@ -12,9 +12,12 @@ from prometheus_client import CollectorRegistry
 from csi_driver.authority.trust.bundles import TrustBundles
 from csi_driver.core.certificates.root_sets import RootSet
 from csi_driver.core.cluster.objects import EventTarget
+from csi_driver.core.errors import CertmountError
 from csi_driver.core.identity import PodIdentity, ServiceAccount
+from csi_driver.core.names import DNSName, Names
 from csi_driver.core.policy.document import parse_policy
 from csi_driver.core.policy.engine import Policy, PolicySubject, RequestedCertificate
+from csi_driver.core.spec import MAX_NAMES
 from csi_driver.events.aggregator import EventAggregator
 from csi_driver.kube.object_caches import PodCache
 from csi_driver.telemetry.authority_metrics import AuthorityMetrics
@@ -29,6 +32,7 @@ _PODS = (1000, 10_000, 100_000)
 _EVENTS = (10, 100, 1000)
 _WATCHERS = (10, 100, 1000, 10_000)
 _DECISIONS = 400
+_REFUSALS = 20
 _LOOKUPS = 10_000
 _CACHE_FACTOR = 4.0
 _UUID = "11111111-1111-4111-8111-{:012}"
@@ -50,6 +54,9 @@ def _policy() -> Iterator[Figure]:
         costs = {size: _first_decisions(policy, "team-{0}") / size for size, policy in policies.items()}
         name = f"policy: first decision for an account, per rule {shape}"
         yield growth(name, costs, "us", f"CPU time divided by the rules, {_DECISIONS} accounts; must not grow")
+    costs = {count: _refused_names(count) for count in _RULES}
+    method = f"CPU time per name, {MAX_NAMES} names in a request that no pattern allows"
+    yield growth("policy: refused name, by patterns of a rule", costs, "us", method)
     policy = _rules(1000, "team-{0}")
     costs = {count: _repeated_decisions(policy, count) for count in _ACCOUNTS}
     method = "CPU time per decision of 1,000 rules; all accounts ask in turn. The cache has 4,096 places"
@@ -88,6 +95,21 @@ def _first_decisions(policy: Policy, namespace: str) -> float:
         for number in range(_DECISIONS):
             policy.decide(_subject(namespace.format(number), f"web-{turn}"), RequestedCertificate())
         return _DECISIONS
+
+    return fastest_us(decide)
+
+
+def _refused_names(patterns: int) -> float:
+    match = {"namespaces": ["*"], "serviceAccounts": ["*"]}
+    rule = {"match": match, "allow": {"dns": [f"*.team-{number}.example.com" for number in range(patterns)]}}
+    policy = parse_policy({"policy": [rule]}, trust_domain="example.org", cluster_domain="cluster.local")
+    names = Names.of(DNSName.parse(f"www.other-{number}.example.com") for number in range(MAX_NAMES))
+
+    def decide() -> int:
+        for _ in range(_REFUSALS):
+            with contextlib.suppress(CertmountError):
+                policy.decide(_subject("web", "edge"), RequestedCertificate(names))
+        return _REFUSALS * MAX_NAMES
 
     return fastest_us(decide)
 

@@ -13,6 +13,7 @@ from csi_driver.core.errors import CertmountError, Fault, Reason
 from csi_driver.core.names import InvalidName, parse_dns_label, parse_object_name
 from csi_driver.core.policy.document import parse_policy
 from csi_driver.core.policy.engine import Policy
+from csi_driver.core.policy.pattern_index import PatternIndex
 from csi_driver.core.policy.rules import DenyListEntry, RuleLimits, RuleMatch
 from csi_driver.core.spec import KeyType, Usage
 from tests.unit.core.outcomes import outcome
@@ -69,10 +70,10 @@ def test_empty_file_is_the_default_policy(document: object) -> None:
 def test_rule_is_parsed_with_domains() -> None:
     (made,) = read({"policy": [GOOD]}).rules
     assert made.match == RuleMatch(("web", "team-*"), ("*",), (("team", "pay*"), ("a.example/b", "")))
-    assert [str(pattern) for pattern in made.dns] == ["*.{namespace}.svc.cluster.local"]
-    assert [str(pattern) for pattern in made.uris] == ["spiffe://td.example/ns/{namespace}/app/*"]
+    assert [str(pattern) for pattern in made.dns.patterns] == ["*.{namespace}.svc.cluster.local"]
+    assert [str(pattern) for pattern in made.uris.patterns] == ["spiffe://td.example/ns/{namespace}/app/*"]
     assert [str(known) for known in made.ips] == ["10.0.0.0/8", "fd00::1"]
-    assert [str(pattern) for pattern in made.emails] == ["{service_account}@cluster.local"]
+    assert [str(pattern) for pattern in made.emails.patterns] == ["{service_account}@cluster.local"]
     assert made.limits == RuleLimits(
         (KeyType.EC_P256, KeyType.ML_DSA_65),
         (Usage.SERVER,),
@@ -82,7 +83,8 @@ def test_rule_is_parsed_with_domains() -> None:
     )
     assert made.label == "policy[0]"
     (made,) = read(rule(allow={"dns": ["a.example"]}, match={"namespaces": ["*"], "serviceAccounts": ["*"]})).rules
-    assert (made.uris, made.ips, made.emails, made.match.namespace_labels) == ((),) * 4
+    assert (made.uris, made.emails) == (PatternIndex(),) * 2
+    assert (made.ips, made.match.namespace_labels) == ((),) * 2
     assert made.limits == RuleLimits()
 
 
@@ -114,7 +116,7 @@ def for_secrets(**changes: object) -> dict[str, list[Any]]:
 def test_rule_for_secrets_is_parsed() -> None:
     (made,) = read({"policy": [FOR_SECRETS]}).rules
     assert made.match == RuleMatch(("web",), (), (("team", "pay*"),), ("edge-*",))
-    assert [str(pattern) for pattern in made.acme_emails] == ["*@a.example"]
+    assert [str(pattern) for pattern in made.acme_emails.patterns] == ["*@a.example"]
     assert made.limits == RuleLimits(issuers=("acme",), without_spiffe_id=True)
     assert read({"policy": [FOR_SECRETS]}).warnings == ()
     match = {"namespaces": ["web"], "secrets": ["*"]}
