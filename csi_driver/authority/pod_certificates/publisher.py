@@ -42,21 +42,24 @@ class BundlePublisher:
     _problems: dict[str, str] = field(default_factory=dict)
 
     async def run(self) -> None:
-        version = await wait_until_served(
-            self.client.version,
-            delayed="cluster trust bundles delayed",
-            not_served="the API server does not serve ClusterTrustBundles, so the roots are not published",
-        )
         while True:
-            await self._publish(version, self.trust.snapshot.sets)
-            await asyncio.sleep(_INTERVAL_S)
+            version = await wait_until_served(
+                self.client.version,
+                delayed="cluster trust bundles delayed",
+                not_served="the API server does not serve ClusterTrustBundles, so the roots are not published",
+            )
+            listed = True
+            while listed:  # an upgrade of the cluster can change the version
+                listed = await self._publish(version, self.trust.snapshot.sets)
+                await asyncio.sleep(_INTERVAL_S)
 
-    async def _publish(self, version: str, sets: Mapping[str, RootSet]) -> None:
+    async def _publish(self, version: str, sets: Mapping[str, RootSet]) -> bool:
+        """Write what differs; return False if the bundles cannot be listed."""
         try:
             published = {bundle.name: bundle for bundle in await self.client.list(version)}
         except CertmountError as error:
             self._report("", error)
-            return
+            return False
         self._report("", None)
         for name, roots in sets.items():
             await self._write(version, name, roots, published.get(name))
@@ -64,6 +67,7 @@ class BundlePublisher:
             with self._reported(name):
                 await self.client.delete(version, name)
                 log.info("cluster trust bundle deleted", root_set=name)
+        return True
 
     async def _write(self, version: str, name: str, roots: RootSet, found: PublishedBundle | None) -> None:
         bundle = PublishedBundle(
@@ -119,6 +123,7 @@ class PublishedAcknowledgements:
         if self._version:
             bundle = await self.client.find(self._version, DEFAULT_ISSUER)
             if bundle is None or bundle.generation < generation:
+                self._version = ""  # an upgrade of the cluster can have changed it
                 self._generation = -1
                 return False
         elif not self.namespaces():
