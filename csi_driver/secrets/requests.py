@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 from csi_driver.core.cluster.objects import EventTarget
@@ -46,16 +46,29 @@ class SourceRequest:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An object with its valid requests and the faults of the others."""
+    """An object with its valid requests and the faults of the others, which are of the Secrets ``faulty``; None: of any."""
 
     target: EventTarget
     requests: Sequence[SourceRequest] = ()
     faults: Sequence[Fault] = ()
+    faulty: frozenset[SecretName] | None = frozenset()
 
     @property
     def order(self) -> tuple[bool, str, str, str]:
         """Of several sources that request one Secret with different options, the first one decides; a list before all others."""
         return self.target.kind != "ConfigMap", self.target.kind, self.target.namespace, self.target.name
+
+    def with_earlier(self, known: Source | None) -> Source:
+        """Return the source with what the same object requested before for the Secrets whose requests are not valid now.
+
+        Otherwise a typing error would end the renewals of a Secret, and leave the Secret to other sources. The result has no
+        ``faulty``, which would take memory.
+        """
+        valid = {request.secret for request in self.requests}
+        earlier = known.requests if known is not None and self.faults and known.target == self.target else ()
+        faulty = (one for one in earlier if self.faulty is None or one.secret in self.faulty)
+        requests = (*self.requests, *(one for one in faulty if one.secret not in valid))
+        return replace(self, requests=requests, faulty=frozenset())
 
 
 @dataclass(frozen=True, slots=True)

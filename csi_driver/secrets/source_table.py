@@ -127,6 +127,7 @@ class SourceCache(Generic[_Item]):
     def put(self, item: _Item) -> Hashable | None:
         source = self._read(item)
         key, owner = key_of(source.target), namespace_owner(source.target.namespace)
+        source = source.with_earlier(self._table.find(key))
         if not source.requests and not source.faults:
             self._remove(key)
             return key

@@ -50,12 +50,13 @@ def read_annotated(item: TLSObject, rules: SourceRules) -> Source:
     reader = _Reader(item.target.namespace)
     options = reader.options(item, rules)
     if options is None:
-        return Source(item.target, (), tuple(reader.faults))
+        return Source(item.target, (), tuple(reader.faults), None)
     requests = [request for entry in reader.limited(item) if (request := reader.request(entry, options)) is not None]
     united = reader.united(requests)
     if item.more_entries:
         reader.fault("spec", f"has {item.more_entries} more entries than certmount reads", "use several objects")
-    return Source(item.target, united, tuple(reader.faults[:_MAX_FAULTS]))
+    named = frozenset(SecretName(item.target.namespace, entry.secret) for entry in item.entries)
+    return Source(item.target, united, tuple(reader.faults[:_MAX_FAULTS]), named)
 
 
 def _is_served(item: TLSObject, rules: SourceRules) -> bool:

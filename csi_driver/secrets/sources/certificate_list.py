@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import TypeAlias
 
 from csi_driver.config.located_yaml import Located, read_yaml
 from csi_driver.core.config.document_reader import DocumentReader, Path
@@ -20,6 +21,8 @@ MAX_LIST_BYTES = 512 * 1024
 MAX_CERTIFICATES = 5000
 MAX_FAULTS = 100  # of a list that are reported; the text of an event is shorter anyway
 _KEYS = ("secret", "domains", "email", "tsigSecretName", "issuer", "key-type", "duration")
+_Parsed: TypeAlias = "tuple[tuple[SourceRequest, ...], tuple[Fault, ...], frozenset[SecretName] | None]"
+"""The valid requests, the faults of the others, and the Secrets of these; None if no entry can be read."""
 _NAMESPACED = re.compile(r"(?:(?P<namespace>[^/]*)/)?(?P<name>[^/]*)")
 
 
@@ -38,57 +41,66 @@ def read_certificate_list(item: ListObject, rules: SourceRules) -> Source:
     """Return the requests of a list that a ConfigMap contains."""
     if item.content is None:
         fault = Fault(f"data.{LIST_KEY}", "is missing", f"put the list in the key {LIST_KEY}")
-        return Source(item.target, (), (fault,))
-    requests, faults = parse_certificate_list(item.content, item.target.namespace, rules)
-    return Source(item.target, requests, faults)
+        return Source(item.target, (), (fault,), None)
+    return Source(item.target, *_parse(item.content, item.target.namespace, rules))
 
 
 def parse_certificate_list(
     content: bytes, namespace: str, rules: SourceRules
 ) -> tuple[tuple[SourceRequest, ...], tuple[Fault, ...]]:
     """Return the valid entries of a list in this namespace, and all faults of the others, with their lines."""
+    requests, faults, _ = _parse(content, namespace, rules)
+    return requests, faults
+
+
+def _parse(content: bytes, namespace: str, rules: SourceRules) -> _Parsed:
     if len(content) > MAX_LIST_BYTES:
-        return (), (Fault("list", f"is longer than {MAX_LIST_BYTES} bytes", "use several ConfigMaps"),)
+        return (), (Fault("list", f"is longer than {MAX_LIST_BYTES} bytes", "use several ConfigMaps"),), None
     try:
         located = read_yaml(content, "list", Reason.INVALID_SOURCE)
     except CertmountError as error:
-        return (), tuple(fault if isinstance(fault, Fault) else Fault("list", str(fault)) for fault in error.faults)
+        faults = tuple(fault if isinstance(fault, Fault) else Fault("list", str(fault)) for fault in error.faults)
+        return (), faults, None
     return _read(located, namespace, rules)
 
 
-def _read(located: Located, namespace: str, rules: SourceRules) -> tuple[tuple[SourceRequest, ...], tuple[Fault, ...]]:
+def _read(located: Located, namespace: str, rules: SourceRules) -> _Parsed:
     entries = located.data
     lines: Mapping[Path, int] = {(LIST_KEY, *path): line for path, line in located.lines.items()}
     if isinstance(entries, Mapping) and LIST_KEY in entries and len(entries) == 1:
         entries, lines = entries[LIST_KEY], located.lines
     if entries is None:
-        return (), ()
+        return (), (), frozenset()
     if not isinstance(entries, list):
-        return (), (Fault("list", "is not a list", "begin each certificate with '- secret: NAME'"),)
+        return (), (Fault("list", "is not a list", "begin each certificate with '- secret: NAME'"),), None
     if len(entries) > MAX_CERTIFICATES:
-        return (), (Fault("list", f"has {len(entries)} certificates", f"use at most {MAX_CERTIFICATES}"),)
+        return (), (Fault("list", f"has {len(entries)} certificates", f"use at most {MAX_CERTIFICATES}"),), None
     requests: dict[SecretName, SourceRequest] = {}
     faults: list[Fault] = []
+    faulty: set[SecretName] = set()
     count = 0
     for index, entry in enumerate(entries):
         path: Path = (LIST_KEY, index)
         reader = _FaultList(Reason.INVALID_SOURCE, "list", lines)
-        request = _entry(reader, path, entry, namespace, rules)
+        secret, request = _entry(reader, path, entry, namespace, rules)
         if request is not None and (known := requests.get(request.secret)) is not None:
             reader.fault((*path, "secret"), f"{str(request.secret)!r} is also the Secret of {known.path}")
         found = reader.faults()
         faults += found[: MAX_FAULTS - len(faults)]
         count += len(found)
-        if request is not None and not found:
+        if found and secret is not None:
+            faulty.add(secret)
+        elif request is not None:
             requests[request.secret] = request
     if count > len(faults):
         faults.append(Fault("list", f"has {count - len(faults)} more faults"))
-    return tuple(requests.values()), tuple(faults)
+    return tuple(requests.values()), tuple(faults), frozenset(faulty)
 
 
 def _entry(
     reader: DocumentReader, path: Path, entry: object, namespace: str, rules: SourceRules
-) -> SourceRequest | None:
+) -> tuple[SecretName | None, SourceRequest | None]:
+    """Return the Secret of an entry, and the request; each is None if it is not valid."""
     top = reader.mapping(path, entry, allowed=_KEYS, required=("secret", "domains"))
 
     def secret_name(text: str) -> SecretName:
@@ -113,9 +125,9 @@ def _entry(
     key_type = reader.text((*path, "key-type"), top.get("key-type"), parse_key_type)
     duration = reader.text((*path, "duration"), top.get("duration"), parse_duration)
     if secret is None or not names:
-        return None
+        return secret, None
     options = CertificateOptions(issuer or rules.default_issuer, key_type, duration, str(email or ""), str(tsig or ""))
-    return SourceRequest(secret, tuple(dict.fromkeys(names)), options, reader.label(path))
+    return secret, SourceRequest(secret, tuple(dict.fromkeys(names)), options, reader.label(path))
 
 
 def _namespaced(text: str, namespace: str) -> SecretName:

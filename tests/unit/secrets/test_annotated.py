@@ -129,3 +129,13 @@ def test_entries_of_one_secret_with_too_many_names_keep_those_of_the_first() -> 
 def test_names_of_entries_with_one_secret_are_united() -> None:
     found = read_annotated(ingress(entry("tls", "a.example.com"), entry("tls", "b.example.com", number=1)), RULES)
     assert [list(map(str, one.names)) for one in found.requests] == [["a.example.com", "b.example.com"]]
+
+
+def test_secrets_of_faulty_entries_keep_their_earlier_requests() -> None:
+    before = read_annotated(ingress(entry("a", "a.example.com"), entry("b", "b.example.com", number=1)), RULES)
+    faulty = read_annotated(ingress(entry("a", "not_a_name"), entry("c", "c.example.com", number=1)), RULES)
+    assert [request.secret.name for request in faulty.with_earlier(before).requests] == ["c", "a"]
+    invalid_option = read_annotated(ingress(**{"certmount.dev_key-type": "DSA"}), RULES)
+    assert invalid_option.with_earlier(before).requests == before.requests
+    switched_off = read_annotated(ingress(**{"kubernetes.io_tls-acme": "false"}), RULES)
+    assert switched_off.with_earlier(before).requests == ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 from csi_driver.core.cluster.objects import EventTarget
@@ -154,3 +155,27 @@ def test_objects_that_request_nothing_use_no_memory() -> None:
     for number in range(100):
         assert world.cache.put(source(f"i-{number}")) is not None
     assert world.memory.total == 0
+
+
+def test_source_that_is_not_valid_keeps_what_it_requested() -> None:
+    world = World()
+    both = source("a", "a.example.com"), source("a", "b.example.com", secret="other")
+    valid = Source(both[0].target, (*both[0].requests, *both[1].requests))
+    world.cache.put(valid)
+    size, fault = world.memory.total, (Fault("list", "is wrong"),)
+    unknown = Source(valid.target, (), fault, None)
+    for _ in range(3):
+        world.cache.put(unknown)
+    assert (world.names("shop/tls"), world.names("shop/other")) == (["a.example.com"], ["b.example.com"])
+    assert (world.memory.total - size, len(world.failed)) == (len("list: is wrong"), 1)
+    world.cache.put(Source(valid.target, (), fault, frozenset([SecretName("shop", "tls")])))
+    assert (world.names("shop/tls"), world.names("shop/other")) == (["a.example.com"], [])
+    world.cache.put(Source(valid.target, both[1].requests, fault, frozenset([SecretName("shop", "tls")])))
+    assert (world.names("shop/tls"), world.names("shop/other")) == (["a.example.com"], ["b.example.com"])
+    assert world.table.find(("Ingress", "shop", "a")) == Source(valid.target, valid.requests[::-1], fault)
+    successor = replace(unknown, target=replace(valid.target, uid="another"))
+    world.cache.put(successor)
+    assert len(world.table) == 0, "another object with the same name"
+    world.cache.put(valid)
+    world.cache.put(Source(valid.target))
+    assert (len(world.table), world.memory.total) == (0, 0)
