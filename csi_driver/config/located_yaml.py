@@ -12,6 +12,7 @@ import yaml
 from csi_driver.config.yaml_traps import explain, explain_line
 from csi_driver.core.config.document_reader import Path
 from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.texts import shortened
 
 MAX_BYTES = 1024 * 1024
 MAX_NODES = (
@@ -36,7 +37,8 @@ class _Loader(_Base):  # type: ignore[misc]  # the base depends on how PyYAML wa
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable):
                 if key in seen:
-                    raise _Invalid(key_node.start_mark.line + 1, f"the key {key!r} is duplicate, see line {seen[key]}")
+                    problem = f"the key {shortened(repr(key))} is duplicate, see line {seen[key]}"
+                    raise _Invalid(key_node.start_mark.line + 1, problem)
                 seen[key] = key_node.start_mark.line + 1
         mapping: dict[Hashable, Any] = super().construct_mapping(node, deep=deep)
         return mapping

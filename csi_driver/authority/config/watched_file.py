@@ -198,5 +198,5 @@ def _unreadable(error: OSError, path: Path, reason: Reason, hint: str) -> Certmo
 def _digest(contents: Contents) -> str:
     digest = hashlib.sha256()
     for name, content in sorted(contents.items()):
-        digest.update(f"{name} {len(content)} ".encode() + content)
+        digest.update(os.fsencode(name) + f" {len(content)} ".encode() + content)  # a name can be no UTF-8
     return digest.hexdigest()

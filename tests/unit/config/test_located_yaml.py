@@ -152,6 +152,12 @@ def test_largest_file_needs_limited_time_and_memory(content: str) -> None:
     assert peak < 20 * 1024 * 1024
 
 
+def test_error_shows_the_start_of_a_long_key() -> None:
+    result = outcome(lambda: read("\n".join(["? " + "k" * 400_000, ": 1"] * 2)), CertmountError)
+    assert f"'{'k' * 76}... is duplicate, see line 1" in str(result)
+    assert len(str(result)) < 400
+
+
 PIECES = ["a", "policy", "é", "~", "1", "<<", ": ", ":", "- ", "? ", "---", "\n", "\n  ", "\r", "\t", ",", "{{ x }}", "\\"]  # fmt: skip
 yaml_texts = st.lists(st.sampled_from([*PIECES, *"[]{}*!'\"#%@`|>", "&a "]), max_size=30).map("".join)
 

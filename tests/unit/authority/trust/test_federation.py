@@ -135,6 +135,12 @@ async def test_invalid_name_or_name_of_an_issuer_is_rejected(name: str, world: W
     assert (world.roots, world.rejections) == ({}, 1)
 
 
+async def test_file_name_that_is_not_utf8_is_rejected_alone(world: World) -> None:
+    (world.directory / os.fsdecode(b"\xff.crt")).write_bytes(encode_certificates([TWO.root]))
+    await world.load("partner.crt", ONE.root)
+    assert (world.rejections, [*world.roots]) == (1, ["partner"])
+
+
 async def test_second_file_for_a_set_is_rejected(world: World) -> None:
     await world.load("partner.crt", ONE.root)
     await world.load("partner.pem", TWO.root)
