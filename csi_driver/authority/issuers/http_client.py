@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import aiohttp
 from cryptography import x509
-from multidict import CIMultiDictProxy
+from multidict import CIMultiDict, CIMultiDictProxy
 
 from csi_driver import __version__
 from csi_driver.core.bounded_json import MAX_VALUES, loads_bounded
@@ -29,6 +29,7 @@ MAX_CONNECTIONS = 20
 _CONNECT_TIMEOUT_S = 5.0
 # The start of a JSON Web Token. Fingerprints in base64url, which step-ca quotes, can contain the same characters inside.
 _TOKEN = re.compile(r"(?<![A-Za-z0-9_-])eyJ|eyJ[A-Za-z0-9_-]*\.")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 # Verification results of OpenSSL (x509_vfy.h) that an administrator can act on.
 NOT_VALID_YET, EXPIRED, UNKNOWN_ROOT, OTHER_NAME = 9, 10, 18, 62
 _VERIFY_ERRORS = {
@@ -56,7 +57,7 @@ class HttpError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class HttpResponse:
-    """A complete response: at most ``MAX_RESPONSE_BYTES``, and no redirect."""
+    """A complete response: at most ``MAX_RESPONSE_BYTES``, and no redirect. ``headers`` lacks values that are not UTF-8."""
 
     status: int
     headers: CIMultiDictProxy[str]
@@ -133,7 +134,7 @@ class HttpClient:
         try:
             async with self._session.request(method, url, allow_redirects=False, **content) as response:
                 _check_headers(response)
-                return HttpResponse(response.status, response.headers, await _read_body(response))
+                return HttpResponse(response.status, _text_headers(response), await _read_body(response))
         except aiohttp.ClientConnectorCertificateError as error:
             raise self._certificate_error(error.certificate_error) from None
         except aiohttp.ClientSSLError as error:
@@ -213,6 +214,12 @@ def _check_headers(response: aiohttp.ClientResponse) -> None:
         raise HttpError("response", problem, "configure the address that it leads to")
     if response.headers.get("Content-Encoding", "identity") != "identity":
         raise HttpError("response", "the response is compressed, which was not requested")
+
+
+def _text_headers(response: aiohttp.ClientResponse) -> CIMultiDictProxy[str]:
+    """Return the headers whose values are UTF-8. aiohttp decodes other bytes to surrogates, which no text or JSON can contain."""
+    texts = CIMultiDict((name, value) for name, value in response.headers.items() if not _SURROGATE.search(value))
+    return CIMultiDictProxy(texts)
 
 
 async def _read_body(response: aiohttp.ClientResponse) -> bytes:

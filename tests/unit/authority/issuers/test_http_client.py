@@ -19,7 +19,7 @@ from csi_driver.authority.issuers.step_ca.client import StepCAClient
 from csi_driver.core.errors import CertmountError, Reason
 from tests.support.longest_step import LongestStep
 from tests.support.waiting import in_background
-from tests.unit.authority.issuers.hostile_server import ATTACKS, Attack, HostileServer
+from tests.unit.authority.issuers.hostile_server import ATTACKS, Attack, HostileServer, respond
 
 Servers = tuple[HostileServer, HostileServer]
 MEBIBYTE = 1024 * 1024
@@ -77,6 +77,20 @@ async def _failure(fetch: Callable[[HostileServer], Awaitable[None]], server: Ho
     with pytest.raises((HttpError, CertmountError, AcmeProblem)) as caught:
         await fetch(server)
     return str(caught.value)
+
+
+async def test_headers_that_are_not_utf8_are_omitted(servers: Servers) -> None:
+    """Such a text in the state of an ACME issuer would make the whole state unreadable for all replicas."""
+    hostile = servers[0]
+    headers = ("Location: https://localhost/?", "Replay-Nonce: ?", "Link: <?>", "Retry-After: 5")
+    hostile.attack = lambda: [respond(b"{}", "409 Conflict", *headers).replace(b"?", b"\xff")]
+    async with contextlib.aclosing(StepCAClient(hostile.url, (hostile.root,))) as client:
+        response = await client.exchange("GET", "/")
+    assert set(response.headers) == {"Content-Length", "Retry-After"}
+    assert response.retry_after_s == 5
+    with pytest.raises(AcmeProblem) as caught:
+        await fetch_acme_directory(hostile)
+    assert caught.value.text == "already exists: "
 
 
 @pytest.mark.parametrize(
