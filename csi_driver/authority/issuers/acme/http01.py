@@ -7,6 +7,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 from aiohttp import web
 
@@ -24,6 +25,8 @@ from csi_driver.telemetry.listening import listening_socket
 HTTP01_PATH = "/.well-known/acme-challenge/"
 MAX_STORE_AGE_S = 0.1  # A replica that does not find a token reads the store again if its copy is older
 MAX_CONNECTIONS = 500  # Of the port for CAs
+LOOKUP_THREADS = 4
+"""DNS lookups of one order at the same time. Each blocks a thread until the name servers of its name respond."""
 _MAX_CONNECTION_S = 10.0
 _INTERVAL_S = 1.0
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)  # RFC 8555 section 8.3: base64url
@@ -55,7 +58,12 @@ class Http01Solver:
                 await self._routes.open(challenge.name, challenge.token)
         started = time.monotonic()
         deadline = started + self._configuration.patience.total_seconds()
-        found = await asyncio.gather(*(self._wait(challenge, deadline) for challenge in challenges))
+        # Threads of this order only: name servers that do not respond delay neither other orders nor the authority.
+        lookups = ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="http01-lookups")
+        try:
+            found = await asyncio.gather(*(self._wait(challenge, deadline, lookups) for challenge in challenges))
+        finally:
+            lookups.shutdown(wait=False, cancel_futures=True)
         if faults := [fault for fault in found if fault is not None]:
             raise CertmountError(Reason.ISSUER_UNAVAILABLE, *faults)
         # The CA may reach another replica than the self-test did, with an older copy of the store.
@@ -65,19 +73,20 @@ class Http01Solver:
         if self._routes is not None:
             await self._routes.close(challenge.name, challenge.token)
 
-    async def _wait(self, challenge: ChallengeRecord, deadline: float) -> Fault | None:
-        while problem := await self._problem(challenge):
+    async def _wait(self, challenge: ChallengeRecord, deadline: float, lookups: Executor) -> Fault | None:
+        while problem := await self._problem(challenge, lookups):
             if time.monotonic() >= deadline:
                 hint = "route this path of port 80 to the authority's --acme-http; the CA validates after that"
                 return Fault(f"http://{challenge.name}{HTTP01_PATH}", problem, hint)
             await asyncio.sleep(_INTERVAL_S)
         return None
 
-    async def _problem(self, challenge: ChallengeRecord) -> str:
+    async def _problem(self, challenge: ChallengeRecord, lookups: Executor) -> str:
         server = None
         if self._configuration.self_test is not None:
             server = await asyncio.to_thread(Nameserver.parse, self._configuration.self_test, "http01.self_test", 80)
-        return await response_problem(challenge.name, HTTP01_PATH + challenge.token, challenge.value, server)
+        path = HTTP01_PATH + challenge.token
+        return await response_problem(challenge.name, path, challenge.value, server, lookups)
 
 
 class ChallengeServer:

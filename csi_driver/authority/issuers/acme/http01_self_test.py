@@ -7,10 +7,12 @@ accident is refused: Boulder follows 11 redirects and documents 10.
 from __future__ import annotations
 
 import asyncio
+import functools
 import ipaddress
 import socket
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from typing import NoReturn
 
 import aiohttp
@@ -41,29 +43,33 @@ class _Unreachable(Exception):
     """No connection. Only then the CA tries another address."""
 
 
-async def response_problem(name: str, path: str, expected: str, server: Nameserver | None = None) -> str:
+async def response_problem(
+    name: str, path: str, expected: str, server: Nameserver | None = None, lookups: Executor | None = None
+) -> str:
     """Return why the CA would not accept the response at the path of this host name, or an empty text.
 
-    ``server`` is the address to connect to in place of the name's own.
+    ``server`` is the address to connect to in place of the name's own. ``lookups`` runs the DNS lookups; without it, the
+    threads of the event loop do.
     """
     try:
         async with asyncio.timeout(TOTAL_S):
-            return await _try_addresses(name, path, expected, server)
+            return await _try_addresses(name, path, expected, server, lookups)
     except (Refused, _Unreachable) as failure:
         return str(failure)
     except TimeoutError:
         return f"does not return a complete response within {TOTAL_S:g} s"
 
 
-async def _try_addresses(name: str, path: str, expected: str, server: Nameserver | None) -> str:
+async def _try_addresses(
+    name: str, path: str, expected: str, server: Nameserver | None, lookups: Executor | None
+) -> str:
     """Try the first IPv6 address, then the first IPv4 address if there is no connection to the other one."""
     port = 80 if server is None else server.port
-    addresses = await _lookup(name) if server is None else server.addresses
+    addresses = await _lookup(name, lookups) if server is None else server.addresses
     for number, address in enumerate(addresses, 1):
         try:
-            return await _fetch(
-                URL.build(scheme="http", host=name, path=path), expected, _Resolver(name, address, port)
-            )
+            resolver = _Resolver(name, address, port, lookups)
+            return await _fetch(URL.build(scheme="http", host=name, path=path), expected, resolver)
         except _Unreachable:
             if number == len(addresses):
                 raise
@@ -184,11 +190,11 @@ def _explain(error: Exception, where: str) -> NoReturn:
     raise Refused(f"{where}cannot be fetched ({type(error).__name__})") from None
 
 
-async def _lookup(host: str) -> Sequence[str]:
+async def _lookup(host: str, lookups: Executor | None) -> Sequence[str]:
     """Return the first IPv6 address, then the first IPv4 address, which are those that Let's Encrypt uses."""
-    loop = asyncio.get_running_loop()
+    look_up = functools.partial(socket.getaddrinfo, host, 80, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
     try:
-        found = await loop.getaddrinfo(host, 80, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
+        found = await asyncio.get_running_loop().run_in_executor(lookups, look_up)
     except OSError as error:
         raise _Unreachable(f"has a host name that cannot be resolved ({error.strerror})") from None
     by_family = {family: str(address[0]) for family, _, _, _, address in reversed(found)}
@@ -198,8 +204,8 @@ async def _lookup(host: str) -> Sequence[str]:
 class _Resolver(AbstractResolver):
     """Resolves the name of the challenge to one address, whose port is used for port 80, and other names by DNS."""
 
-    def __init__(self, name: str, address: str, port: int) -> None:
-        self._name, self._address, self._port = name, address, port
+    def __init__(self, name: str, address: str, port: int, lookups: Executor | None) -> None:
+        self._name, self._address, self._port, self._lookups = name, address, port, lookups
 
     async def resolve(
         self,
@@ -223,7 +229,7 @@ class _Resolver(AbstractResolver):
 
     async def _others(self, host: str) -> Sequence[str]:
         try:
-            return await _lookup(host)
+            return await _lookup(host, self._lookups)
         except _Unreachable as failure:
             raise OSError(None, str(failure)) from None
 

@@ -5,21 +5,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
+import socket
+import threading
 import tracemalloc
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import cast
+from datetime import timedelta
+from typing import NoReturn, cast
 
 import pytest
 
 from csi_driver.authority.issuers import Issuer
 from csi_driver.authority.issuers.acme import http01, http01_self_test
-from csi_driver.authority.issuers.acme.http01 import HTTP01_PATH, ChallengeServer
+from csi_driver.authority.issuers.acme.config import Http01
+from csi_driver.authority.issuers.acme.http01 import HTTP01_PATH, LOOKUP_THREADS, ChallengeServer, Http01Solver
 from csi_driver.authority.issuers.acme.http01_self_test import MAX_REDIRECTS, response_problem
 from csi_driver.authority.issuers.acme.nameserver import Nameserver
+from csi_driver.authority.issuers.acme.state import ChallengeRecord
+from csi_driver.core.errors import CertmountError
 from tests.support.ports import free_port
 from tests.support.stream_servers import stream_server
+from tests.support.waiting import in_background, until
 
 NAME = "shop.example.test"
 PATH = "/.well-known/acme-challenge/token"
@@ -227,6 +234,35 @@ async def test_address_without_a_server_is_explained() -> None:
     found = await response_problem(NAME, PATH, VALUE, Nameserver(("127.0.0.1",), free_port()))
     assert found == "cannot be reached (Connection refused)"
     assert "has a host name that cannot be resolved" in await response_problem("nosuch.invalid", PATH, VALUE)
+
+
+async def test_name_servers_that_do_not_respond_delay_only_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lookup blocks a thread, also after the self-test has stopped waiting for it."""
+    respond, looked_up, running, most = threading.Event(), [], 0, 0
+
+    def getaddrinfo(host: str, *_: object, **__: object) -> NoReturn:
+        nonlocal running, most
+        looked_up.append(host)
+        if host.endswith(".slow.test"):
+            running += 1
+            most = max(most, running)
+            respond.wait(30)
+            running -= 1
+        raise OSError(None, "no such host")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    solver = Http01Solver(Http01(patience=timedelta(0)))
+    slow = [ChallengeRecord("http-01", f"{number}.slow.test", "token", VALUE) for number in range(100)]
+    async with in_background(solver.publish(slow)):
+        try:
+            await until(lambda: looked_up, "a lookup")
+            async with asyncio.timeout(5):
+                with pytest.raises(CertmountError, match="has a host name that cannot be resolved"):
+                    await solver.publish([ChallengeRecord("http-01", NAME, "token", VALUE)])
+                assert await asyncio.to_thread(lambda: "other work of the authority") == "other work of the authority"
+        finally:
+            respond.set()
+    assert 0 < most <= LOOKUP_THREADS
 
 
 RESPONSE = "token.thumbprint"
