@@ -23,6 +23,7 @@ from csi_driver.kube.permissions import (
 from csi_driver.kube.pod_certificates.trust_bundles import bundle_name
 
 _AT_ONCE = 10
+_TRUE = ("1", "true", "t", "yes", "y", "on")  # what the programs accept in an environment variable
 _MISSING_ROLES = 10  # if more permissions are missing, a role or its binding is missing
 _NEVER = (
     Permission("get", "", "secrets"),
@@ -70,9 +71,11 @@ def _authority(workload: Workload) -> Sequence[Permission]:
 
 
 def _secrets(installation: Installation, workload: Workload) -> Sequence[Permission]:
-    namespaces = workload.environment("CERTMOUNT_SECRETS_NAMESPACES").split() + workload.flags("namespace")
+    # As in the program, an option replaces the environment variable.
+    namespaces = workload.flags("namespace") or workload.environment("CERTMOUNT_SECRETS_NAMESPACES").split()
     lease = _namespaced(workload, "lease", f"{installation.namespace}/{SECRETS}")
-    gateways = workload.environment("CERTMOUNT_SECRETS_GATEWAYS").lower() in ("1", "true", "yes")
+    variable = workload.environment("CERTMOUNT_SECRETS_GATEWAYS").strip().lower()
+    gateways = bool(workload.flags("gateways")) or variable in _TRUE
     return secrets_permissions(ObjectName("Lease", *lease), namespaces, gateways=gateways)
 
 

@@ -53,3 +53,31 @@ async def test_option_that_names_no_namespace_is_a_finding(args: tuple[str, ...]
         "the Deployment certmount-authority has the option --ca-secret with the value 'ca'; expected NAMESPACE/NAME"
     )
     assert [each.problem for each in result.findings] == [problem]
+
+
+@pytest.mark.parametrize(
+    "args, environment, namespaces, gateways",
+    [
+        ((), {"NAMESPACES": "shop web"}, {"shop", "web"}, False),
+        (("--namespace=shop",), {"NAMESPACES": "old"}, {"shop"}, False),
+        (("--gateways", "--namespace=shop"), {}, {"shop"}, True),
+        (("--namespace=shop", "--gateways"), {"GATEWAYS": "false"}, {"shop"}, True),
+        *(((), {"NAMESPACES": "shop", "GATEWAYS": value}, {"shop"}, True) for value in ("1", "on", "T", "Yes", "y")),
+    ],
+)
+async def test_permissions_of_the_secrets_controller_follow_its_options(
+    args: tuple[str, ...], environment: dict[str, str], namespaces: set[str], gateways: bool
+) -> None:
+    controller = workload("secrets", "run", *args)
+    variables = [{"name": f"CERTMOUNT_SECRETS_{name}", "value": value} for name, value in environment.items()]
+    controller.item["spec"]["template"]["spec"]["containers"][0]["env"] = variables
+
+    async def find(_kind: str, name: str) -> Workload | None:
+        return controller if name == "certmount-secrets" else None
+
+    installation: Any = mock.Mock(namespace="certmount", workload=find)
+    installation.reader.is_allowed = mock.AsyncMock(return_value=True)
+    await check_permissions(installation, CheckResult("permissions"))
+    reviews = [call.args[0]["spec"]["resourceAttributes"] for call in installation.reader.is_allowed.call_args_list]
+    assert {each["namespace"] for each in reviews if each["resource"] == "ingresses"} == namespaces
+    assert any(each["resource"] == "gateways" for each in reviews) is gateways
