@@ -34,6 +34,7 @@ _PROBLEMS = (
     ("another document", "'---' begins a second document", "put everything in one document"),
     ("expected ',' or ']'", "a list that begins with '[' is not closed", "add ']' or ','"),
     ("expected ',' or '}'", "a mapping that begins with '{' is not closed", "add '}' or ','"),
+    ("parsing a flow node", "a '[' or '{' is not closed, or a value is missing before a ','", "add what is missing"),
 )
 
 
@@ -41,7 +42,7 @@ def explain(error: yaml.MarkedYAMLError, text: str) -> tuple[int, str, str]:
     """Return the line of a syntax error, what is wrong, and what to do."""
     lines = text.splitlines()
     mark, context = error.problem_mark, error.context_mark
-    number = mark.line + 1 if mark is not None else 1
+    number = min(mark.line + 1, max(len(lines), 1)) if mark is not None else 1  # the end of the file is not a line
     if _QUOTES in (error.context or "") and context is not None and "end of stream" in (error.problem or ""):
         return context.line + 1, "a quote is not closed", "add the closing quote"
     for candidate in _candidates(number, context.line + 1 if context is not None else number, lines):
@@ -49,7 +50,7 @@ def explain(error: yaml.MarkedYAMLError, text: str) -> tuple[int, str, str]:
             return candidate, *found
     only_key = 0 < number <= len(lines) and lines[number - 1].count(":") == 1
     for words, meaning, fix in _PROBLEMS[only_key:]:
-        if words in (error.problem or ""):
+        if words in f"{error.context} {error.problem}":
             return number, meaning, fix
     return number, "the line does not fit the lines above", "check the indentation, brackets and quotes"
 

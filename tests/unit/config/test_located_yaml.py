@@ -27,6 +27,7 @@ LIBYAML = pytest.mark.skipif(
 TAB = "a tab indents the line, but YAML allows only spaces; use spaces"
 WHOLE = "policy file: this is a whole"
 CONFIG_MAP = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: x}\ndata:\n  a: b\n  policy.yaml: |\n    policy: []\n"
+UNFINISHED = "line 1: a '[' or '{' is not closed, or a value is missing before a ','; add what is missing"
 UNFIT = "the line does not fit the lines above; check the indentation, brackets and quotes"
 
 
@@ -63,9 +64,12 @@ def error_of(content: str | bytes) -> str:
         ("policy: []\npolicy: []\n", "line 2: the key 'policy' is duplicate, see line 1"),
         ("policy:\n- match: {a: 1,\n    a: 2}\n", "line 3: the key 'a' is duplicate, see line 2"),
         ("policy:\n- {match: {}, ? [1]: 2}\n", "line 2: a key is a list or a mapping; use a string"),
-        ("policy: [\n}", f"line 2: {UNFIT}"),
+        ("policy: [\n}", UNFINISHED.replace("line 1", "line 2")),
         ("a:\n- b: 1\n   c: 2\n", f"line 3: {UNFIT}"),
-        ("a: [b, c\n", "line 2: a list that begins with '[' is not closed; add ']' or ','"),
+        ("a: [", UNFINISHED),
+        ("a: {b: 1,\n", UNFINISHED),
+        ("a: [b,, c]\n", UNFINISHED),
+        ("a: [b, c\n", "line 1: a list that begins with '[' is not closed; add ']' or ','"),
         ("a: @x\n", """line 1: '@' is reserved in YAML; write "@x\""""),
         ("a: `x`\n", """line 1: '`' is reserved in YAML; write "`x`\""""),
         ("a: %x\n", """line 1: '%' begins a directive in YAML; write "%x\""""),

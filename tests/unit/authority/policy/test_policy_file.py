@@ -122,7 +122,7 @@ async def test_on_change_gets_the_revision_of_each_new_policy(volume: Volume, me
 async def test_invalid_file_keeps_the_policy(volume: Volume, policy: PolicyFile, registry: CollectorRegistry) -> None:
     for text, words, valid in (
         (RULE.format("web"), "", 1),
-        ("policy: [", r"line \d: the line does not fit", 0),
+        ("policy: [", r"line \d: a .\[. or .{. is not closed", 0),
         ("policy: [", "", 0),  # the same content is reported once
         (RULE.format("web"), "", 1),
         (None, "cannot be read", 0),
