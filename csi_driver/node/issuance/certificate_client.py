@@ -18,7 +18,7 @@ from csi_driver.core.certificates.verification import (
     verify_certificate,
 )
 from csi_driver.core.clocks import clock_error
-from csi_driver.core.errors import CertmountError, Fault, Reason
+from csi_driver.core.errors import CertmountError, FailureKind, Fault, Reason
 from csi_driver.core.renewal import plan_renewal
 from csi_driver.core.spec import DEFAULT_ISSUER, KeyType
 from csi_driver.node.issuance.certificate_request import CertificateRequest, ObtainedCertificate, RequestKey
@@ -56,9 +56,14 @@ class CertificateClient:
         if not await self.shared.is_shared(request.spec.issuer):
             key = RequestKey.of(request.pod, request.spec, request.volume_id)
             return await self._request(key, request, token)
-        # The certificate can be another pod's, and the policy can treat the pods differently.
-        await self._check(request, token)
         key = RequestKey.of(request.pod, request.spec)
+        # The certificate can be another pod's, and the policy can treat the pods differently.
+        try:
+            await self._check(request, token)
+        except CertmountError as error:
+            if error.reason.kind is FailureKind.DENIED:  # The deny list applies to all pods that share the certificate.
+                self.shared.end(key)
+            raise
         obtain = partial(self._request, key, request, token)
         return await self.shared.obtain(key, request.spec, obtain, is_renewal=request.is_renewal)
 

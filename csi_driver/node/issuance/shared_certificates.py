@@ -114,8 +114,8 @@ class SharedCertificates:
                 self._put(key, obtained)
             result = obtained
         except CertmountError as error:
-            if error.reason.kind in _ENDS_SHARING and key in self._certificates:
-                self._put(key, None)
+            if error.reason.kind in _ENDS_SHARING:
+                self.end(key)
             if _affects_other_volumes(error):
                 result = error
             raise
@@ -124,6 +124,11 @@ class SharedCertificates:
         finally:
             del self._requests[key]
             request.set_result(result)
+
+    def end(self, key: RequestKey) -> None:
+        """End the sharing of a certificate: the next volume requests a new one."""
+        if key in self._certificates:
+            self._put(key, None)
 
     def _usable(self, key: RequestKey, spec: CertificateSpec, *, is_renewal: bool) -> ObtainedCertificate | None:
         shared = self._certificates.get(key)

@@ -31,16 +31,20 @@ class StoredCertificates:
     async def find(self, key: RequestKey) -> ObtainedCertificate | None:
         """Return the newest valid certificate of the volumes with this key.
 
-        Ignore interim certificates, and those that are due for renewal, because the authority may have rejected it.
+        Ignore interim certificates, those that are due for renewal, because the authority may have rejected it, and those
+        whose key must be replaced.
         """
         roots = self.known().get(key.issuer)
         if roots is None:
             return None
+        refused = await self._keys_to_replace(key)
         for volume in self._matching(key, interim=False):
             record, now = volume.record, self.clock()
             if record.renew_at <= now or (pair := await self._read(volume)) is None:
                 continue
             private_key, chain = pair
+            if key_fingerprint(private_key.public_key()) in refused:
+                continue
             expected = expected_certificate(private_key, volume.spec, volume.pod, key.issuer)
             try:
                 verified = verify_certificate(chain, roots.roots, expected, datetime.fromtimestamp(now, UTC))
