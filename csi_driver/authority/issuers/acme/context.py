@@ -34,15 +34,16 @@ class OrderStore:
         self._lock = asyncio.Lock()
         self.known = AcmeState()  # What this replica last read or wrote
         self._read_at = -1.0
+        self._reads = 0
         self._changed = asyncio.Event()
 
     async def read(self, max_age_s: float = 1.0) -> AcmeState:
         """Return a state that is at most ``max_age_s`` old; raise CertmountError if the store can't be read."""
-        called_at = self._clock()
+        reads = self._reads
         if not self._is_fresh(max_age_s):
             async with self._lock:
-                # Another caller may have read the store while this one waited.
-                if not self._is_fresh(max_age_s) and not self._read_at > called_at:
+                # Another caller may have read the store while this one waited. A clock that is set back can't tell.
+                if not self._is_fresh(max_age_s) and self._reads == reads:
                     self._remember(self._decode(await self._store.load()))
         return self.known
 
@@ -88,6 +89,7 @@ class OrderStore:
 
     def _remember(self, state: AcmeState) -> None:
         self._read_at = self._clock()
+        self._reads += 1
         if state != self.known:
             self.known = state
             self._changed.set()

@@ -135,6 +135,16 @@ async def test_concurrent_readers_share_one_read_per_second(tmp_path: Path) -> N
         clock.forward(1.0)
 
 
+async def test_clock_that_is_set_back_does_not_stop_the_reads(tmp_path: Path) -> None:
+    """Otherwise a replica would not know the HTTP-01 tokens and the certificates of others until its clock catches up."""
+    clock, store = Clock(), CountingStore(tmp_path)
+    orders, other = OrderStore(store, clock), OrderStore(store, clock)
+    await orders.read()
+    clock.forward(-3600.0)
+    await other.change(lambda state: state.with_order(order()))
+    assert [one.id for one in (await orders.read()).orders] == [order().id]
+
+
 async def test_only_the_lease_holder_changes_an_order(tmp_path: Path) -> None:
     orders = OrderStore(CountingStore(tmp_path), Clock())
     await orders.change(lambda state: state.with_order(order(holder="you")))
