@@ -12,7 +12,7 @@ from csi_driver.core.durations import format_duration, parse_duration
 from csi_driver.core.errors import Reason
 from csi_driver.core.names import InvalidName, parse_dns_label, parse_object_name
 from csi_driver.core.policy.engine import Policy
-from csi_driver.core.policy.pattern_index import PatternIndex
+from csi_driver.core.policy.pattern_index import PatternIndex, RangeIndex
 from csi_driver.core.policy.patterns import IPRange, NamePattern, shortest_match
 from csi_driver.core.policy.rules import ALL_USAGES, DenyListEntry, PolicyRule, RuleLimits, RuleMatch
 from csi_driver.core.spec import MIN_DURATION, parse_key_type, parse_usage
@@ -79,7 +79,7 @@ class _Reader(DocumentReader):
             match=match,
             dns=patterns("dns", NamePattern.for_dns),
             uris=patterns("uris", NamePattern.for_uri),
-            ips=self._texts((*at, "ips"), allow.get("ips"), IPRange.parse),
+            ips=RangeIndex(self._texts((*at, "ips"), allow.get("ips"), IPRange.parse)),
             emails=patterns("emails", NamePattern.for_email),
             limits=self._limits(at, allow, secrets=secrets),
             acme_emails=patterns("acme_emails", NamePattern.for_email),

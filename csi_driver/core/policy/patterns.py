@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum, unique
 from typing import Self
 
-from csi_driver.core.names import URI, DNSName, EmailAddress, InvalidName, IPAddress
+from csi_driver.core.names import URI, DNSName, EmailAddress, InvalidName
 from csi_driver.core.subject import SubjectAttribute
 from csi_driver.core.texts import shortened
 
@@ -80,8 +80,8 @@ class NamePattern:
     text: str
     parts: tuple[str, ...]
     _form: _Form = field(repr=False)
-    suffix: str = field(repr=False, compare=False)
-    """The end of every matching name. Comparing it first rejects most names in a tenth of the time."""
+    ends: tuple[str, str] = field(repr=False, compare=False)
+    """The literal text with which every matching name begins, and the one with which it ends; a literal pattern is an end."""
 
     @classmethod
     def for_dns(cls, text: str, domains: Mapping[str, str]) -> Self:
@@ -137,7 +137,9 @@ class NamePattern:
             raise InvalidPattern("has **; a * matches within one label or path segment")
         for name in _DOMAIN_PLACEHOLDERS:
             text = text.replace(f"{{{name}}}", domains[name])
-        pattern = cls(text, tuple(form.split(text)), form, re.split(r"[*}]", text)[-1])
+        begin, *variable = re.split(r"[*{]", text)
+        ends = (begin if variable else "", re.split(r"[*}]", text)[-1])
+        pattern = cls(text, tuple(form.split(text)), form, ends)
         try:
             form.parse_name(pattern.example)
         except InvalidName as problem:
@@ -170,8 +172,6 @@ class NamePattern:
 
         ``values`` (namespace, and of pods service_account and pod) replace the placeholders, and one of ``services`` replaces ``{service}``.
         """
-        if not name.endswith(self.suffix):
-            return False
         parts = self._form.split(name)
         if len(parts) != len(self.parts):
             return False
@@ -209,10 +209,6 @@ class IPRange:
         if isinstance(network, ipaddress.IPv6Network) and network.network_address.ipv4_mapped:
             raise InvalidPattern("is a range of IPv4-mapped IPv6 addresses, which no certificate contains; use IPv4")
         return cls(network)
-
-    def matches(self, name: IPAddress) -> bool:
-        """Return whether the address is in the range."""
-        return name.address in self.network
 
     def __str__(self) -> str:
         return str(self.network) if self.network.num_addresses > 1 else str(self.network.network_address)

@@ -10,8 +10,8 @@ from csi_driver.core.attributes import IssuanceOptions
 from csi_driver.core.durations import format_duration
 from csi_driver.core.identity import Principal, SecretIdentity
 from csi_driver.core.names import DNSName, EmailAddress, IPAddress, Name
-from csi_driver.core.policy.pattern_index import PatternIndex
-from csi_driver.core.policy.patterns import IPRange, glob_matches
+from csi_driver.core.policy.pattern_index import PatternIndex, RangeIndex
+from csi_driver.core.policy.patterns import glob_matches
 from csi_driver.core.spec import DEFAULT_ISSUER, MIN_DURATION, KeyType, Usage
 from csi_driver.core.subject import SubjectAttribute
 
@@ -136,7 +136,7 @@ class PolicyRule:
     dns: PatternIndex = PatternIndex()
     own_dns: PatternIndex = PatternIndex()  # in which {service} is only the pod's governing Service
     uris: PatternIndex = PatternIndex()
-    ips: tuple[IPRange, ...] = ()
+    ips: RangeIndex = RangeIndex()
     emails: PatternIndex = PatternIndex()
     limits: RuleLimits = RuleLimits()
     acme_emails: PatternIndex = PatternIndex()  # whose ACME accounts can order, in addition to the issuer's
@@ -146,7 +146,7 @@ class PolicyRule:
     def allows(self, name: Name, values: Mapping[str, str], services: Sequence[str]) -> bool:
         """Return whether a pattern matches the name, regardless of the limits."""
         if isinstance(name, IPAddress):
-            return any(ip_range.matches(name) for ip_range in self.ips)
+            return self.ips.matches(name)
         if isinstance(name, DNSName):
             patterns = self.dns
         else:

@@ -72,7 +72,7 @@ def test_rule_is_parsed_with_domains() -> None:
     assert made.match == RuleMatch(("web", "team-*"), ("*",), (("team", "pay*"), ("a.example/b", "")))
     assert [str(pattern) for pattern in made.dns.patterns] == ["*.{namespace}.svc.cluster.local"]
     assert [str(pattern) for pattern in made.uris.patterns] == ["spiffe://td.example/ns/{namespace}/app/*"]
-    assert [str(known) for known in made.ips] == ["10.0.0.0/8", "fd00::1"]
+    assert [str(known) for known in made.ips.ranges] == ["10.0.0.0/8", "fd00::1"]
     assert [str(pattern) for pattern in made.emails.patterns] == ["{service_account}@cluster.local"]
     assert made.limits == RuleLimits(
         (KeyType.EC_P256, KeyType.ML_DSA_65),
@@ -84,7 +84,7 @@ def test_rule_is_parsed_with_domains() -> None:
     assert made.label == "policy[0]"
     (made,) = read(rule(allow={"dns": ["a.example"]}, match={"namespaces": ["*"], "serviceAccounts": ["*"]})).rules
     assert (made.uris, made.emails) == (PatternIndex(),) * 2
-    assert (made.ips, made.match.namespace_labels) == ((),) * 2
+    assert (made.ips.ranges, made.match.namespace_labels) == ((),) * 2
     assert made.limits == RuleLimits()
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from unittest import mock
 
 import pytest
-from hypothesis import event, given
+from hypothesis import assume, event, given
 from hypothesis import strategies as st
 
 from csi_driver.core.errors import CertmountError
+from csi_driver.core.names import IPAddress
 from csi_driver.core.policy.engine import Grant
-from csi_driver.core.policy.pattern_index import PatternIndex
-from csi_driver.core.policy.patterns import NamePattern
+from csi_driver.core.policy.pattern_index import PatternIndex, RangeIndex
+from csi_driver.core.policy.patterns import IPRange, NamePattern
 from tests.unit.core.outcomes import outcome
 from tests.unit.core.policy import policies
 from tests.unit.core.policy.policies import (
@@ -76,10 +78,29 @@ def test_decisions_and_faults_agree_with_a_comparison_of_all_patterns(case: Case
         assert decide() == indexed
 
 
-def test_name_is_compared_only_with_patterns_whose_literal_end_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [*(f"*.team-{number}.example.com" for number in range(1000)), "db.{namespace}", "*.example.com"]
-    index = PatternIndex(tuple(NamePattern.for_dns(text, DOMAINS) for text in texts))
+def test_name_is_compared_only_with_patterns_whose_literal_ends_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = range(1000)
+    texts = [
+        *(f"*.team-{number}.example.com" for number in numbers),
+        *(f"team-{number}-{{pod}}.example.com" for number in numbers),
+        *(f"db-{number}.{{namespace}}" for number in numbers),
+    ]
+    index = PatternIndex(tuple(NamePattern.for_dns(text, DOMAINS) for text in (*texts, "{pod}.*", "*.example.com")))
     compared: list[str] = []
     monkeypatch.setattr(NamePattern, "matches", lambda self, *_args: compared.append(self.text))
-    assert not index.matches("www.team-7.example.com", {})
-    assert compared == ["db.{namespace}", "*.example.com", "*.team-7.example.com"]
+    assert not index.matches("team-8-www.team-7.example.com", {})
+    expected = ["{pod}.*", "*.example.com", "*.team-7.example.com", "team-8-{pod}.example.com"]
+    assert compared == expected
+
+
+@given(st.lists(st.sampled_from(policies.RANGES), max_size=8), st.sampled_from(policies.ADDRESSES))
+def test_index_agrees_with_a_comparison_of_all_ranges(texts: list[str], text: str) -> None:
+    ranges = tuple(
+        made
+        for made in (outcome(functools.partial(IPRange.parse, one), ValueError) for one in texts)
+        if isinstance(made, IPRange)
+    )
+    address = outcome(lambda: IPAddress.parse(text), ValueError)
+    assume(isinstance(address, IPAddress))
+    assert isinstance(address, IPAddress)
+    assert RangeIndex(ranges).matches(address) == any(address.address in one.network for one in ranges)
