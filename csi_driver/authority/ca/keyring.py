@@ -87,8 +87,13 @@ class Keyring:
         return self.root_key is not None and not self.chain and not self.encrypted
 
     def intermediate_due(self, now: datetime) -> bool:
-        """Return True if two thirds of the intermediate's lifetime have passed and certmount can renew it."""
+        """Return True if two thirds of the intermediate's lifetime have passed and certmount can renew it.
+
+        An intermediate that is valid as long as the root is never due, because a new one would not be valid longer.
+        """
         certificate = self.intermediate.certificate
+        if certificate.not_valid_after_utc >= self.root.not_valid_after_utc:
+            return False
         lifetime = certificate.not_valid_after_utc - certificate.not_valid_before_utc
         return self.renewable and now >= certificate.not_valid_before_utc + lifetime * _RENEWAL_FRACTION
 

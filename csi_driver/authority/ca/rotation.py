@@ -27,6 +27,7 @@ from csi_driver.core.errors import CertmountError, Fault, Reason
 
 MAX_STATE_AGE_S = 30  # A replica that last read the state longer ago signs nothing
 CLOCK_SKEW_S = 10  # the maximum difference between the clocks of replicas and nodes
+_LAST_TIME = 253_402_300_799  # 9999-12-31T23:59:59Z, the last time that a certificate can contain
 _LIFETIME_STEPS_S = (30, 60, 120, 300, 600, 1800, 3600, *(hours * 3600 for hours in (2, 4, 8, 12, 24)))
 """Recorded lifetimes are rounded up to these values, and above one day to doubled days, so that few of them are saved."""
 
@@ -85,7 +86,8 @@ class RotationState:
 
     def trusted_until(self, retired: RetiredRoot) -> int:
         # A replica that missed the switch signs for MAX_STATE_AGE_S at most, and with no lifetime that isn't recorded.
-        return self.known_everywhere_at + retired.max_lifetime
+        # A CA without an end of its validity (RFC 5280 section 4.1.2.5) may have signed certificates without an end.
+        return min(self.known_everywhere_at + retired.max_lifetime, _LAST_TIME)
 
     @property
     def known_everywhere_at(self) -> int:

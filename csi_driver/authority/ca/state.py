@@ -13,7 +13,7 @@ from typing import Any
 from cryptography import x509
 
 from csi_driver.authority.ca import rotation
-from csi_driver.authority.ca.keyring import KEYRING_FILES, Keyring, encode_keyring
+from csi_driver.authority.ca.keyring import KEYRING_FILES, ROOT, Keyring, encode_keyring
 from csi_driver.authority.ca.keyring_loader import load_keyring
 from csi_driver.authority.ca.rotation import Acknowledgements, RetiredRoot, RotationPhase, RotationState
 from csi_driver.core.certificates.parsing import PARSE_ERRORS
@@ -116,6 +116,9 @@ def parse_ca_state(
     others = {name: value for name, value in values.items() if name not in (*KEYRING_FILES, *_NEXT_FILES, STATE)}
     seconds = int(now.timestamp())
     found = CAState(keyring, following, state or rotation.initial_state(seconds), others)
+    if (number := len(found.root_set.roots)) > _MAX_ROOTS:
+        problem = f"with the roots of the rotation in progress, these are {number} roots; the maximum is {_MAX_ROOTS}"
+        raise CertmountError(Reason.INVALID_CA, Fault(f"{where} {ROOT}", problem, "remove roots that pods don't need"))
     if state is not None and root_digest == _root_digest(found) and not _is_older(found.root_set, published):
         return found
     generation = max(state.generation if state else 0, published.generation if published else 0)

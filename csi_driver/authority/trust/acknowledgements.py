@@ -173,6 +173,6 @@ def _parse(stored: StoredSecrets, where: str) -> Generations:
     try:
         document = json.loads(stored.values[ACKNOWLEDGEMENTS_FILE].reveal())
         return {str(node): int(generation) for node, generation in document["nodes"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         log.error("stored node acknowledgements are damaged and ignored", store=where)  # noqa: TRY400  # a traceback doesn't help
         return {}

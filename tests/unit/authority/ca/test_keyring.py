@@ -112,6 +112,14 @@ def test_intermediate_does_not_outlive_its_root(keyring: Keyring) -> None:
     assert renewed.intermediate.certificate.not_valid_after_utc == keyring.root.not_valid_after_utc
 
 
+def test_intermediate_is_not_renewed_for_no_longer_validity() -> None:
+    """Otherwise, a replica renews it every few seconds before the root expires, and fails after that."""
+    end = NOW + ROOT_LIFETIME
+    keyring = make_keyring(NOW).renew_intermediate(end - timedelta(days=30))
+    for left in (timedelta(days=1), timedelta(seconds=10), timedelta(), -timedelta(days=1)):
+        assert not keyring.intermediate_due(end - left)
+
+
 def without(name: str) -> Callable[[Values], Values]:
     return lambda values: {key: value for key, value in values.items() if key != name}
 

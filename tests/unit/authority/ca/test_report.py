@@ -60,3 +60,13 @@ def test_stopped_rotation_says_how_to_go_on() -> None:
         "none, because the rotation is stopped; to resume, run: certmount ca rotate;"
         " to abandon the next CA, run: certmount ca stop --discard"
     )
+
+
+def test_root_of_a_ca_without_end_is_trusted_until_the_last_time() -> None:
+    """Its certificates can have any lifetime; RFC 5280 section 4.1.2.5 has the end 99991231235959Z."""
+    without_end = int(datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC).timestamp()) - NOW
+    retired = (RetiredRoot(NEXT_CA.roots_der[0], without_end),)
+    state = CAState(CA, None, RotationState(RotationPhase.RETIRING, NOW, NOW, retired=retired))
+    report = CAStatusReport(state, Acknowledgements(frozenset(), frozenset()), NOW)
+    assert "              trusted until 9999-12-31T23:59:59Z" in list(report.lines())
+    assert report.document()["retired"][0]["trustedUntil"] == "9999-12-31T23:59:59Z"

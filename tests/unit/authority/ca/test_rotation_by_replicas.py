@@ -274,6 +274,20 @@ async def test_rotation_to_too_many_roots_is_rejected(store: MemoryStore, clock:
         await StoredCA(store).change(clock.utc(), lambda state: state.begin_rotation(many, int(clock.now)))
 
 
+async def test_too_many_roots_in_the_store_during_a_rotation_are_rejected(store: MemoryStore, clock: Clock) -> None:
+    """Each value has few enough roots, but nodes would reject all of them together. The replica keeps the previous roots."""
+    ca = await loaded(store, clock)
+    others = [make_keyring(clock.utc()) for _ in range(10)]
+    following = replace(others[0], roots=tuple(each.root for each in others[:3]))
+    await StoredCA(store).change(clock.utc(), lambda state: state.begin_rotation(following, int(clock.now)))
+    await ca.refresh()
+    before, values = ca.root_set, store.values
+    store.put({**values, "root.crt": Secret(b"".join(each.roots_pem for each in (ca.current, *others[3:])))})
+    with pytest.raises(CertmountError, match=r"root\.crt: .*these are 11 roots; the maximum is 10"):
+        await ca.refresh()
+    assert ca.root_set == before
+
+
 async def test_rotation_phase_is_a_metric(store: MemoryStore, clock: Clock) -> None:
     registry = CollectorRegistry()
     ca = await loaded(store, clock, registry)

@@ -102,7 +102,9 @@ async def test_conflicting_write_keeps_both_acknowledgements(store: MemoryStore)
     assert await nodes.read() == {node_hash("node-1"): GENERATION, node_hash("node-2"): GENERATION}
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"nodes": 7}', b'{"nodes": {"a": "x"}}', b"[" * 90_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b'{"nodes": 7}', b'{"nodes": {"a": "x"}}', b'{"nodes": {"a": 1e999}}', b"[" * 90_000]
+)
 async def test_damaged_acknowledgements_are_replaced(content: bytes, store: MemoryStore) -> None:
     """Nodes repeat them within 30 minutes; an error would stop a rotation forever."""
     store.values = {ACKNOWLEDGEMENTS_FILE: Secret(content)}
