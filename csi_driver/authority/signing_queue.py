@@ -40,6 +40,8 @@ class SigningQueue(Generic[_Request]):
         self._in_progress: dict[str, str] = {}  # the tenant of each key
         self._shares = FairShares("requests in progress", WORKERS)
         self._failures: dict[str, int] = {}
+        self._retries: dict[str, asyncio.TimerHandle] = {}
+        """One timer for each key: a request that is changed while it waits must not be retried once for each change."""
         self._finished: OrderedDict[str, None] = OrderedDict()
         """UIDs of the latest finished requests. The watch can still deliver an older version, which must not be signed again."""
         self._changed = asyncio.Event()
@@ -102,5 +104,13 @@ class SigningQueue(Generic[_Request]):
 
     def _retry_later(self, request: _Request) -> None:
         self._failures[request.key] = failures = self._failures.get(request.key, 0) + 1
+        if (earlier := self._retries.get(request.key)) is not None:
+            earlier.cancel()
         # The timer holds no request: requests that were deleted in the meantime must take no memory.
-        asyncio.get_running_loop().call_later(_RETRY.delay_s(failures), self._add_key, request.turn, request.key)
+        self._retries[request.key] = asyncio.get_running_loop().call_later(
+            _RETRY.delay_s(failures), self._retry, request.turn, request.key
+        )
+
+    def _retry(self, turn: str, key: str) -> None:
+        del self._retries[key]
+        self._add_key(turn, key)

@@ -21,6 +21,7 @@ from csi_driver.authority.csr_signer.signer import CSRSigner
 from csi_driver.authority.issuance.steps import IssuanceSteps
 from csi_driver.authority.issuers.internal.issuer import InternalIssuer
 from csi_driver.authority.signing_queue import WORKERS, SigningQueue
+from csi_driver.core.backoff import Backoff
 from csi_driver.core.certificates.csr import names_of
 from csi_driver.core.cluster.csr import APPROVED, CERTMOUNT_SIGNER, DENIED, FAILED, ClusterCSR, CSRCondition
 from csi_driver.core.cluster.objects import LivePod
@@ -313,6 +314,26 @@ def test_a_tenant_whose_requests_do_not_end_leaves_workers_to_others() -> None:
     assert [key is None for key in started] == [False] * (WORKERS // 2) + [True] * (WORKERS // 2)
     queue.add(_request("one", "bank"))
     assert queue.start_next() == "one"
+
+
+async def test_changes_of_a_request_that_waits_do_not_add_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A requester can change the labels of its request at any time."""
+    monkeypatch.setattr("csi_driver.authority.signing_queue._RETRY", Backoff(0.2, 0.2))
+    request, attempts = _request("one", "shop"), 0
+    queue: SigningQueue[ClusterCSR] = SigningQueue(lambda _: request)
+
+    async def fail(_request: ClusterCSR, _is_retry: bool) -> bool:
+        nonlocal attempts
+        attempts += 1
+        return False
+
+    async with in_background(queue.run_workers(fail)):
+        for _ in range(50):
+            queue.add(request)
+            await asyncio.sleep(0.003)
+        attempts = 0
+        await asyncio.sleep(1)
+    assert attempts <= 6
 
 
 def _request(name: str, namespace: str) -> ClusterCSR:
