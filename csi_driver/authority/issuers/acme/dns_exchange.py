@@ -15,6 +15,8 @@ import dns.message
 TIMEOUT_S = 5.0
 MAX_BYTES = 16 * 1024
 MAX_RECORDS = 256
+MAX_MALFORMED = 8
+"""Datagrams that belong to the query but cannot be parsed. A server could otherwise occupy a processor until the timeout."""
 _MAX_DATAGRAMS = 16  # Further datagrams are dropped, like those of a full socket buffer
 _HEADER = struct.Struct("!HHHHHH")  # RFC 1035 section 4.1.1
 _LENGTH = struct.Struct("!H")  # RFC 1035 section 4.2.2
@@ -49,7 +51,8 @@ async def _exchange_datagrams(address: str, port: int, request: dns.message.Mess
     transport, received = await loop.create_datagram_endpoint(_Datagrams, remote_addr=(address, port))
     try:
         transport.sendto(wire)
-        while True:
+        malformed = 0
+        while malformed < MAX_MALFORMED:
             datagram = await received.next()
             # Ignore what is forged or late: the right response may follow.
             if datagram[:2] != wire[:2] or not datagram.startswith(wire[_HEADER.size :], _HEADER.size):
@@ -58,7 +61,8 @@ async def _exchange_datagrams(address: str, port: int, request: dns.message.Mess
             try:
                 return await asyncio.to_thread(parse_response, datagram, request)
             except (dns.exception.DNSException, UnacceptableResponse):
-                continue
+                malformed += 1
+        raise UnacceptableResponse(f"{MAX_MALFORMED} of its responses are not valid DNS messages")
     finally:
         transport.close()
 

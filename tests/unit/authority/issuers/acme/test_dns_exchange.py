@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import cast
 
 import dns.flags
 import dns.message
@@ -15,7 +16,7 @@ import dns.rrset
 import pytest
 
 from csi_driver.authority.issuers.acme import dns_exchange
-from csi_driver.authority.issuers.acme.dns_exchange import MAX_RECORDS
+from csi_driver.authority.issuers.acme.dns_exchange import MAX_MALFORMED, MAX_RECORDS, parse_response
 from csi_driver.authority.issuers.acme.nameserver import Nameserver
 from csi_driver.core.errors import CertmountError
 from tests.support.longest_step import LongestStep
@@ -122,6 +123,42 @@ async def test_endless_response_is_ended(datagrams: Datagrams, stream: Stream, m
     async with _server(datagrams, stream) as port, asyncio.timeout(10):
         with pytest.raises(CertmountError, match="does not respond in time"):
             await _query(port, timeout_s=0.5)
+
+
+async def test_number_of_malformed_datagrams_that_are_parsed_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes milliseconds to parse, and a server could send them until the timeout of every query."""
+    parsed = 0
+
+    def parse(wire: bytes, request: dns.message.Message) -> dns.message.Message:
+        nonlocal parsed
+        parsed += 1
+        return parse_response(wire, request)
+
+    async def flood(send: Callable[[], None]) -> None:
+        while True:
+            send()
+            await asyncio.sleep(0.001)
+
+    monkeypatch.setattr(dns_exchange, "parse_response", parse)
+    tasks = set()
+
+    class Protocol(asyncio.DatagramProtocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            self.transport = cast("asyncio.DatagramTransport", transport)
+
+        def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+            malformed = _repeated(data, 200)[:-1]
+            tasks.add(asyncio.ensure_future(flood(lambda: self.transport.sendto(malformed, addr))))
+
+    udp, _ = await asyncio.get_running_loop().create_datagram_endpoint(Protocol, local_addr=("127.0.0.1", 0))
+    try:
+        text = await _failure(udp.get_extra_info("sockname")[1])
+    finally:
+        for task in tasks:
+            task.cancel()
+        udp.close()
+    assert f"{MAX_MALFORMED} of its responses are not valid DNS messages" in text
+    assert parsed == MAX_MALFORMED
 
 
 async def test_truncated_response_is_fetched_by_tcp() -> None:
