@@ -29,7 +29,8 @@ _URI = re.compile(
 _MAX_URI_LENGTH = 2048
 # SPIFFE-ID section 2.2: the characters of a path segment.
 _SPIFFE_SEGMENT = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
-_TRUST_DOMAIN = re.compile(r"[a-z0-9._-]{1,255}", re.ASCII)
+# Without empty labels: Go cannot parse a certificate with a URI whose host has one.
+_TRUST_DOMAIN = re.compile(r"(?!.{256})[a-z0-9_-]+(?:\.[a-z0-9_-]+)*", re.ASCII)
 _DOT_SEGMENTS = (".", "..")
 # RFC 5322 section 3.4.1 (dot-atom "@" domain), without quoted local parts; "%" and "!", with which old mail systems route;
 # "*", "{" and "}", which have a meaning in a policy; and "`".
@@ -108,6 +109,8 @@ class URI:
                 "is not a URI of the form scheme://host/path in ASCII with lower-case scheme and host, "
                 "without query, fragment, user, port or %"
             )
+        if "" in match["host"].split("."):
+            raise InvalidName("has a host that begins or ends with a dot, or has two dots together; remove the dot")
         segments = match["path"].split("/")[1:]
         if any(segment in _DOT_SEGMENTS for segment in segments):
             raise InvalidName("has a path segment '.' or '..', which clients remove (RFC 3986 section 5.2.4)")
@@ -244,7 +247,9 @@ def parse_object_name(text: str) -> str:
 def parse_trust_domain(text: str) -> str:
     """Return a SPIFFE trust domain (SPIFFE-ID section 2.1); raises :class:`InvalidName`."""
     if not _TRUST_DOMAIN.fullmatch(text):
-        raise InvalidName("is not a trust domain; use 1 to 255 lower-case letters, digits, '.', '-' and '_'")
+        raise InvalidName(
+            "is not a trust domain; use 1 to 255 lower-case letters, digits, '-', '_', and single inner '.'"
+        )
     return text
 
 

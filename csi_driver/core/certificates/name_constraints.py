@@ -128,6 +128,9 @@ def _problem(name: x509.GeneralName, constraint: x509.NameConstraints) -> str | 
     permitted = _of_type(name, constraint.permitted_subtrees)
     if permitted and not any(_is_within(name, subtree, strict=True) for subtree in permitted):
         return "the CA's certificate permits only " + ", ".join(format_constraint(subtree) for subtree in permitted)
+    if isinstance(name, x509.UniformResourceIdentifier) and _is_address(_host_of(name)):
+        # The RFC defines no constraint for such a URI. Go rejects it if the CA has any constraint, of any type.
+        return "the CA's certificate has name constraints, and Go then rejects a URI whose host is an IP address"
     return None
 
 
@@ -147,9 +150,11 @@ def _is_within(name: x509.GeneralName, subtree: x509.GeneralName, *, strict: boo
             local, _, host = text.rpartition("@")
             return (local, host.lower()) == (base.rpartition("@")[0], base.rpartition("@")[2].lower())
         return _host_is_within(text.rpartition("@")[2], base, strict=strict)
-    host = text.partition("://")[2].partition("/")[0]
-    # The RFC defines no constraint for a URI whose host is an IP address. Go rejects such a certificate.
-    return (_is_address(host) and not strict) or _host_is_within(host, base, strict=strict)
+    return _host_is_within(_host_of(name), base, strict=strict)
+
+
+def _host_of(uri: x509.GeneralName) -> str:
+    return str(uri.value).partition("://")[2].partition("/")[0]
 
 
 def _host_is_within(host: str, base: str, *, strict: bool) -> bool:

@@ -139,6 +139,16 @@ spiffe://example.com/a/../b spiffe://example.com/a%20b spiffe://example.com/a+b 
 """
 
 
+@pytest.mark.parametrize("host", [".", "..", ".a", "a.", "a..b", "1.2.3.4."])
+def test_host_with_an_empty_label_is_rejected(host: str) -> None:
+    """Go cannot parse a certificate with such a URI, so the API server could not either."""
+    for text in (f"https://{host}/x", f"spiffe://{host}/x"):
+        with pytest.raises(InvalidName, match="has a host that begins or ends with a dot, or has two dots together"):
+            URI.parse(text)
+    with pytest.raises(InvalidName, match="is not a trust domain"):
+        parse_trust_domain(host)
+
+
 @pytest.mark.parametrize("text", ["", "https://example.com/a b", "https://example.com/\x00", *AMBIGUOUS.split()])
 def test_ambiguous_uri_is_rejected(text: str) -> None:
     """The policy and clients must see the same URI (RFC 3986 section 6.2.2)."""
