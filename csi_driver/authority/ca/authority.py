@@ -79,9 +79,9 @@ class CertificateAuthority:
 
     @property
     def usable(self) -> bool:
-        """True if the CA is current and its intermediate is valid."""
+        """True if the CA is current and none of its certificates has expired."""
         try:
-            return self._clock() < self.current.intermediate.certificate.not_valid_after_utc
+            return self._clock() < self.current.valid_until
         except CertmountError:
             return False
 

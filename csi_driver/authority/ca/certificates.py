@@ -182,7 +182,7 @@ def expiry_of(leaf: Leaf, signer: CAKeyPair, now: datetime) -> datetime:
     """Return the end of its lifetime or of the signer's; raises CertmountError IssuerUnavailable if that has passed."""
     not_after = min(now + leaf.lifetime, signer.certificate.not_valid_after_utc)
     if not_after <= now:
-        raise CertmountError(Reason.ISSUER_UNAVAILABLE, "the intermediate of the internal CA has expired")
+        raise CertmountError(Reason.ISSUER_UNAVAILABLE, "a certificate of the internal CA has expired")
     return not_after
 
 

@@ -78,6 +78,11 @@ class Keyring:
         return max(each.not_valid_before_utc for each in (self.root, *self.intermediates))
 
     @property
+    def valid_until(self) -> datetime:
+        """When the first certificate between a leaf certificate and its root expires."""
+        return min(each.not_valid_after_utc for each in (self.root, *self.intermediates))
+
+    @property
     def renewable(self) -> bool:
         """True if certmount can sign a new intermediate and store it.
 

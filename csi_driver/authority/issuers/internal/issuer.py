@@ -51,8 +51,11 @@ class InternalIssuer(Issuer):
         self._use(keyring)
         names = _permitted(self._constraints, request)
         subject = _subject(self._constraints, request)
-        leaf = Leaf(request.csr.public_key, names, grant.duration, grant.usages, subject=subject)
-        certificate = sign_leaf_der(leaf, keyring.intermediate, self._clock())
+        now = self._clock()
+        # Nodes renew by the expiry of the leaf, so it must not be later than that of any certificate above it.
+        lifetime = min(grant.duration, keyring.valid_until - now)
+        leaf = Leaf(request.csr.public_key, names, lifetime, grant.usages, subject=subject)
+        certificate = sign_leaf_der(leaf, keyring.intermediate, now)
         return IssuedCertificate((certificate, *self._intermediates), self._roots)
 
     def _use(self, keyring: Keyring) -> None:

@@ -109,6 +109,23 @@ async def test_constraints_in_the_whole_chain_apply() -> None:
         await issue(keyring, request("x.b.test"))
 
 
+@pytest.mark.parametrize("left", [timedelta(minutes=20), timedelta()])
+@pytest.mark.parametrize("short", ["root", "middle"])
+async def test_certificate_does_not_outlive_a_certificate_above_its_signer(short: str, left: timedelta) -> None:
+    """An administrator's CA can have an intermediate that outlives its issuer. Nodes renew by the expiry of the leaf."""
+    validity = {name: pki.Validity(end=left if name == short else timedelta(days=9)) for name in ("root", "middle")}
+    root = pki.authority("root", validity=validity["root"])
+    middle = pki.authority("middle", root, validity=validity["middle"])
+    lower = pki.authority("lower", middle, validity=pki.Validity(end=timedelta(days=9)))
+    keyring = Keyring((root.certificate,), None, CAKeyPair(lower.certificate, lower.key), (middle.certificate,))
+    if left:
+        (leaf, *_), _ = await issue(keyring, request("a.test"))
+        assert leaf.not_valid_after_utc == NOW + left
+    else:
+        with pytest.raises(CertmountError, match="a certificate of the internal CA has expired"):
+            await issue(keyring, request("a.test"))
+
+
 async def test_expired_intermediate_signs_nothing_and_the_error_is_retryable() -> None:
     keyring = make_keyring(NOW - timedelta(days=400))
     with pytest.raises(CertmountError, match="has expired") as failure:
