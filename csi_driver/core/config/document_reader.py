@@ -20,12 +20,13 @@ _T = TypeVar("_T")
 
 
 class DocumentReader:
-    """Collects the faults of a document; :meth:`finish` raises them."""
+    """Collects the faults of a document; :meth:`finish` raises them. Only ``max_faults`` of them have a text."""
 
-    def __init__(self, reason: Reason, file: str, lines: Mapping[Path, int]) -> None:
+    def __init__(self, reason: Reason, file: str, lines: Mapping[Path, int], max_faults: int = _MAX_FAULTS) -> None:
         self._reason = reason
         self._file = file
         self._lines = lines
+        self._max_faults = max_faults
         self._faults: list[Fault] = []
 
     def fault(self, path: Path, problem: str, hint: str = "") -> None:
@@ -51,7 +52,7 @@ class DocumentReader:
             self.fault(path, "is not a mapping", hint + ", ".join(allowed))
             return {}
         for key in value:
-            if key not in allowed and len(self._faults) >= _MAX_FAULTS:
+            if key not in allowed and len(self._faults) >= self._max_faults:
                 self._faults.append(Fault("", ""))  # only counted: a comparison with the known keys takes 0.1 ms
             elif key not in allowed:
                 near = difflib.get_close_matches(str(key)[:64], allowed, n=1, cutoff=0.5)

@@ -81,7 +81,7 @@ def _read(located: Located, namespace: str, rules: SourceRules) -> _Parsed:
     count = 0
     for index, entry in enumerate(entries):
         path: Path = (LIST_KEY, index)
-        reader = _FaultList(Reason.INVALID_SOURCE, "list", lines)
+        reader = _FaultList(Reason.INVALID_SOURCE, "list", lines, MAX_FAULTS - len(faults))
         secret, request = _entry(reader, path, entry, namespace, rules)
         if request is not None and (known := requests.get(request.secret)) is not None:
             reader.fault((*path, "secret"), f"{str(request.secret)!r} is also the Secret of {known.path}")
