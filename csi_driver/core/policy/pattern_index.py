@@ -36,7 +36,9 @@ class PatternIndex:
         """Return whether a pattern matches the name. The arguments are those of :meth:`NamePattern.matches`."""
         size = len(name)
         for begin, end in self._lengths:
-            for pattern in self._by_ends.get((name[:begin], name[size - end :]), ()) if begin + end <= size else ():
+            if begin + end > size:
+                continue
+            for pattern in self._by_ends.get((name[:begin], name[size - end :]), ()):
                 if pattern.matches(name, values, services):
                     return True
         return False
