@@ -89,9 +89,13 @@ class Reflector(Generic[_Value]):
         timings: WatchTimings | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        find_path: Callable[[], Awaitable[str]] | None = None,
     ) -> None:
+        """``find_path`` returns the resource's path again before each retry of a failing watch: its API version can change."""
         self._api = api
         self.resource = resource
+        self._path = resource.path
+        self._find_path = find_path
         self._cache = cache
         self._timings = timings or WatchTimings()
         # The first delay follows a watch that ended normally.
@@ -127,6 +131,9 @@ class Reflector(Generic[_Value]):
                 text = "; ".join(map(str, error.faults))
                 self._record_failure(text, error.retry_after_s if isinstance(error, ApiError) else None)
             await self._sleep(self._delay_s())
+            if self._find_path is not None and self.failing_since is not None:
+                # A resourceVersion is valid in every API version, so the watch continues from the last one.
+                self._path = await self._find_path()
 
     async def _list(self) -> None:
         """Read all objects, page by page, and remove all others from the cache."""
@@ -138,7 +145,7 @@ class Reflector(Generic[_Value]):
 
         pages = list_pages(
             self._api,
-            self.resource.path,
+            self._path,
             put,
             query=self._selectors(),
             accept=self._accept("List"),
@@ -164,7 +171,7 @@ class Reflector(Generic[_Value]):
             **self._selectors(),
         }
         limits = aiohttp.ClientTimeout(total=None, sock_connect=self._timings.page, sock_read=self._timings.silence)
-        path, headers = self.resource.path, {"Accept": self._accept("")}
+        path, headers = self._path, {"Accept": self._accept("")}
         start = self._clock()
 
         async def read_events() -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import dataclasses
 import time
 
 import structlog
@@ -70,18 +68,14 @@ class PodCertificateRequestClient:
     def watch(self, signer: str, sink: RequestCache) -> Reflector[PodCertificateRequest]:
         """Return a reflector that updates ``sink`` with the requests for a signer."""
 
-        async def sleep(delay_s: float) -> None:
-            await asyncio.sleep(delay_s)
-            if reflector.failing_since is not None:
-                with contextlib.suppress(CertmountError):  # the reflector logs that the API server is unavailable
-                    await self.find_version()
-                # A resourceVersion is valid in every API version, so the watch continues from the last one.
-                reflector.resource = dataclasses.replace(reflector.resource, path=self._requests_path())
+        async def find_path() -> str:
+            with contextlib.suppress(CertmountError):  # the reflector logs that the API server is unavailable
+                await self.find_version()
+            return self._requests_path()
 
         name, selector = f"{REQUESTS} for {signer}", f"spec.signerName={signer}"
         resource = WatchedResource(name, self._requests_path(), read_request, field_selector=selector)
-        reflector = Reflector(self._watch_api, resource, sink, sleep=sleep)
-        return reflector
+        return Reflector(self._watch_api, resource, sink, find_path=find_path)
 
     def _requests_path(self) -> str:
         return f"{GROUP}/{self._version}/{REQUESTS}"
