@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -35,6 +35,7 @@ class InternalIssuer(Issuer):
         self._constraints = NameConstraintSet()
         self._intermediates: tuple[bytes, ...] = ()
         self._roots: tuple[bytes, ...] = ()
+        self._valid_until = datetime.min.replace(tzinfo=UTC)
 
     @property
     def environment(self) -> str:
@@ -53,7 +54,7 @@ class InternalIssuer(Issuer):
         subject = _subject(self._constraints, request)
         now = self._clock()
         # Nodes renew by the expiry of the leaf, so it must not be later than that of any certificate above it.
-        lifetime = min(grant.duration, keyring.valid_until - now)
+        lifetime = min(grant.duration, self._valid_until - now)
         leaf = Leaf(request.csr.public_key, names, lifetime, grant.usages, subject=subject)
         certificate = sign_leaf_der(leaf, keyring.intermediate, now)
         return IssuedCertificate((certificate, *self._intermediates), self._roots)
@@ -64,6 +65,7 @@ class InternalIssuer(Issuer):
             self._constraints = NameConstraintSet.of((*keyring.intermediates, keyring.root))
             self._intermediates = tuple(one.public_bytes(Encoding.DER) for one in keyring.intermediates)
             self._roots = keyring.roots_der
+            self._valid_until = keyring.valid_until
 
 
 def _subject(constraints: NameConstraintSet, request: IssuerRequest) -> x509.Name | None:
