@@ -103,7 +103,7 @@ async def _page(reader: ObjectReader, namespace: str, pod: ProgramPod, path: str
 def _check_forms(page: Mapping[str, object]) -> None:
     """Raise ValueError, or KeyError for a page without a version."""
     for key, form in _FORMS.items():
-        if key in ("version", *page) and not _has_form(page[key], form):
+        if (key == "version" or key in page) and not _has_form(page[key], form):
             raise ValueError(key)
 
 
@@ -112,10 +112,10 @@ def _has_form(value: object, form: object) -> bool:
     match form:
         case dict():
             return isinstance(value, dict) and all(key in value and _has_form(value[key], form[key]) for key in form)
-        case [each] if isinstance(form, list):
-            return isinstance(value, list) and all(_has_form(item, each) for item in value)
         case tuple():
             return any(_has_form(value, each) for each in form)
+        case [each]:
+            return isinstance(value, list) and all(_has_form(item, each) for item in value)
         case type():
             return isinstance(value, form)
     raise TypeError(form)
